@@ -1,0 +1,3 @@
+from trivec.cli import main
+
+main()

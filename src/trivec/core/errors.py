@@ -1,0 +1,242 @@
+"""The whole error tree. Messages hold the value, the limit and the next step; never an internal.
+
+TrivecError
+├── StartError                 the process cannot start: one line on stderr, exit code 2
+│   ├── SettingInvalid
+│   └── CheckpointRefused      a file of the model is missing, damaged or not understood
+└── ServiceError               a request is answered with it; `api/errors.py` holds the table
+    ├── RequestError           the client must change the request
+    │   ├── MalformedBody · FieldInvalid · TextTooLong · TokenIdUnknown · RequestTooLarge
+    │   ├── AnswerTooLarge · ModelUnknown · BodyTooLarge · BodyTooSlow · MediaTypeUnsupported
+    │   └── RouteUnknown · MethodNotAllowed · ResourceUnknown
+    ├── AccessError            the key must change
+    │   └── KeyMissing · KeyInvalid · ModelDenied · ScopeMissing
+    ├── AllowanceError         the client must wait, or mend its idempotency key
+    │   └── AllowanceExhausted · IdempotencyKeyReused · IdempotencyInProgress
+    ├── BusyError              we must recover; every one carries when to try again
+    │   └── Overloaded · Draining · Loading · DeadlineExceeded · StoreUnavailable
+    └── EngineFault            our mistake; the message is only for the log
+"""
+
+
+class TrivecError(Exception):
+    """Every error we raise on purpose."""
+
+
+class StartError(TrivecError):
+    """The process cannot start, and why, in one line that ends in a next step."""
+
+
+class SettingInvalid(StartError):
+    """A setting is unknown or has a value it cannot have."""
+
+
+class CheckpointRefused(StartError):
+    """A model's files are missing, damaged, unsafe or not understood."""
+
+
+class ServiceError(TrivecError):
+    """A request is answered with this."""
+
+
+class RequestError(ServiceError):
+    """The client must change the request. `param` names the field at fault, as `input[17]`."""
+
+    param: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class MalformedBody(RequestError):
+    """The body is not a JSON object in UTF-8."""
+
+
+class FieldInvalid(RequestError):
+    """A field is missing, unknown, of the wrong type or out of range."""
+
+
+class TokenIdUnknown(FieldInvalid):
+    """A token id is outside the model's vocabulary."""
+
+    def __init__(self, *, token_id: int, vocabulary_size: int, param: str) -> None:
+        super().__init__(
+            f"Token id {token_id} is outside this model's vocabulary of {vocabulary_size} ids. "
+            "Send the text itself, or ids of this model's own tokenizer.",
+            param=param,
+        )
+
+
+class TextTooLong(RequestError):
+    """A text has more tokens than the model reads."""
+
+    def __init__(self, *, token_count: int | None, token_count_max: int, index: int) -> None:
+        self.index = index
+        counted = f"{token_count} tokens" if token_count is not None else "far more than that"
+        super().__init__(
+            f"This model's maximum context length is {token_count_max} tokens, however you "
+            f"requested {counted} (input[{index}]). Please shorten that input, or send "
+            '"truncate": "end" to have it cut.',
+            param=f"input[{index}]",
+        )
+
+
+class RequestTooLarge(RequestError):
+    """All inputs together have more tokens than one request may."""
+
+    def __init__(self, *, token_count: int, token_count_max: int) -> None:
+        super().__init__(
+            f"Requested {token_count} tokens, max {token_count_max} tokens per request. "
+            "Please split the input over several requests."
+        )
+
+
+class AnswerTooLarge(RequestError):
+    """The answer would be larger than the server sends."""
+
+    def __init__(self, *, answer_bytes: int, answer_bytes_max: int) -> None:
+        super().__init__(
+            f"The answer would take about {answer_bytes:,} bytes; at most {answer_bytes_max:,} "
+            "are sent. Ask for fewer inputs or outputs at a time, or for base64."
+        )
+
+
+class ModelUnknown(RequestError):
+    """No served model has this id."""
+
+    def __init__(self, *, model: str, served: tuple[str, ...]) -> None:
+        super().__init__(
+            f"The model `{model}` does not exist or you do not have access to it. "
+            f"Served here: {', '.join(served)}.",
+            param="model",
+        )
+
+
+class BodyTooLarge(RequestError):
+    """The body has more bytes, or arrives in more pieces, than are read."""
+
+
+class BodyTooSlow(RequestError):
+    """The body did not arrive in time."""
+
+
+class MediaTypeUnsupported(RequestError):
+    """The body is not declared as JSON, or is compressed."""
+
+
+class RouteUnknown(RequestError):
+    """Nothing is served at this path."""
+
+
+class MethodNotAllowed(RequestError):
+    """The path is known, the method is not."""
+
+    def __init__(self, *, method: str, allowed: tuple[str, ...]) -> None:
+        self.allowed = allowed
+        super().__init__(f"{method} is not allowed here; use {' or '.join(allowed)}.")
+
+
+class ResourceUnknown(RequestError):
+    """An administered thing, such as a key, does not exist."""
+
+
+class AccessError(ServiceError):
+    """The key must change."""
+
+
+class KeyMissing(AccessError):
+    """No bearer key was sent."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "You didn't provide an API key. Send it in an Authorization header using Bearer auth "
+            "(i.e. Authorization: Bearer YOUR_KEY)."
+        )
+
+
+class KeyInvalid(AccessError):
+    """The key is wrong, revoked or expired: the same words whichever, so as to tell nobody."""
+
+    def __init__(self) -> None:
+        super().__init__("Incorrect API key provided. Ask whoever runs this server for a key.")
+
+
+class ModelDenied(AccessError):
+    """The key may not use this model."""
+
+    def __init__(self, *, model: str) -> None:
+        super().__init__(f"This API key may not use the model `{model}`.")
+
+
+class ScopeMissing(AccessError):
+    """The key lacks the scope that the route asks for."""
+
+    def __init__(self, *, scope: str) -> None:
+        super().__init__(f"This API key lacks the scope `{scope}`, which this request needs.")
+
+
+class AllowanceError(ServiceError):
+    """The client must wait, or mend its idempotency key."""
+
+
+class AllowanceExhausted(AllowanceError):
+    """The key's own allowance is used up for now."""
+
+    def __init__(self, *, kind: str, limit: int, requested: int, retry_after_s: float) -> None:
+        self.kind = kind  # "requests" or "tokens"
+        self.retry_after_s = retry_after_s
+        super().__init__(
+            f"Rate limit reached for {kind} per minute: limit {limit}, requested {requested}. "
+            f"Please try again in {retry_after_s:.3f}s."
+        )
+
+
+class IdempotencyKeyReused(AllowanceError):
+    """The same `Idempotency-Key` came with another body."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This Idempotency-Key was used with another request body; use a new key for it."
+        )
+
+
+class IdempotencyInProgress(AllowanceError):
+    """The first request with this `Idempotency-Key` is still running."""
+
+    retry_after_s = 1.0
+
+    def __init__(self) -> None:
+        super().__init__("The first request with this Idempotency-Key is still running.")
+
+
+class BusyError(ServiceError):
+    """We must recover. `retry_after_s` says when to try again."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Overloaded(BusyError):
+    """The line is full."""
+
+
+class Draining(BusyError):
+    """The process is about to stop."""
+
+
+class Loading(BusyError):
+    """The model is not loaded yet."""
+
+
+class DeadlineExceeded(BusyError):
+    """The request waited too long for its first batch."""
+
+
+class StoreUnavailable(BusyError):
+    """The ledger cannot be written, so nothing may be served."""
+
+
+class EngineFault(ServiceError):
+    """Our mistake. The client reads a fixed sentence with the request id; this one is logged."""

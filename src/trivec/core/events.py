@@ -1,0 +1,78 @@
+"""What happened, as values. Rooms tell an `Observer`; only telemetry knows what a metric is."""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True, slots=True)
+class RequestServed:
+    """An HTTP request was answered, well or badly. Never holds text, vectors or a key."""
+
+    request_id: str
+    client_request_id: str | None
+    method: str
+    route: str  # the route's template, or "other"
+    status: int
+    code: str | None  # the error's code or type; None for a success
+    key_id: str | None
+    model: str | None  # a served id
+    input_count: int
+    token_count: int
+    request_bytes: int
+    answer_bytes: int
+    duration_s: float
+    tokenize_s: float = 0.0
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+    encode_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRan:
+    """A worker finished one batch."""
+
+    model: str
+    slot: int
+    sequences: int
+    tokens: int
+    tokens_max: int  # the budget it was filled against
+    duration_s: float
+    failed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LineChanged:
+    """The waiting line of one model grew or shrank."""
+
+    model: str
+    requests: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReplaced:
+    """A worker's thread died of an exception and another took its slot."""
+
+    slot: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RowNotFinite:
+    """A vector held NaN or infinity and was computed again in fp32."""
+
+    model: str
+    recovered: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseChanged:
+    """The process moved on in its life."""
+
+    phase: str  # loading, ready, draining, stopped
+    reason: str
+
+
+Event: TypeAlias = (
+    RequestServed | BatchRan | LineChanged | WorkerReplaced | RowNotFinite | PhaseChanged
+)

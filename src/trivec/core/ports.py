@@ -1,0 +1,96 @@
+"""The five seams, and no more: all that one room may hold of another.
+
+One contract suite a seam, in `tests/contract`, runs against every implementation of it.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol, TypeAlias
+
+from trivec.core.events import Event
+from trivec.core.types import (
+    Batch,
+    BatchBudget,
+    Int32Array,
+    LongText,
+    ModelCard,
+    Output,
+    Reply,
+    Sequences,
+    Vectors,
+)
+
+Texts: TypeAlias = Sequence[str]
+TokenLists: TypeAlias = Sequence[Int32Array]  # each int32 [tokens], every id in [0, vocabulary)
+
+
+class Embedder(Protocol):
+    """One served model, wherever it runs. All methods are called on the event loop."""
+
+    @property
+    def card(self) -> ModelCard: ...
+
+    async def tokenize(self, inputs: Texts | TokenLists, *, long_text: LongText) -> Sequences:
+        """Ids of *inputs*, special tokens included.
+
+        Raises `TextTooLong` (with the index of the first one) unless *long_text* says otherwise,
+        `TokenIdUnknown` for an id outside the vocabulary.
+        """
+        ...
+
+    async def embed(
+        self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
+    ) -> Reply:
+        """Join the line and wait for every vector of *sequences*, in their order.
+
+        *deadline_s* bounds the wait from now to the first batch. Raises `Overloaded` at once when
+        the line is full, `DeadlineExceeded`, `EngineFault`. Cancelling the call frees its place.
+        """
+        ...
+
+    def spell(self, token_ids: Int32Array) -> list[str]:
+        """The vocabulary's own strings for *token_ids*."""
+        ...
+
+
+class Backend(Protocol):
+    """One model on one device. Each slot is driven by one thread, the same for its whole life."""
+
+    @property
+    def slot_count(self) -> int:
+        """How many threads may be inside `run` at once, each with its own slot number."""
+        ...
+
+    @property
+    def budget(self) -> BatchBudget:
+        """The batch this device likes best."""
+        ...
+
+    def run(self, batch: Batch, *, slot: int) -> Vectors:
+        """Compute *batch*; blocks. Rows come in the order given. Any exception fails the batch."""
+        ...
+
+    def run_exact(self, batch: Batch, *, slot: int) -> Vectors:
+        """`run` at the highest precision at hand: the second try for a row that was not finite."""
+        ...
+
+    def close(self) -> None:
+        """Free the device. No slot is inside `run`, and none will be again."""
+        ...
+
+
+class Observer(Protocol):
+    """Hears what happened. Never blocks, never raises; called from any thread."""
+
+    def observe(self, event: Event) -> None: ...
+
+
+class Clock(Protocol):
+    """Time, so that tests can move it by hand."""
+
+    def now_s(self) -> float:
+        """Monotonic seconds: for waits and durations."""
+        ...
+
+    def wall_s(self) -> float:
+        """Seconds since the epoch: for what is written down."""
+        ...
