@@ -1,0 +1,134 @@
+"""A backend without a model: vectors from a hash of the token ids, for tests and for rehearsals.
+
+Like a real one it gives a sequence the same bits whatever lies beside it. Tests can hold its
+batches at a gate, poison single tokens, and read what ran where. It knows no arithmetic.
+"""
+
+import hashlib
+import threading
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+
+from trivec.core.types import (
+    Batch,
+    BatchBudget,
+    Float32Array,
+    Int32Array,
+    Output,
+    SparseVector,
+    Vectors,
+)
+
+DEFAULT_BUDGET = BatchBudget(tokens_max=512, sequences_max=64)
+SPECIAL_IDS = 4  # ids below this never enter a sparse vector, as with XLM-R's <s> <pad> </s> <unk>
+
+
+class Poison(Enum):
+    """What a sequence that holds a poisoned token does."""
+
+    RAISE = "raise"  # its whole batch fails
+    NAN = "nan"  # its row is NaN in `run`, sound in `run_exact`
+    NAN_ALWAYS = "nan_always"  # its row is NaN in both
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """One call that entered the backend."""
+
+    batch: Batch
+    slot: int
+    exact: bool
+
+
+class FakeBackend:
+    """Deterministic vectors, with hooks for tests.
+
+    `gate` (an event, set at birth) holds every batch inside `run` while it is cleared; `poison`
+    maps a token id to what it does; `ran` lists the calls in the order they entered;
+    `wait_entered` blocks until so many have; `closed` says whether `close` was called.
+    """
+
+    def __init__(
+        self,
+        *,
+        dimensions: int,
+        outputs: Output = Output.DENSE,
+        slot_count: int = 1,
+        budget: BatchBudget = DEFAULT_BUDGET,
+    ) -> None:
+        self.dimensions = dimensions
+        self.outputs = outputs
+        self.gate = threading.Event()
+        self.gate.set()
+        self.poison: dict[int, Poison] = {}
+        self.ran: list[Ran] = []
+        self.closed = False
+        self._slot_count = slot_count
+        self._budget = budget
+        self._entered = threading.Condition()
+
+    @property
+    def slot_count(self) -> int:
+        return self._slot_count
+
+    @property
+    def budget(self) -> BatchBudget:
+        return self._budget
+
+    def run(self, batch: Batch, *, slot: int) -> Vectors:
+        return self._run(Ran(batch, slot, exact=False))
+
+    def run_exact(self, batch: Batch, *, slot: int) -> Vectors:
+        return self._run(Ran(batch, slot, exact=True))
+
+    def close(self) -> None:
+        self.closed = True
+
+    def wait_entered(self, count: int, *, within_s: float = 5.0) -> bool:
+        """Block until *count* calls have entered `run` or `run_exact`; False when they did not."""
+        with self._entered:
+            return self._entered.wait_for(lambda: len(self.ran) >= count, timeout=within_s)
+
+    def _run(self, call: Ran) -> Vectors:
+        assert 0 <= call.slot < self._slot_count, "a slot nobody offered"
+        assert not self.closed, "a batch after close"
+        with self._entered:
+            self.ran.append(call)
+            self._entered.notify_all()
+        self.gate.wait()
+        batch = call.batch
+        dense = np.empty((len(batch), self.dimensions), np.float32)  # [sequences, dimensions]
+        sparse: list[SparseVector | None] = []
+        multi: list[Float32Array | None] = []
+        for i in range(len(batch)):
+            ids = batch.token_ids[batch.starts[i] : batch.starts[i + 1]]
+            wanted = Output(int(batch.outputs[i])) & self.outputs
+            rows = _unit_rows(ids, self.dimensions)
+            dense[i] = rows[0] * self._soundness(ids, exact=call.exact)
+            sparse.append(_sparse(ids) if Output.SPARSE in wanted else None)
+            multi.append(rows[1:] if Output.MULTI in wanted else None)
+        return Vectors(dense, tuple(sparse), tuple(multi))
+
+    def _soundness(self, ids: Int32Array, *, exact: bool) -> float:
+        """1, or NaN where a poisoned token says so; raises where it says that."""
+        effects = {self.poison[token] for token in ids.tolist() if token in self.poison}
+        if Poison.RAISE in effects:
+            raise RuntimeError("a poisoned token was in the batch")
+        broken = Poison.NAN_ALWAYS in effects or (Poison.NAN in effects and not exact)
+        return float("nan") if broken else 1.0
+
+
+def _unit_rows(ids: Int32Array, dimensions: int) -> Float32Array:
+    """A row of length 1 a token, from a hash of all the ids: float32 `[tokens, dimensions]`."""
+    digest = hashlib.blake2b(ids.astype("<i4").tobytes(), digest_size=8).digest()
+    generator = np.random.default_rng(int.from_bytes(digest, "little"))
+    rows = generator.standard_normal((len(ids), dimensions), np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def _sparse(ids: Int32Array) -> SparseVector:
+    distinct = np.unique(ids[ids >= SPECIAL_IDS])
+    weights = (distinct * 7919 % 1000 + 1).astype(np.float32) / 1000
+    return SparseVector(distinct, weights)
