@@ -105,7 +105,8 @@ class FakeBackend:
         for i in range(len(batch)):
             ids = batch.token_ids[batch.starts[i] : batch.starts[i + 1]]
             wanted = Output(int(batch.outputs[i])) & self.outputs
-            rows = _unit_rows(ids, self.dimensions)
+            row_count = len(ids) if Output.MULTI in wanted else 1
+            rows = _unit_rows(ids, row_count, self.dimensions)
             dense[i] = rows[0] * self._soundness(ids, exact=call.exact)
             sparse.append(_sparse(ids) if Output.SPARSE in wanted else None)
             multi.append(rows[1:] if Output.MULTI in wanted else None)
@@ -120,15 +121,16 @@ class FakeBackend:
         return float("nan") if broken else 1.0
 
 
-def _unit_rows(ids: Int32Array, dimensions: int) -> Float32Array:
-    """A row of length 1 a token, from a hash of all the ids: float32 `[tokens, dimensions]`."""
+def _unit_rows(ids: Int32Array, row_count: int, dimensions: int) -> Float32Array:
+    """Rows of length 1 from a hash of all the ids: float32 `[row_count, dimensions]`."""
     digest = hashlib.blake2b(ids.astype("<i4").tobytes(), digest_size=8).digest()
     generator = np.random.default_rng(int.from_bytes(digest, "little"))
-    rows = generator.standard_normal((len(ids), dimensions), np.float32)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    rows = generator.standard_normal((row_count, dimensions), np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows
 
 
 def _sparse(ids: Int32Array) -> SparseVector:
     distinct = np.unique(ids[ids >= SPECIAL_IDS])
-    weights = (distinct * 7919 % 1000 + 1).astype(np.float32) / 1000
-    return SparseVector(distinct, weights)
+    weights = (distinct.astype(np.int64) * 7919 % 1000 + 1) / 1000
+    return SparseVector(distinct, weights.astype(np.float32))
