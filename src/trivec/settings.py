@@ -5,16 +5,45 @@ defaults here. It knows names, defaults and help; not what they do. Nothing else
 environment.
 """
 
+import difflib
+import ipaddress
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from trivec.core.errors import SettingInvalid
 
 MEBIBYTE = 1024 * 1024
+ENVIRONMENT_PREFIX = "TRIVEC_"
+NESTING = "__"
+OTHER_NAMES = {"TRIVEC_MODEL": "models", "TRIVEC_CONFIG": "config"}
+
+
+def _split_at_commas(value: object) -> object:
+    return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
+
+
+Models: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_split_at_commas)]
+Folder: TypeAlias = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+    )
 
 
 class HttpLimits(Section):
@@ -54,26 +83,32 @@ class LineBound(Section):
 
 
 class Life(Section):
-    """How the process stops."""
+    """How the process watches itself, and how it stops."""
 
     drain_grace_s: float = Field(5.0, ge=0)
     """Seconds it keeps answering after SIGTERM while it is no longer ready."""
     drain_s_max: float = Field(25.0, gt=0)
     """Seconds in which accepted requests must finish after that."""
+    canary_every_s: float = Field(30.0, gt=0)
+    """Seconds between two embeddings of the canary text, which must not change."""
+    supervised: bool = True
+    """Run the server in a child process that is started again after a crash or a hang."""
+    heartbeat_s_max: float = Field(15.0, gt=0)
+    """The child is killed and started again when its heart has not beaten for this long."""
 
 
 class Settings(Section):
     """All that `trivec serve` can be told."""
 
-    models: tuple[str, ...] = ()
+    models: Models = ()
     """Model to serve: a catalogue ID, a folder, or ID=FOLDER. May be repeated."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = Field(8000, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
-    tls_cert: Path | None = None
+    tls_cert: Folder | None = None
     """Certificate chain in PEM; with it the server speaks HTTPS."""
-    tls_key: Path | None = None
+    tls_key: Folder | None = None
     """The certificate's private key in PEM."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to run on."""
@@ -81,7 +116,7 @@ class Settings(Section):
     """Engine to run with; auto is openvino on CPUs and torch on CUDA."""
     precision: Literal["auto", "fp32", "int8", "bf16", "fp16"] = "auto"
     """Arithmetic of the encoder; auto takes the fastest that keeps the vectors."""
-    data_dir: Path = Path("~/.local/share/trivec")
+    data_dir: Folder = Path("~/.local/share/trivec")
     """Folder for the store, the server's secret and converted models."""
     database_url: SecretStr | None = None
     """Postgres instead of the SQLite file in the data folder: postgresql+psycopg://..."""
@@ -91,6 +126,158 @@ class Settings(Section):
     """Serve without keys; only on a loopback address."""
     metrics_open: bool = False
     """Answer /metrics without an admin key."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe message that is logged; info has one line a request."""
     http: HttpLimits = HttpLimits()
     line: LineBound = LineBound()
     life: Life = Life()
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together; give both or neither")
+        for file in (self.tls_cert, self.tls_key):
+            if file is not None and not file.is_file():
+                raise ValueError(f"{file} is not a file; tls_cert and tls_key name PEM files")
+        if self.no_auth and not is_loopback(self.host):
+            raise ValueError(
+                f"no_auth is only for a loopback address, and host is {self.host}; "
+                "leave it out, or set host to 127.0.0.1"
+            )
+        if self.api_key is not None and len(self.api_key.get_secret_value()) < 16:
+            raise ValueError("api_key is too short; give it at least 16 characters")
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach *host*."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def load_settings(
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str],
+    *,
+    warn: Callable[[str], None] = lambda message: None,
+) -> Settings:
+    """Merge file, environment and *flags* (nested by section; None is unset) and check them.
+
+    The file is what `config` among the flags, or `TRIVEC_CONFIG`, names. Raises `SettingInvalid`
+    with one line that names the key, where it came from, its value and what was expected.
+    *warn* hears of variables that mean nothing to us.
+    """
+    variables = dict(_variables(environ, warn))
+    given = {path: value for path, value in _leaves(flags) if value is not None}
+    from_flag = given.pop(("config",), None)
+    from_variable = variables.pop(("config",), None)
+    config = from_flag if from_flag is not None else from_variable
+
+    merged: dict[str, Any] = {}
+    origins: dict[tuple[str, ...], str] = {}
+    layers = (
+        (f"in {config}", _file_leaves(Path(config)) if config is not None else ()),
+        ("in the environment", variables.items()),
+        ("on the command line", given.items()),
+    )
+    for origin, leaves in layers:
+        for path, value in leaves:
+            _put(merged, path, value)
+            origins[path] = origin
+    try:
+        return Settings.model_validate(merged)
+    except ValidationError as refused:
+        raise SettingInvalid(_sentence(refused.errors()[0], origins)) from None
+
+
+def setting_paths(section: type[BaseModel] = Settings) -> Iterator[tuple[str, ...]]:
+    """The path of every setting, as `("http", "body_bytes_max")`."""
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from ((name, *rest) for rest in setting_paths(inner))
+        else:
+            yield (name,)
+
+
+def _variables(
+    environ: Mapping[str, str], warn: Callable[[str], None]
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    known = {variable_name(path): path for path in setting_paths()}
+    known |= {name: (setting,) for name, setting in OTHER_NAMES.items()}
+    for name, value in sorted(environ.items()):
+        if not name.startswith(ENVIRONMENT_PREFIX):
+            continue
+        if value.startswith("tcp://"):
+            warn(
+                f"{name}={value} is ignored: Kubernetes sets it for a service called trivec; "
+                "set enableServiceLinks: false, or name the service otherwise"
+            )
+        elif name in known:
+            yield known[name], value
+        else:
+            warn(f"{name} is no setting of ours and is ignored{_did_you_mean(name, known)}")
+
+
+def variable_name(path: tuple[str, ...]) -> str:
+    """The environment variable of the setting at *path*."""
+    return ENVIRONMENT_PREFIX + NESTING.join(path).upper()
+
+
+def _file_leaves(file: Path) -> Iterator[tuple[tuple[str, ...], Any]]:
+    try:
+        tree = tomllib.loads(file.expanduser().read_text("utf-8"))
+    except OSError as fault:
+        raise SettingInvalid(
+            f"cannot read the settings in {file}: {fault.strerror or fault}"
+        ) from fault
+    except ValueError as fault:  # TOML's own complaint, or bytes that are not UTF-8
+        raise SettingInvalid(f"{file} is not TOML in UTF-8: {fault}") from fault
+    yield from _leaves(tree)
+
+
+def _leaves(
+    tree: Mapping[str, Any], prefix: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*prefix, name))
+        else:
+            yield (*prefix, name), value
+
+
+def _put(tree: dict[str, Any], path: tuple[str, ...], value: object) -> None:
+    *sections, name = path
+    for section in sections:
+        inner = tree.get(section)
+        if not isinstance(inner, dict):  # a plain value where a section belongs gives way
+            inner = tree[section] = {}
+        tree = inner
+    tree[name] = value
+
+
+def _sentence(fault: ErrorDetails, origins: Mapping[tuple[str, ...], str]) -> str:
+    path = tuple(str(part) for part in fault["loc"])
+    if not path:
+        return fault["msg"].removeprefix("Value error, ")
+    key = ".".join(path)
+    origin = next((origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins), None)
+    if origin is None:
+        origin = next(where for at, where in origins.items() if at[: len(path)] == path)
+    if fault["type"] == "extra_forbidden":
+        known = [".".join(one) for one in setting_paths()]
+        return f"unknown setting {key} {origin}{_did_you_mean(key, known)}"
+    if origin == "in the environment":
+        key = variable_name(path)
+    elif origin == "on the command line":
+        key = "--" + key.replace("_", "-")
+    value = "***" if path[0] in ("api_key", "database_url") else repr(fault["input"])
+    expected = fault["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
+    return f"{key} is {value} {origin}; it {expected}"
+
+
+def _did_you_mean(name: str, known: "Mapping[str, object] | list[str]") -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,1 @@
+"""The only composition root: Settings in, the parts of a running service out."""
