@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from trivec.core.types import ModelCard
+
 
 @dataclass(frozen=True, slots=True)
 class RequestServed:
@@ -25,6 +27,7 @@ class RequestServed:
     queue_s: float = 0.0
     compute_s: float = 0.0
     encode_s: float = 0.0
+    traceparent: str | None = None  # the client's W3C trace context, as it was sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,16 @@ class RowNotFinite:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelLoaded:
+    """A model is ready to serve; from now on its id is a label."""
+
+    card: ModelCard
+    load_s: float
+    cosine_min: float | None  # the precision certificate's, dense; None without a certificate
+    cosine_mean: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class PhaseChanged:
     """The process moved on in its life."""
 
@@ -74,5 +87,11 @@ class PhaseChanged:
 
 
 Event: TypeAlias = (
-    RequestServed | BatchRan | LineChanged | WorkerReplaced | RowNotFinite | PhaseChanged
+    RequestServed
+    | BatchRan
+    | LineChanged
+    | WorkerReplaced
+    | RowNotFinite
+    | ModelLoaded
+    | PhaseChanged
 )
