@@ -1,1 +1,9 @@
-"""Placeholder."""
+"""HTTP: routes, schemas, encodings, one error table, small ASGI middleware.
+
+Knows status codes, headers and OpenAI's words. Must not know engines, devices or SQL: it is given
+an `Embedder` a model, an `Accounts`, and two callables for health and metrics.
+"""
+
+from trivec.api.app import build_app
+
+__all__ = ["build_app"]
