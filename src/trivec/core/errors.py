@@ -4,6 +4,7 @@ TrivecError
 ├── StartError                 the process cannot start: one line on stderr, exit code 2
 │   ├── SettingInvalid
 │   └── CheckpointRefused      a file of the model is missing, damaged or not understood
+├── DeviceLost                 a backend's device is gone for good: the process is not ready any more
 └── ServiceError               a request is answered with it; `api/errors.py` holds the table
     ├── RequestError           the client must change the request
     │   ├── MalformedBody · FieldInvalid · TextTooLong · TokenIdUnknown · RequestTooLarge
@@ -33,6 +34,14 @@ class SettingInvalid(StartError):
 
 class CheckpointRefused(StartError):
     """A model's files are missing, damaged, unsafe or not understood."""
+
+
+class DeviceLost(TrivecError):
+    """`Backend.run` cannot work again in this process; its message says what the driver said.
+
+    No answer to a client by itself: the engine fails what waits with one of the `ServiceError`s,
+    stops giving the device work, and says that the process is not ready.
+    """
 
 
 class ServiceError(TrivecError):
