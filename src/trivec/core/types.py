@@ -49,7 +49,9 @@ class Sequences:
 
     token_ids: Int32Array  # [tokens]
     starts: Int32Array  # [sequences + 1]; sequence i is token_ids[starts[i]:starts[i + 1]]
-    truncated: Mapping[int, Truncated] = NOTHING_TRUNCATED  # by sequence index
+    truncated: Mapping[int, Truncated] = field(  # by sequence index
+        default_factory=lambda: NOTHING_TRUNCATED
+    )
 
     def __post_init__(self) -> None:
         assert self.starts[0] == 0
