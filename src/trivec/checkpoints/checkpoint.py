@@ -1,0 +1,63 @@
+"""What a model is once its files are understood: plain values, and the way to its weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trivec.checkpoints.encoder import EncoderConfig, Pooling, tensor_shapes
+from trivec.checkpoints.hashes import HashedFile
+from trivec.checkpoints.safetensors_file import open_safetensors
+from trivec.checkpoints.weights import Weights
+from trivec.core.types import Float32Array, Output
+
+__all__ = ["Checkpoint", "EncoderConfig", "Heads", "Pooling"]
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """BGE-M3's two linear layers on the last hidden states, and what never is a lexical weight."""
+
+    sparse_weight: Float32Array  # [1, hidden]
+    sparse_bias: Float32Array  # [1]
+    multi_weight: Float32Array  # [multi_dimensions, hidden]
+    multi_bias: Float32Array  # [multi_dimensions]
+    ignored_token_ids: tuple[int, ...]  # cls, eos, pad and unk
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model's files, hashed, checked and understood; only the encoder's weights are unread."""
+
+    id: str
+    aliases: tuple[str, ...]
+    folder: Path
+    config: EncoderConfig
+    pooling: Pooling
+    normalize: bool
+    token_count_max: int  # special tokens included
+    tokenizer_file: Path
+    heads: Heads | None
+    digest: str  # sha256 over names and hashes of all files in use: a key for what is made of them
+    verified: bool  # every file in use has the hash that the catalogue gives it
+    source: str  # "wheel", "hub" or "folder"
+    created: int  # Unix seconds
+    owned_by: str
+    dimensions_selectable: bool
+    weight_files: tuple[HashedFile, ...]
+    cache_dir: Path
+
+    @property
+    def outputs(self) -> Output:
+        """What one forward pass can yield."""
+        if self.heads is None:
+            return Output.DENSE
+        return Output.DENSE | Output.SPARSE | Output.MULTI
+
+    def weights(self) -> Weights:
+        """Open the encoder's weights: names and shapes are checked now, values as they are taken.
+
+        Raises `CheckpointRefused`.
+        """
+        return Weights(
+            [open_safetensors(file.path) for file in self.weight_files],
+            tensor_shapes(self.config),
+        )

