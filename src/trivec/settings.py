@@ -97,6 +97,17 @@ class Life(Section):
     """The child is killed and started again when its heart has not beaten for this long."""
 
 
+class Telemetry(Section):
+    """How the process is seen; `/metrics` has its own switch, `metrics_open`."""
+
+    log_format: Literal["auto", "json", "text"] = "auto"
+    """Form of a log line; auto is JSON unless stderr is a terminal."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Lines below this level are not written; requests are at info."""
+    trace_endpoint: str | None = None
+    """Address that spans are sent to, OTLP over HTTP; needs the extra `tracing`."""
+
+
 class Settings(Section):
     """All that `trivec serve` can be told."""
 
@@ -131,6 +142,7 @@ class Settings(Section):
     http: HttpLimits = HttpLimits()
     line: LineBound = LineBound()
     life: Life = Life()
+    telemetry: Telemetry = Telemetry()
 
     @model_validator(mode="after")
     def _belong_together(self) -> Self:

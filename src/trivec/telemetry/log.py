@@ -1,0 +1,141 @@
+"""The log: one line a request, and one for each turn in the process's life.
+
+JSON for machines, readable on a terminal. A line holds ids, counts and durations; text, vectors and
+keys are in no event, so they cannot be here. It does not know who collects the lines.
+"""
+
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any, Literal, TextIO
+
+import msgspec
+import structlog
+
+from trivec.core.events import (
+    BatchRan,
+    Event,
+    LineChanged,
+    ModelLoaded,
+    PhaseChanged,
+    RequestServed,
+    RowNotFinite,
+    WorkerReplaced,
+)
+
+LogFormat = Literal["auto", "json", "text"]
+
+
+def configure_log(
+    log_format: LogFormat = "auto", *, stream: TextIO | None = None, level: str = "info"
+) -> None:
+    """Send every line of the process, other libraries' too, to *stream* (stderr) in one form.
+
+    "auto" is JSON unless *stream* is a terminal. Called once, by the entrance, before any thread.
+    """
+    out = stream if stream is not None else sys.stderr
+    as_json = log_format == "json" or (log_format == "auto" and not out.isatty())
+    number = logging.getLevelNamesMapping()[level.upper()]
+    common: list[Any] = [
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+    ]
+    ending: list[Any] = (
+        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(_to_json)]
+        if as_json
+        else [structlog.dev.ConsoleRenderer(colors=out.isatty(), timestamp_key="time")]
+    )
+    structlog.configure(
+        processors=[structlog.contextvars.merge_contextvars, *common, *ending],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.WriteLoggerFactory(out),
+        cache_logger_on_first_use=False,
+    )
+    foreign = logging.StreamHandler(out)
+    foreign.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*common, structlog.stdlib.add_logger_name],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *ending],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [foreign]
+    root.setLevel(max(number, logging.WARNING))  # libraries talk when something is wrong
+
+
+class RequestLog:
+    """An `Observer` that writes a line for each request, and for each event an operator acts on.
+
+    Batches and line depths are metrics, not lines. Called from any thread.
+    """
+
+    def __init__(self) -> None:
+        self._log = structlog.get_logger().bind()
+
+    def observe(self, event: Event) -> None:
+        match event:
+            case RequestServed():
+                self._log.info("request", **request_fields(event))
+            case BatchRan(failed=True):
+                self._log.warning("batch_failed", **_fields(event))
+            case BatchRan() | LineChanged():
+                pass
+            case WorkerReplaced():
+                self._log.error("worker_replaced", **_fields(event))
+            case RowNotFinite():
+                self._log.warning("row_not_finite", **_fields(event))
+            case ModelLoaded():
+                self._log.info("model_loaded", **model_fields(event))
+            case PhaseChanged():
+                self._log.info("phase", phase=event.phase, reason=event.reason)
+
+
+def request_fields(event: RequestServed) -> dict[str, object]:
+    """What a request's line says: milliseconds to the microsecond, and nothing that is absent."""
+    fields: dict[str, object] = {
+        "request_id": event.request_id,
+        "method": event.method,
+        "route": event.route,
+        "status": event.status,
+        "duration_ms": round(event.duration_s * 1e3, 3),
+        "request_bytes": event.request_bytes,
+        "answer_bytes": event.answer_bytes,
+    }
+    if event.code is not None:
+        fields["code"] = event.code
+    if event.key_id is not None:
+        fields["key_id"] = event.key_id
+    if event.client_request_id is not None:
+        fields["client_request_id"] = event.client_request_id
+    if event.model is not None:
+        fields["model"] = event.model
+        fields["inputs"] = event.input_count
+        fields["tokens"] = event.token_count
+        fields["tokenize_ms"] = round(event.tokenize_s * 1e3, 3)
+        fields["queue_ms"] = round(event.queue_s * 1e3, 3)
+        fields["compute_ms"] = round(event.compute_s * 1e3, 3)
+        fields["encode_ms"] = round(event.encode_s * 1e3, 3)
+    return fields
+
+
+def model_fields(event: ModelLoaded) -> dict[str, object]:
+    """What is known of a model when it starts to serve: the certificate's figures among it."""
+    card = event.card
+    return {
+        "model": card.id,
+        "precision": card.precision,
+        "verified": card.verified,
+        "load_ms": round(event.load_s * 1e3),
+        "cosine_min": event.cosine_min,
+        "cosine_mean": event.cosine_mean,
+        **dict(card.notes),
+    }
+
+
+def _fields(event: BatchRan | WorkerReplaced | RowNotFinite) -> Mapping[str, object]:
+    return {name: getattr(event, name) for name in event.__slots__}
+
+
+def _to_json(line: object, **_unused: object) -> str:
+    """JSON of one line. The caller passes json.dumps's keywords; msgspec needs none and is several times faster."""
+    return msgspec.json.encode(line, enc_hook=repr).decode()

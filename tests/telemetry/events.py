@@ -1,0 +1,57 @@
+"""Events as the rooms send them, with every field in its usual range."""
+
+from typing import Any
+
+from trivec.core.events import BatchRan, ModelLoaded, RequestServed
+from trivec.core.types import ModelCard, Output
+
+
+def request(**changes: Any) -> RequestServed:
+    fields: dict[str, Any] = {
+        "request_id": "req_01",
+        "client_request_id": None,
+        "method": "POST",
+        "route": "/v1/embeddings",
+        "status": 200,
+        "code": None,
+        "key_id": "key_01",
+        "model": "baai/bge-m3",
+        "input_count": 3,
+        "token_count": 40,
+        "request_bytes": 120,
+        "answer_bytes": 9000,
+        "duration_s": 0.050,
+        "tokenize_s": 0.001,
+        "queue_s": 0.004,
+        "compute_s": 0.030,
+        "encode_s": 0.002,
+    }
+    return RequestServed(**(fields | changes))
+
+
+def batch(**changes: Any) -> BatchRan:
+    fields: dict[str, Any] = {
+        "model": "baai/bge-m3",
+        "slot": 0,
+        "sequences": 4,
+        "tokens": 256,
+        "tokens_max": 512,
+        "duration_s": 0.25,
+        "failed": False,
+    }
+    return BatchRan(**(fields | changes))
+
+
+def loaded(model: str = "baai/bge-m3") -> ModelLoaded:
+    card = ModelCard(
+        id=model,
+        token_count_max=8192,
+        vocabulary_size=250_002,
+        dimensions=1024,
+        outputs=Output.DENSE,
+        precision="int8",
+        created=1_700_000_000,
+        owned_by="baai",
+        verified=True,
+    )
+    return ModelLoaded(card, load_s=2.5, cosine_min=0.9931, cosine_mean=0.9987)

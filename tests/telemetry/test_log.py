@@ -1,0 +1,154 @@
+"""The log: what a line holds, in which form, and what it never holds."""
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+import structlog
+from tests.telemetry.events import batch, loaded, request
+
+from trivec.core.events import (
+    Event,
+    LineChanged,
+    PhaseChanged,
+    RowNotFinite,
+    WorkerReplaced,
+)
+from trivec.telemetry import RequestLog, configure_log
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _restored_logging() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()
+
+
+def lines(*events: Event) -> list[dict[str, object]]:
+    out = io.StringIO()
+    configure_log("json", stream=out)
+    log = RequestLog()
+    for event in events:
+        log.observe(event)
+    return [json.loads(line) for line in out.getvalue().split("\n")[:-1]]
+
+
+def test_a_request_is_one_line_of_ids_counts_and_durations() -> None:
+    [line] = lines(request(client_request_id="mine-7"))
+    assert line.pop("time")
+    assert line == {
+        "event": "request",
+        "level": "info",
+        "request_id": "req_01",
+        "client_request_id": "mine-7",
+        "method": "POST",
+        "route": "/v1/embeddings",
+        "status": 200,
+        "key_id": "key_01",
+        "model": "baai/bge-m3",
+        "inputs": 3,
+        "tokens": 40,
+        "request_bytes": 120,
+        "answer_bytes": 9000,
+        "duration_ms": 50.0,
+        "tokenize_ms": 1.0,
+        "queue_ms": 4.0,
+        "compute_ms": 30.0,
+        "encode_ms": 2.0,
+    }
+
+
+def test_a_refused_request_says_why_and_leaves_out_what_never_was() -> None:
+    [line] = lines(request(status=401, code="invalid_api_key", key_id=None, model=None))
+    assert line["code"] == "invalid_api_key"
+    assert line.keys().isdisjoint({"key_id", "model", "tokens", "client_request_id"})
+
+
+def test_a_line_cannot_be_broken_by_what_a_client_sends() -> None:
+    [line] = lines(request(client_request_id='x\n{"event": "forged"}\u2028\x1b[31m'))
+    assert line["event"] == "request"
+    assert line["client_request_id"] == 'x\n{"event": "forged"}\u2028\x1b[31m'
+
+
+@pytest.mark.parametrize(
+    ("event", "name", "level"),
+    [
+        pytest.param(batch(failed=True), "batch_failed", "warning", id="a-failed-batch"),
+        pytest.param(
+            WorkerReplaced(1, "ValueError"), "worker_replaced", "error", id="a-dead-worker"
+        ),
+        pytest.param(
+            RowNotFinite("m", recovered=True), "row_not_finite", "warning", id="a-bad-row"
+        ),
+        pytest.param(PhaseChanged("ready", "warmed"), "phase", "info", id="a-new-phase"),
+        pytest.param(loaded(), "model_loaded", "info", id="a-loaded-model"),
+    ],
+)
+def test_what_an_operator_acts_on_has_a_line(event: Event, name: str, level: str) -> None:
+    [line] = lines(event)
+    assert (line["event"], line["level"]) == (name, level)
+
+
+def test_a_loaded_models_line_shows_its_certificate() -> None:
+    [line] = lines(loaded())
+    assert (line["model"], line["precision"]) == ("baai/bge-m3", "int8")
+    assert (line["cosine_min"], line["cosine_mean"]) == (0.9931, 0.9987)
+
+
+def test_batches_and_line_depths_are_metrics_and_no_lines() -> None:
+    assert lines(batch(), LineChanged("m", 1, 2)) == []
+
+
+def test_other_libraries_speak_json_too() -> None:
+    out = io.StringIO()
+    configure_log("json", stream=out)
+    logging.getLogger("granian").warning("worker %d is late", 3)
+    line = json.loads(out.getvalue())
+    assert (line["event"], line["logger"], line["level"]) == (
+        "worker 3 is late",
+        "granian",
+        "warning",
+    )
+
+
+def test_an_exception_is_one_json_line() -> None:
+    out = io.StringIO()
+    configure_log("json", stream=out)
+    try:
+        raise ValueError("first\nsecond")
+    except ValueError:
+        structlog.get_logger().exception("request_failed", request_id="req_9")
+    line = json.loads(out.getvalue())
+    assert line["request_id"] == "req_9"
+    assert "ValueError: first" in line["exception"]
+
+
+def test_a_terminal_gets_words_and_a_pipe_gets_json() -> None:
+    on_terminal, on_pipe = Terminal(), io.StringIO()
+    for stream in (on_terminal, on_pipe):
+        configure_log(stream=stream)
+        RequestLog().observe(request())
+    assert json.loads(on_pipe.getvalue())["request_id"] == "req_01"
+    assert "request_id" in on_terminal.getvalue()
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(on_terminal.getvalue())
+
+
+def test_lines_below_the_level_are_not_written() -> None:
+    out = io.StringIO()
+    configure_log("json", stream=out, level="warning")
+    RequestLog().observe(request())
+    RequestLog().observe(WorkerReplaced(0, "ValueError"))
+    assert [json.loads(line)["event"] for line in out.getvalue().splitlines()] == [
+        "worker_replaced"
+    ]
