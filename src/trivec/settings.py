@@ -102,8 +102,6 @@ class Telemetry(Section):
 
     log_format: Literal["auto", "json", "text"] = "auto"
     """Form of a log line; auto is JSON unless stderr is a terminal."""
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Lines below this level are not written; requests are at info."""
     trace_endpoint: str | None = None
     """Address that spans are sent to, OTLP over HTTP; needs the extra `tracing`."""
 
