@@ -1,0 +1,269 @@
+"""Text to token ids and back, by the checkpoint's own `tokenizer.json`, and what to do with long texts.
+
+It knows texts, ids and one length; not batches, keys or devices. The same text has the same ids on
+any thread. Two oddities of the hub's pipelines are kept for parity with other hosts: trailing
+blanks become a bare "▁", and a literal `</s>` in a text becomes the special id.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar, cast
+
+import numpy as np
+import tokenizers
+
+from trivec.core.errors import (
+    CheckpointRefused,
+    EngineFault,
+    FieldInvalid,
+    TextTooLong,
+    TokenIdUnknown,
+)
+from trivec.core.ports import Texts, TokenLists
+from trivec.core.types import Int32Array, LongText, Sequences, Truncated
+
+TEXT_BYTES_A_TOKEN = 64  # API.md: a text over this many bytes a token of the maximum is not read
+
+# A hand-over to the pool and back costs 30 µs idle and more under load; a text costs 7 µs (words
+# seen before) to 0.5 µs a character. Up to this size the event loop does it (decision 0041).
+INLINE_CHARACTERS_MAX = 256
+
+# One job of the pool: 10 to 100 ms of work, so that a huge request takes turns with the others.
+JOB_CHARACTERS_MAX = 64 * 1024
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Neighbouring texts of one request, encoded in one call."""
+
+    first: int  # index of texts[0] in the request
+    texts: Sequence[str]
+
+
+class Tokenizer:
+    """One model's tokenizer. Loading reads the file; every other call is thread safe."""
+
+    def __init__(
+        self, file: Path, *, token_count_max: int, vocabulary_size: int, pool: Executor
+    ) -> None:
+        self.token_count_max = token_count_max
+        self.vocabulary_size = vocabulary_size
+        self._pool = pool
+        self._codec = _load(file)
+        self._opening, self._closing = _special_ids(self._codec, file)
+        _refuse_foreign_ids(self._codec, file, vocabulary_size)
+
+    async def tokenize(self, inputs: Texts | TokenLists, *, long_text: LongText) -> Sequences:
+        """Ids of *inputs*, special tokens included, in their order.
+
+        Raises `TextTooLong` or `TokenIdUnknown` for the first input at fault, `FieldInvalid` for
+        a lone surrogate. Cancelling it frees the pool at the next job's end.
+        """
+        assert inputs, "a request has at least one input"
+        if isinstance(inputs[0], str):
+            return await self._tokenize_texts(cast(Texts, inputs), long_text)
+        lists = cast(TokenLists, inputs)
+        is_small = sum(map(len, lists)) <= JOB_CHARACTERS_MAX
+        return await self._do(partial(self._adopt, lists, long_text), inline=is_small)
+
+    def spell(self, token_ids: Int32Array) -> list[str]:
+        """The vocabulary's own strings; empty for an id that the vocabulary leaves out."""
+        return [self._codec.id_to_token(token_id) or "" for token_id in token_ids.tolist()]
+
+    async def _tokenize_texts(self, texts: Texts, long_text: LongText) -> Sequences:
+        sizes = list(map(len, texts))
+        if sum(sizes) <= INLINE_CHARACTERS_MAX:
+            return self._encode(Job(0, texts), long_text)
+        done = [
+            await self._do(partial(self._encode, job, long_text)) for job in _jobs(texts, sizes)
+        ]
+        return done[0] if len(done) == 1 else _join(done)
+
+    async def _do(self, work: Callable[[], T], *, inline: bool = False) -> T:
+        if inline:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def _encode(self, job: Job, long_text: LongText) -> Sequences:
+        texts, cut = self._bound_bytes(job, long_text)
+        try:
+            # Releases the GIL; no offsets, which nobody reads.
+            encodings = self._codec.encode_batch_fast(texts)
+        except TypeError as exc:  # how the library reports a str that is not Unicode
+            raise _lone_surrogate(job) from exc
+        ids = [encoding.ids for encoding in encodings]
+        return self._settle(Sequences.pack(ids), job.first, long_text, cut)
+
+    def _bound_bytes(self, job: Job, long_text: LongText) -> tuple[Sequence[str], frozenset[int]]:
+        """The job's texts, none over the byte bound, and which were cut for it.
+
+        Such a text is refused when it may not be cut, for counting as well: there is no bound on
+        what it would cost.
+        """
+        bytes_max = TEXT_BYTES_A_TOKEN * self.token_count_max
+        huge = [i for i, text in enumerate(job.texts) if _exceeds(text, bytes_max)]
+        if not huge:
+            return job.texts, frozenset()
+        if long_text in (LongText.REFUSE, LongText.KEEP):
+            raise TextTooLong(
+                token_count=None,
+                token_count_max=self.token_count_max,
+                index=job.first + huge[0],
+            )
+        texts = list(job.texts)
+        for i in huge:
+            encoded = texts[i].encode("utf-8", "replace")
+            from_start = long_text is LongText.CUT_START
+            kept = encoded[-bytes_max:] if from_start else encoded[:bytes_max]
+            texts[i] = kept.decode("utf-8", "ignore")  # a character cut in two is dropped
+        return texts, frozenset(huge)
+
+    def _adopt(self, lists: TokenLists, long_text: LongText) -> Sequences:
+        """The client's own ids, checked, and wrapped in special tokens unless they already are."""
+        given = Sequences.pack(lists)
+        self._refuse_unknown(given)
+        lengths = given.lengths()  # [sequences]
+        assert lengths.all(), "the route refuses an empty array"
+        is_bare = ~(
+            (lengths >= 2)
+            & (given.token_ids[given.starts[:-1]] == self._opening)
+            & (given.token_ids[given.starts[1:] - 1] == self._closing)
+        )
+        starts = np.zeros_like(given.starts)
+        np.cumsum(lengths + 2 * is_bare, out=starts[1:])
+        token_ids = np.empty(int(starts[-1]), np.int32)
+        token_ids[starts[:-1]] = self._opening
+        token_ids[starts[1:] - 1] = self._closing
+        moved = np.repeat(starts[:-1] - given.starts[:-1] + is_bare, lengths)  # [given tokens]
+        token_ids[np.arange(given.token_count) + moved] = given.token_ids
+        return self._settle(Sequences(token_ids, starts), 0, long_text, frozenset())
+
+    def _refuse_unknown(self, given: Sequences) -> None:
+        is_unknown = (given.token_ids < 0) | (given.token_ids >= self.vocabulary_size)
+        if not is_unknown.any():
+            return
+        at = int(is_unknown.argmax())
+        sequence = int(np.searchsorted(given.starts, at, side="right")) - 1
+        raise TokenIdUnknown(
+            token_id=int(given.token_ids[at]),
+            vocabulary_size=self.vocabulary_size,
+            param=f"input[{sequence}]",
+        )
+
+    def _settle(
+        self, whole: Sequences, first: int, long_text: LongText, cut: frozenset[int]
+    ) -> Sequences:
+        """Refuse, cut or keep what is longer than the model reads. *cut*: texts cut already."""
+        lengths = whole.lengths()
+        long = np.flatnonzero(lengths > self.token_count_max).tolist()
+        if not long and not cut:
+            return whole
+        if long_text is LongText.KEEP:
+            return whole
+        if long_text is LongText.REFUSE:
+            raise TextTooLong(
+                token_count=int(lengths[long[0]]),
+                token_count_max=self.token_count_max,
+                index=first + long[0],
+            )
+        ids = np.split(whole.token_ids, whole.starts[1:-1])
+        truncated = {}
+        for i in sorted({*long, *cut}):
+            original = None if i in cut else len(ids[i])
+            ids[i] = self._cut(ids[i], from_start=long_text is LongText.CUT_START)
+            truncated[i] = Truncated(original_tokens=original, kept_tokens=len(ids[i]))
+        return Sequences.pack(ids, truncated)
+
+    def _cut(self, ids: Int32Array, *, from_start: bool) -> Int32Array:
+        """At most `token_count_max` of *ids*, both special tokens still in their places."""
+        kept = self.token_count_max
+        if len(ids) <= kept:
+            return ids
+        if from_start:
+            return np.concatenate(([self._opening], ids[len(ids) - kept + 1 :])).astype(np.int32)
+        return np.concatenate((ids[: kept - 1], [self._closing])).astype(np.int32)
+
+
+def _load(file: Path) -> tokenizers.Tokenizer:
+    try:
+        codec = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as exc:  # the library raises nothing narrower
+        raise CheckpointRefused(
+            f"{file} cannot be read as a tokenizer: {exc}. Fetch the model again."
+        ) from exc
+    codec.no_padding()
+    codec.no_truncation()
+    return codec
+
+
+def _special_ids(codec: tokenizers.Tokenizer, file: Path) -> tuple[int, int]:
+    """The ids around every text; the BERT family has exactly one on each side."""
+    empty = codec.encode("").ids
+    if len(empty) != 2:
+        raise CheckpointRefused(
+            f"{file} puts {len(empty)} special tokens around a text; only one before and one "
+            "after it is understood. Take the tokenizer.json that belongs to this model."
+        )
+    return empty[0], empty[1]
+
+
+def _refuse_foreign_ids(codec: tokenizers.Tokenizer, file: Path, vocabulary_size: int) -> None:
+    """Ids that the embedding table does not hold would be read outside of it."""
+    added = codec.get_added_tokens_decoder()
+    id_count = max([codec.get_vocab_size(with_added_tokens=False), *(i + 1 for i in added)])
+    if id_count > vocabulary_size:
+        raise CheckpointRefused(
+            f"{file} has token ids up to {id_count - 1}, but the model's vocabulary has "
+            f"{vocabulary_size}. Take the tokenizer.json that belongs to this model."
+        )
+
+
+def _exceeds(text: str, bytes_max: int) -> bool:
+    if 4 * len(text) <= bytes_max:  # no character has more than four bytes
+        return False
+    if len(text) > bytes_max or text.isascii():
+        return len(text) > bytes_max
+    return len(text.encode("utf-8", "replace")) > bytes_max
+
+
+def _lone_surrogate(job: Job) -> Exception:
+    for i, text in enumerate(job.texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return FieldInvalid(
+                f"input[{job.first + i}] holds half of a surrogate pair, which is no character. "
+                "Send well-formed Unicode.",
+                param=f"input[{job.first + i}]",
+            )
+    return EngineFault("the tokenizer refused a text that is well-formed Unicode")
+
+
+def _jobs(texts: Texts, sizes: Sequence[int]) -> Iterator[Job]:
+    """*texts* cut into neighbours of at most `JOB_CHARACTERS_MAX`; a longer text goes alone."""
+    first, characters = 0, 0
+    for i, size in enumerate(sizes):
+        if characters and characters + size > JOB_CHARACTERS_MAX:
+            yield Job(first, texts[first:i])
+            first, characters = i, 0
+        characters += size
+    yield Job(first, texts[first:])
+
+
+def _join(parts: Sequence[Sequences]) -> Sequences:
+    """*parts* of one request as one, in their order."""
+    token_ids = np.concatenate([part.token_ids for part in parts])
+    starts = np.zeros(sum(map(len, parts)) + 1, np.int32)
+    np.cumsum(np.concatenate([part.lengths() for part in parts]), out=starts[1:])
+    truncated: dict[int, Truncated] = {}
+    first = 0
+    for part in parts:
+        truncated.update({first + i: cut for i, cut in part.truncated.items()})
+        first += len(part)
+    return Sequences(token_ids, starts, truncated)

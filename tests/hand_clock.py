@@ -1,0 +1,20 @@
+"""A clock that stands still until a test moves it."""
+
+
+class HandClock:
+    """`Clock` for tests: both times advance by exactly what `move` is told."""
+
+    def __init__(self, *, now_s: float = 1_000.0, wall_s: float = 1_700_000_000.0) -> None:
+        self._now_s = now_s
+        self._wall_s = wall_s
+
+    def now_s(self) -> float:
+        return self._now_s
+
+    def wall_s(self) -> float:
+        return self._wall_s
+
+    def move(self, seconds: float) -> None:
+        assert seconds >= 0, "a monotonic clock never runs backwards"
+        self._now_s += seconds
+        self._wall_s += seconds
