@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from trivec.checkpoints.convert import converted
 from trivec.checkpoints.encoder import EncoderConfig, Pooling, tensor_shapes
 from trivec.checkpoints.hashes import HashedFile
 from trivec.checkpoints.safetensors_file import open_safetensors
@@ -55,9 +56,11 @@ class Checkpoint:
     def weights(self) -> Weights:
         """Open the encoder's weights: names and shapes are checked now, values as they are taken.
 
+        A torch file is converted first, once: seconds and as much disk under `cache_dir` again.
         Raises `CheckpointRefused`.
         """
-        return Weights(
-            [open_safetensors(file.path) for file in self.weight_files],
-            tensor_shapes(self.config),
-        )
+        files = [
+            converted(file, cache_dir=self.cache_dir) if file.path.suffix == ".bin" else file.path
+            for file in self.weight_files
+        ]
+        return Weights([open_safetensors(file) for file in files], tensor_shapes(self.config))

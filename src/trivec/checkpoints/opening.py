@@ -14,6 +14,7 @@ from trivec.checkpoints.catalogue import CATALOGUE, CatalogueEntry, Pin
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.checkpoints.folder import survey
 from trivec.checkpoints.hashes import HashedFile, Hashes
+from trivec.checkpoints.heads import head_files, read_heads
 from trivec.checkpoints.layout import LAYOUT_FILES, Recipe, read_config, read_recipe
 from trivec.core.errors import CheckpointRefused
 
@@ -119,8 +120,12 @@ def files_in_use(found: Found, names: frozenset[str]) -> list[str]:
     weights = [name for name in (*pinned, *WEIGHT_FILES) if name in names]
     if not weights:
         raise CheckpointRefused(f"{found.folder}: holds none of {', '.join(WEIGHT_FILES)}")
+    try:
+        heads = head_files(names)
+    except ValueError as error:
+        raise CheckpointRefused(f"{found.folder}: {error}") from error
     layout = [name for name in LAYOUT_FILES if name in names]
-    return [*layout, TOKENIZER_FILE, weights[0]]
+    return [*layout, TOKENIZER_FILE, weights[0], *heads]
 
 
 def refuse_other_sizes(found: Found, used: list[str], pins: Mapping[str, Pin]) -> None:
@@ -169,7 +174,7 @@ def _read(
     """Read the small files, whose hashes are known by now."""
     config = read_config(found.folder)
     recipe = _recipe(found, names, hidden_size=config.hidden_size)
-    entry = found.entry
+    entry, heads = found.entry, head_files(names)
     weight_files = tuple(file for name, file in hashed.items() if name in WEIGHT_FILES)
     return Checkpoint(
         id=found.id,
@@ -182,7 +187,7 @@ def _read(
             recipe.token_count_max or config.token_count_max, config.token_count_max
         ),
         tokenizer_file=found.folder / TOKENIZER_FILE,
-        heads=None,
+        heads=read_heads(found.folder, heads, hidden_size=config.hidden_size) if heads else None,
         digest=digest_of(hashed),
         verified=verified,
         source=found.source,

@@ -5,6 +5,7 @@ reader hands out views of the mapped file. The format: 8 bytes of header length 
 the header, then the tensors end to end. https://huggingface.co/docs/safetensors
 """
 
+import hashlib
 import json
 import mmap
 import os
@@ -98,11 +99,11 @@ def write_safetensors(
     file: Path,
     shapes: Mapping[str, tuple[StoredType, tuple[int, ...]]],
     tensors: Iterable[memoryview | bytes],
-) -> None:
-    """Write *file* in one pass, one tensor in memory at a time, and move it into place at the end.
+) -> str:
+    """Write *file* in one pass, one tensor in memory at a time; returns its sha256.
 
-    *tensors* yields the little-endian bytes of each name of *shapes*, in that order. A reader
-    never sees half a file.
+    *tensors* yields the little-endian bytes of each name of *shapes*, in that order. The file is
+    moved into place at the end: a reader never sees half of it.
     """
     entries: dict[str, _Entry] = {}
     offset = 0
@@ -116,13 +117,17 @@ def write_safetensors(
     unfinished = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
         with unfinished.open("wb") as out:
-            out.write(len(encoded).to_bytes(8, "little") + encoded)
+            head = len(encoded).to_bytes(8, "little") + encoded
+            sha256 = hashlib.sha256(head)
+            out.write(head)
             for entry, tensor in zip(entries.values(), tensors, strict=True):
                 begin, end = entry.data_offsets
                 assert len(tensor) == end - begin
+                sha256.update(tensor)
                 out.write(tensor)
             out.flush()
             os.fsync(out.fileno())
         unfinished.replace(file)
+        return sha256.hexdigest()
     finally:
         unfinished.unlink(missing_ok=True)
