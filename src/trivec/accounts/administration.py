@@ -1,0 +1,165 @@
+"""What an administrator does with keys and with the ledger. Blocking; every call is one transaction.
+
+The command line uses it as it is; `Accounts` runs it off the event loop.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from trivec.accounts import keys
+from trivec.accounts.allowance import LIMIT_MAX
+from trivec.accounts.store import Store
+from trivec.accounts.types import (
+    Key,
+    KeyPlan,
+    NewKey,
+    Scope,
+    Secret,
+    UsageBy,
+    UsageLine,
+    UsageQuery,
+)
+from trivec.core.errors import FieldInvalid, ResourceUnknown
+from trivec.core.ports import Clock
+
+FIXED_KEY_ID = "TRIVEC_API_KEY"  # the id and name of the key that the environment gives
+FIRST_KEY_NAME = "first"
+NAME_CHARS_MAX = 64
+KEYS_MAX = 100_000  # live ones: every process holds them all in memory
+OVERLAP_S = 24 * 3600.0  # how long a rotated key's old secret still opens it
+
+
+class Administration:
+    """Keys are addressed by name, by id, or by a plain key itself."""
+
+    def __init__(self, store: Store, *, clock: Clock, secret: bytes) -> None:
+        self._store = store
+        self._clock = clock
+        self._secret = secret
+
+    def create_key(self, plan: KeyPlan) -> NewKey:
+        """Raises `FieldInvalid` for a name that is taken or unfit, and for absurd limits."""
+        check_plan(plan)
+        if sum(key.revoked_us is None for key in self.list_keys()) >= KEYS_MAX:
+            raise FieldInvalid(f"There are {KEYS_MAX} keys already; revoke some.", param="name")
+        now_us = self._now_us()
+        secret, plain = self._new_secret(now_us)
+        key = Key(
+            keys.new_key_id(),
+            plan.name,
+            plan.scopes,
+            plan.models,
+            plan.allowance,
+            created_us=now_us,
+            expires_us=plan.expires_us,
+            secrets=(secret,),
+        )
+        self._store.add_key(key)
+        return NewKey(key, plain)
+
+    def create_first_key(self) -> NewKey | None:
+        """A key with every scope, if there has never been one; None otherwise."""
+        if self._store.keys_since(0).keys:
+            return None
+        try:
+            return self.create_key(KeyPlan(FIRST_KEY_NAME, scopes=frozenset(Scope)))
+        except FieldInvalid:  # another process was quicker
+            return None
+
+    def list_keys(self) -> list[Key]:
+        """All of them, revoked ones too, oldest first."""
+        return sorted(self._store.keys_since(0).keys, key=lambda key: (key.created_us, key.id))
+
+    def show_key(self, reference: str) -> Key:
+        """Raises `ResourceUnknown`."""
+        found = self._found(reference)
+        if found is None:
+            hint = "trivec keys list shows them."
+            if reference.startswith(keys.PREFIX) and not keys.is_well_formed(reference):
+                hint = "What looks like a key has a typo in it: its checksum does not fit."
+            shown = (
+                reference[: keys.FIRST_CHARS] + "…"
+                if len(reference) > NAME_CHARS_MAX
+                else reference
+            )
+            raise ResourceUnknown(f"There is no key {shown}. {hint}")
+        return found
+
+    def revoke_key(self, reference: str) -> Key:
+        """It opens nothing from now on, on any process within a second. Cannot be undone."""
+        now_us = self._now_us()
+        return self._change(
+            reference,
+            lambda key: key if key.revoked_us is not None else replace(key, revoked_us=now_us),
+        )
+
+    def rotate_key(self, reference: str, *, overlap_s: float = OVERLAP_S) -> NewKey:
+        """A second plain key for the same key; the one before it expires after *overlap_s*.
+
+        Usage and allowance go on as they were. Raises `FieldInvalid` for a revoked key.
+        """
+        now_us = self._now_us()
+        secret, plain = self._new_secret(now_us)
+        until_us = now_us + round(overlap_s * 1_000_000)
+
+        def rotated(key: Key) -> Key:
+            if not key.is_live(now_us):
+                raise FieldInvalid(f"The key {key.name} is revoked or expired; create another.")
+            *_, newest = key.secrets
+            newest = replace(newest, expires_us=min(until_us, newest.expires_us or until_us))
+            return replace(key, secrets=(newest, secret))
+
+        return NewKey(self._change(reference, rotated), plain)
+
+    def usage(self, query: UsageQuery) -> list[UsageLine]:
+        """Sums over the ledger, with the names of keys where it is summed by key."""
+        lines = self._store.usage(query)
+        if query.by is not UsageBy.KEY:
+            return lines
+        names: dict[str | None, str] = {key.id: key.name for key in self.list_keys()}
+        return [replace(line, name=names.get(line.group, line.group)) for line in lines]
+
+    def _change(self, reference: str, change: Callable[[Key], Key]) -> Key:
+        return self._store.change_key(self.show_key(reference).id, change)
+
+    def _found(self, reference: str) -> Key | None:
+        """Names may be used again after a revocation: the living come before the dead."""
+        digest = keys.digest(reference, secret=self._secret)
+        found = [
+            key
+            for key in self.list_keys()
+            if reference in (key.id, key.name) or any(s.digest == digest for s in key.secrets)
+        ]
+        return max(found, key=lambda key: (key.revoked_us is None, key.created_us), default=None)
+
+    def _new_secret(self, now_us: int) -> "tuple[Secret, str]":
+        plain = keys.new_plain_key()
+        digest = keys.digest(plain, secret=self._secret)
+        first, last = plain[: keys.FIRST_CHARS], plain[-keys.LAST_CHARS :]
+        return Secret(digest, first, last, created_us=now_us), plain
+
+    def _now_us(self) -> int:
+        return int(self._clock.wall_s() * 1_000_000)
+
+
+def check_plan(plan: KeyPlan) -> None:
+    """Raise `FieldInvalid` for a plan that no store should hold."""
+    if not (0 < len(plan.name) <= NAME_CHARS_MAX and plan.name.isprintable()) or (
+        plan.name != plan.name.strip() or plan.name.startswith((keys.PREFIX, "key_", "-"))
+    ):
+        raise FieldInvalid(
+            f"A key's name has 1 to {NAME_CHARS_MAX} printable characters, no blank at its ends, "
+            "and does not begin with tv_, key_ or a dash.",
+            param="name",
+        )
+    if plan.name == FIXED_KEY_ID:
+        raise FieldInvalid(f"{FIXED_KEY_ID} names the key of the environment.", param="name")
+    if not plan.scopes:
+        raise FieldInvalid("A key needs a scope: embed, admin or both.", param="scopes")
+    limits = {
+        "requests_per_minute": plan.allowance.requests_per_minute,
+        "tokens_per_minute": plan.allowance.tokens_per_minute,
+    }
+    for name, limit in limits.items():
+        if limit is not None and not 1 <= limit <= LIMIT_MAX:
+            raise FieldInvalid(f"{name} is {limit}; it is 1 to {LIMIT_MAX}, or unset.", param=name)

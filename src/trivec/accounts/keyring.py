@@ -1,0 +1,85 @@
+"""Every live key by its digest, never older than half a second: how a bearer becomes a `Caller`.
+
+A look-up touches no store, so a known key, an unknown one and a near miss cost the same: one HMAC,
+one dictionary, one comparison in constant time. Only what changed is read again.
+"""
+
+import asyncio
+import hmac
+from collections.abc import Callable
+from concurrent.futures import Executor
+
+from trivec.accounts import keys
+from trivec.accounts.store import KeyChanges
+from trivec.accounts.types import Caller, Key, Secret
+from trivec.core.errors import KeyInvalid
+from trivec.core.ports import Clock
+
+STALE_S = 0.5  # a revoked key opens nothing 1 s later, on any process; this leaves as much to spare
+NOBODY = bytes(32)  # what an unknown digest is compared with
+
+
+class Keyring:
+    """Lives on the event loop; reads the store on *reader*."""
+
+    def __init__(
+        self,
+        keys_since: Callable[[int], KeyChanges],
+        *,
+        reader: Executor,
+        clock: Clock,
+        secret: bytes,
+    ) -> None:
+        self._keys_since = keys_since
+        self._reader = reader
+        self._clock = clock
+        self._secret = secret
+        self._revision = 0
+        self._read_s: float | None = None
+        self._distrusted = 0  # times
+        self._reading: asyncio.Task[None] | None = None
+        self._by_digest: dict[bytes, tuple[Key, Secret]] = {}
+        self._digests: dict[str, tuple[bytes, ...]] = {}  # by key id
+
+    async def find(self, bearer: str) -> Caller:
+        """Raises `KeyInvalid` for a key that is unknown, revoked or expired; `StoreUnavailable`."""
+        await self._freshen()
+        if len(bearer) > keys.BEARER_CHARS_MAX:
+            raise KeyInvalid
+        digest = keys.digest(bearer, secret=self._secret)
+        found = self._by_digest.get(digest)
+        known = hmac.compare_digest(digest, NOBODY if found is None else found[1].digest)
+        if not known or found is None:
+            raise KeyInvalid
+        now_us = int(self._clock.wall_s() * 1_000_000)
+        if not (found[0].is_live(now_us) and found[1].is_live(now_us)):
+            raise KeyInvalid
+        return found[0].caller()
+
+    def distrust(self) -> None:
+        """What was read is out of date: read again before the next answer."""
+        self._distrusted += 1
+        self._read_s = None
+
+    async def _freshen(self) -> None:
+        while self._read_s is None or self._clock.now_s() - self._read_s >= STALE_S:
+            if self._reading is None:
+                self._reading = asyncio.create_task(self._read())
+                self._reading.add_done_callback(lambda _: self._done())
+            await asyncio.shield(self._reading)
+
+    def _done(self) -> None:
+        self._reading = None
+
+    async def _read(self) -> None:
+        started_s, distrusted = self._clock.now_s(), self._distrusted
+        loop = asyncio.get_running_loop()
+        changes = await loop.run_in_executor(self._reader, self._keys_since, self._revision)
+        for key in changes.keys:
+            for digest in self._digests.pop(key.id, ()):
+                del self._by_digest[digest]
+            if key.revoked_us is None:
+                self._digests[key.id] = tuple(secret.digest for secret in key.secrets)
+                self._by_digest |= {secret.digest: (key, secret) for secret in key.secrets}
+        self._revision = changes.revision
+        self._read_s = started_s if distrusted == self._distrusted else None

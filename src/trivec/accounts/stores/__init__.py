@@ -1,0 +1,1 @@
+"""Where the books are kept: memory, SQLite, Postgres. One contract, `store.Store`, for all three."""

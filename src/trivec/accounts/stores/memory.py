@@ -1,0 +1,118 @@
+"""Books that are gone with the process: for tests, and the plain twin of the SQL stores."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from threading import Lock
+
+from trivec.accounts.allowance import Bucket
+from trivec.accounts.entries import Claim, ClaimName, Committed, Entry, LedgerRow, Upkeep
+from trivec.accounts.page import CLAIM_HELD_US, SUCCESS_BELOW, Page
+from trivec.accounts.store import KeyChanges, unavailable
+from trivec.accounts.types import Key, UsageBy, UsageLine, UsageQuery
+from trivec.accounts.utc import day
+from trivec.core.errors import FieldInvalid, ResourceUnknown
+
+
+class MemoryStore:
+    """`broken` makes it refuse, as a full disk would."""
+
+    def __init__(self) -> None:
+        self.broken = False
+        self.rows: list[LedgerRow] = []
+        self._lock = Lock()
+        self._buckets: dict[str, Bucket] = {}
+        self._claims: dict[ClaimName, Claim] = {}
+        self._keys: dict[str, Key] = {}
+        self._revisions: dict[str, int] = {}
+        self._offsets_us: dict[str, int] = {}
+
+    def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
+        with self._lock:
+            self._check()
+            page = Page(now_us=now_us, buckets=self._buckets, claims=self._claims)
+            outcomes = [page.take(entry) for entry in entries]
+            self._buckets.update(page.buckets_changed)
+            for name, claim in page.claims_changed.items():
+                if claim is None:
+                    self._claims.pop(name, None)
+                else:
+                    self._claims[name] = claim
+            if page.upkeep is not None:
+                self._keep_up(page.upkeep, now_us=page.now_us)
+            self.rows.extend(page.rows)
+        return Committed(outcomes, page.now_us)
+
+    def _keep_up(self, upkeep: Upkeep, *, now_us: int) -> None:
+        for name, claim in list(self._claims.items()):
+            if now_us >= claim.expires_us:
+                del self._claims[name]
+            elif claim.owner == upkeep.owner and not claim.done:
+                self._claims[name] = replace(claim, held_until_us=now_us + CLAIM_HELD_US)
+
+    def _check(self) -> None:
+        if self.broken:
+            raise unavailable() from OSError("the store in memory was broken on purpose")
+
+    def agree_offset_us(self, boot_id: str, *, proposed_us: int) -> int:
+        return self._offsets_us.setdefault(boot_id, proposed_us)
+
+    def keys_since(self, revision: int) -> KeyChanges:
+        with self._lock:
+            changed = tuple(self._keys[k] for k, at in self._revisions.items() if at > revision)
+            return KeyChanges(max([revision, *self._revisions.values()]), changed)
+
+    def add_key(self, key: Key) -> None:
+        with self._lock:
+            self._check()
+            if any(k.name == key.name and k.revoked_us is None for k in self._keys.values()):
+                raise FieldInvalid(f"There is a key named {key.name} already.", param="name")
+            self._put_key(key)
+
+    def change_key(self, key_id: str, change: Callable[[Key], Key]) -> Key:
+        with self._lock:
+            self._check()
+            if key_id not in self._keys:
+                raise ResourceUnknown(f"There is no key {key_id}.")
+            return self._put_key(change(self._keys[key_id]))
+
+    def _put_key(self, key: Key) -> Key:
+        self._keys[key.id] = key
+        self._revisions[key.id] = max([0, *self._revisions.values()]) + 1
+        return key
+
+    def usage(self, query: UsageQuery) -> list[UsageLine]:
+        groups: dict[str | None, list[LedgerRow]] = {}
+        for row in list(self.rows):
+            if _asked_for(row, query):
+                groups.setdefault(_group(row, query.by), []).append(row)
+        return [
+            UsageLine(
+                group,
+                None,
+                requests=len(rows),
+                failed=sum(row.status >= SUCCESS_BELOW for row in rows),
+                tokens=sum(row.token_count for row in rows),
+            )
+            for group, rows in sorted(groups.items(), key=lambda item: item[0] or "")
+        ]
+
+    def close(self) -> None:
+        pass
+
+
+def _asked_for(row: LedgerRow, query: UsageQuery) -> bool:
+    return (
+        (query.since_us is None or row.time_us >= query.since_us)
+        and (query.until_us is None or row.time_us < query.until_us)
+        and (query.key_id is None or row.key_id == query.key_id)
+    )
+
+
+def _group(row: LedgerRow, by: UsageBy) -> str | None:
+    match by:
+        case UsageBy.KEY:
+            return row.key_id
+        case UsageBy.MODEL:
+            return row.model
+        case UsageBy.DAY:
+            return day(row.time_us)

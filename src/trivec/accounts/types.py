@@ -1,0 +1,171 @@
+"""The room's nouns: who calls, what they may spend, and what is written down of a request.
+
+Frozen values only. They know nothing of HTTP, of SQL, or of what an embedding is.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from trivec.core.errors import ModelDenied, ScopeMissing
+
+
+class Scope(StrEnum):
+    """What a key opens."""
+
+    EMBED = "embed"
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What a key may spend a minute, refilled continuously; the burst is one minute's worth."""
+
+    requests_per_minute: int | None = None  # None: no limit
+    tokens_per_minute: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who sent a request, as far as its key tells."""
+
+    key_id: str
+    name: str
+    scopes: frozenset[Scope]
+    models: frozenset[str] | None = None  # None: every model
+    allowance: Allowance | None = None  # None: no limit
+
+    def require(self, scope: Scope) -> None:
+        """Raise `ScopeMissing` unless the key has *scope*."""
+        if scope not in self.scopes:
+            raise ScopeMissing(scope=scope)
+
+    def require_model(self, model: str) -> None:
+        """Raise `ModelDenied` unless the key may use *model*, a served id."""
+        if self.models is not None and model not in self.models:
+            raise ModelDenied(model=model)
+
+
+@dataclass(frozen=True, slots=True)
+class AllowanceState:
+    """What the `x-ratelimit-*` headers say. Each is None where the key has no such limit."""
+
+    limit_requests: int | None
+    remaining_requests: int | None
+    reset_requests_s: float | None  # until the whole allowance is there again
+    limit_tokens: int | None
+    remaining_tokens: int | None
+    reset_tokens_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What is known of a request before any work is done for it."""
+
+    request_id: str  # ours, unique for ever
+    model: str | None  # a served id
+    idempotency_key: str | None  # as sent; only its digest is stored
+    body_digest: bytes  # equal bodies, equal digests; looked at only with an idempotency key
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """What a request came to."""
+
+    status: int  # the HTTP status that was answered; below 400 is a success
+    input_count: int
+    token_count: int  # computed, special tokens included
+    duration_s: float
+    user: str | None = None  # the client's own word for its user; hashed before it is stored
+
+
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """One of the at most two plain keys that open the same key, as we store it."""
+
+    digest: bytes  # HMAC-SHA256 of the plain key under the server's secret, 32 bytes
+    first: str  # its first 8 characters
+    last: str  # its last 4 characters
+    created_us: int  # microseconds since the epoch, here and below
+    expires_us: int | None = None
+
+    def is_live(self, now_us: int) -> bool:
+        return self.expires_us is None or now_us < self.expires_us
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key: one name, one allowance and one line in the usage, whatever its secrets."""
+
+    id: str
+    name: str
+    scopes: frozenset[Scope]
+    models: frozenset[str] | None
+    allowance: Allowance
+    created_us: int
+    expires_us: int | None = None
+    revoked_us: int | None = None
+    secrets: tuple[Secret, ...] = ()  # oldest first
+
+    def is_live(self, now_us: int) -> bool:
+        return self.revoked_us is None and (self.expires_us is None or now_us < self.expires_us)
+
+    def caller(self) -> Caller:
+        limited = self.allowance != Allowance()
+        allowance = self.allowance if limited else None
+        return Caller(self.id, self.name, self.scopes, self.models, allowance)
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """A key with the one plain secret that was just made, to be shown once and forgotten."""
+
+    key: Key
+    plain: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeyPlan:
+    """What whoever makes a key decides about it."""
+
+    name: str
+    scopes: frozenset[Scope] = frozenset({Scope.EMBED})
+    models: frozenset[str] | None = None
+    allowance: Allowance = Allowance()
+    expires_us: int | None = None
+
+
+class UsageBy(StrEnum):
+    """What usage is summed over."""
+
+    KEY = "key"
+    MODEL = "model"
+    DAY = "day"
+
+
+@dataclass(frozen=True, slots=True)
+class UsageQuery:
+    """Which part of the ledger to sum, and how. Times are microseconds since the epoch, UTC."""
+
+    by: UsageBy
+    since_us: int | None = None  # included
+    until_us: int | None = None  # excluded
+    key_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UsageLine:
+    """One sum over the ledger."""
+
+    group: str | None  # a key's id, a model's id, or a day such as 2026-11-22; None: no model
+    name: str | None  # the key's name; None unless summed by key
+    requests: int
+    failed: int  # those of the requests that were answered with 400 or above
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreHealth:
+    """Whether the ledger can be written, as of the last try."""
+
+    writable: bool
+    reason: str  # for the operator; "ok" when writable
