@@ -1,0 +1,63 @@
+"""Reading a request's body within its bounds: bytes, pieces and seconds."""
+
+import asyncio
+
+from trivec.api.reading import check_json_is_declared
+from trivec.api.visit import Visit
+from trivec.core.errors import BodyTooLarge, BodyTooSlow, MalformedBody
+from trivec.settings import HttpLimits
+
+
+async def read_json_body(visit: Visit, limits: HttpLimits) -> bytes:
+    """The body of a request that says it is JSON; else `MediaTypeUnsupported`, unread."""
+    check_json_is_declared(visit.header(b"content-type"), visit.header(b"content-encoding"))
+    return await read_body(visit, limits)
+
+
+async def read_body(visit: Visit, limits: HttpLimits) -> bytes:
+    """The whole body. Raises `BodyTooLarge`, `BodyTooSlow`, or `MalformedBody` if it breaks off.
+
+    A declared length is refused before anything is read. Pieces are counted only where no length
+    was declared: over a slow link every packet of an honest body is a piece.
+    """
+    declared = visit.headers.get(b"content-length")
+    if declared is not None and declared.isdigit() and int(declared[:20]) > limits.body_bytes_max:
+        raise _too_many_bytes(limits)
+    try:
+        async with asyncio.timeout(limits.body_s_max):
+            return await _gather(visit, limits, counts_pieces=declared is None)
+    except TimeoutError:
+        raise BodyTooSlow(
+            f"The request body did not arrive within {limits.body_s_max:g} seconds. "
+            "Send it again, in smaller requests."
+        ) from None
+
+
+async def _gather(visit: Visit, limits: HttpLimits, *, counts_pieces: bool) -> bytes:
+    pieces: list[bytes] = []
+    while True:
+        message = await visit.receive()
+        if message["type"] != "http.request":  # a bad chunk looks like a client that left
+            raise MalformedBody(
+                "We could not parse the JSON body of your request (it broke off before its end). "
+                "Send one JSON object in UTF-8."
+            )
+        if piece := message.get("body", b""):
+            pieces.append(piece)
+            visit.request_bytes += len(piece)
+        if visit.request_bytes > limits.body_bytes_max:
+            raise _too_many_bytes(limits)
+        if counts_pieces and len(pieces) > limits.body_chunks_max:
+            raise BodyTooLarge(
+                f"The request body came in more than {limits.body_chunks_max} chunks. "
+                "Send it in larger ones, or with a Content-Length."
+            )
+        if not message.get("more_body", False):
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _too_many_bytes(limits: HttpLimits) -> BodyTooLarge:
+    return BodyTooLarge(
+        f"The request body has more than {limits.body_bytes_max:,} bytes. "
+        "Split the input over several requests."
+    )

@@ -1,0 +1,100 @@
+"""`POST /embeddings`: the walk of one request, from its body to its vectors."""
+
+import asyncio
+from collections.abc import Sequence
+
+from trivec.accounts import Booking
+from trivec.api.answers import Answer
+from trivec.api.bodies import read_json_body
+from trivec.api.encoding import (
+    IN_LINE_BYTES_MAX,
+    Result,
+    check_answer_fits,
+    encode,
+    estimate_bytes,
+)
+from trivec.api.metering import Meter
+from trivec.api.presence import present
+from trivec.api.questions import EmbeddingsQuestion, check_against_card, embeddings_question
+from trivec.api.shelf import Shelf
+from trivec.api.visit import Visit
+from trivec.core.errors import RequestTooLarge
+from trivec.core.ports import Clock, Embedder
+from trivec.core.types import Output, Sequences, SparseVector
+from trivec.settings import HttpLimits
+
+
+class Embeddings:
+    """Everything that can be refused is refused before the model is touched."""
+
+    def __init__(self, shelf: Shelf, meter: Meter, limits: HttpLimits, clock: Clock) -> None:
+        self._shelf = shelf
+        self._meter = meter
+        self._limits = limits
+        self._clock = clock
+
+    async def __call__(self, visit: Visit) -> Answer:
+        body = await read_json_body(visit, self._limits)
+        question = embeddings_question(body, self._limits)
+        visit.user, visit.input_count = question.user, len(question.inputs)
+        embedder = self._shelf.find(question.model, visit)
+        check_against_card(question, embedder.card)
+        async with present(visit.receive):
+            booking = await self._meter.open(visit, body)
+            sequences = await self._tokenize(visit, question, embedder)
+            result = await self._embed(visit, question, embedder, sequences, booking)
+            return await self._encode(visit, result, embedder)
+
+    async def _tokenize(
+        self, visit: Visit, question: EmbeddingsQuestion, embedder: Embedder
+    ) -> Sequences:
+        started_s = self._clock.now_s()
+        inputs = question.inputs.for_model(embedder.card)
+        sequences = await embedder.tokenize(inputs, long_text=question.long_text)
+        visit.timings.tokenize_s = self._clock.now_s() - started_s
+        token_count_max = self._limits.request_tokens_max
+        if sequences.token_count > token_count_max:
+            raise RequestTooLarge(
+                token_count=sequences.token_count, token_count_max=token_count_max
+            )
+        return sequences
+
+    async def _embed(
+        self,
+        visit: Visit,
+        question: EmbeddingsQuestion,
+        embedder: Embedder,
+        sequences: Sequences,
+        booking: Booking,
+    ) -> Result:
+        answer_bytes = estimate_bytes(question, sequences, embedder.card)
+        check_answer_fits(answer_bytes, answer_bytes_max=self._limits.answer_bytes_max)
+        await booking.reserve_tokens(sequences.token_count)
+        deadline_s = visit.deadline_s - self._clock.now_s()
+        reply = await embedder.embed(sequences, question.outputs, deadline_s=deadline_s)
+        visit.token_count = sequences.token_count
+        visit.timings.queue_s, visit.timings.compute_s = reply.queue_s, reply.compute_s
+        spelled = None
+        if question.return_tokens and Output.SPARSE in question.outputs:
+            spelled = await _spell(reply.vectors.sparse, embedder)
+        return Result(question, sequences, reply.vectors, spelled)
+
+    async def _encode(self, visit: Visit, result: Result, embedder: Embedder) -> Answer:
+        started_s = self._clock.now_s()
+        size = estimate_bytes(result.question, result.sequences, embedder.card)
+        if size <= IN_LINE_BYTES_MAX:
+            body = encode(result)
+        else:  # in a thread of the event loop's own pool, so that nobody else waits for it
+            body = await asyncio.to_thread(encode, result)
+        visit.timings.encode_s = self._clock.now_s() - started_s
+        return Answer(200, body)
+
+
+async def _spell(vectors: Sequence[SparseVector | None], embedder: Embedder) -> list[list[str]]:
+    """The strings of each vector's ids; others get a turn after every vector."""
+    spelled = []
+    for vector in vectors:
+        assert vector is not None, "strings are spelled only where sparse vectors were asked for"
+        spelled.append(embedder.spell(vector.token_ids))
+        await asyncio.sleep(0)
+    return spelled

@@ -1,0 +1,133 @@
+"""Vectors into the bytes of an answer, written by hand because they are most of every answer.
+
+Pure functions of arrays; slow for large answers, so the caller runs those in a thread. Each item
+is one piece of bytes: nothing is joined that a socket can take in turn.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import msgspec
+import numpy as np
+
+from trivec.api.numbers import FLOAT_TEXT_BYTES, INT_TEXT_BYTES, to_base64, to_json
+from trivec.api.questions import EmbeddingsQuestion
+from trivec.core.errors import AnswerTooLarge
+from trivec.core.types import (
+    Float32Array,
+    Int32Array,
+    ModelCard,
+    Output,
+    Sequences,
+    SparseVector,
+    Truncated,
+    Vectors,
+)
+
+ITEM_FRAME_BYTES = 128  # keys and punctuation around the numbers of one item
+TOKEN_TEXT_BYTES = 12  # one vocabulary string in quotes, on average generously
+Write: TypeAlias = Callable[[Float32Array | Int32Array], bytes]
+
+IN_LINE_BYTES_MAX = 64 * 1024  # about 50 µs of work: less than handing it to a thread
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """All that an answer is made of."""
+
+    question: EmbeddingsQuestion
+    sequences: Sequences
+    vectors: Vectors
+    spelled: Sequence[list[str]] | None = None  # [sequences]: the strings of the sparse ids
+
+
+def estimate_bytes(question: EmbeddingsQuestion, sequences: Sequences, card: ModelCard) -> int:
+    """What the answer will take at most, near enough, before anything is computed."""
+    rows = len(sequences)
+    tokens = sequences.token_count
+    dimensions = question.dimensions or card.dimensions
+    as_text = question.encoding == "float"
+    float_bytes = FLOAT_TEXT_BYTES if as_text else 16 / 3
+    int_bytes = INT_TEXT_BYTES if as_text else 16 / 3
+    size = rows * ITEM_FRAME_BYTES
+    if Output.DENSE in question.outputs:
+        size += int(rows * dimensions * float_bytes)
+    if Output.SPARSE in question.outputs:
+        word_bytes = TOKEN_TEXT_BYTES if question.return_tokens else 0
+        size += int(tokens * (float_bytes + int_bytes + word_bytes))
+    if Output.MULTI in question.outputs:
+        size += int((tokens - rows) * card.dimensions * float_bytes)
+    return size
+
+
+def check_answer_fits(answer_bytes: int, *, answer_bytes_max: int) -> None:
+    """Raise `AnswerTooLarge` for an estimate over the limit."""
+    if answer_bytes > answer_bytes_max:
+        raise AnswerTooLarge(answer_bytes=answer_bytes, answer_bytes_max=answer_bytes_max)
+
+
+def encode(result: Result) -> list[bytes]:
+    """The answer's body in pieces, one an input between the first and the last."""
+    question, tokens = result.question, result.sequences.token_count
+    pieces = [b'{"object":"list","model":%b,"data":[' % msgspec.json.encode(question.model)]
+    pieces += _items(result)
+    pieces.append(b'],"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (tokens, tokens))
+    return pieces
+
+
+def leading_slice(dense: Float32Array, dimensions: int | None) -> Float32Array:
+    """The first *dimensions* of each row, of length 1 again: `[sequences, dimensions]`.
+
+    Dividing by the slice's own length undoes the model's normalisation of the whole row, so this
+    equals truncating first and normalising after.
+    """
+    if dimensions is None or dimensions == dense.shape[1]:
+        return dense
+    sliced = dense[:, :dimensions]
+    lengths = np.linalg.norm(sliced, axis=1, keepdims=True)
+    unit: Float32Array = sliced / np.maximum(lengths, np.float32(1e-12))
+    return unit
+
+
+def _items(result: Result) -> Iterator[bytes]:
+    question, vectors = result.question, result.vectors
+    write = to_json if question.encoding == "float" else _quoted_base64
+    nothing = b"[]" if question.encoding == "float" else b'""'
+    wants_dense = Output.DENSE in question.outputs
+    dense = leading_slice(vectors.dense, question.dimensions)
+    truncated = result.sequences.truncated
+    for i in range(len(vectors)):
+        parts = [
+            b',{"object":"embedding","index":' if i else b'{"object":"embedding","index":',
+            b'%d,"embedding":%b' % (i, write(dense[i]) if wants_dense else nothing),
+        ]
+        sparse, multi = vectors.sparse[i], vectors.multi[i]
+        if sparse is not None and Output.SPARSE in question.outputs:
+            parts.append(_sparse(sparse, write, result.spelled[i] if result.spelled else None))
+        if multi is not None and Output.MULTI in question.outputs:
+            parts.append(
+                b',"multi_embedding":{"shape":[%d,%d],"data":%b}' % (*multi.shape, write(multi))
+            )
+        if i in truncated:
+            parts.append(_truncated(truncated[i]))
+        parts.append(b"}")
+        yield b"".join(parts)
+
+
+def _sparse(sparse: SparseVector, write: Write, spelled: list[str] | None) -> bytes:
+    tokens = b"" if spelled is None else b',"tokens":' + msgspec.json.encode(spelled)
+    return b',"sparse_embedding":{"indices":%b,"values":%b%b}' % (
+        write(sparse.token_ids),
+        write(sparse.weights),
+        tokens,
+    )
+
+
+def _truncated(cut: Truncated) -> bytes:
+    original = b"null" if cut.original_tokens is None else b"%d" % cut.original_tokens
+    return b',"truncated":{"original_tokens":%b,"kept_tokens":%d}' % (original, cut.kept_tokens)
+
+
+def _quoted_base64(array: Float32Array | Int32Array) -> bytes:
+    return b'"%b"' % to_base64(array)

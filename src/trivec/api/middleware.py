@@ -1,0 +1,142 @@
+"""The two rings around the router: one names and counts every request, one answers its failures."""
+
+import logging
+import traceback
+from collections.abc import Callable
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from trivec.api.errors import answer_to, problem_of
+from trivec.api.headers import answer_headers
+from trivec.api.presence import ClientGone
+from trivec.api.sending import send_answer
+from trivec.api.visit import VISIT, Visit, open_visit
+from trivec.core.errors import EngineFault, ServiceError
+from trivec.core.events import RequestServed
+from trivec.core.health import Health
+from trivec.core.ports import Clock, Observer
+from trivec.settings import HttpLimits
+
+CLIENT_GONE = 499  # what the log says of a client that left before its answer
+
+_log = logging.getLogger(__name__)
+
+
+class Visits:
+    """Opens a visit, puts its headers on the answer, and tells the observer how it ended."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        observer: Observer,
+        clock: Clock,
+        limits: HttpLimits,
+        health: Callable[[], Health],
+    ) -> None:
+        self._app = app
+        self._observer = observer
+        self._clock = clock
+        self._limits = limits
+        self._health = health
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await _no_http(scope, receive, send)
+        visit = scope[VISIT] = open_visit(
+            scope, receive, now_s=self._clock.now_s(), request_s_max=self._limits.request_s_max
+        )
+        status, answer_bytes = CLIENT_GONE, 0
+
+        async def send_named(message: Message) -> None:
+            nonlocal status, answer_bytes
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                closes = self._health().phase in ("draining", "stopped")
+                elapsed_s = self._clock.now_s() - visit.started_s
+                message["headers"] += answer_headers(visit, elapsed_s=elapsed_s, closes=closes)
+            else:
+                answer_bytes += len(message["body"])
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_named)
+        finally:
+            self._observer.observe(self._served(visit, status, answer_bytes))
+
+    def _served(self, visit: Visit, status: int, answer_bytes: int) -> RequestServed:
+        return RequestServed(
+            request_id=visit.request_id,
+            client_request_id=visit.client_request_id,
+            method=visit.method,
+            route=visit.route,
+            status=status,
+            code=visit.code,
+            key_id=visit.caller.key_id if visit.caller is not None else None,
+            model=visit.model,
+            input_count=visit.input_count,
+            token_count=visit.token_count,
+            request_bytes=visit.request_bytes,
+            answer_bytes=answer_bytes,
+            duration_s=self._clock.now_s() - visit.started_s,
+            tokenize_s=visit.timings.tokenize_s,
+            queue_s=visit.timings.queue_s,
+            compute_s=visit.timings.compute_s,
+            encode_s=visit.timings.encode_s,
+            traceparent=visit.traceparent,
+        )
+
+
+class Failures:
+    """Turns whatever was raised into an answer, once; the outermost loop of a request."""
+
+    def __init__(self, app: ASGIApp, *, limits: HttpLimits) -> None:
+        self._app = app
+        self._limits = limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        visit: Visit = scope[VISIT]
+        started = False
+
+        async def send_watched(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_watched)
+        except ClientGone:
+            visit.code = "client_gone"
+        except ServiceError as error:
+            await self._answer(visit, error, None if started else send)
+        except Exception as error:
+            fault = EngineFault(_where_raised(error))
+            await self._answer(visit, fault, None if started else send)
+
+    async def _answer(self, visit: Visit, failure: ServiceError, send: Send | None) -> None:
+        if isinstance(failure, EngineFault):
+            _log.error("request %s failed: %s", visit.request_id, failure)
+        problem = problem_of(failure, request_id=visit.request_id)
+        visit.code = problem.code or problem.type
+        if send is not None:  # else the connection is cut: half an answer must not look whole
+            answer = answer_to(failure, request_id=visit.request_id)
+            await send_answer(answer, send, self._limits, method=visit.method)
+
+
+def _where_raised(error: Exception) -> str:
+    """Not what it says: a message of a library can hold a client's text."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    return f"{type(error).__name__}\n{frames}"
+
+
+async def _no_http(scope: Scope, receive: Receive, send: Send) -> None:
+    """Nothing starts or stops with the app, and no web sockets are served."""
+    if scope["type"] == "websocket":
+        await receive()
+        await send({"type": "websocket.close", "code": 1003})
+        return
+    while True:
+        message = await receive()
+        await send({"type": f"{message['type']}.complete"})
+        if message["type"] == "lifespan.shutdown":
+            return

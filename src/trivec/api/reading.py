@@ -1,0 +1,129 @@
+"""Bytes into a typed request, or the exact refusal: JSON, types and ranges; no meaning yet.
+
+msgspec says what is wrong and where; here its words become OpenAI's and its paths become `param`.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import msgspec
+
+from trivec.core.errors import FieldInvalid, MalformedBody, MediaTypeUnsupported
+
+Request = TypeVar("Request")
+
+SHOWN_CHARS_MAX = 80  # how much of a client's own value a message repeats
+
+_WHERE = re.compile(r" - at `\$(?:\.(?P<path>.*))?`$", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(?P<name>.*)`", re.DOTALL)
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`", re.DOTALL)
+_NOT_LISTED = re.compile(r"Invalid enum value '(?P<value>.*)'", re.DOTALL)
+_WRONG_TYPE = re.compile(r"Expected `(?P<expected>[^`]*)`, got `(?P<found>[^`]*)`")
+
+
+def check_json_is_declared(content_type: str | None, content_encoding: str | None) -> None:
+    """Raise `MediaTypeUnsupported` unless the body says that it is plain JSON in UTF-8."""
+    if content_encoding is not None and content_encoding.strip().lower() not in ("", "identity"):
+        raise MediaTypeUnsupported(
+            f"Content-Encoding {shown(content_encoding)} is not supported. Send the body as it is."
+        )
+    kind, _, parameters = (content_type or "").partition(";")
+    charset = parameters.replace(" ", "").replace('"', "").lower().partition("charset=")[2]
+    if kind.strip().lower() != "application/json" or charset not in ("", "utf-8", "utf8"):
+        raise MediaTypeUnsupported(
+            f"Content-Type {shown(content_type or 'nothing')} is not supported. "
+            "Send Content-Type: application/json, in UTF-8."
+        )
+
+
+def reader(kind: type[Request]) -> Callable[[bytes], Request]:
+    """A function that makes a *kind* of a body, or raises `MalformedBody` or `FieldInvalid`."""
+    decoder = msgspec.json.Decoder(kind)
+    supported = _supported_values(kind)
+
+    def read(body: bytes) -> Request:
+        try:
+            return decoder.decode(body)
+        except msgspec.ValidationError as refused:
+            raise _field_refused(str(refused), supported) from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as refused:
+            raise MalformedBody(
+                "We could not parse the JSON body of your request "
+                f"({_where_it_broke(refused, body)}). Send one JSON object in UTF-8."
+            ) from None
+
+    return read
+
+
+def shown(value: str) -> str:
+    """A client's own value, short enough and clean enough for a message."""
+    clean = value.encode("utf-8", "replace").decode("utf-8")
+    return clean if len(clean) <= SHOWN_CHARS_MAX else clean[:SHOWN_CHARS_MAX] + "…"
+
+
+def _field_refused(
+    complaint: str, supported: Mapping[str, Sequence[str]]
+) -> MalformedBody | FieldInvalid:
+    where = _WHERE.search(complaint)
+    param = where["path"] if where is not None else None
+    words = complaint[: where.start()] if where is not None else complaint
+    if missing := _MISSING.fullmatch(words):
+        return _missing(missing["name"])
+    if unknown := _UNKNOWN.fullmatch(words):
+        name = shown(unknown["name"])
+        return FieldInvalid(
+            f"Unrecognized request argument supplied: {name}. Remove it, or correct its name.",
+            param=name,
+        )
+    if param is None:
+        return MalformedBody(f"The body must be one JSON object. {words}.")
+    if not_listed := _NOT_LISTED.fullmatch(words):
+        return FieldInvalid(
+            f"Invalid value for '{param}' = {shown(not_listed['value'])}. "
+            f"Supported values: {list(supported[param])}.",
+            param=param,
+        )
+    wrong = _WRONG_TYPE.fullmatch(words)
+    if wrong is None:  # a range: Expected `int` >= 1, Integer value out of range
+        return FieldInvalid(f"Invalid value for '{param}'. {words}.", param=param)
+    if wrong["found"] == "null" and param in ("model", "input"):
+        return _missing(param)
+    expected = wrong["expected"].replace(" | ", " or ")
+    return FieldInvalid(
+        f"Invalid type for '{param}': expected {expected}, but got {wrong['found']} instead.",
+        param=param,
+    )
+
+
+def _supported_values(kind: type[Request]) -> Mapping[str, Sequence[str]]:
+    """The words that each field of *kind* can hold, of those that can hold only certain words."""
+    structure = msgspec.inspect.type_info(kind)
+    assert isinstance(structure, msgspec.inspect.StructType)
+    return {field.encode_name: words for field in structure.fields if (words := _words(field.type))}
+
+
+def _words(type_: msgspec.inspect.Type) -> tuple[str, ...]:
+    match type_:
+        case msgspec.inspect.Metadata(type=inner):
+            return _words(inner)
+        case msgspec.inspect.UnionType(types=several):
+            return tuple(word for one in several for word in _words(one))
+        case msgspec.inspect.LiteralType(values=values):
+            return tuple(str(value) for value in values)
+    return ()
+
+
+def _missing(name: str) -> FieldInvalid:
+    article = "an" if name[0] in "aeiou" else "a"
+    return FieldInvalid(f"you must provide {article} {name} parameter", param=name)
+
+
+def _where_it_broke(refused: Exception, body: bytes) -> str:
+    if isinstance(refused, UnicodeDecodeError):
+        return "it is not UTF-8"
+    if isinstance(refused, RecursionError):
+        return "it is nested too deep"
+    if not body:
+        return "it is empty"
+    return str(refused).removeprefix("JSON is malformed: ")

@@ -1,0 +1,117 @@
+"""From declared endpoints to a router: one place a path, which knows its methods and its access."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from trivec.api.access import Access, Gate
+from trivec.api.answers import Answer
+from trivec.api.metering import Meter
+from trivec.api.sending import send_answer
+from trivec.api.visit import VISIT, Visit
+from trivec.core.errors import DeadlineExceeded, MethodNotAllowed, RouteUnknown
+from trivec.core.ports import Clock
+from trivec.settings import HttpLimits
+
+PREFIXES = ("/v1", "/openai/v1", "/v3/openai")
+
+Handler: TypeAlias = Callable[[Visit], Awaitable[Answer]]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One operation: where it is, who may call it, what it reads and what it answers."""
+
+    method: str
+    path: str  # relative to each prefix where `prefixed`
+    access: Access
+    handler: Handler
+    summary: str
+    answers: type | None  # the structure of its JSON answer; None: not JSON of ours
+    reads: type | None = None  # the structure of its JSON body
+    prefixed: bool = False
+    query: Sequence[str] = ()
+
+    @property
+    def paths(self) -> Sequence[str]:
+        return [prefix + self.path for prefix in PREFIXES] if self.prefixed else [self.path]
+
+
+@dataclass(frozen=True, slots=True)
+class Doors:
+    """What every place needs to let a request in and an answer out."""
+
+    gate: Gate
+    meter: Meter
+    clock: Clock
+    limits: HttpLimits
+
+
+class Place:
+    """One path: picks the endpoint of the method, checks access, bounds the time, sends."""
+
+    def __init__(self, path: str, endpoints: Iterable[Endpoint], doors: Doors) -> None:
+        self.endpoints = {endpoint.method: endpoint for endpoint in endpoints}
+        self._route = path.replace(":path}", "}")
+        self._doors = doors
+        if "GET" in self.endpoints:
+            self.endpoints["HEAD"] = self.endpoints["GET"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        visit: Visit = scope[VISIT]
+        visit.route = self._route
+        visit.path_params = scope["path_params"]
+        endpoint = self.endpoints.get(visit.method)
+        if endpoint is None:
+            raise MethodNotAllowed(method=visit.method, allowed=tuple(sorted(self.endpoints)))
+        answer = await self._answer(endpoint, visit)
+        await send_answer(answer, send, self._doors.limits, method=visit.method)
+
+    async def _answer(self, endpoint: Endpoint, visit: Visit) -> Answer:
+        if endpoint.access is Access.OPEN:
+            return await endpoint.handler(visit)
+        visit.caller = await self._doors.gate.identify(visit)
+        if not endpoint.access.is_recorded:
+            visit.caller.require(endpoint.access.scope)
+            return await endpoint.handler(visit)
+        async with self._doors.meter.row(visit), _in_time(visit, self._doors.clock):
+            visit.caller.require(endpoint.access.scope)
+            return await endpoint.handler(visit)
+
+
+@asynccontextmanager
+async def _in_time(visit: Visit, clock: Clock) -> AsyncIterator[None]:
+    """Cancel the block at the request's deadline, and raise `DeadlineExceeded`."""
+    try:
+        async with asyncio.timeout(visit.deadline_s - clock.now_s()) as bound:
+            yield
+    except TimeoutError:
+        if not bound.expired():
+            raise
+        raise DeadlineExceeded(
+            f"The request was not done within {visit.deadline_s - visit.started_s:g} seconds. "
+            "Please try again, with fewer inputs at a time.",
+            retry_after_s=1.0,
+        ) from None
+
+
+def build_router(endpoints: Sequence[Endpoint], doors: Doors) -> ASGIApp:
+    """A router that raises `RouteUnknown` and `MethodNotAllowed` instead of answering them."""
+    places: dict[str, list[Endpoint]] = {}
+    for endpoint in endpoints:
+        for path in endpoint.paths:
+            places.setdefault(path, []).append(endpoint)
+    routes = [Route(path, Place(path, found, doors)) for path, found in places.items()]
+    return Router(routes, redirect_slashes=False, default=_nowhere)
+
+
+async def _nowhere(scope: Scope, receive: Receive, send: Send) -> None:
+    raise RouteUnknown(
+        f"Nothing is served at this path with {scope['method']}. "
+        "The API is under /v1, /openai/v1 and /v3/openai; /openapi.json describes it."
+    )

@@ -1,0 +1,34 @@
+"""The served models, by id and by alias."""
+
+from collections.abc import Mapping
+
+from trivec.accounts import Caller
+from trivec.api.reading import shown
+from trivec.api.visit import Visit
+from trivec.core.errors import ModelUnknown
+from trivec.core.ports import Embedder
+from trivec.core.types import ModelCard
+
+
+class Shelf:
+    """Finds the embedder that a client named, if its key may use it."""
+
+    def __init__(self, embedders: Mapping[str, Embedder]) -> None:
+        self._embedders = embedders
+        self._cards = {one.card.id: one.card for one in embedders.values()}
+
+    def find(self, name: str, visit: Visit) -> Embedder:
+        """The model called *name*, case and all. Raises `ModelUnknown`, `ModelDenied`."""
+        assert visit.caller is not None, "models are for callers whose key is known"
+        embedder = self._embedders.get(name)
+        if embedder is None:
+            served = tuple(card.id for card in self.cards_for(visit.caller))
+            raise ModelUnknown(model=shown(name), served=served)
+        visit.model = embedder.card.id
+        visit.caller.require_model(embedder.card.id)
+        return embedder
+
+    def cards_for(self, caller: Caller) -> list[ModelCard]:
+        """The cards of the models that *caller* may use, in the order they were configured."""
+        allowed = caller.models
+        return [card for id_, card in self._cards.items() if allowed is None or id_ in allowed]

@@ -1,0 +1,80 @@
+"""`POST /tokenize`: counting tokens without spending any."""
+
+import asyncio
+
+import msgspec
+
+from trivec.api.answers import Answer
+from trivec.api.bodies import read_json_body
+from trivec.api.encoding import IN_LINE_BYTES_MAX, check_answer_fits
+from trivec.api.metering import Meter
+from trivec.api.numbers import INT_TEXT_BYTES
+from trivec.api.presence import present
+from trivec.api.questions import TokenizeQuestion, tokenize_question
+from trivec.api.schemas import TokenizeAnswer, TokenizedText
+from trivec.api.shelf import Shelf
+from trivec.api.visit import Visit
+from trivec.core.ports import Clock, Embedder
+from trivec.core.types import LongText, Sequences
+from trivec.settings import HttpLimits
+
+
+class Tokenize:
+    """A text that would not fit is counted all the same, and said not to fit."""
+
+    def __init__(self, shelf: Shelf, meter: Meter, limits: HttpLimits, clock: Clock) -> None:
+        self._shelf = shelf
+        self._meter = meter
+        self._limits = limits
+        self._clock = clock
+
+    async def __call__(self, visit: Visit) -> Answer:
+        body = await read_json_body(visit, self._limits)
+        question = tokenize_question(body, self._limits)
+        visit.input_count = len(question.inputs)
+        embedder = self._shelf.find(question.model, visit)
+        async with present(visit.receive):
+            await self._meter.open(visit, body)
+            started_s = self._clock.now_s()
+            inputs = question.inputs.for_model(embedder.card)
+            sequences = await embedder.tokenize(inputs, long_text=LongText.KEEP)
+            visit.timings.tokenize_s = self._clock.now_s() - started_s
+            return await self._encode(question, sequences, embedder)
+
+    async def _encode(
+        self, question: TokenizeQuestion, sequences: Sequences, embedder: Embedder
+    ) -> Answer:
+        answer_bytes = sequences.token_count * INT_TEXT_BYTES
+        check_answer_fits(answer_bytes, answer_bytes_max=self._limits.answer_bytes_max)
+        data = []
+        for i in range(len(sequences)):
+            data.append(_tokenized(i, question, sequences, embedder))
+            await asyncio.sleep(0)  # others get a turn after every text
+        answer = TokenizeAnswer(
+            object="list",
+            model=question.model,
+            data=data,
+            token_count_max=embedder.card.token_count_max,
+            total_tokens=sequences.token_count,
+            request_tokens_max=self._limits.request_tokens_max,
+            fits=sequences.token_count <= self._limits.request_tokens_max
+            and all(text.fits for text in data),
+        )
+        if answer_bytes <= IN_LINE_BYTES_MAX:
+            return Answer(200, (msgspec.json.encode(answer),))
+        return Answer(200, (await asyncio.to_thread(msgspec.json.encode, answer),))
+
+
+def _tokenized(
+    index: int, question: TokenizeQuestion, sequences: Sequences, embedder: Embedder
+) -> TokenizedText:
+    start, end = sequences.starts[index : index + 2].tolist()
+    token_ids = sequences.token_ids[start:end]
+    return TokenizedText(
+        object="tokens",
+        index=index,
+        token_ids=token_ids.tolist(),
+        token_count=end - start,
+        fits=end - start <= embedder.card.token_count_max,
+        tokens=embedder.spell(token_ids) if question.return_tokens else None,
+    )

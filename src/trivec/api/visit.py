@@ -1,0 +1,99 @@
+"""One request while it is in the house: what it said, and what became known of it on the way.
+
+Written by the rooms it passes, read once at the end by the outermost middleware. It holds counts,
+names and times; never text, vectors or a plain key.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from starlette.types import Receive, Scope
+
+from trivec.accounts import AllowanceState, Booking, Caller
+
+VISIT = "trivec.visit"  # where a visit lies in the ASGI scope
+CLIENT_REQUEST_ID_CHARS_MAX = 512
+TRACEPARENT_CHARS_MAX = 128
+
+
+@dataclass(slots=True)
+class Timings:
+    """Seconds spent in each part of the walk, as `server-timing` and the log show them."""
+
+    tokenize_s: float = 0.0
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+    encode_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Visit:
+    """A request on its way through; lives on the event loop, in one task."""
+
+    method: str
+    headers: Mapping[bytes, bytes]  # lower-case names; the first of several wins
+    query: bytes
+    receive: Receive
+    started_s: float
+    deadline_s: float  # on the same clock as `started_s`
+    request_id: str
+    path_params: Mapping[str, str] = field(default_factory=dict)
+    route: str = "other"
+    caller: Caller | None = None
+    booking: Booking | None = None
+    allowance: AllowanceState | None = None
+    user: str | None = None  # the client's word for its user, on its way to be hashed
+    code: str | None = None  # of the error it is answered with
+    model: str | None = None  # a served id, never what the client merely claimed
+    input_count: int = 0
+    token_count: int = 0
+    request_bytes: int = 0
+    timings: Timings = field(default_factory=Timings)
+
+    def header(self, name: bytes) -> str | None:
+        """The header's text, or None where it was not sent."""
+        value = self.headers.get(name)
+        return None if value is None else value.decode("latin-1")
+
+    @property
+    def client_request_id(self) -> str | None:
+        """The client's own id, if it is fit for a log: short, printable ASCII."""
+        return _sane(self.header(b"x-client-request-id"), CLIENT_REQUEST_ID_CHARS_MAX)
+
+    @property
+    def traceparent(self) -> str | None:
+        """The client's W3C trace context, if it is fit for a log."""
+        return _sane(self.header(b"traceparent"), TRACEPARENT_CHARS_MAX)
+
+
+def open_visit(scope: Scope, receive: Receive, *, now_s: float, request_s_max: float) -> Visit:
+    """The visit of a request that has just arrived."""
+    headers: dict[bytes, bytes] = {}
+    for name, value in scope["headers"]:
+        headers.setdefault(name, value)
+    patience_s = _client_patience_s(headers.get(b"x-stainless-read-timeout"))
+    return Visit(
+        method=scope["method"],
+        headers=headers,
+        query=scope["query_string"],
+        receive=receive,
+        started_s=now_s,
+        deadline_s=now_s + min(request_s_max, patience_s),
+        request_id=f"req_{os.urandom(16).hex()}",
+    )
+
+
+def _client_patience_s(value: bytes | None) -> float:
+    """How long the client says it waits; without end where it says nothing that makes sense."""
+    try:
+        patience_s = float(value) if value is not None else 0.0
+    except ValueError:
+        return float("inf")
+    return patience_s if patience_s > 0 else float("inf")  # NaN compares false too
+
+
+def _sane(text: str | None, chars_max: int) -> str | None:
+    if text is None or not 0 < len(text) <= chars_max:
+        return None
+    return text if text.isascii() and text.isprintable() else None
