@@ -8,6 +8,8 @@ from trivec.checkpoints.safetensors_file import write_safetensors
 from trivec.checkpoints.tensors import MappedTensors
 from trivec.checkpoints.torch_file import open_torch_file
 
+PIECE_BYTES = 16 * 1024 * 1024
+
 
 def converted(source: HashedFile, *, cache_dir: Path) -> Path:
     """The safetensors form of the torch file *source*, from the cache or made now.
@@ -26,13 +28,14 @@ def converted(source: HashedFile, *, cache_dir: Path) -> Path:
     sha256 = write_safetensors(
         file,
         {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.tensors.items()},
-        _raw(tensors),
+        _pieces(tensors),
     )
     note.write_text(sha256)
     hashes.remember(file, sha256)
     return file
 
 
-def _raw(tensors: MappedTensors) -> Iterator[memoryview]:
+def _pieces(tensors: MappedTensors) -> Iterator[Iterator[memoryview]]:
     for name in tensors.tensors:
-        yield tensors.raw(name)
+        raw = tensors.raw(name)
+        yield (raw[at : at + PIECE_BYTES] for at in range(0, len(raw), PIECE_BYTES))

@@ -98,12 +98,12 @@ def _tensor(name: str, entry: _Entry, data_at: int) -> StoredTensor:
 def write_safetensors(
     file: Path,
     shapes: Mapping[str, tuple[StoredType, tuple[int, ...]]],
-    tensors: Iterable[memoryview | bytes],
+    tensors: Iterable[Iterable[memoryview | bytes]],
 ) -> str:
-    """Write *file* in one pass, one tensor in memory at a time; returns its sha256.
+    """Write *file* in one pass, one piece in memory at a time; returns its sha256.
 
-    *tensors* yields the little-endian bytes of each name of *shapes*, in that order. The file is
-    moved into place at the end: a reader never sees half of it.
+    *tensors* yields, for each name of *shapes* in order, the little-endian bytes of it in pieces.
+    The file is moved into place at the end: a reader never sees half of it.
     """
     entries: dict[str, _Entry] = {}
     offset = 0
@@ -120,11 +120,11 @@ def write_safetensors(
             head = len(encoded).to_bytes(8, "little") + encoded
             sha256 = hashlib.sha256(head)
             out.write(head)
-            for entry, tensor in zip(entries.values(), tensors, strict=True):
-                begin, end = entry.data_offsets
-                assert len(tensor) == end - begin
-                sha256.update(tensor)
-                out.write(tensor)
+            for entry, pieces in zip(entries.values(), tensors, strict=True):
+                for piece in pieces:
+                    sha256.update(piece)
+                    out.write(piece)
+                assert out.tell() == len(head) + entry.data_offsets[1]
             out.flush()
             os.fsync(out.fileno())
         unfinished.replace(file)

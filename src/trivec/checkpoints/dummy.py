@@ -1,0 +1,223 @@
+"""A complete checkpoint of seeded random weights, in the hub's own layout, where real ones are not at hand.
+
+For benchmarks and for tests of everything but meaning. Streamed: memory stays far below the
+size of what is written, and the same blueprint and seed give the same bytes everywhere.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+
+from trivec.checkpoints.dummy_tokenizer import SPECIALS, write_tokenizer
+from trivec.checkpoints.dummy_weights import RandomWeights
+from trivec.checkpoints.encoder import EncoderConfig, Pooling, tensor_shapes
+from trivec.checkpoints.safetensors_file import write_safetensors
+from trivec.checkpoints.tensors import StoredType
+from trivec.checkpoints.torch_writer import write_torch_file
+from trivec.core.errors import CheckpointRefused
+
+Shapes = Mapping[str, tuple[StoredType, tuple[int, ...]]]
+
+ARCHITECTURES = {"bert": "BertModel", "roberta": "RobertaModel", "xlm-roberta": "XLMRobertaModel"}
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """What a dummy looks like from outside."""
+
+    config: EncoderConfig
+    pooling: Pooling
+    normalize: bool
+    token_count_max: int
+    multi_dimensions: int | None  # None: no sparse and multi-vector heads
+    torch_files: bool  # `.bin` and `.pt` as BGE-M3 ships, or safetensors
+    stored_type: StoredType = StoredType.F32  # of the encoder; heads are float16
+
+    def with_layers(self, layer_count: int) -> "Blueprint":
+        """The same model with another number of layers."""
+        return replace(self, config=replace(self.config, layer_count=layer_count))
+
+
+BLUEPRINTS: Mapping[str, Blueprint] = MappingProxyType(
+    {
+        "baai/bge-m3": Blueprint(
+            config=EncoderConfig(
+                family="xlm-roberta",
+                hidden_size=1024,
+                layer_count=24,
+                head_count=16,
+                intermediate_size=4096,
+                layer_norm_eps=1e-5,
+                vocabulary_size=250_002,
+                position_count=8194,
+                position_offset=2,
+                token_type_count=1,
+                pad_token_id=1,
+            ),
+            pooling=Pooling.CLS,
+            normalize=True,
+            token_count_max=8192,
+            multi_dimensions=1024,
+            torch_files=True,
+        ),
+        "all-minilm-l6-v2": Blueprint(
+            config=EncoderConfig(
+                family="bert",
+                hidden_size=384,
+                layer_count=6,
+                head_count=12,
+                intermediate_size=1536,
+                layer_norm_eps=1e-12,
+                vocabulary_size=30_522,
+                position_count=512,
+                position_offset=0,
+                token_type_count=2,
+                pad_token_id=0,
+            ),
+            pooling=Pooling.MEAN,
+            normalize=True,
+            token_count_max=256,
+            multi_dimensions=None,
+            torch_files=False,
+        ),
+    }
+)
+
+
+def blueprint_of(model_id: str) -> Blueprint:
+    """The blueprint of a public id. Raises `CheckpointRefused` where there is none."""
+    blueprint = BLUEPRINTS.get(model_id.lower())
+    if blueprint is None:
+        raise CheckpointRefused(
+            f"there is no dummy of {model_id!r}; there are dummies of {', '.join(BLUEPRINTS)}"
+        )
+    return blueprint
+
+
+def write_dummy(
+    folder: Path, blueprint: Blueprint, *, seed: int = 0, tokenizer_file: Path | None = None
+) -> None:
+    """Write the checkpoint into *folder*, which is made, and must be empty.
+
+    Without *tokenizer_file* a small tokenizer is made on the spot. Raises `CheckpointRefused`
+    when the folder holds files already.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise CheckpointRefused(f"{folder}: is not empty; give a new folder for the dummy")
+    _write_layout(folder, blueprint)
+    if tokenizer_file is not None:
+        shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
+    else:
+        write_tokenizer(
+            folder / "tokenizer.json",
+            family=blueprint.config.family,
+            vocabulary_size=blueprint.config.vocabulary_size,
+        )
+    weights = RandomWeights(blueprint.config, seed=seed)
+    _write_encoder(folder, blueprint, weights)
+    if blueprint.multi_dimensions is not None:
+        outputs = {"sparse_linear": 1, "colbert_linear": blueprint.multi_dimensions}
+        for head, count in outputs.items():
+            _write_head(folder / head, blueprint, weights, outputs=count)
+
+
+def _write_encoder(folder: Path, blueprint: Blueprint, weights: RandomWeights) -> None:
+    hidden = blueprint.config.hidden_size
+    pooler = {"pooler.dense.weight": (hidden, hidden), "pooler.dense.bias": (hidden,)}
+    shapes = {
+        name: (blueprint.stored_type, shape)
+        for name, shape in (tensor_shapes(blueprint.config) | pooler).items()
+    }
+    name = "pytorch_model.bin" if blueprint.torch_files else "model.safetensors"
+    _write_tensors(folder / name, shapes, weights, prefix="")
+
+
+def _write_head(stem: Path, blueprint: Blueprint, weights: RandomWeights, *, outputs: int) -> None:
+    shapes = {
+        "weight": (StoredType.F16, (outputs, blueprint.config.hidden_size)),
+        "bias": (StoredType.F16, (outputs,)),
+    }
+    file = stem.with_suffix(".pt" if blueprint.torch_files else ".safetensors")
+    _write_tensors(file, shapes, weights, prefix=f"{stem.name}.")
+
+
+def _write_tensors(file: Path, shapes: Shapes, weights: RandomWeights, *, prefix: str) -> None:
+    pieces = (
+        weights.pieces(prefix + name, shape, stored_type=dtype)
+        for name, (dtype, shape) in shapes.items()
+    )
+    if file.suffix == ".safetensors":
+        write_safetensors(file, shapes, pieces)
+    else:
+        write_torch_file(file, shapes, pieces)
+
+
+def _write_layout(folder: Path, blueprint: Blueprint) -> None:
+    config = blueprint.config
+    cls, pad, sep, unk, mask = SPECIALS[config.family]
+    names = {"cls_token": cls, "pad_token": pad, "sep_token": sep, "unk_token": unk}
+    if config.family != "bert":
+        names |= {"bos_token": cls, "eos_token": sep}
+    kinds = ["Transformer", "Pooling"] + ["Normalize"] * blueprint.normalize
+    files: dict[str, object] = {
+        "config.json": _config_file(config),
+        "modules.json": [
+            {
+                "idx": i,
+                "name": str(i),
+                "path": f"{i}_{kind}" if i else "",
+                "type": f"sentence_transformers.models.{kind}",
+            }
+            for i, kind in enumerate(kinds)
+        ],
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": config.hidden_size,
+            "pooling_mode_cls_token": blueprint.pooling is Pooling.CLS,
+            "pooling_mode_mean_tokens": blueprint.pooling is Pooling.MEAN,
+            "pooling_mode_max_tokens": False,
+            "pooling_mode_mean_sqrt_len_tokens": False,
+        },
+        "sentence_bert_config.json": {
+            "max_seq_length": blueprint.token_count_max,
+            "do_lower_case": False,
+        },
+        "special_tokens_map.json": names | {"mask_token": mask},
+        "tokenizer_config.json": names
+        | {
+            "mask_token": mask,
+            "model_max_length": blueprint.token_count_max,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        },
+    }
+    for name, content in files.items():
+        file = folder / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _config_file(config: EncoderConfig) -> dict[str, object]:
+    return {
+        "architectures": [ARCHITECTURES[config.family]],
+        "attention_probs_dropout_prob": 0.1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "hidden_size": config.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": config.intermediate_size,
+        "layer_norm_eps": config.layer_norm_eps,
+        "max_position_embeddings": config.position_count,
+        "model_type": config.family,
+        "num_attention_heads": config.head_count,
+        "num_hidden_layers": config.layer_count,
+        "pad_token_id": config.pad_token_id,
+        "position_embedding_type": "absolute",
+        "torch_dtype": "float32",
+        "type_vocab_size": config.token_type_count,
+        "vocab_size": config.vocabulary_size,
+    }

@@ -1,0 +1,120 @@
+"""Seeded random weights, scaled so that a deep random encoder still tells texts and tokens apart.
+
+Two things go wrong with plain random weights. Vectors collapse: each layer mixes all tokens
+until every text looks alike. And activations are tame, where trained XLM-R models have a few
+channels twenty times larger than the rest, which is what makes int8 hard. The numbers below were
+found by trial on 2 to 24 layers (docs/decisions/0023): the median cosine between unrelated texts
+is 0.55 to 0.65, between the tokens of one text below 0.7.
+"""
+
+from collections.abc import Iterator
+from math import sqrt
+from zlib import crc32
+
+import numpy as np
+
+from trivec.checkpoints.encoder import EncoderConfig
+from trivec.checkpoints.tensors import StoredType
+from trivec.core.types import Float32Array
+
+PIECE_ELEMENTS = 2**20
+ATTENTION_SHARPNESS = 3.0  # gain of queries and keys: each token attends to a few others
+ATTENTION_SHARE = 1.7  # what all attention layers together add to a token, as a gain
+FEED_FORWARD_SHARE = 1.5
+POSITION_GAIN = 0.3
+SPARSE_BIAS, SPARSE_GAIN = 0.2, 0.06  # lexical weights as BGE-M3's: most between 0.05 and 0.35
+OUTLIERS_PER_1024 = 6
+OUTLIER_SIZE = 12.5  # with what is added to it, twenty times the median magnitude
+
+
+class RandomWeights:
+    """Every tensor of one encoder and its heads, the same for the same config and seed."""
+
+    def __init__(self, config: EncoderConfig, *, seed: int) -> None:
+        self._config = config
+        self._seed = seed
+        outlier_count = config.hidden_size * OUTLIERS_PER_1024 // 1024
+        chosen = np.random.default_rng([seed, 1]).choice(
+            config.hidden_size, outlier_count, replace=False
+        )
+        self.outliers = np.sort(chosen)  # [outliers]; channels of the hidden states
+
+    def pieces(
+        self, name: str, shape: tuple[int, ...], *, stored_type: StoredType
+    ) -> Iterator[bytes]:
+        """The little-endian bytes of tensor *name*, a few rows at a time."""
+        if len(shape) == 1:
+            yield encode(self._vector(name, shape[0]), stored_type)
+            return
+        rows, columns = shape
+        rng = self._rng(name)
+        column_gains = self._column_gains(name, columns)
+        step = max(1, PIECE_ELEMENTS // columns)
+        for row in range(0, rows, step):
+            block = rng.standard_normal((min(step, rows - row), columns), np.float32)
+            block *= column_gains
+            yield encode(block, stored_type)
+
+    def _rng(self, name: str) -> np.random.Generator:
+        """A generator of the tensor's own, so that no tensor depends on the order of writing."""
+        return np.random.default_rng([self._seed, 2, crc32(name.encode())])
+
+    def _column_gains(self, name: str, columns: int) -> Float32Array:
+        """What standard normal rows are multiplied by: `[columns]`."""
+        gains = np.full(columns, _gain(name, columns, self._config.layer_count), np.float32)
+        if name.endswith(
+            (
+                "query.weight",
+                "key.weight",
+                "value.weight",
+                "intermediate.dense.weight",
+                "linear.weight",
+            )
+        ):
+            gains[self.outliers] /= 20  # trained models give outlier channels small weights too
+        return gains
+
+    def _vector(self, name: str, size: int) -> Float32Array:
+        """Biases and LayerNorms: `[size]`."""
+        if name == "sparse_linear.bias":
+            return np.full(size, SPARSE_BIAS, np.float32)
+        if "LayerNorm" not in name:
+            return self._rng(name).standard_normal(size, np.float32) * np.float32(0.02)
+        vector = np.full(size, float(name.endswith("weight")), np.float32)
+        if self._has_outliers(name):
+            if name.endswith("output.LayerNorm.bias") and "attention" not in name:
+                signs = self._rng("outliers").choice([-1.0, 1.0], len(self.outliers))
+                vector[self.outliers] = OUTLIER_SIZE * signs
+            elif name.endswith("attention.output.LayerNorm.weight"):
+                vector[self.outliers] = 0.1  # or each layer would add to the one before
+        return vector
+
+    def _has_outliers(self, name: str) -> bool:
+        """Whether *name* is of a layer from the second up."""
+        return name.startswith("encoder.layer.") and not name.startswith("encoder.layer.0.")
+
+
+def _gain(name: str, columns: int, layer_count: int) -> float:
+    """Standard deviation of a weight matrix with *columns* inputs."""
+    if name.startswith("embeddings."):
+        return {"word": 1.0, "posi": POSITION_GAIN, "toke": 0.1}[name[11:15]]
+    gain = 1.0
+    if ".query." in name or ".key." in name:
+        gain = ATTENTION_SHARPNESS
+    elif ".attention.output." in name:
+        gain = ATTENTION_SHARE / sqrt(layer_count)
+    elif ".output." in name:
+        gain = FEED_FORWARD_SHARE / sqrt(layer_count)
+    elif name.startswith("sparse_linear"):
+        gain = SPARSE_GAIN
+    return gain / sqrt(columns)
+
+
+def encode(array: Float32Array, stored_type: StoredType) -> bytes:
+    """*array* as little-endian float32, float16 or bfloat16 (rounded to nearest)."""
+    if stored_type is StoredType.F16:
+        return array.astype("<f2").tobytes()
+    if stored_type is StoredType.BF16:
+        return ((array.view(np.uint32) + 0x8000) >> 16).astype("<u2").tobytes()
+    assert stored_type is StoredType.F32
+    return array.astype("<f4", copy=False).tobytes()
