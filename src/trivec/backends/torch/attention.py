@@ -1,0 +1,203 @@
+"""Attention over packed sequences: one interface, several kernels, chosen once with its reason.
+
+`ReferenceAttention` is the plain twin that every other form is tried against, on the device itself,
+before it is used. A form knows queries, keys and values; not where they come from.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import scaled_dot_product_attention
+
+Attend: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+"""From queries, keys, values `[tokens, 3, heads, head_dim]` to `[tokens, heads, head_dim]`."""
+
+GROUP_STRETCH_MAX = 1.25  # sequences are padded together up to this times the shortest of them
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """Where the sequences of a batch lie, on the device and as the host knows it."""
+
+    starts: torch.Tensor  # int32 [sequences + 1]
+    lengths: tuple[int, ...]  # [sequences]
+
+    @property
+    def length_max(self) -> int:
+        return max(self.lengths)
+
+
+class Attention(Protocol):
+    """A way to let each token attend to its own sequence and nothing else."""
+
+    name: str
+
+    def over(self, spans: Spans) -> Attend:
+        """What depends on the spans is worked out here, once a batch; the rest, once a layer."""
+        ...
+
+
+class ReferenceAttention:
+    """One sequence after the other, scores and softmax in fp32."""
+
+    name = "reference"
+
+    def over(self, spans: Spans) -> Attend:
+        def attend(qkv: torch.Tensor) -> torch.Tensor:
+            parts = [
+                _softmax_attention(one.float()).to(qkv.dtype)
+                for one in torch.split(qkv, spans.lengths)
+                if len(one)
+            ]
+            return torch.cat(parts)
+
+        return attend
+
+
+def _softmax_attention(qkv: torch.Tensor) -> torch.Tensor:
+    """softmax(q k' / sqrt(head_dim)) v of one sequence: `[length, heads, head_dim]`."""
+    query, key, value = qkv.permute(1, 2, 0, 3)  # each [heads, length, head_dim]
+    return scaled_dot_product_attention(query, key, value).transpose(0, 1)
+
+
+class GroupedAttention:
+    """Sequences of like lengths padded together: for devices and types without a packed kernel.
+
+    Equal lengths are not padded at all. The padding never leaves this form.
+    """
+
+    name = "grouped"
+
+    def over(self, spans: Spans) -> Attend:
+        groups = [
+            _gather_group(group, spans) for group in group_lengths(spans.lengths, GROUP_STRETCH_MAX)
+        ]
+
+        def attend(qkv: torch.Tensor) -> torch.Tensor:
+            attended = torch.empty_like(qkv[:, 0])
+            for group in groups:
+                query, key, value = qkv[group.places].permute(2, 0, 3, 1, 4)
+                rows = scaled_dot_product_attention(query, key, value, attn_mask=group.mask)
+                # [sequences, heads, longest, head_dim] to [sequences * longest, heads, head_dim]
+                attended[group.tokens] = rows.transpose(1, 2).flatten(0, 1)[group.real]
+            return attended
+
+        return attend
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    places: torch.Tensor  # int64 [sequences, longest]: which token stands at each place
+    mask: torch.Tensor | None  # bool [sequences, 1, 1, longest]: may a key be seen; None: all may
+    real: torch.Tensor  # int64 [tokens of the group]: the places that are no padding, flattened
+    tokens: torch.Tensor  # int64 [tokens of the group]: which token of the batch each is
+
+
+def _gather_group(sequences: Sequence[int], spans: Spans) -> _Group:
+    starts = np.concatenate([[0], np.cumsum(spans.lengths)])
+    lengths = np.array(spans.lengths)[list(sequences), None]  # [sequences, 1]
+    columns = np.arange(lengths.max())
+    is_real = columns < lengths  # [sequences, longest]
+    places = starts[list(sequences), None] + np.where(is_real, columns, 0)
+
+    def up(array: NDArray[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(array).to(spans.starts.device)
+
+    mask = None if is_real.all() else up(is_real[:, None, None, :])
+    return _Group(up(places), mask, up(np.flatnonzero(is_real)), up(places[is_real]))
+
+
+def group_lengths(lengths: Sequence[int], stretch_max: float) -> list[list[int]]:
+    """Sequence indices in groups whose longest is at most *stretch_max* times its shortest."""
+    groups: list[list[int]] = []
+    shortest = 0
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if lengths[i] == 0:
+            continue
+        if not groups or lengths[i] > shortest * stretch_max:
+            groups.append([])
+            shortest = lengths[i]
+        groups[-1].append(i)
+    return groups
+
+
+class PackedAttention:
+    """A kernel that reads packed queries, keys and values and where the sequences start.
+
+    *kernel* takes (query, key, value, starts, starts, length_max, length_max), as torch's
+    `varlen_attn` and flash-attn's `flash_attn_varlen_func` both do; both return `[tokens, heads,
+    head_dim]`, some versions as the first of several.
+    """
+
+    def __init__(self, name: str, kernel: Callable[..., object]) -> None:
+        self.name = name
+        self._kernel = kernel
+        # Splitting the keys of a long sequence over blocks depends on its neighbours; without it
+        # a sequence keeps its bits in any company. Older versions never split and lack the word.
+        named = inspect.signature(kernel).parameters
+        self._options = {"num_splits": 1} if "num_splits" in named else {}
+
+    def over(self, spans: Spans) -> Attend:
+        starts, longest = spans.starts, spans.length_max
+
+        def attend(qkv: torch.Tensor) -> torch.Tensor:
+            query, key, value = qkv.unbind(1)
+            out = self._kernel(query, key, value, starts, starts, longest, longest, **self._options)
+            return out[0] if isinstance(out, tuple) else out
+
+        return attend
+
+
+PACKED_KERNELS = {
+    # name: (module, function), best first on a Hopper
+    "flash-attn-3": ("flash_attn_interface", "flash_attn_varlen_func"),
+    "varlen": ("torch.nn.attention.varlen", "varlen_attn"),
+    "flash-attn-2": ("flash_attn", "flash_attn_varlen_func"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionChoice:
+    """The form to use, and why it and not the ones before it."""
+
+    attention: Attention
+    reason: str
+
+
+def choose_attention(
+    asked: str | None, *, trial: Callable[[Attention], str | None], has_packed: bool
+) -> AttentionChoice:
+    """The first form, fastest first, against which *trial* has nothing to say.
+
+    *trial* runs a form on the device and answers what is wrong with it, or None. *has_packed*
+    says whether packed kernels exist for the device and type at all (CUDA at half precision).
+    """
+    reasons: list[str] = []
+    for name in (asked,) if asked is not None else (*PACKED_KERNELS, "grouped"):
+        if name in PACKED_KERNELS and not has_packed and asked is None:
+            continue
+        form = attention_named(name)
+        wrong = f"{name} is not installed" if form is None else trial(form)
+        if form is not None and wrong is None:
+            return AttentionChoice(form, "; ".join([name, *reasons]))
+        reasons.append(f"not {name}: {wrong}")
+    return AttentionChoice(ReferenceAttention(), "; ".join(["reference", *reasons]))
+
+
+def attention_named(name: str) -> Attention | None:
+    """The form called *name*; None where its package is not installed."""
+    if name == "reference":
+        return ReferenceAttention()
+    if name == "grouped":
+        return GroupedAttention()
+    module, function = PACKED_KERNELS[name]
+    try:
+        return PackedAttention(name, getattr(importlib.import_module(module), function))
+    except (ImportError, AttributeError):
+        return None

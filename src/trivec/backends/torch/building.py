@@ -1,0 +1,121 @@
+"""From a checkpoint to a model on one device: weights up, then every fast path by trial."""
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from trivec.backends.torch.attention import AttentionChoice, ReferenceAttention, choose_attention
+from trivec.backends.torch.encoder import AfterAttention, Encoder, after_attention
+from trivec.backends.torch.graphs import Graphs, rehearsal, unpack
+from trivec.backends.torch.link import CudaLink, HostLink, Link
+from trivec.backends.torch.model import DeviceModel, Parts
+from trivec.backends.torch.trial import REFUSALS, try_attention, try_compiled, what_is_wrong
+from trivec.backends.torch.tuning import Tuning, graph_shapes
+from trivec.backends.torch.weights import load_encoder, load_heads
+from trivec.checkpoints.checkpoint import Checkpoint
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GRAPH_TOKENS_MAX = 2_048  # beyond it the launches of a batch take less time than its arithmetic
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A model on a device, and what was chosen for it and why."""
+
+    model: DeviceModel
+    notes: Mapping[str, str]
+
+
+def build(
+    checkpoint: Checkpoint, *, precision: str, cuda_index: int | None, tuning: Tuning
+) -> Built:
+    """Load *checkpoint* on a CUDA device, or on the CPU. Raises `CheckpointRefused`."""
+    link: Link = HostLink() if cuda_index is None else CudaLink(cuda_index)
+    with link.entered():
+        encoder = load_encoder(checkpoint, device=link.device, dtype=DTYPES[precision])
+        attention = _choose_attention(encoder, tuning, precision=precision, link=link)
+        after, compiled_note = _choose_after(encoder, tuning, link=link)
+        parts = Parts(
+            encoder=encoder,
+            heads=load_heads(checkpoint, device=link.device),
+            attention=attention.attention,
+            after=after,
+            position_offset=checkpoint.config.position_offset,
+        )
+        graphs, graphs_note = _capture(parts, tuning, link=link)
+    notes = {
+        "attention": attention.reason,
+        "compiled": compiled_note,
+        "cuda_graphs": graphs_note,
+    }
+    return Built(DeviceModel(parts, link, graphs), notes)
+
+
+def build_exact(checkpoint: Checkpoint, like: DeviceModel) -> DeviceModel:
+    """The same model in fp32, every path plain: where *like* is, or on the CPU for want of memory.
+
+    Shares the weights of *like* when those are fp32 already.
+    """
+    parts = replace(like.parts, attention=ReferenceAttention(), after=after_attention)
+    if parts.encoder.layers[0].qkv.weight.dtype is torch.float32:
+        return DeviceModel(parts, like.link)
+    free_bytes = like.link.free_bytes()
+    stays = free_bytes is not None and 2 * fp32_bytes(like.parts.encoder) < free_bytes
+    link = like.link if stays else HostLink()
+    with link.entered():
+        encoder = load_encoder(checkpoint, device=link.device, dtype=torch.float32)
+        heads = load_heads(checkpoint, device=link.device)
+    return DeviceModel(replace(parts, encoder=encoder, heads=heads), link)
+
+
+def fp32_bytes(encoder: Encoder) -> int:
+    """Bytes of the encoder's weights in fp32."""
+    layer = encoder.layers[0]
+    linears = (layer.qkv, layer.attention_output, layer.inner, layer.output)
+    layer_numbers = sum(one.weight.numel() + one.bias.numel() for one in linears)
+    table_numbers = encoder.embeddings.words.numel() + encoder.embeddings.positions.numel()
+    return 4 * int(layer_numbers * len(encoder.layers) + table_numbers)
+
+
+def _choose_attention(
+    encoder: Encoder, tuning: Tuning, *, precision: str, link: Link
+) -> AttentionChoice:
+    return choose_attention(
+        tuning.attention,
+        trial=lambda form: try_attention(form, encoder),
+        has_packed=isinstance(link, CudaLink) and precision != "fp32",
+    )
+
+
+def _choose_after(encoder: Encoder, tuning: Tuning, *, link: Link) -> tuple[AfterAttention, str]:
+    """The second half of a layer, compiled where that is asked for or wins, and why."""
+    if tuning.compiled is False:
+        return after_attention, "no: not asked for"
+    if tuning.compiled is None and not isinstance(link, CudaLink):
+        return after_attention, "no: on CPUs the matrix products leave nothing to win"
+    if isinstance(link, CudaLink) and importlib.util.find_spec("triton") is None:
+        return after_attention, "no: triton is not installed"
+    compiled = torch.compile(after_attention, dynamic=True)
+    wrong = try_compiled(compiled, encoder)
+    return (after_attention, f"no: {wrong}") if wrong is not None else (compiled, "yes")
+
+
+def _capture(parts: Parts, tuning: Tuning, *, link: Link) -> tuple[Graphs | None, str]:
+    """CUDA graphs of small batches, tried on the smallest, and why not."""
+    if not isinstance(link, CudaLink):
+        return None, "no: not on a CUDA device"
+    tokens_max = GRAPH_TOKENS_MAX if tuning.graph_tokens_max is None else tuning.graph_tokens_max
+    if tokens_max == 0:
+        return None, "no: not asked for"
+    try:
+        graphs = Graphs.capture(parts.encode, graph_shapes(tokens_max), link)
+    except REFUSALS as error:
+        return None, f"no: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    layout = rehearsal(graphs.shapes[-1])
+    plain = unpack(link.up(layout.words), layout.shape, layout.lengths)
+    wrong = what_is_wrong(lambda: graphs.replay(layout, link)[1], lambda: parts.encode(plain))
+    if wrong is not None:
+        return None, f"no: {wrong}"
+    return graphs, f"{len(graphs.shapes)} shapes, up to {tokens_max} tokens"

@@ -1,0 +1,74 @@
+"""Fast paths tried against their plain twins, on the device itself, before they are used.
+
+Kernels differ by device, driver and version; what cannot be tested where this is written is tested
+where it runs. Answers are sentences for the log, None where there is nothing to say against a path.
+"""
+
+from collections.abc import Callable
+from itertools import accumulate
+
+import torch
+
+from trivec.backends.torch.attention import Attention, ReferenceAttention, Spans
+from trivec.backends.torch.encoder import AfterAttention, Encoder, after_attention
+
+TRIAL_LENGTHS = (1, 2, 63, 64, 65, 300)  # around the edges of kernels' blocks
+COSINE_MIN = {torch.float32: 0.999999, torch.bfloat16: 0.9995, torch.float16: 0.9995}
+
+# What a kernel that is missing, refused or miscompiled raises, through torch, Triton or flash-attn.
+REFUSALS = (RuntimeError, TypeError, ValueError, AssertionError, ImportError, AttributeError)
+
+
+def what_is_wrong(
+    fast: Callable[[], torch.Tensor], plain: Callable[[], torch.Tensor]
+) -> str | None:
+    """Run both, compare them row by row: `[rows, ...]`."""
+    expected = plain()
+    try:
+        found = fast()
+    except REFUSALS as error:
+        return f"it raised {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    if found.shape != expected.shape:
+        return f"its shape is {tuple(found.shape)}, not {tuple(expected.shape)}"
+    cosines = torch.cosine_similarity(found.double().flatten(1), expected.double().flatten(1))
+    cosine_min = float(cosines.nan_to_num(-1).min())
+    if cosine_min < COSINE_MIN[expected.dtype]:
+        return f"its rows differ from the plain form's: minimum cosine {cosine_min:.6f}"
+    return None
+
+
+def try_attention(form: Attention, encoder: Encoder) -> str | None:
+    """What is wrong with *form* on random queries, keys and values of the encoder's shape."""
+    weight = encoder.layers[0].qkv.weight
+    head_dim = weight.shape[1] // encoder.head_count
+    spans = trial_spans(weight.device)
+    shape = (sum(spans.lengths), 3, encoder.head_count, head_dim)
+    qkv = random_rows(shape, weight)
+    return what_is_wrong(
+        lambda: form.over(spans)(qkv), lambda: ReferenceAttention().over(spans)(qkv)
+    )
+
+
+def try_compiled(after: AfterAttention, encoder: Encoder) -> str | None:
+    """What is wrong with a compiled second half on the first layer, at several token counts."""
+    layer = encoder.layers[0]
+    attended = random_rows((1000, layer.qkv.weight.shape[1]), layer.qkv.weight)
+    rows = attended.flip(0)
+
+    def wrong_at(token_count: int) -> str | None:
+        fewer = (rows[:token_count], attended[:token_count])
+        return what_is_wrong(lambda: after(layer, *fewer), lambda: after_attention(layer, *fewer))
+
+    # The second count shows whether the compiled form takes the count as a variable.
+    return next((wrong for wrong in map(wrong_at, (64, 300, 1000)) if wrong is not None), None)
+
+
+def trial_spans(device: torch.device) -> Spans:
+    starts = [0, *accumulate(TRIAL_LENGTHS)]
+    return Spans(torch.tensor(starts, dtype=torch.int32, device=device), TRIAL_LENGTHS)
+
+
+def random_rows(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """The same numbers at every start, of the spread that LayerNorm leaves."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).to(like)
