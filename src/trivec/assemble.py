@@ -1,1 +1,254 @@
-"""The only composition root: Settings in, the parts of a running service out."""
+"""The only composition root: Settings in, the parts of a running service out.
+
+It knows every constructor and no algorithm; its only choices are which implementation to build.
+Heavy rooms are imported by the function that needs them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from starlette.types import ASGIApp
+
+from trivec.accounts import Accounts
+from trivec.accounts.stores import open_accounts
+from trivec.api import build_app
+from trivec.checkpoints.checkpoint import Checkpoint
+from trivec.checkpoints.opening import open_checkpoint
+from trivec.core.clock import SystemClock
+from trivec.core.errors import SettingInvalid
+from trivec.core.events import ModelLoaded
+from trivec.core.health import Health
+from trivec.core.ports import Backend, Clock, Embedder, Observer
+from trivec.core.types import ModelCard
+from trivec.engine import Engine, Heartbeat, Workers
+from trivec.settings import Settings
+from trivec.telemetry import Metrics, Observers, RequestLog, Tracing
+from trivec.tokenizer import Tokenizer
+
+DEFAULT_MODEL = "all-minilm-l6-v2"
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """What stands before any model is loaded, and after the last is gone."""
+
+    settings: Settings
+    clock: Clock
+    accounts: Accounts
+    metrics: Metrics
+    observer: Observer
+    tracing: Tracing | None
+
+    def app(self, embedders: Mapping[str, Embedder], health: Callable[[], Health]) -> ASGIApp:
+        """The HTTP surface over *embedders*; none while loading."""
+        return build_app(
+            embedders=embedders,
+            accounts=self.accounts,
+            observer=self.observer,
+            clock=self.clock,
+            limits=self.settings.http,
+            health=health,
+            metrics=self.metrics.page,
+            metrics_open=self.settings.metrics_open,
+        )
+
+    def close(self) -> None:
+        """Flush the ledger and the traces. Blocks."""
+        self.accounts.stop()
+        if self.tracing is not None:
+            self.tracing.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which engine runs on which device, and why, in words for the operator."""
+
+    backend: str
+    device: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """How close the fast arithmetic came to fp32 on the probe texts: cosines of dense vectors."""
+
+    cosine_min: float
+    cosine_mean: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """One model in memory."""
+
+    checkpoint: Checkpoint
+    backend: Backend
+    card: ModelCard
+    certificate: Certificate | None
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """Every served model, ready to run on the workers that they share."""
+
+    choice: Choice
+    loaded: tuple[LoadedModel, ...]
+    embedders: Mapping[str, Embedder]  # by id and by alias
+    workers: Workers
+    slot_count: int
+
+
+def open_front(settings: Settings) -> Front:
+    """Everything but the models; quick. Raises `StartError`."""
+    clock = SystemClock()
+    metrics = Metrics()
+    endpoint = settings.telemetry.trace_endpoint
+    tracing = Tracing.to(endpoint) if endpoint else None
+    heard: list[Observer] = [metrics, RequestLog(), *([tracing] if tracing else [])]
+    return Front(
+        settings=settings,
+        clock=clock,
+        accounts=open_accounts(settings, clock=clock),
+        metrics=metrics,
+        observer=Observers(*heard),
+        tracing=tracing,
+    )
+
+
+def load_models(
+    settings: Settings, front: Front, *, cores: int, on_hung: Callable[[Heartbeat], None]
+) -> Models:
+    """Load every model of *settings*; blocks for seconds. Raises `StartError`.
+
+    *on_hung* hears, on another thread, of a device call that will not come back.
+    """
+    choice = choose(settings)
+    pool = ThreadPoolExecutor(cores, thread_name_prefix="trivec-tokenizer")
+    loaded = tuple(
+        load_model(reference, settings=settings, choice=choice, cores=cores)
+        for reference in settings.models or (DEFAULT_MODEL,)
+    )
+    slot_count = min(model.backend.slot_count for model in loaded)
+    workers = Workers(slot_count, clock=front.clock, observer=front.observer, on_hung=on_hung)
+    engines = [
+        Engine(
+            model.card,
+            tokenizer=Tokenizer(
+                model.checkpoint.tokenizer_file,
+                token_count_max=model.checkpoint.token_count_max,
+                vocabulary_size=model.checkpoint.config.vocabulary_size,
+                pool=pool,
+            ),
+            backend=model.backend,
+            workers=workers,
+            bound=settings.line,
+            clock=front.clock,
+            observer=front.observer,
+        )
+        for model in loaded
+    ]
+    return Models(choice, loaded, by_name(engines), workers, slot_count)
+
+
+def choose(settings: Settings) -> Choice:
+    """Decide what runs where. Raises `SettingInvalid` where that cannot be."""
+    backend, device = settings.backend, settings.device
+    if backend == "fake":
+        return Choice("fake", "cpu", "--backend fake was asked for")
+    if backend == "openvino" and device == "cuda":
+        raise SettingInvalid("--backend openvino runs on cpu; use --backend torch with cuda")
+    if backend == "openvino" or (backend == "auto" and device == "cpu"):
+        return Choice("openvino", "cpu", f"--backend {backend} --device {device}")
+
+    from trivec.backends.torch.device import choose_device, find_devices
+
+    found = choose_device(device, find_devices())
+    name = "torch" if backend == "torch" or found.device == "cuda" else "openvino"
+    return Choice(name, found.device, found.reason)
+
+
+def load_model(reference: str, *, settings: Settings, choice: Choice, cores: int) -> LoadedModel:
+    """Open, check and load one model. Raises `CheckpointRefused`, `SettingInvalid`."""
+    cache_dir = settings.data_dir / "models"
+    checkpoint = open_checkpoint(reference, cache_dir=cache_dir)
+    load = {"openvino": _load_openvino, "torch": _load_torch, "fake": _load_fake}[choice.backend]
+    return load(checkpoint, settings, cores=cores, cache_dir=cache_dir)
+
+
+def _load_openvino(
+    checkpoint: Checkpoint, settings: Settings, *, cores: int, cache_dir: Path
+) -> LoadedModel:
+    from trivec.backends.openvino import OpenVinoBackend
+
+    backend = OpenVinoBackend.load(
+        checkpoint, precision=settings.precision, cores=cores, cache_dir=cache_dir
+    )
+    found = backend.certificate
+    certificate = Certificate(found.dense_min, found.dense_mean) if found else None
+    return LoadedModel(checkpoint, backend, model_card(checkpoint, backend.precision), certificate)
+
+
+def _load_torch(
+    checkpoint: Checkpoint, settings: Settings, *, cores: int, cache_dir: Path
+) -> LoadedModel:
+    from trivec.backends.torch.backend import TorchBackend
+
+    backend = TorchBackend.load(checkpoint, precision=settings.precision, device=settings.device)
+    card = model_card(checkpoint, backend.precision, notes=backend.notes)
+    return LoadedModel(checkpoint, backend, card, None)
+
+
+def _load_fake(
+    checkpoint: Checkpoint, settings: Settings, *, cores: int, cache_dir: Path
+) -> LoadedModel:
+    from trivec.backends.fake import FakeBackend
+
+    backend = FakeBackend(
+        dimensions=checkpoint.config.hidden_size, outputs=checkpoint.outputs, slot_count=cores
+    )
+    return LoadedModel(checkpoint, backend, model_card(checkpoint, "fake"), None)
+
+
+def model_card(
+    checkpoint: Checkpoint, precision: str, *, notes: Mapping[str, str] = MappingProxyType({})
+) -> ModelCard:
+    """What clients may know of *checkpoint* at *precision*."""
+    return ModelCard(
+        id=checkpoint.id,
+        token_count_max=checkpoint.token_count_max,
+        vocabulary_size=checkpoint.config.vocabulary_size,
+        dimensions=checkpoint.config.hidden_size,
+        outputs=checkpoint.outputs,
+        precision=precision,
+        created=checkpoint.created,
+        owned_by=checkpoint.owned_by,
+        dimensions_selectable=checkpoint.dimensions_selectable,
+        verified=checkpoint.verified,
+        aliases=checkpoint.aliases,
+        notes=notes,
+    )
+
+
+def loaded_event(model: LoadedModel, *, load_s: float) -> ModelLoaded:
+    """That *model* is ready, for the observer."""
+    certificate = model.certificate
+    return ModelLoaded(
+        card=model.card,
+        load_s=load_s,
+        cosine_min=certificate.cosine_min if certificate else None,
+        cosine_mean=certificate.cosine_mean if certificate else None,
+    )
+
+
+def by_name(engines: Sequence[Embedder]) -> Mapping[str, Embedder]:
+    """*engines* by id and alias. Raises `SettingInvalid` where two would share a name."""
+    named: dict[str, Embedder] = {}
+    for engine in engines:
+        for name in (engine.card.id, *engine.card.aliases):
+            if named.setdefault(name, engine) is not engine:
+                raise SettingInvalid(
+                    f"two models are called {name}; serve one of them as ANOTHER_ID=FOLDER"
+                )
+    return MappingProxyType(named)

@@ -68,7 +68,9 @@ class HttpLimits(Section):
     request_s_max: float = Field(600.0, gt=0)
     """Seconds a whole request may take."""
     connections_max: int = Field(1024, ge=1)
-    """Most connections at a time."""
+    """Most connections at a time; more wait in the kernel's queue."""
+    idle_s_max: int = Field(30, ge=1)
+    """Seconds a connection may be silent between requests, or take to send a request's head."""
 
 
 class LineBound(Section):
@@ -131,6 +133,8 @@ class Settings(Section):
     """Postgres instead of the SQLite file in the data folder: postgresql+psycopg://..."""
     api_key: SecretStr | None = None
     """One fixed key of at least 16 characters, for containers; scopes embed and admin."""
+    secret: SecretStr | None = None
+    """What keys are hashed under, at least 32 characters; else a file in the data folder."""
     no_auth: bool = False
     """Serve without keys; only on a loopback address."""
     metrics_open: bool = False
@@ -283,7 +287,7 @@ def _sentence(fault: ErrorDetails, origins: Mapping[tuple[str, ...], str]) -> st
         key = variable_name(path)
     elif origin == "on the command line":
         key = "--" + key.replace("_", "-")
-    value = "***" if path[0] in ("api_key", "database_url") else repr(fault["input"])
+    value = "***" if path[0] in ("api_key", "database_url", "secret") else repr(fault["input"])
     expected = fault["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
     return f"{key} is {value} {origin}; it {expected}"
 

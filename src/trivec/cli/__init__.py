@@ -4,6 +4,6 @@ Data goes to standard output, talk to standard error. Nothing heavy is imported 
 command that needs it runs.
 """
 
+from trivec.cli.main import main
 
-def main() -> None:
-    """Run the command that the arguments name."""
+__all__ = ["main"]

@@ -1,0 +1,62 @@
+# Everything a newcomer types. The environment is .venv; each step leaves a stamp there, so a
+# second run starts at once.
+
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet --no-input
+INSTALL := $(PIP) install --no-deps --require-hashes
+ARGS ?=
+
+.PHONY: serve test check test-reference test-clients lock clean
+
+serve: $(VENV)/.serve
+	@exec $(VENV)/bin/trivec serve $(ARGS)
+
+test: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -m "not reference" $(ARGS)
+
+check: $(VENV)/.test $(VENV)/.check
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+# Compares with torch, transformers and FlagEmbedding: about 1 GB of packages.
+test-reference: $(VENV)/.test $(VENV)/.reference
+	$(VENV)/bin/python -m pytest -m reference $(ARGS)
+
+# Moves every pin to the newest version that fits; needs uv on the path.
+lock:
+	python3 scripts/lock.py
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@scripts/make-venv $(VENV)
+
+$(VENV)/.serve: requirements/serve.txt pyproject.toml | $(VENV)/bin/python
+	@echo "Installing Trivec into $(VENV): about a minute, once." >&2
+	@$(INSTALL) -r requirements/serve.txt
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.test: requirements/test.txt $(VENV)/.serve
+	@echo "Installing the tests' tools." >&2
+	@$(INSTALL) -r $<
+	@touch $@
+
+$(VENV)/.check: requirements/check.txt $(VENV)/.serve
+	@$(INSTALL) -r $<
+	@touch $@
+
+$(VENV)/.clients: requirements/clients.txt $(VENV)/.test
+	@echo "Installing the clients that CI tries." >&2
+	@$(INSTALL) -r $<
+	@touch $@
+
+$(VENV)/.reference: requirements/reference.txt requirements/torch.txt $(VENV)/.test
+	@echo "Installing the reference implementations: some minutes, once." >&2
+	@$(PIP) install -r requirements/torch.txt
+	@$(INSTALL) -r $<
+	@touch $@

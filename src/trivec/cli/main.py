@@ -1,0 +1,49 @@
+"""The command `trivec`: its sub-commands, and the one place where an error ends the process."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from trivec import __version__
+from trivec.cli.serve import serve
+from trivec.core.errors import TrivecError
+
+REFUSED_EXIT_CODE = 2
+
+app = typer.Typer(
+    name="trivec",
+    help="Self-hosted text embeddings behind the OpenAI API.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(serve)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"trivec {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and leave."
+        ),
+    ] = False,
+) -> None:
+    """Self-hosted text embeddings behind the OpenAI API."""
+
+
+def main() -> None:
+    """Run the command that the arguments name; one line and exit code 2 for what is refused."""
+    try:
+        app()
+    except TrivecError as refusal:
+        print(f"trivec: {refusal}", file=sys.stderr)
+        sys.exit(REFUSED_EXIT_CODE)

@@ -1,0 +1,105 @@
+"""`trivec serve`: flags to settings, settings to a supervised server process."""
+
+import logging
+import os
+import socket
+import sys
+from typing import Annotated
+
+import typer
+
+from trivec.core.errors import StartError
+from trivec.server.supervisor import START_REFUSED, Heart, Supervisor
+from trivec.settings import Settings, load_settings
+
+FAILED = 1
+
+
+def _help(name: str) -> str:
+    """A setting's help is written once, where the setting is."""
+    field = Settings.model_fields[name]
+    default = field.default
+    shown = "" if default in (None, (), False) else f" [dim]\\[default: {default}][/dim]"
+    return f"{field.description}{shown}"
+
+
+def _flag(name: str, *spellings: str) -> typer.models.OptionInfo:
+    info = typer.Option(*spellings, help=_help(name), show_default=False)
+    assert isinstance(info, typer.models.OptionInfo)
+    return info
+
+
+def serve(
+    models: Annotated[list[str] | None, _flag("models", "--model", "-m")] = None,
+    host: Annotated[str | None, _flag("host", "--host")] = None,
+    port: Annotated[str | None, _flag("port", "--port", "-p")] = None,
+    tls_cert: Annotated[str | None, _flag("tls_cert", "--tls-cert")] = None,
+    tls_key: Annotated[str | None, _flag("tls_key", "--tls-key")] = None,
+    precision: Annotated[str | None, _flag("precision", "--precision")] = None,
+    device: Annotated[str | None, _flag("device", "--device")] = None,
+    backend: Annotated[str | None, _flag("backend", "--backend")] = None,
+    data_dir: Annotated[str | None, _flag("data_dir", "--data-dir")] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", help="TOML file with any of the settings.")
+    ] = None,
+    no_auth: Annotated[
+        bool | None, typer.Option("--no-auth", help=_help("no_auth"), show_default=False)
+    ] = None,
+) -> None:
+    """Serve embeddings over HTTP until told to stop.
+
+    Every option is also a variable, --port as TRIVEC_PORT; all settings are in
+    docs/configuration.md.
+    """
+    flags = {name: value for name, value in locals().items() if value is not None}
+    settings = load_settings(flags, os.environ, warn=_say)
+    _leave(run(settings))
+
+
+def run(settings: Settings) -> int:
+    """Listen, then serve, in a supervised child unless the settings say otherwise."""
+    from trivec.server.listening import check_certificate, listen
+
+    if settings.tls_cert and settings.tls_key:
+        check_certificate(settings.tls_cert, settings.tls_key)
+    listener = listen(settings.host, settings.port)
+    if not settings.life.supervised:
+        return _live(settings, listener, None)
+    supervisor = Supervisor(
+        lambda heart: _live(settings, listener, heart),
+        listener,
+        heartbeat_s_max=settings.life.heartbeat_s_max,
+        say=_say,
+    )
+    return supervisor.run()
+
+
+def _live(settings: Settings, listener: socket.socket, heart: Heart | None) -> int:
+    """The serving process, whole: nothing raised in it may reach the parent's code."""
+    from trivec.cli.greeting import greeting
+    from trivec.server.machine import usable_cores
+    from trivec.server.serving import live
+    from trivec.telemetry import configure_log
+
+    configure_log(settings.telemetry.log_format, level=settings.log_level)
+    port = listener.getsockname()[1]
+    announce = greeting(settings, port=port, say=_say)
+    try:
+        return live(settings, listener, cores=usable_cores(), heart=heart, announce=announce)
+    except StartError as refusal:
+        _say(f"trivec: {refusal}")
+        return START_REFUSED
+    except Exception:  # the outermost loop of the serving process
+        logging.getLogger("trivec").exception("the server process failed")
+        return FAILED
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _leave(exit_code: int) -> None:
+    """End now: granian's own threads do not survive the interpreter's orderly end (they abort)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

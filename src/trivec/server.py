@@ -1,1 +1,0 @@
-"""The life of the process: listen, load, serve, drain, leave."""

@@ -1,0 +1,51 @@
+"""Our own listening socket, and a look at the certificate before anything is loaded.
+
+The socket is ours, so that a port in use is one clear line, port 0 is known from the start, and a
+server process that is started again inherits the connections that wait.
+"""
+
+import os
+import socket
+import ssl
+from pathlib import Path
+
+from trivec.core.errors import SettingInvalid
+
+BACKLOG = 1024  # connections the kernel accepts before we do
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket on *host* and *port* (0: a free one). Raises `SettingInvalid`."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as fault:
+        raise SettingInvalid(f"--host {host} is no address: {fault.strerror}") from fault
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as fault:
+        listener.close()
+        raise SettingInvalid(
+            f"cannot listen on {host}:{port}: {os.strerror(fault.errno or 0)}. "
+            "Choose another --port, or 0 for a free one."
+        ) from fault
+    listener.setblocking(False)
+    return listener
+
+
+def check_certificate(cert: Path, key: Path) -> None:
+    """Refuse a certificate and key that TLS could not start with, in one line."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=_no_password)
+    except (ssl.SSLError, OSError, ValueError) as fault:
+        raise SettingInvalid(
+            f"--tls-cert {cert} and --tls-key {key} do not work together: {fault}"
+        ) from fault
+
+
+def _no_password() -> str:
+    raise ValueError("the key is encrypted; give one without a password")

@@ -1,0 +1,210 @@
+"""The serving process: listen, load, serve, drain, leave.
+
+A thin loop around `life`: it waits for the next happening, asks what stage follows, and does what
+entering that stage takes. It owns the event loop, the signals and every background task.
+"""
+
+import asyncio
+import signal
+import socket
+import time
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from trivec.accounts import NewKey
+from trivec.assemble import Front, Models, load_models, loaded_event, open_front
+from trivec.core.events import PhaseChanged
+from trivec.core.health import Health
+from trivec.engine import Heartbeat
+from trivec.server.canary import Canary
+from trivec.server.carrier import Carrier
+from trivec.server.life import Happening, Life, Stage, health, stage_s_max
+from trivec.server.supervisor import BEAT_EVERY_S, Heart
+from trivec.settings import Settings
+
+SAME_REQUEST_S = 0.1  # a signal sent to the whole process group reaches us twice, this close
+LEAVE_S_MAX = 5.0  # for the ledger and the workers to end, before leaving all the same
+
+
+class Door:
+    """The app that granian sees; it stands for another, swapped once the models are ready."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)
+
+
+class Serving:
+    """One serving process, from its first listen to its exit code. Born inside the event loop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        listener: socket.socket,
+        *,
+        cores: int,
+        heart: Heart | None,
+        announce: Callable[[Models, NewKey | None], None],
+    ) -> None:
+        self._settings = settings
+        self._cores = cores
+        self._heart = heart
+        self._announce = announce
+        self._loop = asyncio.get_running_loop()
+        self._life = Life()
+        self._happenings: asyncio.Queue[Happening] = asyncio.Queue()
+        self._asked_at_s = float("-inf")
+        self._front: Front = open_front(settings)
+        self._models: Models | None = None
+        self._hung: str | None = None
+        self._canary = Canary(())
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._door = Door(self._front.app({}, self.health))
+        cert, key = settings.tls_cert, settings.tls_key
+        self._carrier = Carrier(
+            self._door,
+            listener,
+            limits=settings.http,
+            tls=(cert, key) if cert and key else None,
+        )
+
+    def health(self) -> Health:
+        """One look at the process; reads results and computes nothing."""
+        books = self._front.accounts.health()
+        store = () if books.writable else (f"the store cannot be written: {books.reason}",)
+        return health(
+            self._life,
+            loading=", ".join(self._settings.models) or "the default model",
+            hung=self._hung,
+            troubles=(*self._canary.troubles, *store),
+        )
+
+    async def run(self) -> int:
+        """Live until the end; the exit code to leave with. Raises what loading raised."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._ask)
+        self._front.accounts.start()
+        self._front.observer.observe(PhaseChanged("loading", self.health().reason))
+        carrying = asyncio.create_task(self._carrier.serve(), name="carrier")
+        carrying.add_done_callback(lambda _: self._tell(Happening.EMPTY))
+        loading = asyncio.create_task(self._load(), name="loading")
+        loading.add_done_callback(self._loaded)
+        self._start(self._beat(), "heartbeat")
+        try:
+            while self._life.stage is not Stage.GONE:
+                happening = await self._next_happening()
+                stage, self._life = self._life.stage, self._life.after(happening)
+                if self._life.stage is not stage:
+                    await self._enter(self._life.stage)
+            if loading.done():
+                loading.result()
+            return self._life.exit_code
+        finally:
+            await self._leave()
+
+    def _tell(self, happening: Happening) -> None:
+        self._happenings.put_nowait(happening)
+
+    def _ask(self) -> None:
+        now_s = time.monotonic()
+        is_echo = now_s - self._asked_at_s < SAME_REQUEST_S
+        self._asked_at_s = now_s
+        if not is_echo:
+            self._tell(Happening.ASKED)
+
+    async def _next_happening(self) -> Happening:
+        stage_s = stage_s_max(self._life.stage, self._settings.life)
+        try:
+            return await asyncio.wait_for(self._happenings.get(), stage_s)
+        except TimeoutError:
+            return Happening.TIME_UP
+
+    async def _enter(self, stage: Stage) -> None:
+        look = self.health()
+        self._front.observer.observe(PhaseChanged(look.phase, look.reason))
+        if stage is Stage.FINISHING:
+            self._carrier.stop()
+        elif stage is Stage.REFUSING:
+            self._carrier.stop()
+            if self._models is not None:
+                self._start(self._models.workers.stop(0), "refusing")
+
+    async def _load(self) -> None:
+        began_s = time.monotonic()
+        models = await asyncio.to_thread(
+            load_models, self._settings, self._front, cores=self._cores, on_hung=self._on_hung
+        )
+        models.workers.start()
+        self._canary = Canary(models.embedders.values())
+        await self._canary.learn()
+        new_key = await self._front.accounts.create_first_key()
+        for model in models.loaded:
+            load_s = time.monotonic() - began_s
+            self._front.observer.observe(loaded_event(model, load_s=load_s))
+        self._models = models
+        self._door.app = self._front.app(models.embedders, self.health)
+        self._start(self._sing(), "canary")
+        self._announce(models, new_key)
+
+    def _loaded(self, loading: "asyncio.Task[None]") -> None:
+        failed = loading.cancelled() or loading.exception() is not None
+        self._tell(Happening.FAILED if failed else Happening.LOADED)
+
+    async def _sing(self) -> None:
+        """Check the canary for ever."""
+        while True:
+            await asyncio.sleep(self._settings.life.canary_every_s)
+            await self._canary.check()
+
+    def _on_hung(self, late: Heartbeat) -> None:
+        """On the engine's own thread: a device call will not come back."""
+        self._hung = (
+            f"worker {late.slot} has been in one call for {late.running_s:.0f} s, "
+            f"at most {late.bound_s:.0f} s expected"
+        )
+        self._loop.call_soon_threadsafe(self._tell, Happening.HUNG)
+
+    async def _beat(self) -> None:
+        """Tell the supervisor, once a second, that the event loop turns."""
+        if self._heart is None:
+            return
+        self._heart.tie()
+        while True:
+            self._heart.beat(ready=self._life.stage is Stage.SERVING)
+            await asyncio.sleep(BEAT_EVERY_S)
+
+    def _start(self, work: Coroutine[None, None, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _leave(self) -> None:
+        """Stop what runs in the background, then write down what is on its way to the ledger."""
+        for task in self._tasks:
+            task.cancel()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LEAVE_S_MAX):
+                if self._models is not None and self._hung is None:
+                    await self._models.workers.stop(0)
+                await asyncio.to_thread(self._front.close)
+
+
+def live(
+    settings: Settings,
+    listener: socket.socket,
+    *,
+    cores: int,
+    heart: Heart | None,
+    announce: Callable[[Models, NewKey | None], None],
+) -> int:
+    """Serve until the end; the exit code. Raises `StartError` where serving cannot begin."""
+
+    async def life() -> int:
+        serving = Serving(settings, listener, cores=cores, heart=heart, announce=announce)
+        return await serving.run()
+
+    return asyncio.run(life())
