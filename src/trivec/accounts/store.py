@@ -10,7 +10,7 @@ from typing import Protocol
 
 from trivec.accounts.entries import Committed, Entry
 from trivec.accounts.types import Key, UsageLine, UsageQuery
-from trivec.core.errors import StoreUnavailable
+from trivec.core.errors import FieldInvalid, StoreUnavailable
 
 RETRY_AFTER_S = 2.0  # a store that came back is seen within 1 s
 
@@ -34,6 +34,10 @@ class Store(Protocol):
         """The timeline's offset for this boot: the first one that any process proposed."""
         ...
 
+    def agree_secret_check(self, proposed: bytes) -> bytes:
+        """The check of the server's secret: the first one that any process proposed."""
+        ...
+
     def keys_since(self, revision: int) -> KeyChanges:
         """Keys that were made or changed after *revision*; 0 for all."""
         ...
@@ -53,6 +57,10 @@ class Store(Protocol):
     def close(self) -> None:
         """Let go of files and connections; the store is not used again."""
         ...
+
+
+def name_taken(name: str) -> FieldInvalid:
+    return FieldInvalid(f"There is a key named {name} already; choose another.", param="name")
 
 
 def unavailable() -> StoreUnavailable:

@@ -3,7 +3,8 @@
 TrivecError
 ├── StartError                 the process cannot start: one line on stderr, exit code 2
 │   ├── SettingInvalid
-│   └── CheckpointRefused      a file of the model is missing, damaged or not understood
+│   ├── CheckpointRefused      a file of the model is missing, damaged or not understood
+│   └── StoreRefused           the store is of another version or belongs to another secret
 ├── DeviceLost                 a backend's device is gone for good: the process is not ready any more
 └── ServiceError               a request is answered with it; `api/errors.py` holds the table
     ├── RequestError           the client must change the request
@@ -34,6 +35,10 @@ class SettingInvalid(StartError):
 
 class CheckpointRefused(StartError):
     """A model's files are missing, damaged, unsafe or not understood."""
+
+
+class StoreRefused(StartError):
+    """The store's schema is not the one we read, or its keys were made with another secret."""
 
 
 class DeviceLost(TrivecError):

@@ -7,10 +7,10 @@ from threading import Lock
 from trivec.accounts.allowance import Bucket
 from trivec.accounts.entries import Claim, ClaimName, Committed, Entry, LedgerRow, Upkeep
 from trivec.accounts.page import CLAIM_HELD_US, SUCCESS_BELOW, Page
-from trivec.accounts.store import KeyChanges, unavailable
+from trivec.accounts.store import KeyChanges, name_taken, unavailable
 from trivec.accounts.types import Key, UsageBy, UsageLine, UsageQuery
 from trivec.accounts.utc import day
-from trivec.core.errors import FieldInvalid, ResourceUnknown
+from trivec.core.errors import ResourceUnknown
 
 
 class MemoryStore:
@@ -25,6 +25,7 @@ class MemoryStore:
         self._keys: dict[str, Key] = {}
         self._revisions: dict[str, int] = {}
         self._offsets_us: dict[str, int] = {}
+        self._secret_check: bytes | None = None
 
     def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
         with self._lock:
@@ -56,6 +57,10 @@ class MemoryStore:
     def agree_offset_us(self, boot_id: str, *, proposed_us: int) -> int:
         return self._offsets_us.setdefault(boot_id, proposed_us)
 
+    def agree_secret_check(self, proposed: bytes) -> bytes:
+        self._secret_check = self._secret_check or proposed
+        return self._secret_check
+
     def keys_since(self, revision: int) -> KeyChanges:
         with self._lock:
             changed = tuple(self._keys[k] for k, at in self._revisions.items() if at > revision)
@@ -65,7 +70,7 @@ class MemoryStore:
         with self._lock:
             self._check()
             if any(k.name == key.name and k.revoked_us is None for k in self._keys.values()):
-                raise FieldInvalid(f"There is a key named {key.name} already.", param="name")
+                raise name_taken(key.name)
             self._put_key(key)
 
     def change_key(self, key_id: str, change: Callable[[Key], Key]) -> Key:

@@ -1,0 +1,107 @@
+"""Between rows of the tables and the room's nouns."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from sqlalchemy import Row
+
+from trivec.accounts.allowance import Bucket
+from trivec.accounts.entries import Claim, ClaimName, LedgerRow
+from trivec.accounts.types import Allowance, Key, Scope, Secret
+
+Values = dict[str, Any]  # the columns of one row, by name
+
+
+def key_values(key: Key, *, revision: int) -> Values:
+    return {
+        "id": key.id,
+        "name": key.name,
+        "scopes": " ".join(sorted(key.scopes)),
+        "models": None if key.models is None else json.dumps(sorted(key.models)),
+        "requests_per_minute": key.allowance.requests_per_minute,
+        "tokens_per_minute": key.allowance.tokens_per_minute,
+        "created_us": key.created_us,
+        "expires_us": key.expires_us,
+        "revoked_us": key.revoked_us,
+        "revision": revision,
+    }
+
+
+def secret_values(key: Key) -> list[Values]:
+    return [
+        {
+            "digest": secret.digest,
+            "key_id": key.id,
+            "first": secret.first,
+            "last": secret.last,
+            "created_us": secret.created_us,
+            "expires_us": secret.expires_us,
+        }
+        for secret in key.secrets
+    ]
+
+
+def key_of(row: Row[Any], secrets: Iterable[Row[Any]]) -> Key:
+    return Key(
+        row.id,
+        row.name,
+        frozenset(Scope(scope) for scope in row.scopes.split()),
+        None if row.models is None else frozenset(json.loads(row.models)),
+        Allowance(row.requests_per_minute, row.tokens_per_minute),
+        row.created_us,
+        row.expires_us,
+        row.revoked_us,
+        tuple(
+            Secret(bytes(s.digest), s.first, s.last, s.created_us, s.expires_us)
+            for s in sorted(secrets, key=lambda s: s.created_us)
+        ),
+    )
+
+
+def bucket_values(key_id: str, bucket: Bucket) -> Values:
+    return {
+        "key_id": key_id,
+        "requests_debt": bucket.requests_debt,
+        "tokens_debt": bucket.tokens_debt,
+        "at_us": bucket.at_us,
+    }
+
+
+def ledger_values(row: LedgerRow) -> Values:
+    return {
+        "time_us": row.time_us,
+        "request_id": row.request_id,
+        "key_id": row.key_id,
+        "model": row.model,
+        "input_count": row.input_count,
+        "token_count": row.token_count,
+        "status": row.status,
+        "duration_us": row.duration_us,
+        "user_digest": row.user_digest,
+        "replayed": row.replayed,
+    }
+
+
+def claim_values(name: ClaimName, claim: Claim) -> Values:
+    return {
+        "key_id": name.key_id,
+        "digest": name.digest,
+        "body_digest": claim.body_digest,
+        "owner": claim.owner,
+        "held_until_us": claim.held_until_us,
+        "expires_us": claim.expires_us,
+        "done": claim.done,
+        "token_count": claim.token_count,
+    }
+
+
+def claim_of(row: Row[Any]) -> Claim:
+    return Claim(
+        bytes(row.body_digest),
+        row.owner,
+        row.held_until_us,
+        row.expires_us,
+        row.done,
+        row.token_count,
+    )
