@@ -2,6 +2,7 @@
 """The torch backend's manners: memory, lost devices, second tries; and the pure choices behind it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -415,6 +416,20 @@ def test_a_trial_says_what_is_wrong_with_a_fast_path() -> None:
     assert "minimum cosine -" in str(what_is_wrong(lambda: -plain, lambda: plain))
     assert "shape" in str(what_is_wrong(lambda: plain[:3], lambda: plain))
     assert "cosine" in str(what_is_wrong(lambda: plain * torch.nan, lambda: plain))
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        pytest.param(random_batch([8_193], XLM_ROBERTA), "too long", id="a-text-too-long"),
+        pytest.param(
+            random_batch([4], replace(XLM_ROBERTA, vocabulary_size=9_999)), "beyond", id="an-id"
+        ),
+    ],
+)
+def test_a_bad_index_stops_on_the_host(backend: TorchBackend, batch: Batch, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        backend.run(batch, slot=0)
 
 
 def test_grouped_attention_is_what_cpus_use(backend: TorchBackend) -> None:

@@ -37,6 +37,7 @@ class Attention(Protocol):
     """A way to let each token attend to its own sequence and nothing else."""
 
     name: str
+    is_capturable: bool  # of the host's numbers it uses `length_max` alone, as CUDA graphs need
 
     def over(self, spans: Spans) -> Attend:
         """What depends on the spans is worked out here, once a batch; the rest, once a layer."""
@@ -47,6 +48,7 @@ class ReferenceAttention:
     """One sequence after the other, scores and softmax in fp32."""
 
     name = "reference"
+    is_capturable = False
 
     def over(self, spans: Spans) -> Attend:
         def attend(qkv: torch.Tensor) -> torch.Tensor:
@@ -73,6 +75,7 @@ class GroupedAttention:
     """
 
     name = "grouped"
+    is_capturable = False
 
     def over(self, spans: Spans) -> Attend:
         groups = [
@@ -134,6 +137,8 @@ class PackedAttention:
     `varlen_attn` and flash-attn's `flash_attn_varlen_func` both do; both return `[tokens, heads,
     head_dim]`, some versions as the first of several.
     """
+
+    is_capturable = True
 
     def __init__(self, name: str, kernel: Callable[..., object]) -> None:
         self.name = name

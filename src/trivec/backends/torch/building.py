@@ -11,7 +11,13 @@ from trivec.backends.torch.encoder import AfterAttention, Encoder, after_attenti
 from trivec.backends.torch.graphs import Graphs, rehearsal, unpack
 from trivec.backends.torch.link import CudaLink, HostLink, Link
 from trivec.backends.torch.model import DeviceModel, Parts
-from trivec.backends.torch.trial import REFUSALS, try_attention, try_compiled, what_is_wrong
+from trivec.backends.torch.trial import (
+    REFUSALS,
+    first_words,
+    try_attention,
+    try_compiled,
+    what_is_wrong,
+)
 from trivec.backends.torch.tuning import Tuning, graph_shapes
 from trivec.backends.torch.weights import load_encoder, load_heads
 from trivec.checkpoints.checkpoint import Checkpoint
@@ -42,7 +48,7 @@ def build(
             heads=load_heads(checkpoint, device=link.device),
             attention=attention.attention,
             after=after,
-            position_offset=checkpoint.config.position_offset,
+            config=checkpoint.config,
         )
         graphs, graphs_note = _capture(parts, tuning, link=link)
     notes = {
@@ -106,14 +112,16 @@ def _capture(parts: Parts, tuning: Tuning, *, link: Link) -> tuple[Graphs | None
     """CUDA graphs of small batches, tried on the smallest, and why not."""
     if not isinstance(link, CudaLink):
         return None, "no: not on a CUDA device"
+    if not parts.attention.is_capturable:
+        return None, f"no: {parts.attention.name} attention lays each batch out anew on the host"
     tokens_max = GRAPH_TOKENS_MAX if tuning.graph_tokens_max is None else tuning.graph_tokens_max
     if tokens_max == 0:
         return None, "no: not asked for"
     try:
         graphs = Graphs.capture(parts.encode, graph_shapes(tokens_max), link)
     except REFUSALS as error:
-        return None, f"no: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    layout = rehearsal(graphs.shapes[-1])
+        return None, f"no: {first_words(error)}"
+    layout = rehearsal(graphs.shapes[-1], sequence_count=2)
     plain = unpack(link.up(layout.words), layout.shape, layout.lengths)
     wrong = what_is_wrong(lambda: graphs.replay(layout, link)[1], lambda: parts.encode(plain))
     if wrong is not None:

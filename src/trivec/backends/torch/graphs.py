@@ -53,7 +53,7 @@ class Graphs:
         captured: dict[Shape, _Captured] = {}
         pool = None
         for shape in shapes:
-            words = link.up(rehearsal(shape).words)
+            words = link.up(rehearsal(shape, sequence_count=1).words)
             # Kernels take the longest length as a plain number, so a graph is made for the worst.
             packed = unpack(words, shape, (shape.token_count,))
             encode(packed)  # libraries pick kernels and reserve memory on first use
@@ -74,9 +74,14 @@ class Graphs:
         return one.packed, one.hidden
 
 
-def rehearsal(shape: Shape) -> Layout:
-    """A layout of *shape* with one sequence, for capturing and for warming up."""
-    starts = np.array([0, shape.token_count], np.int32)
-    token_ids = np.zeros(shape.token_count, np.int32)
-    batch = Batch(token_ids, starts, np.array([Output.DENSE], np.uint8))
-    return lay_out(batch, position_offset=0, shape=shape)
+def rehearsal(shape: Shape, *, sequence_count: int) -> Layout:
+    """A layout of *shape* with sequences of about one length and small ids, all of it in use.
+
+    Its positions may exceed the model's, which is why it starts all of them at 0.
+    """
+    starts = np.linspace(0, shape.token_count, sequence_count + 1).astype(np.int32)
+    token_ids = np.arange(shape.token_count, dtype=np.int32) % 5
+    batch = Batch(token_ids, starts, np.full(sequence_count, Output.DENSE, np.uint8))
+    layout = lay_out(batch, position_offset=0, shape=shape)
+    layout.words[shape.token_count : 2 * shape.token_count] = 0
+    return layout

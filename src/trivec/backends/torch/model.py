@@ -20,6 +20,7 @@ from trivec.backends.torch.heads import DeviceHeads
 from trivec.backends.torch.layout import first_rows_left_out, lay_out, rows_wanting
 from trivec.backends.torch.link import CudaLink, Fetched, Link
 from trivec.backends.torch.tuning import graph_shape
+from trivec.checkpoints.encoder import EncoderConfig
 from trivec.core.types import Batch, Float32Array, Output, Vectors
 
 
@@ -31,7 +32,13 @@ class Parts:
     heads: DeviceHeads
     attention: Attention
     after: AfterAttention  # plain, or compiled
-    position_offset: int
+    config: EncoderConfig
+
+    def refuse(self, batch: Batch) -> None:
+        """Stop at what only a mistake of ours sends down: a bad index takes a CUDA device with it."""
+        assert np.diff(batch.starts).max() <= self.config.token_count_max, "a text is too long"
+        assert batch.token_ids.min() >= 0, "a token id is below the vocabulary"
+        assert batch.token_ids.max() < self.config.vocabulary_size, "a token id is beyond it"
 
     def encode(self, packed: Packed) -> torch.Tensor:
         """Last hidden states: `[tokens, hidden]`."""
@@ -67,6 +74,7 @@ class DeviceModel:
 
     def run(self, batch: Batch) -> Vectors:
         """Vectors of *batch*; blocks until they are on the host. Raises what torch raises."""
+        self.parts.refuse(batch)
         with self._launching, self.link.entered():
             on_the_way = self._launch(batch)
         return to_vectors(on_the_way.wait(), batch, self.parts.heads.vocabulary_size)
@@ -88,7 +96,7 @@ class DeviceModel:
 
     def _encode(self, batch: Batch) -> tuple[Packed, torch.Tensor]:
         """The batch on the device and its hidden states, at least `[tokens, hidden]`."""
-        offset = self.parts.position_offset
+        offset = self.parts.config.position_offset
         if self._graphs is not None and isinstance(self.link, CudaLink):
             shape = graph_shape(batch.token_count, len(batch), self._graphs.shapes)
             if shape is not None:

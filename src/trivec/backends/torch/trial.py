@@ -27,7 +27,7 @@ def what_is_wrong(
     try:
         found = fast()
     except REFUSALS as error:
-        return f"it raised {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return first_words(error)
     if found.shape != expected.shape:
         return f"its shape is {tuple(found.shape)}, not {tuple(expected.shape)}"
     cosines = torch.cosine_similarity(found.double().flatten(1), expected.double().flatten(1))
@@ -35,6 +35,12 @@ def what_is_wrong(
     if cosine_min < COSINE_MIN[expected.dtype]:
         return f"its rows differ from the plain form's: minimum cosine {cosine_min:.6f}"
     return None
+
+
+def first_words(error: BaseException) -> str:
+    """What *error* is and the beginning of what it says: drivers and compilers say a great deal."""
+    said = str(error).partition("\n")[0].partition(". ")[0]
+    return f"it raised {type(error).__name__}: {said[:160]}"
 
 
 def try_attention(form: Attention, encoder: Encoder) -> str | None:
