@@ -1,0 +1,136 @@
+"""Settings: which source wins, and what is said of one that is wrong."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trivec.core.errors import SettingInvalid
+from trivec.settings import Settings, load_settings
+
+
+def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "trivec.toml"
+    file.write_text('port = 1\nhost = "127.0.0.2"\n[http]\ninputs_max = 3\nbody_s_max = 4\n')
+    settings = load_settings(
+        {"config": str(file), "port": "3", "host": None},
+        {"TRIVEC_PORT": "2", "TRIVEC_HTTP__INPUTS_MAX": "5"},
+    )
+    assert settings.port == 3
+    assert settings.host == "127.0.0.2"
+    assert settings.http.inputs_max == 5
+    assert settings.http.body_s_max == 4
+    assert settings.http.body_chunks_max == Settings().http.body_chunks_max
+
+
+def test_the_file_may_be_named_by_the_environment(tmp_path: Path) -> None:
+    file = tmp_path / "trivec.toml"
+    file.write_text("port = 7")
+    assert load_settings({}, {"TRIVEC_CONFIG": str(file)}).port == 7
+
+
+def test_models_are_a_list_in_the_file_and_separated_by_commas_in_the_environment() -> None:
+    assert load_settings({"models": ["a", "b"]}, {}).models == ("a", "b")
+    assert load_settings({}, {"TRIVEC_MODEL": "baai/bge-m3,x=./y"}).models == (
+        "baai/bge-m3",
+        "x=./y",
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "expected"),
+    [
+        pytest.param(
+            {}, {"TRIVEC_PORT": "abc"}, ["TRIVEC_PORT is 'abc'", "valid integer"],
+            id="a-variable-that-is-no-number",
+        ),
+        pytest.param(
+            {"port": "65536"}, {}, ["--port is '65536'", "less than or equal to 65535"],
+            id="a-flag-out-of-range",
+        ),
+        pytest.param(
+            {"device": "tpu"}, {}, ["--device is 'tpu'", "'auto', 'cpu' or 'cuda'"],
+            id="a-flag-that-is-not-among-the-choices",
+        ),
+        pytest.param(
+            {"no_auth": True, "host": "0.0.0.0"}, {}, ["no_auth", "0.0.0.0", "127.0.0.1"],
+            id="no-auth-where-others-can-reach-it",
+        ),
+        pytest.param(
+            {"tls_cert": "cert.pem"}, {}, ["tls_cert and tls_key go together"],
+            id="a-certificate-without-its-key",
+        ),
+        pytest.param(
+            {"tls_cert": "nowhere.pem", "tls_key": "nowhere.key"}, {}, ["nowhere.pem is not a file"],
+            id="a-certificate-that-is-not-there",
+        ),
+        pytest.param(
+            {}, {"TRIVEC_API_KEY": "short"}, ["api_key is too short", "16"], id="a-key-too-short"
+        ),
+        pytest.param(
+            {"config": "nowhere.toml"}, {}, ["cannot read", "nowhere.toml"],
+            id="a-file-that-is-not-there",
+        ),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_one_line_that_names_it_and_what_was_expected(
+    flags: Mapping[str, Any], environ: Mapping[str, str], expected: list[str]
+) -> None:
+    with pytest.raises(SettingInvalid) as refusal:
+        load_settings(flags, environ)
+    message = str(refusal.value)
+    assert "\n" not in message
+    for part in expected:
+        assert part in message
+
+
+def test_an_unknown_key_in_the_file_is_refused_by_name_with_the_nearest_one(tmp_path: Path) -> None:
+    file = tmp_path / "trivec.toml"
+    file.write_text("[http]\nbody_byte_max = 3\n")
+    with pytest.raises(SettingInvalid, match=r"http\.body_byte_max .*http\.body_bytes_max"):
+        load_settings({"config": str(file)}, {})
+
+
+def test_a_plain_value_where_a_section_belongs_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "trivec.toml"
+    file.write_text("http = 3\n")
+    with pytest.raises(SettingInvalid, match="http is 3"):
+        load_settings({"config": str(file)}, {})
+
+
+def test_a_file_that_is_no_toml_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "trivec.toml"
+    file.write_text("port: 3\n")
+    with pytest.raises(SettingInvalid, match=r"trivec\.toml is not TOML"):
+        load_settings({"config": str(file)}, {})
+
+
+def test_an_unknown_variable_is_a_warning_with_the_nearest_name() -> None:
+    heard: list[str] = []
+    assert load_settings({}, {"TRIVEC_PROT": "1"}, warn=heard.append) == Settings()
+    assert len(heard) == 1
+    assert "TRIVEC_PROT" in heard[0]
+    assert "TRIVEC_PORT?" in heard[0]
+
+
+def test_what_kubernetes_injects_for_a_service_is_ignored_with_a_hint() -> None:
+    heard: list[str] = []
+    settings = load_settings({}, {"TRIVEC_PORT": "tcp://10.0.0.1:8000"}, warn=heard.append)
+    assert settings.port == Settings().port
+    assert "enableServiceLinks" in heard[0]
+
+
+@pytest.mark.parametrize("name", ["TRIVEC_API_KEY", "TRIVEC_DATABASE_URL", "TRIVEC_SECRET"])
+def test_a_secret_never_shows_in_the_settings_or_in_a_refusal(name: str) -> None:
+    plain = "postgresql://someone:swordfish-0123456789-0123456789@host/books"
+    settings = load_settings({}, {name: plain})
+    assert "swordfish" not in repr(settings)
+    assert "swordfish" not in settings.model_dump_json()
+    with pytest.raises(SettingInvalid) as refusal:
+        load_settings({name.removeprefix("TRIVEC_").lower(): ["swordfish"]}, {})
+    assert "swordfish" not in str(refusal.value)
+
+
+def test_the_home_folder_is_spelt_out() -> None:
+    assert "~" not in str(load_settings({}, {}).data_dir)
