@@ -11,11 +11,12 @@ from typing import TypeVar
 
 from trivec.accounts import keys
 from trivec.accounts.administration import FIXED_KEY_ID, OVERLAP_S, Administration
-from trivec.accounts.allowance import Cost
+from trivec.accounts.allowance import NOTHING, Cost
 from trivec.accounts.booking import Booking, MeteredBooking
 from trivec.accounts.desk import Desk
 from trivec.accounts.entries import Granted, Reserve, Settle
 from trivec.accounts.keyring import Keyring
+from trivec.accounts.page import SUCCESS_BELOW
 from trivec.accounts.store import Store, unavailable
 from trivec.accounts.types import (
     AllowanceState,
@@ -112,32 +113,49 @@ class Accounts:
             granted = await self._desk.reserve(entry)
         return MeteredBooking(caller, opening, desk=self._desk, granted=granted)
 
-    async def record(self, caller: Caller, opening: Opening, closing: Closing) -> None:
-        """Write down a request that failed without being opened, or that has no allowance to spend.
+    async def record(
+        self, caller: Caller, opening: Opening, closing: Closing
+    ) -> AllowanceState | None:
+        """Write down a request that was never opened; what its key has left.
 
-        A failure stays what it was when it cannot be written down; a success raises
+        A failure stays the failure it was when it cannot be written down; a success raises
         `StoreUnavailable`.
         """
         if caller is ANONYMOUS:
-            return
+            return None
+        settle = Settle(self._desk.row(caller, opening, closing), caller.allowance)
         try:
-            await self._desk.settle(Settle(self._desk.row(caller, opening, closing)))
+            return (await self._desk.settle(settle)).state
         except StoreUnavailable:
-            if closing.status < 400:
+            if closing.status < SUCCESS_BELOW:
                 raise
+            return None
 
     async def allowance_state(self, caller: Caller) -> AllowanceState | None:
-        """What *caller* has left, for the headers of an answer that has no booking."""
-        if caller.allowance is None:
+        """What *caller* has left, for the headers of an answer that is not written down.
+
+        None where it has no limits, and while the store is away.
+        """
+        if caller.allowance is None or not self.writable():
             return None
-        granted = await self._desk.reserve(Reserve(caller.key_id, caller.allowance, Cost()))
-        return granted.state
+        try:
+            return (
+                await self._desk.reserve(Reserve(caller.key_id, caller.allowance, NOTHING))
+            ).state
+        except StoreUnavailable:
+            return None
 
     async def create_first_key(self) -> NewKey | None:
-        """The key to print at the first start; None where there is one, or none is needed."""
+        """The key to print at the first start; None where there is one, or none is needed.
+
+        None too while the store is away: whoever brings it back makes a key by command.
+        """
         if self._no_auth or self._fixed is not None:
             return None
-        return await self._change(self._administration.create_first_key)
+        try:
+            return await self._change(self._administration.create_first_key)
+        except StoreUnavailable:
+            return None
 
     async def create_key(self, plan: KeyPlan) -> NewKey:
         return await self._change(lambda: self._administration.create_key(plan))

@@ -85,6 +85,10 @@ class Administration:
             raise ResourceUnknown(f"There is no key {shown}. {hint}")
         return found
 
+    def key_id(self, reference: str) -> str:
+        """Also of the environment's key, which is in no store. Raises `ResourceUnknown`."""
+        return reference if reference == FIXED_KEY_ID else self.show_key(reference).id
+
     def revoke_key(self, reference: str) -> Key:
         """It opens nothing from now on, on any process within a second. Cannot be undone."""
         now_us = self._now_us()

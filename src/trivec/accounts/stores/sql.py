@@ -88,6 +88,11 @@ class SqlStore:
                         migrate.check(connection)
             self._prepared = True
 
+    def revision(self) -> str | None:
+        """The schema's; None for an empty database."""
+        with self._mapped(), self._engines.writing.connect() as connection:
+            return migrate.revision(connection)
+
     def upgrade(self) -> None:
         """Run the migrations that are missing, all or none."""
         with self._mapped():

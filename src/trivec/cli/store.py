@@ -1,0 +1,128 @@
+"""What the commands that touch the store share: their options, their instants, their tables."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import typer
+
+from trivec.core.errors import SettingInvalid
+from trivec.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from trivec.accounts.administration import Administration
+
+PIPED_COLUMNS = 200  # where there is no terminal to fit into
+UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+DataDir: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--data-dir", help=Settings.model_fields["data_dir"].description),
+]
+ConfigFile: TypeAlias = Annotated[
+    str | None, typer.Option("--config", help="TOML file with any of the settings.")
+]
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def settings_of(data_dir: str | None, config: str | None) -> Settings:
+    """The settings a server with these options would have. Raises `SettingInvalid`."""
+    return load_settings({"data_dir": data_dir, "config": config}, os.environ, warn=say)
+
+
+def administration(data_dir: str | None, config: str | None) -> "Administration":
+    """Raises `StartError` and `StoreUnavailable`."""
+    from trivec.accounts.stores import open_administration
+    from trivec.core.clock import SystemClock
+
+    return open_administration(settings_of(data_dir, config), clock=SystemClock())
+
+
+def say(line: str) -> None:
+    """To people; standard output is for data."""
+    print(line, file=sys.stderr)
+
+
+def print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_table(table: "Table") -> None:
+    """As wide as the terminal; a pipe gets whole rows and no colours."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else PIPED_COLUMNS).print(table)
+
+
+def table(columns: Iterable[str], *, numbers: Sequence[str] = (), footer: bool = False) -> "Table":
+    """An empty table without frames; the columns named in *numbers* are aligned to the right."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    made = Table(box=SIMPLE_HEAD, show_footer=footer, header_style="bold", pad_edge=False)
+    for column in columns:
+        of_number = column in numbers
+        made.add_column(
+            column, justify="right" if of_number else "left", no_wrap=of_number, footer_style="bold"
+        )
+    return made
+
+
+def instant(text: str | None, *, option: str, ahead: bool) -> int | None:
+    """Microseconds since the epoch for a date, an instant, or a span such as 30d from now.
+
+    *ahead* says whether a span lies in the future. Without a zone, UTC. Raises `SettingInvalid`.
+    """
+    from trivec.accounts.utc import microseconds
+
+    if text is None:
+        return None
+    span = re.fullmatch(r"(\d{1,6})([mhdw])", text)
+    if span is not None:
+        length = timedelta(**{UNITS[span[2]]: int(span[1])})
+        now = datetime.now(UTC)
+        return microseconds(now + length if ahead else now - length)
+    try:
+        return microseconds(datetime.fromisoformat(text))
+    except ValueError:
+        raise SettingInvalid(
+            f"{option} is {text!r}; give a date such as 2026-11-22, an instant such as "
+            "2026-11-22T17:30Z, or a span such as 30d or 12h"
+        ) from None
+
+
+def styled(text: str, style: str = "none") -> str:
+    """*text* as it is, brackets and all, in a style of rich's."""
+    from rich.markup import escape
+
+    return f"[{style}]{escape(text)}[/]"
+
+
+def iso(time_us: int | None) -> str | None:
+    """For JSON: whole seconds in UTC."""
+    from trivec.accounts.utc import moment
+
+    if time_us is None:
+        return None
+    return moment(time_us).replace(microsecond=0).isoformat().replace("+00:00", "Z")
+
+
+def shown(time_us: int | None) -> str:
+    """For people, in UTC; nothing where there is no instant."""
+    from trivec.accounts.utc import moment
+
+    return "" if time_us is None else f"{moment(time_us):%Y-%m-%d %H:%M}"
+
+
+def counted(number: int | None) -> str:
+    """With commas; nothing where there is no number."""
+    return "" if number is None else f"{number:,}"
+
+
+Json: TypeAlias = dict[str, Any]  # an object to be printed, by member
