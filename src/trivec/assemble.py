@@ -23,7 +23,7 @@ from trivec.core.events import ModelLoaded
 from trivec.core.health import Health
 from trivec.core.ports import Backend, Clock, Embedder, Observer
 from trivec.core.types import ModelCard
-from trivec.engine import Engine, Heartbeat, Workers
+from trivec.engine import Engine, Workers
 from trivec.settings import Settings
 from trivec.telemetry import Metrics, Observers, RequestLog, Tracing
 from trivec.tokenizer import Tokenizer
@@ -117,13 +117,8 @@ def open_front(settings: Settings) -> Front:
     )
 
 
-def load_models(
-    settings: Settings, front: Front, *, cores: int, on_hung: Callable[[Heartbeat], None]
-) -> Models:
-    """Load every model of *settings*; blocks for seconds. Raises `StartError`.
-
-    *on_hung* hears, on another thread, of a device call that will not come back.
-    """
+def load_models(settings: Settings, front: Front, *, cores: int) -> Models:
+    """Load every model of *settings*; blocks for seconds. Raises `StartError`."""
     choice = choose(settings)
     pool = ThreadPoolExecutor(cores, thread_name_prefix="trivec-tokenizer")
     loaded = tuple(
@@ -131,7 +126,7 @@ def load_models(
         for reference in settings.models or (DEFAULT_MODEL,)
     )
     slot_count = min(model.backend.slot_count for model in loaded)
-    workers = Workers(slot_count, clock=front.clock, observer=front.observer, on_hung=on_hung)
+    workers = Workers(slot_count, clock=front.clock, observer=front.observer)
     engines = [
         Engine(
             model.card,

@@ -15,12 +15,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from trivec.accounts import NewKey
 from trivec.assemble import Front, Models, load_models, loaded_event, open_front
+from trivec.core.errors import StoreUnavailable
 from trivec.core.events import PhaseChanged
 from trivec.core.health import Health
-from trivec.engine import Heartbeat
 from trivec.server.canary import Canary
 from trivec.server.carrier import Carrier
-from trivec.server.life import Happening, Life, Stage, health, stage_s_max
+from trivec.server.life import REFUSAL_S_MAX, Happening, Life, Stage, health, stage_s_max
 from trivec.server.supervisor import BEAT_EVERY_S, Heart
 from trivec.settings import Settings
 
@@ -54,7 +54,6 @@ class Serving:
         self._cores = cores
         self._heart = heart
         self._announce = announce
-        self._loop = asyncio.get_running_loop()
         self._life = Life()
         self._happenings: asyncio.Queue[Happening] = asyncio.Queue()
         self._asked_at_s = float("-inf")
@@ -85,21 +84,24 @@ class Serving:
 
     async def run(self) -> int:
         """Live until the end; the exit code to leave with. Raises what loading raised."""
+        loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._loop.add_signal_handler(number, self._ask)
+            loop.add_signal_handler(number, self._ask)
         self._front.accounts.start()
-        self._front.observer.observe(PhaseChanged("loading", self.health().reason))
-        carrying = asyncio.create_task(self._carrier.serve(), name="carrier")
-        carrying.add_done_callback(lambda _: self._tell(Happening.EMPTY))
+        self._report_phase()
+        self._carrying = asyncio.create_task(self._carrier.serve(), name="carrier")
+        self._carrying.add_done_callback(lambda _: self._tell(Happening.EMPTY))
         loading = asyncio.create_task(self._load(), name="loading")
         loading.add_done_callback(self._loaded)
         self._start(self._beat(), "heartbeat")
         try:
             while self._life.stage is not Stage.GONE:
                 happening = await self._next_happening()
-                stage, self._life = self._life.stage, self._life.after(happening)
-                if self._life.stage is not stage:
-                    await self._enter(self._life.stage)
+                before, self._life = self._life, self._life.after(happening)
+                if self._life.stage is not before.stage:
+                    self._enter(self._life.stage)
+                if self._life.phase != before.phase:
+                    self._report_phase()
             if loading.done():
                 loading.result()
             return self._life.exit_code
@@ -123,9 +125,11 @@ class Serving:
         except TimeoutError:
             return Happening.TIME_UP
 
-    async def _enter(self, stage: Stage) -> None:
+    def _report_phase(self) -> None:
         look = self.health()
         self._front.observer.observe(PhaseChanged(look.phase, look.reason))
+
+    def _enter(self, stage: Stage) -> None:
         if stage is Stage.FINISHING:
             self._carrier.stop()
         elif stage is Stage.REFUSING:
@@ -136,19 +140,27 @@ class Serving:
     async def _load(self) -> None:
         began_s = time.monotonic()
         models = await asyncio.to_thread(
-            load_models, self._settings, self._front, cores=self._cores, on_hung=self._on_hung
+            load_models, self._settings, self._front, cores=self._cores
         )
         models.workers.start()
         self._canary = Canary(models.embedders.values())
         await self._canary.learn()
-        new_key = await self._front.accounts.create_first_key()
+        new_key = await self._first_key()
         for model in models.loaded:
             load_s = time.monotonic() - began_s
             self._front.observer.observe(loaded_event(model, load_s=load_s))
         self._models = models
         self._door.app = self._front.app(models.embedders, self.health)
         self._start(self._sing(), "canary")
+        self._start(self._watch(models), "watch")
         self._announce(models, new_key)
+
+    async def _first_key(self) -> NewKey | None:
+        """The key of a new store; a store that is away for now has not got any."""
+        try:
+            return await self._front.accounts.create_first_key()
+        except StoreUnavailable:
+            return None
 
     def _loaded(self, loading: "asyncio.Task[None]") -> None:
         failed = loading.cancelled() or loading.exception() is not None
@@ -160,13 +172,10 @@ class Serving:
             await asyncio.sleep(self._settings.life.canary_every_s)
             await self._canary.check()
 
-    def _on_hung(self, late: Heartbeat) -> None:
-        """On the engine's own thread: a device call will not come back."""
-        self._hung = (
-            f"worker {late.slot} has been in one call for {late.running_s:.0f} s, "
-            f"at most {late.bound_s:.0f} s expected"
-        )
-        self._loop.call_soon_threadsafe(self._tell, Happening.HUNG)
+    async def _watch(self, models: Models) -> None:
+        """Leave, to be started again, when a worker hangs or its device is gone."""
+        self._hung = await models.workers.lost()
+        self._tell(Happening.HUNG)
 
     async def _beat(self) -> None:
         """Tell the supervisor, once a second, that the event loop turns."""
@@ -186,6 +195,8 @@ class Serving:
         """Stop what runs in the background, then write down what is on its way to the ledger."""
         for task in self._tasks:
             task.cancel()
+        self._carrier.stop()
+        await asyncio.wait([self._carrying], timeout=REFUSAL_S_MAX)
         with suppress(TimeoutError):
             async with asyncio.timeout(LEAVE_S_MAX):
                 if self._models is not None and self._hung is None:
