@@ -51,15 +51,16 @@ class Meter:
         try:
             yield
         except BaseException as error:
-            await asyncio.shield(self._close(visit, status_of(error), token_count=0))
+            visit.token_count = 0
+            await asyncio.shield(self._close(visit, status_of(error)))
             raise
-        await asyncio.shield(self._close(visit, 200, token_count=visit.token_count))
+        await asyncio.shield(self._close(visit, 200))
 
-    async def _close(self, visit: Visit, status: int, *, token_count: int) -> None:
+    async def _close(self, visit: Visit, status: int) -> None:
         closing = Closing(
             status=status,
             input_count=visit.input_count,
-            token_count=token_count,
+            token_count=visit.token_count,
             duration_s=self._clock.now_s() - visit.started_s,
             user=visit.user,
         )

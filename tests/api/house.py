@@ -1,0 +1,225 @@
+"""A whole HTTP room around a model that needs no files: for every suite of `tests/api`.
+
+`StandIn` is an `Embedder` whose token ids are bytes and whose vectors are `FakeBackend`'s, with
+hooks to hold, break and watch it. `House` puts real accounts, in memory, and the real app around it.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import httpx
+import numpy as np
+from starlette.types import ASGIApp
+
+from trivec.accounts import Accounts, Allowance, KeyPlan, Scope
+from trivec.accounts.stores.memory import MemoryStore
+from trivec.api import build_app
+from trivec.backends.fake import FakeBackend
+from trivec.core.clock import SystemClock
+from trivec.core.errors import TextTooLong
+from trivec.core.events import Event, RequestServed
+from trivec.core.health import Health
+from trivec.core.ports import Embedder, Texts, TokenLists
+from trivec.core.types import (
+    Batch,
+    Int32Array,
+    LongText,
+    ModelCard,
+    Output,
+    Reply,
+    Sequences,
+    Truncated,
+)
+from trivec.server.carrier import Carrier
+from trivec.server.listening import listen
+from trivec.settings import HttpLimits
+
+MODEL = "baai/bge-m3"
+ALIAS = "BAAI/bge-m3"
+PLAIN_MODEL = "all-minilm-l6-v2"  # dense only, dimensions selectable: the opposite in everything
+OPENING, CLOSING = 0, 2
+FIRST_BYTE_ID = 4
+READY = Health("ready", alive=True, ready=True, reason="ok")
+
+ALL_OUTPUTS = Output.DENSE | Output.SPARSE | Output.MULTI
+CARD = ModelCard(
+    id=MODEL,
+    token_count_max=64,
+    vocabulary_size=1000,
+    dimensions=8,
+    outputs=ALL_OUTPUTS,
+    precision="fp32",
+    created=1_700_000_000,
+    owned_by="BAAI",
+    aliases=(ALIAS,),
+)
+PLAIN_CARD = replace(
+    CARD, id=PLAIN_MODEL, outputs=Output.DENSE, dimensions_selectable=True, aliases=()
+)
+
+
+class StandIn:
+    """An `Embedder`: one token a byte of UTF-8, between two special ones."""
+
+    def __init__(self, card: ModelCard = CARD) -> None:
+        self.card = card
+        self.fault: BaseException | None = None  # raised by `embed`
+        self.gate = threading.Event()  # holds `embed` while it is cleared
+        self.gate.set()
+        self.entered = threading.Event()
+        self.left = threading.Event()  # an `embed` was cancelled
+        self.embedded: list[tuple[Sequences, Output, float | None]] = []
+        self._backend = FakeBackend(dimensions=card.dimensions, outputs=card.outputs)
+
+    async def tokenize(self, inputs: Texts | TokenLists, *, long_text: LongText) -> Sequences:
+        ids = [self._ids(one) for one in inputs]
+        truncated: dict[int, Truncated] = {}
+        count_max = self.card.token_count_max
+        for i, one in enumerate(ids):
+            if len(one) <= count_max or long_text is LongText.KEEP:
+                continue
+            if long_text is LongText.REFUSE:
+                raise TextTooLong(token_count=len(one), token_count_max=count_max, index=i)
+            truncated[i] = Truncated(len(one), count_max)
+            kept = one[1:-1]
+            room = count_max - 2
+            kept = kept[-room:] if long_text is LongText.CUT_START else kept[:room]
+            ids[i] = [OPENING, *kept, CLOSING]
+        return Sequences.pack(ids, truncated)
+
+    def _ids(self, one: "str | Int32Array") -> list[int]:
+        if isinstance(one, str):
+            return [OPENING, *(byte + FIRST_BYTE_ID for byte in one.encode()), CLOSING]
+        ids = cast("list[int]", one.tolist())
+        is_whole = len(ids) > 1 and ids[0] == OPENING and ids[-1] == CLOSING
+        return ids if is_whole else [OPENING, *ids, CLOSING]
+
+    async def embed(
+        self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
+    ) -> Reply:
+        self.embedded.append((sequences, outputs, deadline_s))
+        self.entered.set()
+        try:
+            if not self.gate.is_set():  # it belongs to another thread
+                await asyncio.to_thread(self.gate.wait)
+        except asyncio.CancelledError:
+            self.left.set()
+            raise
+        if self.fault is not None:
+            raise self.fault
+        flags = np.full(len(sequences), int(outputs), np.uint8)
+        batch = Batch(sequences.token_ids, sequences.starts, flags)
+        return Reply(self._backend.run(batch, slot=0), queue_s=0.002, compute_s=0.003)
+
+    def spell(self, token_ids: Int32Array) -> list[str]:
+        return [f"‹{token_id}›" for token_id in token_ids.tolist()]
+
+
+class Heard:
+    """An `Observer` that remembers."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def observe(self, event: Event) -> None:
+        self.events.append(event)
+
+    @property
+    def served(self) -> list[RequestServed]:
+        return [event for event in self.events if isinstance(event, RequestServed)]
+
+
+@dataclass
+class House:
+    """The app and all that tests may look at behind it."""
+
+    model: StandIn = field(default_factory=StandIn)
+    plain_model: StandIn = field(default_factory=lambda: StandIn(PLAIN_CARD))
+    limits: HttpLimits = field(default_factory=HttpLimits)
+    store: MemoryStore = field(default_factory=MemoryStore)
+    heard: Heard = field(default_factory=Heard)
+    health: Health = READY
+    metrics: Callable[[], bytes] | None = lambda: b"trivec_up 1\n"
+    metrics_open: bool = False
+    no_auth: bool = False
+    is_loading: bool = False
+
+    def __post_init__(self) -> None:
+        clock = SystemClock()
+        self.accounts = Accounts(self.store, clock=clock, secret=b"s" * 32, no_auth=self.no_auth)
+        self.accounts.start()
+        self.key = self.new_key("all", scopes=frozenset(Scope))
+        self.app: ASGIApp = build_app(
+            embedders={} if self.is_loading else self.embedders(),
+            accounts=self.accounts,
+            observer=self.heard,
+            clock=clock,
+            limits=self.limits,
+            health=lambda: self.health,
+            metrics=self.metrics,
+            metrics_open=self.metrics_open,
+        )
+
+    def embedders(self) -> Mapping[str, Embedder]:
+        return {MODEL: self.model, ALIAS: self.model, PLAIN_MODEL: self.plain_model}
+
+    def new_key(
+        self,
+        name: str,
+        *,
+        scopes: frozenset[Scope] = frozenset({Scope.EMBED}),
+        models: frozenset[str] | None = None,
+        allowance: Allowance = Allowance(),  # noqa: B008 # frozen
+    ) -> str:
+        """A plain key."""
+        plan = KeyPlan(name, scopes=scopes, models=models, allowance=allowance)
+        return asyncio.run(self.accounts.create_key(plan)).plain
+
+    async def new_key_async(self, name: str, allowance: Allowance) -> str:
+        """A plain key, made on the running loop."""
+        return (await self.accounts.create_key(KeyPlan(name, allowance=allowance))).plain
+
+    def client(self, key: str | None = None) -> httpx.AsyncClient:
+        """A client that speaks to the app without a socket, with the key that may do all."""
+        return httpx.AsyncClient(
+            transport=httpx.ASGITransport(self.app, raise_app_exceptions=True),
+            base_url="http://house/v1",
+            headers={"authorization": f"Bearer {key or self.key}"},
+        )
+
+    def open_gates(self) -> None:
+        self.model.gate.set()
+        self.plain_model.gate.set()
+
+    def close(self) -> None:
+        self.accounts.stop()
+
+    @contextmanager
+    def listening(self) -> Iterator[str]:
+        """Serve the app by granian on a free port of the loopback; gives `http://host:port`."""
+        listener = listen("127.0.0.1", 0)
+        host, port = listener.getsockname()[:2]
+        carrier: list[Carrier] = []
+        loops: list[asyncio.AbstractEventLoop] = []
+        up = threading.Event()
+
+        async def serve() -> None:
+            loops.append(asyncio.get_running_loop())
+            carrier.append(Carrier(self.app, listener, limits=self.limits, tls=None))
+            up.set()
+            await carrier[0].serve()
+
+        thread = threading.Thread(target=lambda: asyncio.run(serve()), name="granian")
+        thread.start()
+        try:
+            assert up.wait(10), "granian did not start"
+            yield f"http://{host}:{port}"
+        finally:
+            self.open_gates()
+            loops[0].call_soon_threadsafe(carrier[0].stop)
+            thread.join(15)
+            assert not thread.is_alive(), "granian did not stop"

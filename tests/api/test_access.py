@@ -1,0 +1,172 @@
+"""Deny by default: the route table is walked with every kind of key."""
+
+from collections.abc import Iterator, Sequence
+
+import httpx
+import pytest
+from tests.api.house import MODEL, House
+
+from trivec.accounts import Scope
+from trivec.api.access import Access
+from trivec.api.endpoints import Wiring, all_endpoints
+from trivec.api.metering import Meter
+from trivec.api.routing import Endpoint
+from trivec.core.clock import SystemClock
+
+# What each route asks for, written down a second time on purpose: a change must be made twice.
+EXPECTED = {
+    ("POST", "/v1/embeddings"): Access.EMBED,
+    ("POST", "/v1/tokenize"): Access.EMBED,
+    ("GET", "/v1/models"): Access.EMBED,
+    ("GET", "/v1/models/{id:path}"): Access.EMBED,
+    ("GET", "/admin/v1/keys"): Access.ADMIN,
+    ("POST", "/admin/v1/keys"): Access.ADMIN,
+    ("GET", "/admin/v1/keys/{id}"): Access.ADMIN,
+    ("POST", "/admin/v1/keys/{id}/revoke"): Access.ADMIN,
+    ("POST", "/admin/v1/keys/{id}/rotate"): Access.ADMIN,
+    ("GET", "/admin/v1/usage"): Access.ADMIN,
+    ("GET", "/livez"): Access.OPEN,
+    ("GET", "/readyz"): Access.OPEN,
+    ("GET", "/health"): Access.OPEN,
+    ("GET", "/openapi.json"): Access.OPEN,
+    ("GET", "/metrics"): Access.SCRAPE,
+}
+for (_method, _path), _access in list(EXPECTED.items()):
+    if _path.startswith("/v1/"):
+        EXPECTED[_method, "/openai" + _path] = _access
+        EXPECTED[_method, _path.replace("/v1/", "/v3/openai/")] = _access
+
+OPEN = sorted(route for route, access in EXPECTED.items() if access is Access.OPEN)
+KEYED = sorted(route for route, access in EXPECTED.items() if access is not Access.OPEN)
+BODIES = {
+    "embeddings": {"model": MODEL, "input": "hello"},
+    "tokenize": {"model": MODEL, "input": "hello"},
+    "keys": {"name": "another"},
+    "rotate": {},
+    "revoke": {},
+}
+
+
+def endpoints_of(house: House, *, metrics_open: bool) -> Sequence[Endpoint]:
+    clock = SystemClock()
+    return all_endpoints(
+        Wiring(
+            embedders=house.embedders(),
+            accounts=house.accounts,
+            meter=Meter(house.accounts, clock),
+            clock=clock,
+            limits=house.limits,
+            health=lambda: house.health,
+            metrics=house.metrics,
+            metrics_open=metrics_open,
+        )
+    )
+
+
+def test_the_route_table_is_what_the_contract_says(house: House) -> None:
+    found = {
+        (endpoint.method, path): endpoint.access
+        for endpoint in endpoints_of(house, metrics_open=False)
+        for path in endpoint.paths
+    }
+    assert found == EXPECTED
+
+
+def test_metrics_are_open_only_by_setting(house: House) -> None:
+    access = {endpoint.path: endpoint.access for endpoint in endpoints_of(house, metrics_open=True)}
+    assert access["/metrics"] is Access.OPEN
+
+
+@pytest.fixture(scope="module")
+def gate_house() -> Iterator[House]:
+    house = House()
+    yield house
+    house.close()
+
+
+@pytest.fixture(scope="module")
+def gate_address(gate_house: House) -> Iterator[str]:
+    with gate_house.listening() as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def revoked(gate_house: House, gate_address: str) -> str:
+    key = gate_house.new_key("revoked", scopes=frozenset(Scope))
+    admin = {"authorization": f"Bearer {gate_house.key}"}
+    answer = httpx.post(f"{gate_address}/admin/v1/keys/revoked/revoke", headers=admin)
+    assert answer.status_code == 200
+    return key
+
+
+def ask(address: str, route: tuple[str, str], headers: dict[str, str]) -> httpx.Response:
+    method, path = route
+    path = path.replace("{id:path}", MODEL).replace("{id}", "some-key")
+    body = BODIES.get(path.rpartition("/")[2]) if method == "POST" else None
+    return httpx.request(method, address + path, json=body, headers=headers)
+
+
+@pytest.mark.parametrize("route", KEYED, ids=" ".join)
+@pytest.mark.parametrize(
+    "header",
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer tv_unknown",
+        "Basic dXNlcjpwYXNz",
+        "Bearer ' OR 1=1 --",
+        "Bearer " + "k" * 20_000,
+    ],
+    ids=["none", "empty", "no-credential", "unknown", "not-bearer", "sql", "very-long"],
+)
+def test_no_keyed_route_opens_without_a_good_key(
+    gate_address: str, route: tuple[str, str], header: str | None
+) -> None:
+    response = ask(gate_address, route, {} if header is None else {"authorization": header})
+    assert response.status_code == 401
+    assert response.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("route", KEYED, ids=" ".join)
+def test_no_keyed_route_opens_to_a_revoked_key(
+    gate_address: str, revoked: str, route: tuple[str, str]
+) -> None:
+    response = ask(gate_address, route, {"authorization": f"Bearer {revoked}"})
+    assert response.status_code == 401
+    assert response.json()["error"]["code"] == "invalid_api_key"
+
+
+@pytest.mark.parametrize("route", KEYED, ids=" ".join)
+def test_no_keyed_route_opens_to_the_wrong_scope(
+    gate_house: House, gate_address: str, route: tuple[str, str]
+) -> None:
+    wrong = Scope.ADMIN if EXPECTED[route] is Access.EMBED else Scope.EMBED
+    key = gate_house.new_key(f"wrong {' '.join(route)}"[-60:].strip(), scopes=frozenset({wrong}))
+    response = ask(gate_address, route, {"authorization": f"Bearer {key}"})
+    assert response.status_code == 403
+    assert response.json()["error"]["code"] == "insufficient_scope"
+
+
+@pytest.mark.parametrize("route", OPEN, ids=" ".join)
+def test_an_open_route_asks_for_nothing(gate_address: str, route: tuple[str, str]) -> None:
+    assert ask(gate_address, route, {}).status_code == 200
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
+def test_the_scheme_is_read_in_any_case(gate_house: House, gate_address: str, scheme: str) -> None:
+    headers = {"authorization": f"{scheme} {gate_house.key}"}
+    assert ask(gate_address, ("GET", "/v1/models"), headers).status_code == 200
+
+
+def test_without_keys_everyone_may_do_everything() -> None:
+    house = House(no_auth=True)
+    with house.listening() as address:
+        for route in KEYED:
+            assert ask(address, route, {}).status_code in {200, 404}, route
+    house.close()
+
+
+def test_a_refused_key_is_never_repeated_in_the_answer(gate_address: str) -> None:
+    response = ask(gate_address, ("GET", "/v1/models"), {"authorization": "Bearer sesame-17"})
+    assert "sesame" not in response.text
