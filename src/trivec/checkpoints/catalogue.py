@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from trivec.checkpoints.encoder import Pooling
+from trivec.core.errors import CheckpointRefused
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 UNPINNED: "Mapping[str, Pin]" = MappingProxyType({})
@@ -156,3 +157,17 @@ BGE_M3 = CatalogueEntry(
 )
 
 CATALOGUE = _by_name(MINILM, BGE_M3)
+
+
+def entries() -> tuple[CatalogueEntry, ...]:
+    """Every model once, in the catalogue's order."""
+    return tuple(entry for name, entry in CATALOGUE.items() if name == entry.id)
+
+
+def entry_of(name: str) -> CatalogueEntry:
+    """The model that an id or alias names. Raises `CheckpointRefused`, listing what there is."""
+    entry = CATALOGUE.get(name)
+    if entry is None:
+        known = ", ".join(one.id for one in entries())
+        raise CheckpointRefused(f"{name!r} is not in the catalogue. Known: {known}")
+    return entry

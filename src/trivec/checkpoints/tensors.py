@@ -57,7 +57,7 @@ class StoredTensor:
 
 
 class MappedTensors:
-    """A mapped, read-only file and the tensors in it. Any thread may read.
+    """A mapped file and the tensors in it. Any thread may read.
 
     Views keep the map alive, so dropping this object is always safe.
     """
@@ -74,7 +74,7 @@ class MappedTensors:
         return memoryview(self._mapped)[tensor.offset_bytes : end]
 
     def float32(self, name: str) -> Float32Array:
-        """Tensor *name* as float32 in its own shape: a read-only view where the file holds float32.
+        """Tensor *name* as float32 in its own shape: a view where the file holds float32.
 
         Raises `CheckpointRefused` for a type that is not a float of at most 32 bits, and for a
         value that is not finite.
@@ -116,9 +116,13 @@ def all_finite(array: Float32Array) -> bool:
 
 
 def map_file(file: Path) -> mmap.mmap:
-    """*file*, mapped read-only. Raises `CheckpointRefused` when it cannot be, or is empty."""
+    """*file*, mapped. Raises `CheckpointRefused` when it cannot be, or is empty.
+
+    The map is private: arrays over it are writable, as OpenVINO and torch want them to be before
+    they will share memory, and nothing written would ever reach the file.
+    """
     try:
         with file.open("rb") as opened:
-            return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise CheckpointRefused(f"{file}: cannot be read: {error}") from error

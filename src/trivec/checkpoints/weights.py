@@ -43,8 +43,8 @@ class Weights:
     def take(self, name: str) -> Float32Array:
         """The tensor *name*, float32, in the shape the encoder's config gives it.
 
-        Read-only where the file holds float32 (a view of the mapped file, alive as long as it is
-        used), a copy where it was widened. Raises `CheckpointRefused` for a value that is not
+        A view of the mapped file where that holds float32 (alive as long as it is used, and
+        writable without reaching the file), a copy where it was widened. Raises `CheckpointRefused` for a value that is not
         finite or a stored type that is not a float.
         """
         assert name in self._left, f"{name} was taken before, or is none of this encoder's"
