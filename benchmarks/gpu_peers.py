@@ -1,0 +1,70 @@
+"""What others do on the same device with the same weights, where they are installed."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.gpu_plan import Plan, finish_device, talk
+
+from trivec.backends.torch.backend import TorchBackend
+from trivec.backends.torch.building import DTYPES
+from trivec.cli.bench.texts import sentences
+
+
+def peers(folder: Path, backend: TorchBackend, plan: Plan) -> dict[str, Any]:
+    """Texts a second of sentence-transformers, and tokens a second of transformers' SDPA."""
+    found: dict[str, Any] = {}
+    for name, measure in (
+        ("sentence_transformers", sentence_transformers_rates),
+        ("transformers_sdpa", transformers_rates),
+    ):
+        try:
+            found[name] = dict(measure(folder, DTYPES[backend.precision], plan))
+        except ImportError as error:
+            found[name] = f"not here: {error}"
+        talk(f"{name}: {found[name]}")
+    return found
+
+
+def sentence_transformers_rates(
+    folder: Path, dtype: torch.dtype, plan: Plan
+) -> Iterator[tuple[str, float]]:
+    """Texts a second of ordinary sentences, tokenising included, sorted by it and in large batches."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(
+        str(folder),
+        local_files_only=True,
+        model_kwargs={"dtype": dtype},
+    )
+    texts = sentences(64 if plan.is_small else 4096)
+    for batch_size in (32, 256):
+        model.encode(texts[:batch_size], batch_size=batch_size)
+        started_s = time.perf_counter()
+        model.encode(texts, batch_size=batch_size, normalize_embeddings=True)
+        yield f"texts_a_second_batch_{batch_size}", len(texts) / (time.perf_counter() - started_s)
+
+
+def transformers_rates(folder: Path, dtype: torch.dtype, plan: Plan) -> Iterator[tuple[str, float]]:
+    """Tokens a second of padded rectangles without any padding in them: its best case."""
+    from transformers import AutoModel
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    model = model.to(device).eval()
+    for length in plan.lengths:
+        count = max(1, plan.matmul_rows // length)
+        ids = torch.randint(5, model.config.vocab_size - 5, (count, length), device=device)
+        mask = torch.ones_like(ids)
+        rounds = 0
+        with torch.inference_mode():
+            model(input_ids=ids, attention_mask=mask)
+            finish_device()
+            started_s = time.perf_counter()
+            while rounds == 0 or time.perf_counter() - started_s < plan.seconds:
+                model(input_ids=ids, attention_mask=mask)
+                finish_device()
+                rounds += 1
+        yield f"tokens_a_second_{length}", rounds * ids.numel() / (time.perf_counter() - started_s)
