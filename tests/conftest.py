@@ -1,8 +1,10 @@
-"""What every suite may use: the shared data beside the checkout, where there is any."""
+"""What every suite may use: shared data where there is any, and a Postgres server of our own."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.accounts.postgres import PostgresServer, binaries, postgres_server
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +14,13 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the shared test data is not at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A running server; each test takes a new database of it."""
+    folder = binaries()
+    if folder is None:
+        pytest.skip("Postgres is not installed (no initdb on PATH or in /usr/lib/postgresql)")
+    with postgres_server(folder) as server:
+        yield server

@@ -18,3 +18,7 @@ class HandClock:
         assert seconds >= 0, "a monotonic clock never runs backwards"
         self._now_s += seconds
         self._wall_s += seconds
+
+    def set_wall_by(self, seconds: float) -> None:
+        """Somebody sets the wall clock; no time goes by."""
+        self._wall_s += seconds

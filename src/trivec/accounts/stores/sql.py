@@ -174,7 +174,8 @@ class SqlStore:
             values = rows.key_values(key, revision=revision)
             connection.execute(update(keys).where(keys.c.id == key_id), values)
             connection.execute(delete(secrets).where(its_secrets))
-            connection.execute(insert(secrets), rows.secret_values(key))
+            if key.secrets:
+                connection.execute(insert(secrets), rows.secret_values(key))
         return key
 
     def usage(self, query: UsageQuery) -> list[UsageLine]:

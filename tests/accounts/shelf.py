@@ -1,0 +1,97 @@
+"""A place where books are kept, and as many stores over it as a test wants processes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from trivec.accounts.allowance import Cost
+from trivec.accounts.entries import ClaimName, ClaimRequest, LedgerRow, Reserve, Settle
+from trivec.accounts.store import Store
+from trivec.accounts.stores.connect import SQLITE_FILE, postgres_engines, sqlite_engines
+from trivec.accounts.stores.memory import MemoryStore
+from trivec.accounts.stores.sql import SqlStore
+from trivec.accounts.types import Allowance, Key, Scope, Secret
+
+SECOND_US = 1_000_000
+NOON_US = 1_700_000_000 * SECOND_US
+
+
+class Shelf:
+    """Opens stores over the same books and closes them all."""
+
+    def __init__(self, open_store: Callable[[], Store]) -> None:
+        self._open_store = open_store
+        self._opened: list[Store] = []
+
+    def open(self) -> Store:
+        """As another process would."""
+        store = self._open_store()
+        self._opened.append(store)
+        return store
+
+    def close(self) -> None:
+        for store in self._opened:
+            store.close()
+
+
+def memory_shelf() -> Shelf:
+    store = MemoryStore()
+    return Shelf(lambda: store)
+
+
+def sqlite_shelf(folder: Path) -> Shelf:
+    return Shelf(lambda: SqlStore(sqlite_engines(folder / SQLITE_FILE), upgrades_itself=True))
+
+
+def postgres_shelf(url: str) -> Shelf:
+    shelf = Shelf(lambda: SqlStore(postgres_engines(url), upgrades_itself=False))
+    first = shelf.open()
+    assert isinstance(first, SqlStore)
+    first.upgrade()
+    return shelf
+
+
+def a_key(name: str, allowance: Allowance | None = None) -> Key:
+    """A key named *name*, whose id is its name."""
+    secret = Secret(name.encode().ljust(32, b"-"), "tv_AAAAA", "zzzz", created_us=NOON_US)
+    return Key(
+        f"key_{name}",
+        name,
+        frozenset({Scope.EMBED}),
+        None,
+        allowance or Allowance(),
+        created_us=NOON_US,
+        secrets=(secret,),
+    )
+
+
+def a_row(request_id: str, **changes: object) -> LedgerRow:
+    """One successful request of 7 tokens at noon."""
+    values: dict[str, object] = {
+        "time_us": NOON_US,
+        "request_id": request_id,
+        "key_id": "key_a",
+        "model": "minilm",
+        "input_count": 1,
+        "token_count": 7,
+        "status": 200,
+        "duration_us": 1500,
+        "user_digest": None,
+        "replayed": False,
+    }
+    return LedgerRow(**(values | changes))  # type: ignore[arg-type]
+
+
+def a_claim(name: str = "n1", *, body: str = "body", owner: str = "us") -> ClaimRequest:
+    digest = name.encode().ljust(16, b"-")
+    return ClaimRequest(ClaimName("key_a", digest), body.encode(), owner)
+
+
+def ask(allowance: Allowance | None = None, **parts: object) -> Reserve:
+    """A wish for one request of `key_a`."""
+    values: dict[str, object] = {"cost": Cost(requests=1), "claim": None}
+    return Reserve("key_a", allowance, **(values | parts))  # type: ignore[arg-type]
+
+
+def finish(request_id: str, claim: ClaimRequest, *, status: int = 200) -> Settle:
+    tokens = 7 if status == 200 else 0
+    return Settle(a_row(request_id, status=status, token_count=tokens), claim=claim)

@@ -1,0 +1,310 @@
+"""What every store promises, whatever it is made of."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+from tests.accounts.shelf import (
+    NOON_US,
+    SECOND_US,
+    Shelf,
+    a_claim,
+    a_key,
+    a_row,
+    ask,
+    finish,
+)
+
+from trivec.accounts.allowance import Cost
+from trivec.accounts.entries import Granted, Outcome, Reserve, Settle, Upkeep
+from trivec.accounts.store import Store
+from trivec.accounts.types import Allowance, UsageBy, UsageLine, UsageQuery
+from trivec.accounts.utc import DAY_US
+from trivec.core.errors import (
+    AllowanceExhausted,
+    FieldInvalid,
+    IdempotencyInProgress,
+    IdempotencyKeyReused,
+    ResourceUnknown,
+)
+
+TEN_A_MINUTE = Allowance(requests_per_minute=10)
+DAY_S = 24 * 3600
+
+
+def one(store: Store, entry: "Reserve | Settle | Upkeep", *, at_s: float = 0) -> Outcome:
+    """The outcome of a group of one, *at_s* seconds after noon."""
+    committed = store.commit([entry], now_us=NOON_US + round(at_s * SECOND_US))
+    (outcome,) = committed.outcomes
+    return outcome
+
+
+def used(store: Store, by: UsageBy = UsageBy.KEY, **limits: object) -> list[UsageLine]:
+    return store.usage(UsageQuery(by, **limits))  # type: ignore[arg-type]
+
+
+def test_an_allowance_is_spent_and_refilled_with_time(shelf: Shelf) -> None:
+    store = shelf.open()
+    store.add_key(a_key("a", TEN_A_MINUTE))
+
+    burst = store.commit([ask(TEN_A_MINUTE)] * 11, now_us=NOON_US).outcomes
+
+    assert [type(outcome) for outcome in burst] == [Granted] * 10 + [AllowanceExhausted]
+    assert isinstance(one(store, ask(TEN_A_MINUTE), at_s=5.999), AllowanceExhausted)
+    assert isinstance(one(store, ask(TEN_A_MINUTE), at_s=6), Granted)
+    assert isinstance(one(store, ask(TEN_A_MINUTE), at_s=6), AllowanceExhausted)
+
+
+def test_a_refused_reservation_takes_neither_requests_nor_its_claim(shelf: Shelf) -> None:
+    store = shelf.open()
+    limits = Allowance(requests_per_minute=10, tokens_per_minute=100)
+    store.add_key(a_key("a", limits))
+    too_much = ask(limits, cost=Cost(requests=1, tokens=101), claim=a_claim())
+
+    refused = one(store, too_much)
+    granted = one(store, ask(limits, cost=Cost(requests=1, tokens=100), claim=a_claim()))
+
+    assert isinstance(refused, AllowanceExhausted)
+    assert refused.kind == "tokens"
+    assert isinstance(granted, Granted)
+    assert granted.state is not None
+    assert granted.state.remaining_requests == 9
+    assert granted.state.remaining_tokens == 0
+
+
+def test_what_was_not_used_is_given_back(shelf: Shelf) -> None:
+    store = shelf.open()
+    limits = Allowance(tokens_per_minute=100)
+    store.add_key(a_key("a", limits))
+    one(store, ask(limits, cost=Cost(tokens=100)))
+
+    settled = one(store, Settle(a_row("r1"), limits, unused=Cost(tokens=93)))
+
+    assert isinstance(settled, Granted)
+    assert settled.state is not None
+    assert settled.state.remaining_tokens == 93
+
+
+def test_a_restart_does_not_refill(shelf: Shelf) -> None:
+    store = shelf.open()
+    store.add_key(a_key("a", TEN_A_MINUTE))
+    store.commit([ask(TEN_A_MINUTE)] * 10, now_us=NOON_US)
+
+    assert isinstance(one(shelf.open(), ask(TEN_A_MINUTE)), AllowanceExhausted)
+
+
+def test_processes_share_an_allowance_to_the_last_request(shelf: Shelf) -> None:
+    limits = Allowance(requests_per_minute=150)
+    stores = [shelf.open() for _ in range(4)]
+    stores[0].add_key(a_key("a", limits))
+
+    def spend(store: Store) -> int:
+        return sum(isinstance(one(store, ask(limits)), Granted) for _ in range(50))
+
+    with ThreadPoolExecutor(len(stores)) as threads:
+        granted = sum(threads.map(spend, stores))
+
+    assert granted == 150
+
+
+def test_a_machine_whose_clock_is_behind_goes_on_from_the_last_instant(shelf: Shelf) -> None:
+    store = shelf.open()
+    store.add_key(a_key("a", TEN_A_MINUTE))
+    store.commit([ask(TEN_A_MINUTE)] * 10, now_us=NOON_US)
+
+    behind = shelf.open().commit([ask(TEN_A_MINUTE)], now_us=NOON_US - 3600 * SECOND_US)
+
+    assert behind.now_us == NOON_US
+    assert isinstance(behind.outcomes[0], AllowanceExhausted)
+
+
+def test_a_request_in_progress_is_refused_until_it_is_done_then_replayed(shelf: Shelf) -> None:
+    store, other = shelf.open(), shelf.open()
+    theirs = a_claim(owner="them")
+
+    assert one(store, ask(claim=a_claim())) == Granted(replayed=False)
+    assert isinstance(one(other, ask(claim=theirs)), IdempotencyInProgress)
+    one(store, finish("r1", a_claim()))
+    assert one(other, ask(claim=theirs)) == Granted(replayed=True)
+
+
+@pytest.mark.parametrize("is_done", [True, False], ids=["after-it-was-done", "while-it-runs"])
+def test_another_body_under_the_same_name_is_refused(shelf: Shelf, is_done: bool) -> None:
+    store = shelf.open()
+    one(store, ask(claim=a_claim()))
+    if is_done:
+        one(store, finish("r1", a_claim()))
+
+    assert isinstance(one(store, ask(claim=a_claim(body="else"))), IdempotencyKeyReused)
+
+
+def test_a_failed_request_leaves_its_name_free(shelf: Shelf) -> None:
+    store = shelf.open()
+    one(store, ask(claim=a_claim()))
+    one(store, finish("r1", a_claim(), status=503))
+
+    assert one(store, ask(claim=a_claim(body="else"))) == Granted(replayed=False)
+
+
+def test_a_name_is_kept_for_a_day_and_then_forgotten(shelf: Shelf) -> None:
+    store = shelf.open()
+    one(store, ask(claim=a_claim()))
+    one(store, finish("r1", a_claim()))
+
+    assert one(store, ask(claim=a_claim()), at_s=DAY_S - 1) == Granted(replayed=True)
+    assert one(store, ask(claim=a_claim(body="else")), at_s=DAY_S) == Granted(replayed=False)
+
+
+def test_a_dead_process_blocks_a_name_for_fifteen_seconds(shelf: Shelf) -> None:
+    store = shelf.open()
+    one(store, ask(claim=a_claim(owner="dead")))
+
+    assert isinstance(one(store, ask(claim=a_claim()), at_s=14.999), IdempotencyInProgress)
+    assert one(store, ask(claim=a_claim()), at_s=15) == Granted(replayed=False)
+
+
+def test_a_living_process_holds_a_name_for_as_long_as_it_takes(shelf: Shelf) -> None:
+    store = shelf.open()
+    store.agree_offset_us("boot", proposed_us=0)
+    one(store, ask(claim=a_claim(owner="busy")))
+
+    one(store, Upkeep("busy", "boot"), at_s=14)
+
+    assert isinstance(one(store, ask(claim=a_claim()), at_s=28), IdempotencyInProgress)
+    assert one(store, ask(claim=a_claim()), at_s=29) == Granted(replayed=False)
+
+
+def test_of_two_that_ran_under_one_name_the_first_to_finish_is_billed(shelf: Shelf) -> None:
+    store = shelf.open()
+    one(store, ask(claim=a_claim(owner="slow")))
+    one(store, ask(claim=a_claim(owner="quick")), at_s=20)
+
+    assert one(store, finish("r1", a_claim(owner="quick")), at_s=21) == Granted()
+    assert one(store, finish("r2", a_claim(owner="slow")), at_s=22) == Granted(replayed=True)
+
+    assert used(store) == [UsageLine("key_a", None, requests=2, failed=0, tokens=7)]
+
+
+def test_the_failure_of_one_does_not_free_the_name_that_another_holds(shelf: Shelf) -> None:
+    store = shelf.open()
+    one(store, ask(claim=a_claim(owner="slow")))
+    one(store, ask(claim=a_claim(owner="quick")), at_s=20)
+    one(store, finish("r1", a_claim(owner="slow"), status=500), at_s=21)
+
+    assert isinstance(one(store, ask(claim=a_claim(owner="third")), at_s=22), IdempotencyInProgress)
+
+
+ROWS = [
+    a_row("r1"),
+    a_row("r2", model="bge", token_count=20),
+    a_row("r3", key_id="key_b", time_us=NOON_US + DAY_US),
+    a_row("r4", key_id="key_b", status=400, model=None, token_count=0),
+]
+
+
+@pytest.mark.parametrize(
+    ("by", "lines"),
+    [
+        pytest.param(
+            UsageBy.KEY,
+            [UsageLine("key_a", None, 2, 0, 27), UsageLine("key_b", None, 2, 1, 7)],
+            id="by-key",
+        ),
+        pytest.param(
+            UsageBy.MODEL,
+            [
+                UsageLine(None, None, 1, 1, 0),
+                UsageLine("bge", None, 1, 0, 20),
+                UsageLine("minilm", None, 2, 0, 14),
+            ],
+            id="by-model",
+        ),
+        pytest.param(
+            UsageBy.DAY,
+            [UsageLine("2023-11-14", None, 3, 1, 27), UsageLine("2023-11-15", None, 1, 0, 7)],
+            id="by-day",
+        ),
+    ],
+)
+def test_usage_is_the_sum_of_the_ledger(shelf: Shelf, by: UsageBy, lines: list[UsageLine]) -> None:
+    store = shelf.open()
+    store.commit([Settle(row) for row in ROWS], now_us=NOON_US)
+
+    assert used(shelf.open(), by) == lines
+
+
+@pytest.mark.parametrize(
+    ("limits", "tokens"),
+    [
+        pytest.param({"since_us": NOON_US + 1}, 7, id="since-is-included"),
+        pytest.param({"since_us": NOON_US}, 34, id="from-that-instant-on"),
+        pytest.param({"until_us": NOON_US + DAY_US}, 27, id="until-is-not-included"),
+        pytest.param({"key_id": "key_b"}, 7, id="of-one-key"),
+    ],
+)
+def test_usage_of_a_part_of_the_ledger(
+    shelf: Shelf, limits: dict[str, object], tokens: int
+) -> None:
+    store = shelf.open()
+    store.commit([Settle(row) for row in ROWS], now_us=NOON_US)
+
+    assert sum(line.tokens for line in used(store, **limits)) == tokens
+
+
+def test_a_group_is_written_whole_when_some_of_it_is_refused(shelf: Shelf) -> None:
+    store = shelf.open()
+    limits = Allowance(requests_per_minute=1)
+    store.add_key(a_key("a", limits))
+
+    committed = store.commit(
+        [ask(limits), Settle(a_row("r1")), ask(limits), Settle(a_row("r2"))], now_us=NOON_US
+    )
+
+    kinds = [type(outcome) for outcome in committed.outcomes]
+    assert kinds == [Granted, Granted, AllowanceExhausted, Granted]
+    assert used(store)[0].requests == 2
+
+
+def test_only_keys_that_changed_are_read_again(shelf: Shelf) -> None:
+    store, other = shelf.open(), shelf.open()
+    store.add_key(a_key("a", TEN_A_MINUTE))
+    store.add_key(replace(a_key("b"), models=frozenset({"m1", "m2"}), expires_us=5))
+    first = other.keys_since(0)
+
+    revoked = store.change_key("key_a", lambda key: replace(key, revoked_us=9, secrets=()))
+
+    assert {key.id: key for key in first.keys} == {
+        "key_a": a_key("a", TEN_A_MINUTE),
+        "key_b": replace(a_key("b"), models=frozenset({"m1", "m2"}), expires_us=5),
+    }
+    assert other.keys_since(first.revision).keys == (revoked,)
+    assert other.keys_since(other.keys_since(first.revision).revision).keys == ()
+
+
+def test_two_keys_never_share_a_name_while_both_live(shelf: Shelf) -> None:
+    store = shelf.open()
+    store.add_key(a_key("a"))
+    namesake = replace(a_key("b"), name="a")
+
+    with pytest.raises(FieldInvalid, match="a key named a already"):
+        store.add_key(namesake)
+    store.change_key("key_a", lambda key: replace(key, revoked_us=9))
+    store.add_key(namesake)
+
+    assert {key.id for key in store.keys_since(0).keys} == {"key_a", "key_b"}
+
+
+def test_a_key_that_does_not_exist_cannot_change(shelf: Shelf) -> None:
+    with pytest.raises(ResourceUnknown, match="key_none"):
+        shelf.open().change_key("key_none", lambda key: key)
+
+
+def test_the_first_process_of_a_boot_says_which_instant_it_is(shelf: Shelf) -> None:
+    assert shelf.open().agree_offset_us("boot", proposed_us=5) == 5
+    assert shelf.open().agree_offset_us("boot", proposed_us=9) == 5
+    assert shelf.open().agree_offset_us("next boot", proposed_us=9) == 9
+
+
+def test_the_first_secret_is_the_secret(shelf: Shelf) -> None:
+    assert shelf.open().agree_secret_check(b"ours" * 4) == b"ours" * 4
+    assert shelf.open().agree_secret_check(b"none" * 4) == b"ours" * 4
