@@ -98,6 +98,14 @@ def test_out_of_memory_halves_the_batch_and_is_remembered(
     assert backend.budget.tokens_max == 50 < before.tokens_max
 
 
+def test_memory_that_is_short_at_the_start_is_learned_before_the_first_request(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing_above(monkeypatch, 300, lambda: torch.OutOfMemoryError("CUDA out of memory"))
+    backend = TorchBackend.load(tiny.checkpoint, precision="auto", device="cpu")
+    assert backend.budget.tokens_max <= 512
+
+
 def test_one_sequence_that_never_fits_fails_alone_with_its_length(
     backend: TorchBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from trivec.backends.torch.building import Built, build, build_exact
 from trivec.backends.torch.device import choose_device, choose_precision, find_devices
 from trivec.backends.torch.faults import is_out_of_memory, why_lost
 from trivec.backends.torch.model import DeviceModel
-from trivec.backends.torch.splitting import halve, join
+from trivec.backends.torch.splitting import halve, join, uniform_batch
 from trivec.backends.torch.tuning import Tuning, smaller, token_budget
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.errors import DeviceLost, EngineFault
@@ -75,7 +75,7 @@ class TorchBackend:
             for index in where.indices or (None,)
         ]
         on_cuda = where.device == "cuda"
-        return cls(
+        backend = cls(
             checkpoint,
             [one.model for one in built],
             slots_per_device=tuning.slots_per_device or (2 if on_cuda else 1),
@@ -83,6 +83,8 @@ class TorchBackend:
             precision=arithmetic.precision,
             notes={"device": where.reason, "precision": arithmetic.reason, **built[0].notes},
         )
+        backend._warm_up()
+        return backend
 
     @property
     def slot_count(self) -> int:
@@ -113,6 +115,17 @@ class TorchBackend:
         self._exact.clear()
         for link in links:
             link.trim()
+
+    def _warm_up(self) -> None:
+        """Run what costs more the first time, and learn now if the budget does not fit."""
+        for model in self._models:
+            length_max = min(self._checkpoint.token_count_max, self._budget.tokens_max)
+            lengths = (length_max, 512, 16) if model.link.device.type == "cuda" else (16,)
+            for length in lengths:
+                batch = uniform_batch(
+                    min(length, length_max), self._budget, self._checkpoint.outputs
+                )
+                self._in_halves(batch, model)
 
     def _in_halves(self, batch: Batch, model: DeviceModel) -> Vectors:
         vectors = self._run_if_it_fits(batch, model)

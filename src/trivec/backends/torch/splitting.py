@@ -1,10 +1,13 @@
-"""Cutting a batch in two, and putting the vectors of its parts together again. Pure numpy."""
+"""Cutting a batch in two, putting the vectors of its parts together again, filling one to warm up.
+
+Pure numpy.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from trivec.core.types import Batch, Vectors
+from trivec.core.types import Batch, BatchBudget, Output, Vectors
 
 
 def halve(batch: Batch) -> tuple[Batch, Batch]:
@@ -21,6 +24,16 @@ def join(parts: Sequence[Vectors]) -> Vectors:
         dense=np.concatenate([part.dense for part in parts]),
         sparse=tuple(one for part in parts for one in part.sparse),
         multi=tuple(one for part in parts for one in part.multi),
+    )
+
+
+def uniform_batch(length: int, budget: BatchBudget, outputs: Output) -> Batch:
+    """As many sequences of *length* as *budget* holds, at least one, all asking for *outputs*."""
+    count = max(min(budget.tokens_max // length, budget.sequences_max), 1)
+    return Batch(
+        token_ids=np.zeros(count * length, np.int32),
+        starts=np.arange(count + 1, dtype=np.int32) * length,
+        outputs=np.full(count, outputs, np.uint8),
     )
 
 
