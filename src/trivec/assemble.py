@@ -77,6 +77,7 @@ class Certificate:
 
     cosine_min: float
     cosine_mean: float
+    summary: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +181,12 @@ def _load_openvino(
     backend = OpenVinoBackend.load(
         checkpoint, precision=settings.precision, cores=cores, cache_dir=cache_dir
     )
-    found = backend.certificate
-    certificate = Certificate(found.dense_min, found.dense_mean) if found else None
-    return LoadedModel(checkpoint, backend, model_card(checkpoint, backend.precision), certificate)
+    earned = backend.certificate
+    if earned is None:
+        return LoadedModel(checkpoint, backend, model_card(checkpoint, backend.precision), None)
+    certificate = Certificate(earned.dense.minimum, earned.dense.mean, earned.summary)
+    card = model_card(checkpoint, backend.precision, notes={"certificate": earned.summary})
+    return LoadedModel(checkpoint, backend, card, certificate)
 
 
 def _load_torch(

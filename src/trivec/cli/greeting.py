@@ -51,10 +51,7 @@ def _about(model: LoadedModel) -> list[str]:
     verified = "files verified" if card.verified else "files NOT verified against the catalogue"
     precision = card.precision
     if model.certificate is not None:
-        precision += (
-            f", certified: cosine to fp32 at least {model.certificate.cosine_min:.4f}, "
-            f"mean {model.certificate.cosine_mean:.4f}"
-        )
+        precision += f" ({model.certificate.summary})"
     return [
         f"  model      {card.id}: {card.dimensions} dimensions, at most {card.token_count_max} "
         f"tokens a text, {verified}",
