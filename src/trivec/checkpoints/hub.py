@@ -18,6 +18,7 @@ import msgspec
 from trivec.checkpoints.catalogue import CatalogueEntry, Pin
 from trivec.checkpoints.folder import read_json
 from trivec.checkpoints.hashes import Hashes
+from trivec.checkpoints.heads import head_files
 from trivec.checkpoints.layout import LAYOUT_FILES
 from trivec.core.errors import CheckpointRefused
 
@@ -73,8 +74,10 @@ def pull(entry: CatalogueEntry, *, cache_dir: Path, endpoint: str | None = None)
     for as long as it takes; stopping it loses nothing. Raises `CheckpointRefused` when the hub
     cannot be reached, has other files than the catalogue, or another pull of this model runs.
     """
+    from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # a pull tells the hub what it wants, no more
     folder = pulled_folder(entry, cache_dir)
     with _alone(folder):
         try:
@@ -122,7 +125,16 @@ def _list_files(entry: CatalogueEntry, endpoint: str | None) -> tuple[str, list[
             f"{entry.hub_id} on the hub lacks config.json, tokenizer.json or weights; it cannot "
             "be served"
         )
-    return listed.sha, [*sorted(OPTIONAL_FILES & names), *needed]
+    return listed.sha, [*sorted(OPTIONAL_FILES & names), *needed, *_heads(entry, names)]
+
+
+def _heads(entry: CatalogueEntry, names: set[str]) -> list[str]:
+    if not entry.has_heads:
+        return []
+    try:
+        return head_files(frozenset(names))
+    except ValueError as error:
+        raise CheckpointRefused(f"{entry.hub_id} on the hub {error}") from error
 
 
 def _ask(entry: CatalogueEntry, name: str, revision: str, endpoint: str | None) -> _Remote:
