@@ -47,7 +47,7 @@ def take_batch(line: Line[R], budget: BatchBudget) -> list[Share[R]]:
     if leader.is_exhausted:
         shares += _top_up(line, row)
     else:
-        _end_visit(line, leader, row.tokens)
+        _charge(line, leader, row)
     line.passed_over_tokens = line.passed_over_tokens + row.tokens if was_fresh else 0
     return shares
 
@@ -105,7 +105,7 @@ def _leader(line: Line[R], quantum: int) -> R | None:
     passed the ring over for long enough; then the ring.
     """
     front = next(iter(line.ring), None)
-    if front is not None and front.turn_is_open and front.credit >= front.next_length:
+    if front is not None and front.turn_is_open:
         return front
     is_ring_due = line.passed_over_tokens >= PASSED_OVER_ROWS_MAX * quantum
     while line.fresh and not (line.ring and is_ring_due):
@@ -161,11 +161,14 @@ def _top_up(line: Line[R], row: _Row) -> list[Share[R]]:
     return shares
 
 
-def _end_visit(line: Line[R], leader: R, tokens: int) -> None:
-    """Charge *leader* for its row. While credit is left for more, its turn stays open."""
+def _charge(line: Line[R], leader: R, row: _Row) -> None:
+    """Charge *leader* for its row, and end its turn unless at least half of it is left.
+
+    Rows are not cut to the credit, since a tiny row is dear: what is left or overdrawn is carried.
+    """
     if leader in line.fresh:
         line.put_in_ring(leader)
-    leader.credit -= tokens
-    leader.turn_is_open = leader.credit >= leader.next_length
+    leader.credit -= row.tokens
+    leader.turn_is_open = leader.credit >= max(leader.next_length, row.budget.tokens_max // 2)
     if not leader.turn_is_open:
         line.ring.move_to_end(leader)
