@@ -63,6 +63,7 @@ class MemoryStore:
 
     def keys_since(self, revision: int) -> KeyChanges:
         with self._lock:
+            self._check()
             changed = tuple(self._keys[k] for k, at in self._revisions.items() if at > revision)
             return KeyChanges(max([revision, *self._revisions.values()]), changed)
 

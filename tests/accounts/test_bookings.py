@@ -1,0 +1,304 @@
+"""From letting a request in to billing it, through the room's own door."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from tests.accounts.requests import closing, opening
+from tests.hand_clock import HandClock
+
+from trivec.accounts import ANONYMOUS, FIXED, Accounts, Allowance, Caller, KeyPlan, UsageBy
+from trivec.accounts.stores.memory import MemoryStore
+from trivec.accounts.types import UsageLine, UsageQuery
+from trivec.core.errors import (
+    AllowanceExhausted,
+    IdempotencyInProgress,
+    IdempotencyKeyReused,
+    RequestTooLarge,
+    StoreUnavailable,
+)
+
+Process = Callable[..., Accounts]
+
+
+async def caller_with(accounts: Accounts, limits: Allowance) -> Caller:
+    new = await accounts.create_key(KeyPlan("t", allowance=limits))
+    return await accounts.identify(new.plain)
+
+
+async def test_a_served_request_has_one_row_with_what_it_was(
+    accounts: Accounts, store: MemoryStore, clock: HandClock
+) -> None:
+    booking = await accounts.open(FIXED, opening("r1"))
+    await booking.reserve_tokens(7)
+    await booking.close(closing(tokens=7, user="ada"))
+
+    (row,) = store.rows
+    assert (row.request_id, row.key_id, row.model) == ("r1", FIXED.key_id, "m")
+    assert (row.input_count, row.token_count, row.status) == (1, 7, 200)
+    assert (row.duration_us, row.time_us) == (250_000, int(clock.wall_s() * 1_000_000))
+    assert row.replayed is False
+    assert row.user_digest is not None
+    assert "ada" not in row.user_digest
+
+
+async def test_the_row_is_there_before_close_returns(
+    accounts: Accounts, store: MemoryStore
+) -> None:
+    bookings = [await accounts.open(FIXED, opening()) for _ in range(50)]
+
+    async def close(n: int) -> None:
+        await bookings[n].close(closing(tokens=n))
+        assert n in {row.token_count for row in store.rows}
+
+    await asyncio.gather(*map(close, range(50)))
+    assert len(store.rows) == 50
+
+
+@pytest.mark.parametrize("status", [400, 429, 499, 500, 503])
+async def test_a_failed_request_is_written_down_and_billed_nothing(
+    accounts: Accounts, store: MemoryStore, status: int
+) -> None:
+    booking = await accounts.open(FIXED, opening())
+    await booking.close(closing(status, tokens=7))
+
+    assert [(row.status, row.token_count) for row in store.rows] == [(status, 0)]
+
+
+async def test_a_request_that_was_never_opened_is_written_down_too(
+    accounts: Accounts, store: MemoryStore
+) -> None:
+    caller = await caller_with(accounts, Allowance(requests_per_minute=3))
+
+    state = await accounts.record(caller, opening("r1"), closing(400, tokens=7))
+
+    assert [(row.request_id, row.status, row.token_count) for row in store.rows] == [("r1", 400, 0)]
+    assert state is not None
+    assert state.remaining_requests == 3
+
+
+async def test_an_anonymous_request_leaves_nothing(process: Process, store: MemoryStore) -> None:
+    accounts = process(no_auth=True)
+    booking = await accounts.open(ANONYMOUS, opening(idempotency_key="k"))
+    await booking.reserve_tokens(10**9)
+    await booking.close(closing())
+    await accounts.record(ANONYMOUS, opening(), closing(400))
+
+    assert store.rows == []
+    assert booking.state is None
+
+
+async def test_closing_twice_bills_once(accounts: Accounts, store: MemoryStore) -> None:
+    booking = await accounts.open(FIXED, opening())
+    await booking.close(closing())
+    await booking.close(closing(500))
+
+    assert [row.status for row in store.rows] == [200]
+
+
+async def test_a_spent_allowance_refuses_and_says_which_and_until_when(
+    accounts: Accounts, clock: HandClock
+) -> None:
+    caller = await caller_with(accounts, Allowance(requests_per_minute=2))
+    for _ in range(2):
+        await accounts.open(caller, opening())
+
+    with pytest.raises(AllowanceExhausted) as refusal:
+        await accounts.open(caller, opening())
+
+    assert (refusal.value.kind, refusal.value.retry_after_s) == ("requests", 30.0)
+    clock.move(30)
+    await accounts.open(caller, opening())
+
+
+async def test_exact_tokens_are_reserved_before_the_work(accounts: Accounts) -> None:
+    caller = await caller_with(accounts, Allowance(tokens_per_minute=100))
+    booking = await accounts.open(caller, opening())
+
+    await booking.reserve_tokens(60)
+
+    assert booking.state is not None
+    assert booking.state.remaining_tokens == 40
+    with pytest.raises(AllowanceExhausted, match="tokens"):
+        await (await accounts.open(caller, opening())).reserve_tokens(41)
+
+
+async def test_a_request_no_full_allowance_would_hold_must_be_made_smaller(
+    accounts: Accounts,
+) -> None:
+    caller = await caller_with(accounts, Allowance(tokens_per_minute=100))
+    booking = await accounts.open(caller, opening())
+
+    with pytest.raises(RequestTooLarge, match="101 tokens, max 100"):
+        await booking.reserve_tokens(101)
+
+
+@pytest.mark.parametrize(
+    ("status", "remaining_requests", "remaining_tokens"),
+    [
+        pytest.param(200, 9, 93, id="a-success-keeps-what-it-used"),
+        pytest.param(400, 9, 100, id="the-clients-fault-costs-the-request-but-no-tokens"),
+        pytest.param(503, 10, 100, id="our-fault-costs-nothing"),
+    ],
+)
+async def test_settling(
+    accounts: Accounts, status: int, remaining_requests: int, remaining_tokens: int
+) -> None:
+    caller = await caller_with(accounts, Allowance(10, 100))
+    booking = await accounts.open(caller, opening())
+    await booking.reserve_tokens(50)
+
+    await booking.close(closing(status, tokens=7))
+
+    state = booking.state
+    assert state is not None
+    assert (state.remaining_requests, state.remaining_tokens) == (
+        remaining_requests,
+        remaining_tokens,
+    )
+
+
+@pytest.mark.parametrize("moved_s", [3600, -3600], ids=["an-hour-ahead", "an-hour-back"])
+async def test_moving_the_wall_clock_neither_refills_nor_starves(
+    process: Process, clock: HandClock, moved_s: float
+) -> None:
+    before = process()
+    caller = await caller_with(before, Allowance(requests_per_minute=10))
+    for _ in range(10):
+        await before.open(caller, opening())
+
+    clock.set_wall_by(moved_s)
+    after = process()  # a restart, on top of it
+
+    for accounts in (before, after):
+        with pytest.raises(AllowanceExhausted):
+            await accounts.open(caller, opening())
+    clock.move(6)
+    await after.open(caller, opening())
+    clock.move(6)
+    await before.open(caller, opening())
+
+
+async def test_a_replay_is_computed_again_and_billed_nothing(
+    accounts: Accounts, store: MemoryStore
+) -> None:
+    caller = await caller_with(accounts, Allowance(10, 100))
+    first = await accounts.open(caller, opening(idempotency_key="k"))
+    await first.reserve_tokens(7)
+    await first.close(closing(tokens=7))
+
+    again = await accounts.open(caller, opening(idempotency_key="k"))
+    await again.reserve_tokens(7)
+    await again.close(closing(tokens=7))
+
+    assert (first.replayed, again.replayed) == (False, True)
+    assert [(row.token_count, row.replayed) for row in store.rows] == [(7, False), (0, True)]
+    assert again.state is not None
+    assert again.state.remaining_tokens == 93
+
+
+async def test_an_idempotency_key_is_scoped_to_its_api_key(accounts: Accounts) -> None:
+    mine = await accounts.open(FIXED, opening(idempotency_key="k", body=b"mine"))
+    other = replace(FIXED, key_id="key_other")
+
+    theirs = await accounts.open(other, opening(idempotency_key="k", body=b"theirs"))
+
+    assert (mine.replayed, theirs.replayed) == (False, False)
+
+
+async def test_while_the_first_runs_a_second_waits_and_another_body_never_passes(
+    accounts: Accounts,
+) -> None:
+    first = await accounts.open(FIXED, opening(idempotency_key="k"))
+
+    with pytest.raises(IdempotencyInProgress):
+        await accounts.open(FIXED, opening(idempotency_key="k"))
+    with pytest.raises(IdempotencyKeyReused):
+        await accounts.open(FIXED, opening(idempotency_key="k", body=b"else"))
+    await first.close(closing())
+    assert (await accounts.open(FIXED, opening(idempotency_key="k"))).replayed
+
+
+async def test_a_request_that_is_refused_tokens_can_be_sent_again_under_its_name(
+    accounts: Accounts, clock: HandClock
+) -> None:
+    caller = await caller_with(accounts, Allowance(tokens_per_minute=100))
+    await (await accounts.open(caller, opening())).reserve_tokens(100)
+    booking = await accounts.open(caller, opening(idempotency_key="k"))
+    with pytest.raises(AllowanceExhausted):
+        await booking.reserve_tokens(100)
+    await booking.close(closing(429))
+
+    clock.move(60)
+    again = await accounts.open(caller, opening(idempotency_key="k"))
+
+    assert not again.replayed
+    await again.reserve_tokens(100)
+
+
+async def test_nothing_is_let_in_while_the_ledger_cannot_be_written(
+    accounts: Accounts, store: MemoryStore
+) -> None:
+    booking = await accounts.open(FIXED, opening())
+    store.broken = True
+
+    with pytest.raises(StoreUnavailable):
+        await booking.close(closing())
+
+    assert not accounts.writable()
+    assert "broken on purpose" in accounts.health().reason
+    with pytest.raises(StoreUnavailable):
+        await accounts.open(FIXED, opening())
+    assert store.rows == []
+
+
+async def test_a_failure_stays_that_failure_when_it_cannot_be_written_down(
+    accounts: Accounts, store: MemoryStore
+) -> None:
+    store.broken = True
+
+    assert await accounts.record(FIXED, opening(), closing(400)) is None
+    with pytest.raises(StoreUnavailable):
+        await accounts.record(FIXED, opening(), closing(200))
+
+
+async def test_a_client_that_leaves_while_its_row_is_written_does_not_lose_it(
+    accounts: Accounts, store: MemoryStore
+) -> None:
+    booking = await accounts.open(FIXED, opening())
+    task = asyncio.create_task(booking.close(closing()))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    await accounts.record(FIXED, opening(), closing(400))  # whatever came before is written
+
+    assert [row.status for row in store.rows] == [200, 400]
+
+
+async def test_stopping_writes_what_was_handed_over(store: MemoryStore, clock: HandClock) -> None:
+    accounts = Accounts(store, clock=clock, secret=b"s" * 32)
+    accounts.start()
+    closings = [
+        asyncio.create_task((await accounts.open(FIXED, opening())).close(closing()))
+        for _ in range(20)
+    ]
+    await asyncio.sleep(0)
+
+    accounts.stop()
+    await asyncio.gather(*closings)
+
+    assert len(store.rows) == 20
+
+
+async def test_usage_names_the_keys(accounts: Accounts) -> None:
+    caller = await caller_with(accounts, Allowance())
+    for someone in (caller, FIXED):
+        await (await accounts.open(someone, opening())).close(closing())
+
+    lines = await accounts.usage(UsageQuery(UsageBy.KEY))
+
+    assert {line.name: line.tokens for line in lines} == {"t": 7, FIXED.name: 7}
+    assert UsageLine(caller.key_id, "t", requests=1, failed=0, tokens=7) in lines

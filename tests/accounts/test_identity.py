@@ -1,0 +1,221 @@
+"""Who a bearer is: every way to be somebody, and every way to be nobody."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from tests.hand_clock import HandClock
+
+from trivec.accounts import ANONYMOUS, FIXED, Accounts, Allowance, KeyPlan, Scope, keys
+from trivec.accounts.keyring import STALE_S
+from trivec.accounts.stores.memory import MemoryStore
+from trivec.core.errors import KeyInvalid, KeyMissing, ModelDenied, ScopeMissing, StoreUnavailable
+
+FIXED_KEY = "0123456789abcdef"
+Process = Callable[..., Accounts]
+
+
+async def test_a_key_is_known_with_everything_that_was_decided_about_it(
+    accounts: Accounts,
+) -> None:
+    plan = KeyPlan("t", frozenset({Scope.ADMIN}), frozenset({"m"}), Allowance(5, None))
+    new = await accounts.create_key(plan)
+
+    caller = await accounts.identify(new.plain)
+
+    assert (caller.key_id, caller.name) == (new.key.id, "t")
+    assert (caller.scopes, caller.models) == (frozenset({Scope.ADMIN}), frozenset({"m"}))
+    assert caller.allowance == Allowance(5, None)
+
+
+async def test_no_header_is_another_refusal_than_a_wrong_key(accounts: Accounts) -> None:
+    with pytest.raises(KeyMissing):
+        await accounts.identify(None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda plain: "", id="empty"),
+        pytest.param(lambda plain: plain[:-1], id="cut"),
+        pytest.param(lambda plain: plain + " ", id="with-a-blank"),
+        pytest.param(lambda plain: plain.swapcase(), id="in-other-case"),
+        pytest.param(lambda plain: plain[:8] + keys.new_plain_key()[8:], id="same-beginning"),
+        pytest.param(lambda plain: keys.new_plain_key(), id="well-formed-stranger"),
+        pytest.param(lambda plain: plain * 1000, id="very-long"),
+        pytest.param(lambda plain: "' OR '1'='1", id="an-injection"),
+        pytest.param(lambda plain: "\ud800", id="a-lone-surrogate"),
+    ],
+)
+async def test_whatever_is_not_the_key_is_nobody(
+    accounts: Accounts, change: Callable[[str], str]
+) -> None:
+    new = await accounts.create_key(KeyPlan("t"))
+
+    with pytest.raises(KeyInvalid):
+        await accounts.identify(change(new.plain))
+
+
+async def test_unknown_revoked_and_expired_keys_are_refused_in_the_same_words(
+    accounts: Accounts, clock: HandClock
+) -> None:
+    revoked = await accounts.create_key(KeyPlan("revoked"))
+    await accounts.revoke_key("revoked")
+    expires_us = int(clock.wall_s() * 1_000_000) + 5_000_000
+    expired = await accounts.create_key(KeyPlan("expired", expires_us=expires_us))
+    clock.move(5)
+
+    words = set()
+    for bearer in ("unknown", revoked.plain, expired.plain):
+        with pytest.raises(KeyInvalid) as refusal:
+            await accounts.identify(bearer)
+        words.add(str(refusal.value))
+
+    assert len(words) == 1
+
+
+async def test_a_key_works_until_the_instant_it_expires(
+    accounts: Accounts, clock: HandClock
+) -> None:
+    expires_us = int(clock.wall_s() * 1_000_000) + 5_000_000
+    new = await accounts.create_key(KeyPlan("t", expires_us=expires_us))
+
+    clock.move(4.999)
+    assert (await accounts.identify(new.plain)).name == "t"
+    clock.move(0.001)
+    with pytest.raises(KeyInvalid):
+        await accounts.identify(new.plain)
+
+
+async def test_a_revoked_key_is_refused_within_a_second_by_every_process(
+    process: Process, clock: HandClock
+) -> None:
+    one, other = process(), process()
+    new = await one.create_key(KeyPlan("t"))
+    await other.identify(new.plain)
+
+    await one.revoke_key("t")
+
+    with pytest.raises(KeyInvalid):
+        await one.identify(new.plain)
+    clock.move(STALE_S)
+    with pytest.raises(KeyInvalid):
+        await other.identify(new.plain)
+    assert STALE_S < 1
+
+
+async def test_a_new_key_is_known_to_every_process_within_a_second(
+    process: Process, clock: HandClock
+) -> None:
+    one, other = process(), process()
+    with pytest.raises(KeyInvalid):
+        await other.identify("nobody")
+    new = await one.create_key(KeyPlan("t"))
+
+    clock.move(STALE_S)
+
+    assert (await other.identify(new.plain)).key_id == new.key.id
+
+
+async def test_after_a_rotation_both_keys_are_the_same_caller_until_the_old_one_ends(
+    accounts: Accounts, clock: HandClock
+) -> None:
+    old = await accounts.create_key(KeyPlan("t"))
+    new = await accounts.rotate_key("t", overlap_s=60)
+
+    assert await accounts.identify(old.plain) == await accounts.identify(new.plain)
+    clock.move(60)
+    assert (await accounts.identify(new.plain)).key_id == old.key.id
+    with pytest.raises(KeyInvalid):
+        await accounts.identify(old.plain)
+
+
+async def test_at_most_two_secrets_live_and_a_third_ends_the_first(accounts: Accounts) -> None:
+    first = await accounts.create_key(KeyPlan("t"))
+    second = await accounts.rotate_key("t")
+    third = await accounts.rotate_key("t")
+
+    assert (await accounts.identify(second.plain)).name == "t"
+    assert (await accounts.identify(third.plain)).name == "t"
+    with pytest.raises(KeyInvalid):
+        await accounts.identify(first.plain)
+
+
+async def test_the_environments_key_opens_everything_and_is_stored_nowhere(
+    process: Process, store: MemoryStore
+) -> None:
+    accounts = process(fixed_key=FIXED_KEY)
+
+    assert await accounts.identify(FIXED_KEY) == FIXED
+    assert set(Scope) == FIXED.scopes
+    assert FIXED.allowance is None
+    assert store.keys_since(0).keys == ()
+    with pytest.raises(KeyInvalid):
+        await accounts.identify(FIXED_KEY + "0")
+
+
+async def test_made_keys_work_beside_the_environments(process: Process) -> None:
+    accounts = process(fixed_key=FIXED_KEY)
+    new = await accounts.create_key(KeyPlan("t"))
+
+    assert (await accounts.identify(new.plain)).name == "t"
+
+
+@pytest.mark.parametrize("bearer", [None, "", "anything"], ids=["none", "empty", "some"])
+async def test_without_authentication_everybody_is_anonymous(
+    process: Process, bearer: str | None
+) -> None:
+    assert await process(no_auth=True).identify(bearer) == ANONYMOUS
+
+
+async def test_no_key_is_taken_on_trust_while_the_store_cannot_be_read(
+    accounts: Accounts, store: MemoryStore, clock: HandClock
+) -> None:
+    new = await accounts.create_key(KeyPlan("t"))
+    await accounts.identify(new.plain)
+    store.broken = True
+
+    clock.move(STALE_S)
+
+    with pytest.raises(StoreUnavailable):
+        await accounts.identify(new.plain)
+    store.broken = False
+    assert (await accounts.identify(new.plain)).name == "t"
+
+
+def test_a_caller_without_the_scope_is_told_which(accounts: Accounts) -> None:
+    caller = replace(FIXED, scopes=frozenset({Scope.EMBED}))
+
+    caller.require(Scope.EMBED)
+    with pytest.raises(ScopeMissing, match="admin"):
+        caller.require(Scope.ADMIN)
+
+
+def test_a_caller_may_use_its_models_and_no_other() -> None:
+    caller = replace(FIXED, models=frozenset({"m"}))
+
+    caller.require_model("m")
+    FIXED.require_model("any")
+    with pytest.raises(ModelDenied, match="other"):
+        caller.require_model("other")
+
+
+async def test_the_first_start_makes_one_key_and_no_second(process: Process) -> None:
+    first = await process().create_first_key()
+
+    assert first is not None
+    assert first.key.scopes == set(Scope)
+    assert await process().create_first_key() is None
+
+
+async def test_no_first_key_where_none_is_needed(process: Process, store: MemoryStore) -> None:
+    assert await process(no_auth=True).create_first_key() is None
+    assert await process(fixed_key=FIXED_KEY).create_first_key() is None
+    assert store.keys_since(0).keys == ()
+
+
+async def test_no_key_that_was_revoked_comes_back_as_a_first_key(accounts: Accounts) -> None:
+    await accounts.create_first_key()
+    await accounts.revoke_key("first")
+
+    assert await accounts.create_first_key() is None
