@@ -1,0 +1,153 @@
+"""The engine's rate as a share of what the machine's matrix products allow, in one run.
+
+Run: python -m benchmarks.engine --model ID|DIR --name NAME [--precision int8|fp32] [--envs DIR]
+
+Each round measures the limit (oneDNN over every weight of the model, all cores, 256 rows), OpenVINO's
+fully-connected layers alone, and then one workload; the share is taken round by round, so that noisy
+neighbours cancel out. Without torch's environment the second stands in for the first. The last line
+is JSON.
+"""
+
+import argparse
+import asyncio
+import sys
+from collections import defaultdict
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.against.environments import ENVS, python_of
+from benchmarks.against.peer import Peer
+from benchmarks.keeping import keep
+
+from trivec.checkpoints.checkpoint import EncoderConfig
+from trivec.cli.bench.engine import EngineOnTrial, engine_on_trial, quiet_settings, sized
+from trivec.cli.bench.figures import Provenance, Spread, ratio
+from trivec.cli.bench.texts import Workload, mixed, sentences, uniform
+from trivec.server.machine import usable_cores
+
+LENGTHS = (16, 128, 512, 2048, 8192)
+LIMIT_ROWS = 256  # where the rate of the products has levelled off
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A process that does nothing but the model's matrix products."""
+
+    peer: Peer
+    precision: str
+    seconds: float
+
+    def gops(self) -> float:
+        question = {"rows": LIMIT_ROWS, "precision": self.precision, "seconds": self.seconds}
+        return float(self.peer.ask(question)["gops"])
+
+
+def operations(workload: Workload, config: EncoderConfig) -> float:
+    """Billions of operations of *workload*: the weights' products, and attention's two.
+
+    A token costs 2 for each weight of a layer's six matrices; a sequence of n tokens costs
+    4 · n² · hidden a layer for scores and mixing.
+    """
+    hidden, wide = config.hidden_size, config.intermediate_size
+    weights = config.layer_count * (4 * hidden * hidden + 2 * hidden * wide)
+    attention = config.layer_count * 4 * hidden * workload.squares()
+    return (2 * weights * workload.token_count + attention) / 1e9
+
+
+async def measure(
+    trial: EngineOnTrial, limits: dict[str, Limit], *, seconds: float, repeats: int
+) -> dict[str, Any]:
+    card, config = trial.embedder.card, trial.models.loaded[0].checkpoint.config
+    first = [uniform(n, tokens=2048) for n in LENGTHS if n <= card.token_count_max]
+    first.append(mixed(tokens=8192, length_max=card.token_count_max))
+    workloads = [await sized(trial, one, seconds=seconds) for one in first]
+    figures: dict[str, Any] = {}
+    for workload in workloads:
+        rates: dict[str, list[float]] = defaultdict(list)
+        for _ in range(repeats):
+            for name, limit in limits.items():
+                rates[name].append(await asyncio.to_thread(limit.gops))
+            rate = await trial.rate_of(workload)
+            rates["tokens_a_second"].append(rate.tokens_a_second)
+            rates["texts_a_second"].append(rate.texts_a_second)
+            rates["engine_gops"].append(operations(workload, config) / rate.elapsed_s)
+        shares = {f"share_of_{name}": ratio(rates["engine_gops"], rates[name]) for name in limits}
+        spreads = {name: Spread.of(many) for name, many in rates.items()} | shares
+        figures[workload.name] = {name: asdict(spread) for name, spread in spreads.items()}
+        shown = ", ".join(f"{name} {spread.median:.2f}" for name, spread in shares.items())
+        print(
+            f"{workload.name:>6}: {spreads['tokens_a_second']} tokens/s, {shown}", file=sys.stderr
+        )
+    texts = sentences(512)
+    many = [await trial.rate_of_texts(texts) for _ in range(repeats)]
+    figures["sentences"] = {
+        "texts_a_second": asdict(Spread.of([rate.texts_a_second for rate in many])),
+        "tokens_a_second": asdict(Spread.of([rate.tokens_a_second for rate in many])),
+    }
+    return figures
+
+
+def start_limits(
+    config: EncoderConfig, precision: str, *, cores: int, envs: Path, work_dir: Path
+) -> dict[str, Peer]:
+    shape = (config.hidden_size, config.intermediate_size, config.layer_count, cores)
+    arguments = [str(one) for one in shape]
+    work_dir.mkdir(parents=True, exist_ok=True)
+    pythons = {"openvino": Path(sys.executable)}
+    if python_of("onnxruntime", envs).exists():
+        pythons["onednn"] = python_of("onnxruntime", envs)
+    return {
+        name: Peer(
+            f"products_{name}", *arguments, python=python, log=work_dir / f"products_{name}.log"
+        )
+        for name, python in sorted(pythons.items())
+    }
+
+
+async def run(given: argparse.Namespace) -> dict[str, Any]:
+    settings = quiet_settings(given.model, precision=given.precision, data_dir=given.data_dir)
+    cores = usable_cores()
+    async with engine_on_trial(settings, cores=cores) as trial:
+        loaded = trial.models.loaded[0]
+        precision = loaded.card.precision
+        started = start_limits(
+            loaded.checkpoint.config,
+            precision,
+            cores=cores,
+            envs=given.envs,
+            work_dir=given.envs.parent / "work",
+        )
+        with ExitStack() as open_peers:
+            limits = {
+                name: Limit(open_peers.enter_context(peer), precision, given.seconds / 2)
+                for name, peer in started.items()
+            }
+            figures = await measure(trial, limits, seconds=given.seconds, repeats=given.repeats)
+        return {
+            "benchmark": "engine",
+            "model": given.name,
+            "precision": precision,
+            "cores": cores,
+            "load_s": round(trial.load_s, 2),
+            "workloads": figures,
+            "provenance": Provenance.now("openvino", "numpy").as_dict(),
+        }
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--model", default="all-minilm-l6-v2")
+    arguments.add_argument("--name", required=True, help="what the result is filed under")
+    arguments.add_argument("--precision", default="int8", choices=["int8", "fp32"])
+    arguments.add_argument("--envs", type=Path, default=ENVS)
+    arguments.add_argument("--data-dir", type=Path)
+    arguments.add_argument("--seconds", type=float, default=2.0)
+    arguments.add_argument("--repeats", type=int, default=5)
+    given = arguments.parse_args()
+    keep(f"engine-{given.name}-{given.precision}", asyncio.run(run(given)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Figures of a measurement: spread over repeats, percentiles, and the machine they were taken on.
+
+It does not know what is measured.
+"""
+
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from trivec import __version__
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Repeats of one number. The median is quoted; lowest and highest tell how noisy it was."""
+
+    median: float
+    lowest: float
+    highest: float
+    repeats: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        return cls(
+            _rounded(statistics.median(values)),
+            _rounded(min(values)),
+            _rounded(max(values)),
+            len(values),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.median:,.5g} ({self.lowest:,.4g} to {self.highest:,.4g})"
+
+
+def _rounded(value: float) -> float:
+    """Five digits: more than any measurement here has."""
+    return float(f"{value:.5g}")
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least *share* (0 to 1) of *values* do not exceed."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1))]
+
+
+def interleaved(
+    measures: Mapping[str, Callable[[], float]], *, repeats: int
+) -> dict[str, tuple[float, ...]]:
+    """Each measure *repeats* times, one after another and round again; by name, in order of time.
+
+    Neighbours on a shared machine come and go: what is compared must share their company.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in measures}
+    for _ in range(repeats):
+        for name, measure in measures.items():
+            taken[name].append(measure())
+    return {name: tuple(values) for name, values in taken.items()}
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
+    """Round by round, so that what slows a whole round cancels out."""
+    return Spread.of([a / b for a, b in zip(numerator, denominator, strict=True)])
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where and when a result was taken: without it a number is a rumour."""
+
+    date: str
+    commit: str
+    trivec: str
+    python: str
+    cpu: str
+    core_count: int
+    instructions: str
+    memory_gib: float
+    packages: dict[str, str]
+
+    @classmethod
+    def now(cls, *packages: str) -> "Provenance":
+        """Of this process; *packages* are those whose version matters to the result."""
+        cpu = _cpu_facts()
+        return cls(
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+            commit=_commit(),
+            trivec=__version__,
+            python=platform.python_version(),
+            cpu=cpu.get("model name", platform.processor() or platform.machine()),
+            core_count=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
+            instructions=" ".join(
+                flag
+                for flag in cpu.get("flags", "").split()
+                if flag in {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8"}
+            ),
+            memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+            packages={name: _version(name) for name in packages},
+        )
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def _cpu_facts() -> dict[str, str]:
+    """The first processor's entry of /proc/cpuinfo; empty where there is no such file."""
+    file = Path("/proc/cpuinfo")
+    if not file.exists():
+        return {}
+    lines = file.read_text().split("\n\n", 1)[0].splitlines()
+    return {name.strip(): value.strip() for name, _, value in (one.partition(":") for one in lines)}
+
+
+def _commit() -> str:
+    """The checkout's commit, with a plus where files differ from it; "unknown" outside of one."""
+    here = Path(__file__).parent
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+    try:
+        said = subprocess.run(  # noqa: S603 - git itself, with words of ours
+            [git, "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return said.stdout.strip()
