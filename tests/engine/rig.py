@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-
 from tests.hand_clock import HandClock
+
 from trivec.backends.fake import FakeBackend
 from trivec.core.events import Event
 from trivec.core.types import Batch, ModelCard, Output, Reply, Sequences

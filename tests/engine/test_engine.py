@@ -4,9 +4,9 @@ import asyncio
 
 import numpy as np
 import pytest
-
 from tests.engine.rig import ALL, Rig, alone, sequences
 from tests.hand_clock import HandClock
+
 from trivec.backends.fake import FakeBackend
 from trivec.core.errors import DeadlineExceeded, Overloaded
 from trivec.core.events import BatchRan, LineChanged

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-
 from tests.engine.rig import Rig, alone, lengths, sequences
 from tests.hand_clock import HandClock
+
 from trivec.backends.fake import FakeBackend, Poison
 from trivec.core.errors import DeviceLost, Draining, EngineFault
 from trivec.core.events import BatchRan, Event, RowNotFinite, WorkerReplaced

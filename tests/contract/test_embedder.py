@@ -1,0 +1,159 @@
+"""What every `Embedder` promises to the routes above it.
+
+Another implementation, such as a remote one, joins by adding itself to `EMBEDDERS`.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from tests.engine.rig import ALL, Listener
+from tokenizers import models, pre_tokenizers, processors
+
+from trivec.backends.fake import FakeBackend
+from trivec.core.clock import SystemClock
+from trivec.core.errors import DeadlineExceeded, TextTooLong, TokenIdUnknown
+from trivec.core.ports import Embedder
+from trivec.core.types import LongText, ModelCard, Output, Sequences
+from trivec.engine import Engine, Workers
+from trivec.settings import LineBound
+from trivec.tokenizer import Tokenizer
+
+TOKEN_COUNT_MAX = 12
+VOCABULARY_SIZE = 64
+
+
+def tokenizer_file(folder: Path) -> Path:
+    words = ["<s>", "</s>", "<unk>", *(f"w{i}" for i in range(VOCABULARY_SIZE - 3))]
+    codec = tokenizers.Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    codec.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    codec.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    codec.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+@asynccontextmanager
+async def local_engine(folder: Path) -> AsyncIterator[Embedder]:
+    clock, listener = SystemClock(), Listener()
+    backend = FakeBackend(dimensions=8, outputs=ALL, slot_count=2)
+    workers = Workers(2, clock=clock, observer=listener)
+    with ThreadPoolExecutor(2) as pool:
+        engine = Engine(
+            ModelCard(
+                id="words",
+                token_count_max=TOKEN_COUNT_MAX,
+                vocabulary_size=VOCABULARY_SIZE,
+                dimensions=8,
+                outputs=ALL,
+                precision="fp32",
+                created=0,
+                owned_by="tests",
+            ),
+            tokenizer=Tokenizer(
+                tokenizer_file(folder),
+                token_count_max=TOKEN_COUNT_MAX,
+                vocabulary_size=VOCABULARY_SIZE,
+                pool=pool,
+            ),
+            backend=backend,
+            workers=workers,
+            bound=LineBound(),
+            clock=clock,
+            observer=listener,
+        )
+        workers.start()
+        yield engine
+        await workers.stop(5)
+
+
+EMBEDDERS: dict[str, Callable[[Path], AbstractAsyncContextManager[Embedder]]] = {
+    "engine": local_engine
+}
+
+
+@pytest.fixture(params=EMBEDDERS)
+async def embedder(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Embedder]:
+    async with EMBEDDERS[request.param](tmp_path) as embedder:
+        yield embedder
+
+
+async def read(embedder: Embedder, *texts: str) -> Sequences:
+    return await embedder.tokenize(texts, long_text=LongText.REFUSE)
+
+
+async def test_texts_and_their_own_ids_are_the_same_sequences(embedder: Embedder) -> None:
+    texts = await read(embedder, "w1 w2 w3", "w9")
+    ids = [np.array([4, 5, 6], np.int32), np.array([0, 12, 1], np.int32)]
+    lists = await embedder.tokenize(ids, long_text=LongText.REFUSE)
+    np.testing.assert_array_equal(texts.token_ids, lists.token_ids)
+    np.testing.assert_array_equal(texts.starts, lists.starts)
+    assert embedder.spell(texts.token_ids) == ["<s>", "w1", "w2", "w3", "</s>", "<s>", "w9", "</s>"]
+
+
+async def test_what_cannot_be_read_is_refused_by_its_place(embedder: Embedder) -> None:
+    with pytest.raises(TextTooLong) as long:
+        await read(embedder, "w1", "w1 " * TOKEN_COUNT_MAX)
+    assert long.value.param == "input[1]"
+    with pytest.raises(TokenIdUnknown) as unknown:
+        await embedder.tokenize([np.array([VOCABULARY_SIZE], np.int32)], long_text=LongText.REFUSE)
+    assert unknown.value.param == "input[0]"
+
+
+@pytest.mark.parametrize("outputs", [Output.DENSE, Output.SPARSE, Output.MULTI, ALL], ids=str)
+async def test_every_output_that_was_asked_for_is_there_and_no_other(
+    embedder: Embedder, outputs: Output
+) -> None:
+    sequences = await read(embedder, "w1 w2 w3", "w4")
+    vectors = (await embedder.embed(sequences, outputs)).vectors
+    assert vectors.dense.shape == (2, embedder.card.dimensions)
+    assert vectors.dense.dtype == np.float32
+    assert [one is not None for one in vectors.sparse] == [Output.SPARSE in outputs] * 2
+    assert [None if one is None else len(one) for one in vectors.multi] == (
+        [4, 2] if Output.MULTI in outputs else [None, None]
+    )
+
+
+async def test_a_text_has_the_same_bits_alone_and_among_many_at_any_place(
+    embedder: Embedder,
+) -> None:
+    texts = [" ".join(f"w{(i * j) % 60}" for j in range(1 + i % 9)) for i in range(1, 200)]
+    together = (await embedder.embed(await read(embedder, *texts), Output.DENSE)).vectors
+    replies = await asyncio.gather(
+        *[embedder.embed(await read(embedder, text), Output.DENSE) for text in texts]
+    )
+    for i, reply in enumerate(replies):
+        np.testing.assert_array_equal(reply.vectors.dense[0], together.dense[i])
+
+
+async def test_times_are_told_and_are_never_negative(embedder: Embedder) -> None:
+    reply = await embedder.embed(await read(embedder, "w1"), Output.DENSE)
+    assert reply.queue_s >= 0
+    assert reply.compute_s >= 0
+
+
+async def test_a_deadline_that_has_passed_is_refused_with_a_time_to_return(
+    embedder: Embedder,
+) -> None:
+    with pytest.raises(DeadlineExceeded) as late:
+        await embedder.embed(await read(embedder, "w1"), Output.DENSE, deadline_s=-1.0)
+    assert late.value.retry_after_s >= 0
+
+
+async def test_a_cancelled_call_leaves_the_others_be(embedder: Embedder) -> None:
+    sequences = await read(embedder, *(f"w{i}" for i in range(50)))
+    calls = [asyncio.create_task(embedder.embed(sequences, Output.DENSE)) for _ in range(20)]
+    await asyncio.sleep(0)
+    for call in calls[::2]:
+        call.cancel()
+    await asyncio.wait(calls)
+    assert all(call.cancelled() or call.exception() is None for call in calls[::2])
+    assert {len(call.result().vectors) for call in calls[1::2]} == {50}

@@ -1,0 +1,332 @@
+"""Text to ids: parity with the hub's pipelines, long texts, the client's own ids, hostile input."""
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, processors
+
+from trivec import tokenizer as module
+from trivec.core.errors import CheckpointRefused, FieldInvalid, TextTooLong, TokenIdUnknown
+from trivec.core.types import LongText, Sequences, Truncated
+from trivec.tokenizer import Tokenizer
+
+WORDS = ["<s>", "<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(16))]
+OPENING, CLOSING, UNKNOWN = 0, 2, 3
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as pool:
+        yield pool
+
+
+def word_codec() -> tokenizers.Tokenizer:
+    """A tokenizer of one id a word: `w5` is 9."""
+    codec = tokenizers.Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
+    codec.normalizer = normalizers.Lowercase()
+    codec.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    codec.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", OPENING), ("</s>", CLOSING)]
+    )
+    return codec
+
+
+@pytest.fixture
+def words(tmp_path: Path, pool: ThreadPoolExecutor) -> Tokenizer:
+    return saved(word_codec(), tmp_path, pool)
+
+
+def saved(
+    codec: tokenizers.Tokenizer, folder: Path, pool: ThreadPoolExecutor, **options: int
+) -> Tokenizer:
+    file = folder / "tokenizer.json"
+    codec.save(str(file))
+    options = {"token_count_max": 6, "vocabulary_size": len(WORDS)} | options
+    return Tokenizer(file, pool=pool, **options)
+
+
+def ids_of(sequences: Sequences) -> list[list[int]]:
+    parts = np.split(sequences.token_ids, sequences.starts[1:-1])
+    return [part.tolist() for part in parts]
+
+
+def text_of(*numbers: int) -> str:
+    return " ".join(f"w{number}" for number in numbers)
+
+
+async def test_texts_become_ids_between_special_tokens_in_their_order(words: Tokenizer) -> None:
+    found = await words.tokenize(["w0 W1", "w2", " "], long_text=LongText.REFUSE)
+    assert ids_of(found) == [[0, 4, 5, 2], [0, 6, 2], [0, 2]]
+    assert found.token_ids.dtype == found.starts.dtype == np.int32
+    assert not found.truncated
+
+
+async def test_padding_and_truncation_in_the_file_are_switched_off(
+    tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    codec = word_codec()
+    codec.enable_padding(length=32)
+    codec.enable_truncation(4)
+    words = saved(codec, tmp_path, pool)
+    found = await words.tokenize(["w0", text_of(0, 1, 2, 3)], long_text=LongText.REFUSE)
+    assert ids_of(found) == [[0, 4, 2], [0, 4, 5, 6, 7, 2]]
+
+
+async def test_the_longest_text_is_read_and_one_token_more_is_refused(words: Tokenizer) -> None:
+    await words.tokenize([text_of(0, 1, 2, 3)], long_text=LongText.REFUSE)
+    with pytest.raises(TextTooLong, match="requested 7 tokens") as refusal:
+        await words.tokenize(
+            ["w0", text_of(*range(5)), text_of(*range(9))], long_text=LongText.REFUSE
+        )
+    assert (refusal.value.index, refusal.value.param) == (1, "input[1]")
+
+
+@pytest.mark.parametrize(
+    ("long_text", "kept"),
+    [
+        pytest.param(LongText.CUT_END, [0, 4, 5, 6, 7, 2], id="the-end-is-cut"),
+        pytest.param(LongText.CUT_START, [0, 9, 10, 11, 12, 2], id="the-start-is-cut"),
+    ],
+)
+async def test_a_cut_text_keeps_both_special_tokens_and_is_reported(
+    words: Tokenizer, long_text: LongText, kept: list[int]
+) -> None:
+    found = await words.tokenize(["w1", text_of(*range(9)), "w2"], long_text=long_text)
+    assert ids_of(found) == [[0, 5, 2], kept, [0, 6, 2]]
+    assert found.truncated == {1: Truncated(original_tokens=11, kept_tokens=6)}
+
+
+async def test_a_long_text_is_kept_whole_for_counting(words: Tokenizer) -> None:
+    found = await words.tokenize([text_of(*range(9))], long_text=LongText.KEEP)
+    assert found.lengths().tolist() == [11]
+    assert not found.truncated
+
+
+@pytest.mark.parametrize("long_text", [LongText.REFUSE, LongText.KEEP], ids=["embed", "count"])
+async def test_a_text_over_64_bytes_a_token_is_refused_unread(
+    words: Tokenizer, long_text: LongText
+) -> None:
+    fits = "x" * (64 * 6)
+    await words.tokenize([fits], long_text=long_text)
+    with pytest.raises(TextTooLong, match="far more than that") as refusal:
+        await words.tokenize(["w0", fits + "x"], long_text=long_text)
+    assert refusal.value.index == 1
+    with pytest.raises(TextTooLong):
+        await words.tokenize(["ü" * (64 * 3) + "x"], long_text=long_text)
+
+
+@pytest.mark.parametrize(
+    ("long_text", "kept"),
+    [
+        pytest.param(LongText.CUT_END, [0, 4, 4, 4, 4, 2], id="its-beginning-is-read"),
+        pytest.param(LongText.CUT_START, [0, 5, 5, 5, 5, 2], id="its-end-is-read"),
+    ],
+)
+async def test_of_a_text_over_64_bytes_a_token_only_that_much_is_read_when_it_may_be_cut(
+    words: Tokenizer, long_text: LongText, kept: list[int]
+) -> None:
+    huge = "w0 " * 1_000 + "é" * 100_000 + " w1" * 1_000
+    found = await words.tokenize(["w9", huge], long_text=long_text)
+    assert ids_of(found) == [[0, 13, 2], kept]
+    assert found.truncated == {1: Truncated(original_tokens=None, kept_tokens=6)}
+
+
+async def test_a_text_that_shrinks_to_few_tokens_is_still_reported_as_cut(
+    words: Tokenizer,
+) -> None:
+    found = await words.tokenize(["é" * 1_000], long_text=LongText.CUT_END)
+    assert ids_of(found) == [[0, UNKNOWN, 2]]
+    assert found.truncated == {0: Truncated(original_tokens=None, kept_tokens=3)}
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        pytest.param([4, 5], [0, 4, 5, 2], id="bare-ids-are-wrapped"),
+        pytest.param([0, 4, 2], [0, 4, 2], id="wrapped-ids-stay"),
+        pytest.param([0, 4], [0, 0, 4, 2], id="half-wrapped-ids-are-wrapped"),
+        pytest.param([0], [0, 0, 2], id="a-lone-opening-is-wrapped"),
+        pytest.param([0, 2], [0, 2], id="an-empty-wrapping-stays"),
+    ],
+)
+async def test_ids_of_the_client(words: Tokenizer, given: list[int], found: list[int]) -> None:
+    neighbours = [np.array(ids, np.int32) for ids in ([9, 9], given, [0, 8, 2])]
+    sequences = await words.tokenize(neighbours, long_text=LongText.REFUSE)
+    assert ids_of(sequences) == [[0, 9, 9, 2], found, [0, 8, 2]]
+
+
+async def test_ids_of_the_client_are_cut_as_texts_are(words: Tokenizer) -> None:
+    given = [np.array([4, 5, 6, 7, 8], np.int32)]
+    with pytest.raises(TextTooLong, match="requested 7 tokens"):
+        await words.tokenize(given, long_text=LongText.REFUSE)
+    found = await words.tokenize(given, long_text=LongText.CUT_START)
+    assert ids_of(found) == [[0, 5, 6, 7, 8, 2]]
+
+
+@pytest.mark.parametrize("unknown", [-1, len(WORDS), 2**31 - 1, -(2**31)])
+async def test_an_id_outside_the_vocabulary_is_refused_by_its_place(
+    words: Tokenizer, unknown: int
+) -> None:
+    given = [np.array(ids, np.int32) for ids in ([4], [5, len(WORDS) - 1], [4, unknown])]
+    with pytest.raises(TokenIdUnknown, match=str(unknown)) as refusal:
+        await words.tokenize(given, long_text=LongText.REFUSE)
+    assert refusal.value.param == "input[2]"
+
+
+async def test_a_lone_surrogate_is_refused_by_its_place(words: Tokenizer) -> None:
+    with pytest.raises(FieldInvalid) as refusal:
+        await words.tokenize(["w0", "\ud800"], long_text=LongText.REFUSE)
+    assert refusal.value.param == "input[1]"
+    with pytest.raises(FieldInvalid):
+        await words.tokenize(["\udfff" * 90], long_text=LongText.REFUSE)
+
+
+def test_ids_are_spelt_as_the_vocabulary_does(words: Tokenizer) -> None:
+    assert words.spell(np.array([4, 19, 2], np.int32)) == ["w0", "w15", "</s>"]
+
+
+def test_a_file_that_is_no_tokenizer_is_refused_by_name(
+    tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    file = tmp_path / "tokenizer.json"
+    file.write_text("{}")
+    with pytest.raises(CheckpointRefused, match=r"tokenizer\.json"):
+        Tokenizer(file, token_count_max=6, vocabulary_size=20, pool=pool)
+
+
+def test_a_tokenizer_larger_than_the_embedding_table_is_refused(
+    tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    with pytest.raises(CheckpointRefused, match="up to 19"):
+        saved(word_codec(), tmp_path, pool, vocabulary_size=19)
+    grown = word_codec()
+    grown.add_special_tokens(["<extra>"])
+    with pytest.raises(CheckpointRefused, match="up to 20"):
+        saved(grown, tmp_path, pool)
+
+
+def test_a_tokenizer_without_special_tokens_is_refused(
+    tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    bare = word_codec()
+    bare.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    with pytest.raises(CheckpointRefused, match="0 special tokens"):
+        saved(bare, tmp_path, pool)
+
+
+class CountingPool(ThreadPoolExecutor):
+    """Counts the jobs it is given."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.job_count = 0
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **named: Any) -> "Future[Any]":
+        self.job_count += 1
+        return super().submit(work, *args, **named)
+
+
+async def test_a_short_text_pays_no_hand_over_and_a_huge_request_takes_turns(
+    tmp_path: Path,
+) -> None:
+    with CountingPool() as pool:
+        words = saved(word_codec(), tmp_path, pool, token_count_max=8_192)
+        await words.tokenize(["w0 w1"] * 8, long_text=LongText.REFUSE)
+        assert pool.job_count == 0
+        await words.tokenize(["w0 " * 200], long_text=LongText.REFUSE)
+        assert pool.job_count == 1
+        texts = [text_of(*(i % 16 for i in range(n, n + 500))) for n in range(100)]
+        found = await words.tokenize(texts, long_text=LongText.REFUSE)
+        assert pool.job_count > 2
+    assert found.lengths().tolist() == [502] * 100
+    assert ids_of(found)[99][1] == 4 + 99 % 16
+
+
+async def test_what_is_cut_in_a_later_job_is_reported_under_its_own_index(
+    tmp_path: Path, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "INLINE_CHARACTERS_MAX", 1)
+    monkeypatch.setattr(module, "JOB_CHARACTERS_MAX", 30)
+    words = saved(word_codec(), tmp_path, pool)
+    texts = [text_of(*range(9)) if i in (3, 8) else "w1 w2" for i in range(10)]
+    found = await words.tokenize(texts, long_text=LongText.CUT_END)
+    assert set(found.truncated) == {3, 8}
+    with pytest.raises(TextTooLong) as refusal:
+        await words.tokenize(texts, long_text=LongText.REFUSE)
+    assert refusal.value.index == 3
+
+
+async def test_the_same_texts_have_the_same_ids_on_any_thread(words: Tokenizer) -> None:
+    requests = [[text_of(*range(n % 4)) + " " + "é" * 90] * 20 for n in range(16)]
+    alone = [await words.tokenize(texts, long_text=LongText.REFUSE) for texts in requests]
+    together = await asyncio.gather(
+        *(words.tokenize(texts, long_text=LongText.REFUSE) for texts in requests)
+    )
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one.token_ids, other.token_ids)
+        np.testing.assert_array_equal(one.starts, other.starts)
+
+
+@pytest.fixture(scope="module")
+def pipelines(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tokenizer files of the real vocabulary with each of the two pipelines in use."""
+    folder = shared_data / "xlmr-tokenizer"
+    given = json.loads((folder / "tokenizer.json").read_text())
+    described = json.loads((folder / "PIPELINES.json").read_text())
+    hub_key = next(key for key in described if key.startswith("hub_pipeline"))
+    v5_key = next(key for key in described if key.startswith("v5_pipeline"))
+    charsmap = given["normalizer"]
+    if charsmap["type"] == "Sequence":
+        charsmap = charsmap["normalizers"][0]
+    collapse = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+    hub = given | described[hub_key]
+    hub["normalizer"] = {"type": "Sequence", "normalizers": [charsmap, collapse]}
+    v5 = given | {
+        "normalizer": charsmap,
+        "pre_tokenizer": described[v5_key]["pre_tokenizer"],
+    }
+    files = {}
+    for name, pipeline in (("hub", hub), ("v5", v5)):
+        files[name] = tmp_path_factory.mktemp(name) / "tokenizer.json"
+        files[name].write_text(json.dumps(pipeline))
+    return files
+
+
+def cases(folder: Path, name: str, ids: str) -> dict[str, list[int]]:
+    found = json.loads((folder / "xlmr-tokenizer" / name).read_text())["cases"]
+    return {case["text"]: case[ids] for case in found}
+
+
+@pytest.mark.parametrize("pipeline", ["hub", "v5"])
+async def test_ids_equal_every_published_list(
+    pipeline: str, pipelines: dict[str, Path], shared_data: Path, pool: ThreadPoolExecutor
+) -> None:
+    """The published lists are of the 5.x pipeline; the hub's differs where the third file says."""
+    expected = cases(shared_data, "xlmr_bge_m3_ids_v5.json", "ids")
+    expected |= cases(shared_data, "transformers_integration_ids.json", "ids")
+    expected |= cases(shared_data, "hub_vs_v5_differences.json", f"ids_{pipeline}")
+    assert len(expected) >= 40
+    tokenizer = Tokenizer(
+        pipelines[pipeline], token_count_max=8_192, vocabulary_size=250_002, pool=pool
+    )
+    found = await tokenizer.tokenize(list(expected), long_text=LongText.REFUSE)
+    assert dict(zip(expected, ids_of(found), strict=True)) == expected
+
+
+async def test_one_character_that_becomes_many_tokens_is_bounded_by_bytes(
+    pipelines: dict[str, Path], pool: ThreadPoolExecutor
+) -> None:
+    tokenizer = Tokenizer(pipelines["hub"], token_count_max=512, vocabulary_size=250_002, pool=pool)
+    ligature = "\ufdfa"  # three bytes, a phrase of eighteen letters
+    found = await tokenizer.tokenize([ligature * 100_000], long_text=LongText.CUT_END)
+    assert found.lengths().tolist() == [512]
+    assert found.truncated[0].original_tokens is None
