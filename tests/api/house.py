@@ -124,9 +124,17 @@ class Heard:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self._more = threading.Condition()
 
     def observe(self, event: Event) -> None:
-        self.events.append(event)
+        with self._more:
+            self.events.append(event)
+            self._more.notify_all()
+
+    def wait(self, count: int, *, within_s: float) -> bool:
+        """Block until *count* requests were served; False when they were not."""
+        with self._more:
+            return self._more.wait_for(lambda: len(self.served) >= count, timeout=within_s)
 
     @property
     def served(self) -> list[RequestServed]:

@@ -10,10 +10,12 @@ from math import ceil
 from types import MappingProxyType
 
 from trivec.api.answers import Answer, json_answer
+from trivec.api.presence import ClientGone
 from trivec.api.schemas import ErrorAnswer, Problem
 from trivec.core import errors as e
 from trivec.core.errors import RequestError, ServiceError
 
+CLIENT_GONE = 499  # what log and ledger say of a client that left before its answer
 RETRY_AFTER_S_MAX = 60  # official clients give up at once when told to wait for more than 120 s
 
 
@@ -59,10 +61,11 @@ TABLE: Mapping[type[ServiceError], Row] = MappingProxyType(
 
 
 def status_of(error: BaseException) -> int:
-    """The status *error* is answered with; 499 for a client that left before its answer."""
+    """The status *error* is answered with, or would be if the client were still there."""
     if isinstance(error, ServiceError):
         return TABLE[type(error)].status
-    return 500 if isinstance(error, Exception) else 499
+    is_cancelled = not isinstance(error, Exception)
+    return CLIENT_GONE if is_cancelled or isinstance(error, ClientGone) else 500
 
 
 def problem_of(error: ServiceError, *, request_id: str) -> Problem:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from trivec.api.errors import answer_to, problem_of
+from trivec.api.errors import CLIENT_GONE, answer_to, problem_of
 from trivec.api.headers import answer_headers
 from trivec.api.presence import ClientGone
 from trivec.api.sending import send_answer
@@ -16,8 +16,6 @@ from trivec.core.events import RequestServed
 from trivec.core.health import Health
 from trivec.core.ports import Clock, Observer
 from trivec.settings import HttpLimits
-
-CLIENT_GONE = 499  # what the log says of a client that left before its answer
 
 _log = logging.getLogger(__name__)
 

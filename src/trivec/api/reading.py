@@ -5,7 +5,7 @@ msgspec says what is wrong and where; here its words become OpenAI's and its pat
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -98,20 +98,14 @@ def _field_refused(
 
 def _supported_values(kind: type[Request]) -> Mapping[str, Sequence[str]]:
     """The words that each field of *kind* can hold, of those that can hold only certain words."""
-    structure = msgspec.inspect.type_info(kind)
-    assert isinstance(structure, msgspec.inspect.StructType)
-    return {field.encode_name: words for field in structure.fields if (words := _words(field.type))}
+    hints = get_type_hints(kind, include_extras=True)
+    return {name: words for name, hint in hints.items() if (words := _words(hint))}
 
 
-def _words(type_: msgspec.inspect.Type) -> tuple[str, ...]:
-    match type_:
-        case msgspec.inspect.Metadata(type=inner):
-            return _words(inner)
-        case msgspec.inspect.UnionType(types=several):
-            return tuple(word for one in several for word in _words(one))
-        case msgspec.inspect.LiteralType(values=values):
-            return tuple(str(value) for value in values)
-    return ()
+def _words(hint: object) -> tuple[str, ...]:
+    if get_origin(hint) is Literal:
+        return tuple(str(word) for word in get_args(hint))
+    return tuple(word for inner in get_args(hint) for word in _words(inner))
 
 
 def _missing(name: str) -> FieldInvalid:

@@ -1,0 +1,171 @@
+"""One ledger row an authenticated request, written before its answer leaves; failures cost nothing."""
+
+import asyncio
+
+import httpx
+import pytest
+from tests.api.house import MODEL, House
+
+from trivec.accounts import Allowance
+from trivec.accounts.entries import LedgerRow
+from trivec.core.errors import EngineFault
+from trivec.settings import HttpLimits
+
+BODY = {"model": MODEL, "input": ["hello", "a"], "user": "someone"}
+TOKENS = 7 + 3
+
+
+def only_row(house: House) -> LedgerRow:
+    (row,) = house.store.rows
+    return row
+
+
+async def test_a_success_is_billed_its_tokens_under_its_request_id(house: House) -> None:
+    async with house.client() as client:
+        response = await client.post("/embeddings", json=BODY)
+    row = only_row(house)
+    assert row.request_id == response.headers["x-request-id"]
+    assert (row.model, row.input_count, row.token_count, row.status) == (MODEL, 2, TOKENS, 200)
+    assert row.user_digest is not None
+    assert "someone" not in row.user_digest
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "model"),
+    [
+        pytest.param("/embeddings", b"{", 400, None, id="malformed"),
+        pytest.param("/embeddings", b'{"model":"nope","input":"a"}', 404, None, id="no-such-model"),
+        pytest.param(
+            "/embeddings", b'{"model":"baai/bge-m3","input":""}', 400, None, id="empty-input"
+        ),
+        pytest.param(
+            "/embeddings",
+            b'{"model":"baai/bge-m3","input":[999999]}',
+            400,
+            MODEL,
+            id="foreign-token-id",
+        ),
+        pytest.param(
+            "/tokenize", b'{"model":"baai/bge-m3","input":"a"}', 200, MODEL, id="tokenize"
+        ),
+    ],
+)
+async def test_what_is_not_computed_is_written_down_and_costs_no_tokens(
+    house: House, path: str, body: bytes, status: int, model: str | None
+) -> None:
+    async with house.client() as client:
+        headers = {"content-type": "application/json"}
+        response = await client.post(path, content=body, headers=headers)
+    assert response.status_code == status
+    row = only_row(house)
+    assert (row.status, row.model, row.token_count) == (status, model, 0)
+
+
+async def test_a_request_that_our_fault_ends_costs_nothing_of_the_allowance(house: House) -> None:
+    house.model.fault = EngineFault("lost")
+    key = await house.new_key_async(
+        "limited", Allowance(requests_per_minute=2, tokens_per_minute=99)
+    )
+    async with house.client(key) as client:
+        response = await client.post("/embeddings", json=BODY)
+    assert response.status_code == 500
+    assert response.headers["x-ratelimit-remaining-requests"] == "2"
+    assert response.headers["x-ratelimit-remaining-tokens"] == "99"
+    assert (only_row(house).status, only_row(house).token_count) == (500, 0)
+
+
+async def test_a_refused_allowance_is_written_down(house: House) -> None:
+    key = await house.new_key_async("one", Allowance(requests_per_minute=1))
+    async with house.client(key) as client:
+        statuses = [(await client.post("/embeddings", json=BODY)).status_code for _ in range(2)]
+    assert statuses == [200, 429]
+    assert [row.status for row in house.store.rows] == [200, 429]
+
+
+async def test_tokens_over_the_allowance_never_reach_the_model(house: House) -> None:
+    key = await house.new_key_async("small", Allowance(tokens_per_minute=TOKENS - 1))
+    async with house.client(key) as client:
+        response = await client.post("/embeddings", json=BODY)
+    assert response.status_code == 400
+    assert not house.model.embedded
+
+
+async def test_requests_without_a_good_key_write_nothing(house: House) -> None:
+    async with house.client("wrong") as client:
+        assert (await client.post("/embeddings", json=BODY)).status_code == 401
+    assert not house.store.rows
+
+
+async def test_probes_and_scrapes_write_nothing(house: House) -> None:
+    async with house.client() as client:
+        for path in ("/livez", "/readyz", "/metrics", "/openapi.json"):
+            assert (await client.get(f"http://house{path}")).status_code == 200
+    assert not house.store.rows
+
+
+async def test_the_row_is_there_before_the_answer(house: House) -> None:
+    """The store fails between computing and answering: the vectors must not leave."""
+    house.model.gate.clear()
+    async with house.client() as client:
+        answer = asyncio.create_task(client.post("/embeddings", json=BODY))
+        await asyncio.to_thread(house.model.entered.wait, 5)
+        house.store.broken = True
+        house.model.gate.set()
+        response = await answer
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "store_unavailable"
+
+
+async def test_the_same_request_again_is_computed_but_billed_once(house: House) -> None:
+    async with house.client() as client:
+        named = {"idempotency-key": "k"}
+        for _ in range(2):
+            assert (await client.post("/embeddings", json=BODY, headers=named)).is_success
+    assert len(house.model.embedded) == 2
+    assert sum(row.token_count for row in house.store.rows) == TOKENS
+    assert [row.replayed for row in house.store.rows] == [False, True]
+
+
+def test_a_client_that_leaves_frees_its_place_and_is_billed_nothing(house: House) -> None:
+    house.model.gate.clear()
+    with house.listening() as address:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{address}/v1/embeddings",
+                json=BODY,
+                headers={"authorization": f"Bearer {house.key}"},
+                timeout=httpx.Timeout(5.0, read=0.2),
+            )
+        assert house.model.left.wait(5), "the embedding was not cancelled"
+    assert (only_row(house).status, only_row(house).token_count) == (499, 0)
+    served = house.heard.served[-1]
+    assert (served.status, served.code, served.token_count) == (499, "client_gone", 0)
+
+
+def test_a_request_over_its_deadline_frees_its_place_and_is_billed_nothing() -> None:
+    house = House(limits=HttpLimits(request_s_max=0.1))
+    house.model.gate.clear()
+    with house.listening() as address:
+        response = httpx.post(
+            f"{address}/v1/embeddings",
+            json=BODY,
+            headers={"authorization": f"Bearer {house.key}"},
+        )
+        assert house.model.left.wait(5), "the embedding was not cancelled"
+    house.close()
+    assert response.json()["error"]["code"] == "deadline_exceeded"
+    assert (only_row(house).status, only_row(house).token_count) == (503, 0)
+
+
+async def test_the_observer_hears_one_event_a_request(house: House) -> None:
+    async with house.client() as client:
+        good = await client.post("/embeddings", json=BODY)
+        await client.get("/nope")
+    first, second = house.heard.served
+    assert first.request_id == good.headers["x-request-id"]
+    assert (first.route, first.method, first.status) == ("/v1/embeddings", "POST", 200)
+    assert (first.model, first.input_count, first.token_count) == (MODEL, 2, TOKENS)
+    assert first.answer_bytes == len(good.content)
+    assert first.request_bytes > 0
+    assert (first.queue_s, first.compute_s, first.code) == (0.002, 0.003, None)
+    assert (second.route, second.status, second.code) == ("other", 404, "invalid_request_error")

@@ -1,0 +1,167 @@
+"""What only a socket shows: broken chunks, slow bodies, slow readers, early leavers."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import numpy as np
+import pytest
+from tests.api.house import MODEL, House
+
+from trivec.api.sending import in_pieces
+from trivec.settings import HttpLimits
+
+QUICK = HttpLimits(body_s_max=0.3, answer_chunk_s_max=0.3, answer_chunk_bytes=4096)
+
+
+@pytest.fixture(scope="module")
+def quick_house() -> Iterator[House]:
+    house = House(limits=QUICK)
+    yield house
+    house.close()
+
+
+@pytest.fixture(scope="module")
+def quick_address(quick_house: House) -> Iterator[str]:
+    with quick_house.listening() as address:
+        yield address
+
+
+@contextmanager
+def connection(address: str) -> Iterator[socket.socket]:
+    url = httpx.URL(address)
+    with socket.create_connection((url.host, url.port or 80), timeout=10) as opened:
+        yield opened
+
+
+def head(house: House, *lines: str) -> bytes:
+    return "\r\n".join(
+        [
+            "POST /v1/embeddings HTTP/1.1",
+            "Host: house",
+            f"Authorization: Bearer {house.key}",
+            "Content-Type: application/json",
+            *lines,
+            "",
+            "",
+        ]
+    ).encode()
+
+
+def answer_to(sent: socket.socket) -> bytes:
+    """All that comes back until the server closes, or until an answer with a length is whole."""
+    received = b""
+    while piece := sent.recv(65_536):
+        received += piece
+        top, found, body = received.partition(b"\r\n\r\n")
+        if found and b"connection: close" not in top.lower():
+            length = int(top.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+            if len(body) >= length:
+                break
+    return received
+
+
+def test_a_body_that_does_not_arrive_in_time_is_408(quick_house: House, quick_address: str) -> None:
+    with connection(quick_address) as sent:
+        sent.sendall(head(quick_house, "Content-Length: 100") + b'{"model":')
+        answer = answer_to(sent)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b'"type":"invalid_request_error"' in answer
+
+
+def test_a_body_without_end_is_408(quick_house: House, quick_address: str) -> None:
+    with connection(quick_address) as sent:
+        sent.sendall(head(quick_house, "Transfer-Encoding: chunked") + b"1\r\n{\r\n")
+        assert answer_to(sent).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_broken_chunk_is_400_in_our_own_shape(quick_house: House, quick_address: str) -> None:
+    with connection(quick_address) as sent:
+        sent.sendall(head(quick_house, "Transfer-Encoding: chunked") + b"5\r\nhello\r\nZZ\r\n")
+        answer = answer_to(sent)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b'"code":null' in answer
+
+
+def test_a_body_declared_too_large_is_refused_before_it_is_sent(
+    quick_house: House, quick_address: str
+) -> None:
+    with connection(quick_address) as sent:
+        sent.sendall(head(quick_house, "Content-Length: 99999999999999999999999"))
+        answer = answer_to(sent)
+    assert answer.startswith((b"HTTP/1.1 413 ", b"HTTP/1.1 400 "))
+
+
+def test_an_honest_body_in_small_pieces_is_read(quick_house: House, quick_address: str) -> None:
+    body = b'{"model":"%b","input":"hello"}' % MODEL.encode()
+    with connection(quick_address) as sent:
+        sent.sendall(head(quick_house, f"Content-Length: {len(body)}"))
+        for i in range(0, len(body), 5):
+            sent.sendall(body[i : i + 5])
+        assert answer_to(sent).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_refused_key_does_not_have_to_send_its_body(quick_address: str) -> None:
+    with connection(quick_address) as sent:
+        sent.sendall(
+            b"POST /v1/embeddings HTTP/1.1\r\nHost: house\r\nContent-Length: 1000000\r\n\r\n"
+        )
+        assert answer_to(sent).startswith(b"HTTP/1.1 401 ")
+
+
+def test_a_connection_serves_one_request_after_another(
+    quick_house: House, quick_address: str
+) -> None:
+    body = b'{"model":"%b","input":"hello"}' % MODEL.encode()
+    request = head(quick_house, f"Content-Length: {len(body)}") + body
+    with connection(quick_address) as sent:
+        for _ in range(3):
+            sent.sendall(request)
+            assert answer_to(sent).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_large_answer_comes_whole_in_pieces(quick_house: House, quick_address: str) -> None:
+    headers = {"authorization": f"Bearer {quick_house.key}"}
+    body = {"model": MODEL, "input": ["text"] * 2048, "encoding_format": "base64"}
+    response = httpx.post(f"{quick_address}/v1/embeddings", json=body, headers=headers)
+    assert len(response.content) == int(response.headers["content-length"]) > 100_000
+    assert len({datum["embedding"] for datum in response.json()["data"]}) == 1
+
+
+def test_a_client_that_does_not_read_is_cut_off(quick_house: House, quick_address: str) -> None:
+    heard = len(quick_house.heard.served)
+    text = "x" * 60
+    inputs = ",".join([f'"{text}"'] * 2048)
+    body = b'{"model":"%b","output_type":"multi","input":[%b]}' % (MODEL.encode(), inputs.encode())
+    with connection(quick_address) as sent:
+        sent.sendall(head(quick_house, f"Content-Length: {len(body)}") + body)
+        wait_until_served(quick_house, heard + 1)
+        received = answer_to_the_end(sent)
+    served = quick_house.heard.served[heard]
+    assert served.code == "client_gone"
+    length = int(received.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+    assert len(received) < length, "half an answer must not look whole"
+
+
+def wait_until_served(house: House, count: int) -> None:
+    assert house.heard.wait(count, within_s=10), "the server still holds the answer"
+
+
+def answer_to_the_end(sent: socket.socket) -> bytes:
+    received = bytearray()
+    try:
+        while piece := sent.recv(1 << 20):
+            received += piece
+    except ConnectionResetError:
+        pass
+    return bytes(received)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 2, 3, 7, 100])
+def test_pieces_are_the_same_bytes_of_the_right_size(piece_bytes: int) -> None:
+    parts = [b"", b"a", b"bcdef", b"", bytes(np.arange(50, dtype=np.uint8)), b"z"]
+    pieces = list(in_pieces(parts, piece_bytes))
+    assert b"".join(pieces) == b"".join(parts)
+    assert {len(piece) for piece in pieces[:-1]} <= {piece_bytes}
+    assert 0 < len(pieces[-1]) <= piece_bytes
