@@ -1,0 +1,137 @@
+"""The CPU backend: one model, loaded in the precision asked for, run on slots of one thread each."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from trivec.backends.openvino.certificate import Certificate
+from trivec.backends.openvino.certifying import best_int8, fp32_tensors, readout_of
+from trivec.backends.openvino.encoding import BatchEncoder
+from trivec.backends.openvino.graph import Encoder
+from trivec.backends.openvino.linear import Tensors
+from trivec.backends.openvino.prepared import Prepared, load, prepared_folder, save
+from trivec.backends.openvino.recipe import FP32, Form, Recipe
+from trivec.backends.openvino.rows import ROW_BUDGET
+from trivec.backends.openvino.session import Session
+from trivec.checkpoints.checkpoint import Checkpoint
+from trivec.core.errors import SettingInvalid
+from trivec.core.types import Batch, BatchBudget, Output, Vectors
+
+WARM_LENGTHS = (16, 32, 64, 128, 512)
+"""Tokens of the texts each slot runs before it is offered; other sizes cost 0.5 ms a layer once."""
+
+
+class OpenVinoBackend:
+    """A `core.ports.Backend` for CPUs."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        encoder: BatchEncoder,
+        recipe: Recipe,
+        certificate: Certificate | None,
+    ) -> None:
+        self.certificate = certificate
+        """How near int8 is to fp32 for this model; None where int8 was never considered."""
+        self._checkpoint = checkpoint
+        self._encoder: BatchEncoder | None = encoder
+        self._recipe = recipe
+        self._slot_count = encoder.slot_count
+        self._exact = threading.Lock()
+
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, *, precision: str, cores: int, cache_dir: Path
+    ) -> "OpenVinoBackend":
+        """Read, quantise if asked, compile and warm up; blocks for seconds.
+
+        *precision*: `fp32`, `int8`, or `auto`, which takes int8 where its certificate passes. The
+        quantised model is kept under *cache_dir*. Raises `CheckpointRefused`, `SettingInvalid`.
+        """
+        if precision not in ("auto", "fp32", "int8"):
+            raise SettingInvalid(
+                f"precision {precision} is not for CPUs; choose auto, int8 or fp32."
+            )
+        prepared = None
+        if precision != "fp32":
+            prepared = _prepared(checkpoint, slot_count=cores, cache_dir=cache_dir)
+        certificate = None if prepared is None else prepared.certificate
+        if prepared is not None and (precision == "int8" or prepared.certificate.passes):
+            recipe = prepared.recipe
+            encoder = _open(checkpoint, recipe, prepared.tensors, slot_count=cores)
+        else:
+            recipe = FP32
+            encoder = _open(checkpoint, recipe, fp32_tensors(checkpoint), slot_count=cores)
+        backend = cls(checkpoint, encoder, recipe, certificate)
+        backend._warm()
+        return backend
+
+    @property
+    def precision(self) -> str:
+        """`fp32` or `int8`."""
+        return self._recipe.precision
+
+    @property
+    def slot_count(self) -> int:
+        return self._slot_count
+
+    @property
+    def budget(self) -> BatchBudget:
+        return ROW_BUDGET
+
+    def run(self, batch: Batch, *, slot: int) -> Vectors:
+        """See `core.ports.Backend`. A sequence's bits do not depend on its neighbours or place."""
+        assert self._encoder is not None, "a batch after close"
+        return self._encoder.run(batch, slot=slot)
+
+    def run_exact(self, batch: Batch, *, slot: int) -> Vectors:
+        """*batch* in fp32, from the checkpoint's files; seconds for a large model, one at a time.
+
+        It is for the rare row that was not finite, so no fp32 copy is kept for it.
+        """
+        if self._recipe.form is Form.FP32:
+            return self.run(batch, slot=slot)
+        with self._exact:
+            tensors = fp32_tensors(self._checkpoint)
+            return _open(self._checkpoint, FP32, tensors, slot_count=1).run(batch, slot=0)
+
+    def close(self) -> None:
+        self._encoder = None
+
+    def _warm(self) -> None:
+        """Run one text of each of `WARM_LENGTHS` on every slot at once."""
+        limit = self._checkpoint.token_count_max
+        lengths = sorted({min(length, limit) for length in WARM_LENGTHS})
+        with ThreadPoolExecutor(self._slot_count, "trivec-warm") as pool:
+            list(pool.map(lambda slot: self._warm_slot(lengths, slot), range(self._slot_count)))
+
+    def _warm_slot(self, lengths: list[int], slot: int) -> None:
+        for length in lengths:
+            ids = np.zeros(length, np.int32)
+            starts = np.array([0, length], np.int32)
+            self.run(Batch(ids, starts, np.array([Output.DENSE], np.uint8)), slot=slot)
+
+
+def _prepared(checkpoint: Checkpoint, *, slot_count: int, cache_dir: Path) -> Prepared:
+    """The int8 form of *checkpoint*, from the cache or made now and put there."""
+    folder = prepared_folder(checkpoint, precision="int8", cache_dir=cache_dir)
+    kept = load(folder)
+    if kept is None:
+        made = best_int8(checkpoint, slot_count=slot_count)
+        save(folder, made.recipe, made.certificate, made.tensors)
+        del made
+        kept = load(folder)
+        assert kept is not None, "what was just written reads back"
+    return kept
+
+
+def _open(
+    checkpoint: Checkpoint, recipe: Recipe, tensors: Tensors, *, slot_count: int
+) -> BatchEncoder:
+    model = Encoder(checkpoint.config, tensors, recipe).build()
+    session = Session(model, recipe, slot_count=slot_count)
+    return BatchEncoder(
+        session, readout_of(checkpoint), position_offset=checkpoint.config.position_offset
+    )

@@ -1,0 +1,144 @@
+"""The encoder as an OpenVINO graph: packed tokens in, last hidden states out.
+
+Every token of a row lies end to end; only attention gathers them into `[sequences, length]`, pads
+there, and scatters back. The last layer goes on with the tokens that somebody asked for. It knows
+arithmetic and names of weights; not files, shapes in use, or who calls.
+"""
+
+from enum import Enum
+
+import numpy as np
+import openvino as ov
+from openvino import Node, Output
+from openvino import opset15 as op
+
+from trivec.backends.openvino.linear import (
+    LinearInput,
+    Tensors,
+    constant,
+    linear,
+    linear_input,
+    number,
+)
+from trivec.backends.openvino.recipe import Recipe
+from trivec.checkpoints.checkpoint import EncoderConfig
+
+# The lines of the input "tokens".
+TOKEN_ID, TOKEN_TYPE, POSITION, PLACE = range(4)
+
+# Where the largest channels of a linear layer's input are worth knowing (see `smoothing.py`).
+TAPPED = ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense")
+
+
+def linear_name(layer: int, part: str) -> str:
+    return f"encoder.layer.{layer}.{part}"
+
+
+class Extra(Enum):
+    """What a graph may yield beside its hidden states, to find out what int8 would do to it."""
+
+    NOTHING = "nothing"
+    MAXIMA = "maxima"  # max |x| a channel of each input of `TAPPED`, layer by layer: [in]
+    LAYERS = "layers"  # the hidden states after each layer: [tokens, hidden]
+
+
+class Encoder:
+    """Builds one graph. Inputs, all made by `packing.py`:
+
+    - tokens int32 [4, tokens]: token id, token type, position, place in sequences * length;
+    - gather int32 [sequences, length]: the token at each place of attention;
+    - bias float32 [sequences, 1, 1, length]: 0 for a token, -1e9 for padding;
+    - kept int32 [2, kept]: tokens whose hidden states are wanted, and their places.
+
+    Output: float32 [kept, hidden].
+    """
+
+    def __init__(self, config: EncoderConfig, tensors: Tensors, recipe: Recipe) -> None:
+        self._config = config
+        self._tensors = tensors
+        self._recipe = recipe
+        self._axis = op.constant(np.int64(0)).output(0)
+        self._tokens = op.parameter([4, -1], np.int32, name="tokens")
+        self._gather = op.parameter([-1, -1], np.int32, name="gather")
+        self._bias = op.parameter([-1, 1, 1, -1], np.float32, name="bias")
+        self._kept = op.parameter([2, -1], np.int32, name="kept")
+        self._maxima: list[Node] = []
+        self._layers: list[Node] = []
+
+    def build(self, extra: Extra = Extra.NOTHING) -> ov.Model:
+        """The whole graph, once; outputs after the first are those of *extra*."""
+        place = self._line(self._tokens, PLACE)
+        x = self._embeddings()
+        for layer in range(self._config.layer_count):
+            attended = self._attention(x, layer)  # [sequences * length, hidden]
+            if layer == self._config.layer_count - 1:
+                x = op.gather(x, self._line(self._kept, 0), self._axis)
+                place = self._line(self._kept, 1)
+            x = self._after_attention(x, op.gather(attended, place, self._axis), layer)
+            self._layers.append(x)
+        extras = {Extra.NOTHING: [], Extra.MAXIMA: self._maxima, Extra.LAYERS: self._layers}
+        results = [op.result(node) for node in [x, *extras[extra]]]
+        return ov.Model(results, [self._tokens, self._gather, self._bias, self._kept])
+
+    def _line(self, lines: Node, index: int) -> Output:
+        """One line of an integer input: int32 `[columns]`."""
+        return op.gather(lines, op.constant(np.int64(index)), self._axis).output(0)
+
+    def _embeddings(self) -> Node:
+        words = self._looked_up("word_embeddings", TOKEN_ID)
+        x = op.add(words, self._looked_up("token_type_embeddings", TOKEN_TYPE))
+        x = op.add(x, self._looked_up("position_embeddings", POSITION))
+        return self._layer_norm(x, "embeddings.LayerNorm")
+
+    def _looked_up(self, table: str, line: int) -> Node:
+        """Rows of an embedding table, computed on in float32 whatever it is stored as."""
+        stored = constant(self._tensors[f"embeddings.{table}.weight"])
+        rows = op.gather(stored, self._line(self._tokens, line), self._axis)
+        return rows if rows.get_element_type() == ov.Type.f32 else op.convert(rows, "f32")
+
+    def _attention(self, x: Node, layer: int) -> Node:
+        """softmax(Q Kᵀ / sqrt(d) + bias) V: float32 `[sequences * length, hidden]`."""
+        hidden, heads = self._config.hidden_size, self._config.head_count
+        source = self._input(x, layer, "attention.self.query")
+        query = self._linear(source, layer, "attention.self.query")
+        query = op.multiply(query, number((hidden // heads) ** -0.5))
+        q = self._by_head(query)
+        k = self._by_head(self._linear(source, layer, "attention.self.key"))
+        v = self._by_head(self._linear(source, layer, "attention.self.value"))
+        scores = op.add(op.matmul(q, k, False, True), self._bias)
+        attended = op.matmul(op.softmax(scores, -1), v, False, False)
+        together = op.transpose(attended, op.constant(np.array([0, 2, 1, 3])))
+        return op.reshape(together, op.constant(np.array([-1, hidden])), False)
+
+    def _by_head(self, x: Node) -> Node:
+        """`[tokens, hidden]` gathered to `[sequences, heads, length, head_dim]`."""
+        heads = self._config.head_count
+        gathered = op.gather(x, self._gather, self._axis)
+        split = op.constant(np.array([0, 0, heads, self._config.hidden_size // heads]))
+        return op.transpose(op.reshape(gathered, split, True), op.constant(np.array([0, 2, 1, 3])))
+
+    def _after_attention(self, x: Node, attended: Node, layer: int) -> Node:
+        """The rest of a layer: projection, feed-forward with exact GELU, both LayerNorms."""
+        source = self._input(attended, layer, "attention.output.dense")
+        projected = self._linear(source, layer, "attention.output.dense")
+        x = self._layer_norm(op.add(projected, x), linear_name(layer, "attention.output.LayerNorm"))
+        source = self._input(x, layer, "intermediate.dense")
+        inner = op.gelu(self._linear(source, layer, "intermediate.dense"), "erf")
+        source = self._input(inner, layer, "output.dense")
+        outer = self._linear(source, layer, "output.dense")
+        return self._layer_norm(op.add(outer, x), linear_name(layer, "output.LayerNorm"))
+
+    def _input(self, x: Node, layer: int, part: str) -> LinearInput:
+        """*x* made ready for the linear layer *part*, and for those that share its input."""
+        self._maxima.append(op.reduce_max(op.absolute(x), op.constant(np.array([0])), False))
+        scale = self._tensors.get(f"{linear_name(layer, part)}.channel_scale")
+        return linear_input(x, self._recipe.form_of(layer), scale)
+
+    def _linear(self, x: LinearInput, layer: int, part: str) -> Node:
+        return linear(x, self._tensors, linear_name(layer, part))
+
+    def _layer_norm(self, x: Node, name: str) -> Node:
+        eps = self._config.layer_norm_eps
+        unit = op.mvn(x, op.constant(np.array([-1])), True, eps, "inside_sqrt")
+        weight = constant(self._tensors[f"{name}.weight"])
+        return op.add(op.multiply(unit, weight), constant(self._tensors[f"{name}.bias"]))

@@ -1,0 +1,143 @@
+"""The int8 tensors of a model kept on disk beside their certificate, so that a start is quick.
+
+A folder a checkpoint and set of versions: `tensors.safetensors`, then `prepared.json` with its hash
+and the certificate, each written whole under another name and moved into place. What does not
+match is made again. It knows files; not what is computed.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from trivec.backends.openvino.certificate import Agreement, Certificate
+from trivec.backends.openvino.recipe import Form, Recipe
+from trivec.checkpoints.checkpoint import Checkpoint
+
+SCHEME = 1
+"""Raised whenever the same checkpoint would give other tensors, or another graph would read them."""
+
+DTYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8}
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A model ready to be compiled."""
+
+    recipe: Recipe
+    certificate: Certificate
+    tensors: Mapping[str, NDArray[np.generic]]  # read-only views of the mapped file
+
+
+def prepared_folder(checkpoint: Checkpoint, *, precision: str, cache_dir: Path) -> Path:
+    """Where the prepared form of *checkpoint* for this machine and these versions is kept."""
+    made_by = "|".join([str(SCHEME), ov.get_version(), precision, *_capabilities()])
+    key = hashlib.sha256(f"{checkpoint.digest}|{made_by}".encode()).hexdigest()[:24]
+    return cache_dir / "openvino" / key
+
+
+def _capabilities() -> list[str]:
+    """What the CPU can do, which decides the kernels that were certified."""
+    return sorted(ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+
+def save(
+    folder: Path,
+    recipe: Recipe,
+    certificate: Certificate,
+    tensors: Mapping[str, NDArray[np.generic]],
+) -> None:
+    """Write tensors and certificate; a crash in between leaves nothing that `load` takes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "tensors.safetensors"
+    _replace(file, lambda path: save_file(dict(tensors), path))
+    described = {
+        "sha256": _sha256(file),
+        "recipe": {
+            "form": recipe.form.value,
+            "group_size": recipe.group_size,
+            "exact_layers": sorted(recipe.exact_layers),
+        },
+        "certificate": asdict(certificate),
+    }
+    text = json.dumps(described, indent=1)
+    _replace(folder / "prepared.json", lambda path: path.write_text(text, "utf-8"))
+
+
+def load(folder: Path) -> Prepared | None:
+    """What `save` wrote to *folder*; None where there is nothing, or something is damaged."""
+    try:
+        described = json.loads((folder / "prepared.json").read_text("utf-8"))
+        file = folder / "tensors.safetensors"
+        if _sha256(file) != described["sha256"]:
+            return None
+        recipe, certificate = _recipe(described["recipe"]), _certificate(described["certificate"])
+        return Prepared(recipe, certificate, map_tensors(file))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def map_tensors(file: Path) -> dict[str, NDArray[np.generic]]:
+    """Every tensor of a safetensors file as a read-only view of the mapped file."""
+    raw = np.memmap(file, np.uint8, mode="r")
+    header_bytes = int.from_bytes(raw[:8].tobytes(), "little")
+    header = json.loads(raw[8 : 8 + header_bytes].tobytes())
+    header.pop("__metadata__", None)
+    body = raw[8 + header_bytes :]
+    return {
+        name: body[slice(*entry["data_offsets"])]
+        .view(DTYPES[entry["dtype"]])
+        .reshape(entry["shape"])
+        for name, entry in header.items()
+    }
+
+
+def _replace(file: Path, write: Callable[[Path], object]) -> None:
+    """Let *write* fill a neighbour of *file*, flush it to disk and move it into place."""
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    os.close(handle)
+    path = Path(name)
+    try:
+        write(path)
+        with path.open("rb") as written:
+            os.fsync(written.fileno())
+        path.replace(file)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _recipe(kept: dict[str, Any]) -> Recipe:
+    return Recipe(Form(kept["form"]), kept["group_size"], frozenset(kept["exact_layers"]))
+
+
+def _certificate(kept: dict[str, Any]) -> Certificate:
+    agreements = {
+        kind: Agreement(**kept[kind]) if kept[kind] is not None else None
+        for kind in ("dense", "sparse", "multi")
+    }
+    dense = agreements["dense"]
+    if dense is None:
+        raise ValueError("a certificate without dense vectors")
+    return Certificate(
+        recipe=kept["recipe"],
+        dense=dense,
+        sparse=agreements["sparse"],
+        multi=agreements["multi"],
+        probe_count=kept["probe_count"],
+        script_count=kept["script_count"],
+        refused=tuple(kept["refused"]),
+    )

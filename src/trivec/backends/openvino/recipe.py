@@ -1,0 +1,55 @@
+"""With which arithmetic an encoder's linear layers run: a plain value, and its ladder of forms.
+
+Everything else (embeddings, LayerNorm, softmax, GELU) is fp32 in every form.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Form(Enum):
+    """How a linear layer multiplies. All int8 weights are symmetric, one scale an output channel."""
+
+    FP32 = "fp32"
+    INT8_ROWS = "int8-rows"  # activations int8, one scale a token: the fastest kernel
+    INT8_GROUPS = "int8-groups"  # activations int8, one scale a token and group of channels
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The arithmetic of one compiled encoder."""
+
+    form: Form
+    group_size: int | None = None  # channels that share a scale, where the form has groups
+    exact_layers: frozenset[int] = frozenset()  # layers in fp32 whatever the form
+
+    def __post_init__(self) -> None:
+        assert (self.group_size is not None) == (self.form is Form.INT8_GROUPS)
+
+    @property
+    def precision(self) -> str:
+        """What a model card calls it."""
+        return "fp32" if self.form is Form.FP32 else "int8"
+
+    @property
+    def name(self) -> str:
+        """A short exact name, fit for a file: `int8-rows`, `int8-groups-32-exact-0-11`."""
+        parts = [self.form.value]
+        if self.group_size is not None:
+            parts.append(str(self.group_size))
+        if self.exact_layers:
+            parts += ["exact", *(str(layer) for layer in sorted(self.exact_layers))]
+        return "-".join(parts)
+
+    def form_of(self, layer: int) -> Form:
+        """The form that *layer* runs in."""
+        return Form.FP32 if layer in self.exact_layers else self.form
+
+
+FP32 = Recipe(Form.FP32)
+INT8_ROWS = Recipe(Form.INT8_ROWS)
+INT8_GROUPS_128 = Recipe(Form.INT8_GROUPS, group_size=128)
+INT8_GROUPS_32 = Recipe(Form.INT8_GROUPS, group_size=32)
+
+INT8_LADDER = (INT8_ROWS, INT8_GROUPS_128, INT8_GROUPS_32)
+"""From the fastest to the most careful; a certificate says how far a model must climb."""

@@ -1,0 +1,76 @@
+"""One compiled encoder and its slots: rows in, hidden states out.
+
+It knows the OpenVINO runtime: streams, requests, precision hints. It knows no files and no vectors.
+"""
+
+from collections.abc import Sequence
+
+import openvino as ov
+
+from trivec.backends.openvino.packing import Buffers, RowInputs
+from trivec.backends.openvino.recipe import Form, Recipe
+from trivec.core.types import Float32Array
+
+
+class Session:
+    """A compiled encoder with one stream of one thread a slot.
+
+    Two streams of one thread beat one stream of two by 10 to 25 % up to 512 tokens a row
+    (decision 0031), and a slot's thread is then the same core's work from end to end.
+
+    All slots share one compiled model and its weights, except in the grouped form: there the plugin
+    (2026.4) finds shared weights by the address of memory it has already given back, and a second
+    model in the process may get those of the first (8 of 25 loads were wrong). A model of one
+    stream keeps its weights to itself (decision 0032).
+    """
+
+    def __init__(self, model: ov.Model, recipe: Recipe, *, slot_count: int) -> None:
+        streams = 1 if recipe.form is Form.INT8_GROUPS else slot_count
+        core, properties = ov.Core(), _properties(recipe, streams)
+        self._compiled = [
+            core.compile_model(model, "CPU", properties) for _ in range(slot_count // streams)
+        ]
+        self._requests = [
+            self._compiled[slot // streams].create_infer_request() for slot in range(slot_count)
+        ]
+        self._buffers = [Buffers() for _ in range(slot_count)]
+
+    @property
+    def slot_count(self) -> int:
+        return len(self._requests)
+
+    def buffers(self, slot: int) -> Buffers:
+        """The memory that *slot* packs its rows in."""
+        return self._buffers[slot]
+
+    def hidden(self, inputs: RowInputs, *, slot: int) -> Float32Array:
+        """Last hidden states `[kept_size, hidden]`: a view, valid until the slot's next row."""
+        self._infer(inputs, slot)
+        view: Float32Array = self._requests[slot].get_output_tensor(0).data
+        return view
+
+    def extras(self, inputs: RowInputs, *, slot: int) -> Sequence[Float32Array]:
+        """Copies of the outputs after the first, for a graph that was built with `Extra`s."""
+        self._infer(inputs, slot)
+        outputs = self._requests[slot].output_tensors
+        return [output.data.copy() for output in outputs[1:]]
+
+    def _infer(self, inputs: RowInputs, slot: int) -> None:
+        given = (inputs.tokens, inputs.gather, inputs.bias, inputs.kept)
+        request = self._requests[slot]
+        for i, array in enumerate(given):
+            request.set_input_tensor(i, ov.Tensor(array, shared_memory=True))
+        request.infer()
+
+
+def _properties(recipe: Recipe, streams: int) -> dict[str, str | int]:
+    properties: dict[str, str | int] = {
+        # Where the CPU has avx512_bf16 the plugin would take bf16, which switches int8
+        # activations off (decision 0003).
+        "INFERENCE_PRECISION_HINT": "f32",
+        "NUM_STREAMS": streams,
+        "INFERENCE_NUM_THREADS": streams,
+    }
+    if recipe.group_size is not None:
+        properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = recipe.group_size
+    return properties
