@@ -27,10 +27,11 @@ REQUIREMENTS = MappingProxyType(
         ),
         "ctranslate2": ("torch==2.13.0", "transformers==4.57.6", "ctranslate2==4.8.5"),
         "llama-cpp": (
+            "torch==2.13.0",
             "llama-cpp-python==0.3.36",
             "gguf==0.19.0",
             "tokenizers==0.23.3",
-            "safetensors",
+            "safetensors==0.8.0",
         ),
         "infinity": ("torch==2.13.0", "infinity-emb[server,torch]==0.0.78"),
     }
