@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch backend needs torch")
 pytest.importorskip("transformers", reason="the reference is transformers")
 
+from tests.engine.rig import Listener, card
 from tests.reference.torch_checkpoint import (
     XLM_ROBERTA,
     Tiny,
@@ -34,7 +35,6 @@ from trivec.backends.torch.device import (
 from trivec.backends.torch.faults import is_out_of_memory, why_lost
 from trivec.backends.torch.layout import Shape, first_rows_left_out, lay_out, rows_wanting
 from trivec.backends.torch.model import DeviceModel
-from trivec.backends.torch.splitting import halve, join
 from trivec.backends.torch.trial import what_is_wrong
 from trivec.backends.torch.tuning import (
     Tuning,
@@ -44,8 +44,11 @@ from trivec.backends.torch.tuning import (
     smaller,
     token_budget,
 )
-from trivec.core.errors import CheckpointRefused, DeviceLost, EngineFault, SettingInvalid
-from trivec.core.types import Batch, BatchBudget, Output, Vectors
+from trivec.core.clock import SystemClock
+from trivec.core.errors import CheckpointRefused, DeviceLost, SettingInvalid
+from trivec.core.types import Batch, BatchBudget, Output, Sequences, Vectors
+from trivec.engine import Engine, Workers
+from trivec.settings import LineBound
 
 pytestmark = pytest.mark.reference
 
@@ -84,18 +87,41 @@ def failing_above(
     return ran
 
 
-def test_out_of_memory_halves_the_batch_and_is_remembered(
+def test_out_of_memory_is_said_in_the_engine_s_word_and_the_next_batch_runs(
     backend: TorchBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = random_batch([30, 5, 20, 25, 10, 10], XLM_ROBERTA)
+    """The engine halves on `MemoryError` and remembers; that is tested where it is done."""
+    failing_above(monkeypatch, 60, lambda: torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(MemoryError, match="cpu is out of memory"):
+        backend.run(random_batch([61], XLM_ROBERTA), slot=0)
+    assert len(backend.run(random_batch([60], XLM_ROBERTA), slot=0)) == 1
+
+
+async def test_a_request_that_does_not_fit_at_once_is_answered_whole(
+    backend: TorchBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the engine: a batch too large for the device's memory runs in halves."""
+    batch = random_batch([30, 5, 20, 25, 10, 10], XLM_ROBERTA, Output.DENSE)
     expected = backend.run(batch, slot=0)
-    before = backend.budget
     ran = failing_above(monkeypatch, 60, lambda: torch.OutOfMemoryError("CUDA out of memory"))
-    found = backend.run(batch, slot=0)
-    assert ran == [100, 55, 45]
-    np.testing.assert_allclose(found.dense, expected.dense, atol=1e-5)
-    assert [len(one) for one in found.multi if one is not None] == [29, 4, 19, 24, 9, 9]
-    assert backend.budget.tokens_max == 50 < before.tokens_max
+    clock, listener = SystemClock(), Listener()
+    workers = Workers(1, clock=clock, observer=listener)
+    engine = Engine(
+        card(outputs=Output.DENSE),
+        tokenizer=None,  # type: ignore[arg-type]  # this test begins with ids
+        backend=backend,
+        workers=workers,
+        bound=LineBound(),
+        clock=clock,
+        observer=listener,
+    )
+    workers.start()
+    try:
+        reply = await engine.embed(Sequences(batch.token_ids, batch.starts), Output.DENSE)
+    finally:
+        await workers.stop(1.0)
+    assert max(ran) > 60, "the whole of it was tried first"
+    np.testing.assert_allclose(reply.vectors.dense, expected.dense, atol=1e-5)
 
 
 def test_memory_that_is_short_at_the_start_is_learned_before_the_first_request(
@@ -106,13 +132,12 @@ def test_memory_that_is_short_at_the_start_is_learned_before_the_first_request(
     assert backend.budget.tokens_max <= 512
 
 
-def test_one_sequence_that_never_fits_fails_alone_with_its_length(
-    backend: TorchBackend, monkeypatch: pytest.MonkeyPatch
+def test_a_device_too_small_for_one_text_is_refused_at_the_start(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failing_above(monkeypatch, 60, lambda: torch.OutOfMemoryError("CUDA out of memory"))
-    with pytest.raises(EngineFault, match="one sequence of 61 tokens does not fit"):
-        backend.run(random_batch([61], XLM_ROBERTA), slot=0)
-    assert len(backend.run(random_batch([60], XLM_ROBERTA), slot=0)) == 1
+    failing_above(monkeypatch, 0, lambda: torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(SettingInvalid, match="no memory for one text of 16 tokens"):
+        TorchBackend.load(tiny.checkpoint, precision="auto", device="cpu")
 
 
 def test_a_lost_device_is_said_once_and_stays_lost(
@@ -324,34 +349,6 @@ def test_slots_go_round_the_devices(tiny: Tiny, monkeypatch: pytest.MonkeyPatch)
     for slot in range(4):
         backend.run(random_batch([3], XLM_ROBERTA), slot=slot)
     assert ran == [0, 1, 0, 1]
-
-
-@pytest.mark.parametrize(
-    ("lengths", "halves"),
-    [
-        pytest.param([10, 10], ([10], [10]), id="two-equal"),
-        pytest.param([90, 5, 5], ([90], [5, 5]), id="a-long-one-first"),
-        pytest.param([5, 5, 90], ([5, 5], [90]), id="a-long-one-last"),
-        pytest.param([1, 1, 1, 1, 1], ([1, 1, 1], [1, 1]), id="an-odd-number"),
-    ],
-)
-def test_halves_are_near_equal_and_keep_order(
-    lengths: list[int], halves: tuple[list[int], list[int]]
-) -> None:
-    batch = random_batch(lengths, XLM_ROBERTA)
-    parts = halve(batch)
-    assert tuple(np.diff(part.starts).tolist() for part in parts) == halves
-    np.testing.assert_array_equal(
-        np.concatenate([part.token_ids for part in parts]), batch.token_ids
-    )
-
-
-def test_joined_halves_are_the_whole(backend: TorchBackend) -> None:
-    batch = random_batch([8, 30, 4], XLM_ROBERTA)
-    joined = join([backend.run(half, slot=0) for half in halve(batch)])
-    whole = backend.run(batch, slot=0)
-    np.testing.assert_allclose(joined.dense, whole.dense, atol=1e-5)
-    assert [len(one) for one in joined.multi if one is not None] == [7, 29, 3]
 
 
 def test_a_layout_counts_positions_from_the_offset_in_every_sequence() -> None:

@@ -12,11 +12,11 @@ import torch
 from trivec.backends.torch.building import Built, build, build_exact
 from trivec.backends.torch.device import choose_device, choose_precision, find_devices
 from trivec.backends.torch.faults import is_out_of_memory, why_lost
+from trivec.backends.torch.layout import uniform_batch
 from trivec.backends.torch.model import DeviceModel
-from trivec.backends.torch.splitting import halve, join, uniform_batch
 from trivec.backends.torch.tuning import Tuning, smaller, token_budget
 from trivec.checkpoints.checkpoint import Checkpoint
-from trivec.core.errors import DeviceLost, EngineFault
+from trivec.core.errors import DeviceLost, SettingInvalid
 from trivec.core.types import Batch, BatchBudget, Vectors
 
 AUTOMATIC = Tuning()
@@ -26,7 +26,7 @@ class TorchBackend:
     """A `core.ports.Backend` on CUDA devices or the CPU.
 
     Slots go round the devices: with two devices, slots 0 and 2 are on the first. `notes` says what
-    was chosen and why, by subject. `budget` shrinks when a batch did not fit in memory.
+    was chosen and why, by subject.
     """
 
     def __init__(
@@ -95,19 +95,19 @@ class TorchBackend:
         return self._budget
 
     def run(self, batch: Batch, *, slot: int) -> Vectors:
-        """See `core.ports.Backend`. Raises `DeviceLost`, and from then on always; `EngineFault`
-        for a sequence that does not fit in the device's memory by itself.
+        """See `core.ports.Backend`. Raises `MemoryError` for a batch that does not fit, after which
+        a smaller one may; `DeviceLost` when no batch will, and from then on always.
         """
-        return self._in_halves(batch, self._models[slot % len(self._models)])
+        return self._run(batch, self._models[slot % len(self._models)])
 
     def run_exact(self, batch: Batch, *, slot: int) -> Vectors:
         """`run` in fp32 by the plain paths. The first call reads the weights again."""
         which = slot % len(self._models)
         with self._loading_exact:
             if which not in self._exact:
-                with self._noticing_loss(self._models[which]):
+                with self._translating(self._models[which]):
                     self._exact[which] = build_exact(self._checkpoint, self._models[which])
-        return self._in_halves(batch, self._exact[which])
+        return self._run(batch, self._exact[which])
 
     def close(self) -> None:
         links = [model.link for model in self._models]
@@ -119,46 +119,42 @@ class TorchBackend:
     def _warm_up(self) -> None:
         """Run what costs more the first time, and learn now if the budget does not fit."""
         for model in self._models:
-            length_max = min(self._checkpoint.token_count_max, self._budget.tokens_max)
-            lengths = (length_max, 512, 16) if model.link.device.type == "cuda" else (16,)
-            for length in lengths:
-                batch = uniform_batch(
-                    min(length, length_max), self._budget, self._checkpoint.outputs
-                )
-                self._in_halves(batch, model)
+            length_max = self._checkpoint.token_count_max
+            on_cuda = model.link.device.type == "cuda"
+            for length in (length_max, 512, 16) if on_cuda else (16,):
+                self._warm_with(min(length, length_max), model)
 
-    def _in_halves(self, batch: Batch, model: DeviceModel) -> Vectors:
-        vectors = self._run_if_it_fits(batch, model)
-        if vectors is None:
-            model.link.trim()
-            self._budget = smaller(self._budget, batch.token_count)
-            if len(batch) > 1:
-                return join([self._in_halves(half, model) for half in halve(batch)])
-            vectors = self._run_if_it_fits(batch, model)  # now that the cache is given back
-        if vectors is None:
-            raise EngineFault(
-                f"one sequence of {batch.token_count} tokens does not fit in the memory of "
-                f"{model.link.device}"
-            )
-        return vectors
-
-    def _run_if_it_fits(self, batch: Batch, model: DeviceModel) -> Vectors | None:
-        with self._noticing_loss(model):
+    def _warm_with(self, length: int, model: DeviceModel) -> None:
+        """Run a full batch of sequences of *length*, halving the budget until one fits."""
+        while True:
+            batch = uniform_batch(length, self._budget, self._checkpoint.outputs)
             try:
-                return model.run(batch)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-        return None  # outside the handler: the error's frames would keep tensors alive
+                self._run(batch, model)
+            except MemoryError as error:
+                if len(batch) == 1:
+                    raise SettingInvalid(
+                        f"{model.link.device} has no memory for one text of {length} tokens; "
+                        "free some, or use another --device"
+                    ) from error
+                self._budget = smaller(self._budget, batch.token_count)
+            else:
+                return
+
+    def _run(self, batch: Batch, model: DeviceModel) -> Vectors:
+        with self._translating(model):
+            return model.run(batch)
 
     @contextmanager
-    def _noticing_loss(self, model: DeviceModel) -> Iterator[None]:
+    def _translating(self, model: DeviceModel) -> Iterator[None]:
+        """Turn what the driver raises into `MemoryError` and `DeviceLost`."""
         device = model.link.device
         if device in self._lost:
             raise DeviceLost(self._lost[device])
         try:
             yield
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise MemoryError(f"{device} is out of memory") from error
             said = why_lost(error, probe=model.link.probe)
             if said is None:
                 raise

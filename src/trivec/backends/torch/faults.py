@@ -24,7 +24,7 @@ def why_lost(error: BaseException, *, probe: Callable[[], None]) -> str | None:
     with the process: every later call fails with them. So the device is asked (*probe* waits for
     its queued work) rather than the many codes and wordings matched.
     """
-    if not isinstance(error, RuntimeError) or is_out_of_memory(error):
+    if not isinstance(error, RuntimeError):
         return None
     try:
         probe()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trivec.core.types import Batch, Int32Array, Output
+from trivec.core.types import Batch, BatchBudget, Int32Array, Output
 
 ROWS = 4  # token_ids, positions, token_types, owners
 
@@ -71,3 +71,13 @@ def rows_wanting(batch: Batch, output: Output) -> NDArray[np.int32]:
 def first_rows_left_out(rows: Int32Array, starts: Int32Array) -> Int32Array:
     """*rows* without the first token of each sequence: what the multi-vectors are made of."""
     return rows[~np.isin(rows, starts[:-1], assume_unique=True)]
+
+
+def uniform_batch(length: int, budget: BatchBudget, outputs: Output) -> Batch:
+    """As many sequences of *length* as *budget* holds, at least one, all asking for *outputs*."""
+    count = max(min(budget.tokens_max // length, budget.sequences_max), 1)
+    return Batch(
+        token_ids=np.zeros(count * length, np.int32),
+        starts=np.arange(count + 1, dtype=np.int32) * length,
+        outputs=np.full(count, outputs, np.uint8),
+    )
