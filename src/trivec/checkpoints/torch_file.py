@@ -144,8 +144,10 @@ def _tensors(mapped: mmap.mmap, entries: Mapping[str, _Entry]) -> dict[str, Stor
         raise ValueError(f"its data.pkl has more than {PICKLE_BYTES_MAX:,} bytes")
     slices = read_state_dict(mapped[pickle_entry.begin : pickle_entry.end])
     tensors = {name: _place(name, tensor, entries) for name, tensor in slices.items()}
-    if sum(tensor.byte_count for tensor in tensors.values()) > 2 * len(mapped):
-        raise ValueError("its tensors share their storage until they are twice the file")
+    storages = [entry for part, entry in entries.items() if part.startswith("data/")]
+    stored_bytes = sum(entry.end - entry.begin for entry in storages)
+    if sum(tensor.byte_count for tensor in tensors.values()) > 2 * stored_bytes:
+        raise ValueError("its tensors share their storage until they are more than twice its size")
     for part, entry in entries.items():
         _refuse_damage(mapped, part, entry)
     return tensors
