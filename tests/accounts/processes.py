@@ -1,0 +1,46 @@
+"""Starts the driver as a process of its own, as root without its privileges where that matters."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT_FOLDER = Path(__file__).resolve().parents[2]
+LONG_FORMS = "TRIVEC_LONG_TESTS"  # set it to run the long form of a test
+ROOT = 0
+OVER_MODES = "-dac_override,-dac_read_search,-fowner"  # what lets root write where none may
+WITHOUT_PRIVILEGE = ["setpriv", "--bounding-set", OVER_MODES, "--inh-caps", OVER_MODES]
+
+
+def long_or_short(*, long: int, short: int) -> int:
+    """How often to do something: much more where the long forms were asked for."""
+    return long if os.environ.get(LONG_FORMS) else short
+
+
+@contextmanager
+def driver(
+    folder: Path, database_url: str | None, *arguments: str, obeys_modes: bool = False
+) -> "Iterator[subprocess.Popen[str]]":
+    """A running driver that has said that it started; killed at the end if it still runs.
+
+    *obeys_modes*: the modes of files bind it even when it is root.
+    """
+    where = [str(folder), database_url or "-"]
+    prefix = WITHOUT_PRIVILEGE if obeys_modes and os.geteuid() == ROOT else []
+    process = subprocess.Popen(
+        [*prefix, sys.executable, "-m", "tests.accounts.driver", *where, *arguments],
+        cwd=ROOT_FOLDER,
+        env=os.environ | {"PYTHONPATH": "src", "PYTHONDONTWRITEBYTECODE": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "started\n"
+            yield process
+        finally:
+            process.kill()
