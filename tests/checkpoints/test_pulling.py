@@ -12,10 +12,11 @@ import pytest
 from tests.checkpoints.hub import COMMIT, Hub, serve_hub
 from tests.checkpoints.tiny import write_tiny
 
-from trivec.checkpoints.catalogue import BGE_M3, CatalogueEntry, Pin
+from trivec.checkpoints.catalogue import BGE_M3, CatalogueEntry
 from trivec.checkpoints.hashes import Hashes
 from trivec.checkpoints.hub import PINS_FILE, pull, pulled_folder
 from trivec.checkpoints.opening import open_own
+from trivec.checkpoints.pins import Pin
 from trivec.core.errors import CheckpointRefused
 
 WEIGHTS = "pytorch_model.bin"

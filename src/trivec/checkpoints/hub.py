@@ -15,11 +15,12 @@ from pathlib import Path
 
 import msgspec
 
-from trivec.checkpoints.catalogue import CatalogueEntry, Pin
+from trivec.checkpoints.catalogue import CatalogueEntry
 from trivec.checkpoints.folder import read_json
 from trivec.checkpoints.hashes import Hashes
 from trivec.checkpoints.heads import head_files
 from trivec.checkpoints.layout import LAYOUT_FILES
+from trivec.checkpoints.pins import Pin
 from trivec.core.errors import CheckpointRefused
 
 PINS_FILE = "trivec-pins.json"

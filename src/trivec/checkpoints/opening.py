@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from trivec.checkpoints.catalogue import CATALOGUE, CatalogueEntry, Pin, Wheel, entries
+from trivec.checkpoints.catalogue import CATALOGUE, CatalogueEntry, Wheel, entries
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.checkpoints.folder import survey
 from trivec.checkpoints.hashes import HashedFile, Hashes
 from trivec.checkpoints.heads import head_files, read_heads
 from trivec.checkpoints.hub import pull, pulled_folder, pulled_pins
 from trivec.checkpoints.layout import LAYOUT_FILES, Recipe, read_config, read_recipe
+from trivec.checkpoints.pins import Pin
 from trivec.core.errors import CheckpointRefused
 
 MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)*", re.ASCII)
