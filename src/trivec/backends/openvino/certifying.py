@@ -18,7 +18,7 @@ from trivec.backends.openvino.encoding import BatchEncoder
 from trivec.backends.openvino.graph import TAPPED, Encoder, Extra, linear_name
 from trivec.backends.openvino.packing import RowInputs, pack_row
 from trivec.backends.openvino.probes import as_batch, make_probes, read_sentences
-from trivec.backends.openvino.quantise import ChannelMaxima, int8_tensors
+from trivec.backends.openvino.quantise import ChannelRanges, Ranges, int8_tensors
 from trivec.backends.openvino.recipe import FP32, INT8_GROUPS_32, INT8_LADDER, Recipe
 from trivec.backends.openvino.rows import plan_rows
 from trivec.backends.openvino.session import Session
@@ -34,7 +34,7 @@ class Reference:
     """What fp32 says of the probes."""
 
     vectors: Vectors  # of the judgement set
-    maxima: ChannelMaxima  # of the calibration set
+    ranges: Ranges  # of the calibration set
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,19 +105,28 @@ class Trial:
 
     def _measure_fp32(self) -> Reference:
         tensors = fp32_tensors(self._checkpoint)
-        session = self._open(tensors, FP32, Extra.MAXIMA)
+        session = self._open(tensors, FP32, Extra.RANGES)
         vectors = self._vectors(session)
         found = [
             session.extras(inputs, slot=0)
             for inputs in self._rows(session, self._probes.calibration)
         ]
+        return Reference(vectors, self._ranges(found))
+
+    def _ranges(self, rows: Sequence[Sequence[Float32Array]]) -> Ranges:
+        """Over all *rows*, what each yielded for `Extra.RANGES`."""
         names = [
             linear_name(layer, part)
             for layer in range(self._checkpoint.config.layer_count)
             for part in TAPPED
         ]
-        highest = [np.max(channel, axis=0) for channel in zip(*found, strict=True)]
-        return Reference(vectors, dict(zip(names, highest, strict=True)))
+        by_tap = [np.array(values) for values in zip(*rows, strict=True)]  # [rows, in] each
+        return {
+            name: ChannelRanges(
+                largest=by_tap[2 * i].max(axis=0), mean=by_tap[2 * i + 1].mean(axis=0)
+            )
+            for i, name in enumerate(names)
+        }
 
     def _most_sensitive_layers(self, recipe: Recipe) -> frozenset[int]:
         """The quarter of the layers that add most error to their own output, by its square."""
@@ -141,7 +150,7 @@ class Trial:
     def _int8(self, recipe: Recipe) -> dict[str, NDArray[np.generic]]:
         with self._checkpoint.weights() as weights:
             tensors = int8_tensors(
-                weights.take, self._checkpoint.config, recipe, self._reference.maxima
+                weights.take, self._checkpoint.config, recipe, self._reference.ranges
             )
             weights.finish()
         return tensors

@@ -29,6 +29,9 @@ TOKEN_ID, TOKEN_TYPE, POSITION, PLACE = range(4)
 # Where the largest channels of a linear layer's input are worth knowing (see `smoothing.py`).
 TAPPED = ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense")
 
+AFTER_GELU = "output.dense"
+GELU_LIFT = 0.17  # no GELU is below -0.16998
+
 
 def linear_name(layer: int, part: str) -> str:
     return f"encoder.layer.{layer}.{part}"
@@ -38,7 +41,7 @@ class Extra(Enum):
     """What a graph may yield beside its hidden states, to find out what int8 would do to it."""
 
     NOTHING = "nothing"
-    MAXIMA = "maxima"  # max |x| a channel of each input of `TAPPED`, layer by layer: [in]
+    RANGES = "ranges"  # a channel's max |x| and mean of each input of `TAPPED`, in turn: [in]
     LAYERS = "layers"  # the hidden states after each layer: [tokens, hidden]
 
 
@@ -62,7 +65,7 @@ class Encoder:
         self._gather = op.parameter([-1, -1], np.int32, name="gather")
         self._bias = op.parameter([-1, 1, 1, -1], np.float32, name="bias")
         self._kept = op.parameter([2, -1], np.int32, name="kept")
-        self._maxima: list[Node] = []
+        self._ranges: list[Node] = []
         self._layers: list[Node] = []
 
     def build(self, extra: Extra = Extra.NOTHING) -> ov.Model:
@@ -76,7 +79,7 @@ class Encoder:
                 place = self._line(self._kept, 1)
             x = self._after_attention(x, op.gather(attended, place, self._axis), layer)
             self._layers.append(x)
-        extras = {Extra.NOTHING: [], Extra.MAXIMA: self._maxima, Extra.LAYERS: self._layers}
+        extras = {Extra.NOTHING: [], Extra.RANGES: self._ranges, Extra.LAYERS: self._layers}
         results = [op.result(node) for node in [x, *extras[extra]]]
         return ov.Model(results, [self._tokens, self._gather, self._bias, self._kept])
 
@@ -130,9 +133,11 @@ class Encoder:
 
     def _input(self, x: Node, layer: int, part: str) -> LinearInput:
         """*x* made ready for the linear layer *part*, and for those that share its input."""
-        self._maxima.append(op.reduce_max(op.absolute(x), op.constant(np.array([0])), False))
+        tokens = op.constant(np.array([0]))
+        self._ranges += [op.reduce_max(op.absolute(x), tokens), op.reduce_mean(x, tokens)]
         scale = self._tensors.get(f"{linear_name(layer, part)}.channel_scale")
-        return linear_input(x, self._recipe.form_of(layer), scale)
+        lift = GELU_LIFT if part == AFTER_GELU else 0.0
+        return linear_input(x, self._recipe.form_of(layer), channel_scale=scale, lift=lift)
 
     def _linear(self, x: LinearInput, layer: int, part: str) -> Node:
         return linear(x, self._tensors, linear_name(layer, part))

@@ -15,6 +15,7 @@ from openvino import opset15 as op
 from trivec.backends.openvino.recipe import Form
 
 INT8_MAX = 127.0
+UINT8_MAX = 255.0
 ROW_FLOOR = 1e-10  # a row of zeros is divided by this instead of by zero
 
 Tensors = Mapping[str, NDArray[np.generic]]
@@ -25,7 +26,7 @@ class LinearInput:
     """Activations made ready once for all the layers that read them."""
 
     form: Form
-    values: Output  # [rows, in]; whole numbers in ±127 for INT8_ROWS
+    values: Output  # [rows, in]; whole numbers in ±127, or 0 to 255, for INT8_ROWS
     row_scale: Output | None  # [rows, 1]; what one step of *values* is worth, for INT8_ROWS
 
 
@@ -51,22 +52,30 @@ def number(value: float) -> Output:
     return op.constant(np.float32(value)).output(0)
 
 
-def linear_input(x: Node, form: Form, channel_scale: NDArray[np.generic] | None) -> LinearInput:
-    """Make *x* `[rows, in]` ready for *form*; *channel_scale* `[in]` evens out its channels first.
+def linear_input(
+    x: Node, form: Form, *, channel_scale: NDArray[np.generic] | None, lift: float
+) -> LinearInput:
+    """Make *x* `[rows, in]` ready for *form*; *channel_scale* `[in]` evens out its channels.
 
-    One scale a token: max |x| of the row becomes 127. A row's bits depend on that row alone.
+    INT8_ROWS: one scale a token. The largest |x| of the row becomes 127; or, where *lift* says how
+    far below zero *x* may be, it is lifted by that and its largest value becomes 255. A row's bits
+    depend on that row alone.
     """
+    if form is Form.FP32:
+        return LinearInput(form, x.output(0), None)
+    if lift and form is Form.INT8_ROWS:
+        x = op.add(x, number(lift))
     if channel_scale is not None:
         x = op.multiply(x, constant(channel_scale))
-    if form is not Form.INT8_ROWS:
+    if form is Form.INT8_GROUPS:
         return LinearInput(form, x.output(0), None)
-    largest = op.maximum(
-        op.reduce_max(op.absolute(x), op.constant(np.array([-1])), True), number(ROW_FLOOR)
-    )
-    steps = op.multiply(x, op.divide(number(INT8_MAX), largest))  # [rows, in]
-    low, high = number(-INT8_MAX - 1), number(INT8_MAX)
-    whole = op.fake_quantize(steps, low, high, low, high, 256)
-    return LinearInput(form, whole.output(0), op.multiply(largest, number(1 / INT8_MAX)).output(0))
+    low, high = (0.0, UINT8_MAX) if lift else (-INT8_MAX - 1, INT8_MAX)
+    size = x if lift else op.absolute(x)
+    largest = op.maximum(op.reduce_max(size, op.constant(np.array([-1])), True), number(ROW_FLOOR))
+    steps = op.multiply(x, op.divide(number(high), largest))  # [rows, in]
+    bounds = (number(low), number(high))
+    whole = op.fake_quantize(steps, *bounds, *bounds, 256)
+    return LinearInput(form, whole.output(0), op.multiply(largest, number(1 / high)).output(0))
 
 
 def linear(x: LinearInput, tensors: Tensors, name: str) -> Node:

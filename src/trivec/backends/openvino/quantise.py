@@ -1,16 +1,19 @@
 """From a checkpoint's float32 weights to the int8 tensors that the graph reads.
 
-Weights: symmetric, one scale an output channel. Activations keep their range between tokens but not
-between channels, so large channels are first evened out, half of it moved into the weights
-(SmoothQuant, Xiao et al. 2022, alpha 0.5); for attention's output it all hides in the value layer.
+Weights: symmetric, one scale an output channel. A token's activations share one scale, so channels
+that differ are first evened out: each is divided by a factor that moves half of its size into the
+weights (SmoothQuant, Xiao et al. 2022, alpha 0.5). What follows GELU is never far below zero; it is
+lifted to start there, which doubles its resolution. All of it is undone: the factor in the weights,
+the lift in the bias, and there also what rounding the weights does to the mean input.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trivec.backends.openvino.graph import linear_name
+from trivec.backends.openvino.graph import AFTER_GELU, GELU_LIFT, linear_name
 from trivec.backends.openvino.recipe import Form, Recipe
 from trivec.checkpoints.checkpoint import EncoderConfig
 from trivec.core.types import Float32Array
@@ -19,30 +22,46 @@ INT8_MAX = 127
 FLOAT16_MAX = 65504.0
 SCALE_FLOOR = 1e-8
 
+VALUE, PROJECTION = "attention.self.value", "attention.output.dense"
+
 READERS: Mapping[str, tuple[str, ...]] = {
-    "attention.self.query": (
-        "attention.self.query",
-        "attention.self.key",
-        "attention.self.value",
-    ),
-    "attention.output.dense": ("attention.output.dense",),
+    "attention.self.query": ("attention.self.query", "attention.self.key", VALUE),
+    PROJECTION: (PROJECTION,),
     "intermediate.dense": ("intermediate.dense",),
-    "output.dense": ("output.dense",),
+    AFTER_GELU: (AFTER_GELU,),
 }
-"""Each input that is tapped, and the layers that read it."""
+"""Each input whose ranges were taken, and the layers that read it."""
 
 Take = Callable[[str], Float32Array]
-ChannelMaxima = Mapping[str, Float32Array]  # linear name to max |input| [in]
+Tensors = dict[str, NDArray[np.generic]]
 
 
-def int8_tensors(
-    take: Take, config: EncoderConfig, recipe: Recipe, maxima: ChannelMaxima
-) -> dict[str, NDArray[np.generic]]:
+@dataclass(frozen=True, slots=True)
+class ChannelRanges:
+    """What the channels of one linear layer's input did over the calibration texts: each `[in]`."""
+
+    largest: Float32Array  # of |x|
+    mean: Float32Array
+
+
+@dataclass(frozen=True, slots=True)
+class Evened:
+    """Channels of an input as the int8 kernel will see them: (x + lift) / factor."""
+
+    factor: Float32Array  # [in]
+    lift: float
+    mean: Float32Array  # [in]; of x / factor
+
+
+Ranges = Mapping[str, ChannelRanges]  # by the linear layer's name
+
+
+def int8_tensors(take: Take, config: EncoderConfig, recipe: Recipe, ranges: Ranges) -> Tensors:
     """Every tensor of the graph, each weight taken once, in *recipe*'s forms.
 
     The word embeddings become float16 where their values allow it; they are computed on in float32.
     """
-    tensors: dict[str, NDArray[np.generic]] = {}
+    tensors: Tensors = {}
     words = take("embeddings.word_embeddings.weight")
     fits = float(np.abs(words).max()) < FLOAT16_MAX
     tensors["embeddings.word_embeddings.weight"] = words.astype(np.float16) if fits else words
@@ -52,64 +71,76 @@ def int8_tensors(
     for part in ("weight", "bias"):
         tensors[f"embeddings.LayerNorm.{part}"] = take(f"embeddings.LayerNorm.{part}")
     for layer in range(config.layer_count):
-        tensors |= _layer(take, layer, recipe.form_of(layer), maxima)
-    return tensors
-
-
-def _layer(
-    take: Take, layer: int, form: Form, maxima: ChannelMaxima
-) -> dict[str, NDArray[np.generic]]:
-    """The tensors of one layer."""
-    parts = [part for readers in READERS.values() for part in readers]
-    weights = {part: take(f"{linear_name(layer, part)}.weight") for part in parts}
-    biases = {part: take(f"{linear_name(layer, part)}.bias") for part in parts}
-    scales: dict[str, Float32Array] = {}
-    if form is not Form.FP32:
-        weights, biases, scales = _smoothed(weights, biases, layer, maxima)
-    tensors: dict[str, NDArray[np.generic]] = {}
-    for part in parts:
-        name = linear_name(layer, part)
-        tensors[f"{name}.bias"] = biases[part]
-        if form is Form.FP32:
-            tensors[f"{name}.weight"] = weights[part]
+        weights = {part: take(f"{linear_name(layer, part)}.weight") for part in _parts()}
+        biases = {part: take(f"{linear_name(layer, part)}.bias") for part in _parts()}
+        if recipe.form_of(layer) is not Form.FP32:
+            own = {part: ranges[linear_name(layer, part)] for part in READERS}
+            linears = _int8_layer(weights, biases, own, recipe.form_of(layer))
         else:
-            tensors[f"{name}.weight"], tensors[f"{name}.scale"] = quantise(weights[part])
-    for part, scale in scales.items():
-        tensors[f"{linear_name(layer, part)}.channel_scale"] = scale
-    for norm in ("attention.output.LayerNorm", "output.LayerNorm"):
-        for kind in ("weight", "bias"):
-            name = f"{linear_name(layer, norm)}.{kind}"
-            tensors[name] = take(name)
+            linears = {f"{part}.weight": weights[part] for part in _parts()}
+            linears |= {f"{part}.bias": biases[part] for part in _parts()}
+        tensors |= {linear_name(layer, name): tensor for name, tensor in linears.items()}
+        for norm in ("attention.output.LayerNorm", "output.LayerNorm"):
+            for kind in ("weight", "bias"):
+                name = f"{linear_name(layer, norm)}.{kind}"
+                tensors[name] = take(name)
     return tensors
 
 
-def _smoothed(
+def _parts() -> list[str]:
+    return [part for readers in READERS.values() for part in readers]
+
+
+def _int8_layer(
     weights: dict[str, Float32Array],
     biases: dict[str, Float32Array],
-    layer: int,
-    maxima: ChannelMaxima,
-) -> tuple[dict[str, Float32Array], dict[str, Float32Array], dict[str, Float32Array]]:
-    """Weights, biases and the channel scales (float32 `[in]`) that undo what was moved."""
-    weights, biases = dict(weights), dict(biases)
-    scales: dict[str, Float32Array] = {}
+    ranges: Mapping[str, ChannelRanges],
+    form: Form,
+) -> Tensors:
+    """The linear layers of one layer, by their names within it."""
+    weights, biases, tensors = dict(weights), dict(biases), Tensors()
+    evened = {
+        tapped: even_out(
+            ranges[tapped],
+            np.max([np.abs(weights[part]).max(axis=0) for part in READERS[tapped]], axis=0),
+            lift=GELU_LIFT if tapped == AFTER_GELU and form is Form.INT8_ROWS else 0.0,
+        )
+        for tapped in READERS
+    }
+    # Attention averages values over tokens; so its output is divided where the values are made.
+    weights[VALUE] = weights[VALUE] / evened[PROJECTION].factor[:, None]
+    biases[VALUE] = biases[VALUE] / evened[PROJECTION].factor
     for tapped, readers in READERS.items():
-        columns = np.max([np.abs(weights[part]).max(axis=0) for part in readers], axis=0)
-        factor = smoothing_factor(maxima[linear_name(layer, tapped)], columns)  # [in]
+        if tapped != PROJECTION:
+            tensors[f"{tapped}.channel_scale"] = 1 / evened[tapped].factor
         for part in readers:
-            weights[part] = weights[part] * factor
-        if tapped == "attention.output.dense":
-            weights["attention.self.value"] = weights["attention.self.value"] / factor[:, None]
-            biases["attention.self.value"] = biases["attention.self.value"] / factor
-        else:
-            scales[tapped] = (1 / factor).astype(np.float32)
-    return weights, biases, scales
+            matrix = weights[part] * evened[tapped].factor
+            whole, scale = quantise(matrix)
+            tensors[f"{part}.weight"], tensors[f"{part}.scale"] = whole, scale
+            tensors[f"{part}.bias"] = _corrected(
+                biases[part], matrix, whole * scale, evened[tapped]
+            )
+    return tensors
 
 
-def smoothing_factor(inputs: Float32Array, columns: Float32Array) -> Float32Array:
-    """sqrt(max |input| / max |weight|) a channel: float32 `[in]`, 1 where either is zero."""
-    usable = (inputs > SCALE_FLOOR) & (columns > SCALE_FLOOR)
-    ratio = np.where(usable, inputs, 1) / np.where(usable, columns, 1)
-    return np.sqrt(ratio).astype(np.float32)
+def even_out(ranges: ChannelRanges, columns: Float32Array, *, lift: float) -> Evened:
+    """Factors for an input; *columns* `[in]` is max |weight| of its readers.
+
+    A channel that is always zero, or that nobody reads, keeps factor 1.
+    """
+    usable = (ranges.largest > SCALE_FLOOR) & (columns > SCALE_FLOOR)
+    ratio = np.where(usable, ranges.largest + lift, 1) / np.where(usable, columns, 1)
+    factor = np.sqrt(ratio).astype(np.float32)
+    return Evened(factor, lift, (ranges.mean / factor).astype(np.float32))
+
+
+def _corrected(
+    bias: Float32Array, matrix: Float32Array, stored: Float32Array, evened: Evened
+) -> Float32Array:
+    """The bias that undoes the lift, and what rounding the weights does to the mean input."""
+    lifted = stored @ (np.float32(evened.lift) / evened.factor)
+    corrected = bias - lifted + (matrix - stored) @ evened.mean  # [out]
+    return corrected.astype(np.float32)
 
 
 def quantise(weight: Float32Array) -> tuple[NDArray[np.int8], Float32Array]:
