@@ -1,0 +1,87 @@
+"""`trivec models`, as it is typed: data on standard output, talk on standard error, exit codes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.checkpoints.changing import rewrite
+from typer.testing import CliRunner
+
+from trivec.checkpoints.catalogue import MINILM
+from trivec.checkpoints.opening import find_own
+from trivec.cli.models import models_app
+from trivec.core.errors import CheckpointRefused
+
+
+@pytest.fixture
+def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CliRunner:
+    """Everything the commands keep is kept in the test's own folder."""
+    monkeypatch.setenv("TRIVEC_DATA_DIR", str(tmp_path / "data"))
+    return CliRunner()
+
+
+def test_list_says_what_is_here_and_verified(runner: CliRunner) -> None:
+    done = runner.invoke(models_app, ["list", "--json"])
+    assert done.exit_code == 0
+    listed = {row["id"]: row for row in json.loads(done.stdout)}
+    assert listed["all-minilm-l6-v2"]["verified"]
+    assert listed["all-minilm-l6-v2"]["source"] == "wheel"
+    assert listed["baai/bge-m3"]["source"] is None
+    assert listed["baai/bge-m3"]["outputs"] == ["dense", "sparse", "multi"]
+    assert listed["baai/bge-m3"]["pinned"]
+    assert not listed["baai/bge-large-en-v1.5"]["pinned"]
+    assert listed["intfloat/multilingual-e5-base"]["prefixes"] == {
+        "query": "query: ",
+        "passage": "passage: ",
+    }
+
+
+def test_list_is_a_table_for_people(runner: CliRunner) -> None:
+    done = runner.invoke(models_app, ["list"])
+    (line,) = [line for line in done.stdout.splitlines() if "all-minilm-l6-v2" in line]
+    assert line.split() == ["all-minilm-l6-v2", "wheel", "yes", "256", "384", "dense"]
+
+
+def test_dummy_writes_as_many_layers_as_were_asked_for(runner: CliRunner, tmp_path: Path) -> None:
+    folder = tmp_path / "dummy"
+    done = runner.invoke(models_app, ["dummy", "all-minilm-l6-v2", str(folder), "--layers", "1"])
+    assert done.exit_code == 0
+    assert done.stdout.strip() == str(folder)
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 1
+
+
+def test_pulling_an_unknown_model_says_what_is_known(runner: CliRunner) -> None:
+    done = runner.invoke(models_app, ["pull", "baai/bge-m4"])
+    assert isinstance(done.exception, CheckpointRefused)
+    assert "baai/bge-m3" in str(done.exception)
+
+
+def test_verify_meets_every_figure_on_the_real_weights(runner: CliRunner) -> None:
+    done = runner.invoke(models_app, ["verify", "all-minilm-l6-v2"])
+    assert done.exit_code == 0, done.stdout
+    assert "MISSED" not in done.stdout
+    assert "32 of 32 figures are met" in done.stderr
+
+
+def test_verify_finds_one_perturbed_weight_out(runner: CliRunner, tmp_path: Path) -> None:
+    """A single row of one matrix, scaled by a tenth."""
+    wheel = find_own(MINILM, cache_dir=tmp_path)
+    assert wheel is not None
+    copy = tmp_path / "copy"
+    for file in wheel.folder.rglob("*"):
+        if file.is_file() and file.suffix != ".md":
+            target = copy / file.relative_to(wheel.folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+
+    def perturb(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        tensors["encoder.layer.5.output.LayerNorm.weight"][:4] *= 1.1
+        return tensors
+
+    rewrite(copy, perturb)
+    done = runner.invoke(models_app, ["verify", f"all-minilm-l6-v2={copy}", "--json"])
+    assert done.exit_code == 1
+    missed = [row for row in json.loads(done.stdout) if not row["met"]]
+    assert missed
+    assert all(row["difference"] > 1e-3 for row in missed)
