@@ -1,0 +1,48 @@
+"""Figures: medians, percentiles, turns and ratios, each from numbers one can check by hand."""
+
+import pytest
+
+from trivec.cli.bench.figures import Provenance, Spread, interleaved, percentile, ratio
+
+
+def test_a_spread_is_its_median_and_both_ends() -> None:
+    assert Spread.of([3.0, 1.0, 10.0]) == Spread(3.0, 1.0, 10.0, 3)
+
+
+@pytest.mark.parametrize(
+    ("values", "share", "expected"),
+    [
+        pytest.param(range(1, 101), 0.99, 99, id="the-ninety-ninth-of-a-hundred"),
+        pytest.param(range(1, 101), 0.5, 50, id="half-of-a-hundred"),
+        pytest.param([7], 0.99, 7, id="the-only-one"),
+        pytest.param([5, 1, 3], 1.0, 5, id="all-of-them-unsorted"),
+        pytest.param([5, 1, 3], 0.0, 1, id="none-of-them"),
+    ],
+)
+def test_a_percentile_is_a_value_that_was_seen(
+    values: list[float], share: float, expected: float
+) -> None:
+    assert percentile(values, share) == expected
+
+
+def test_measures_take_turns() -> None:
+    heard: list[str] = []
+
+    def saying(name: str, value: float) -> float:
+        heard.append(name)
+        return value
+
+    taken = interleaved({"a": lambda: saying("a", 1), "b": lambda: saying("b", 2)}, repeats=3)
+    assert heard == ["a", "b"] * 3
+    assert taken == {"a": (1, 1, 1), "b": (2, 2, 2)}
+
+
+def test_a_ratio_is_taken_round_by_round() -> None:
+    slow_round = ratio([10.0, 1.0, 10.0], [5.0, 0.5, 5.0])
+    assert (slow_round.lowest, slow_round.median, slow_round.highest) == (2.0, 2.0, 2.0)
+
+
+def test_a_result_says_where_it_comes_from() -> None:
+    said = Provenance.now("numpy", "no-such-package").as_dict()
+    assert said["packages"]["no-such-package"] == "absent"  # type: ignore[index]
+    assert all(said[name] for name in ("date", "commit", "cpu", "core_count", "python"))

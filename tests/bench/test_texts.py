@@ -1,0 +1,72 @@
+"""What is measured with: the same on every run, of the lengths that the names say."""
+
+import numpy as np
+from benchmarks.engine import operations
+
+from trivec.checkpoints.checkpoint import EncoderConfig
+from trivec.cli.bench.engine import deal
+from trivec.cli.bench.server import in_parts
+from trivec.cli.bench.texts import Workload, mixed, sentences, uniform
+
+
+def test_sentences_are_distinct_and_the_same_every_time() -> None:
+    texts = sentences(500)
+    assert len(set(texts)) == 500
+    assert texts == sentences(500)
+    assert 8 <= np.median([len(text.split()) for text in texts]) <= 13
+
+
+def test_a_uniform_workload_holds_as_many_as_its_tokens_allow_and_at_least_one() -> None:
+    assert uniform(128, tokens=2048).lengths == (128,) * 16
+    assert uniform(8192, tokens=2048).lengths == (8192,)
+
+
+def test_mixed_lengths_stay_within_what_the_model_reads() -> None:
+    lengths = mixed(tokens=20_000, length_max=256).lengths
+    assert min(lengths) >= 4
+    assert max(lengths) == 256
+    assert 20_000 <= sum(lengths) < 20_256
+
+
+def test_ids_are_packed_by_the_lengths_and_inside_the_vocabulary() -> None:
+    sequences = Workload("any", (3, 5, 4)).sequences(vocabulary_size=100)
+    assert sequences.starts.tolist() == [0, 3, 8, 12]
+    assert sequences.token_ids.min() >= 0
+    assert sequences.token_ids.max() < 100
+
+
+def test_dealing_loses_no_sequence_and_gives_each_hand_every_length() -> None:
+    whole = Workload("any", (3, 30, 4, 40, 5)).sequences(vocabulary_size=100)
+    hands = deal(whole, 2)
+    assert [hand.lengths().tolist() for hand in hands] == [[3, 4, 5], [30, 40]]
+    assert hands[1].token_ids[:30].tolist() == whole.token_ids[3:33].tolist()
+
+
+def test_more_hands_than_sequences_leave_no_empty_request() -> None:
+    whole = Workload("one", (7,)).sequences(vocabulary_size=100)
+    assert [len(hand) for hand in deal(whole, 4)] == [1]
+
+
+def test_parts_are_whole_or_dropped() -> None:
+    assert [list(part) for part in in_parts("abcdefg", 3)] == [["a", "b", "c"], ["d", "e", "f"]]
+
+
+def test_the_arithmetic_of_bge_m3_is_what_its_shapes_say() -> None:
+    """0.604 GFLOP a token, and 0.0983 MFLOP more for each token that it attends to."""
+    config = EncoderConfig(
+        family="xlm-roberta",
+        hidden_size=1024,
+        layer_count=24,
+        head_count=16,
+        intermediate_size=4096,
+        layer_norm_eps=1e-5,
+        vocabulary_size=250_002,
+        position_count=8194,
+        position_offset=2,
+        token_type_count=1,
+        pad_token_id=1,
+    )
+    one = operations(Workload("one", (1,)), config)
+    many = operations(Workload("many", (512,)), config)
+    assert abs(one - 0.6041) < 1e-3
+    assert abs(many / 512 - (0.60398 + 512 * 98304e-9)) < 1e-3
