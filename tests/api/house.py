@@ -62,6 +62,10 @@ PLAIN_CARD = replace(
 )
 
 
+def metrics_page() -> bytes:
+    return b"trivec_up 1\n"
+
+
 class StandIn:
     """An `Embedder`: one token a byte of UTF-8, between two special ones."""
 
@@ -151,25 +155,30 @@ class House:
     store: MemoryStore = field(default_factory=MemoryStore)
     heard: Heard = field(default_factory=Heard)
     health: Health = READY
-    metrics: Callable[[], bytes] | None = lambda: b"trivec_up 1\n"
-    metrics_open: bool = False
     no_auth: bool = False
     is_loading: bool = False
 
     def __post_init__(self) -> None:
-        clock = SystemClock()
-        self.accounts = Accounts(self.store, clock=clock, secret=b"s" * 32, no_auth=self.no_auth)
+        self.accounts = Accounts(
+            self.store, clock=SystemClock(), secret=b"s" * 32, no_auth=self.no_auth
+        )
         self.accounts.start()
         self.key = self.new_key("all", scopes=frozenset(Scope))
+        self.serve()
+
+    def serve(
+        self, *, metrics: Callable[[], bytes] | None = metrics_page, metrics_open: bool = False
+    ) -> None:
+        """Build the app anew."""
         self.app: ASGIApp = build_app(
             embedders={} if self.is_loading else self.embedders(),
             accounts=self.accounts,
             observer=self.heard,
-            clock=clock,
+            clock=SystemClock(),
             limits=self.limits,
             health=lambda: self.health,
-            metrics=self.metrics,
-            metrics_open=self.metrics_open,
+            metrics=metrics,
+            metrics_open=metrics_open,
         )
 
     def embedders(self) -> Mapping[str, Embedder]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import httpx
 import pytest
-from tests.api.house import MODEL, House
+from tests.api.house import MODEL, House, metrics_page
 
 from trivec.accounts import Scope
 from trivec.api.access import Access
@@ -57,7 +57,7 @@ def endpoints_of(house: House, *, metrics_open: bool) -> Sequence[Endpoint]:
             clock=clock,
             limits=house.limits,
             health=lambda: house.health,
-            metrics=house.metrics,
+            metrics=metrics_page,
             metrics_open=metrics_open,
         )
     )

@@ -1,4 +1,4 @@
-"""Arrays as text and as base64 are the same bits, and the text is short."""
+"""Arrays as text and as base64 are the same numbers, to the last bit."""
 
 import base64
 import json
@@ -15,38 +15,25 @@ from trivec.core.types import Float32Array
 EDGES = [0.0, -0.0, 1.0, -1.0, 0.1, 1 / 3, 1e-45, 1.1754942e-38, 1e-14, 1e-15, 16777217.0, 3.4e38]
 
 
-def bits_of_text(text: bytes, like: Float32Array) -> Float32Array:
-    return np.array(json.loads(text), np.float64).astype(np.float32).reshape(like.shape)
+def assert_same_numbers(text: bytes, array: Float32Array) -> None:
+    """As float64, and so as float32 too."""
+    found = np.array(json.loads(text), np.float64)
+    np.testing.assert_array_equal(found.view(np.uint64), array.astype(np.float64).view(np.uint64))
 
 
-def assert_same_bits(found: Float32Array, expected: Float32Array) -> None:
-    np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
+FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
-@given(
-    arrays(
-        np.float32,
-        st.integers(0, 40),
-        elements=st.floats(width=32, allow_nan=False, allow_infinity=False),
-    )
-)
-def test_text_reads_back_to_the_same_bits(array: Float32Array) -> None:
-    assert_same_bits(bits_of_text(to_json(array), array), array)
+@given(arrays(np.float32, st.integers(0, 40), elements=FINITE))
+def test_text_reads_back_to_the_same_numbers(array: Float32Array) -> None:
+    assert_same_numbers(to_json(array), array)
 
 
-def test_text_reads_back_to_the_same_bits_over_the_whole_range_of_float32() -> None:
+def test_text_reads_back_to_the_same_numbers_over_the_whole_range_of_float32() -> None:
     bits = np.random.default_rng(7).integers(0, 2**32, 200_000, dtype=np.uint64).astype(np.uint32)
     floats = bits.view(np.float32)
     array = np.concatenate([floats[np.isfinite(floats)], np.array(EDGES, np.float32)])
-    assert_same_bits(bits_of_text(to_json(array), array), array)
-
-
-def test_the_numbers_of_an_embedding_take_at_most_nine_digits() -> None:
-    vector = np.random.default_rng(7).standard_normal(1024).astype(np.float32)
-    vector /= np.linalg.norm(vector)
-    for word in to_json(vector)[1:-1].split(b","):
-        digits = word.lstrip(b"-").partition(b"e")[0].replace(b".", b"").lstrip(b"0")
-        assert len(digits) <= 9, word
+    assert_same_numbers(to_json(array), array)
 
 
 @pytest.mark.parametrize("rows", [0, 1, ROWS_AT_ONCE, ROWS_AT_ONCE + 1, 3 * ROWS_AT_ONCE])

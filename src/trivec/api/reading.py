@@ -81,7 +81,7 @@ def _field_refused(
     if not_listed := _NOT_LISTED.fullmatch(words):
         return FieldInvalid(
             f"Invalid value for '{param}' = {shown(not_listed['value'])}. "
-            f"Supported values: {list(supported[param])}.",
+            f"Supported values: {list(supported[param.partition('[')[0]])}.",
             param=param,
         )
     wrong = _WRONG_TYPE.fullmatch(words)
