@@ -106,8 +106,10 @@ def _special_tokens(folder: Path) -> dict[str, str]:
             continue
         said = read_json(file, dict[str, msgspec.Raw])
         for name in IGNORED_TOKENS:
-            if name in said:
-                tokens[name] = _content(file, said[name])
+            # BERT's files call the closing token sep, and may have no eos.
+            written = name if name in said or name != "eos_token" else "sep_token"
+            if written in said:
+                tokens[name] = _content(file, said[written])
     return tokens
 
 
