@@ -15,8 +15,9 @@ from starlette.types import ASGIApp
 from trivec.accounts import Accounts
 from trivec.accounts.stores import open_accounts
 from trivec.api import build_app
+from trivec.checkpoints.catalogue import CATALOGUE
 from trivec.checkpoints.checkpoint import Checkpoint
-from trivec.checkpoints.opening import open_checkpoint
+from trivec.checkpoints.opening import find_folder, open_checkpoint
 from trivec.core.clock import SystemClock
 from trivec.core.errors import SettingInvalid
 from trivec.core.events import ModelLoaded
@@ -116,6 +117,13 @@ def open_front(settings: Settings) -> Front:
         observer=Observers(*heard),
         tracing=tracing,
     )
+
+
+def check_models(settings: Settings) -> None:
+    """Refuse what names no model before anything is begun. Raises `CheckpointRefused`."""
+    for reference in settings.models:
+        if reference not in CATALOGUE:
+            find_folder(reference)
 
 
 def load_models(settings: Settings, front: Front, *, cores: int) -> Models:

@@ -76,15 +76,14 @@ def run(settings: Settings) -> int:
 
 def _live(settings: Settings, listener: socket.socket, heart: Heart | None) -> int:
     """The serving process, whole: nothing raised in it may reach the parent's code."""
-    from trivec.cli.greeting import greeting
-    from trivec.server.machine import usable_cores
-    from trivec.server.serving import live
-    from trivec.telemetry import configure_log
-
-    configure_log(settings.telemetry.log_format, level=settings.log_level)
-    port = listener.getsockname()[1]
-    announce = greeting(settings, port=port, say=_say)
     try:
+        from trivec.cli.greeting import greeting
+        from trivec.server.machine import usable_cores
+        from trivec.server.serving import live
+        from trivec.telemetry import configure_log
+
+        configure_log(settings.telemetry.log_format, level=settings.log_level)
+        announce = greeting(settings, port=listener.getsockname()[1], say=_say)
         return live(settings, listener, cores=usable_cores(), heart=heart, announce=announce)
     except StartError as refusal:
         _say(f"trivec: {refusal}")

@@ -11,31 +11,21 @@ import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 
-from starlette.types import ASGIApp, Receive, Scope, Send
-
 from trivec.accounts import NewKey
-from trivec.assemble import Front, Models, load_models, loaded_event, open_front
+from trivec.assemble import Front, Models, check_models, load_models, loaded_event, open_front
 from trivec.core.errors import StoreUnavailable
 from trivec.core.events import PhaseChanged
 from trivec.core.health import Health
 from trivec.server.canary import Canary
 from trivec.server.carrier import Carrier
+from trivec.server.door import Door
 from trivec.server.life import REFUSAL_S_MAX, Happening, Life, Stage, health, stage_s_max
 from trivec.server.supervisor import BEAT_EVERY_S, Heart
 from trivec.settings import Settings
 
 SAME_REQUEST_S = 0.1  # a signal sent to the whole process group reaches us twice, this close
+SEND_OUT_S = 0.5  # for the engine's own refusals to be written down and sent
 LEAVE_S_MAX = 5.0  # for the ledger and the workers to end, before leaving all the same
-
-
-class Door:
-    """The app that granian sees; it stands for another, swapped once the models are ready."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.app(scope, receive, send)
 
 
 class Serving:
@@ -100,7 +90,7 @@ class Serving:
                 before, self._life = self._life, self._life.after(happening)
                 if self._life.stage is not before.stage:
                     self._enter(self._life.stage)
-                if self._life.phase != before.phase:
+                if self._life.phase != before.phase and happening is not Happening.FAILED:
                     self._report_phase()
             if loading.done():
                 loading.result()
@@ -113,9 +103,8 @@ class Serving:
 
     def _ask(self) -> None:
         now_s = time.monotonic()
-        is_echo = now_s - self._asked_at_s < SAME_REQUEST_S
-        self._asked_at_s = now_s
-        if not is_echo:
+        if now_s - self._asked_at_s >= SAME_REQUEST_S:
+            self._asked_at_s = now_s
             self._tell(Happening.ASKED)
 
     async def _next_happening(self) -> Happening:
@@ -134,8 +123,9 @@ class Serving:
             self._carrier.stop()
         elif stage is Stage.REFUSING:
             self._carrier.stop()
-            if self._models is not None:
-                self._start(self._models.workers.stop(0), "refusing")
+            self._start(self._door.send_out(after_s=SEND_OUT_S), "send-out")
+            if self._models is not None and self._hung is None:
+                self._start(self._models.workers.stop(0), "refuse")
 
     async def _load(self) -> None:
         began_s = time.monotonic()
@@ -213,9 +203,11 @@ def live(
     announce: Callable[[Models, NewKey | None], None],
 ) -> int:
     """Serve until the end; the exit code. Raises `StartError` where serving cannot begin."""
+    check_models(settings)
 
     async def life() -> int:
         serving = Serving(settings, listener, cores=cores, heart=heart, announce=announce)
         return await serving.run()
 
-    return asyncio.run(life())
+    # Not asyncio.run: it would wait for the thread that loads a model, and we leave the process.
+    return asyncio.new_event_loop().run_until_complete(life())

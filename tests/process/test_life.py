@@ -1,0 +1,176 @@
+"""A real server from start to end: ready, draining, asked twice, killed, stopped, hung up on."""
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import httpx
+import pytest
+from tests.process.server import Server, running
+
+pytestmark = pytest.mark.process
+
+NO_GRACE = {"TRIVEC_LIFE__DRAIN_GRACE_S": "0"}
+FAKE = ("--backend", "fake")
+JSON = {"Content-Type": "application/json"}
+BODY = json.dumps({"model": "all-minilm-l6-v2", "input": "Hello, world"}).encode()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    with running(tmp_path, *FAKE, environ=NO_GRACE) as started:
+        yield started
+
+
+class SlowClient:
+    """A connection whose request is under way until `finish` sends the last byte of its body."""
+
+    def __init__(self, server: Server) -> None:
+        url = httpx.URL(server.url)
+        self._socket = socket.create_connection((url.host, url.port or 0), timeout=30)
+        head = (
+            f"POST /v1/embeddings HTTP/1.1\r\nHost: {url.host}\r\n"
+            f"Authorization: Bearer {server.key}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(BODY)}\r\nExpect: 100-continue\r\n\r\n"
+        )
+        self._socket.sendall(head.encode())
+        assert b"100" in self._socket.recv(4096)  # the app is reading the body by now
+        self._socket.sendall(BODY[:-1])
+
+    def finish(self) -> str:
+        """Send the rest and read the whole answer."""
+        self._socket.sendall(BODY[-1:])
+        return self.read()
+
+    def read(self) -> str:
+        with closing(self._socket):
+            answer = b""
+            while piece := self._socket.recv(65536):
+                answer += piece
+        return answer.decode()
+
+
+def test_the_line_it_prints_works_as_pasted(server: Server) -> None:
+    curl = server.wait_until_it_says(r"^  (curl .*)$")[1]
+    answer = subprocess.run(["sh", "-c", curl], capture_output=True, text=True, check=True)
+    assert len(json.loads(answer.stdout)["data"][0]["embedding"]) == 384
+
+
+def test_asked_to_stop_it_finishes_what_it_has_accepted(server: Server) -> None:
+    client = SlowClient(server)
+    server.signal(signal.SIGTERM)
+    server.wait_until_it_says('"phase":"draining"')
+    answer = client.finish()
+    assert answer.startswith("HTTP/1.1 200 ")
+    assert "connection: close" in answer.lower()
+    assert server.exit_code() == 0
+
+
+def test_ctrl_c_is_the_same_request(server: Server) -> None:
+    client = SlowClient(server)
+    server.signal(signal.SIGINT)
+    server.wait_until_it_says('"phase":"draining"')
+    assert client.finish().startswith("HTTP/1.1 200 ")
+    assert server.exit_code() == 0
+
+
+def test_while_it_lingers_it_answers_but_is_not_ready(tmp_path: Path) -> None:
+    with running(tmp_path, *FAKE, environ={"TRIVEC_LIFE__DRAIN_GRACE_S": "600"}) as server:
+        with server.client() as client:
+            assert client.get("/readyz").json()["status"] == "ok"
+            server.signal(signal.SIGTERM)
+            server.wait_until_it_says('"phase":"draining"')
+            ready = client.get("/readyz")
+            assert ready.status_code == 503
+            assert ready.headers["connection"] == "close"
+            assert client.get("/livez").status_code == 200
+            embedded = client.post("/v1/embeddings", content=BODY, headers=JSON)
+            assert embedded.status_code == 200
+            assert embedded.headers["connection"] == "close"
+        server.ask_again()
+        assert server.exit_code() == 0
+
+
+def test_asked_twice_it_answers_the_rest_503_and_leaves(server: Server) -> None:
+    client = SlowClient(server)
+    server.signal(signal.SIGTERM)
+    server.wait_until_it_says('"phase":"draining"')
+    server.ask_again()
+    answer = client.read()
+    assert answer.startswith("HTTP/1.1 503 ")
+    assert '"draining"' in answer
+    assert server.exit_code() == 0
+
+
+def test_asked_while_it_loads_it_leaves_at_once(tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        server.wait_until_it_says('"phase":"loading"')
+        server.signal(signal.SIGTERM)
+        assert server.exit_code() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_serving_process_that_dies_or_freezes_is_back_without_anyone(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    with running(tmp_path, *FAKE, environ={"TRIVEC_LIFE__HEARTBEAT_S_MAX": "2"}) as server:
+        key, url = server.key, server.url
+        first = server.child()
+        os.kill(first, number)
+        server.wait_until_it_says("started again")
+        server.wait_until_it_says("is ready", times=2)
+        assert server.child() != first
+        answer = httpx.post(
+            f"{url}/v1/embeddings",
+            content=BODY,
+            headers={**JSON, "Authorization": f"Bearer {key}"},
+        )
+        assert answer.status_code == 200
+
+
+def test_a_request_that_comes_while_it_is_restarted_waits_and_is_answered(tmp_path: Path) -> None:
+    with running(tmp_path, *FAKE) as server:
+        url = server.url
+        os.kill(server.child(), signal.SIGKILL)
+        assert httpx.get(f"{url}/livez", timeout=30).status_code == 200
+
+
+def test_when_the_supervisor_is_killed_the_server_goes_with_it(tmp_path: Path) -> None:
+    with running(tmp_path, *FAKE) as server:
+        url = httpx.URL(server.url)
+        child = os.pidfd_open(server.child())
+        server.process.kill()
+        assert -server.exit_code() == signal.SIGKILL
+        readable, _, _ = select.select([child], [], [], 30)
+        os.close(child)
+        assert readable, "the serving process outlived its parent"
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((url.host, url.port or 0), timeout=5)
+
+
+def test_the_first_key_is_shown_only_once(tmp_path: Path) -> None:
+    with running(tmp_path, *FAKE, environ=NO_GRACE) as server:
+        key = server.key
+        server.signal(signal.SIGTERM)
+        assert server.exit_code() == 0
+    with running(tmp_path, *FAKE, environ=NO_GRACE) as server:
+        url = server.url
+        assert key not in "\n".join(server.said)
+        models = httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"})
+        assert models.status_code == 200
+
+
+def test_an_unsupervised_server_lives_and_leaves_alike(tmp_path: Path) -> None:
+    environ = {**NO_GRACE, "TRIVEC_LIFE__SUPERVISED": "false"}
+    with running(tmp_path, *FAKE, environ=environ) as server:
+        client = SlowClient(server)
+        server.signal(signal.SIGTERM)
+        server.wait_until_it_says('"phase":"draining"')
+        assert client.finish().startswith("HTTP/1.1 200 ")
+        assert server.exit_code() == 0
