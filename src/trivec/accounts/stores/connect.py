@@ -5,7 +5,7 @@ Each store has two: one that writes, over a single connection, and one that read
 
 import os
 import sqlite3
-from collections.abc import Callable
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from sqlalchemy.exc import ArgumentError
 
 from trivec.core.errors import SettingInvalid
 
+LOCK_STEP_S = 0.0003
 LOCK_WAIT_S = 1.0  # another process holds a lock for a millisecond; longer is a fault
 CONNECT_S = 5
 READERS_MAX = 4
@@ -51,7 +52,7 @@ def sqlite_engines(file: Path) -> Engines:
 
     def open_for_writing(raw: sqlite3.Connection, _: object) -> None:
         _pragmas(raw, "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON")
-        _pragmas(raw, f"journal_size_limit={WAL_BYTES_KEPT}")
+        _pragmas(raw, f"journal_size_limit={WAL_BYTES_KEPT}", "busy_timeout=0")
 
     def open_for_reading(raw: sqlite3.Connection, _: object) -> None:
         _pragmas(raw, "query_only=ON")
@@ -59,9 +60,9 @@ def sqlite_engines(file: Path) -> Engines:
     for engine in (writing, reading):  # only its owner reads the ledger
         event.listen(engine, "do_connect", make_private)
     event.listen(writing, "connect", open_for_writing)
-    event.listen(writing, "begin", _begin("BEGIN IMMEDIATE"))
+    event.listen(writing, "begin", _begin_writing)
     event.listen(reading, "connect", open_for_reading)
-    event.listen(reading, "begin", _begin("BEGIN"))
+    event.listen(reading, "begin", _begin_reading)
     return Engines(writing, reading)
 
 
@@ -116,13 +117,30 @@ def _postgres_arguments(options: str) -> dict[str, Any]:
     }
 
 
-def _begin(statement: str) -> Callable[[Connection], None]:
-    """Python's own driver would begin late, and never for reading."""
+def _begin_reading(connection: Connection) -> None:
+    """Python's own driver begins no transaction for reading, and one for writing too late."""
+    connection.exec_driver_sql("BEGIN")
 
-    def begin(connection: Connection) -> None:
-        connection.exec_driver_sql(statement)
 
-    return begin
+def _begin_writing(connection: Connection) -> None:
+    """Take the lock that all processes write under.
+
+    SQLite's own way of waiting backs off to a tenth of a second, and one busy process then starves
+    another for seconds; steps shorter than a commit do not.
+    """
+    raw = connection.connection.driver_connection
+    assert isinstance(raw, sqlite3.Connection)
+    deadline_s = time.monotonic() + LOCK_WAIT_S
+    while time.monotonic() < deadline_s:
+        try:
+            raw.execute("BEGIN IMMEDIATE").close()
+        except sqlite3.OperationalError as fault:
+            if fault.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                break
+            time.sleep(LOCK_STEP_S)
+        else:
+            return
+    connection.exec_driver_sql("BEGIN IMMEDIATE")  # raises what SQLAlchemy would
 
 
 def _pragmas(raw: sqlite3.Connection, *pragmas: str) -> None:

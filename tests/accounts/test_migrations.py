@@ -1,0 +1,145 @@
+"""From nothing, and from every earlier schema, to the one this version reads."""
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
+
+from trivec.accounts import UsageBy, UsageQuery
+from trivec.accounts.stores import migrate
+from trivec.accounts.stores.connect import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
+from trivec.accounts.stores.schema import metadata
+from trivec.accounts.stores.sql import SqlStore
+from trivec.core.errors import StoreRefused
+
+OLD_ROWS = (
+    "INSERT INTO keys (id, name, scopes, created_us, revision) VALUES ('key_a', 'a', 'embed', 1, 1)",
+    "UPDATE keyring SET revision = 1",
+    "INSERT INTO ledger (time_us, request_id, key_id, model, input_count, token_count, status, "
+    "duration_us) VALUES (5, 'r1', 'key_a', 'm', 1, 7, 200, 9)",
+)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def engines(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engines]:
+    if request.param == "sqlite":
+        made = sqlite_engines(tmp_path / SQLITE_FILE)
+    else:
+        made = postgres_engines(request.getfixturevalue("postgres").new_database())
+    yield made
+    made.dispose()
+
+
+def test_from_nothing(engines: Engines) -> None:
+    with engines.writing.begin() as connection:
+        migrate.upgrade(connection)
+        assert differences(connection) == []
+
+
+def test_from_the_first_schema_with_its_rows(engines: Engines) -> None:
+    with engines.writing.begin() as connection:
+        migrate.upgrade(connection, "0001")
+        for statement in OLD_ROWS:
+            connection.execute(text(statement))
+
+    store = SqlStore(engines, upgrades_itself=True)
+    (line,) = store.usage(UsageQuery(UsageBy.KEY))
+
+    assert (line.group, line.requests, line.tokens) == ("key_a", 1, 7)
+    assert [key.name for key in store.keys_since(0).keys] == ["a"]
+    with engines.writing.begin() as connection:
+        assert differences(connection) == []
+
+
+def test_a_second_upgrade_changes_nothing(engines: Engines) -> None:
+    store = SqlStore(engines, upgrades_itself=True)
+    store.upgrade()
+    before = store.revision()
+
+    store.upgrade()
+
+    assert store.revision() == before
+
+
+def test_an_upgrade_that_fails_leaves_what_was_there(engines: Engines) -> None:
+    with engines.writing.begin() as connection:
+        migrate.upgrade(connection, "0001")
+        connection.execute(text("CREATE TABLE claims (in_the_way INTEGER)"))
+
+    with pytest.raises(DBAPIError), engines.writing.begin() as connection:
+        migrate.upgrade(connection)
+
+    with engines.writing.begin() as connection:
+        assert migrate.revision(connection) == "0001"
+        connection.execute(text("DROP TABLE claims"))
+        migrate.upgrade(connection)
+        assert differences(connection) == []
+
+
+def test_a_server_does_not_upgrade_postgres_by_itself(engines: Engines) -> None:
+    with pytest.raises(StoreRefused, match="run: trivec db upgrade"):
+        SqlStore(engines, upgrades_itself=False).prepare()
+
+
+def test_a_schema_from_the_future_is_refused(engines: Engines) -> None:
+    with engines.writing.begin() as connection:
+        migrate.upgrade(connection)
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+
+    for upgrades_itself in (True, False):
+        with pytest.raises(StoreRefused, match="9999, newer"):
+            SqlStore(engines, upgrades_itself=upgrades_itself).prepare()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["UPDATE ledger SET token_count = 0", "DELETE FROM ledger"],
+    ids=["edited", "thinned"],
+)
+def test_the_ledger_cannot_be(engines: Engines, statement: str) -> None:
+    with engines.writing.begin() as connection:
+        migrate.upgrade(connection, "0001")
+        for row in OLD_ROWS:
+            connection.execute(text(row))
+
+    with (
+        pytest.raises(DBAPIError, match="append-only"),
+        engines.writing.begin() as connection,
+    ):
+        connection.execute(text(statement))
+
+
+def test_the_file_is_readable_by_its_owner_only(tmp_path: Path) -> None:
+    engines = sqlite_engines(tmp_path / SQLITE_FILE)
+    SqlStore(engines, upgrades_itself=True).prepare()
+    with engines.writing.begin():
+        modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+    engines.dispose()
+
+    assert set(modes.values()) == {0o600}
+    assert SQLITE_FILE in modes
+
+
+def test_a_commit_is_on_disk_when_it_returns(tmp_path: Path) -> None:
+    engines = sqlite_engines(tmp_path / SQLITE_FILE)
+    with engines.writing.begin() as connection:
+        journal = connection.scalar(text("PRAGMA journal_mode"))
+        synchronous = connection.scalar(text("PRAGMA synchronous"))
+    engines.dispose()
+
+    assert (journal, synchronous) == ("wal", 2)  # 2 is FULL
+
+
+def differences(connection: Connection) -> list[object]:
+    """Between the tables as they are and as `schema` says."""
+    context = MigrationContext.configure(connection, opts={"compare_server_default": False})
+    return list(compare_metadata(context, metadata))
+
+
+def test_sqlite_is_new_enough_for_what_we_ask_of_it() -> None:
+    assert sqlite3.sqlite_version_info >= (3, 35)  # RETURNING
