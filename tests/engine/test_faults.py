@@ -68,6 +68,32 @@ async def test_a_request_with_one_poisoned_text_among_many_fails_and_frees_its_p
     assert rig.batches() == [[90], [3]], "its other texts never ran"
 
 
+class PausingAtItsSecond(FakeBackend):
+    """Closes its gate before the second batch."""
+
+    def run(self, batch: Batch, *, slot: int) -> Vectors:
+        if len(self.ran) == 1:
+            self.gate.clear()
+        return super().run(batch, slot=slot)
+
+
+async def test_a_failed_batch_is_not_run_again_for_those_who_left_meanwhile() -> None:
+    async with Rig(backend=PausingAtItsSecond(dimensions=8)) as rig:
+        rig.backend.poison[BAD] = Poison.RAISE
+        holder = await rig.occupy()
+        stays = rig.send(sequences(6))
+        leaves = rig.send(sequences(5, marks=[BAD]))
+        await rig.queued(stays, leaves)
+        rig.backend.gate.set()
+        await holder
+        await rig.entered(2)
+        leaves.cancel()
+        await asyncio.wait([leaves])
+        rig.backend.gate.set()
+        assert len((await stays).vectors) == 1
+    assert rig.batches()[1:] == [[6, 5], [6]]
+
+
 async def test_a_row_that_is_not_finite_is_computed_again_alone_and_exactly() -> None:
     async with Rig() as rig:
         rig.backend.poison[BAD] = Poison.NAN
@@ -165,6 +191,17 @@ async def test_a_batch_that_kills_two_threads_is_a_fault_and_the_next_one_runs()
     assert len(upset.replaced) == 2
 
 
+async def test_a_slot_whose_threads_keep_dying_is_lost_instead_of_spinning() -> None:
+    upset = Upset(1_000)
+    async with Rig(listener=upset) as rig:  # type: ignore[arg-type]
+        sent = [rig.send(sequences(500)) for _ in range(8)]
+        reason = await rig.workers.lost()
+        results = await asyncio.gather(*sent, return_exceptions=True)
+    assert len(upset.replaced) == 10
+    assert "the observer broke" in reason
+    assert {type(result) for result in results} == {EngineFault, Draining}
+
+
 class Unplugged(FakeBackend):
     def run(self, batch: Batch, *, slot: int) -> Vectors:
         super().run(batch, slot=slot)
@@ -205,6 +242,29 @@ async def test_a_call_that_hangs_is_lost_at_the_second_look_and_not_before_its_t
         for one in (hung, waiting):
             with pytest.raises(Draining):
                 await one
+
+
+class StuckExactly(FakeBackend):
+    """Closes its gate before an exact run."""
+
+    def run_exact(self, batch: Batch, *, slot: int) -> Vectors:
+        self.gate.clear()
+        return super().run_exact(batch, slot=slot)
+
+
+async def test_an_exact_run_that_hangs_is_noticed_as_well_but_has_time_to_load() -> None:
+    clock = HandClock()
+    async with Rig(backend=StuckExactly(dimensions=8), clock=clock) as rig:
+        rig.backend.poison[BAD] = Poison.NAN
+        request = rig.send(sequences(6, marks=[BAD]))
+        await rig.entered(2)
+        clock.move(299)
+        assert [beat.is_late for beat in rig.workers.heartbeat()] == [False]
+        clock.move(2)
+        rig.workers.look_for_hang()
+        rig.workers.look_for_hang()
+        with pytest.raises(Draining):
+            await request
 
 
 async def test_a_call_found_late_once_that_then_ends_is_forgiven() -> None:

@@ -120,7 +120,7 @@ class Desk:
         shares = lane.take_shares(now_s, self._idle_count + 1)
         if not shares:
             return None
-        expected_s = sum(share.token_count for share in shares) / lane.pace.tokens_per_s
+        expected_s = lane.pace.usual_s(sum(share.token_count for share in shares))
         self._device_s = lane.device_s
         lane.device_s += expected_s
         return Job(lane, shares, now_s, expected_s)

@@ -35,11 +35,11 @@ class Request:
     is_wanted: bool = True  # somebody still waits for its vectors
 
     def __post_init__(self) -> None:
-        lengths = self.sequences.lengths()  # [sequences]
         self.tokens_left = self.sequences.token_count
-        if len(lengths) == 1:
+        if len(self.sequences) == 1:
             self.order, self.lengths = [0], [self.tokens_left]
             return
+        lengths = self.sequences.lengths()  # [sequences]
         order = np.argsort(-lengths, kind="stable")
         self.order = order.tolist()
         self.lengths = lengths[order].tolist()

@@ -50,6 +50,10 @@ class Pace:
         """Of all slots together."""
         return self.slot_count * self.tokens / self.seconds
 
+    def usual_s(self, tokens: int) -> float:
+        """Seconds one slot takes for *tokens* in batches as they usually are."""
+        return tokens * self.seconds / self.tokens
+
     def expected_s(self, work: float) -> float:
-        """Seconds one slot should need for a batch of *work*."""
+        """Seconds one slot needs at most, as far as can be told, for a batch of *work*."""
         return work * self.seconds / self.work

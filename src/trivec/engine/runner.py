@@ -20,6 +20,9 @@ from trivec.engine.line import R
 from trivec.engine.pace import Pace, work
 from trivec.engine.reply import Part, slice_rows, unsound_rows
 
+# `run_exact` may have to load the model a second time, at full precision, before it begins.
+EXACT_S_MAX = 60.0
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -40,6 +43,9 @@ class Outcome(Generic[R]):
     faults: dict[R, EngineFault] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
     starved_tokens: int | None = None  # the smallest batch that memory did not suffice for
+
+    def starve(self, tokens: int) -> None:
+        self.starved_tokens = min(tokens, self.starved_tokens or tokens)
 
 
 def pack(shares: Sequence[Share[R]]) -> Batch:
@@ -91,7 +97,7 @@ class Runner:
             # The outermost loop as far as the device goes: whatever it raises belongs to an item.
             except Exception as exc:
                 if isinstance(exc, MemoryError):
-                    outcome.starved_tokens = batch.token_count
+                    outcome.starve(batch.token_count)
                 if len(batch) > 1:
                     todo += _halves(wanted)
                 else:
@@ -115,6 +121,13 @@ class Runner:
             outcome.runs.append(Run(len(batch), batch.token_count, cost, duration_s, failed))
         return vectors
 
+    def _call_exact(self, batch: Batch, slot: int) -> Vectors:
+        self._calls.began(slot, self._model, EXACT_S_MAX)
+        try:
+            return self._backend.run_exact(batch, slot=slot)
+        finally:
+            self._calls.ended(slot)
+
     def _keep_sound(
         self, shares: Sequence[Share[R]], vectors: Vectors, slot: int, outcome: Outcome[R]
     ) -> None:
@@ -137,7 +150,7 @@ class Runner:
 
     def _recover(self, alone: Share[R], slot: int, outcome: Outcome[R]) -> bool:
         try:
-            vectors = self._backend.run_exact(pack([alone]), slot=slot)
+            vectors = self._call_exact(pack([alone]), slot)
             fault = "the vector is not finite even in fp32" if unsound_rows(vectors) else None
         except DeviceLost:
             raise

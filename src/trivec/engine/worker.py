@@ -13,6 +13,7 @@ from trivec.core.ports import Clock, Observer
 from trivec.engine.desk import Desk, Job
 from trivec.engine.heartbeat import Calls, Heartbeat
 
+DEATHS_MAX = 10  # of a slot's threads with no batch finished between them
 JOIN_S_MAX = 5.0  # how long `stop` waits for a thread that has nothing left to do
 STOPPING = "The server is stopping. Please try again."
 STOPPED = "The server stopped before this request was through. Please try again."
@@ -29,6 +30,7 @@ class Workers:
         self.desk = Desk(slot_count, clock=clock, observer=observer)
         self._observer = observer
         self._threads: dict[int, threading.Thread] = {}  # by slot
+        self._deaths = [0] * slot_count  # each touched by its slot's thread
         self._loss: str | None = None
         self._is_lost = asyncio.Event()  # touched on the event loop, as is `_loss`
 
@@ -114,9 +116,20 @@ class Workers:
         except DeviceLost as exc:
             self._report_loss(slot, str(exc))
         except BaseException as exc:  # an outermost loop: the slot outlives whatever this is
-            self.calls.ended(slot)
-            self._start_thread(slot, self.desk.inherit(slot))
+            self._replace(slot, exc)
+
+    def _replace(self, slot: int, exc: BaseException) -> None:
+        """From a slot's thread, which ends: another takes its place and, once, its batch."""
+        self.calls.ended(slot)
+        inherited = self.desk.inherit(slot)
+        self._deaths[slot] += 1
+        if self._deaths[slot] > DEATHS_MAX:  # it would go on for ever: the fault is not the batch's
+            self._report_loss(slot, f"{self._deaths[slot]} threads died in a row: {exc!r}")
+            return
+        try:
             self._observer.observe(WorkerReplaced(slot, reason=repr(exc)))
+        finally:
+            self._start_thread(slot, inherited)
 
     def _work(self, slot: int, job: Job) -> None:
         lane = job.lane
@@ -134,6 +147,7 @@ class Workers:
                 )
             )
         self.desk.settle(slot, outcome)
+        self._deaths[slot] = 0
 
     def _report_loss(self, slot: int, reason: str) -> None:
         """From a slot's thread, which ends: its waiters' event loop hears of it."""
