@@ -7,7 +7,7 @@ import pytest
 from tests.hand_clock import HandClock
 
 from trivec.accounts import ANONYMOUS, FIXED, Accounts, Allowance, KeyPlan, Scope, keys
-from trivec.accounts.keyring import STALE_S
+from trivec.accounts.keyring import STALE_S, STRANGE_S
 from trivec.accounts.stores.memory import MemoryStore
 from trivec.core.errors import KeyInvalid, KeyMissing, ModelDenied, ScopeMissing, StoreUnavailable
 
@@ -104,7 +104,7 @@ async def test_a_revoked_key_is_refused_within_a_second_by_every_process(
     assert STALE_S < 1
 
 
-async def test_a_new_key_is_known_to_every_process_within_a_second(
+async def test_a_new_key_is_known_to_every_process_almost_at_once(
     process: Process, clock: HandClock
 ) -> None:
     one, other = process(), process()
@@ -112,7 +112,7 @@ async def test_a_new_key_is_known_to_every_process_within_a_second(
         await other.identify("nobody")
     new = await one.create_key(KeyPlan("t"))
 
-    clock.move(STALE_S)
+    clock.move(2 * STRANGE_S)
 
     assert (await other.identify(new.plain)).key_id == new.key.id
 

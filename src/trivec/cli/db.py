@@ -1,5 +1,7 @@
 """`trivec db`: the schema of the store."""
 
+from contextlib import closing
+
 import typer
 
 from trivec.cli.store import ConfigFile, DataDir, say, settings_of
@@ -17,10 +19,10 @@ def upgrade(data_dir: DataDir = None, config: ConfigFile = None) -> None:
     """Bring the schema to the one this version reads; needed on Postgres, automatic on SQLite."""
     from trivec.accounts.stores import open_store
 
-    store = open_store(settings_of(data_dir, config))
-    before = store.revision()
-    store.upgrade()
-    after = store.revision()
+    with closing(open_store(settings_of(data_dir, config))) as store:
+        before = store.revision()
+        store.upgrade()
+        after = store.revision()
     if before == after:
         say(f"The schema is up to date, at revision {after}.")
     else:

@@ -65,7 +65,8 @@ def create(
         allowance=Allowance(requests_per_minute, tokens_per_minute),
         expires_us=instant(expires, option="--expires", ahead=True),
     )
-    new = administration(data_dir, config).create_key(plan)
+    with administration(data_dir, config) as books:
+        new = books.create_key(plan)
     _print_new(new, as_json=as_json)
     say(f"This is the only time the key {new.key.name} ({new.key.id}) is shown; keep it safe.")
 
@@ -78,11 +79,8 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List the keys, oldest first."""
-    keys = [
-        key
-        for key in administration(data_dir, config).list_keys()
-        if everything or key.revoked_us is None
-    ]
+    with administration(data_dir, config) as books:
+        keys = [key for key in books.list_keys() if everything or key.revoked_us is None]
     if as_json:
         print_json([key_json(key) for key in keys])
     elif not keys:
@@ -99,7 +97,8 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show one key: everything about it but the key itself."""
-    found = administration(data_dir, config).show_key(key)
+    with administration(data_dir, config) as books:
+        found = books.show_key(key)
     if as_json:
         print_json(key_json(found))
         return
@@ -118,7 +117,8 @@ def revoke(
     as_json: AsJson = False,
 ) -> None:
     """Close a key for ever; every running server refuses it within a second."""
-    found = administration(data_dir, config).revoke_key(key)
+    with administration(data_dir, config) as books:
+        found = books.revoke_key(key)
     if as_json:
         print_json(key_json(found))
     say(f"The key {found.name} ({found.id}) opens nothing any more.")
@@ -137,9 +137,9 @@ def rotate(
     """Print a new key for the same name, limits and usage; the old one goes on for a while."""
     until_us = instant(overlap, option="--overlap", ahead=True)
     assert until_us is not None
-    new = administration(data_dir, config).rotate_key(
-        key, overlap_s=max(0.0, until_us / 1_000_000 - time.time())
-    )
+    overlap_s = max(0.0, until_us / 1_000_000 - time.time())
+    with administration(data_dir, config) as books:
+        new = books.rotate_key(key, overlap_s=overlap_s)
     _print_new(new, as_json=as_json)
     say(f"The old key of {new.key.name} works until {shown(new.key.secrets[0].expires_us)} UTC.")
 

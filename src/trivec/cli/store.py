@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -36,7 +37,9 @@ def settings_of(data_dir: str | None, config: str | None) -> Settings:
     return load_settings({"data_dir": data_dir, "config": config}, os.environ, warn=say)
 
 
-def administration(data_dir: str | None, config: str | None) -> "Administration":
+def administration(
+    data_dir: str | None, config: str | None
+) -> "AbstractContextManager[Administration]":
     """Raises `StartError` and `StoreUnavailable`."""
     from trivec.accounts.stores import open_administration
     from trivec.core.clock import SystemClock

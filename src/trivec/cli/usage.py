@@ -48,14 +48,14 @@ def usage(
     if as_json and as_csv:
         raise SettingInvalid("--json and --csv exclude each other; give one")
     grouping = _grouping(by)
-    books = administration(data_dir, config)
-    query = UsageQuery(
-        grouping,
-        since_us=instant(since, option="--since", ahead=False),
-        until_us=instant(until, option="--until", ahead=False),
-        key_id=None if key is None else books.key_id(key),
-    )
-    lines = books.usage(query)
+    with administration(data_dir, config) as books:
+        query = UsageQuery(
+            grouping,
+            since_us=instant(since, option="--since", ahead=False),
+            until_us=instant(until, option="--until", ahead=False),
+            key_id=None if key is None else books.key_id(key),
+        )
+        lines = books.usage(query)
     if as_json:
         print_json([usage_json(line, grouping) for line in lines])
     elif as_csv:

@@ -1,5 +1,7 @@
 """From settings to a store, its secret, and what stands on them."""
 
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from trivec.accounts.accounts import Accounts
@@ -35,13 +37,14 @@ def open_accounts(settings: Settings, *, clock: Clock) -> Accounts:
     )
 
 
-def open_administration(settings: Settings, *, clock: Clock) -> Administration:
+@contextmanager
+def open_administration(settings: Settings, *, clock: Clock) -> Iterator[Administration]:
     """What a command needs. Raises `StartError`, and `StoreUnavailable` when the store is away."""
     secret = _secret(settings)
-    store = open_store(settings)
-    store.prepare()
-    check_secret(store, secret)
-    return Administration(store, clock=clock, secret=secret)
+    with closing(open_store(settings)) as store:
+        store.prepare()
+        check_secret(store, secret)
+        yield Administration(store, clock=clock, secret=secret)
 
 
 def open_store(settings: Settings) -> SqlStore:

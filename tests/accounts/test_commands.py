@@ -1,0 +1,242 @@
+"""`trivec keys`, `trivec usage` and `trivec db`, as somebody at a terminal or a script uses them."""
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from tests.accounts.postgres import PostgresServer
+from tests.accounts.requests import closing, opening
+from typer.testing import CliRunner
+
+from trivec.accounts.stores import open_accounts
+from trivec.cli.db import db_app
+from trivec.cli.keys import keys_app
+from trivec.cli.usage import usage
+from trivec.core.clock import SystemClock
+from trivec.core.errors import FieldInvalid, ResourceUnknown, SettingInvalid
+from trivec.settings import Settings
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command printed."""
+
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Trivec = Callable[..., Said]
+
+
+@pytest.fixture
+def trivec(tmp_path: Path) -> Trivec:
+    """Runs a command on a data folder of the test's own; its refusal is raised."""
+    app = typer.Typer()
+    app.add_typer(keys_app, name="keys")
+    app.add_typer(db_app, name="db")
+    app.command()(usage)
+
+    def run(*words: str, **environ: str) -> Said:
+        result = CliRunner().invoke(
+            app, [*words, "--data-dir", str(tmp_path)], env=environ, catch_exceptions=False
+        )
+        assert result.exit_code == 0, result.output
+        return Said(result.stdout, result.stderr)
+
+    return run
+
+
+def test_a_shell_catches_the_key_and_the_person_is_told_to_keep_it(trivec: Trivec) -> None:
+    said = trivec("keys", "create", "--name", "t")
+
+    assert said.out.startswith("tv_")
+    assert len(said.out.split()) == 1
+    assert "only time" in said.err
+    assert said.out.strip() not in said.err
+
+
+def test_a_script_is_told_three_things_about_a_new_key(trivec: Trivec) -> None:
+    made = trivec("keys", "create", "--name", "t", "--json").json
+
+    assert set(made) == {"id", "name", "key"}
+    assert made["name"] == "t"
+    assert trivec("keys", "show", made["key"], "--json").json["id"] == made["id"]
+
+
+def test_everything_that_can_be_said_of_a_key(trivec: Trivec) -> None:
+    trivec(
+        *("keys", "create", "--name", "t", "--scope", "admin", "--scope", "embed"),
+        *("--model", "baai/bge-m3", "--rpm", "600", "--tpm", "1_000_000"),
+        *("--expires", "2099-01-02"),
+    )
+
+    (key,) = trivec("keys", "list", "--json").json
+
+    assert key["scopes"] == ["admin", "embed"]
+    assert key["models"] == ["baai/bge-m3"]
+    assert (key["requests_per_minute"], key["tokens_per_minute"]) == (600, 1_000_000)
+    assert (key["expires"], key["revoked"]) == ("2099-01-02T00:00:00Z", None)
+    assert [set(secret) for secret in key["secrets"]] == [{"first", "last", "created", "expires"}]
+
+
+@pytest.mark.parametrize("by", ["name", "id", "key"])
+def test_a_key_is_addressed_by(trivec: Trivec, by: str) -> None:
+    made = trivec("keys", "create", "--name", "t", "--json").json
+
+    assert trivec("keys", "revoke", made[by], "--json").json["revoked"] is not None
+
+
+def test_the_list_is_a_table_without_the_revoked(trivec: Trivec) -> None:
+    for name in ("kept [red]", "gone"):
+        trivec("keys", "create", "--name", name, "--rpm", "1200")
+    trivec("keys", "revoke", "gone")
+
+    table = trivec("keys", "list").out
+
+    assert "kept [red]" in table
+    assert "1,200" in table
+    assert "gone" not in table
+    assert "gone" in trivec("keys", "list", "--all").out
+
+
+def test_an_empty_list_says_what_to_do_and_prints_nothing(trivec: Trivec) -> None:
+    said = trivec("keys", "list")
+
+    assert said.out == ""
+    assert "trivec keys create" in said.err
+
+
+def test_a_rotation_prints_a_second_key_and_says_how_long_the_first_goes_on(
+    trivec: Trivec,
+) -> None:
+    first = trivec("keys", "create", "--name", "t").out.strip()
+    said = trivec("keys", "rotate", "t", "--overlap", "1h", "--json")
+
+    key = trivec("keys", "show", "t", "--json").json
+    assert said.json["key"] != first
+    assert [secret["first"] for secret in key["secrets"]] == [first[:8], said.json["key"][:8]]
+    assert key["secrets"][0]["expires"] is not None
+    assert key["secrets"][1]["expires"] is None
+    assert "works until" in said.err
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        pytest.param(["keys", "show", "none"], ResourceUnknown, "no key none", id="unknown"),
+        pytest.param(["keys", "show", "tv_typo"], ResourceUnknown, "typo in it", id="a-typo"),
+        pytest.param(
+            ["keys", "create", "--name", " "], FieldInvalid, "printable", id="a-blank-name"
+        ),
+        pytest.param(
+            ["keys", "create", "--name", "t", "--rpm", "0"], FieldInvalid, "1 to", id="no-allowance"
+        ),
+        pytest.param(
+            ["keys", "create", "--name", "t", "--scope", "root"], SettingInvalid, "root", id="scope"
+        ),
+        pytest.param(
+            ["keys", "create", "--name", "t", "--expires", "soon"], SettingInvalid, "30d", id="when"
+        ),
+        pytest.param(["usage", "--by", "moon"], SettingInvalid, "key, model or day", id="by-what"),
+        pytest.param(["usage", "--json", "--csv"], SettingInvalid, "exclude", id="two-formats"),
+        pytest.param(["usage", "--since", "then"], SettingInvalid, "2026", id="since-when"),
+    ],
+)
+def test_a_refusal_says_what_to_do(
+    trivec: Trivec, words: list[str], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        trivec(*words)
+
+
+def test_a_name_is_taken_until_its_key_is_revoked(trivec: Trivec) -> None:
+    trivec("keys", "create", "--name", "t")
+    with pytest.raises(FieldInvalid, match="already"):
+        trivec("keys", "create", "--name", "t")
+    trivec("keys", "revoke", "t")
+
+    trivec("keys", "create", "--name", "t")
+
+    assert len(trivec("keys", "list", "--all", "--json").json) == 2
+    assert trivec("keys", "show", "t", "--json").json["revoked"] is None
+
+
+@pytest.fixture
+async def used(trivec: Trivec, tmp_path: Path) -> list[str]:
+    """Two keys' ids; one was billed 2,000 tokens in two requests, the other had one failure."""
+    busy, idle = (
+        trivec("keys", "create", "--name", name, "--json").json for name in ("busy", "idle")
+    )
+    accounts = open_accounts(Settings(data_dir=tmp_path), clock=SystemClock())
+    accounts.start()
+    for made, status, tokens in [(busy, 200, 1500), (busy, 200, 500), (idle, 400, 0)]:
+        caller = await accounts.identify(made["key"])
+        await (await accounts.open(caller, opening())).close(closing(status, tokens))
+    accounts.stop()
+    return [busy["id"], idle["id"]]
+
+
+def test_usage_by_key(trivec: Trivec, used: list[str]) -> None:
+    rows = trivec("usage", "--by", "key", "--json").json
+
+    assert sorted(rows, key=lambda row: row["name"]) == [
+        {"key": used[0], "name": "busy", "requests": 2, "tokens": 2000},
+        {"key": used[1], "name": "idle", "requests": 1, "tokens": 0},
+    ]
+
+
+@pytest.mark.usefixtures("used")
+def test_usage_by_model_and_by_day(trivec: Trivec) -> None:
+    by_model = trivec("usage", "--by", "model", "--json").json
+    by_day = trivec("usage", "--by", "day", "--json").json
+
+    assert by_model == [{"model": "m", "requests": 3, "tokens": 2000}]
+    assert [set(row) for row in by_day] == [{"day", "requests", "tokens"}]
+    assert sum(row["tokens"] for row in by_day) == 2000
+
+
+@pytest.mark.usefixtures("used")
+def test_usage_as_csv_and_as_a_table(trivec: Trivec) -> None:
+    rows = list(csv.DictReader(io.StringIO(trivec("usage", "--csv").out)))
+    table = trivec("usage").out
+
+    assert {row["name"]: row["tokens"] for row in rows} == {"busy": "2000", "idle": "0"}
+    assert "2,000" in table
+    assert "total" in table
+    assert "100.0%" in table
+
+
+@pytest.mark.usefixtures("used")
+def test_usage_of_a_time_or_a_key(trivec: Trivec) -> None:
+    def tokens(*words: str) -> int:
+        return sum(row["tokens"] for row in trivec("usage", "--json", *words).json)
+
+    assert tokens("--since", "1h") == 2000
+    assert tokens("--until", "1h") == 0
+    assert tokens("--key", "idle") == 0
+    assert tokens("--key", "busy") == 2000
+
+
+def test_the_schema_is_brought_up_to_date_on_postgres(
+    trivec: Trivec, postgres: PostgresServer
+) -> None:
+    url = postgres.new_database()
+
+    first = trivec("db", "upgrade", TRIVEC_DATABASE_URL=url)
+    second = trivec("db", "upgrade", TRIVEC_DATABASE_URL=url)
+    trivec("keys", "create", "--name", "t", TRIVEC_DATABASE_URL=url)
+
+    assert "from nothing" in first.err
+    assert "up to date" in second.err
+    listed = trivec("keys", "list", "--json", TRIVEC_DATABASE_URL=url).json
+    assert [key["name"] for key in listed] == ["t"]
