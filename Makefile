@@ -12,7 +12,7 @@ serve: $(VENV)/.serve
 	@exec $(VENV)/bin/trivec serve $(ARGS)
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -m "not reference" $(ARGS)
+	$(VENV)/bin/python -m pytest --ignore=tests/reference --ignore=tests/clients $(ARGS)
 
 check: $(VENV)/.test $(VENV)/.check
 	$(VENV)/bin/ruff check .
@@ -20,9 +20,13 @@ check: $(VENV)/.test $(VENV)/.check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
+# Other people's clients and fuzzers, whose packages would slow `make test` down.
+test-clients: $(VENV)/.clients
+	$(VENV)/bin/python -m pytest tests/clients $(ARGS)
+
 # Compares with torch, transformers and FlagEmbedding: about 1 GB of packages.
 test-reference: $(VENV)/.test $(VENV)/.reference
-	$(VENV)/bin/python -m pytest -m reference $(ARGS)
+	$(VENV)/bin/python -m pytest tests/reference $(ARGS)
 
 # Moves every pin to the newest version that fits; needs uv on the path.
 lock:

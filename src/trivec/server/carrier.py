@@ -60,3 +60,8 @@ class Carrier(Server):
         fd = os.dup(self._listener.fileno())
         self._shd = SocketHolder(fd, False, BACKLOG)  # type: ignore[call-arg, assignment] # unstubbed
         self._listener.close()
+
+    def stop(self) -> None:
+        """Stop listening, finish what was accepted, then let `serve` return."""
+        self.interrupt_signal = True
+        self.main_loop_interrupt.set()
