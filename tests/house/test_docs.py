@@ -1,0 +1,60 @@
+"""The pages say what the code says. (The metrics page has its test beside the metrics.)"""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from trivec.settings import setting_paths, variable_name
+
+ROOT = Path(__file__).resolve().parents[2]
+DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+DECISION_LINES_MAX = 60
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / name).read_text("utf-8")
+
+
+def test_the_configuration_page_is_what_the_settings_say() -> None:
+    script = ROOT / "scripts" / "configuration.py"
+    made = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert page("configuration.md") == made.stdout, (
+        "run: python scripts/configuration.py > docs/configuration.md"
+    )
+
+
+def test_every_setting_is_on_the_configuration_page() -> None:
+    text = page("configuration.md")
+    for path in setting_paths():
+        name = "TRIVEC_MODEL" if path == ("models",) else variable_name(path)
+        assert f"`{name}`" in text
+
+
+def test_every_error_is_in_the_tree_that_the_module_draws() -> None:
+    source = (ROOT / "src" / "trivec" / "core" / "errors.py").read_text("utf-8")
+    module = ast.parse(source)
+    drawn = ast.get_docstring(module) or ""
+    names = [node.name for node in module.body if isinstance(node, ast.ClassDef)]
+    assert [name for name in names if not re.search(rf"\b{name}\b", drawn)] == []
+
+
+def test_decisions_are_short_and_numbered_once() -> None:
+    numbers = [file.name[:4] for file in DECISIONS]
+    assert len(numbers) == len(set(numbers)) > 0
+    lengths = {file.name: len(file.read_text("utf-8").splitlines()) for file in DECISIONS}
+    assert {name: n for name, n in lengths.items() if n > DECISION_LINES_MAX} == {}
+
+
+def test_links_between_our_pages_lead_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    broken = [
+        f"{file.relative_to(ROOT)}: {target}"
+        for file in pages
+        for target in re.findall(r"\]\(([^)#:]+)\)", file.read_text("utf-8"))
+        if not (file.parent / target).exists()
+    ]
+    assert broken == []
