@@ -89,7 +89,7 @@ class Trial:
 
     def attempt(self, recipe: Recipe, *, refused: tuple[str, ...]) -> Candidate:
         """Quantise, compile, run the probes, compare."""
-        tensors = self._int8(recipe)
+        tensors = self.tensors(recipe)
         session = self._open(tensors, recipe)
         found = compare(self._reference.vectors, self._vectors(session))
         certificate = Certificate(
@@ -131,7 +131,7 @@ class Trial:
     def _most_sensitive_layers(self, recipe: Recipe) -> frozenset[int]:
         """The quarter of the layers that add most error to their own output, by its square."""
         exact = self._layer_outputs(fp32_tensors(self._checkpoint), FP32)
-        int8 = self._layer_outputs(self._int8(recipe), recipe)
+        int8 = self._layer_outputs(self.tensors(recipe), recipe)
         errors = [
             float(np.mean(((a - b) ** 2).sum(axis=1) / (a**2).sum(axis=1)))
             for a, b in zip(exact, int8, strict=True)
@@ -147,7 +147,8 @@ class Trial:
         session = self._open(tensors, recipe, Extra.LAYERS)
         return session.extras(next(self._rows(session, self._probes.calibration)), slot=0)
 
-    def _int8(self, recipe: Recipe) -> dict[str, NDArray[np.generic]]:
+    def tensors(self, recipe: Recipe) -> dict[str, NDArray[np.generic]]:
+        """The model quantised for *recipe*."""
         with self._checkpoint.weights() as weights:
             tensors = int8_tensors(
                 weights.take, self._checkpoint.config, recipe, self._reference.ranges

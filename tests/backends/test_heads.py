@@ -1,0 +1,122 @@
+"""The vectorised heads against loops, and what a mixed batch gets."""
+
+import numpy as np
+import pytest
+from tests.backends.batches import ALL
+
+from trivec.backends.heads import HiddenRows, Readout
+from trivec.checkpoints.checkpoint import Heads, Pooling
+from trivec.core.types import Output
+
+HIDDEN, DIMENSIONS = 32, 24
+IGNORED = (0, 1, 2, 3)
+
+
+def heads(seed: int = 0) -> Heads:
+    draw = np.random.default_rng(seed)
+    return Heads(
+        sparse_weight=draw.standard_normal((1, HIDDEN), np.float32),
+        sparse_bias=np.array([0.1], np.float32),
+        multi_weight=draw.standard_normal((DIMENSIONS, HIDDEN), np.float32),
+        multi_bias=draw.standard_normal(DIMENSIONS, np.float32),
+        ignored_token_ids=IGNORED,
+    )
+
+
+def rows_of(lengths: list[int], outputs: list[Output], *, vocabulary: int = 9) -> HiddenRows:
+    """Random rows with ids so few that most repeat."""
+    draw = np.random.default_rng(sum(lengths))
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    hidden = draw.standard_normal((int(starts[-1]), HIDDEN), np.float32)
+    ids = draw.integers(0, vocabulary, int(starts[-1])).astype(np.int32)
+    return HiddenRows(hidden, ids, starts, np.array([int(o) for o in outputs], np.uint8))
+
+
+def lexical_weights(head: Heads, rows: HiddenRows, i: int) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for place in range(rows.starts[i], rows.starts[i + 1]):
+        token = int(rows.token_ids[place])
+        weight = float(rows.hidden[place] @ head.sparse_weight[0] + head.sparse_bias[0])
+        if token not in IGNORED and weight > 0:
+            found[token] = max(weight, found.get(token, 0.0))
+    return found
+
+
+def test_sparse_is_the_largest_weight_of_each_id_in_each_text() -> None:
+    rows = rows_of([5, 1, 12, 40, 2], [ALL] * 5)
+    found = Readout(Pooling.CLS, True, heads()).vectors(rows).sparse
+    for i, sparse in enumerate(found):
+        expected = lexical_weights(heads(), rows, i)
+        assert sparse is not None
+        assert sparse.token_ids.tolist() == sorted(expected)
+        weights = [expected[token] for token in sorted(expected)]
+        np.testing.assert_allclose(sparse.weights, weights, rtol=1e-4, atol=1e-6)
+
+
+def test_a_text_of_special_tokens_only_has_an_empty_sparse_vector() -> None:
+    rows = rows_of([4, 6], [ALL, ALL], vocabulary=3)
+    found = Readout(Pooling.CLS, True, heads()).vectors(rows).sparse
+    assert [len(one.token_ids) for one in found if one is not None] == [0, 0]
+
+
+def test_multi_drops_the_first_token_and_has_rows_of_length_one() -> None:
+    rows = rows_of([5, 2, 9], [Output.DENSE, Output.MULTI, ALL])
+    found = Readout(Pooling.CLS, True, heads()).vectors(rows).multi
+    assert found[0] is None
+    for i, count in ((1, 1), (2, 8)):
+        own = rows.hidden[rows.starts[i] + 1 : rows.starts[i + 1]]
+        expected = own @ heads().multi_weight.T + heads().multi_bias
+        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+        multi = found[i]
+        assert multi is not None
+        assert multi.shape == (count, DIMENSIONS)
+        np.testing.assert_allclose(multi, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "normalize"),
+    [
+        pytest.param(Pooling.MEAN, True, id="mean-normalised"),
+        pytest.param(Pooling.MEAN, False, id="mean-as-it-is"),
+        pytest.param(Pooling.CLS, True, id="first-token-normalised"),
+        pytest.param(Pooling.CLS, False, id="first-token-as-it-is"),
+    ],
+)
+def test_dense_pools_each_text_alone(pooling: Pooling, normalize: bool) -> None:
+    rows = rows_of([5, 1, 12], [Output.DENSE] * 3)
+    found = Readout(pooling, normalize, None).vectors(rows).dense
+    for i in range(3):
+        own = rows.hidden[rows.starts[i] : rows.starts[i + 1]].astype(np.float64)
+        expected = own.mean(axis=0) if pooling is Pooling.MEAN else own[0]
+        expected = expected / np.linalg.norm(expected) if normalize else expected
+        np.testing.assert_allclose(found[i], expected, rtol=0, atol=1e-6)
+
+
+def test_not_a_number_is_never_hidden_by_the_heads() -> None:
+    """The engine checks that vectors are finite; a NaN must reach it in every kind of vector."""
+    rows = rows_of([6], [ALL])
+    rows.token_ids[:] = 7
+    rows.hidden[:] = np.nan
+    found = Readout(Pooling.CLS, True, heads()).vectors(rows)
+    sparse, multi = found.sparse[0], found.multi[0]
+    assert sparse is not None
+    assert multi is not None
+    assert np.isnan(found.dense).all()
+    assert np.isnan(sparse.weights).all()
+    assert np.isnan(multi).all()
+
+
+def test_a_zero_row_stays_zero() -> None:
+    rows = rows_of([2], [Output.DENSE])
+    rows.hidden[:] = 0
+    assert not Readout(Pooling.MEAN, True, None).vectors(rows).dense.any()
+
+
+def test_vectors_are_no_views_of_the_hidden_states() -> None:
+    """The hidden states are the device's memory, overwritten by the next row."""
+    rows = rows_of([3, 4], [ALL, ALL])
+    found = Readout(Pooling.CLS, False, heads()).vectors(rows)
+    before = [found.dense.copy(), *(one.copy() for one in found.multi if one is not None)]
+    rows.hidden[:] = 0
+    after = [found.dense, *(one for one in found.multi if one is not None)]
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
