@@ -1,0 +1,56 @@
+"""The Grafana dashboard asks only for metrics and labels that there are, and shows every one."""
+
+import json
+import re
+from pathlib import Path
+
+from trivec.telemetry.table import TABLE, Kind
+
+FILE = Path(__file__).parents[2] / "deploy" / "grafana-dashboard.json"
+
+
+def expressions() -> list[str]:
+    panels = json.loads(FILE.read_text())["panels"]
+    return [target["expr"] for panel in panels for target in panel["targets"]]
+
+
+def exposed() -> dict[str, set[str]]:
+    """Every name on the page, histograms' suffixes included, with its labels."""
+    names: dict[str, set[str]] = {}
+    for metric in TABLE:
+        suffixes = ("_bucket", "_sum", "_count") if metric.kind is Kind.HISTOGRAM else ("",)
+        for suffix in suffixes:
+            names[metric.name + suffix] = {*metric.labels, *(["le"] if suffix == "_bucket" else [])}
+    return names
+
+
+def test_every_panel_asks_for_metrics_that_there_are() -> None:
+    asked = {name for expression in expressions() for name in re.findall(r"trivec_\w+", expression)}
+    assert asked - set(exposed()) == set()
+
+
+def test_every_label_asked_for_belongs_to_its_metric() -> None:
+    known = exposed()
+    for expression in expressions():
+        for name, selector in re.findall(r"(trivec_\w+)\{([^}]*)\}", expression):
+            labels = set(re.findall(r"(\w+)=~?\"", selector)) - {"instance"}
+            assert labels <= known[name], expression
+
+
+def test_every_metric_is_on_the_dashboard() -> None:
+    text = " ".join(expressions())
+    assert [metric.name for metric in TABLE if metric.name not in text] == []
+
+
+def test_panels_do_not_lie_on_one_another() -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in json.loads(FILE.read_text())["panels"]:
+        at = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(at["x"], at["x"] + at["w"])
+            for y in range(at["y"], at["y"] + at["h"])
+        }
+        assert not cells & taken, panel["title"]
+        assert at["x"] + at["w"] <= 24
+        taken |= cells
