@@ -70,7 +70,7 @@ def main(folder: str, database_url: str, command: str, *arguments: str) -> None:
     accounts = open_accounts(settings, clock=SystemClock())
     accounts.start()
     os.write(1, b"started\n")
-    asyncio.run({"load": load, "ask": ask}[command](accounts, *arguments))
+    asyncio.run(load(accounts, *arguments) if command == "load" else ask(accounts))
     accounts.stop()
 
 

@@ -39,8 +39,8 @@ def one(store: Store, entry: "Reserve | Settle | Upkeep", *, at_s: float = 0) ->
     return outcome
 
 
-def used(store: Store, by: UsageBy = UsageBy.KEY, **limits: object) -> list[UsageLine]:
-    return store.usage(UsageQuery(by, **limits))  # type: ignore[arg-type]
+def used(store: Store, by: UsageBy = UsageBy.KEY) -> list[UsageLine]:
+    return store.usage(UsageQuery(by))
 
 
 def test_an_allowance_is_spent_and_refilled_with_time(shelf: Shelf) -> None:
@@ -234,21 +234,21 @@ def test_usage_is_the_sum_of_the_ledger(shelf: Shelf, by: UsageBy, lines: list[U
 
 
 @pytest.mark.parametrize(
-    ("limits", "tokens"),
+    ("query", "tokens"),
     [
-        pytest.param({"since_us": NOON_US + 1}, 7, id="since-is-included"),
-        pytest.param({"since_us": NOON_US}, 34, id="from-that-instant-on"),
-        pytest.param({"until_us": NOON_US + DAY_US}, 27, id="until-is-not-included"),
-        pytest.param({"key_id": "key_b"}, 7, id="of-one-key"),
+        pytest.param(UsageQuery(UsageBy.KEY, since_us=NOON_US), 34, id="since-is-included"),
+        pytest.param(UsageQuery(UsageBy.KEY, since_us=NOON_US + 1), 7, id="nothing-before-since"),
+        pytest.param(
+            UsageQuery(UsageBy.KEY, until_us=NOON_US + DAY_US), 27, id="until-is-not-included"
+        ),
+        pytest.param(UsageQuery(UsageBy.KEY, key_id="key_b"), 7, id="of-one-key"),
     ],
 )
-def test_usage_of_a_part_of_the_ledger(
-    shelf: Shelf, limits: dict[str, object], tokens: int
-) -> None:
+def test_usage_of_a_part_of_the_ledger(shelf: Shelf, query: UsageQuery, tokens: int) -> None:
     store = shelf.open()
     store.commit([Settle(row) for row in ROWS], now_us=NOON_US)
 
-    assert sum(line.tokens for line in used(store, **limits)) == tokens
+    assert sum(line.tokens for line in store.usage(query)) == tokens
 
 
 def test_a_group_is_written_whole_when_some_of_it_is_refused(shelf: Shelf) -> None:
