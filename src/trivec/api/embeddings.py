@@ -82,7 +82,7 @@ class Embeddings:
     async def _encode(self, visit: Visit, result: Result, embedder: Embedder) -> Answer:
         started_s = self._clock.now_s()
         size = estimate_bytes(result.question, result.sequences, embedder.card)
-        if size <= IN_LINE_BYTES_MAX:
+        if size <= IN_LINE_BYTES_MAX[result.question.encoding]:
             body = encode(result)
         else:  # in a thread of the event loop's own pool, so that nobody else waits for it
             body = await asyncio.to_thread(encode, result)

@@ -3,7 +3,6 @@
 It knows when a booking is opened and closed; what that costs a key is the accounts room's business.
 """
 
-import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -47,14 +46,15 @@ class Meter:
 
         A block that raises costs its key no tokens; one that ends before it was booked, as with a
         malformed body, costs it nothing. Raises `StoreUnavailable` rather than lose a success.
+        Cancelling it while it writes does not undo the row: the accounts room sees to that.
         """
         try:
             yield
         except BaseException as error:
             visit.token_count = 0
-            await asyncio.shield(self._close(visit, status_of(error)))
+            await self._close(visit, status_of(error))
             raise
-        await asyncio.shield(self._close(visit, 200))
+        await self._close(visit, 200)
 
     async def _close(self, visit: Visit, status: int) -> None:
         closing = Closing(

@@ -60,7 +60,7 @@ class Tokenize:
             fits=sequences.token_count <= self._limits.request_tokens_max
             and all(text.fits for text in data),
         )
-        if answer_bytes <= IN_LINE_BYTES_MAX:
+        if answer_bytes <= IN_LINE_BYTES_MAX["float"]:
             return Answer(200, (msgspec.json.encode(answer),))
         return Answer(200, (await asyncio.to_thread(msgspec.json.encode, answer),))
 
