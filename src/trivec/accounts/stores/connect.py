@@ -17,6 +17,7 @@ from sqlalchemy.exc import ArgumentError
 
 from trivec.core.errors import SettingInvalid
 
+NOTES_ONLY = "trivec_notes_only"
 LOCK_STEP_S = 0.0003
 LOCK_WAIT_S = 1.0  # another process holds a lock for a millisecond; longer is a fault
 CONNECT_S = 5
@@ -28,9 +29,10 @@ POSTGRES_DRIVER = "postgresql+psycopg"
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    """Both ways into one database."""
+    """Every way into one database."""
 
-    writing: Engine
+    writing: Engine  # a commit is on disk when it returns
+    noting: Engine  # the same connection; a commit survives our death, perhaps not a power cut
     reading: Engine
 
     def dispose(self) -> None:
@@ -40,7 +42,7 @@ class Engines:
 
 
 def sqlite_engines(file: Path) -> Engines:
-    """One file in WAL mode; a commit is on disk when it returns."""
+    """One file in WAL mode."""
     url = URL.create("sqlite+pysqlite", database=str(file))
     wait = {"timeout": LOCK_WAIT_S}
     writing = _engine(url, wait, size=1)
@@ -51,7 +53,7 @@ def sqlite_engines(file: Path) -> Engines:
             os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))
 
     def open_for_writing(raw: sqlite3.Connection, _: object) -> None:
-        _pragmas(raw, "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON")
+        _pragmas(raw, "journal_mode=WAL", "foreign_keys=ON")
         _pragmas(raw, f"journal_size_limit={WAL_BYTES_KEPT}", "busy_timeout=0")
 
     def open_for_reading(raw: sqlite3.Connection, _: object) -> None:
@@ -63,7 +65,7 @@ def sqlite_engines(file: Path) -> Engines:
     event.listen(writing, "begin", _begin_writing)
     event.listen(reading, "connect", open_for_reading)
     event.listen(reading, "begin", _begin_reading)
-    return Engines(writing, reading)
+    return _engines(writing, reading)
 
 
 def postgres_engines(database_url: str) -> Engines:
@@ -72,10 +74,16 @@ def postgres_engines(database_url: str) -> Engines:
     # Durable whatever the server's own default is; and nothing that hangs, hangs for long.
     writing = "-c synchronous_commit=on -c lock_timeout=2000 -c statement_timeout=10000"
     reading = "-c default_transaction_read_only=on -c statement_timeout=60000"
-    return Engines(
+    engines = _engines(
         _engine(url, _postgres_arguments(writing), size=1),
         _engine(url, _postgres_arguments(reading), size=READERS_MAX),
     )
+    event.listen(engines.noting, "begin", _begin_noting)
+    return engines
+
+
+def _engines(writing: Engine, reading: Engine) -> Engines:
+    return Engines(writing, writing.execution_options(**{NOTES_ONLY: True}), reading)
 
 
 def _engine(url: URL, connect_args: dict[str, Any], *, size: int) -> Engine:
@@ -122,14 +130,21 @@ def _begin_reading(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN")
 
 
+def _begin_noting(connection: Connection) -> None:
+    if connection.get_execution_options().get(NOTES_ONLY, False):
+        connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
+
+
 def _begin_writing(connection: Connection) -> None:
-    """Take the lock that all processes write under.
+    """Take the lock that all processes write under; sync the disk at the end unless it is a note.
 
     SQLite's own way of waiting backs off to a tenth of a second, and one busy process then starves
     another for seconds; steps shorter than a commit do not.
     """
     raw = connection.connection.driver_connection
     assert isinstance(raw, sqlite3.Connection)
+    notes_only = connection.get_execution_options().get(NOTES_ONLY, False)
+    _pragmas(raw, "synchronous=NORMAL" if notes_only else "synchronous=FULL")
     deadline_s = time.monotonic() + LOCK_WAIT_S
     while time.monotonic() < deadline_s:
         try:

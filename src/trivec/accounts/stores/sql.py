@@ -28,7 +28,7 @@ from sqlalchemy.exc import (
 )
 
 from trivec.accounts.allowance import Bucket
-from trivec.accounts.entries import Claim, ClaimName, Committed, Entry, Upkeep
+from trivec.accounts.entries import Claim, ClaimName, Committed, Entry, Reserve, Upkeep
 from trivec.accounts.page import CLAIM_HELD_US, Page, claims_touched, keys_touched
 from trivec.accounts.store import KeyChanges, name_taken, unavailable
 from trivec.accounts.stores import migrate, rows
@@ -103,7 +103,8 @@ class SqlStore:
                 migrate.upgrade(connection)
 
     def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
-        with self._writing() as connection:
+        notes_only = all(isinstance(entry, Reserve) for entry in entries)
+        with self._writing(notes_only=notes_only) as connection:
             page = Page(
                 now_us=now_us,
                 buckets=_buckets(connection, keys_touched(entries)),
@@ -186,9 +187,11 @@ class SqlStore:
         self._engines.dispose()
 
     @contextmanager
-    def _writing(self) -> Iterator[Connection]:
+    def _writing(self, *, notes_only: bool = False) -> Iterator[Connection]:
+        """Only what was billed must outlive a power cut; a reservation is forgotten in a minute."""
         self._ensure_prepared()
-        with self._mapped(), self._engines.writing.begin() as connection:
+        engine = self._engines.noting if notes_only else self._engines.writing
+        with self._mapped(), engine.begin() as connection:
             yield connection
 
     @contextmanager
