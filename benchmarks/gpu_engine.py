@@ -15,7 +15,7 @@ from trivec.backends.torch.building import DTYPES
 from trivec.checkpoints.checkpoint import Checkpoint, EncoderConfig
 from trivec.cli.bench.figures import Spread
 from trivec.cli.bench.texts import Workload, mixed, uniform
-from trivec.core.types import Batch, BatchBudget, Output
+from trivec.core.types import Batch, BatchBudget, Output, Sequences
 
 
 def engine_rates(backend: TorchBackend, checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
@@ -27,7 +27,9 @@ def engine_rates(backend: TorchBackend, checkpoint: Checkpoint, plan: Plan) -> d
     budget = backend.budget
     workloads = [uniform(n, tokens=8 * budget.tokens_max) for n in plan.lengths]
     workloads.append(mixed(tokens=8 * budget.tokens_max, length_max=max(plan.lengths)))
-    batches = {one.name: cut(one, budget, config.vocabulary_size) for one in workloads}
+    batches = {
+        one.name: cut(sequences_of(one, config.vocabulary_size), budget) for one in workloads
+    }
     products = Products(config, rows=plan.matmul_rows, dtype=DTYPES[backend.precision])
     limits: list[float] = []
     rates: dict[str, list[float]] = {name: [] for name in batches}
@@ -92,10 +94,14 @@ class Products:
         finish_device()
 
 
-def cut(workload: Workload, budget: BatchBudget, vocabulary_size: int) -> list[Batch]:
-    """Batches as the engine packs them: neighbours of like length, up to the budget."""
-    whole = Workload(workload.name, tuple(sorted(workload.lengths)))
-    packed = whole.sequences(vocabulary_size=vocabulary_size)
+def sequences_of(workload: Workload, vocabulary_size: int) -> Sequences:
+    """Random ids of the workload's lengths, shortest first."""
+    ascending = Workload(workload.name, tuple(sorted(workload.lengths)))
+    return ascending.sequences(vocabulary_size=vocabulary_size)
+
+
+def cut(packed: Sequences, budget: BatchBudget) -> list[Batch]:
+    """Batches as the engine packs them: neighbours, which are of like length, up to the budget."""
     batches = []
     first = 0
     while first < len(packed):
