@@ -31,16 +31,10 @@ async def sample(folder: Path, count: int) -> tuple[list[int], list[int]]:
     accounts = open_accounts(Settings(data_dir=folder), clock=SystemClock())
     accounts.start()
     plain = (await accounts.create_key(KeyPlan("t"))).plain
-    dice = random.Random(5)
     took: tuple[list[int], list[int]] = ([], [])
+    bearers = shuffled(plain, count)
     gc.disable()
-    for _ in range(2 * count):
-        is_near = dice.random() < 0.5
-        stranger = keys.new_plain_key()
-        shared = dice.randrange(8, 49)
-        bearer = (
-            plain[:shared] + stranger[shared:] if is_near else stranger[:shared] + stranger[shared:]
-        )
+    for is_near, bearer in bearers:
         start_ns = time.perf_counter_ns()
         try:
             await accounts.identify(bearer)
@@ -49,6 +43,18 @@ async def sample(folder: Path, count: int) -> tuple[list[int], list[int]]:
     gc.enable()
     await asyncio.to_thread(accounts.stop)
     return took
+
+
+def shuffled(plain: str, count: int) -> list[tuple[bool, str]]:
+    """Near misses of *plain* and strangers, built alike beforehand so that no cache tells them."""
+    dice = random.Random(5)
+    bearers = []
+    for is_near in [False, True] * count:
+        head, tail = plain if is_near else keys.new_plain_key(), keys.new_plain_key()
+        shared = dice.randrange(8, 49)
+        bearers.append((is_near, head[:shared] + tail[shared:]))
+    dice.shuffle(bearers)
+    return bearers
 
 
 def welch_t(one: list[int], other: list[int]) -> float:
