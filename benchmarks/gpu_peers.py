@@ -2,20 +2,26 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.gpu_engine import cut
 from benchmarks.gpu_plan import Plan, finish_device, talk
+from tokenizers import Tokenizer
 
 from trivec.backends.torch.backend import TorchBackend
 from trivec.backends.torch.building import DTYPES
 from trivec.cli.bench.texts import sentences
+from trivec.core.types import Sequences
 
 
 def peers(folder: Path, backend: TorchBackend, plan: Plan) -> dict[str, Any]:
     """Texts a second of sentence-transformers, and tokens a second of transformers' SDPA."""
-    found: dict[str, Any] = {}
+    texts = sentences(64 if plan.is_small else 4096)
+    found: dict[str, Any] = {"trivec": {"texts_a_second": own_rate(folder, backend, texts)}}
+    talk(f"trivec: {found['trivec']}")
     for name, measure in (
         ("sentence_transformers", sentence_transformers_rates),
         ("transformers_sdpa", transformers_rates),
@@ -26,6 +32,27 @@ def peers(folder: Path, backend: TorchBackend, plan: Plan) -> dict[str, Any]:
             found[name] = f"not here: {error}"
         talk(f"{name}: {found[name]}")
     return found
+
+
+def own_rate(folder: Path, backend: TorchBackend, texts: list[str]) -> float:
+    """Texts a second of the same sentences through our tokeniser and backend, warm."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+    def embed() -> None:
+        ids = sorted((one.ids for one in tokenizer.encode_batch_fast(texts)), key=len)
+        batches = cut(Sequences.pack(ids), backend.budget)
+
+        def feed(slot: int) -> None:  # a slot is one thread's
+            for batch in batches[slot :: backend.slot_count]:
+                backend.run(batch, slot=slot)
+
+        with ThreadPoolExecutor(backend.slot_count) as slots:
+            list(slots.map(feed, range(backend.slot_count)))
+
+    embed()
+    started_s = time.perf_counter()
+    embed()
+    return len(texts) / (time.perf_counter() - started_s)
 
 
 def sentence_transformers_rates(
