@@ -182,6 +182,15 @@ async def test_a_request_that_began_in_time_may_take_longer_than_its_deadline() 
         assert len((await request).vectors) == 3
 
 
+async def test_a_deadline_that_passes_after_the_first_batch_began_changes_nothing() -> None:
+    async with Rig() as rig:
+        rig.backend.gate.clear()
+        request = rig.send(sequences(5), deadline_s=0.5)
+        await rig.entered(1)
+        asyncio.get_running_loop().call_later(0.5, rig.backend.gate.set)
+        assert len((await request).vectors) == 1
+
+
 async def test_a_query_waits_for_no_more_than_the_batch_under_way() -> None:
     async with Rig() as rig:
         rig.backend.gate.clear()
@@ -221,6 +230,22 @@ async def test_two_models_share_a_device_by_the_time_they_take() -> None:
         await asyncio.gather(holder, slow, quick)
     order = "".join(event.model[0] for event in rig.listener.heard(BatchRan))
     assert [len(run) for run in order.split("s")][1:] == pytest.approx([10, 10, 10], abs=1)
+
+
+async def test_a_model_that_was_idle_has_no_claim_on_the_time_it_did_not_use() -> None:
+    clock = HandClock()
+    async with Rig(backend=TakingTime(clock, 1.0), clock=clock) as rig:
+        late_comer = rig.add("late", TakingTime(clock, 1.0))
+        await rig.engine.embed(sequences(*[500] * 20), Output.DENSE)
+        holder = await rig.occupy()
+        before = len(rig.listener.heard(BatchRan))
+        late = asyncio.create_task(late_comer.embed(sequences(*[500] * 10), Output.DENSE))
+        steady = rig.send(sequences(*[500] * 10))
+        await rig.queued(late, steady)
+        rig.backend.gate.set()
+        await asyncio.gather(holder, late, steady)
+    order = [event.model for event in rig.listener.heard(BatchRan)][before + 1 :]
+    assert order[:10].count("late") == pytest.approx(5, abs=1)
 
 
 async def test_each_batch_and_a_line_that_grows_are_told() -> None:

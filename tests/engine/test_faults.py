@@ -12,6 +12,7 @@ from trivec.backends.fake import FakeBackend, Poison
 from trivec.core.errors import DeviceLost, Draining, EngineFault
 from trivec.core.events import BatchRan, Event, RowNotFinite, WorkerReplaced
 from trivec.core.types import Batch, BatchBudget, Output, Reply, Vectors
+from trivec.engine import worker
 
 BAD = 200_001
 
@@ -327,6 +328,18 @@ async def test_stopping_answers_what_does_not_finish_in_time() -> None:
         rig.backend.gate.set()
         await stopping
     assert rig.backend.closed
+
+
+async def test_a_device_that_a_thread_never_leaves_is_not_closed_under_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker, "JOIN_S_MAX", 0.01)
+    async with Rig() as rig:
+        running = await rig.occupy()
+        await rig.workers.stop(0)
+        assert not rig.backend.closed
+        with pytest.raises(Draining):
+            await running
 
 
 async def test_a_second_stop_cuts_the_first_short() -> None:
