@@ -1,0 +1,218 @@
+"""int8 is earned: judged on probes, refused where it would be seen, kept and checked on disk."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tests.backends.batches import ALL, batch_of
+from tests.backends.conftest import random_ids
+from tests.checkpoints.tiny import write_tiny
+
+from trivec.backends.openvino import OpenVinoBackend
+from trivec.backends.openvino.certificate import Agreement, Certificate, compare
+from trivec.backends.openvino.certifying import Trial, best_int8
+from trivec.backends.openvino.prepared import Prepared, load, prepared_folder
+from trivec.backends.openvino.probes import LENGTHS_MADE, make_probes, read_sentences
+from trivec.backends.openvino.recipe import INT8_GROUPS_32, INT8_GROUPS_128, INT8_LADDER, INT8_ROWS
+from trivec.checkpoints.checkpoint import Checkpoint
+from trivec.checkpoints.opening import open_checkpoint
+from trivec.core.errors import SettingInvalid
+from trivec.core.types import SparseVector, Vectors
+
+
+def vectors_of(dense: np.ndarray) -> Vectors:
+    return Vectors(dense.astype(np.float32), (None,) * len(dense), (None,) * len(dense))
+
+
+def test_probes_cover_twenty_scripts_and_lengths_from_3_to_512(tiny_m3: Checkpoint) -> None:
+    scripts = {name.split(",")[0] for name in read_sentences()} - {"Code", "Emoji"}
+    assert len(scripts) >= 20
+    probes = make_probes(tiny_m3)
+    assert set(LENGTHS_MADE) <= set(probes.judgement.lengths().tolist())
+    assert (min(LENGTHS_MADE), max(LENGTHS_MADE)) == (3, 512)
+
+
+def test_no_sentence_is_used_both_to_calibrate_and_to_judge() -> None:
+    pairs = read_sentences().values()
+    assert not {first for first, _ in pairs} & {second for _, second in pairs}
+
+
+@pytest.mark.parametrize(
+    ("minimum", "mean", "passes"),
+    [
+        pytest.param(0.99, 0.998, True, id="at-both-bars"),
+        pytest.param(0.9899, 0.999, False, id="one-bad-text"),
+        pytest.param(0.995, 0.9979, False, id="all-a-little-off"),
+    ],
+)
+def test_the_bars(minimum: float, mean: float, passes: bool) -> None:
+    assert Agreement(minimum, mean).passes is passes
+
+
+def test_a_bad_head_alone_fails_the_certificate() -> None:
+    good, bad = Agreement(0.999, 0.999), Agreement(0.97, 0.99)
+    certificate = Certificate("int8-rows", good, good, bad, 10, 20, ())
+    assert not certificate.passes
+    assert "FAILS" in certificate.summary
+
+
+def test_cosines_are_of_each_sequence_and_nan_agrees_with_nothing() -> None:
+    exact = np.array([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    other = np.array([[1.0, 0.0], [0.0, 5.0], [np.nan, 1.0]])
+    found = compare(vectors_of(exact), vectors_of(other)).dense
+    assert found.minimum == -1.0
+    assert found.mean == pytest.approx(1 / 3)
+
+
+def test_sparse_cosine_counts_ids_that_only_one_side_has() -> None:
+    a = SparseVector(np.array([5, 9], np.int32), np.array([3.0, 4.0], np.float32))
+    b = SparseVector(np.array([5, 7], np.int32), np.array([3.0, 4.0], np.float32))
+    one = np.ones((1, 2), np.float32)
+    found = compare(Vectors(one, (a,), (None,)), Vectors(one, (b,), (None,))).sparse
+    assert found is not None
+    assert found.minimum == pytest.approx(9 / 25)
+
+
+def spoiled(
+    folder: Path, spoil: Callable[[dict[str, np.ndarray]], None], *, layers: int = 6
+) -> Checkpoint:
+    """A tiny model whose weights *spoil* has changed."""
+    write_tiny(folder / "model", hidden=128, layers=layers, heads=False, position_count=700)
+    file = next((folder / "model").glob("*.safetensors"))
+    tensors = load_file(file)
+    spoil(tensors)
+    save_file(tensors, file)
+    return open_checkpoint(str(folder / "model"), cache_dir=folder / "cache")
+
+
+def outliers_that_cancel(tensors: dict[str, np.ndarray], *, layer: str = "layer.") -> None:
+    """Channels 0 and 1, always equal, are read with weights thousands of times the others, + and -.
+
+    In fp32 the two cancel; in int8 nothing is left of the rest, and no factor helps.
+    """
+    draw = np.random.default_rng(0)
+    for name, tensor in tensors.items():
+        if "embeddings" in name and tensor.ndim == 2:
+            tensor[:, 1] = tensor[:, 0]
+        elif "LayerNorm" in name or "output.dense" in name:
+            tensor[1] = tensor[0]
+        elif layer in name and name.endswith(
+            ("query.weight", "key.weight", "intermediate.dense.weight")
+        ):
+            size = draw.uniform(2e3, 1e4, len(tensor)).astype(np.float32) * np.abs(tensor).mean()
+            tensor[:, 0] += size
+            tensor[:, 1] -= size
+
+
+def test_extreme_outliers_are_refused_int8(tmp_path: Path) -> None:
+    checkpoint = spoiled(tmp_path, outliers_that_cancel)
+    backend = OpenVinoBackend.load(checkpoint, precision="auto", cores=1, cache_dir=tmp_path)
+    assert backend.certificate is not None
+    assert not backend.certificate.passes
+    assert backend.precision == "fp32"
+    assert backend.certificate.refused[:3] == tuple(recipe.name for recipe in INT8_LADDER)
+
+
+def test_one_sensitive_layer_in_fp32_can_be_enough(tmp_path: Path) -> None:
+    one_layer = partial(outliers_that_cancel, layer="layer.1.")
+    checkpoint = spoiled(tmp_path, one_layer, layers=3)
+    found = best_int8(checkpoint, slot_count=1)
+    assert found.certificate.passes
+    assert found.recipe.exact_layers == {1}
+    assert found.certificate.refused == tuple(recipe.name for recipe in INT8_LADDER)
+
+
+def test_int8_asked_for_by_name_is_given_and_says_that_it_failed(tmp_path: Path) -> None:
+    checkpoint = spoiled(tmp_path, outliers_that_cancel)
+    backend = OpenVinoBackend.load(checkpoint, precision="int8", cores=1, cache_dir=tmp_path)
+    assert backend.precision == "int8"
+    assert backend.certificate is not None
+    assert "FAILS" in backend.certificate.summary
+
+
+def test_the_first_rung_that_passes_is_taken(
+    tiny_m3: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the rungs before are made to fail, so that group 32 is reached where 128 fails."""
+    attempt = Trial.attempt
+
+    def strict(self: Trial, recipe, *, refused):  # type: ignore[no-untyped-def]
+        found = attempt(self, recipe, refused=refused)
+        if recipe in (INT8_ROWS, INT8_GROUPS_128):
+            worse = replace(found.certificate, dense=Agreement(0.5, 0.5))
+            return replace(found, certificate=worse)
+        return found
+
+    monkeypatch.setattr(Trial, "attempt", strict)
+    found = best_int8(tiny_m3, slot_count=1)
+    assert found.recipe == INT8_GROUPS_32
+    assert found.certificate.refused == (INT8_ROWS.name, INT8_GROUPS_128.name)
+
+
+def test_a_precision_for_other_devices_is_refused_by_name(
+    tiny_m3: Checkpoint, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingInvalid, match="bf16"):
+        OpenVinoBackend.load(tiny_m3, precision="bf16", cores=1, cache_dir=tmp_path)
+
+
+def prepared(checkpoint: Checkpoint, cache_dir: Path) -> Prepared | None:
+    return load(prepared_folder(checkpoint, precision="int8", cache_dir=cache_dir))
+
+
+def test_the_second_start_reads_what_the_first_one_wrote(
+    tiny_m3: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = batch_of(random_ids([5, 80]), ALL)
+    first = OpenVinoBackend.load(tiny_m3, precision="auto", cores=1, cache_dir=tmp_path)
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("quantised again")
+
+    monkeypatch.setattr("trivec.backends.openvino.backend.best_int8", forbidden)
+    second = OpenVinoBackend.load(tiny_m3, precision="auto", cores=1, cache_dir=tmp_path)
+    assert second.certificate == first.certificate
+    assert second.run(batch, slot=0).dense.tobytes() == first.run(batch, slot=0).dense.tobytes()
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "cut short", "no certificate", "torn json"])
+def test_a_damaged_cache_is_made_again(tiny_m3: Checkpoint, tmp_path: Path, damage: str) -> None:
+    OpenVinoBackend.load(tiny_m3, precision="int8", cores=1, cache_dir=tmp_path).close()
+    folder = prepared_folder(tiny_m3, precision="int8", cache_dir=tmp_path)
+    tensors, described = folder / "tensors.safetensors", folder / "prepared.json"
+    content = bytearray(tensors.read_bytes())
+    match damage:
+        case "flipped bit":
+            content[-1] ^= 1
+            tensors.write_bytes(content)
+        case "cut short":
+            tensors.write_bytes(content[:-5])
+        case "no certificate":
+            described.unlink()
+        case _:
+            described.write_text(described.read_text()[:-20])
+    assert load(folder) is None
+    OpenVinoBackend.load(tiny_m3, precision="int8", cores=1, cache_dir=tmp_path).close()
+    assert prepared(tiny_m3, tmp_path) is not None
+
+
+def test_other_weights_never_meet_this_cache(tiny_m3: Checkpoint, tmp_path: Path) -> None:
+    other = replace(tiny_m3, digest="0" * 64)
+    assert prepared_folder(tiny_m3, precision="int8", cache_dir=tmp_path) != prepared_folder(
+        other, precision="int8", cache_dir=tmp_path
+    )
+
+
+def test_nothing_half_written_is_left_behind(tiny_m3: Checkpoint, tmp_path: Path) -> None:
+    OpenVinoBackend.load(tiny_m3, precision="int8", cores=1, cache_dir=tmp_path).close()
+    folder = prepared_folder(tiny_m3, precision="int8", cache_dir=tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "prepared.json",
+        "tensors.safetensors",
+    ]
+    shutil.rmtree(folder)
