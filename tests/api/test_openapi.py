@@ -72,6 +72,11 @@ def test_every_operation_has_its_own_id_its_parameters_and_its_failures(document
     assert len(ids) == len(set(ids))
 
 
+def test_probes_say_what_they_answer_when_it_is_not_well(document: Any) -> None:
+    answers = document["paths"]["/readyz"]["get"]["responses"]
+    assert answers["503"]["content"] == answers["200"]["content"]
+
+
 def test_requests_are_described_by_the_type_that_parses_them(document: Any) -> None:
     schema = document["components"]["schemas"]["EmbeddingsRequest"]
     assert set(schema["properties"]) == set(EmbeddingsRequest.__struct_fields__)

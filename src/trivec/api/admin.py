@@ -26,7 +26,7 @@ from trivec.api.admin_schemas import (
     UsageShown,
 )
 from trivec.api.answers import Answer, json_answer
-from trivec.api.bodies import read_json_body
+from trivec.api.bodies import check_json_is_declared, read_body, read_json_body
 from trivec.api.reading import reader, shown
 from trivec.api.visit import Visit
 from trivec.core.errors import FieldInvalid
@@ -69,8 +69,9 @@ class Admin:
 
     async def rotate_key(self, visit: Visit) -> Answer:
         overlap_s = None
-        if visit.headers.get(b"content-length", b"0") != b"0":
-            overlap_s = _read_rotate(await read_json_body(visit, self._limits)).overlap_s
+        if body := await read_body(visit, self._limits):
+            check_json_is_declared(visit)
+            overlap_s = _read_rotate(body).overlap_s
         reference = visit.path_params["id"]
         if overlap_s is None:
             return _new_key(await self._accounts.rotate_key(reference))

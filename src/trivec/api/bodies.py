@@ -1,17 +1,34 @@
-"""Reading a request's body within its bounds: bytes, pieces and seconds."""
+"""Reading a request's body within its bounds: declared type, bytes, pieces and seconds."""
 
 import asyncio
 
-from trivec.api.reading import check_json_is_declared
+from trivec.api.reading import shown
 from trivec.api.visit import Visit
-from trivec.core.errors import BodyTooLarge, BodyTooSlow, MalformedBody
+from trivec.core.errors import BodyTooLarge, BodyTooSlow, MalformedBody, MediaTypeUnsupported
 from trivec.settings import HttpLimits
 
 
 async def read_json_body(visit: Visit, limits: HttpLimits) -> bytes:
     """The body of a request that says it is JSON; else `MediaTypeUnsupported`, unread."""
-    check_json_is_declared(visit.header(b"content-type"), visit.header(b"content-encoding"))
+    check_json_is_declared(visit)
     return await read_body(visit, limits)
+
+
+def check_json_is_declared(visit: Visit) -> None:
+    """Raise `MediaTypeUnsupported` unless the body says that it is plain JSON in UTF-8."""
+    content_encoding = visit.header(b"content-encoding")
+    if content_encoding is not None and content_encoding.strip().lower() not in ("", "identity"):
+        raise MediaTypeUnsupported(
+            f"Content-Encoding {shown(content_encoding)} is not supported. Send the body as it is."
+        )
+    content_type = visit.header(b"content-type") or "nothing"
+    kind, _, parameters = content_type.partition(";")
+    charset = parameters.replace(" ", "").replace('"', "").lower().partition("charset=")[2]
+    if kind.strip().lower() != "application/json" or charset not in ("", "utf-8", "utf8"):
+        raise MediaTypeUnsupported(
+            f"Content-Type {shown(content_type)} is not supported. "
+            "Send Content-Type: application/json, in UTF-8."
+        )
 
 
 async def read_body(visit: Visit, limits: HttpLimits) -> bytes:

@@ -1,7 +1,7 @@
 """The table of all that is served: path, method, access, handler, and the types on the wire."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trivec.accounts import Accounts
 from trivec.api import admin_schemas, schemas
@@ -99,7 +99,10 @@ def _admin(wiring: Wiring) -> list[Endpoint]:
         post("/keys", admin.create_key, "Make a key; the answer shows it once", key, create),
         get("/keys/{id}", admin.show_key, "Show a key, by name or id", key),
         post("/keys/{id}/revoke", admin.revoke_key, "Revoke a key for good", key),
-        post("/keys/{id}/rotate", admin.rotate_key, "Give a key a second secret", key, rotate),
+        replace(
+            post("/keys/{id}/rotate", admin.rotate_key, "Give a key a second secret", key, rotate),
+            must_have_body=False,
+        ),
         Endpoint(
             "GET",
             root + "/usage",

@@ -10,7 +10,7 @@ from trivec import __version__
 from trivec.api.access import Access
 from trivec.api.errors import TABLE
 from trivec.api.routing import Endpoint
-from trivec.api.schemas import ErrorAnswer
+from trivec.api.schemas import ErrorAnswer, Probe
 
 Json = dict[str, Any]
 
@@ -63,7 +63,7 @@ def _operation(endpoint: Endpoint, path: str, schema_of: Mapping[type, Json]) ->
         operation["parameters"] = parameters
     if endpoint.reads is not None:
         content = {"application/json": {"schema": schema_of[endpoint.reads]}}
-        operation["requestBody"] = {"required": True, "content": content}
+        operation["requestBody"] = {"required": endpoint.must_have_body, "content": content}
     return operation
 
 
@@ -71,6 +71,8 @@ def _responses(endpoint: Endpoint, schema_of: Mapping[type, Json]) -> Json:
     ok: Json = {"description": "Success"}
     if endpoint.answers is not None:
         ok["content"] = {"application/json": {"schema": schema_of[endpoint.answers]}}
+    if endpoint.answers is Probe:  # the same words when it is not well
+        return {"200": ok, "503": ok | {"description": "Not well, and why"}}
     error = {"application/json": {"schema": schema_of[ErrorAnswer]}}
     return {"200": ok} | {
         str(status): {"description": _meaning(status), "content": error}

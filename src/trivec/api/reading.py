@@ -9,7 +9,7 @@ from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from trivec.core.errors import FieldInvalid, MalformedBody, MediaTypeUnsupported
+from trivec.core.errors import FieldInvalid, MalformedBody
 
 Request = TypeVar("Request")
 
@@ -20,21 +20,6 @@ _MISSING = re.compile(r"Object missing required field `(?P<name>.*)`", re.DOTALL
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`", re.DOTALL)
 _NOT_LISTED = re.compile(r"Invalid enum value '(?P<value>.*)'", re.DOTALL)
 _WRONG_TYPE = re.compile(r"Expected `(?P<expected>[^`]*)`, got `(?P<found>[^`]*)`")
-
-
-def check_json_is_declared(content_type: str | None, content_encoding: str | None) -> None:
-    """Raise `MediaTypeUnsupported` unless the body says that it is plain JSON in UTF-8."""
-    if content_encoding is not None and content_encoding.strip().lower() not in ("", "identity"):
-        raise MediaTypeUnsupported(
-            f"Content-Encoding {shown(content_encoding)} is not supported. Send the body as it is."
-        )
-    kind, _, parameters = (content_type or "").partition(";")
-    charset = parameters.replace(" ", "").replace('"', "").lower().partition("charset=")[2]
-    if kind.strip().lower() != "application/json" or charset not in ("", "utf-8", "utf8"):
-        raise MediaTypeUnsupported(
-            f"Content-Type {shown(content_type or 'nothing')} is not supported. "
-            "Send Content-Type: application/json, in UTF-8."
-        )
 
 
 def reader(kind: type[Request]) -> Callable[[bytes], Request]:

@@ -34,6 +34,7 @@ class Endpoint:
     summary: str
     answers: type | None  # the structure of its JSON answer; None: not JSON of ours
     reads: type | None = None  # the structure of its JSON body
+    must_have_body: bool = True  # where it reads one
     prefixed: bool = False
     query: Sequence[str] = ()
 
