@@ -105,9 +105,7 @@ async def engine_on_trial(settings: Settings, *, cores: int) -> AsyncIterator[En
             load_s=time.perf_counter() - started_s,
         )
     finally:
-        await models.workers.stop(within_s=30.0)
-        for model in models.loaded:
-            model.backend.close()
+        await models.workers.stop(within_s=30.0)  # closes the backends, too
         front.close()
 
 
