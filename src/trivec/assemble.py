@@ -129,11 +129,16 @@ def check_models(settings: Settings) -> None:
 def load_models(settings: Settings, front: Front, *, cores: int) -> Models:
     """Load every model of *settings*; blocks for seconds. Raises `StartError`."""
     choice = choose(settings)
-    pool = ThreadPoolExecutor(cores, thread_name_prefix="trivec-tokenizer")
-    loaded = tuple(
+    loaded = [
         load_model(reference, settings=settings, choice=choice, cores=cores)
         for reference in settings.models or (DEFAULT_MODEL,)
-    )
+    ]
+    return set_up(loaded, choice, front=front, cores=cores)
+
+
+def set_up(loaded: Sequence[LoadedModel], choice: Choice, *, front: Front, cores: int) -> Models:
+    """Give *loaded* models an engine each, and the workers that they share."""
+    pool = ThreadPoolExecutor(cores, thread_name_prefix="trivec-tokenizer")
     slot_count = min(model.backend.slot_count for model in loaded)
     workers = Workers(slot_count, clock=front.clock, observer=front.observer)
     engines = [
@@ -147,13 +152,13 @@ def load_models(settings: Settings, front: Front, *, cores: int) -> Models:
             ),
             backend=model.backend,
             workers=workers,
-            bound=settings.line,
+            bound=front.settings.line,
             clock=front.clock,
             observer=front.observer,
         )
         for model in loaded
     ]
-    return Models(choice, loaded, by_name(engines), workers, slot_count)
+    return Models(choice, tuple(loaded), by_name(engines), workers, slot_count)
 
 
 def choose(settings: Settings) -> Choice:

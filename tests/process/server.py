@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -98,12 +98,19 @@ def clean_environment(extra: Mapping[str, str] = MappingProxyType({})) -> dict[s
 
 @contextmanager
 def running(
-    data_dir: Path,
-    *arguments: str,
-    environ: Mapping[str, str] = MappingProxyType({}),
+    data_dir: Path, *arguments: str, environ: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[Server]:
     """A server on a free port; killed at the end if it still runs."""
     command = [TRIVEC, "serve", "--port", "0", "--data-dir", str(data_dir), *arguments]
+    with started(command, environ) as server:
+        yield server
+
+
+@contextmanager
+def started(
+    command: Sequence[str], environ: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[Server]:
+    """The server that *command* starts."""
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=clean_environment(environ)
     )

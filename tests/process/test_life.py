@@ -5,14 +5,16 @@ import os
 import select
 import signal
 import socket
+import ssl
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import httpx
 import pytest
-from tests.process.server import Server, running
+from tests.process.server import Server, running, started
 
 pytestmark = pytest.mark.process
 
@@ -139,6 +141,36 @@ def test_a_request_that_comes_while_it_is_restarted_waits_and_is_answered(tmp_pa
         url = server.url
         os.kill(server.child(), signal.SIGKILL)
         assert httpx.get(f"{url}/livez", timeout=30).status_code == 200
+
+
+def test_a_lost_device_answers_503_and_ends_in_a_restart(tmp_path: Path) -> None:
+    program = str(Path(__file__).with_name("losing.py"))
+    with started([sys.executable, program, str(tmp_path)]) as server:
+        url, headers = server.url, {**JSON, "Authorization": f"Bearer {server.key}"}
+        lost = json.dumps({"model": "all-minilm-l6-v2", "input": "lost"})
+        answer = httpx.post(f"{url}/v1/embeddings", content=lost, headers=headers)
+        assert answer.status_code == 503
+        assert int(answer.headers["retry-after"]) >= 1
+        server.wait_until_it_says("ended with 70")
+        server.wait_until_it_says("is ready", times=2)
+        answer = httpx.post(f"{url}/v1/embeddings", content=BODY, headers=headers)
+        assert answer.status_code == 200
+
+
+def test_it_speaks_tls_with_a_certificate(tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+         "-nodes", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1",
+         "-days", "2", "-keyout", str(key), "-out", str(cert)],
+        check=True,
+        capture_output=True,
+    )  # fmt: skip
+    tls = ("--tls-cert", str(cert), "--tls-key", str(key))
+    with running(tmp_path, *FAKE, *tls, environ=NO_GRACE) as server:
+        assert server.url.startswith("https://")
+        trusting = ssl.create_default_context(cafile=cert)
+        assert httpx.get(f"{server.url}/readyz", verify=trusting).status_code == 200
 
 
 def test_when_the_supervisor_is_killed_the_server_goes_with_it(tmp_path: Path) -> None:

@@ -32,31 +32,40 @@ def base_url(settings: Settings, port: int) -> str:
 
 def lines(settings: Settings, models: Models, new_key: NewKey | None, *, url: str) -> list[str]:
     """The announcement."""
-    told = [f"Trivec {__version__} is ready."]
-    for model in models.loaded:
-        told += _about(model)
     choice = models.choice
-    slots = f"{models.slot_count} worker{'s' if models.slot_count > 1 else ''}"
-    told.append(f"  device     {choice.device} with {choice.backend}, {slots} ({choice.reason})")
-    told.append(f"  listening  {url}")
+    workers = f"{models.slot_count} worker{'s' if models.slot_count > 1 else ''}"
+    facts = [fact for model in models.loaded for fact in _about(model)]
+    facts += [
+        ("device", f"{choice.device} with {choice.backend}, {workers}"),
+        ("", choice.reason),
+        ("listening", url),
+    ]
     if new_key is not None:
-        told.append(f"  key        {new_key.plain}")
-        told.append("             shown only now; more with: trivec keys create --name NAME")
-    told += ["", "Try it:", "  " + curl_line(settings, models, new_key, url=url), ""]
-    return told
+        facts += [
+            ("key", new_key.plain),
+            ("", "shown only now; more with: trivec keys create --name NAME"),
+        ]
+    return [
+        f"Trivec {__version__} is ready.",
+        *(f"  {name:<10} {value}" for name, value in facts),
+        "",
+        "Try it:",
+        "  " + curl_line(settings, models, new_key, url=url),
+        "",
+    ]
 
 
-def _about(model: LoadedModel) -> list[str]:
+def _about(model: LoadedModel) -> list[tuple[str, str]]:
     card = model.card
     verified = "files verified" if card.verified else "files NOT verified against the catalogue"
-    precision = card.precision
-    if model.certificate is not None:
-        precision += f" ({model.certificate.summary})"
-    return [
-        f"  model      {card.id}: {card.dimensions} dimensions, at most {card.token_count_max} "
-        f"tokens a text, {verified}",
-        f"  precision  {precision}",
+    facts = [
+        ("model", card.id),
+        ("", f"{card.dimensions} dimensions, {card.token_count_max} tokens a text, {verified}"),
+        ("precision", card.precision),
     ]
+    if model.certificate is not None:
+        facts.append(("", model.certificate.summary))
+    return facts
 
 
 def curl_line(settings: Settings, models: Models, new_key: NewKey | None, *, url: str) -> str:

@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import sys
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -77,14 +78,17 @@ def run(settings: Settings) -> int:
 def _live(settings: Settings, listener: socket.socket, heart: Heart | None) -> int:
     """The serving process, whole: nothing raised in it may reach the parent's code."""
     try:
+        from trivec.assemble import check_models, load_models
         from trivec.cli.greeting import greeting
         from trivec.server.machine import usable_cores
         from trivec.server.serving import live
         from trivec.telemetry import configure_log
 
         configure_log(settings.telemetry.log_format, level=settings.log_level)
+        check_models(settings)
+        load = partial(load_models, settings, cores=usable_cores())
         announce = greeting(settings, port=listener.getsockname()[1], say=_say)
-        return live(settings, listener, cores=usable_cores(), heart=heart, announce=announce)
+        return live(settings, listener, load=load, heart=heart, announce=announce)
     except StartError as refusal:
         _say(f"trivec: {refusal}")
         return START_REFUSED

@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 
 from trivec.accounts import NewKey
-from trivec.assemble import Front, Models, check_models, load_models, loaded_event, open_front
+from trivec.assemble import Front, Models, loaded_event, open_front
 from trivec.core.errors import StoreUnavailable
 from trivec.core.events import PhaseChanged
 from trivec.core.health import Health
@@ -36,12 +36,12 @@ class Serving:
         settings: Settings,
         listener: socket.socket,
         *,
-        cores: int,
+        load: Callable[[Front], Models],
         heart: Heart | None,
         announce: Callable[[Models, NewKey | None], None],
     ) -> None:
         self._settings = settings
-        self._cores = cores
+        self._load_all = load
         self._heart = heart
         self._announce = announce
         self._life = Life()
@@ -129,9 +129,7 @@ class Serving:
 
     async def _load(self) -> None:
         began_s = time.monotonic()
-        models = await asyncio.to_thread(
-            load_models, self._settings, self._front, cores=self._cores
-        )
+        models = await asyncio.to_thread(self._load_all, self._front)
         models.workers.start()
         self._canary = Canary(models.embedders.values())
         await self._canary.learn()
@@ -198,15 +196,18 @@ def live(
     settings: Settings,
     listener: socket.socket,
     *,
-    cores: int,
+    load: Callable[[Front], Models],
     heart: Heart | None,
     announce: Callable[[Models, NewKey | None], None],
 ) -> int:
-    """Serve until the end; the exit code. Raises `StartError` where serving cannot begin."""
-    check_models(settings)
+    """Serve until the end; the exit code. Raises `StartError` where serving cannot begin.
+
+    *load* loads the models, in a thread of its own, while the server already listens; *announce*
+    hears that they are ready, and of the first key where one was made.
+    """
 
     async def life() -> int:
-        serving = Serving(settings, listener, cores=cores, heart=heart, announce=announce)
+        serving = Serving(settings, listener, load=load, heart=heart, announce=announce)
         return await serving.run()
 
     # Not asyncio.run: it would wait for the thread that loads a model, and we leave the process.

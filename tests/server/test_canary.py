@@ -1,0 +1,92 @@
+"""The canary: a changed vector is a trouble, a full line is none, and a cured model sings again."""
+
+import numpy as np
+import pytest
+
+from trivec.core.errors import EngineFault, Overloaded, ServiceError
+from trivec.core.ports import Embedder, Texts, TokenLists
+from trivec.core.types import (
+    Float32Array,
+    Int32Array,
+    LongText,
+    ModelCard,
+    Output,
+    Reply,
+    Sequences,
+    Vectors,
+)
+from trivec.server.canary import Canary
+
+FIRST = np.array([1, 0, 0], np.float32)
+NEARLY = np.array([1, 0.001, 0], np.float32)
+OTHER = np.array([1, 0.1, 0], np.float32)
+BROKEN = np.array([np.nan, 0, 0], np.float32)
+
+
+class Singer:
+    """An embedder that answers with what it is told to."""
+
+    def __init__(self) -> None:
+        self.next: Float32Array | ServiceError = FIRST
+        self.asked = 0
+
+    @property
+    def card(self) -> ModelCard:
+        return ModelCard(
+            id="singer",
+            token_count_max=8,
+            vocabulary_size=8,
+            dimensions=3,
+            outputs=Output.DENSE,
+            precision="fp32",
+            created=0,
+            owned_by="nobody",
+        )
+
+    async def tokenize(self, inputs: Texts | TokenLists, *, long_text: LongText) -> Sequences:
+        return Sequences.pack([[1]])
+
+    async def embed(
+        self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
+    ) -> Reply:
+        self.asked += 1
+        if isinstance(self.next, ServiceError):
+            raise self.next
+        return Reply(Vectors(self.next[np.newaxis], (None,), (None,)), 0.0, 0.0)
+
+    def spell(self, token_ids: Int32Array) -> list[str]:
+        return []
+
+
+async def after(*answers: Float32Array | ServiceError) -> Canary:
+    singer: Singer = Singer()
+    embedder: Embedder = singer
+    canary = Canary([embedder])
+    await canary.learn()
+    for answer in answers:
+        singer.next = answer
+        await canary.check()
+    return canary
+
+
+@pytest.mark.parametrize(
+    ("answers", "in_trouble"),
+    [
+        pytest.param([FIRST], False, id="the-same"),
+        pytest.param([NEARLY], False, id="nearly-the-same"),
+        pytest.param([OTHER], True, id="another-vector"),
+        pytest.param([BROKEN], True, id="not-a-number"),
+        pytest.param([EngineFault("broken")], True, id="a-fault"),
+        pytest.param([Overloaded("full", retry_after_s=1)], False, id="a-full-line-proves-nothing"),
+        pytest.param([OTHER, Overloaded("full", retry_after_s=1)], True, id="and-cures-nothing"),
+        pytest.param([OTHER, FIRST], False, id="cured"),
+    ],
+)
+async def test_what_troubles(answers: list[Float32Array | ServiceError], in_trouble: bool) -> None:
+    assert bool((await after(*answers)).troubles) == in_trouble
+
+
+async def test_a_model_with_an_alias_sings_once() -> None:
+    singer = Singer()
+    await Canary([singer, singer]).learn()
+    assert singer.asked == 1
