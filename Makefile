@@ -12,7 +12,7 @@ serve: $(VENV)/.serve
 	@exec $(VENV)/bin/trivec serve $(ARGS)
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest --ignore=tests/reference --ignore=tests/clients $(ARGS)
+	$(VENV)/bin/python -m pytest -m "not reference" --ignore=tests/reference --ignore=tests/clients $(ARGS)
 
 check: $(VENV)/.test $(VENV)/.check
 	$(VENV)/bin/ruff check .
@@ -26,7 +26,7 @@ test-clients: $(VENV)/.clients $(VENV)-openai/.done
 
 # Compares with torch, transformers and FlagEmbedding: about 1 GB of packages.
 test-reference: $(VENV)/.test $(VENV)/.reference
-	$(VENV)/bin/python -m pytest tests/reference $(ARGS)
+	$(VENV)/bin/python -m pytest -m reference --ignore=tests/clients $(ARGS)
 
 # Moves every pin to the newest version that fits; needs uv on the path.
 lock:
