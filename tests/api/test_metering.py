@@ -74,6 +74,18 @@ async def test_a_request_that_our_fault_ends_costs_nothing_of_the_allowance(hous
     assert (only_row(house).status, only_row(house).token_count) == (500, 0)
 
 
+async def test_a_failure_after_the_vectors_were_computed_costs_nothing(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(house.model, "spell", lambda token_ids: 1 / 0)
+    async with house.client() as client:
+        spelled = {"output_type": "sparse", "return_tokens": True}
+        response = await client.post("/embeddings", json=BODY | spelled)
+    assert response.status_code == 500
+    assert (only_row(house).status, only_row(house).token_count) == (500, 0)
+    assert house.heard.served[-1].token_count == 0
+
+
 async def test_a_refused_allowance_is_written_down(house: House) -> None:
     key = await house.new_key_async("one", Allowance(requests_per_minute=1))
     async with house.client(key) as client:
@@ -114,6 +126,7 @@ async def test_the_row_is_there_before_the_answer(house: House) -> None:
         response = await answer
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "store_unavailable"
+    assert house.heard.served[-1].token_count == 0
 
 
 async def test_the_same_request_again_is_computed_but_billed_once(house: House) -> None:

@@ -145,7 +145,7 @@ def test_a_client_that_does_not_read_is_cut_off(quick_house: House, quick_addres
 
 
 def wait_until_served(house: House, count: int) -> None:
-    assert house.heard.wait(count, within_s=10), "the server still holds the answer"
+    assert house.heard.wait(count, within_s=5), "the server still holds the answer"
 
 
 def answer_to_the_end(sent: socket.socket) -> bytes:

@@ -51,7 +51,6 @@ class Meter:
         try:
             yield
         except BaseException as error:
-            visit.token_count = 0
             await self._close(visit, status_of(error))
             raise
         await self._close(visit, 200)
@@ -60,7 +59,7 @@ class Meter:
         closing = Closing(
             status=status,
             input_count=visit.input_count,
-            token_count=visit.token_count,
+            token_count=visit.tokens_served(status),
             duration_s=self._clock.now_s() - visit.started_s,
             user=visit.user,
         )

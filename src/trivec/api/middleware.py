@@ -73,7 +73,7 @@ class Visits:
             key_id=visit.caller.key_id if visit.caller is not None else None,
             model=visit.model,
             input_count=visit.input_count,
-            token_count=visit.token_count,
+            token_count=visit.tokens_served(status),
             request_bytes=visit.request_bytes,
             answer_bytes=answer_bytes,
             duration_s=self._clock.now_s() - visit.started_s,

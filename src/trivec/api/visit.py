@@ -51,6 +51,10 @@ class Visit:
     request_bytes: int = 0
     timings: Timings = field(default_factory=Timings)
 
+    def tokens_served(self, status: int) -> int:
+        """The tokens that an answer of *status* is billed: those of a failure are our loss."""
+        return self.token_count if status < 400 else 0
+
     def header(self, name: bytes) -> str | None:
         """The header's text, or None where it was not sent."""
         value = self.headers.get(name)
