@@ -16,6 +16,7 @@ from trivec.backends.openvino.graph import Encoder
 from trivec.backends.openvino.recipe import FP32, INT8_GROUPS_32, INT8_GROUPS_128, INT8_ROWS, Recipe
 from trivec.backends.openvino.session import Session
 from trivec.checkpoints.checkpoint import Checkpoint
+from trivec.core.types import Output
 
 LENGTHS = [1, 2, 3, 5, 8, 13, 16, 17, 31, 33, 64, 65, 100, 128, 129, 200, 256, 300, 511, 512, 650]
 
@@ -57,14 +58,25 @@ def test_both_slots_at_once_give_the_same_bits(encoder: BatchEncoder) -> None:
 
 def test_what_others_ask_for_does_not_change_a_vector(encoder: BatchEncoder) -> None:
     """With CLS pooling the last layer skips tokens nobody asked for; the bits must not notice."""
-    from trivec.core.types import Output
-
     texts = random_ids([20, 30, 25])
     plain = encoder.run(batch_of(texts, Output.DENSE), slot=0)
     mixed = encoder.run(batch_of(texts, [Output.DENSE, ALL, Output.DENSE]), slot=0)
     assert plain.dense.tobytes() == mixed.dense.tobytes()
     assert [one is None for one in mixed.sparse] == [True, False, True]
     assert [one is None for one in mixed.multi] == [True, False, True]
+
+
+def test_memory_given_back_after_each_row_does_not_change_the_bits(
+    encoder: BatchEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = random_ids([650, 20, 300, 5, 700])
+    expected = alone(encoder, texts)
+    monkeypatch.setattr("trivec.backends.openvino.session.LONG_TOKENS", 0)
+    assert alone(encoder, texts) == expected
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda s: encoder.run(batch_of(texts, ALL), slot=s), range(2)))
+    for found in both:
+        assert [bits(found, i) for i in range(len(texts))] == expected
 
 
 def test_a_batch_of_2048_texts_keeps_order_and_bits(encoder: BatchEncoder) -> None:

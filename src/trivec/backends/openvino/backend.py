@@ -11,6 +11,7 @@ from trivec.backends.openvino.certifying import best_int8, fp32_tensors, readout
 from trivec.backends.openvino.encoding import BatchEncoder
 from trivec.backends.openvino.graph import Encoder
 from trivec.backends.openvino.linear import Tensors
+from trivec.backends.openvino.pages import let_go
 from trivec.backends.openvino.prepared import Prepared, load, prepared_folder, save
 from trivec.backends.openvino.recipe import FP32, Form, Recipe
 from trivec.backends.openvino.rows import ROW_BUDGET
@@ -58,14 +59,15 @@ class OpenVinoBackend:
         if precision != "fp32":
             prepared = _prepared(checkpoint, slot_count=cores, cache_dir=cache_dir)
         certificate = None if prepared is None else prepared.certificate
+        tensors: Tensors
         if prepared is not None and (precision == "int8" or prepared.certificate.passes):
-            recipe = prepared.recipe
-            encoder = _open(checkpoint, recipe, prepared.tensors, slot_count=cores)
+            recipe, tensors = prepared.recipe, prepared.tensors
         else:
-            recipe = FP32
-            encoder = _open(checkpoint, recipe, fp32_tensors(checkpoint), slot_count=cores)
+            recipe, tensors = FP32, fp32_tensors(checkpoint)
+        encoder = _open(checkpoint, recipe, tensors, slot_count=cores)
         backend = cls(checkpoint, encoder, recipe, certificate)
         backend._warm()
+        let_go(tensors.values())
         return backend
 
     @property

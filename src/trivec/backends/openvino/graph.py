@@ -88,16 +88,25 @@ class Encoder:
         return op.gather(lines, op.constant(np.int64(index)), self._axis).output(0)
 
     def _embeddings(self) -> Node:
-        words = self._looked_up("word_embeddings", TOKEN_ID)
-        x = op.add(words, self._looked_up("token_type_embeddings", TOKEN_TYPE))
-        x = op.add(x, self._looked_up("position_embeddings", POSITION))
+        types = self._looked_up("token_type_embeddings.weight", TOKEN_TYPE)
+        positions = self._looked_up("position_embeddings.weight", POSITION)
+        x = op.add(op.add(self._words(), types), positions)
         return self._layer_norm(x, "embeddings.LayerNorm")
 
+    def _words(self) -> Node:
+        """The tokens' word embeddings, from one float32 table or from `quantise.Halves`."""
+        if "embeddings.word_embeddings.weight" in self._tensors:
+            return self._looked_up("word_embeddings.weight", TOKEN_ID)
+        high, low, step = (
+            op.convert(self._looked_up(f"word_embeddings.{part}", TOKEN_ID), "f32")
+            for part in ("high", "low", "step")
+        )
+        return op.multiply(op.add(op.multiply(high, number(256)), low), step)
+
     def _looked_up(self, table: str, line: int) -> Node:
-        """Rows of an embedding table, computed on in float32 whatever it is stored as."""
-        stored = constant(self._tensors[f"embeddings.{table}.weight"])
-        rows = op.gather(stored, self._line(self._tokens, line), self._axis)
-        return rows if rows.get_element_type() == ov.Type.f32 else op.convert(rows, "f32")
+        """Rows of a table of the embeddings."""
+        stored = constant(self._tensors[f"embeddings.{table}"])
+        return op.gather(stored, self._line(self._tokens, line), self._axis)
 
     def _attention(self, x: Node, layer: int) -> Node:
         """softmax(Q Kᵀ / sqrt(d) + bias) V: float32 `[sequences * length, hidden]`."""

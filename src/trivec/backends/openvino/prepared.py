@@ -23,10 +23,10 @@ from trivec.backends.openvino.certificate import Agreement, Certificate
 from trivec.backends.openvino.recipe import Form, Recipe
 from trivec.checkpoints.checkpoint import Checkpoint
 
-SCHEME = 1
+SCHEME = 2
 """Raised whenever the same checkpoint would give other tensors, or another graph would read them."""
 
-DTYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8}
+DTYPES = {"F32": np.float32, "I8": np.int8}
 
 
 @dataclass(frozen=True, slots=True)

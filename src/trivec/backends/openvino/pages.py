@@ -1,0 +1,28 @@
+"""Gives back the memory that mapped weights take once the plugin has packed them for itself.
+
+A mapped page that is let go is read from its file again if anyone asks: nothing can be lost.
+"""
+
+import mmap
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def let_go(arrays: Iterable[NDArray[np.generic]]) -> None:
+    """Drop from memory the pages of every mapped file behind *arrays*; others are left alone."""
+    mappings = {id(found): found for array in arrays if (found := mapping_of(array)) is not None}
+    for mapping in mappings.values():
+        if hasattr(mapping, "madvise"):  # Linux and macOS
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def mapping_of(array: NDArray[np.generic]) -> mmap.mmap | None:
+    """The mapped file that *array* is a view of; None where it is memory of its own."""
+    held: object = array
+    while isinstance(held, np.ndarray):
+        held = held.base
+    if isinstance(held, memoryview):
+        held = held.obj
+    return held if isinstance(held, mmap.mmap) else None

@@ -1,0 +1,35 @@
+"""Memory stays flat: shapes are few, so what the plugin keeps for each of them is bounded."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.backends.batches import batch_of
+from tests.backends.conftest import random_ids
+
+from trivec.backends.openvino import OpenVinoBackend
+from trivec.checkpoints.checkpoint import Checkpoint
+
+ROLLUP = Path("/proc/self/smaps_rollup")
+
+
+def resident_mebibytes() -> float:
+    line = next(line for line in ROLLUP.read_text().splitlines() if line.startswith("Rss:"))
+    return int(line.split()[1]) / 1024
+
+
+@pytest.mark.skipif(not ROLLUP.exists(), reason="resident memory is read from Linux's /proc")
+def test_5000_texts_of_random_lengths_cost_no_more_memory_than_500(
+    tiny_m3: Checkpoint, tmp_path: Path
+) -> None:
+    backend = OpenVinoBackend.load(tiny_m3, precision="int8", cores=1, cache_dir=tmp_path)
+    draw = np.random.default_rng(0)
+
+    def embed(count: int) -> None:
+        for _ in range(count // 20):
+            backend.run(batch_of(random_ids(draw.integers(1, 690, 20).tolist())), slot=0)
+
+    embed(500)
+    before = resident_mebibytes()
+    embed(4500)
+    assert resident_mebibytes() - before < 50
