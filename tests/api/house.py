@@ -20,7 +20,7 @@ from trivec.accounts.stores.memory import MemoryStore
 from trivec.api import build_app
 from trivec.backends.fake import FakeBackend
 from trivec.core.clock import SystemClock
-from trivec.core.errors import TextTooLong
+from trivec.core.errors import Overloaded, TextTooLong
 from trivec.core.events import Event, RequestServed
 from trivec.core.health import Health
 from trivec.core.ports import Embedder, Texts, TokenLists
@@ -72,6 +72,7 @@ class StandIn:
     def __init__(self, card: ModelCard = CARD) -> None:
         self.card = card
         self.fault: BaseException | None = None  # raised by `embed`
+        self.room_tokens = float("inf")  # a request of more is refused by `check_room`
         self.gate = threading.Event()  # holds `embed` while it is cleared
         self.gate.set()
         self.entered = threading.Event()
@@ -118,6 +119,10 @@ class StandIn:
         flags = np.full(len(sequences), int(outputs), np.uint8)
         batch = Batch(sequences.token_ids, sequences.starts, flags)
         return Reply(self._backend.run(batch, slot=0), queue_s=0.002, compute_s=0.003)
+
+    def check_room(self, token_count: int) -> None:
+        if token_count > self.room_tokens:
+            raise Overloaded("The line is full.", retry_after_s=1.5)
 
     def spell(self, token_ids: Int32Array) -> list[str]:
         return [f"‹{token_id}›" for token_id in token_ids.tolist()]

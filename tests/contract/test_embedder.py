@@ -17,7 +17,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from trivec.backends.fake import FakeBackend
 from trivec.core.clock import SystemClock
-from trivec.core.errors import DeadlineExceeded, TextTooLong, TokenIdUnknown
+from trivec.core.errors import DeadlineExceeded, Overloaded, TextTooLong, TokenIdUnknown
 from trivec.core.ports import Embedder
 from trivec.core.types import LongText, ModelCard, Output, Sequences
 from trivec.engine import Engine, Workers
@@ -146,6 +146,31 @@ async def test_a_deadline_that_has_passed_is_refused_with_a_time_to_return(
     with pytest.raises(DeadlineExceeded) as late:
         await embedder.embed(await read(embedder, "w1"), Output.DENSE, deadline_s=-1.0)
     assert late.value.retry_after_s >= 0
+
+
+async def test_a_line_with_room_lets_the_smallest_and_the_largest_through(
+    embedder: Embedder,
+) -> None:
+    embedder.check_room(2)
+    embedder.check_room(300_000)
+
+
+async def test_what_has_room_is_not_refused_and_what_has_none_would_be_refused_anyway(
+    embedder: Embedder,
+) -> None:
+    """A full line refuses early exactly what `embed` refuses."""
+    sequences = await read(embedder, *["w1 w2"] * 20_000)
+    calls = [asyncio.create_task(embedder.embed(sequences, Output.DENSE)) for _ in range(40)]
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded) as early:
+        embedder.check_room(sequences.token_count)
+    with pytest.raises(Overloaded):
+        await embedder.embed(sequences, Output.DENSE)
+    assert early.value.retry_after_s > 0
+    for call in calls:
+        call.cancel()
+    await asyncio.wait(calls)
+    embedder.check_room(sequences.token_count)
 
 
 async def test_a_cancelled_call_leaves_the_others_be(embedder: Embedder) -> None:

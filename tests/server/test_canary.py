@@ -54,6 +54,9 @@ class Singer:
             raise self.next
         return Reply(Vectors(self.next[np.newaxis], (None,), (None,)), 0.0, 0.0)
 
+    def check_room(self, token_count: int) -> None:
+        raise NotImplementedError
+
     def spell(self, token_ids: Int32Array) -> list[str]:
         return []
 

@@ -35,10 +35,12 @@ class Embeddings:
 
     async def __call__(self, visit: Visit) -> Answer:
         body = await read_json_body(visit, self._limits)
+        self._shelf.check_room()  # after reading: a connection with an unread body is lost
         question = embeddings_question(body, self._limits)
         visit.user, visit.input_count = question.user, len(question.inputs)
         embedder = self._shelf.find(question.model, visit)
         check_against_card(question, embedder.card)
+        embedder.check_room(question.inputs.token_count_min(embedder.card))
         async with present(visit.receive):
             booking = await self._meter.open(visit, body)
             sequences = await self._tokenize(visit, question, embedder)

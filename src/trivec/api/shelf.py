@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 
 from trivec.accounts import Caller
+from trivec.api.questions import TOKENS_MIN
 from trivec.api.reading import shown
 from trivec.api.visit import Visit
-from trivec.core.errors import ModelUnknown
+from trivec.core.errors import BusyError, ModelUnknown
 from trivec.core.ports import Embedder
 from trivec.core.types import ModelCard
 
@@ -27,6 +28,19 @@ class Shelf:
         visit.model = embedder.card.id
         visit.caller.require_model(embedder.card.id)
         return embedder
+
+    def check_room(self) -> None:
+        """Raise `Overloaded` when no model has room for even the smallest request there is."""
+        refusal: BusyError | None = None
+        for embedder in self._embedders.values():
+            try:
+                embedder.check_room(TOKENS_MIN)
+            except BusyError as busy:
+                refusal = busy
+            else:
+                return
+        if refusal is not None:
+            raise refusal
 
     def cards_for(self, caller: Caller) -> list[ModelCard]:
         """The cards of the models that *caller* may use, in the order they were configured."""

@@ -6,8 +6,10 @@ batches at a gate, poison single tokens, and read what ran where. It knows no ar
 
 import hashlib
 import threading
+import time
 from dataclasses import dataclass
 from enum import Enum
+from math import inf
 
 import numpy as np
 
@@ -47,7 +49,8 @@ class FakeBackend:
 
     `gate` (an event, set at birth) holds every batch inside `run` while it is cleared; `poison`
     maps a token id to what it does; `ran` lists the calls in the order they entered;
-    `wait_entered` blocks until so many have; `closed` says whether `close` was called.
+    `wait_entered` blocks until so many have; `closed` says whether `close` was called. With
+    *tokens_per_s* each slot takes as long as a device of that rate, without using a core.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class FakeBackend:
         outputs: Output = Output.DENSE,
         slot_count: int = 1,
         budget: BatchBudget = DEFAULT_BUDGET,
+        tokens_per_s: float = inf,
     ) -> None:
         self.dimensions = dimensions
         self.outputs = outputs
@@ -67,6 +71,7 @@ class FakeBackend:
         self.closed = False
         self._slot_count = slot_count
         self._budget = budget
+        self._tokens_per_s = tokens_per_s
         self._entered = threading.Condition()
 
     @property
@@ -98,6 +103,7 @@ class FakeBackend:
             self.ran.append(call)
             self._entered.notify_all()
         self.gate.wait()
+        time.sleep(call.batch.token_count / self._tokens_per_s)
         batch = call.batch
         dense = np.empty((len(batch), self.dimensions), np.float32)  # [sequences, dimensions]
         sparse: list[SparseVector | None] = []

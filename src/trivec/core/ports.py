@@ -47,6 +47,13 @@ class Embedder(Protocol):
         """
         ...
 
+    def check_room(self, token_count: int) -> None:
+        """Raise what `embed` would raise at once for *token_count* tokens or more: `Overloaded`.
+
+        It is for refusing before there is anything to embed, and cheap. It reserves nothing.
+        """
+        ...
+
     def spell(self, token_ids: Int32Array) -> list[str]:
         """The vocabulary's own strings for *token_ids*."""
         ...

@@ -68,12 +68,17 @@ class Desk:
             lanes, self._lanes = self._lanes, ()
         return lanes
 
+    def check_room(self, lane: Lane, token_count: int) -> None:
+        """Raise what `join` would for a request of *token_count*, or of more."""
+        with self._changed:
+            self._check_open()
+            lane.check_room(token_count)
+
     def join(self, lane: Lane, waiter: Waiter) -> None:
         """Put *waiter* in *lane*'s line. Raises `Overloaded`, or `Draining` when stopping."""
         news = None
         with self._changed:
-            if self._refusal is not None:
-                raise Draining(self._refusal, retry_after_s=RESTART_S)
+            self._check_open()
             if not lane.line:  # no credit for the time it had nothing to do
                 lane.device_s = max(lane.device_s, self._device_s)
             lane.admit(waiter)
@@ -82,6 +87,10 @@ class Desk:
             else:
                 news = lane.news()
         self._tell(news)
+
+    def _check_open(self) -> None:
+        if self._refusal is not None:
+            raise Draining(self._refusal, retry_after_s=RESTART_S)
 
     def leave(self, lane: Lane, waiters: list[Waiter]) -> None:
         """Free what *waiters* hold; their rows under way are dropped."""

@@ -54,6 +54,9 @@ class Engine:
     async def tokenize(self, inputs: Texts | TokenLists, *, long_text: LongText) -> Sequences:
         return await self._tokenizer.tokenize(inputs, long_text=long_text)
 
+    def check_room(self, token_count: int) -> None:
+        self._desk.check_room(self._lane, token_count)
+
     def spell(self, token_ids: Int32Array) -> list[str]:
         return self._tokenizer.spell(token_ids)
 

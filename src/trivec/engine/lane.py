@@ -41,14 +41,21 @@ class Lane:
 
     def admit(self, waiter: Waiter) -> None:
         """Put *waiter* in line, or raise `Overloaded`."""
-        retry_after_s = room_in_s(waiter.tokens_left, self._load(waiter.tokens_left), self.bound)
+        self.check_room(waiter.tokens_left)
+        self.line.join(waiter)
+
+    def check_room(self, token_count: int) -> None:
+        """Raise `Overloaded` unless a request of *token_count* may join now.
+
+        What is refused to a request is refused to every larger one.
+        """
+        retry_after_s = room_in_s(token_count, self._load(token_count), self.bound)
         if retry_after_s is not None:
             raise Overloaded(
                 f"The line for {self.model} is full: {self.line.token_count} tokens are waiting. "
                 "Please try again later.",
                 retry_after_s=retry_after_s,
             )
-        self.line.join(waiter)
 
     def _load(self, token_count: int) -> LineLoad:
         waiting = self.line.token_count

@@ -1,0 +1,47 @@
+"""A full line refuses early: before a body is parsed where that can be known, or tokenised."""
+
+import httpx
+import pytest
+from tests.api.house import MODEL, PLAIN_MODEL, House
+
+JSON = {"content-type": "application/json"}
+
+
+def assert_overloaded(response: httpx.Response) -> None:
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "overloaded"
+    assert (response.headers["retry-after"], response.headers["retry-after-ms"]) == ("2", "1500")
+
+
+async def test_a_line_too_full_for_any_request_refuses_before_it_parses(house: House) -> None:
+    house.model.room_tokens = house.plain_model.room_tokens = 1
+    async with house.client() as client:
+        assert_overloaded(await client.post("/embeddings", content=b"{no JSON", headers=JSON))
+    assert [row.token_count for row in house.store.rows] == [0]
+
+
+async def test_one_model_with_room_is_enough_to_read_whom_a_request_is_for(house: House) -> None:
+    house.model.room_tokens = 1
+    async with house.client() as client:
+        assert_overloaded(await client.post("/embeddings", json={"model": MODEL, "input": "a"}))
+        other = await client.post("/embeddings", json={"model": PLAIN_MODEL, "input": "a"})
+    assert other.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("given", "tokens_min"),
+    [
+        pytest.param(["a"] * 7, 14, id="two-tokens-for-each-text"),
+        pytest.param([[4, 5, 6], [7]], 4, id="the-ids-themselves"),
+    ],
+)
+async def test_what_cannot_fit_is_refused_before_it_is_tokenised(
+    given: list[object], tokens_min: int, house: House
+) -> None:
+    async with house.client() as client:
+        house.model.room_tokens = tokens_min - 1
+        body = {"model": MODEL, "input": given}
+        assert_overloaded(await client.post("/embeddings", json=body))
+        assert not house.model.embedded
+        house.model.room_tokens = tokens_min
+        assert (await client.post("/embeddings", json=body)).status_code == 200
