@@ -1,6 +1,7 @@
 """A place where books are kept, and as many stores over it as a test wants processes."""
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from trivec.accounts.allowance import Cost
@@ -43,11 +44,15 @@ def sqlite_shelf(folder: Path) -> Shelf:
 
 
 def postgres_shelf(url: str) -> Shelf:
-    shelf = Shelf(lambda: SqlStore(postgres_engines(url), upgrades_itself=False))
-    first = shelf.open()
-    assert isinstance(first, SqlStore)
-    first.upgrade()
-    return shelf
+    upgraded(url)
+    return Shelf(lambda: SqlStore(postgres_engines(url), upgrades_itself=False))
+
+
+def upgraded(url: str) -> str:
+    """*url* itself, of a Postgres database that now has the latest schema."""
+    with closing(SqlStore(postgres_engines(url), upgrades_itself=False)) as store:
+        store.upgrade()
+    return url
 
 
 def a_key(name: str, allowance: Allowance | None = None) -> Key:

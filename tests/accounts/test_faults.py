@@ -11,6 +11,7 @@ from sqlalchemy import event
 from tests.accounts.postgres import PostgresServer, binaries, postgres_server
 from tests.accounts.processes import driver
 from tests.accounts.requests import closing, opening
+from tests.accounts.shelf import upgraded
 
 from trivec.accounts import FIXED, Accounts, UsageBy, UsageQuery
 from trivec.accounts.stores.connect import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
@@ -27,12 +28,6 @@ async def accounts_over(engines: Engines, *, upgrades_itself: bool) -> AsyncIter
     accounts.start()
     yield accounts
     accounts.stop()
-
-
-def upgrade(url: str) -> None:
-    store = SqlStore(postgres_engines(url), upgrades_itself=False)
-    store.upgrade()
-    store.close()
 
 
 async def serve(accounts: Accounts) -> None:
@@ -145,8 +140,7 @@ def own_postgres() -> Iterator[PostgresServer]:
 
 
 async def test_postgres_that_stops_and_comes_back(own_postgres: PostgresServer) -> None:
-    url = own_postgres.new_database()
-    upgrade(url)
+    url = upgraded(own_postgres.new_database())
     async with accounts_over(postgres_engines(url), upgrades_itself=False) as accounts:
         await serve(accounts)
         own_postgres.stop()
@@ -159,8 +153,7 @@ async def test_postgres_that_stops_and_comes_back(own_postgres: PostgresServer) 
 
 
 async def test_postgres_that_is_not_there_at_the_start(own_postgres: PostgresServer) -> None:
-    url = own_postgres.new_database()
-    upgrade(url)
+    url = upgraded(own_postgres.new_database())
     own_postgres.stop()
     async with accounts_over(postgres_engines(url), upgrades_itself=False) as accounts:
         await is_refused(accounts)
