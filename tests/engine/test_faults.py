@@ -13,6 +13,7 @@ from trivec.core.errors import DeviceLost, Draining, EngineFault
 from trivec.core.events import BatchRan, Event, RowNotFinite, WorkerReplaced
 from trivec.core.types import Batch, BatchBudget, Output, Reply, Vectors
 from trivec.engine import worker
+from trivec.engine.pace import Pace
 
 BAD = 200_001
 
@@ -66,7 +67,7 @@ async def test_a_request_with_one_poisoned_text_among_many_fails_and_frees_its_p
         with pytest.raises(EngineFault):
             await rig.engine.embed(what, Output.DENSE)
         await rig.engine.embed(sequences(3), Output.DENSE)
-    assert rig.batches() == [[90], [3]], "its other texts never ran"
+    assert rig.batches() == [[90], [90], [3]], "its other texts never ran"
 
 
 class PausingAtItsSecond(FakeBackend):
@@ -353,3 +354,35 @@ async def test_a_second_stop_cuts_the_first_short() -> None:
         rig.backend.gate.set()
         await asyncio.gather(first, second)
     assert rig.backend.closed
+
+
+async def test_a_text_that_fails_alone_has_a_second_chance() -> None:
+    async with Rig() as rig:
+        run, failures = rig.backend.run, [RuntimeError("a hiccup")]
+
+        def hiccup(batch: Batch, *, slot: int) -> Vectors:
+            if failures:
+                raise failures.pop()
+            return run(batch, slot=slot)
+
+        rig.backend.run = hiccup  # type: ignore[method-assign]
+        assert len((await rig.engine.embed(sequences(5), Output.DENSE)).vectors) == 1
+
+
+async def test_what_a_thread_had_in_its_hands_when_it_died_choosing_is_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The batch was out of the line and in no job: nobody would ever have answered it."""
+    deaths = [RuntimeError("in the middle of choosing")]
+    whole = Pace.usual_s
+
+    def dying(pace: Pace, tokens: int) -> float:
+        if deaths:
+            raise deaths.pop()
+        return whole(pace, tokens)
+
+    monkeypatch.setattr(Pace, "usual_s", dying)
+    async with Rig() as rig:
+        with pytest.raises(EngineFault):
+            await asyncio.wait_for(rig.engine.embed(sequences(5), Output.DENSE), 5)
+        assert len((await rig.engine.embed(sequences(5), Output.DENSE)).vectors) == 1

@@ -5,7 +5,9 @@ to choose (tens of µs), never while anything is computed. It starts no thread.
 """
 
 import threading
+from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 
 from trivec.core.errors import Draining, EngineFault
 from trivec.core.events import LineChanged
@@ -155,6 +157,7 @@ class Desk:
         with self._changed:
             job, self._jobs[slot] = self._jobs[slot], None
             if job is None or self._is_closed:
+                self._look_for_strays()
                 return None
             if job.may_retry:
                 job.may_retry = False
@@ -165,6 +168,29 @@ class Desk:
                 job.lane.dismiss(share.request)
             _send(job.lane, [Answer(share.request, fault) for share in job.shares])
             return None
+
+    def _look_for_strays(self) -> None:
+        """A thread that died choosing may have had rows in its hands that are in no job yet."""
+        for lane in self._lanes:
+            if lane.loop is not None and not lane.loop.is_closed():
+                lane.loop.call_soon_threadsafe(self._answer_strays, lane)
+
+    def _answer_strays(self, lane: Lane) -> None:
+        """On the event loop: a fault for whoever has rows neither in line, in a job, nor done."""
+        with self._changed:
+            jobs = [job for job in self._jobs if job is not None]
+            in_jobs = Counter[Waiter]()
+            for share in chain.from_iterable(job.shares for job in jobs):
+                in_jobs[share.request] += len(share.indices)
+            strays = [
+                waiter
+                for waiter in lane.open
+                if waiter.is_wanted and waiter.taken > waiter.rows_gathered + in_jobs[waiter]
+            ]
+            for waiter in strays:
+                lane.dismiss(waiter)
+        fault = EngineFault(f"{lane.model}: a thread died choosing a batch")
+        deliver([Answer(waiter, fault) for waiter in strays])
 
     def dismiss_all(self, message: str) -> None:
         """On the event loop: answer every waiter `Draining`."""

@@ -100,6 +100,8 @@ class Runner:
                     outcome.starve(batch.token_count)
                 if len(batch) > 1:
                     todo += _halves(wanted)
+                elif len(outcome.runs) == 1:  # everything has a second chance
+                    todo.append(wanted)
                 else:
                     outcome.faults[wanted[0].request] = _fault(self._model, exc)
             else:
