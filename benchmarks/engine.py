@@ -57,10 +57,11 @@ def operations(workload: Workload, config: EncoderConfig) -> float:
 
 
 async def measure(
-    trial: EngineOnTrial, limits: dict[str, Limit], *, seconds: float, repeats: int
+    trial: EngineOnTrial, limits: dict[str, Limit], given: argparse.Namespace
 ) -> dict[str, Any]:
+    seconds, repeats = given.seconds, given.repeats
     card, config = trial.embedder.card, trial.models.loaded[0].checkpoint.config
-    first = [uniform(n, tokens=2048) for n in LENGTHS if n <= card.token_count_max]
+    first = [uniform(n, tokens=2048) for n in given.lengths if n <= card.token_count_max]
     first.append(mixed(tokens=8192, length_max=card.token_count_max))
     workloads = [await sized(trial, one, seconds=seconds) for one in first]
     figures: dict[str, Any] = {}
@@ -124,7 +125,7 @@ async def run(given: argparse.Namespace) -> dict[str, Any]:
                 name: Limit(open_peers.enter_context(peer), precision, given.seconds / 2)
                 for name, peer in started.items()
             }
-            figures = await measure(trial, limits, seconds=given.seconds, repeats=given.repeats)
+            figures = await measure(trial, limits, given)
         return {
             "benchmark": "engine",
             "model": given.name,
@@ -141,6 +142,7 @@ def main() -> None:
     arguments.add_argument("--model", default="all-minilm-l6-v2")
     arguments.add_argument("--name", required=True, help="what the result is filed under")
     arguments.add_argument("--precision", default="int8", choices=["int8", "fp32"])
+    arguments.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     arguments.add_argument("--envs", type=Path, default=ENVS)
     arguments.add_argument("--data-dir", type=Path)
     arguments.add_argument("--seconds", type=float, default=2.0)

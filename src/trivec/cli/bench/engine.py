@@ -17,6 +17,7 @@ from trivec.core.ports import Embedder
 from trivec.core.types import LongText, Output, Sequences
 from trivec.settings import Settings, load_settings
 
+WAIT_S_MAX = 3600.0  # a measurement brings more work than a server would admit
 REQUESTS_AT_ONCE = 4  # enough that a freed worker always finds the next batch waiting
 
 
@@ -79,13 +80,14 @@ def deal(whole: Sequences, hands: int) -> list[Sequences]:
 
 
 def quiet_settings(model: str, *, precision: str, data_dir: Path | None = None) -> Settings:
-    """Settings that serve *model* to nobody. Raises `SettingInvalid`."""
+    """Settings that serve *model* to nobody and refuse no load. Raises `SettingInvalid`."""
     flags = {
         "models": (model,),
         "precision": precision,
         "data_dir": data_dir,
         "no_auth": True,
         "log_level": "warning",
+        "line": {"wait_s_max": WAIT_S_MAX, "first_batch_s_max": WAIT_S_MAX},
     }
     return load_settings(flags, os.environ)
 
