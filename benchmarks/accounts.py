@@ -3,19 +3,22 @@
 `python -m benchmarks.accounts [--folder FOLDER] [--seconds S]`
 
 Lone: one request after another, each identified, booked, its tokens reserved and billed; the
-median is all that the room adds to a request. At 500 requests a second: the CPU time of this
-process with the accounts minus without, as a share of the machine's cores, which is the share of
-its throughput that a busy server pays. A key with both limits does the most work there is.
+median is all that the room adds to a request. Throughput: a server whose cores are all busy with
+about 500 requests a second (each hashes for as long as a text would be embedded, off the event
+loop, 16 connections), with accounts and without, in turns; the loss is one minus the ratio. A key
+with both limits does the most work there is.
 """
 
 import argparse
 import asyncio
+import hashlib
 import json
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 
@@ -29,7 +32,9 @@ LONE_REQUESTS = 1_000
 TOKENS = 64
 PLENTY = 1_000_000_000
 P50_MS_MAX = 3.0
-THROUGHPUT_SHARE_MAX = 0.05
+LOSS_MAX = 0.05
+CONNECTIONS = 16
+ROUNDS = 5
 
 _numbers = count()
 Request = Callable[[], Awaitable[None]]
@@ -50,7 +55,6 @@ def request_of(accounts: Accounts, bearer: str) -> Request:
 
 async def nothing() -> None:
     """A request to a server without accounts."""
-    await asyncio.sleep(0)
 
 
 async def lone_ms(request: Request) -> list[float]:
@@ -63,35 +67,62 @@ async def lone_ms(request: Request) -> list[float]:
     return took
 
 
-async def cores_used(request: Request, *, seconds: float) -> float:
-    """Cores kept busy by `RATE` requests a second, arriving evenly whatever became of the last."""
-    running: set[asyncio.Task[None]] = set()
-    start_s, cpu_s = time.perf_counter(), time.process_time()
-    for number in range(round(RATE * seconds)):
-        await asyncio.sleep(max(0.0, start_s + number / RATE - time.perf_counter()))
-        task = asyncio.ensure_future(request())
-        running.add(task)
-        task.add_done_callback(running.discard)
-    await asyncio.gather(*running)
-    return (time.process_time() - cpu_s) / (time.perf_counter() - start_s)
+class Device:
+    """Every core busy with work that holds no lock of Python's, as an engine's is."""
+
+    def __init__(self, cores: int) -> None:
+        self._pool = ThreadPoolExecutor(cores)
+        self._block = bytes(1 << 20)
+        start_s = time.perf_counter()
+        for _ in range(50):
+            hashlib.sha256(self._block)
+        block_s = (time.perf_counter() - start_s) / 50
+        self._size = round(len(self._block) * cores / RATE / block_s)
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._pool, hashlib.sha256, memoryview(bytes(self._size)))
+
+
+async def rate(device: Device, request: Request, *, seconds: float) -> float:
+    """Requests a second through `CONNECTIONS` that each wait for an answer before they ask again."""
+    deadline_s = time.perf_counter() + seconds
+
+    async def connection() -> int:
+        served = 0
+        while time.perf_counter() < deadline_s:
+            await device.run()
+            await request()
+            served += 1
+        return served
+
+    return sum(await asyncio.gather(*(connection() for _ in range(CONNECTIONS)))) / seconds
+
+
+async def loss(device: Device, request: Request, *, seconds: float) -> float:
+    """The median share of throughput that *request* costs, over rounds with and without."""
+    lost = []
+    for _ in range(ROUNDS):
+        without = await rate(device, nothing, seconds=seconds / ROUNDS / 2)
+        lost.append(1 - await rate(device, request, seconds=seconds / ROUNDS / 2) / without)
+    return statistics.median(lost)
 
 
 async def measure(folder: Path, *, seconds: float) -> dict[str, float]:
     accounts = open_accounts(Settings(data_dir=folder), clock=SystemClock())
     accounts.start()
-    free = await accounts.create_key(KeyPlan(f"free-{os.getpid()}"))
-    limits = Allowance(PLENTY, PLENTY)
-    limited = await accounts.create_key(KeyPlan(f"limited-{os.getpid()}", allowance=limits))
+    free = await accounts.create_key(KeyPlan("free"))
+    limited = await accounts.create_key(KeyPlan("limited", allowance=Allowance(PLENTY, PLENTY)))
     cores = len(os.sched_getaffinity(0))
+    device = Device(cores)
     figures: dict[str, float] = {"cores": cores}
-    idle = await cores_used(nothing, seconds=seconds)
+    figures["rps_without"] = round(await rate(device, nothing, seconds=1))
     for name, key in (("free", free), ("limited", limited)):
         request = request_of(accounts, key.plain)
         took = await lone_ms(request)
-        busy = await cores_used(request, seconds=seconds)
         figures[f"{name}_lone_p50_ms"] = round(statistics.median(took), 3)
         figures[f"{name}_lone_p99_ms"] = round(statistics.quantiles(took, n=100)[98], 3)
-        figures[f"{name}_share_at_{RATE}_rps"] = round((busy - idle) / cores, 4)
+        figures[f"{name}_throughput_loss"] = round(await loss(device, request, seconds=seconds), 4)
     await asyncio.to_thread(accounts.stop)
     return figures
 
@@ -99,13 +130,13 @@ async def measure(folder: Path, *, seconds: float) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, help="where the SQLite file goes")
-    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--seconds", type=float, default=20.0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         figures = asyncio.run(measure(Path(folder), seconds=options.seconds))
     within = all(figures[f"{name}_lone_p50_ms"] <= P50_MS_MAX for name in ("free", "limited"))
-    cheap = figures[f"free_share_at_{RATE}_rps"] <= THROUGHPUT_SHARE_MAX
-    print(json.dumps({"benchmark": "accounts", **figures, "p50_ok": within, "share_ok": cheap}))
+    cheap = all(figures[f"{name}_throughput_loss"] <= LOSS_MAX for name in ("free", "limited"))
+    print(json.dumps({"benchmark": "accounts", **figures, "p50_ok": within, "loss_ok": cheap}))
 
 
 if __name__ == "__main__":
