@@ -54,7 +54,7 @@ class Scene:
 
     def waiting(self) -> int:
         """Requests in line."""
-        return len(self.service.engine._lane.line)  # noqa: SLF001 - the form looks inside
+        return len(self.service.engine._lane.line)
 
     def tasks(self) -> int:
         return len(asyncio.all_tasks(self.service.loop))

@@ -36,6 +36,7 @@ class Carrier(Server):
         tls: tuple[Path, Path] | None,
     ) -> None:
         self._listener = listener
+        _drop_who_takes_nothing(listener, after_s=limits.answer_chunk_s_max)
         cert, key = tls if tls else (None, None)
         super().__init__(
             app,
@@ -65,3 +66,14 @@ class Carrier(Server):
         """Stop listening, finish what was accepted, then let `serve` return."""
         self.interrupt_signal = True
         self.main_loop_interrupt.set()
+
+
+def _drop_who_takes_nothing(listener: socket.socket, *, after_s: float) -> None:
+    """Have the kernel end a connection whose client has taken nothing for so long.
+
+    What granian still holds of an answer it would offer for ever, after the app has given up. An
+    accepted connection inherits the option; where there is none (not Linux) it has to do without.
+    """
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)
+    if option is not None:
+        listener.setsockopt(socket.IPPROTO_TCP, option, round(after_s * 1000))
