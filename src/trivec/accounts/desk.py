@@ -27,11 +27,11 @@ class Desk:
 
     async def reserve(self, entry: Reserve) -> Granted:
         """Cancelling withdraws an entry that is not yet being written."""
-        return await asyncio.wrap_future(self._writer.submit(entry))
+        return await self._writer.submit(entry)
 
     async def settle(self, entry: Settle) -> Granted:
         """Cancelling changes nothing: what happened is written down."""
-        return await asyncio.shield(asyncio.wrap_future(self._writer.submit(entry)))
+        return await asyncio.shield(self._writer.submit(entry))
 
     def claim(self, caller: Caller, opening: Opening) -> ClaimRequest | None:
         if opening.idempotency_key is None:

@@ -4,20 +4,22 @@ It never waits for company: alone, an entry costs one commit; in a crowd, a grou
 Knows nothing of keys or requests; whoever hands over an entry gets a future.
 """
 
+import asyncio
 import logging
 import queue
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Thread
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 from uuid import uuid4
 
-from trivec.accounts.entries import Entry, Granted, Upkeep
+from trivec.accounts.entries import Entry, Granted, Outcome, Upkeep
 from trivec.accounts.store import Store, unavailable
 from trivec.accounts.timeline import Timeline, boot_id
 from trivec.accounts.types import StoreHealth
-from trivec.core.errors import AllowanceError, StoreUnavailable
+from trivec.core.errors import StoreUnavailable
 from trivec.core.ports import Clock
 
 GROUP_MAX = 512  # entries of one commit
@@ -30,17 +32,26 @@ log = logging.getLogger("trivec.accounts")
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """An entry, or an errand that has the store to itself, and who waits for it."""
+    """An entry, and who waits for it on an event loop; nobody waits for our own upkeep."""
 
-    work: Entry | Callable[[], Any]
-    future: "Future[Any]"
+    entry: Entry
+    waiter: "asyncio.Future[Granted] | None"
 
 
-Item: TypeAlias = Job | None  # None: stop when everything before it is done
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """Something that has the store to itself, and who waits for it on any thread."""
+
+    run: Callable[[], Any]
+    waiter: "Future[Any]"
+
+
+Item: TypeAlias = Job | Errand | None  # None: stop when everything before it is done
+Answer: TypeAlias = Outcome | Exception
 
 
 class Writer:
-    """Owned by `Accounts`, which starts and stops it. All but `start` and `stop` from any thread."""
+    """Owned by `Accounts`, which starts and stops it. Nothing here waits but `stop`."""
 
     def __init__(self, store: Store, *, clock: Clock) -> None:
         self.owner = str(uuid4())  # this process, as the holder of claims
@@ -63,36 +74,34 @@ class Writer:
         self._items.put(None)
         self._thread.join()
 
-    def submit(self, entry: Entry) -> "Future[Granted]":
-        """Have *entry* committed; the future may raise `AllowanceError` or `StoreUnavailable`."""
-        return self._hand_over(entry)
+    def submit(self, entry: Entry) -> "asyncio.Future[Granted]":
+        """Have *entry* committed; called on an event loop, which is woken once for a whole group.
+
+        The future may raise `AllowanceError` or `StoreUnavailable`. Cancelling it withdraws an
+        entry that is not yet being written.
+        """
+        waiter: asyncio.Future[Granted] = asyncio.get_running_loop().create_future()
+        if self._items.qsize() >= WAITING_MAX:
+            waiter.set_exception(unavailable())
+        else:
+            self._items.put(Job(entry, waiter))
+        return waiter
 
     def call(self, errand: Callable[[], T]) -> "Future[T]":
         """Run *errand* in the writer's thread, between two groups."""
-        return self._hand_over(errand)
-
-    def _hand_over(self, work: Entry | Callable[[], Any]) -> "Future[Any]":
-        future: Future[Any] = Future()
-        if self._items.qsize() >= WAITING_MAX:
-            future.set_exception(unavailable())
-        else:
-            self._items.put(Job(work, future))
-        return future
+        waiter: Future[T] = Future()
+        self._items.put(Errand(errand, waiter))
+        return waiter
 
     def _run(self) -> None:
         running = True
         while running:
             items = self._gather()
             running = None not in items
-            jobs = [
-                item
-                for item in items
-                if item is not None and item.future.set_running_or_notify_cancel()
-            ]
-            self._commit([job for job in jobs if not callable(job.work)])
-            for job in jobs:
-                if callable(job.work):
-                    _answer(job.work, job.future)
+            self._commit([item for item in items if isinstance(item, Job) and _is_wanted(item)])
+            for item in items:
+                if isinstance(item, Errand):
+                    _run_errand(item)
 
     def _gather(self) -> list[Item]:
         """Wait for an item or until upkeep is due, then take all that is there."""
@@ -109,40 +118,36 @@ class Writer:
     def _commit(self, jobs: Sequence[Job]) -> None:
         now_s = self._clock.now_s()
         if now_s >= self._upkeep_due_s:
-            jobs = [*jobs, Job(Upkeep(self.owner, self._boot_id), Future())]
+            jobs = [*jobs, Job(Upkeep(self.owner, self._boot_id), None)]
             self._upkeep_due_s = now_s + UPKEEP_S
         if not jobs:
             return
+        answers: Sequence[Answer]
         try:
-            self._commit_group(jobs)
+            answers = self._commit_group([job.entry for job in jobs])
         except StoreUnavailable as fault:
             self._note(StoreHealth(writable=False, reason=str(fault.__cause__ or fault)))
             self._upkeep_due_s = now_s + RETRY_S
-            for job in jobs:
-                job.future.set_exception(fault)
+            answers = [fault] * len(jobs)
         except Exception as fault:  # the outermost loop: a fault of ours must not end the thread
             log.exception("a group of %d entries could not be committed", len(jobs))
-            if len(jobs) == 1:
-                jobs[0].future.set_exception(fault)
+            if len(jobs) > 1:
+                for job in jobs:  # one bad entry must not take its neighbours with it
+                    self._commit([job])
                 return
-            for job in jobs:  # one bad entry must not take its neighbours with it
-                self._commit([job])
+            answers = [fault]
+        _tell(jobs, answers)
 
-    def _commit_group(self, jobs: Sequence[Job]) -> None:
+    def _commit_group(self, entries: Sequence[Entry]) -> Sequence[Outcome]:
         if not self._agreed:
             proposed_us = self._timeline.offset_proposed_us()
             agreed_us = self._store.agree_offset_us(self._boot_id, proposed_us=proposed_us)
             self._timeline.agree(agreed_us)
             self._agreed = True
-        entries = [job.work for job in jobs if not callable(job.work)]
         committed = self._store.commit(entries, now_us=self._timeline.now_us())
         self._timeline.catch_up(committed.now_us)
         self._note(StoreHealth(writable=True, reason="ok"))
-        for job, outcome in zip(jobs, committed.outcomes, strict=True):
-            if isinstance(outcome, AllowanceError):
-                job.future.set_exception(outcome)
-            else:
-                job.future.set_result(outcome)
+        return committed.outcomes
 
     def _note(self, health: StoreHealth) -> None:
         if health.writable != self.health.writable:
@@ -153,8 +158,43 @@ class Writer:
         self.health = health
 
 
-def _answer(errand: Callable[[], Any], future: "Future[Any]") -> None:
+def _is_wanted(job: Job) -> bool:
+    return job.waiter is None or not job.waiter.cancelled()
+
+
+def _tell(jobs: Sequence[Job], answers: Sequence[Answer]) -> None:
+    """Wake each event loop once."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[Told]] = {}
+    for job, answer in zip(jobs, answers, strict=True):
+        if job.waiter is not None:
+            by_loop.setdefault(job.waiter.get_loop(), []).append(Told(job.waiter, answer))
+    for loop, told in by_loop.items():
+        with suppress(RuntimeError):  # the loop was closed: nobody is left to hear
+            loop.call_soon_threadsafe(_resolve, told)
+
+
+class Told(NamedTuple):
+    """An answer on its way to whoever waits for it."""
+
+    waiter: "asyncio.Future[Granted]"
+    answer: Answer
+
+
+def _resolve(told: Sequence[Told]) -> None:
+    """On the event loop."""
+    for waiter, answer in told:
+        if waiter.done():
+            continue
+        if isinstance(answer, Exception):
+            waiter.set_exception(answer)
+        else:
+            waiter.set_result(answer)
+
+
+def _run_errand(errand: Errand) -> None:
+    if not errand.waiter.set_running_or_notify_cancel():
+        return
     try:
-        future.set_result(errand())
+        errand.waiter.set_result(errand.run())
     except Exception as fault:  # the outermost loop: whoever waits hears of it
-        future.set_exception(fault)
+        errand.waiter.set_exception(fault)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 from sqlalchemy import Row
@@ -68,19 +69,11 @@ def bucket_values(key_id: str, bucket: Bucket) -> Values:
     }
 
 
+LEDGER_NAMES = tuple(field.name for field in fields(LedgerRow))  # and so are the columns
+
+
 def ledger_values(row: LedgerRow) -> Values:
-    return {
-        "time_us": row.time_us,
-        "request_id": row.request_id,
-        "key_id": row.key_id,
-        "model": row.model,
-        "input_count": row.input_count,
-        "token_count": row.token_count,
-        "status": row.status,
-        "duration_us": row.duration_us,
-        "user_digest": row.user_digest,
-        "replayed": row.replayed,
-    }
+    return {name: getattr(row, name) for name in LEDGER_NAMES}
 
 
 def claim_values(name: ClaimName, claim: Claim) -> Values:

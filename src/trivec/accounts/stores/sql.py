@@ -32,6 +32,7 @@ from trivec.accounts.entries import Claim, ClaimName, Committed, Entry, Reserve,
 from trivec.accounts.page import CLAIM_HELD_US, Page, claims_touched, keys_touched
 from trivec.accounts.store import KeyChanges, name_taken, unavailable
 from trivec.accounts.stores import migrate, rows
+from trivec.accounts.stores.compiled import Compiled
 from trivec.accounts.stores.connect import Engines
 from trivec.accounts.stores.schema import (
     buckets,
@@ -48,16 +49,17 @@ from trivec.core.errors import ResourceUnknown, StoreRefused
 
 OURS = (IntegrityError, DataError, ProgrammingError, NotSupportedError)  # never the store's fault
 
-READ_BUCKETS = select(buckets).where(buckets.c.key_id.in_(bindparam("ids", expanding=True)))
-LOCK_BUCKETS = READ_BUCKETS.order_by(buckets.c.key_id).with_for_update()
+OF_BUCKET = ("requests_debt", "tokens_debt", "at_us")
+LOCK_BUCKET = select(buckets).where(buckets.c.key_id == bindparam("of_key")).with_for_update()
 READ_CLAIMS = select(claims).where(
     tuple_(claims.c.key_id, claims.c.digest).in_(bindparam("names", expanding=True))
 )
 WRITE_BUCKET = (
     update(buckets)
     .where(buckets.c.key_id == bindparam("of_key"))
-    .values({name: bindparam(name) for name in ("requests_debt", "tokens_debt", "at_us")})
+    .values({name: bindparam(name) for name in OF_BUCKET})
 )
+APPEND = insert(ledger).inline()  # the row's number is nobody's business here
 DROP_CLAIM = delete(claims).where(
     claims.c.key_id == bindparam("of_key"), claims.c.digest == bindparam("of_digest")
 )
@@ -71,6 +73,10 @@ class SqlStore:
 
     def __init__(self, engines: Engines, *, upgrades_itself: bool) -> None:
         self._engines = engines
+        dialect = engines.writing.dialect
+        self._read_bucket = Compiled(LOCK_BUCKET, dialect, ["of_key"])
+        self._write_bucket = Compiled(WRITE_BUCKET, dialect, ["of_key", *OF_BUCKET])
+        self._append = Compiled(APPEND, dialect, rows.LEDGER_NAMES)
         self._upgrades_itself = upgrades_itself
         self._prepared = False
         self._preparing = Lock()
@@ -107,11 +113,11 @@ class SqlStore:
         with self._writing(notes_only=notes_only) as connection:
             page = Page(
                 now_us=now_us,
-                buckets=_buckets(connection, keys_touched(entries)),
+                buckets=self._buckets(connection, keys_touched(entries)),
                 claims=_claims(connection, claims_touched(entries)),
             )
             outcomes = [page.take(entry) for entry in entries]
-            _write(connection, page)
+            self._write(connection, page)
         return Committed(outcomes, page.now_us)
 
     def agree_offset_us(self, boot_id: str, *, proposed_us: int) -> int:
@@ -186,6 +192,26 @@ class SqlStore:
     def close(self) -> None:
         self._engines.dispose()
 
+    def _buckets(self, connection: Connection, key_ids: Sequence[str]) -> dict[str, Bucket]:
+        """Locked one by one, in the order that all processes take."""
+        found = {}
+        for key_id in key_ids:
+            for row in self._read_bucket.run(connection, [{"of_key": key_id}]):
+                found[key_id] = Bucket(row.requests_debt, row.tokens_debt, row.at_us)
+        return found
+
+    def _write(self, connection: Connection, page: Page) -> None:
+        if page.buckets_changed:
+            changed = page.buckets_changed.items()
+            values = [rows.bucket_values(key, bucket) | {"of_key": key} for key, bucket in changed]
+            self._write_bucket.run(connection, values)
+        if page.claims_changed:
+            _write_claims(connection, page)
+        if page.rows:
+            self._append.run(connection, [rows.ledger_values(row) for row in page.rows])
+        if page.upkeep is not None:
+            _keep_up(connection, page.upkeep, now_us=page.now_us)
+
     @contextmanager
     def _writing(self, *, notes_only: bool = False) -> Iterator[Connection]:
         """Only what was billed must outlive a power cut; a reservation is forgotten in a minute."""
@@ -221,13 +247,6 @@ class SqlStore:
             raise unavailable() from fault
 
 
-def _buckets(connection: Connection, key_ids: Sequence[str]) -> dict[str, Bucket]:
-    if not key_ids:
-        return {}
-    found = connection.execute(LOCK_BUCKETS, {"ids": key_ids})
-    return {row.key_id: Bucket(row.requests_debt, row.tokens_debt, row.at_us) for row in found}
-
-
 def _claims(connection: Connection, names: Sequence[ClaimName]) -> dict[ClaimName, Claim]:
     if not names:
         return {}
@@ -235,22 +254,12 @@ def _claims(connection: Connection, names: Sequence[ClaimName]) -> dict[ClaimNam
     return {ClaimName(row.key_id, bytes(row.digest)): rows.claim_of(row) for row in found}
 
 
-def _write(connection: Connection, page: Page) -> None:
-    if page.buckets_changed:
-        changed = page.buckets_changed.items()
-        connection.execute(
-            WRITE_BUCKET, [rows.bucket_values(k, b) | {"of_key": k} for k, b in changed]
-        )
-    if page.claims_changed:
-        names = [{"of_key": n.key_id, "of_digest": n.digest} for n in page.claims_changed]
-        connection.execute(DROP_CLAIM, names)
-        made = [rows.claim_values(n, c) for n, c in page.claims_changed.items() if c is not None]
-        if made:
-            connection.execute(insert(claims), made)
-    if page.rows:
-        connection.execute(insert(ledger), [rows.ledger_values(row) for row in page.rows])
-    if page.upkeep is not None:
-        _keep_up(connection, page.upkeep, now_us=page.now_us)
+def _write_claims(connection: Connection, page: Page) -> None:
+    names = [{"of_key": n.key_id, "of_digest": n.digest} for n in page.claims_changed]
+    connection.execute(DROP_CLAIM, names)
+    made = [rows.claim_values(n, c) for n, c in page.claims_changed.items() if c is not None]
+    if made:
+        connection.execute(insert(claims), made)
 
 
 def _keep_up(connection: Connection, upkeep: Upkeep, *, now_us: int) -> None:
