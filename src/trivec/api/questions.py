@@ -9,12 +9,15 @@ from typing import Literal, TypeAlias, cast
 
 import numpy as np
 
+from trivec.api.marks import count_marks
 from trivec.api.reading import reader, shown
 from trivec.api.schemas import EmbeddingsRequest, Input, TokenizeRequest
 from trivec.core.errors import FieldInvalid, RequestTooLarge, TokenIdUnknown
 from trivec.core.ports import Texts, TokenLists
 from trivec.core.types import Int32Array, LongText, ModelCard, Output
 from trivec.settings import HttpLimits
+
+OTHER_ITEMS_MAX = 64  # texts, lists and commas of a request's other fields
 
 Encoding: TypeAlias = Literal["float", "base64"]
 RawTokenLists: TypeAlias = Sequence[Sequence[int]]
@@ -93,6 +96,7 @@ _read_tokenize = reader(TokenizeRequest)
 
 def embeddings_question(body: bytes, limits: HttpLimits) -> EmbeddingsQuestion:
     """The question in *body*, or `MalformedBody`, `FieldInvalid`, `RequestTooLarge`."""
+    refuse_too_many_items(body, limits)
     asked = _read_embeddings(body)
     return EmbeddingsQuestion(
         model=asked.model,
@@ -108,10 +112,27 @@ def embeddings_question(body: bytes, limits: HttpLimits) -> EmbeddingsQuestion:
 
 def tokenize_question(body: bytes, limits: HttpLimits) -> TokenizeQuestion:
     """The question in *body*, or `MalformedBody`, `FieldInvalid`, `RequestTooLarge`."""
+    refuse_too_many_items(body, limits)
     asked = _read_tokenize(body)
     return TokenizeQuestion(
         asked.model, check_inputs(asked.input, limits), bool(asked.return_tokens)
     )
+
+
+def refuse_too_many_items(body: bytes, limits: HttpLimits) -> None:
+    """Refuse an `input` that is far too long, before millions of objects are made of it.
+
+    What passes is counted exactly when it is read. A body shorter than the limit is not counted:
+    it cannot hold more.
+    """
+    if len(body) <= limits.request_tokens_max:
+        return
+    marks = count_marks(body)
+    input_count = max(marks.text_count, marks.array_count)
+    if input_count > limits.inputs_max + OTHER_ITEMS_MAX:
+        raise _array_too_long(f"one of about {input_count}", limits)
+    if marks.comma_count > limits.request_tokens_max + limits.inputs_max + OTHER_ITEMS_MAX:
+        _refuse_too_many_tokens(marks.comma_count, limits)
 
 
 def check_inputs(given: Input, limits: HttpLimits) -> Inputs:
@@ -123,23 +144,19 @@ def check_inputs(given: Input, limits: HttpLimits) -> Inputs:
     if not given:
         raise _empty("input", "array")
     kind = type(given[0])
-    for i, item in enumerate(given):
-        if type(item) is not kind:
-            raise FieldInvalid(
-                f"Invalid 'input[{i}]': all inputs must be of one kind. "
-                "Send texts, or token ids, or lists of token ids.",
-                param=f"input[{i}]",
-            )
+    if len(set(map(type, given))) > 1:
+        i = next(i for i, item in enumerate(given) if type(item) is not kind)
+        raise FieldInvalid(
+            f"Invalid 'input[{i}]': all inputs must be of one kind. "
+            "Send texts, or token ids, or lists of token ids.",
+            param=f"input[{i}]",
+        )
     if kind is int:
         ids = cast("list[int]", given)
         _refuse_too_many_tokens(len(ids), limits)
         return Inputs(texts=None, token_lists=[ids], is_flat=True)
     if len(given) > limits.inputs_max:
-        raise FieldInvalid(
-            "Invalid 'input': array too long. Expected an array with maximum length "
-            f"{limits.inputs_max}, but got an array with length {len(given)} instead.",
-            param="input",
-        )
+        raise _array_too_long(f"an array with length {len(given)}", limits)
     items = cast("list[str] | list[list[int]]", given)
     _refuse_if_empty(items)
     if kind is str:
@@ -209,6 +226,14 @@ def _refuse_if_empty(items: Sequence[str] | Sequence[Sequence[int]]) -> None:
 def _empty(param: str, what: str) -> FieldInvalid:
     return FieldInvalid(
         f"Invalid '{param}': empty {what}. Send at least one character or token id.", param=param
+    )
+
+
+def _array_too_long(found: str, limits: HttpLimits) -> FieldInvalid:
+    return FieldInvalid(
+        "Invalid 'input': array too long. Expected an array with maximum length "
+        f"{limits.inputs_max}, but got {found} instead.",
+        param="input",
     )
 
 
