@@ -140,7 +140,7 @@ class Settings(Section):
     metrics_open: bool = False
     """Answer /metrics without an admin key."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Least severe message that is logged; info has one line a request."""
+    """Least severe message that is logged; info has one line a request, but for probes."""
     http: HttpLimits = HttpLimits()
     line: LineBound = LineBound()
     life: Life = Life()
@@ -289,6 +289,7 @@ def _sentence(fault: ErrorDetails, origins: Mapping[tuple[str, ...], str]) -> st
         key = "--" + key.replace("_", "-")
     value = "***" if path[0] in ("api_key", "database_url", "secret") else repr(fault["input"])
     expected = fault["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
+    expected = expected.partition(", unable to parse")[0]
     return f"{key} is {value} {origin}; it {expected}"
 
 

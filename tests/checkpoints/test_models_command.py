@@ -43,6 +43,12 @@ def test_list_is_a_table_for_people(runner: CliRunner) -> None:
     assert line.split() == ["all-minilm-l6-v2", "wheel", "yes", "256", "384", "dense"]
 
 
+def test_list_shows_every_id_whole(runner: CliRunner) -> None:
+    ids = {row["id"] for row in json.loads(runner.invoke(models_app, ["list", "--json"]).stdout)}
+    words = runner.invoke(models_app, ["list"]).stdout.split()
+    assert ids <= set(words), "an id that is cut cannot be copied"
+
+
 def test_dummy_writes_as_many_layers_as_were_asked_for(runner: CliRunner, tmp_path: Path) -> None:
     folder = tmp_path / "dummy"
     done = runner.invoke(models_app, ["dummy", "all-minilm-l6-v2", str(folder), "--layers", "1"])

@@ -85,6 +85,11 @@ def test_a_bad_value_is_one_line_that_names_it_and_what_was_expected(
         assert part in message
 
 
+def test_the_words_of_the_library_below_are_left_out() -> None:
+    with pytest.raises(SettingInvalid, match=r"it must be a valid integer$"):
+        load_settings({"port": "x"}, {})
+
+
 def test_an_unknown_key_in_the_file_is_refused_by_name_with_the_nearest_one(tmp_path: Path) -> None:
     file = tmp_path / "trivec.toml"
     file.write_text("[http]\nbody_byte_max = 3\n")

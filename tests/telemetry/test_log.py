@@ -34,9 +34,9 @@ def _restored_logging() -> Iterator[None]:
     structlog.reset_defaults()
 
 
-def lines(*events: Event) -> list[dict[str, object]]:
+def lines(*events: Event, level: str = "info") -> list[dict[str, object]]:
     out = io.StringIO()
-    configure_log("json", stream=out)
+    configure_log("json", stream=out, level=level)
     log = RequestLog()
     for event in events:
         log.observe(event)
@@ -72,6 +72,13 @@ def test_a_refused_request_says_why_and_leaves_out_what_never_was() -> None:
     [line] = lines(request(status=401, code="invalid_api_key", key_id=None, model=None))
     assert line["code"] == "invalid_api_key"
     assert line.keys().isdisjoint({"key_id", "model", "tokens", "client_request_id"})
+
+
+@pytest.mark.parametrize("route", ["/livez", "/readyz", "/health", "/metrics"])
+def test_a_probe_is_a_line_when_it_fails_or_when_everything_is_told(route: str) -> None:
+    passed, failed = request(route=route), request(route=route, status=503)
+    assert [line["status"] for line in lines(passed, failed)] == [503]
+    assert [line["status"] for line in lines(passed, failed, level="debug")] == [200, 503]
 
 
 def test_a_line_cannot_be_broken_by_what_a_client_sends() -> None:

@@ -4,9 +4,7 @@ It parses and prints; the work is the checkpoints room's. Tables go to standard 
 """
 
 import asyncio
-import json
 import os
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,12 +12,11 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from trivec.checkpoints.catalogue import CatalogueEntry, entries, entry_of
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.checkpoints.verify import Embed
+from trivec.cli.store import AsJson, DataDir, print_json, print_table, say, table
 from trivec.core.errors import CheckpointRefused
 from trivec.core.types import Batch, LongText, Output, Vectors
 from trivec.settings import Settings, load_settings
@@ -29,11 +26,6 @@ MISSED_EXIT_CODE = 1
 models_app = typer.Typer(
     help="Pull, list and check models, or write a dummy one.", no_args_is_help=True
 )
-DataDir = Annotated[
-    str | None,
-    typer.Option("--data-dir", help="Folder for the store and the models.", show_default=False),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @models_app.command("list")
@@ -41,18 +33,26 @@ def list_models(data_dir: DataDir = None, as_json: AsJson = False) -> None:
     """List the models known by name and which of them are on this machine."""
     rows = [_listed(entry, _cache_dir(data_dir)) for entry in entries()]
     if as_json:
-        print(json.dumps(rows, indent=2))
+        print_json(rows)
         return
-    table = Table("model", "here", "verified", "tokens", "numbers", "outputs", box=None)
+    listed = table(LISTED, numbers=("TOKENS", "NUMBERS"))
+    listed.columns[0].no_wrap = True  # what a user copies
     for row in rows:
-        table.add_row(*(_shown(row[name]) for name in LISTED))
-    _console().print(table)
+        listed.add_row(*(_shown(row[name]) for name in LISTED.values()))
+    print_table(listed)
     for row in rows:
         if row["problem"]:
-            _say(f"{row['id']}: {row['problem']}")
+            say(f"{row['id']}: {row['problem']}")
 
 
-LISTED = ("id", "source", "verified", "token_count_max", "dimensions", "outputs")
+LISTED = {
+    "MODEL": "id",
+    "HERE": "source",
+    "VERIFIED": "verified",
+    "TOKENS": "token_count_max",
+    "NUMBERS": "dimensions",
+    "OUTPUTS": "outputs",
+}
 
 
 def _listed(entry: CatalogueEntry, cache_dir: Path) -> dict[str, object]:
@@ -69,7 +69,7 @@ def _listed(entry: CatalogueEntry, cache_dir: Path) -> dict[str, object]:
         "id": entry.id,
         "aliases": list(entry.aliases),
         "source": checkpoint.source if checkpoint else None,
-        "verified": checkpoint.verified if checkpoint else False,
+        "verified": checkpoint.verified if checkpoint else None,
         "pinned": entry.is_pinned,
         "folder": str(checkpoint.folder) if checkpoint else None,
         "token_count_max": entry.token_count_max,
@@ -102,7 +102,7 @@ def pull(
     checkpoint = open_own(entry, cache_dir=cache_dir)
     assert checkpoint is not None
     if not entry.is_pinned:
-        _say(
+        say(
             f"{entry.id} has no known hashes; what came was noted, and later starts compare with it"
         )
     print(checkpoint.folder)
@@ -144,7 +144,7 @@ def verify(
     from trivec.checkpoints.verify import verify as compare
 
     settings = load_settings(
-        {"data_dir": data_dir, "precision": "fp32", "models": (model,)}, os.environ, warn=_say
+        {"data_dir": data_dir, "precision": "fp32", "models": (model,)}, os.environ, warn=say
     )
     entry = entry_of(model.partition("=")[0])
     figures = compare(entry.id, _embedding(settings))
@@ -159,15 +159,16 @@ def verify(
             }
             for one in figures
         ]
-        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        print_json(rows)
     else:
-        table = Table("figure", "expected", "found", "difference", "", box=None)
+        numbers = ("EXPECTED", "FOUND", "DIFFERENCE")
+        compared = table(("FIGURE", *numbers, ""), numbers=numbers)
         for one in figures:
-            numbers = (f"{one.expected:.4f}", f"{one.found:.4f}", f"{one.difference:.5f}")
-            table.add_row(one.name, *numbers, "" if one.is_met else "MISSED")
-        _console().print(table)
+            cells = (f"{one.expected:.4f}", f"{one.found:.4f}", f"{one.difference:.5f}")
+            compared.add_row(one.name, *cells, "" if one.is_met else "MISSED")
+        print_table(compared)
     missed = sum(not one.is_met for one in figures)
-    _say(f"{len(figures) - missed} of {len(figures)} figures are met (within {TOLERANCE})")
+    say(f"{len(figures) - missed} of {len(figures)} figures are met (within {TOLERANCE})")
     if missed:
         raise typer.Exit(MISSED_EXIT_CODE)
 
@@ -205,14 +206,5 @@ def _embedding(settings: Settings) -> Embed:
 
 
 def _cache_dir(data_dir: str | None) -> Path:
-    settings = load_settings({"data_dir": data_dir}, os.environ, warn=_say)
+    settings = load_settings({"data_dir": data_dir}, os.environ, warn=say)
     return settings.data_dir / "models"
-
-
-def _console() -> Console:
-    """Plain and unfolded where it is not a terminal, so that tables can be read by programs."""
-    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -5,7 +5,7 @@ import os
 import socket
 import sys
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Literal, get_args, get_origin
 
 import typer
 
@@ -19,9 +19,11 @@ FAILED = 1
 def _help(name: str) -> str:
     """A setting's help is written once, where the setting is."""
     field = Settings.model_fields[name]
-    default = field.default
-    shown = "" if default in (None, (), False) else f" [dim]\\[default: {default}][/dim]"
-    return f"{field.description}{shown}"
+    words = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    notes = [" | ".join(words)] if words else []
+    if field.default not in (None, (), False):
+        notes.append(f"default: {field.default}")
+    return f"{field.description}" + "".join(f" [dim]\\[{note}][/dim]" for note in notes)
 
 
 def _flag(name: str, *spellings: str) -> typer.models.OptionInfo:

@@ -25,6 +25,8 @@ from trivec.core.events import (
 
 LogFormat = Literal["auto", "json", "text"]
 
+PROBES = frozenset({"/livez", "/readyz", "/health", "/metrics"})  # asked every few seconds for ever
+
 
 def configure_log(
     log_format: LogFormat = "auto", *, stream: TextIO | None = None, level: str = "info"
@@ -66,7 +68,8 @@ def configure_log(
 class RequestLog:
     """An `Observer` that writes a line for each request, and for each event an operator acts on.
 
-    Batches and line depths are metrics, not lines. Called from any thread.
+    Batches and line depths are metrics, not lines; a probe that passes is one at debug only.
+    Called from any thread.
     """
 
     def __init__(self) -> None:
@@ -75,7 +78,9 @@ class RequestLog:
     def observe(self, event: Event) -> None:
         match event:
             case RequestServed():
-                self._log.info("request", **request_fields(event))
+                is_routine = event.route in PROBES and event.status < 400
+                tell = self._log.debug if is_routine else self._log.info
+                tell("request", **request_fields(event))
             case BatchRan(failed=True):
                 self._log.warning("batch_failed", **_fields(event))
             case BatchRan() | LineChanged():
