@@ -5,8 +5,9 @@
 Lone: one request after another, each identified, booked, its tokens reserved and billed; the
 median is all that the room adds to a request. Throughput: a server whose cores are all busy with
 about 500 requests a second (each hashes for as long as a text would be embedded, off the event
-loop, 16 connections), with accounts and without, in turns; the loss is one minus the ratio. A key
-with both limits does the most work there is.
+loop, 16 connections), with accounts and without, in turns; the loss is one minus the ratio of their
+processor times, which other work on the machine disturbs less than a count of requests. A key with
+both limits does the most work there is.
 """
 
 import argparse
@@ -84,9 +85,9 @@ class Device:
         await loop.run_in_executor(self._pool, hashlib.sha256, memoryview(bytes(self._size)))
 
 
-async def rate(device: Device, request: Request, *, seconds: float) -> float:
-    """Requests a second through `CONNECTIONS` that each wait for an answer before they ask again."""
-    deadline_s = time.perf_counter() + seconds
+async def cpu_s(device: Device, request: Request, *, seconds: float) -> float:
+    """Processor time of one request, over `CONNECTIONS` that each wait before they ask again."""
+    deadline_s, start_s = time.perf_counter() + seconds, time.process_time()
 
     async def connection() -> int:
         served = 0
@@ -96,15 +97,16 @@ async def rate(device: Device, request: Request, *, seconds: float) -> float:
             served += 1
         return served
 
-    return sum(await asyncio.gather(*(connection() for _ in range(CONNECTIONS)))) / seconds
+    served = sum(await asyncio.gather(*(connection() for _ in range(CONNECTIONS))))
+    return (time.process_time() - start_s) / served
 
 
 async def loss(device: Device, request: Request, *, seconds: float) -> float:
-    """The median share of throughput that *request* costs, over rounds with and without."""
+    """The median share of a busy machine's throughput that *request* costs, over rounds."""
     lost = []
     for _ in range(ROUNDS):
-        without = await rate(device, nothing, seconds=seconds / ROUNDS / 2)
-        lost.append(1 - await rate(device, request, seconds=seconds / ROUNDS / 2) / without)
+        without = await cpu_s(device, nothing, seconds=seconds / ROUNDS / 2)
+        lost.append(1 - without / await cpu_s(device, request, seconds=seconds / ROUNDS / 2))
     return statistics.median(lost)
 
 
@@ -116,7 +118,7 @@ async def measure(folder: Path, *, seconds: float) -> dict[str, float]:
     cores = len(os.sched_getaffinity(0))
     device = Device(cores)
     figures: dict[str, float] = {"cores": cores}
-    figures["rps_without"] = round(await rate(device, nothing, seconds=1))
+    figures["rps_without"] = round(cores / await cpu_s(device, nothing, seconds=1))
     for name, key in (("free", free), ("limited", limited)):
         request = request_of(accounts, key.plain)
         took = await lone_ms(request)
