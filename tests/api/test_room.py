@@ -28,6 +28,18 @@ async def test_one_model_with_room_is_enough_to_read_whom_a_request_is_for(house
     assert other.status_code == 200
 
 
+async def test_what_most_likely_cannot_fit_is_refused_before_it_is_tokenised(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's tokens are bytes: after one request it is known how many a text will make."""
+    house.model.room_tokens = 40
+    async with house.client() as client:
+        body = {"model": MODEL, "input": "x" * 30}
+        assert (await client.post("/embeddings", json=body)).status_code == 200
+        monkeypatch.setattr(house.model, "tokenize", None)
+        assert_overloaded(await client.post("/embeddings", json={**body, "input": "é" * 30}))
+
+
 @pytest.mark.parametrize(
     ("given", "tokens_min"),
     [

@@ -13,6 +13,7 @@ from trivec.api.encoding import (
     encode,
     estimate_bytes,
 )
+from trivec.api.guess import Guess
 from trivec.api.metering import Meter
 from trivec.api.presence import present
 from trivec.api.questions import EmbeddingsQuestion, check_against_card, embeddings_question
@@ -32,6 +33,7 @@ class Embeddings:
         self._meter = meter
         self._limits = limits
         self._clock = clock
+        self._guesses: dict[str, Guess] = {}  # by model
 
     async def __call__(self, visit: Visit) -> Answer:
         body = await read_json_body(visit, self._limits)
@@ -40,10 +42,12 @@ class Embeddings:
         visit.user, visit.input_count = question.user, len(question.inputs)
         embedder = self._shelf.find(question.model, visit)
         check_against_card(question, embedder.card)
-        embedder.check_room(question.inputs.token_count_min(embedder.card))
+        guess = self._guesses.setdefault(embedder.card.id, Guess())
+        embedder.check_room(guess.tokens_of(question.inputs, embedder.card))
         async with present(visit.receive):
             booking = await self._meter.open(visit, body)
             sequences = await self._tokenize(visit, question, embedder)
+            guess.learn(question.inputs, sequences.token_count)
             result = await self._embed(visit, question, embedder, sequences, booking)
             return await self._encode(visit, result, embedder)
 

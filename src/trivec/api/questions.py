@@ -51,12 +51,6 @@ class Inputs:
     def __len__(self) -> int:
         return len(self.texts if self.texts is not None else self.token_lists or ())
 
-    def token_count_min(self, card: ModelCard) -> int:
-        """A lower bound of what a tokenizer will make of them, which costs nothing to know."""
-        if self.texts is not None:
-            return TOKENS_MIN * len(self.texts)
-        return sum(min(len(ids), card.token_count_max) for ids in self.token_lists or ())
-
     def for_model(self, card: ModelCard) -> Texts | TokenLists:
         """The texts, or the ids as int32 `[tokens]` a list; `TokenIdUnknown` for a foreign id."""
         if self.texts is not None:

@@ -119,7 +119,9 @@ class Serving:
         self._front.observer.observe(PhaseChanged(look.phase, look.reason))
 
     def _enter(self, stage: Stage) -> None:
-        if stage is Stage.FINISHING:
+        if stage is Stage.SERVING:
+            self._beat_once()  # whoever kills it now kills a process that had been ready
+        elif stage is Stage.FINISHING:
             self._carrier.stop()
         elif stage is Stage.REFUSING:
             self._carrier.stop()
@@ -171,8 +173,12 @@ class Serving:
             return
         self._heart.tie()
         while True:
-            self._heart.beat(ready=self._life.stage is Stage.SERVING)
+            self._beat_once()
             await asyncio.sleep(BEAT_EVERY_S)
+
+    def _beat_once(self) -> None:
+        if self._heart is not None:
+            self._heart.beat(ready=self._life.stage is Stage.SERVING)
 
     def _start(self, work: Coroutine[None, None, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)
