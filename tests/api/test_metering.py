@@ -1,13 +1,16 @@
 """One ledger row an authenticated request, written before its answer leaves; failures cost nothing."""
 
 import asyncio
+import threading
+from collections.abc import Iterator, Sequence
 
 import httpx
 import pytest
 from tests.api.house import MODEL, House
 
 from trivec.accounts import Allowance
-from trivec.accounts.entries import LedgerRow
+from trivec.accounts.entries import Committed, Entry, LedgerRow, Reserve
+from trivec.accounts.stores.memory import MemoryStore
 from trivec.core.errors import EngineFault
 from trivec.settings import HttpLimits
 
@@ -168,6 +171,48 @@ def test_a_request_over_its_deadline_frees_its_place_and_is_billed_nothing() -> 
     house.close()
     assert response.json()["error"]["code"] == "deadline_exceeded"
     assert (only_row(house).status, only_row(house).token_count) == (503, 0)
+
+
+class HeldStore(MemoryStore):
+    """Holds whatever claims an idempotency key, until its gate opens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.entered = threading.Event()
+
+    def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
+        if any(isinstance(entry, Reserve) and entry.claim is not None for entry in entries):
+            self.entered.set()
+            assert self.gate.wait(5)
+        return super().commit(entries, now_us=now_us)
+
+
+@pytest.fixture
+def held_house() -> Iterator[House]:
+    built = House(store=HeldStore())
+    yield built
+    built.close()
+
+
+async def test_a_client_that_leaves_while_it_is_let_in_can_send_the_same_again(
+    held_house: House,
+) -> None:
+    """Else its idempotency key would be in progress for a day, and nobody would be at work."""
+    store = held_house.store
+    assert isinstance(store, HeldStore)
+    named = {"idempotency-key": "k"}
+    async with held_house.client() as client:
+        left = asyncio.create_task(client.post("/embeddings", json=BODY, headers=named))
+        await asyncio.to_thread(store.entered.wait, 5)
+        left.cancel()
+        await asyncio.sleep(0)  # the cancellation has arrived before the store answers
+        store.gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await left
+        again = await client.post("/embeddings", json=BODY, headers=named)
+    assert again.status_code == 200, again.text
+    assert [(row.status, row.replayed) for row in store.rows] == [(499, False), (200, False)]
 
 
 async def test_the_observer_hears_one_event_a_request(house: House) -> None:

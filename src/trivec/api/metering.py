@@ -3,9 +3,11 @@
 It knows when a booking is opened and closed; what that costs a key is the accounts room's business.
 """
 
+import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 from trivec.accounts import Accounts, Booking, Caller, Closing, Opening
 from trivec.api.errors import status_of
@@ -14,6 +16,8 @@ from trivec.core.errors import FieldInvalid
 from trivec.core.ports import Clock
 
 IDEMPOTENCY_KEY_CHARS_MAX = 255
+
+Result = TypeVar("Result")
 
 
 class Meter:
@@ -28,6 +32,7 @@ class Meter:
 
         Raises `AllowanceExhausted`, `IdempotencyKeyReused`, `IdempotencyInProgress`,
         `StoreUnavailable`, and `FieldInvalid` for an `Idempotency-Key` that cannot be one.
+        A call that is cancelled still books, so that there is something to close.
         """
         key = visit.header(b"idempotency-key")
         if key is not None and not 0 < len(key) <= IDEMPOTENCY_KEY_CHARS_MAX:
@@ -37,6 +42,9 @@ class Meter:
             )
         digest = b"" if key is None else _digest(visit, body)
         opening = Opening(visit.request_id, visit.model, key, digest)
+        return await _to_its_end(self._book(visit, opening))
+
+    async def _book(self, visit: Visit, opening: Opening) -> Booking:
         visit.booking = await self._accounts.open(_caller(visit), opening)
         return visit.booking
 
@@ -71,6 +79,16 @@ class Meter:
         opening = Opening(visit.request_id, visit.model, None, b"")
         await self._accounts.record(caller, opening, closing)
         visit.allowance = await self._accounts.allowance_state(caller)
+
+
+async def _to_its_end(work: Coroutine[object, object, Result]) -> Result:
+    """Do all of *work*, and be cancelled only then: a store may be at it, and cannot be stopped."""
+    task = asyncio.create_task(work, name="booking")
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 def _caller(visit: Visit) -> Caller:
