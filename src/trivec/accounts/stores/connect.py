@@ -19,7 +19,7 @@ from trivec.core.errors import SettingInvalid
 
 NOTES_ONLY = "trivec_notes_only"
 LOCK_STEP_S = 0.0003
-LOCK_WAIT_S = 1.0  # another process holds a lock for a millisecond; longer is a fault
+LOCK_WAIT_S = 3.0  # others hold it for a commit, each as long as the disk takes; longer is a fault
 CONNECT_S = 5
 READERS_MAX = 4
 WAL_BYTES_KEPT = 64 * 1024 * 1024
