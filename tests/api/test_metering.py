@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import httpx
 import pytest
@@ -174,15 +174,16 @@ def test_a_request_over_its_deadline_frees_its_place_and_is_billed_nothing() -> 
 
 
 class HeldStore(MemoryStore):
-    """Holds whatever claims an idempotency key, until its gate opens."""
+    """Holds a commit with a reservation that *is_held*, until its gate opens."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.is_held: Callable[[Reserve], bool] = lambda entry: False
         self.gate = threading.Event()
         self.entered = threading.Event()
 
     def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
-        if any(isinstance(entry, Reserve) and entry.claim is not None for entry in entries):
+        if any(isinstance(entry, Reserve) and self.is_held(entry) for entry in entries):
             self.entered.set()
             assert self.gate.wait(5)
         return super().commit(entries, now_us=now_us)
@@ -195,21 +196,41 @@ def held_house() -> Iterator[House]:
     built.close()
 
 
+async def leave_while_held(
+    client: httpx.AsyncClient, store: HeldStore, headers: Mapping[str, str]
+) -> None:
+    left = asyncio.create_task(client.post("/embeddings", json=BODY, headers=headers))
+    await asyncio.to_thread(store.entered.wait, 5)
+    left.cancel()
+    await asyncio.sleep(0)  # the cancellation has arrived before the store answers
+    store.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await left
+
+
+async def test_a_client_that_leaves_while_its_tokens_are_reserved_gets_them_back(
+    held_house: House,
+) -> None:
+    store = held_house.store
+    assert isinstance(store, HeldStore)
+    key = await held_house.new_key_async("limited", Allowance(tokens_per_minute=2 * TOKENS))
+    store.is_held = lambda entry: entry.cost.tokens > 0
+    async with held_house.client(key) as client:
+        await leave_while_held(client, store, {})
+        for _ in range(2):
+            assert (await client.post("/embeddings", json=BODY)).is_success
+
+
 async def test_a_client_that_leaves_while_it_is_let_in_can_send_the_same_again(
     held_house: House,
 ) -> None:
     """Else its idempotency key would be in progress for a day, and nobody would be at work."""
     store = held_house.store
     assert isinstance(store, HeldStore)
+    store.is_held = lambda entry: entry.claim is not None
     named = {"idempotency-key": "k"}
     async with held_house.client() as client:
-        left = asyncio.create_task(client.post("/embeddings", json=BODY, headers=named))
-        await asyncio.to_thread(store.entered.wait, 5)
-        left.cancel()
-        await asyncio.sleep(0)  # the cancellation has arrived before the store answers
-        store.gate.set()
-        with pytest.raises(asyncio.CancelledError):
-            await left
+        await leave_while_held(client, store, named)
         again = await client.post("/embeddings", json=BODY, headers=named)
     assert again.status_code == 200, again.text
     assert [(row.status, row.replayed) for row in store.rows] == [(499, False), (200, False)]

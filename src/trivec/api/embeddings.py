@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Sequence
 
-from trivec.accounts import Booking
 from trivec.api.answers import Answer
 from trivec.api.bodies import read_json_body
 from trivec.api.encoding import (
@@ -45,10 +44,10 @@ class Embeddings:
         guess = self._guesses.setdefault(embedder.card.id, Guess())
         embedder.check_room(guess.tokens_of(question.inputs, embedder.card))
         async with present(visit.receive):
-            booking = await self._meter.open(visit, body)
+            await self._meter.open(visit, body)
             sequences = await self._tokenize(visit, question, embedder)
             guess.learn(question.inputs, sequences.token_count)
-            result = await self._embed(visit, question, embedder, sequences, booking)
+            result = await self._embed(visit, question, embedder, sequences)
             return await self._encode(visit, result, embedder)
 
     async def _tokenize(
@@ -71,11 +70,10 @@ class Embeddings:
         question: EmbeddingsQuestion,
         embedder: Embedder,
         sequences: Sequences,
-        booking: Booking,
     ) -> Result:
         answer_bytes = estimate_bytes(question, sequences, embedder.card)
         check_answer_fits(answer_bytes, answer_bytes_max=self._limits.answer_bytes_max)
-        await booking.reserve_tokens(sequences.token_count)
+        await self._meter.reserve_tokens(visit, sequences.token_count)
         deadline_s = visit.deadline_s - self._clock.now_s()
         reply = await embedder.embed(sequences, question.outputs, deadline_s=deadline_s)
         visit.token_count = sequences.token_count

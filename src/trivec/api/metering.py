@@ -7,17 +7,14 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from typing import TypeVar
 
-from trivec.accounts import Accounts, Booking, Caller, Closing, Opening
+from trivec.accounts import Accounts, Caller, Closing, Opening
 from trivec.api.errors import status_of
 from trivec.api.visit import Visit
 from trivec.core.errors import FieldInvalid
 from trivec.core.ports import Clock
 
 IDEMPOTENCY_KEY_CHARS_MAX = 255
-
-Result = TypeVar("Result")
 
 
 class Meter:
@@ -27,7 +24,7 @@ class Meter:
         self._accounts = accounts
         self._clock = clock
 
-    async def open(self, visit: Visit, body: bytes) -> Booking:
+    async def open(self, visit: Visit, body: bytes) -> None:
         """Book the request: from here on its key has one request less.
 
         Raises `AllowanceExhausted`, `IdempotencyKeyReused`, `IdempotencyInProgress`,
@@ -42,11 +39,19 @@ class Meter:
             )
         digest = b"" if key is None else _digest(visit, body)
         opening = Opening(visit.request_id, visit.model, key, digest)
-        return await _to_its_end(self._book(visit, opening))
+        await _to_its_end(self._book(visit, opening))
 
-    async def _book(self, visit: Visit, opening: Opening) -> Booking:
+    async def _book(self, visit: Visit, opening: Opening) -> None:
         visit.booking = await self._accounts.open(_caller(visit), opening)
-        return visit.booking
+
+    async def reserve_tokens(self, visit: Visit, count: int) -> None:
+        """Take *count* tokens out of the allowance of a request that is booked.
+
+        Raises `AllowanceExhausted`, `RequestTooLarge`, `StoreUnavailable`. A call that is cancelled
+        still reserves, so that closing gives everything back.
+        """
+        assert visit.booking is not None
+        await _to_its_end(visit.booking.reserve_tokens(count))
 
     @asynccontextmanager
     async def row(self, visit: Visit) -> AsyncIterator[None]:
@@ -81,11 +86,11 @@ class Meter:
         visit.allowance = await self._accounts.allowance_state(caller)
 
 
-async def _to_its_end(work: Coroutine[object, object, Result]) -> Result:
+async def _to_its_end(work: Coroutine[object, object, None]) -> None:
     """Do all of *work*, and be cancelled only then: a store may be at it, and cannot be stopped."""
     task = asyncio.create_task(work, name="booking")
     try:
-        return await asyncio.shield(task)
+        await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait([task])
         raise
