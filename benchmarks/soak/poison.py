@@ -24,6 +24,7 @@ from benchmarks.soak.report import Report, command
 from benchmarks.soak.service import MODEL, Service
 
 from trivec.api import embeddings
+from trivec.api.encoding import encode
 from trivec.cli.bench.texts import sentences
 from trivec.core.ports import Texts, TokenLists
 from trivec.core.types import Float32Array, LongText, Sequences
@@ -83,7 +84,7 @@ async def _run(batches: int, backend: str) -> Report:
 @contextmanager
 def stages_that_raise(service: Service) -> Iterator[None]:
     """Tokenising and encoding fail for the word that names them."""
-    tokenize, encode = service.engine.tokenize, embeddings.encode
+    tokenize = service.engine.tokenize
 
     async def tokenizing(inputs: Texts | TokenLists, *, long_text: LongText) -> Sequences:
         if any(isinstance(one, str) and "tokenizer" in one for one in inputs):

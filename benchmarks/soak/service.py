@@ -56,9 +56,12 @@ def opened(folder: Path) -> Checkpoint:
 def words_to_ids(checkpoint: Checkpoint, faults: Mapping[str, Fault]) -> dict[int, Fault]:
     """*faults* by token id; each word is one token of the model's vocabulary."""
     codec = tokenizers.Tokenizer.from_file(str(checkpoint.tokenizer_file))
-    ids = {word: codec.token_to_id(word) for word in faults}
-    assert None not in ids.values(), f"no single token: {ids}"
-    return {ids[word]: fault for word, fault in faults.items()}
+    by_id: dict[int, Fault] = {}
+    for word, fault in faults.items():
+        token_id = codec.token_to_id(word)
+        assert token_id is not None, f"{word} is no single token"
+        by_id[token_id] = fault
+    return by_id
 
 
 def device(checkpoint: Checkpoint, kind: str, folder: Path, *, tokens_per_s: float) -> Backend:
@@ -175,3 +178,4 @@ class Service:
             self.loop.call_soon_threadsafe(carriers[0].stop)
             thread.join(30)
             assert not thread.is_alive(), "the service did not stop"
+            self.loop.close()

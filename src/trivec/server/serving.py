@@ -49,6 +49,7 @@ class Serving:
         self._asked_at_s = float("-inf")
         self._front: Front = open_front(settings)
         self._models: Models | None = None
+        self._new_key: NewKey | None = None
         self._hung: str | None = None
         self._canary = Canary(())
         self._tasks: set[asyncio.Task[None]] = set()
@@ -121,6 +122,8 @@ class Serving:
     def _enter(self, stage: Stage) -> None:
         if stage is Stage.SERVING:
             self._beat_once()  # whoever kills it now kills a process that had been ready
+            assert self._models is not None
+            self._announce(self._models, self._new_key)
         elif stage is Stage.FINISHING:
             self._carrier.stop()
         elif stage is Stage.REFUSING:
@@ -135,7 +138,7 @@ class Serving:
         models.workers.start()
         self._canary = Canary(models.embedders.values())
         await self._canary.learn()
-        new_key = await self._first_key()
+        self._new_key = await self._first_key()
         for model in models.loaded:
             load_s = time.monotonic() - began_s
             self._front.observer.observe(loaded_event(model, load_s=load_s))
@@ -143,7 +146,6 @@ class Serving:
         self._door.app = self._front.app(models.embedders, self.health)
         self._start(self._sing(), "canary")
         self._start(self._watch(models), "watch")
-        self._announce(models, new_key)
 
     async def _first_key(self) -> NewKey | None:
         """The key of a new store; a store that is away for now has not got any."""

@@ -1,0 +1,61 @@
+"""The short form of each soak: the same code as the long one, for seconds."""
+
+import pytest
+from benchmarks.soak import drain, kills, leavers, overload, poison, slow, soak, workers
+from benchmarks.soak.report import Report
+
+pytestmark = pytest.mark.process
+
+
+def assert_passed(report: Report) -> None:
+    assert report.checks
+    assert not report.failures, report
+
+
+def test_only_the_poisoned_item_of_a_batch_fails() -> None:
+    assert_passed(poison.run(batches=4 * len(poison.STAGES)))
+
+
+def test_an_exception_in_any_stage_of_a_worker_is_answered_and_recovered_from() -> None:
+    assert_passed(workers.run(times=2))
+
+
+def test_who_leaves_the_line_is_not_computed_and_not_billed() -> None:
+    assert_passed(leavers.run(clients=150))
+
+
+def test_stops_under_load_lose_nothing_that_was_accepted() -> None:
+    assert_passed(drain.run(times=2))
+
+
+def test_killed_stopped_or_hung_it_is_back_and_never_ready_while_dead() -> None:
+    assert_passed(kills.run(times=1))
+
+
+def test_slow_clients_are_let_go_of_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How good traffic fares beside them is for the long form: no timing fails a test here."""
+    monkeypatch.setattr(slow, "BASELINE_S", 0.5)
+    monkeypatch.setattr(slow, "SETTLE_S", 0.5)
+    report = slow.run(clients=50, bound_s=1.0)
+    assert [one for one in report.failures if "still held" in one.says] == []
+
+
+def test_a_flood_is_refused_with_a_time_to_return_and_passes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(overload, "TIMES", (20,))
+    monkeypatch.setattr(overload, "CAPACITY_S", 2.0)
+    report = overload.run(seconds=2.0, tokens_per_s=40_000.0)
+    timings = ("goodput", "p99")
+    assert [one for one in report.failures if not one.says.startswith(timings)] == []
+
+
+def test_ordinary_life_leaves_nothing_behind() -> None:
+    assert_passed(soak.run(minutes=0.1, backend="fake"))
+
+
+@pytest.mark.parametrize(("figure", "holds"), [(1.0, True), (1.1, False)])
+def test_a_figure_beyond_its_pass_line_fails_the_report(figure: float, holds: bool) -> None:
+    report = Report()
+    report.at_most("a figure", figure, 1.0)
+    assert (not report.failures) is holds
