@@ -9,9 +9,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from msgspec import Meta, Struct
 
-INPUTS_MAX = 2048
 DIMENSIONS_MAX = 65_536
-OUTPUT_WORDS = ("dense", "sparse", "multi")
 
 Input: TypeAlias = Annotated[
     str | list[str | int | list[int]],
