@@ -53,9 +53,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def source(result: Result) -> str:
     said = result["provenance"]
+    busy = said.get("others_busy")
+    company = (
+        "How busy the machine was with other work was not recorded: repeat it before quoting it."
+        if busy is None
+        else f"Other work took {busy:.0%} of the machine."
+    )
     return (
         f"{said['cpu']}, {said['core_count']} cores ({said['instructions']}), "
-        f"{said['date'][:10]}, commit {said['commit']}."
+        f"{said['date'][:10]}, commit {said['commit']}. {company}"
     )
 
 
@@ -172,7 +178,7 @@ def memory_section(result: Result) -> str:
 
 
 def invariance_section(result: Result) -> str:
-    found = ", ".join(f"{name} {worst:g}" for name, worst in result["largest_difference"].items())
+    found = ", ".join(f"{name} {one['largest']:g}" for name, one in result["differences"].items())
     return (
         f"## Same text, same bits: {result['model']}\n\nLargest difference of any number, "
         f"{result['texts']} texts alone and in random company: {found}.\n"
@@ -196,7 +202,7 @@ def page(results: Mapping[str, Result]) -> str:
     if plots(results):
         parts.append("![Texts a second, ours and the peers'](performance.svg)\n")
     for kind, section in SECTIONS.items():
-        of_kind = [result for result in results.values() if result["benchmark"] == kind]
+        of_kind = [result for result in results.values() if result.get("benchmark") == kind]
         parts += [f"{section(result)}\n{source(result)}\n" for result in of_kind]
     return "\n".join(parts)
 
@@ -205,11 +211,11 @@ def plots(results: Mapping[str, Result]) -> list[Bars]:
     """One group of bars for each comparison with peers."""
     groups = []
     for result in results.values():
-        if result["benchmark"] == "against":
+        if result.get("benchmark") == "against":
             for kind, figures in result["workloads"].items():
                 rates = {name: one["texts_a_second"]["median"] for name, one in figures.items()}
                 groups.append(Bars(f"{result['model']}, {kind} texts: texts a second", rates))
-        if result["benchmark"] == "over_http":
+        if result.get("benchmark") == "over_http":
             for shape, servers in result["shapes"].items():
                 rates = {name: one["texts_a_second"]["median"] for name, one in servers.items()}
                 groups.append(Bars(f"{result['model']} over HTTP, {shape}: texts a second", rates))

@@ -8,13 +8,17 @@ import platform
 import shutil
 import statistics
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 from trivec import __version__
+
+LOOK_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,13 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
     return Spread.of([a / b for a, b in zip(numerator, denominator, strict=True)])
 
 
+class Ticks(NamedTuple):
+    """Of all processors since they started."""
+
+    busy: int
+    total: int
+
+
 @dataclass(frozen=True, slots=True)
 class Provenance:
     """Where and when a result was taken: without it a number is a rumour."""
@@ -81,6 +92,7 @@ class Provenance:
     core_count: int
     instructions: str
     memory_gib: float
+    others_busy: float | None  # share of all cores that other work took just after; None: unknown
     packages: dict[str, str]
 
     @classmethod
@@ -100,11 +112,31 @@ class Provenance:
                 if flag in {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8"}
             ),
             memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+            others_busy=_others_busy(),
             packages={name: _version(name) for name in packages},
         )
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
+
+
+def _others_busy() -> float | None:
+    """Look for half a second, while nothing of ours runs: peers starved of a core look slow."""
+    before = _processor_ticks()
+    time.sleep(LOOK_S)
+    after = _processor_ticks()
+    if before is None or after is None or before.total == after.total:
+        return None
+    return round((after.busy - before.busy) / (after.total - before.total), 2)
+
+
+def _processor_ticks() -> Ticks | None:
+    file = Path("/proc/stat")
+    if not file.exists():
+        return None
+    numbers = [int(word) for word in file.read_text().split("\n", 1)[0].split()[1:9]]
+    idle = numbers[3] + numbers[4]  # idle and waiting for a disk
+    return Ticks(sum(numbers) - idle, sum(numbers))
 
 
 def _version(package: str) -> str:
