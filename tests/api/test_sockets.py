@@ -165,3 +165,29 @@ def test_pieces_are_the_same_bytes_of_the_right_size(piece_bytes: int) -> None:
     assert b"".join(pieces) == b"".join(parts)
     assert {len(piece) for piece in pieces[:-1]} <= {piece_bytes}
     assert 0 < len(pieces[-1]) <= piece_bytes
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param([f"X: {'a' * 100_000}"], id="a-huge-field"),
+        pytest.param([f"X{i}: a" for i in range(300)], id="a-host-of-fields"),
+    ],
+)
+def test_a_head_too_large_is_431(fields: list[str], quick_house: House, quick_address: str) -> None:
+    with connection(quick_address) as sent:
+        sent.sendall(head(quick_house, *fields))
+        assert sent.recv(65_536).startswith(b"HTTP/1.1 431 ")
+
+
+def test_a_head_that_does_not_end_is_cut_off_and_makes_room_for_others() -> None:
+    """The cap on connections holds newcomers back, not out, and nobody keeps a place for ever."""
+    house = House(limits=HttpLimits(connections_max=2, idle_s_max=1))
+    try:
+        with house.listening() as address, connection(address) as one, connection(address) as two:
+            for held in (one, two):
+                held.sendall(b"GET /livez HTTP/1.1\r\nHos")
+            assert httpx.get(f"{address}/livez", timeout=10).status_code == 200
+            assert (one.recv(1), two.recv(1)) == (b"", b"")
+    finally:
+        house.close()
