@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.process.server import running
@@ -33,7 +34,9 @@ def test_the_two_commands_and_the_client_give_the_vector_that_is_shown(tmp_path:
         said = json.loads(answer.stdout)
         program = blocks("python")[0].replace("http://127.0.0.1:8000", server.url)
         printed: list[list[float]] = []
-        exec(compile(program, "README.md", "exec"), {"KEY": server.key, "print": printed.append})
+        names: dict[str, Any] = {"KEY": server.key, "print": printed.append}
+        exec(compile(program, "README.md", "exec"), names)
+        names["client"].close()
     vector = said["data"][0].pop("embedding")
     begins = shown["data"][0].pop("embedding")
     assert said == shown
