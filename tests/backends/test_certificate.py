@@ -201,6 +201,14 @@ def test_a_damaged_cache_is_made_again(tiny_m3: Checkpoint, tmp_path: Path, dama
     assert prepared(tiny_m3, tmp_path) is not None
 
 
+def test_a_cache_folder_that_cannot_be_written_is_named(
+    tiny_m3: Checkpoint, tmp_path: Path
+) -> None:
+    (tmp_path / "openvino").write_text("a file where a folder should be")
+    with pytest.raises(SettingInvalid, match="cannot be written to"):
+        OpenVinoBackend.load(tiny_m3, precision="int8", cores=1, cache_dir=tmp_path)
+
+
 def test_other_weights_never_meet_this_cache(tiny_m3: Checkpoint, tmp_path: Path) -> None:
     other = replace(tiny_m3, digest="0" * 64)
     assert prepared_folder(tiny_m3, precision="int8", cache_dir=tmp_path) != prepared_folder(

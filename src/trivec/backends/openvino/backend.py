@@ -122,7 +122,13 @@ def _prepared(checkpoint: Checkpoint, *, slot_count: int, cache_dir: Path) -> Pr
     kept = load(folder)
     if kept is None:
         made = best_int8(checkpoint, slot_count=slot_count)
-        save(folder, made.recipe, made.certificate, made.tensors)
+        try:
+            save(folder, made.recipe, made.certificate, made.tensors)
+        except OSError as error:
+            raise SettingInvalid(
+                f"the int8 form of {checkpoint.id} cannot be written to {folder}: {error}. Give the "
+                "data folder space and permission, or serve with --precision fp32."
+            ) from error
         del made
         kept = load(folder)
         assert kept is not None, "what was just written reads back"
