@@ -9,13 +9,12 @@ import numpy as np
 from trivec.backends.openvino.certificate import Certificate
 from trivec.backends.openvino.certifying import best_int8, fp32_tensors, readout_of
 from trivec.backends.openvino.encoding import BatchEncoder
-from trivec.backends.openvino.graph import Encoder
 from trivec.backends.openvino.linear import Tensors
 from trivec.backends.openvino.pages import let_go
 from trivec.backends.openvino.prepared import Prepared, load, prepared_folder, save
 from trivec.backends.openvino.recipe import FP32, Form, Recipe
 from trivec.backends.openvino.rows import ROW_BUDGET
-from trivec.backends.openvino.session import Session
+from trivec.backends.openvino.witness import Plan, open_session
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.errors import SettingInvalid
 from trivec.core.types import Batch, BatchBudget, Output, Vectors
@@ -64,7 +63,8 @@ class OpenVinoBackend:
             recipe, tensors = prepared.recipe, prepared.tensors
         else:
             recipe, tensors = FP32, fp32_tensors(checkpoint)
-        encoder = _open(checkpoint, recipe, tensors, slot_count=cores)
+        vouched_for = certificate is None or certificate.passes or recipe is FP32
+        encoder = _open(checkpoint, recipe, tensors, slot_count=cores, must_agree=vouched_for)
         backend = cls(checkpoint, encoder, recipe, certificate)
         backend._warm()
         let_go(tensors.values())
@@ -97,7 +97,8 @@ class OpenVinoBackend:
             return self.run(batch, slot=slot)
         with self._exact:
             tensors = fp32_tensors(self._checkpoint)
-            return _open(self._checkpoint, FP32, tensors, slot_count=1).run(batch, slot=0)
+            encoder = _open(self._checkpoint, FP32, tensors, slot_count=1, must_agree=True)
+            return encoder.run(batch, slot=0)
 
     def close(self) -> None:
         self._encoder = None
@@ -136,10 +137,15 @@ def _prepared(checkpoint: Checkpoint, *, slot_count: int, cache_dir: Path) -> Pr
 
 
 def _open(
-    checkpoint: Checkpoint, recipe: Recipe, tensors: Tensors, *, slot_count: int
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    tensors: Tensors,
+    *,
+    slot_count: int,
+    must_agree: bool,
 ) -> BatchEncoder:
-    model = Encoder(checkpoint.config, tensors, recipe).build()
-    session = Session(model, recipe, slot_count=slot_count)
+    plan = Plan(checkpoint.config, tensors, recipe)
+    session = open_session(plan, slot_count=slot_count, must_agree=must_agree)
     return BatchEncoder(
         session, readout_of(checkpoint), position_offset=checkpoint.config.position_offset
     )

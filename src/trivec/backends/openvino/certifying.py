@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from trivec.backends.heads import Readout
 from trivec.backends.openvino.certificate import Certificate, compare
 from trivec.backends.openvino.encoding import BatchEncoder
-from trivec.backends.openvino.graph import TAPPED, Encoder, Extra, linear_name
+from trivec.backends.openvino.graph import TAPPED, Extra, linear_name
 from trivec.backends.openvino.packing import RowInputs, pack_row
 from trivec.backends.openvino.probes import as_batch, make_probes, read_sentences
 from trivec.backends.openvino.quantise import ChannelRanges, Ranges, int8_tensors
 from trivec.backends.openvino.recipe import FP32, INT8_GROUPS_32, INT8_LADDER, Recipe
 from trivec.backends.openvino.rows import plan_rows
 from trivec.backends.openvino.session import Session
+from trivec.backends.openvino.witness import Plan, open_session
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.checkpoints.encoder import tensor_shapes
 from trivec.core.types import Float32Array, Int32Array, Output, Sequences, Vectors
@@ -162,8 +163,8 @@ class Trial:
         recipe: Recipe,
         extra: Extra = Extra.NOTHING,
     ) -> Session:
-        model = Encoder(self._checkpoint.config, tensors, recipe).build(extra)
-        return Session(model, recipe, slot_count=self._slot_count)
+        plan = Plan(self._checkpoint.config, tensors, recipe, extra)
+        return open_session(plan, slot_count=self._slot_count, must_agree=recipe is FP32)
 
     def _rows(self, session: Session, sequences: Sequences) -> Iterator[RowInputs]:
         """The inputs of each row of *sequences*, packed one at a time."""
