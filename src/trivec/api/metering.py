@@ -82,8 +82,7 @@ class Meter:
             return
         caller = _caller(visit)
         opening = Opening(visit.request_id, visit.model, None, b"")
-        await self._accounts.record(caller, opening, closing)
-        visit.allowance = await self._accounts.allowance_state(caller)
+        visit.allowance = await self._accounts.record(caller, opening, closing)
 
 
 async def _to_its_end(work: Coroutine[object, object, None]) -> None:

@@ -11,6 +11,7 @@ from trivec.cli.store import (
     DataDir,
     Json,
     administration,
+    columns_to_fill,
     counted,
     instant,
     iso,
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from trivec.accounts import Key, NewKey, Scope, Secret
 
 keys_app = typer.Typer(help="Make, list, show, revoke and rotate API keys.", no_args_is_help=True)
+
+WIDE = ("NAME", "ID", "KEY", "SCOPES", "MODELS", "RPM", "TPM", "CREATED (UTC)", "STATE")
+NARROW = ("NAME", "SCOPES", "MODELS", "RPM", "TPM", "STATE")  # 80 columns hold them
+WIDE_COLUMNS_MIN = 130
 
 Reference: TypeAlias = Annotated[
     str, typer.Argument(metavar="KEY", help="Its name, its id, or the key itself.")
@@ -177,22 +182,22 @@ def _print_new(new: "NewKey", *, as_json: bool) -> None:
 
 
 def _print_keys(keys: "list[Key]") -> None:
-    rows = table(
-        ["NAME", "ID", "KEY", "SCOPES", "MODELS", "RPM", "TPM", "CREATED (UTC)", "STATE"],
-        numbers=["RPM", "TPM"],
-    )
+    """What a narrow terminal has no room for, `trivec keys show` tells."""
+    columns = WIDE if columns_to_fill() >= WIDE_COLUMNS_MIN else NARROW
+    rows = table(columns, numbers=["RPM", "TPM"])
     for key in keys:
-        rows.add_row(
-            styled(key.name, "bold"),
-            styled(key.id, "dim"),
-            "\n".join(_masked(secret) for secret in _live(key)),
-            " ".join(sorted(key.scopes)),
-            _models(key, "\n"),
-            counted(key.allowance.requests_per_minute) or "[dim]∞[/dim]",
-            counted(key.allowance.tokens_per_minute) or "[dim]∞[/dim]",
-            shown(key.created_us),
-            _state(key),
-        )
+        cells = {
+            "NAME": styled(key.name, "bold"),
+            "ID": styled(key.id, "dim"),
+            "KEY": "\n".join(_masked(secret) for secret in _live(key)),
+            "SCOPES": " ".join(sorted(key.scopes)),
+            "MODELS": _models(key, "\n"),
+            "RPM": counted(key.allowance.requests_per_minute) or "[dim]∞[/dim]",
+            "TPM": counted(key.allowance.tokens_per_minute) or "[dim]∞[/dim]",
+            "CREATED (UTC)": shown(key.created_us),
+            "STATE": _state(key) if columns is WIDE else _state(key).partition("[/")[0] + "[/]",
+        }
+        rows.add_row(*(cells[column] for column in columns))
     print_table(rows)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -60,7 +61,12 @@ def print_table(table: "Table") -> None:
     """As wide as the terminal; a pipe gets whole rows and no colours."""
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else PIPED_COLUMNS).print(table)
+    Console(width=columns_to_fill()).print(table)
+
+
+def columns_to_fill() -> int:
+    """How wide a table may be."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPED_COLUMNS
 
 
 def table(columns: Iterable[str], *, numbers: Sequence[str] = (), footer: bool = False) -> "Table":
