@@ -196,9 +196,10 @@ class House:
         scopes: frozenset[Scope] = frozenset({Scope.EMBED}),
         models: frozenset[str] | None = None,
         allowance: Allowance = Allowance(),  # noqa: B008 # frozen
+        expires_us: int | None = None,
     ) -> str:
         """A plain key."""
-        plan = KeyPlan(name, scopes=scopes, models=models, allowance=allowance)
+        plan = KeyPlan(name, scopes, models, allowance, expires_us)
         return asyncio.run(self.accounts.create_key(plan)).plain
 
     async def new_key_async(self, name: str, allowance: Allowance) -> str:

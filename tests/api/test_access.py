@@ -38,6 +38,9 @@ for (_method, _path), _access in list(EXPECTED.items()):
 
 OPEN = sorted(route for route, access in EXPECTED.items() if access is Access.OPEN)
 KEYED = sorted(route for route, access in EXPECTED.items() if access is not Access.OPEN)
+NAMING_A_MODEL = [
+    route for route in KEYED if EXPECTED[route] is Access.EMBED and not route[1].endswith("/models")
+]
 BODIES = {
     "embeddings": {"model": MODEL, "input": "hello"},
     "tokenize": {"model": MODEL, "input": "hello"},
@@ -135,6 +138,34 @@ def test_no_keyed_route_opens_to_a_revoked_key(
     response = ask(gate_address, route, {"authorization": f"Bearer {revoked}"})
     assert response.status_code == 401
     assert response.json()["error"]["code"] == "invalid_api_key"
+
+
+@pytest.fixture(scope="module")
+def expired(gate_house: House) -> str:
+    return gate_house.new_key("expired", scopes=frozenset(Scope), expires_us=1)
+
+
+@pytest.mark.parametrize("route", KEYED, ids=" ".join)
+def test_no_keyed_route_opens_to_an_expired_key(
+    gate_address: str, expired: str, route: tuple[str, str]
+) -> None:
+    response = ask(gate_address, route, {"authorization": f"Bearer {expired}"})
+    assert response.status_code == 401
+    assert response.json()["error"]["code"] == "invalid_api_key"
+
+
+@pytest.fixture(scope="module")
+def elsewhere(gate_house: House) -> str:
+    return gate_house.new_key("elsewhere", models=frozenset({"another-model"}))
+
+
+@pytest.mark.parametrize("route", NAMING_A_MODEL, ids=" ".join)
+def test_no_route_that_names_a_model_opens_to_a_key_for_another(
+    gate_address: str, elsewhere: str, route: tuple[str, str]
+) -> None:
+    response = ask(gate_address, route, {"authorization": f"Bearer {elsewhere}"})
+    assert response.status_code == 403
+    assert response.json()["error"]["code"] == "model_access_denied"
 
 
 @pytest.mark.parametrize("route", KEYED, ids=" ".join)
