@@ -13,7 +13,7 @@ from trivec.backends.openvino.recipe import Form, Recipe
 from trivec.backends.openvino.rows import ROW_BUDGET
 from trivec.core.types import Float32Array
 
-LONG_TOKENS = 4 * ROW_BUDGET.tokens_max
+LONG_TOKENS = 2 * ROW_BUDGET.tokens_max
 """Rows above this leave 74 kB a token behind in the plugin, which is given back (BGE-M3: 0.6 GB)."""
 
 
