@@ -2,7 +2,8 @@
 
 A folder a checkpoint and set of versions: `tensors.safetensors`, then `prepared.json` with its hash
 and the certificate, each written whole under another name and moved into place. What does not
-match is made again. It knows files; not what is computed.
+match is made again; a hash once computed is remembered beside them as long as the file stays as it is
+(decision 0021). It knows files; not what is computed.
 """
 
 import hashlib
@@ -22,6 +23,8 @@ from safetensors.numpy import save_file
 from trivec.backends.openvino.certificate import Agreement, Certificate
 from trivec.backends.openvino.recipe import Form, Recipe
 from trivec.checkpoints.checkpoint import Checkpoint
+from trivec.checkpoints.hashes import Hashes
+from trivec.core.errors import CheckpointRefused
 
 SCHEME = 2
 """Raised whenever the same checkpoint would give other tensors, or another graph would read them."""
@@ -61,7 +64,7 @@ def save(
     file = folder / "tensors.safetensors"
     _replace(file, lambda path: save_file(dict(tensors), path))
     described = {
-        "sha256": _sha256(file),
+        "sha256": Hashes(folder).of(file, fresh=True).sha256,
         "recipe": {
             "form": recipe.form.value,
             "group_size": recipe.group_size,
@@ -78,11 +81,11 @@ def load(folder: Path) -> Prepared | None:
     try:
         described = json.loads((folder / "prepared.json").read_text("utf-8"))
         file = folder / "tensors.safetensors"
-        if _sha256(file) != described["sha256"]:
+        if Hashes(folder).of(file).sha256 != described["sha256"]:
             return None
         recipe, certificate = _recipe(described["recipe"]), _certificate(described["certificate"])
         return Prepared(recipe, certificate, map_tensors(file))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, CheckpointRefused):
         return None
 
 
@@ -113,11 +116,6 @@ def _replace(file: Path, write: Callable[[Path], object]) -> None:
         path.replace(file)
     finally:
         path.unlink(missing_ok=True)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _recipe(kept: dict[str, Any]) -> Recipe:
