@@ -8,7 +8,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE_BYTES_MAX = 2 * 1024 * 1024
-INDEX = re.compile(r"--?(extra-)?index-url|--find-links|\"resolved\": *\"https?:|pypi\.org/simple")
+INDEX = re.compile(
+    r"--?(extra-)?index-url|--find-links|\"resolved\": *\"https?:|https?://\S+/simple\b"
+)
 ONE_MACHINE = re.compile(r"(?<![\w.])/(work|home/[a-z]\w*|Users/\w+)/\w")
 
 
