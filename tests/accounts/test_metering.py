@@ -15,7 +15,7 @@ from tests.accounts.shelf import Shelf, postgres_shelf, sqlite_shelf
 
 from trivec.accounts import Accounts, Caller, KeyPlan, UsageBy, UsageQuery
 from trivec.core.clock import SystemClock
-from trivec.core.errors import IdempotencyInProgress
+from trivec.core.errors import IdempotencyInProgress, StoreUnavailable
 
 KEYS = 50
 CONNECTIONS = 16

@@ -114,17 +114,20 @@ def test_a_request_that_is_not_through_has_its_row_for_itself(
 
 @given(st.lists(st.lists(st.integers(1, 512), min_size=60, max_size=80), min_size=2, max_size=6))
 @settings(max_examples=60, deadline=None)
-def test_backlogged_requests_have_had_the_same_tokens_but_for_three_turns(
+def test_backlogged_requests_have_had_the_same_tokens_but_for_a_few_turns(
     waiting: list[list[int]],
 ) -> None:
-    """The bound of deficit round robin: a quantum and twice the largest row (Shreedhar, 1995)."""
+    """The bound of deficit round robin: a quantum and twice the largest row (Shreedhar, 1995).
+
+    And half a row: a turn goes on while that much credit is left, so a row may overdraw it by half.
+    """
     line = line_of(*(request(*lengths) for lengths in waiting))
     served: Counter[Request] = Counter(dict.fromkeys(line, 0))
     while len(line) == len(waiting):
         for share in take_batch(line, BUDGET):
             served[share.request] += share.token_count
         if len(line) == len(waiting):
-            assert max(served.values()) - min(served.values()) <= 3 * BUDGET.tokens_max
+            assert max(served.values()) - min(served.values()) <= 3.5 * BUDGET.tokens_max
 
 
 def test_a_query_goes_before_the_next_row_of_any_bulk_request() -> None:
