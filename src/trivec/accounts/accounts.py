@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from trivec.accounts import keys
 from trivec.accounts.administration import FIXED_KEY_ID, OVERLAP_S, Administration
-from trivec.accounts.allowance import Cost
+from trivec.accounts.allowance import NOTHING, Cost
 from trivec.accounts.booking import Booking, MeteredBooking
 from trivec.accounts.desk import Desk
 from trivec.accounts.entries import Granted, Reserve, Settle
@@ -129,6 +129,20 @@ class Accounts:
         except StoreUnavailable:
             if closing.status < SUCCESS_BELOW:
                 raise
+            return None
+
+    async def allowance_state(self, caller: Caller) -> AllowanceState | None:
+        """What *caller* has left, for the headers of an answer that is not written down.
+
+        None where it has no limits, and while the store is away.
+        """
+        if caller.allowance is None or not self.writable():
+            return None
+        try:
+            return (
+                await self._desk.reserve(Reserve(caller.key_id, caller.allowance, NOTHING))
+            ).state
+        except StoreUnavailable:
             return None
 
     async def create_first_key(self) -> NewKey | None:

@@ -82,7 +82,8 @@ class Meter:
             return
         caller = _caller(visit)
         opening = Opening(visit.request_id, visit.model, None, b"")
-        visit.allowance = await self._accounts.record(caller, opening, closing)
+        await self._accounts.record(caller, opening, closing)
+        visit.allowance = await self._accounts.allowance_state(caller)
 
 
 async def _to_its_end(work: Coroutine[object, object, None]) -> None:

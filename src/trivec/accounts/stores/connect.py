@@ -6,18 +6,18 @@ Each store has two: one that writes, over a single connection, and one that read
 import os
 import sqlite3
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Dialect, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import ArgumentError
 
 from trivec.core.errors import SettingInvalid
 
+NOTES_ONLY = "trivec_notes_only"
 LOCK_STEP_S = 0.0003
 LOCK_WAIT_S = 3.0  # others hold it for a commit, each as long as the disk takes; longer is a fault
 CONNECT_S = 5
@@ -32,8 +32,8 @@ class Engines:
     """Every way into one database."""
 
     writing: Engine  # a commit is on disk when it returns
+    noting: Engine  # the same connection; a commit survives our death, perhaps not a power cut
     reading: Engine
-    begin: Callable[..., None]  # (driver's connection, notes_only=): how a transaction begins
 
     def dispose(self) -> None:
         """Drop every idle connection; the next use makes new ones."""
@@ -53,12 +53,8 @@ def sqlite_engines(file: Path) -> Engines:
             os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))
 
     def open_for_writing(raw: sqlite3.Connection, _: object) -> None:
-        try:
-            _pragmas(raw, "journal_mode=WAL", "foreign_keys=ON")
-            _pragmas(raw, f"journal_size_limit={WAL_BYTES_KEPT}", "busy_timeout=0")
-        except sqlite3.Error:
-            raw.close()  # the next connection of this process would find the file as this one did
-            raise
+        _pragmas(raw, "journal_mode=WAL", "foreign_keys=ON")
+        _pragmas(raw, f"journal_size_limit={WAL_BYTES_KEPT}", "busy_timeout=0")
 
     def open_for_reading(raw: sqlite3.Connection, _: object) -> None:
         _pragmas(raw, "query_only=ON")
@@ -66,10 +62,10 @@ def sqlite_engines(file: Path) -> Engines:
     for engine in (writing, reading):  # only its owner reads the ledger
         event.listen(engine, "do_connect", make_private)
     event.listen(writing, "connect", open_for_writing)
-    event.listen(writing, "begin", _begin_sqlite_through_sqlalchemy)
+    event.listen(writing, "begin", _begin_writing)
     event.listen(reading, "connect", open_for_reading)
     event.listen(reading, "begin", _begin_reading)
-    return Engines(writing, reading, begin_sqlite)
+    return _engines(writing, reading)
 
 
 def postgres_engines(database_url: str) -> Engines:
@@ -78,17 +74,16 @@ def postgres_engines(database_url: str) -> Engines:
     # Durable whatever the server's own default is; and nothing that hangs, hangs for long.
     writing = "-c synchronous_commit=on -c lock_timeout=2000 -c statement_timeout=10000"
     reading = "-c default_transaction_read_only=on -c statement_timeout=60000"
-    return Engines(
+    engines = _engines(
         _engine(url, _postgres_arguments(writing), size=1),
         _engine(url, _postgres_arguments(reading), size=READERS_MAX),
-        begin_postgres,
     )
+    event.listen(engines.noting, "begin", _begin_noting)
+    return engines
 
 
-def driver_faults(dialect: Dialect) -> "tuple[type[Exception], ...]":
-    """What the driver raises when the store is at fault, and not the statement."""
-    driver = dialect.loaded_dbapi
-    return (driver.OperationalError, driver.InternalError, driver.InterfaceError)
+def _engines(writing: Engine, reading: Engine) -> Engines:
+    return Engines(writing, writing.execution_options(**{NOTES_ONLY: True}), reading)
 
 
 def _engine(url: URL, connect_args: dict[str, Any], *, size: int) -> Engine:
@@ -135,44 +130,32 @@ def _begin_reading(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN")
 
 
-def begin_postgres(raw: Any, *, notes_only: bool = False) -> None:
-    """The driver begins by itself. *notes_only*: the commit may be lost in a power cut."""
-    if notes_only:
-        raw.execute("SET LOCAL synchronous_commit = off").close()
+def _begin_noting(connection: Connection) -> None:
+    if connection.get_execution_options().get(NOTES_ONLY, False):
+        connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
 
 
-def begin_sqlite(raw: sqlite3.Connection, *, notes_only: bool = False) -> None:
+def _begin_writing(connection: Connection) -> None:
     """Take the lock that all processes write under; sync the disk at the end unless it is a note.
 
     SQLite's own way of waiting backs off to a tenth of a second, and one busy process then starves
-    another for seconds; steps shorter than a commit do not. Raises `sqlite3.OperationalError`.
+    another for seconds; steps shorter than a commit do not.
     """
-    synchronous = "synchronous=NORMAL" if notes_only else "synchronous=FULL"
+    raw = connection.connection.driver_connection
+    assert isinstance(raw, sqlite3.Connection)
+    notes_only = connection.get_execution_options().get(NOTES_ONLY, False)
+    _pragmas(raw, "synchronous=NORMAL" if notes_only else "synchronous=FULL")
     deadline_s = time.monotonic() + LOCK_WAIT_S
-    while True:
+    while time.monotonic() < deadline_s:
         try:
-            _pragmas(raw, synchronous)  # reads the schema at times, for which a lock is needed too
             raw.execute("BEGIN IMMEDIATE").close()
         except sqlite3.OperationalError as fault:
-            if not is_busy(fault) or time.monotonic() >= deadline_s:
-                raise
+            if fault.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                break
             time.sleep(LOCK_STEP_S)
         else:
             return
-
-
-def is_busy(fault: sqlite3.OperationalError) -> bool:
-    """Whether another connection holds what was asked for."""
-    return fault.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
-
-
-def _begin_sqlite_through_sqlalchemy(connection: Connection) -> None:
-    raw = connection.connection.driver_connection
-    assert isinstance(raw, sqlite3.Connection)
-    try:
-        begin_sqlite(raw)
-    except sqlite3.OperationalError as fault:
-        raise OperationalError("BEGIN IMMEDIATE", None, fault) from fault
+    connection.exec_driver_sql("BEGIN IMMEDIATE")  # raises what SQLAlchemy would
 
 
 def _pragmas(raw: sqlite3.Connection, *pragmas: str) -> None:
