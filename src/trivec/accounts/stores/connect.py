@@ -144,10 +144,11 @@ def _begin_writing(connection: Connection) -> None:
     raw = connection.connection.driver_connection
     assert isinstance(raw, sqlite3.Connection)
     notes_only = connection.get_execution_options().get(NOTES_ONLY, False)
-    _pragmas(raw, "synchronous=NORMAL" if notes_only else "synchronous=FULL")
+    level = "NORMAL" if notes_only else "FULL"
     deadline_s = time.monotonic() + LOCK_WAIT_S
     while time.monotonic() < deadline_s:
         try:
+            _pragmas(raw, f"synchronous={level}")  # reads the file, so it may meet a lock as well
             raw.execute("BEGIN IMMEDIATE").close()
         except sqlite3.OperationalError as fault:
             if fault.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
