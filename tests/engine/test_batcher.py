@@ -112,22 +112,42 @@ def test_a_request_that_is_not_through_has_its_row_for_itself(
             line.join(request(5))
 
 
-@given(st.lists(st.lists(st.integers(1, 512), min_size=60, max_size=80), min_size=2, max_size=6))
-@settings(max_examples=60, deadline=None)
-def test_backlogged_requests_have_had_the_same_tokens_but_for_a_few_turns(
-    waiting: list[list[int]],
-) -> None:
-    """The bound of deficit round robin: a quantum and twice the largest row (Shreedhar, 1995).
+def backlogs(count_min: int, count_max: int) -> st.SearchStrategy[list[list[int]]]:
+    """Requests of sixty texts and more, none longer than a row: equal, random or at a row's edge."""
+    texts = st.one_of(st.integers(1, 512), st.sampled_from((1, 256, 257, 511, 512)))
+    return st.lists(
+        st.lists(texts, min_size=60, max_size=80), min_size=count_min, max_size=count_max
+    )
 
-    And half a row: a turn goes on while that much credit is left, so a row may overdraw it by half.
-    """
+
+def widest_gap(waiting: list[list[int]]) -> int:
+    """Tokens that one of them was ever ahead of another while all of them waited."""
     line = line_of(*(request(*lengths) for lengths in waiting))
     served: Counter[Request] = Counter(dict.fromkeys(line, 0))
+    widest = 0
     while len(line) == len(waiting):
+        widest = max(widest, max(served.values()) - min(served.values()))
         for share in take_batch(line, BUDGET):
             served[share.request] += share.token_count
-        if len(line) == len(waiting):
-            assert max(served.values()) - min(served.values()) <= 3.5 * BUDGET.tokens_max
+    return widest
+
+
+@given(backlogs(2, PASSED_OVER_ROWS_MAX))
+@settings(max_examples=100, deadline=None)
+def test_backlogged_requests_have_had_the_same_tokens_but_for_three_rows(
+    waiting: list[list[int]],
+) -> None:
+    """The bound of deficit round robin: a quantum and twice the largest row (Shreedhar, 1995)."""
+    assert widest_gap(waiting) < 3 * BUDGET.tokens_max
+
+
+@given(backlogs(PASSED_OVER_ROWS_MAX + 1, 3 * PASSED_OVER_ROWS_MAX))
+@settings(max_examples=60, deadline=None)
+def test_the_age_bound_puts_a_request_ahead_by_one_more_row_and_no_further(
+    waiting: list[list[int]],
+) -> None:
+    """With more than four fresh ones, somebody has a second turn before the last has its first."""
+    assert widest_gap(waiting) < 4 * BUDGET.tokens_max
 
 
 def test_a_query_goes_before_the_next_row_of_any_bulk_request() -> None:
