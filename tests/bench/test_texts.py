@@ -3,7 +3,7 @@
 import numpy as np
 from benchmarks.engine import operations
 
-from trivec.checkpoints.checkpoint import EncoderConfig
+from trivec.checkpoints.dummy import BLUEPRINTS
 from trivec.cli.bench.engine import deal
 from trivec.cli.bench.server import in_parts
 from trivec.cli.bench.texts import Workload, mixed, sentences, uniform
@@ -53,19 +53,7 @@ def test_parts_are_whole_or_dropped() -> None:
 
 def test_the_arithmetic_of_bge_m3_is_what_its_shapes_say() -> None:
     """0.604 GFLOP a token, and 0.0983 MFLOP more for each token that it attends to."""
-    config = EncoderConfig(
-        family="xlm-roberta",
-        hidden_size=1024,
-        layer_count=24,
-        head_count=16,
-        intermediate_size=4096,
-        layer_norm_eps=1e-5,
-        vocabulary_size=250_002,
-        position_count=8194,
-        position_offset=2,
-        token_type_count=1,
-        pad_token_id=1,
-    )
+    config = BLUEPRINTS["baai/bge-m3"].config
     one = operations(Workload("one", (1,)), config)
     many = operations(Workload("many", (512,)), config)
     assert abs(one - 0.6041) < 1e-3

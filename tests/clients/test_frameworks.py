@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -35,17 +36,21 @@ async def http_async() -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-def test_langchain_embeds_documents_and_queries(
-    base_url: str, server: Server, http: httpx.Client
-) -> None:
-    langchain = pytest.importorskip("langchain_openai", reason=COMES_WITH)
-    embeddings = langchain.OpenAIEmbeddings(
+def langchain(base_url: str, server: Server, **client: object) -> Any:
+    library = pytest.importorskip("langchain_openai", reason=COMES_WITH)
+    return library.OpenAIEmbeddings(
         model=MODEL,
         base_url=base_url,
         api_key=server.key,
         check_embedding_ctx_length=False,
-        http_client=http,
+        **client,
     )
+
+
+def test_langchain_embeds_documents_and_queries(
+    base_url: str, server: Server, http: httpx.Client
+) -> None:
+    embeddings = langchain(base_url, server, http_client=http)
     assert_near_neighbours(embeddings.embed_documents(TEXTS))
     assert embeddings.embed_query(TEXTS[0]) == embeddings.embed_documents(TEXTS)[0]
 
@@ -53,14 +58,7 @@ def test_langchain_embeds_documents_and_queries(
 async def test_langchain_embeds_asynchronously(
     base_url: str, server: Server, http_async: httpx.AsyncClient
 ) -> None:
-    langchain = pytest.importorskip("langchain_openai", reason=COMES_WITH)
-    embeddings = langchain.OpenAIEmbeddings(
-        model=MODEL,
-        base_url=base_url,
-        api_key=server.key,
-        check_embedding_ctx_length=False,
-        http_async_client=http_async,
-    )
+    embeddings = langchain(base_url, server, http_async_client=http_async)
     assert_near_neighbours(await embeddings.aembed_documents(TEXTS))
 
 
