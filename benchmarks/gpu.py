@@ -4,13 +4,13 @@
     python -m benchmarks.gpu --small              the same at a size that a CPU does in two minutes
     python -m benchmarks.gpu --tokens-max 32768   one of the engine's dials; see --help
 
-Makes its own dummy weights. Talks on stderr, ends with one JSON line on stdout. Every rate is set
-against the matrix rate measured in the same run. What is missing here (a peer's package, a GPU) is
-said and left out.
+Makes its own dummy weights. Talks on stderr, ends with one JSON line on stdout, and keeps what it
+has in --out after every part: a run that is stopped prints and keeps what was measured. Every rate
+is set against the matrix rate measured in the same run. What is missing here (a peer's package, a
+GPU, time) is said and left out.
 """
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,71 +19,95 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_engine import engine_rates
+from benchmarks.gpu_http import over_http
 from benchmarks.gpu_peers import peers
-from benchmarks.gpu_plan import Plan, device_name, peak_memory_gib, talk
+from benchmarks.gpu_plan import PART_S, Hourglass, Plan, device_name, peak_memory_gib, talk
+from benchmarks.gpu_record import Record, printed_whatever_happens
 from benchmarks.gpu_stages import host_stages
 from benchmarks.gpu_zoo import nan_zoo
+from benchmarks.keeping import RESULTS
 
 from trivec.backends.torch.backend import TorchBackend
 from trivec.backends.torch.tuning import Tuning
 from trivec.checkpoints.dummy import BLUEPRINTS, write_dummy
 from trivec.checkpoints.opening import open_checkpoint
 from trivec.cli.bench.figures import Provenance
-from trivec.cli.bench.texts import sentences
+
+PACKAGES = (
+    "torch", "triton", "numpy", "tokenizers", "transformers", "sentence-transformers", "flash-attn",
+)  # fmt: skip
 
 
 def main() -> None:
     arguments = parse()
-    plan = Plan.of(arguments)
-    with tempfile.TemporaryDirectory(prefix="trivec-gpu-") as made:
-        folder = arguments.model or dummy(Path(made) / "bge-m3", plan)
-        checkpoint = open_checkpoint(str(folder), cache_dir=Path(made) / "cache")
-        tuning = Tuning(
-            tokens_max=arguments.tokens_max,
-            slots_per_device=arguments.slots,
-            attention=arguments.attention,
-            compiled=arguments.compiled,
-            graph_tokens_max=arguments.graph_tokens_max,
-        )
-        backend = TorchBackend.load(
-            checkpoint, precision=arguments.precision, device=arguments.device, tuning=tuning
-        )
-        talk(f"{backend.precision}; " + "; ".join(f"{k}: {v}" for k, v in backend.notes.items()))
-        figures: dict[str, Any] = {
-            "model": {"layers": checkpoint.config.layer_count, "dummy": arguments.model is None},
-            "precision": backend.precision,
-            "budget": asdict(backend.budget),
-            "notes": dict(backend.notes),
-        }
-        parts: dict[str, Callable[[], Any]] = {
-            "engine": lambda: engine_rates(backend, checkpoint, plan),
-            "peers": lambda: peers(folder, backend, plan),
-            "host": lambda: host_stages(
-                arguments.tokenizer or checkpoint.tokenizer_file,
-                checkpoint.config,
-                seconds=plan.seconds,
-            ),
-            "http": lambda: over_http(folder, arguments, plan),
-            "nan_zoo": lambda: nan_zoo(checkpoint, arguments.device, plan),
-        }
-        for name in arguments.only or parts:
-            talk(f"-- {name}")
-            figures[name] = parts[name]()
-            figures["peak_memory_gib"] = peak_memory_gib()
-        backend.close()
-    packages = (
-        "torch",
-        "numpy",
-        "tokenizers",
-        "transformers",
-        "sentence-transformers",
-        "flash-attn",
+    plan, glass = Plan.of(arguments), Hourglass(arguments.budget_s)
+    parts = [name for name in PART_S if name in (arguments.only or PART_S)]
+    record = Record(arguments.out or RESULTS / f"gpu-{slug(plan)}.json", parts)
+    with (
+        printed_whatever_happens(record),
+        tempfile.TemporaryDirectory(prefix="trivec-gpu-") as made,
+    ):
+        record.put("device", device_name())
+        record.put("provenance", Provenance.now(*PACKAGES).as_dict())
+        measure_all(arguments, plan, glass=glass, record=record, made=Path(made))
+
+
+def measure_all(
+    arguments: argparse.Namespace, plan: Plan, *, glass: Hourglass, record: Record, made: Path
+) -> None:
+    folder = arguments.model or dummy(made / "bge-m3", plan)
+    checkpoint = open_checkpoint(str(folder), cache_dir=made / "cache")
+    began_s = time.perf_counter()
+    backend = TorchBackend.load(
+        checkpoint,
+        precision=arguments.precision,
+        device=arguments.device,
+        tuning=tuning_of(arguments),
     )
-    provenance = Provenance.now(*packages).as_dict()
-    print(
-        json.dumps(
-            {"benchmark": "gpu", **figures, "device": device_name(), "provenance": provenance}
-        )
+    record.put("load_s", time.perf_counter() - began_s)
+    talk(f"{backend.precision}; " + "; ".join(f"{k}: {v}" for k, v in backend.notes.items()))
+    record.put("model", {"layers": checkpoint.config.layer_count, "dummy": arguments.model is None})
+    record.put("precision", backend.precision)
+    record.put("budget", asdict(backend.budget))
+    record.put("notes", dict(backend.notes))
+
+    def has_time_for_a_round(round_s: float) -> bool:
+        return glass.has(round_s, then=record.to_come[1:])
+
+    def keep_engine(figures: dict[str, Any]) -> None:
+        record.put("engine", figures)
+
+    tokenizer_file = arguments.tokenizer or checkpoint.tokenizer_file
+    measures: dict[str, Callable[[], Any]] = {
+        "engine": lambda: engine_rates(
+            backend, checkpoint, plan, keep=keep_engine, may_go_on=has_time_for_a_round
+        ),
+        "host": lambda: host_stages(tokenizer_file, checkpoint.config, seconds=plan.seconds),
+        "peers": lambda: peers(folder, backend, plan),
+        "http": lambda: over_http(folder, arguments, seconds=plan.seconds, talk=talk),
+        "nan_zoo": lambda: nan_zoo(checkpoint, arguments.device, plan),
+    }
+    for name in record.to_come:
+        talk(f"-- {name}, {glass.left_s:.0f} s left")
+        if not plan.is_small and name != "engine" and not glass.has(PART_S[name]):
+            talk(f"left out: it needs some {PART_S[name]:.0f} s; run it alone with --only {name}")
+            continue
+        record.finish(name, measures[name]())
+        record.put("peak_memory_gib", peak_memory_gib())
+    backend.close()
+
+
+def slug(plan: Plan) -> str:
+    return device_name().lower().replace(" ", "-") + ("-small" if plan.is_small else "")
+
+
+def tuning_of(arguments: argparse.Namespace) -> Tuning:
+    return Tuning(
+        tokens_max=arguments.tokens_max,
+        slots_per_device=arguments.slots,
+        attention=arguments.attention,
+        compiled=arguments.compiled,
+        graph_tokens_max=arguments.graph_tokens_max,
     )
 
 
@@ -104,8 +128,12 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--graph-tokens-max", type=int, help="largest captured batch; 0: none")
-    names = ("engine", "peers", "host", "http", "nan_zoo")
-    parser.add_argument("--only", nargs="+", choices=names, help="parts to run")
+    parser.add_argument("--api-processes", type=int, help="of the server; default: half the cores")
+    parser.add_argument("--only", nargs="+", choices=PART_S, help="parts to run")
+    parser.add_argument(
+        "--budget-s", type=float, default=540.0, help="a part that would end later is left out"
+    )
+    parser.add_argument("--out", type=Path, help="file to keep results in as they come")
     return parser.parse_args()
 
 
@@ -125,40 +153,6 @@ def dummy(folder: Path, plan: Plan) -> Path:
     write_dummy(folder, replace(blueprint, torch_files=False))
     talk(f"dummy weights of {plan.layers} layers in {time.perf_counter() - started_s:.0f} s")
     return folder
-
-
-def over_http(folder: Path, arguments: argparse.Namespace, plan: Plan) -> dict[str, Any] | str:
-    """Texts a second and latency of `trivec serve`, by clients and texts a request."""
-    from trivec.cli.bench.server import ServerFailed, Shape, measure, own_server
-
-    counts = ((1, 1), (4, 1), (8, 8)) if arguments.small else (
-        (1, 1), (16, 1), (64, 1), (256, 1), (8, 32), (32, 32), (16, 128), (4, 512)
-    )  # fmt: skip
-    texts = sentences(4096)
-    options = (
-        "--backend",
-        "torch",
-        "--device",
-        arguments.device,
-        "--precision",
-        arguments.precision,
-    )
-    found: dict[str, Any] = {}
-    try:
-        with own_server(str(folder), arguments=options) as target:
-            for shape in (Shape(*pair) for pair in counts):
-                measure(target, shape, texts, duration_s=min(1.0, plan.seconds))
-                answers = measure(target, shape, texts, duration_s=plan.seconds)
-                found[str(shape)] = {
-                    "texts_a_second": answers.rate * shape.text_count,
-                    "p50_ms": answers.latency_s(0.50) * 1e3,
-                    "p99_ms": answers.latency_s(0.99) * 1e3,
-                }
-                talk(f"{shape!s:>7}: {found[str(shape)]}")
-    except ServerFailed as error:
-        talk(str(error))
-        return f"the server did not start: {str(error).splitlines()[0]}"
-    return found
 
 
 if __name__ == "__main__":

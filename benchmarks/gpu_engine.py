@@ -1,7 +1,7 @@
 """The torch engine's rate by text length, against the device's own matrix rate in the same minutes."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -18,10 +18,18 @@ from trivec.cli.bench.texts import Workload, mixed, uniform
 from trivec.core.types import Batch, BatchBudget, Output, Sequences
 
 
-def engine_rates(backend: TorchBackend, checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+def engine_rates(
+    backend: TorchBackend,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    *,
+    keep: Callable[[dict[str, Any]], None],
+    may_go_on: Callable[[float], bool],
+) -> dict[str, Any]:
     """Tokens a second by length, and their arithmetic as a share of the matrix rate.
 
-    Rounds interleave the matrix rate with every length, so that clocks and heat are shared.
+    Rounds interleave the matrix rate with every length, so that clocks and heat are shared. *keep*
+    hears of every round; *may_go_on* says whether there is time for one more of so many seconds.
     """
     config = checkpoint.config
     budget = backend.budget
@@ -36,10 +44,26 @@ def engine_rates(backend: TorchBackend, checkpoint: Checkpoint, plan: Plan) -> d
     for name, some in batches.items():  # warm: libraries choose kernels at first sight of a shape
         run_for(backend, some, seconds=0.0)
         talk(f"warm: {name}")
-    for _ in range(plan.repeats):
+    figures: dict[str, Any] = {}
+    round_s = 0.0
+    while len(limits) < plan.repeats and (not limits or may_go_on(round_s)):
+        began_s = time.perf_counter()
         limits.append(products.flops_a_second(seconds=plan.seconds / 3))
         for name, some in batches.items():
             rates[name].append(run_for(backend, some, seconds=plan.seconds))
+        round_s = time.perf_counter() - began_s
+        figures = figures_of(config, workloads, rates=rates, limits=limits)
+        keep(figures)
+    return figures
+
+
+def figures_of(
+    config: EncoderConfig,
+    workloads: Sequence[Workload],
+    *,
+    rates: Mapping[str, Sequence[float]],
+    limits: Sequence[float],
+) -> dict[str, Any]:
     talk(f"matrix rate {Spread.of([limit / 1e12 for limit in limits])} TFLOP/s")
     found: dict[str, Any] = {"matrix_flops_a_second": asdict(Spread.of(limits)), "lengths": {}}
     for one in workloads:
