@@ -4,8 +4,10 @@ Each store has two: one that writes, over a single connection, and one that read
 """
 
 import os
+import secrets
 import sqlite3
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, OperationalError
 
 from trivec.core.errors import SettingInvalid
 
@@ -44,17 +46,16 @@ class Engines:
 def sqlite_engines(file: Path) -> Engines:
     """One file in WAL mode."""
     url = URL.create("sqlite+pysqlite", database=str(file))
-    wait = {"timeout": LOCK_WAIT_S}
-    writing = _engine(url, wait, size=1)
-    reading = _engine(url, wait, size=READERS_MAX)
+    writing = _engine(url, {"timeout": 0}, size=1)  # whoever writes waits in `patiently`
+    reading = _engine(url, {"timeout": LOCK_WAIT_S}, size=READERS_MAX)
 
     def make_private(*_: object) -> None:
         with suppress(OSError):  # SQLite says better what is wrong with the folder
-            os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))
+            _make_private(file)
 
     def open_for_writing(raw: sqlite3.Connection, _: object) -> None:
-        _pragmas(raw, "journal_mode=WAL", "foreign_keys=ON")
-        _pragmas(raw, f"journal_size_limit={WAL_BYTES_KEPT}", "busy_timeout=0")
+        _patiently(lambda: _pragmas(raw, "journal_mode=WAL"))
+        _pragmas(raw, "foreign_keys=ON", f"journal_size_limit={WAL_BYTES_KEPT}")
 
     def open_for_reading(raw: sqlite3.Connection, _: object) -> None:
         _pragmas(raw, "query_only=ON")
@@ -125,6 +126,24 @@ def _postgres_arguments(options: str) -> dict[str, Any]:
     }
 
 
+def _make_private(file: Path) -> None:
+    """An empty file that only its owner reads, where there is none; one that is there is not opened.
+
+    A process that closes a file loses every lock it holds on it, those of SQLite's connections too.
+    Another process that leaves then takes itself for the last one and deletes the journal, and what
+    is committed to it afterwards is lost.
+    """
+    if file.exists():
+        return
+    draft = file.with_name(f"{file.name}.{secrets.token_hex(8)}")
+    os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    try:
+        with suppress(FileExistsError):  # another process was quicker
+            os.link(draft, file)
+    finally:
+        draft.unlink()
+
+
 def _begin_reading(connection: Connection) -> None:
     """Python's own driver begins no transaction for reading, and one for writing too late."""
     connection.exec_driver_sql("BEGIN")
@@ -136,27 +155,38 @@ def _begin_noting(connection: Connection) -> None:
 
 
 def _begin_writing(connection: Connection) -> None:
-    """Take the lock that all processes write under; sync the disk at the end unless it is a note.
-
-    SQLite's own way of waiting backs off to a tenth of a second, and one busy process then starves
-    another for seconds; steps shorter than a commit do not.
-    """
+    """Take the lock that all processes write under; sync the disk at the end unless it is a note."""
     raw = connection.connection.driver_connection
     assert isinstance(raw, sqlite3.Connection)
     notes_only = connection.get_execution_options().get(NOTES_ONLY, False)
     level = "NORMAL" if notes_only else "FULL"
+
+    def begin() -> None:
+        _pragmas(raw, f"synchronous={level}")  # may read the file, and so meet a lock as well
+        raw.execute("BEGIN IMMEDIATE").close()
+
+    try:
+        _patiently(begin)
+    except sqlite3.OperationalError as fault:
+        raise OperationalError("BEGIN IMMEDIATE", None, fault) from fault
+
+
+def _patiently(work: Callable[[], None]) -> None:
+    """Do *work* as soon as no other connection holds what it needs, for up to `LOCK_WAIT_S`.
+
+    SQLite's own way of waiting backs off to a tenth of a second, and one busy process then starves
+    another for seconds; steps shorter than a commit do not. Nor does it wait at all where it might
+    wait for ever, as when two processes that open a new file both turn it to WAL.
+    """
     deadline_s = time.monotonic() + LOCK_WAIT_S
-    while time.monotonic() < deadline_s:
+    while True:
         try:
-            _pragmas(raw, f"synchronous={level}")  # reads the file, so it may meet a lock as well
-            raw.execute("BEGIN IMMEDIATE").close()
+            return work()
         except sqlite3.OperationalError as fault:
-            if fault.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
-                break
-            time.sleep(LOCK_STEP_S)
-        else:
-            return
-    connection.exec_driver_sql("BEGIN IMMEDIATE")  # raises what SQLAlchemy would
+            is_busy = fault.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+            if not is_busy or time.monotonic() >= deadline_s:
+                raise
+        time.sleep(LOCK_STEP_S)
 
 
 def _pragmas(raw: sqlite3.Connection, *pragmas: str) -> None:
