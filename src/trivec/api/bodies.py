@@ -1,10 +1,8 @@
 """Reading a request's body within its bounds: declared type, bytes, pieces and seconds."""
 
-import asyncio
-
 from trivec.api.reading import shown
 from trivec.api.visit import Visit
-from trivec.core.errors import BodyTooLarge, BodyTooSlow, MalformedBody, MediaTypeUnsupported
+from trivec.core.errors import BodyTooLarge, MalformedBody, MediaTypeUnsupported
 from trivec.settings import HttpLimits
 
 
@@ -16,6 +14,10 @@ async def read_json_body(visit: Visit, limits: HttpLimits) -> bytes:
 
 def check_json_is_declared(visit: Visit) -> None:
     """Raise `MediaTypeUnsupported` unless the body says that it is plain JSON in UTF-8."""
+    if visit.headers.get(b"content-type") == b"application/json" and (
+        b"content-encoding" not in visit.headers
+    ):
+        return  # what nearly everyone sends
     content_encoding = visit.header(b"content-encoding")
     if content_encoding is not None and content_encoding.strip().lower() not in ("", "identity"):
         raise MediaTypeUnsupported(
@@ -32,22 +34,20 @@ def check_json_is_declared(visit: Visit) -> None:
 
 
 async def read_body(visit: Visit, limits: HttpLimits) -> bytes:
-    """The whole body. Raises `BodyTooLarge`, `BodyTooSlow`, or `MalformedBody` if it breaks off.
+    """The whole body. Raises `BodyTooLarge`, or `MalformedBody` if it breaks off.
 
-    A declared length is refused before anything is read. Pieces are counted only where no length
+    How long it may take is bounded by the request's `Patience`. A declared length is refused before anything is read. Pieces are counted only where no length
     was declared: over a slow link every packet of an honest body is a piece.
     """
     declared = visit.headers.get(b"content-length")
     if declared is not None and declared.isdigit() and int(declared[:20]) > limits.body_bytes_max:
         raise _too_many_bytes(limits)
+    assert visit.patience is not None, "a route that reads a body bounds its time"
+    visit.is_reading_body = True
     try:
-        async with asyncio.timeout(limits.body_s_max):
-            return await _gather(visit, limits, counts_pieces=declared is None)
-    except TimeoutError:
-        raise BodyTooSlow(
-            f"The request body did not arrive within {limits.body_s_max:g} seconds. "
-            "Send it again, in smaller requests."
-        ) from None
+        return await _gather(visit, limits, counts_pieces=declared is None)
+    finally:
+        visit.is_reading_body = False
 
 
 async def _gather(visit: Visit, limits: HttpLimits, *, counts_pieces: bool) -> bytes:

@@ -14,7 +14,6 @@ from trivec.api.encoding import (
 )
 from trivec.api.guess import Guess
 from trivec.api.metering import Meter
-from trivec.api.presence import present
 from trivec.api.questions import EmbeddingsQuestion, check_against_card, embeddings_question
 from trivec.api.shelf import Shelf
 from trivec.api.visit import Visit
@@ -43,12 +42,14 @@ class Embeddings:
         check_against_card(question, embedder.card)
         guess = self._guesses.setdefault(embedder.card.id, Guess())
         embedder.check_room(guess.tokens_of(question.inputs, embedder.card))
-        async with present(visit.receive):
-            await self._meter.open(visit, body)
-            sequences = await self._tokenize(visit, question, embedder)
-            guess.learn(question.inputs, sequences.token_count)
-            result = await self._embed(visit, question, embedder, sequences)
-            return await self._encode(visit, result, embedder)
+        visit.watch()
+        await self._meter.open(visit, body)
+        sequences = await self._tokenize(visit, question, embedder)
+        guess.learn(question.inputs, sequences.token_count)
+        answer_bytes = estimate_bytes(question, sequences, embedder.card)
+        check_answer_fits(answer_bytes, answer_bytes_max=self._limits.answer_bytes_max)
+        result = await self._embed(visit, question, embedder, sequences)
+        return await self._encode(visit, result, answer_bytes)
 
     async def _tokenize(
         self, visit: Visit, question: EmbeddingsQuestion, embedder: Embedder
@@ -71,8 +72,6 @@ class Embeddings:
         embedder: Embedder,
         sequences: Sequences,
     ) -> Result:
-        answer_bytes = estimate_bytes(question, sequences, embedder.card)
-        check_answer_fits(answer_bytes, answer_bytes_max=self._limits.answer_bytes_max)
         await self._meter.reserve_tokens(visit, sequences.token_count)
         deadline_s = visit.deadline_s - self._clock.now_s()
         reply = await embedder.embed(sequences, question.outputs, deadline_s=deadline_s)
@@ -83,10 +82,9 @@ class Embeddings:
             spelled = await _spell(reply.vectors.sparse, embedder)
         return Result(question, sequences, reply.vectors, spelled)
 
-    async def _encode(self, visit: Visit, result: Result, embedder: Embedder) -> Answer:
+    async def _encode(self, visit: Visit, result: Result, answer_bytes: int) -> Answer:
         started_s = self._clock.now_s()
-        size = estimate_bytes(result.question, result.sequences, embedder.card)
-        if size <= IN_LINE_BYTES_MAX[result.question.encoding]:
+        if answer_bytes <= IN_LINE_BYTES_MAX[result.question.encoding]:
             body = encode(result)
         else:  # in a thread of the event loop's own pool, so that nobody else waits for it
             body = await asyncio.to_thread(encode, result)

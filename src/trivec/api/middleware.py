@@ -44,25 +44,24 @@ class Visits:
         visit = scope[VISIT] = open_visit(
             scope, receive, now_s=self._clock.now_s(), request_s_max=self._limits.request_s_max
         )
-        status, answer_bytes = CLIENT_GONE, 0
 
         async def send_named(message: Message) -> None:
-            nonlocal status, answer_bytes
             if message["type"] == "http.response.start":
-                status = message["status"]
+                visit.status = message["status"]
                 closes = self._health().phase in ("draining", "stopped")
                 elapsed_s = self._clock.now_s() - visit.started_s
                 message["headers"] += answer_headers(visit, elapsed_s=elapsed_s, closes=closes)
             else:
-                answer_bytes += len(message["body"])
+                visit.answer_bytes += len(message["body"])
             await send(message)
 
         try:
             await self._app(scope, receive, send_named)
         finally:
-            self._observer.observe(self._served(visit, status, answer_bytes))
+            self._observer.observe(self._served(visit))
 
-    def _served(self, visit: Visit, status: int, answer_bytes: int) -> RequestServed:
+    def _served(self, visit: Visit) -> RequestServed:
+        status = CLIENT_GONE if visit.status is None else visit.status
         return RequestServed(
             request_id=visit.request_id,
             client_request_id=visit.client_request_id,
@@ -75,7 +74,7 @@ class Visits:
             input_count=visit.input_count,
             token_count=visit.tokens_served(status),
             request_bytes=visit.request_bytes,
-            answer_bytes=answer_bytes,
+            answer_bytes=visit.answer_bytes,
             duration_s=self._clock.now_s() - visit.started_s,
             tokenize_s=visit.timings.tokenize_s,
             queue_s=visit.timings.queue_s,
@@ -94,29 +93,21 @@ class Failures:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         visit: Visit = scope[VISIT]
-        started = False
-
-        async def send_watched(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
         try:
-            await self._app(scope, receive, send_watched)
+            await self._app(scope, receive, send)
         except ClientGone:
             visit.code = "client_gone"
         except ServiceError as error:
-            await self._answer(visit, error, None if started else send)
+            await self._answer(visit, error, send)
         except Exception as error:
-            fault = EngineFault(_where_raised(error))
-            await self._answer(visit, fault, None if started else send)
+            await self._answer(visit, EngineFault(_where_raised(error)), send)
 
-    async def _answer(self, visit: Visit, failure: ServiceError, send: Send | None) -> None:
+    async def _answer(self, visit: Visit, failure: ServiceError, send: Send) -> None:
         if isinstance(failure, EngineFault):
             _log.error("request %s failed: %s", visit.request_id, failure)
         problem = problem_of(failure, request_id=visit.request_id)
         visit.code = problem.code or problem.type
-        if send is not None:  # else the connection is cut: half an answer must not look whole
+        if visit.status is None:  # else the connection is cut: half an answer must not look whole
             answer = answer_to(failure, request_id=visit.request_id)
             await send_answer(answer, send, self._limits, method=visit.method)
 

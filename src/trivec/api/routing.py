@@ -1,8 +1,6 @@
 """From declared endpoints to a router: one place a path, which knows its methods and its access."""
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -12,9 +10,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from trivec.api.access import Access, Gate
 from trivec.api.answers import Answer
 from trivec.api.metering import Meter
+from trivec.api.patience import Patience
 from trivec.api.sending import send_answer
 from trivec.api.visit import VISIT, Visit
-from trivec.core.errors import DeadlineExceeded, MethodNotAllowed, RouteUnknown
+from trivec.core.errors import MethodNotAllowed, RouteUnknown
 from trivec.core.ports import Clock
 from trivec.settings import HttpLimits
 
@@ -66,7 +65,7 @@ class Place:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         visit: Visit = scope[VISIT]
         visit.route = self._route
-        visit.path_params = scope["path_params"]
+        visit.path_params = scope.get("path_params", {})
         endpoint = self.endpoints.get(visit.method)
         if endpoint is None:
             raise MethodNotAllowed(method=visit.method, allowed=tuple(sorted(self.endpoints)))
@@ -80,35 +79,33 @@ class Place:
         if not endpoint.access.is_recorded:
             visit.caller.require(endpoint.access.scope)
             return await endpoint.handler(visit)
-        async with self._doors.meter.row(visit), _in_time(visit, self._doors.clock):
-            visit.caller.require(endpoint.access.scope)
-            return await endpoint.handler(visit)
+        async with self._doors.meter.row(visit):
+            with Patience(visit, self._doors.limits, self._doors.clock):
+                visit.caller.require(endpoint.access.scope)
+                return await endpoint.handler(visit)
 
 
-@asynccontextmanager
-async def _in_time(visit: Visit, clock: Clock) -> AsyncIterator[None]:
-    """Cancel the block at the request's deadline, and raise `DeadlineExceeded`."""
-    try:
-        async with asyncio.timeout(visit.deadline_s - clock.now_s()) as bound:
-            yield
-    except TimeoutError:
-        if not bound.expired():
-            raise
-        raise DeadlineExceeded(
-            f"The request was not done within {visit.deadline_s - visit.started_s:g} seconds. "
-            "Please try again, with fewer inputs at a time.",
-            retry_after_s=1.0,
-        ) from None
+class Paths:
+    """Finds the place of a path: by one look-up where it is fixed, by the router where it is not."""
+
+    def __init__(self, places: Mapping[str, Place], router: ASGIApp) -> None:
+        self._fixed = {path: place for path, place in places.items() if "{" not in path}
+        self._router = router
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        place = self._fixed.get(scope["path"])  # with a root path it is the router that cuts it
+        await (self._router if place is None else place)(scope, receive, send)
 
 
 def build_router(endpoints: Sequence[Endpoint], doors: Doors) -> ASGIApp:
     """A router that raises `RouteUnknown` and `MethodNotAllowed` instead of answering them."""
-    places: dict[str, list[Endpoint]] = {}
+    by_path: dict[str, list[Endpoint]] = {}
     for endpoint in endpoints:
         for path in endpoint.paths:
-            places.setdefault(path, []).append(endpoint)
-    routes = [Route(path, Place(path, found, doors)) for path, found in places.items()]
-    return Router(routes, redirect_slashes=False, default=_nowhere)
+            by_path.setdefault(path, []).append(endpoint)
+    places = {path: Place(path, found, doors) for path, found in by_path.items()}
+    routes = [Route(path, place) for path, place in places.items()]
+    return Paths(places, Router(routes, redirect_slashes=False, default=_nowhere))
 
 
 async def _nowhere(scope: Scope, receive: Receive, send: Send) -> None:

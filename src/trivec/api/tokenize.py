@@ -9,7 +9,6 @@ from trivec.api.bodies import read_json_body
 from trivec.api.encoding import IN_LINE_BYTES_MAX, check_answer_fits
 from trivec.api.metering import Meter
 from trivec.api.numbers import INT_TEXT_BYTES
-from trivec.api.presence import present
 from trivec.api.questions import TokenizeQuestion, tokenize_question
 from trivec.api.schemas import TokenizeAnswer, TokenizedText
 from trivec.api.shelf import Shelf
@@ -33,13 +32,13 @@ class Tokenize:
         question = tokenize_question(body, self._limits)
         visit.input_count = len(question.inputs)
         embedder = self._shelf.find(question.model, visit)
-        async with present(visit.receive):
-            await self._meter.open(visit, body)
-            started_s = self._clock.now_s()
-            inputs = question.inputs.for_model(embedder.card)
-            sequences = await embedder.tokenize(inputs, long_text=LongText.KEEP)
-            visit.timings.tokenize_s = self._clock.now_s() - started_s
-            return await self._encode(question, sequences, embedder)
+        visit.watch()
+        await self._meter.open(visit, body)
+        started_s = self._clock.now_s()
+        inputs = question.inputs.for_model(embedder.card)
+        sequences = await embedder.tokenize(inputs, long_text=LongText.KEEP)
+        visit.timings.tokenize_s = self._clock.now_s() - started_s
+        return await self._encode(question, sequences, embedder)
 
     async def _encode(
         self, question: TokenizeQuestion, sequences: Sequences, embedder: Embedder

@@ -7,10 +7,14 @@ names and times; never text, vectors or a plain key.
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from starlette.types import Receive, Scope
 
 from trivec.accounts import AllowanceState, Booking, Caller
+
+if TYPE_CHECKING:
+    from trivec.api.patience import Patience
 
 VISIT = "trivec.visit"  # where a visit lies in the ASGI scope
 CLIENT_REQUEST_ID_CHARS_MAX = 512
@@ -49,11 +53,20 @@ class Visit:
     input_count: int = 0
     token_count: int = 0
     request_bytes: int = 0
+    is_reading_body: bool = False
+    patience: "Patience | None" = None  # where the route bounds the request's time
+    status: int | None = None  # of the answer that has begun to leave
+    answer_bytes: int = 0  # of body, that have left
     timings: Timings = field(default_factory=Timings)
 
     def tokens_served(self, status: int) -> int:
         """The tokens that an answer of *status* is billed: those of a failure are our loss."""
         return self.token_count if status < 400 else 0
+
+    def watch(self) -> None:
+        """From here on the request only waits: notice when its client leaves."""
+        assert self.patience is not None, "a route that watches its client bounds its time"
+        self.patience.watch()
 
     def header(self, name: bytes) -> str | None:
         """The header's text, or None where it was not sent."""
