@@ -35,7 +35,7 @@ def exported(model_dir: Path, cache_dir: Path) -> Path:
     torch.onnx.export(
         Hidden(),
         (sample, torch.ones_like(sample)),
-        file,
+        str(file),  # over 2 GiB only a plain string makes it write the weights beside the graph
         input_names=["input_ids", "attention_mask"],
         output_names=["hidden"],
         dynamic_axes={"input_ids": axes, "attention_mask": axes, "hidden": axes},
