@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Protocol
 
 from starlette.types import ASGIApp
 
@@ -43,8 +44,14 @@ class Front:
     observer: Observer
     tracing: Tracing | None
 
-    def app(self, embedders: Mapping[str, Embedder], health: Callable[[], Health]) -> ASGIApp:
-        """The HTTP surface over *embedders*; none while loading."""
+    def app(
+        self,
+        embedders: Mapping[str, Embedder],
+        health: Callable[[], Health],
+        *,
+        page: Callable[[], bytes] | None = None,
+    ) -> ASGIApp:
+        """The HTTP surface over *embedders*, none while loading; *page*: the metrics of more than us."""
         return build_app(
             embedders=embedders,
             accounts=self.accounts,
@@ -52,7 +59,7 @@ class Front:
             clock=self.clock,
             limits=self.settings.http,
             health=health,
-            metrics=self.metrics.page,
+            metrics=page or self.metrics.page,
             metrics_open=self.settings.metrics_open,
         )
 
@@ -61,6 +68,17 @@ class Front:
         self.accounts.stop()
         if self.tracing is not None:
             self.tracing.close()
+
+
+class Surroundings(Protocol):
+    """What models need around them."""
+
+    @property
+    def settings(self) -> Settings: ...
+    @property
+    def clock(self) -> Clock: ...
+    @property
+    def observer(self) -> Observer: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +118,52 @@ class Models:
     embedders: Mapping[str, Embedder]  # by id and by alias
     workers: Workers
     slot_count: int
+    page: Callable[[], bytes] | None = None  # the front's own is all there is
+    troubles: tuple[str, ...] = ()
+    makes_first_key: bool = True
+
+
+class Served(Protocol):
+    """A model as the log and the greeting know it, wherever it runs."""
+
+    @property
+    def card(self) -> ModelCard: ...
+    @property
+    def certificate(self) -> Certificate | None: ...
+
+
+class Drivers(Protocol):
+    """What runs the models: threads of this process, or another process."""
+
+    def start(self) -> None: ...
+    async def stop(self, within_s: float) -> None: ...
+    async def lost(self) -> str: ...
+
+
+class Running(Protocol):
+    """Every served model, wherever it runs."""
+
+    @property
+    def choice(self) -> Choice: ...
+    @property
+    def loaded(self) -> Sequence[Served]: ...
+    @property
+    def embedders(self) -> Mapping[str, Embedder]: ...
+    @property
+    def workers(self) -> Drivers: ...
+    @property
+    def slot_count(self) -> int: ...
+    @property
+    def page(self) -> Callable[[], bytes] | None:
+        """The metrics of all processes, where there are several."""
+
+    @property
+    def troubles(self) -> tuple[str, ...]:
+        """Why nothing can run for now."""
+
+    @property
+    def makes_first_key(self) -> bool:
+        """Whether this process is the one that makes a new store's first key, and shows it."""
 
 
 def open_front(settings: Settings) -> Front:
@@ -126,7 +190,7 @@ def check_models(settings: Settings) -> None:
             find_folder(reference)
 
 
-def load_models(settings: Settings, front: Front, *, cores: int) -> Models:
+def load_models(settings: Settings, front: Surroundings, *, cores: int) -> Models:
     """Load every model of *settings*; blocks for seconds. Raises `StartError`."""
     choice = choose(settings)
     loaded = [
@@ -136,7 +200,9 @@ def load_models(settings: Settings, front: Front, *, cores: int) -> Models:
     return set_up(loaded, choice, front=front, cores=cores)
 
 
-def set_up(loaded: Sequence[LoadedModel], choice: Choice, *, front: Front, cores: int) -> Models:
+def set_up(
+    loaded: Sequence[LoadedModel], choice: Choice, *, front: Surroundings, cores: int
+) -> Models:
     """Give *loaded* models an engine each, and the workers that they share."""
     pool = ThreadPoolExecutor(cores, thread_name_prefix="trivec-tokenizer")
     slot_count = min(model.backend.slot_count for model in loaded)
@@ -243,7 +309,7 @@ def model_card(
     )
 
 
-def loaded_event(model: LoadedModel, *, load_s: float) -> ModelLoaded:
+def loaded_event(model: Served, *, load_s: float) -> ModelLoaded:
     """That *model* is ready, for the observer."""
     certificate = model.certificate
     return ModelLoaded(

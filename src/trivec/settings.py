@@ -139,6 +139,8 @@ class Settings(Section):
     """Serve without keys; only on a loopback address."""
     metrics_open: bool = False
     """Answer /metrics without an admin key."""
+    api_processes: int = Field(1, ge=1, le=64)
+    """Processes that speak HTTP; above 1 they stand before one more that runs the models."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe message that is logged; info has one line a request, but for probes."""
     http: HttpLimits = HttpLimits()
@@ -158,6 +160,8 @@ class Settings(Section):
                 f"no_auth is only for a loopback address, and host is {self.host}; "
                 "leave it out, or set host to 127.0.0.1"
             )
+        if self.api_processes > 1 and not self.life.supervised:
+            raise ValueError("api_processes above 1 are supervised; leave life.supervised true")
         if self.api_key is not None and len(self.api_key.get_secret_value()) < 16:
             raise ValueError("api_key is too short; give it at least 16 characters")
         return self

@@ -1,6 +1,6 @@
 """What every `Embedder` promises to the routes above it.
 
-Another implementation, such as a remote one, joins by adding itself to `EMBEDDERS`.
+Another implementation joins by adding itself to `EMBEDDERS`.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tokenizers
 from tests.engine.rig import ALL, Listener
+from tests.relay.rig import relayed
 from tokenizers import models, pre_tokenizers, processors
 
 from trivec.backends.fake import FakeBackend
@@ -75,8 +76,16 @@ async def local_engine(folder: Path) -> AsyncIterator[Embedder]:
         await workers.stop(5)
 
 
+@asynccontextmanager
+async def engine_at_a_distance(folder: Path) -> AsyncIterator[Embedder]:
+    """The same engine behind a wire, as an API process sees it."""
+    async with local_engine(folder) as engine, relayed(engine, folder) as remote:
+        yield remote.embedder
+
+
 EMBEDDERS: dict[str, Callable[[Path], AbstractAsyncContextManager[Embedder]]] = {
-    "engine": local_engine
+    "engine": local_engine,
+    "remote": engine_at_a_distance,
 }
 
 
@@ -161,7 +170,8 @@ async def test_what_has_room_is_not_refused_and_what_has_none_would_be_refused_a
     """A full line refuses early exactly what `embed` refuses."""
     sequences = await read(embedder, *["w1 w2"] * 20_000)
     calls = [asyncio.create_task(embedder.embed(sequences, Output.DENSE)) for _ in range(40)]
-    await asyncio.sleep(0)
+    done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
+    assert any(isinstance(call.exception(), Overloaded) for call in done)
     with pytest.raises(Overloaded) as early:
         embedder.check_room(sequences.token_count)
     with pytest.raises(Overloaded):

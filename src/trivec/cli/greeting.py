@@ -6,17 +6,17 @@ from collections.abc import Callable
 
 from trivec import __version__
 from trivec.accounts import NewKey
-from trivec.assemble import LoadedModel, Models
+from trivec.assemble import Running, Served
 from trivec.settings import Settings
 
 
 def greeting(
     settings: Settings, *, port: int, say: Callable[[str], None]
-) -> Callable[[Models, NewKey | None], None]:
+) -> Callable[[Running, NewKey | None], None]:
     """A function that announces the models, and the first key where one was just made."""
     url = base_url(settings, port)
 
-    def announce(models: Models, new_key: NewKey | None) -> None:
+    def announce(models: Running, new_key: NewKey | None) -> None:
         for line in lines(settings, models, new_key, url=url):
             say(line)
 
@@ -30,7 +30,7 @@ def base_url(settings: Settings, port: int) -> str:
     return f"{'https' if settings.tls_cert else 'http'}://{bracketed}:{port}"
 
 
-def lines(settings: Settings, models: Models, new_key: NewKey | None, *, url: str) -> list[str]:
+def lines(settings: Settings, models: Running, new_key: NewKey | None, *, url: str) -> list[str]:
     """The announcement."""
     choice = models.choice
     workers = f"{models.slot_count} worker{'s' if models.slot_count > 1 else ''}"
@@ -55,7 +55,7 @@ def lines(settings: Settings, models: Models, new_key: NewKey | None, *, url: st
     ]
 
 
-def _about(model: LoadedModel) -> list[tuple[str, str]]:
+def _about(model: Served) -> list[tuple[str, str]]:
     card = model.card
     verified = "files verified" if card.verified else "files NOT verified against the catalogue"
     facts = [
@@ -68,7 +68,7 @@ def _about(model: LoadedModel) -> list[tuple[str, str]]:
     return facts
 
 
-def curl_line(settings: Settings, models: Models, new_key: NewKey | None, *, url: str) -> str:
+def curl_line(settings: Settings, models: Running, new_key: NewKey | None, *, url: str) -> str:
     """One line to paste; the key itself is in it only where it was just made."""
     body = json.dumps({"model": models.loaded[0].card.id, "input": "Hello, world"})
     words = ["curl", "-s", f"{url}/v1/embeddings", "-H", "Content-Type: application/json"]

@@ -1,6 +1,5 @@
 """`trivec serve`: flags to settings, settings to a supervised server process."""
 
-import logging
 import os
 import socket
 import sys
@@ -9,11 +8,9 @@ from typing import Annotated, Literal, get_args, get_origin
 
 import typer
 
-from trivec.core.errors import StartError
-from trivec.server.supervisor import START_REFUSED, Heart, Supervisor
+from trivec.cli.outermost import whole_life
+from trivec.server.supervisor import Heart, Supervisor
 from trivec.settings import Settings, load_settings
-
-FAILED = 1
 
 
 def _help(name: str) -> str:
@@ -61,10 +58,13 @@ def serve(
 
 def run(settings: Settings) -> int:
     """Listen, then serve, in a supervised child unless the settings say otherwise."""
+    from trivec.cli.crew import run_crew
     from trivec.server.listening import check_certificate, listen
 
     if settings.tls_cert and settings.tls_key:
         check_certificate(settings.tls_cert, settings.tls_key)
+    if settings.api_processes > 1:
+        return run_crew(settings, say=_say)
     listener = listen(settings.host, settings.port)
     if not settings.life.supervised:
         return _live(settings, listener, None)
@@ -78,25 +78,20 @@ def run(settings: Settings) -> int:
 
 
 def _live(settings: Settings, listener: socket.socket, heart: Heart | None) -> int:
-    """The serving process, whole: nothing raised in it may reach the parent's code."""
-    try:
+    """The serving process, whole."""
+
+    def life() -> int:
         from trivec.assemble import check_models, load_models
         from trivec.cli.greeting import greeting
         from trivec.server.machine import usable_cores
         from trivec.server.serving import live
-        from trivec.telemetry import configure_log
 
-        configure_log(settings.telemetry.log_format, level=settings.log_level)
         check_models(settings)
         load = partial(load_models, settings, cores=usable_cores())
         announce = greeting(settings, port=listener.getsockname()[1], say=_say)
         return live(settings, listener, load=load, heart=heart, announce=announce)
-    except StartError as refusal:
-        _say(f"trivec: {refusal}")
-        return START_REFUSED
-    except Exception:  # the outermost loop of the serving process
-        logging.getLogger("trivec").exception("the server process failed")
-        return FAILED
+
+    return whole_life(settings, life, say=_say)
 
 
 def _say(line: str) -> None:

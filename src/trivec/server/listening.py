@@ -14,8 +14,11 @@ from trivec.core.errors import SettingInvalid
 BACKLOG = 1024  # connections the kernel accepts before we do
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket on *host* and *port* (0: a free one). Raises `SettingInvalid`."""
+def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A listening socket on *host* and *port* (0: a free one). Raises `SettingInvalid`.
+
+    *shared*: others of this process may listen there, too, and the kernel deals connections out.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -25,6 +28,8 @@ def listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind(address)
         listener.listen(BACKLOG)
     except OSError as fault:
@@ -33,6 +38,22 @@ def listen(host: str, port: int) -> socket.socket:
             f"cannot listen on {host}:{port}: {os.strerror(fault.errno or 0)}. "
             "Choose another --port, or 0 for a free one."
         ) from fault
+    listener.setblocking(False)
+    return listener
+
+
+def listen_shared(host: str, port: int, *, count: int) -> list[socket.socket]:
+    """*count* sockets on one port, a process each. Raises `SettingInvalid`."""
+    with listen(host, port) as alone:  # which a port that somebody else shares would refuse
+        port = alone.getsockname()[1]
+    return [listen(host, port, shared=True) for _ in range(count)]
+
+
+def listen_unix(path: Path) -> socket.socket:
+    """A socket of this machine at *path*, for other processes of ours."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen(BACKLOG)
     listener.setblocking(False)
     return listener
 

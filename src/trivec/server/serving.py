@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 
 from trivec.accounts import NewKey
-from trivec.assemble import Front, Models, loaded_event, open_front
+from trivec.assemble import Front, Running, loaded_event, open_front
 from trivec.core.errors import StoreUnavailable
 from trivec.core.events import PhaseChanged
 from trivec.core.health import Health
@@ -36,9 +36,9 @@ class Serving:
         settings: Settings,
         listener: socket.socket,
         *,
-        load: Callable[[Front], Models],
+        load: Callable[[Front], Running],
         heart: Heart | None,
-        announce: Callable[[Models, NewKey | None], None],
+        announce: Callable[[Running, NewKey | None], None],
     ) -> None:
         self._settings = settings
         self._load_all = load
@@ -48,7 +48,7 @@ class Serving:
         self._happenings: asyncio.Queue[Happening] = asyncio.Queue()
         self._asked_at_s = float("-inf")
         self._front: Front = open_front(settings)
-        self._models: Models | None = None
+        self._models: Running | None = None
         self._new_key: NewKey | None = None
         self._hung: str | None = None
         self._canary = Canary(())
@@ -70,7 +70,11 @@ class Serving:
             self._life,
             loading=", ".join(self._settings.models) or "the default model",
             hung=self._hung,
-            troubles=(*self._canary.troubles, *store),
+            troubles=(
+                *self._canary.troubles,
+                *store,
+                *(self._models.troubles if self._models else ()),
+            ),
         )
 
     async def run(self) -> int:
@@ -138,12 +142,12 @@ class Serving:
         models.workers.start()
         self._canary = Canary(models.embedders.values())
         await self._canary.learn()
-        self._new_key = await self._first_key()
+        self._new_key = await self._first_key() if models.makes_first_key else None
         for model in models.loaded:
             load_s = time.monotonic() - began_s
             self._front.observer.observe(loaded_event(model, load_s=load_s))
         self._models = models
-        self._door.app = self._front.app(models.embedders, self.health)
+        self._door.app = self._front.app(models.embedders, self.health, page=models.page)
         self._start(self._sing(), "canary")
         self._start(self._watch(models), "watch")
 
@@ -164,7 +168,7 @@ class Serving:
             await asyncio.sleep(self._settings.life.canary_every_s)
             await self._canary.check()
 
-    async def _watch(self, models: Models) -> None:
+    async def _watch(self, models: Running) -> None:
         """Leave, to be started again, when a worker hangs or its device is gone."""
         self._hung = await models.workers.lost()
         self._tell(Happening.HUNG)
@@ -204,9 +208,9 @@ def live(
     settings: Settings,
     listener: socket.socket,
     *,
-    load: Callable[[Front], Models],
+    load: Callable[[Front], Running],
     heart: Heart | None,
-    announce: Callable[[Models, NewKey | None], None],
+    announce: Callable[[Running, NewKey | None], None],
 ) -> int:
     """Serve until the end; the exit code. Raises `StartError` where serving cannot begin.
 

@@ -7,6 +7,7 @@ in one class; every label value comes from a closed set, so no client can grow a
 from trivec.telemetry.log import RequestLog, configure_log
 from trivec.telemetry.metrics import Metrics
 from trivec.telemetry.observers import Observers
+from trivec.telemetry.pages import merged_pages
 from trivec.telemetry.tracing import Tracing
 
-__all__ = ["Metrics", "Observers", "RequestLog", "Tracing", "configure_log"]
+__all__ = ["Metrics", "Observers", "RequestLog", "Tracing", "configure_log", "merged_pages"]

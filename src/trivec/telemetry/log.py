@@ -29,11 +29,16 @@ PROBES = frozenset({"/livez", "/readyz", "/health", "/metrics"})  # asked every 
 
 
 def configure_log(
-    log_format: LogFormat = "auto", *, stream: TextIO | None = None, level: str = "info"
+    log_format: LogFormat = "auto",
+    *,
+    stream: TextIO | None = None,
+    level: str = "info",
+    process: str | None = None,
 ) -> None:
     """Send every line of the process, other libraries' too, to *stream* (stderr) in one form.
 
-    "auto" is JSON unless *stream* is a terminal. Called once, by the entrance, before any thread.
+    "auto" is JSON unless *stream* is a terminal. Every line names *process*, where there are several.
+    Called once, by the entrance, before any thread.
     """
     out = stream if stream is not None else sys.stderr
     as_json = log_format == "json" or (log_format == "auto" and not out.isatty())
@@ -41,6 +46,7 @@ def configure_log(
     common: list[Any] = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+        *([_naming(process)] if process else []),
     ]
     ending: list[Any] = (
         [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(_to_json)]
@@ -139,6 +145,13 @@ def model_fields(event: ModelLoaded) -> dict[str, object]:
 
 def _fields(event: BatchRan | WorkerReplaced | RowNotFinite) -> Mapping[str, object]:
     return {name: getattr(event, name) for name in event.__slots__}
+
+
+def _naming(process: str) -> Any:
+    def name(_logger: object, _method: str, line: dict[str, Any]) -> dict[str, Any]:
+        return {**line, "process": process}
+
+    return name
 
 
 def _to_json(line: object, **_unused: object) -> str:

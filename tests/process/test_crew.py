@@ -1,0 +1,164 @@
+"""Several API processes before one engine process: real ones, ready, killed one by one, drained."""
+
+import json
+import os
+import re
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from tests.process.server import Server, refused, running
+from tests.process.test_life import SlowClient
+
+pytestmark = pytest.mark.process
+
+THREE = {"TRIVEC_API_PROCESSES": "3", "TRIVEC_LIFE__DRAIN_GRACE_S": "0"}
+FAKE = ("--backend", "fake")
+JSON = {"Content-Type": "application/json"}
+MODEL = "all-minilm-l6-v2"
+
+
+@pytest.fixture(scope="module")
+def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(tmp_path_factory.mktemp("crew"), *FAKE, environ=THREE) as server:
+        yield server
+
+
+def ask(server: Server, *texts: str) -> httpx.Response:
+    """One request on a connection of its own, so that any process may get it."""
+    headers = {**JSON, "Authorization": f"Bearer {server.key}"}
+    body = json.dumps({"model": MODEL, "input": list(texts)}).encode()
+    return httpx.post(f"{server.url}/v1/embeddings", content=body, headers=headers, timeout=30)
+
+
+def members(server: Server) -> dict[str, int]:
+    """The process ids of the crew: the engine's is the first that was born."""
+    me = server.process.pid
+    children = Path(f"/proc/{me}/task/{me}/children").read_text().split()
+    names = ["engine", "api-1", "api-2", "api-3"]
+    return dict(zip(names, map(int, children), strict=True))
+
+
+def ready(server: Server) -> tuple[int, str]:
+    answer = httpx.get(f"{server.url}/readyz", timeout=30)
+    return answer.status_code, answer.json()["reason"]
+
+
+def test_every_process_gives_a_text_the_same_vector(crew: Server) -> None:
+    answers = [ask(crew, "Hello, world", f"text {i}") for i in range(24)]
+    assert {answer.status_code for answer in answers} == {200}
+    vectors = {json.dumps(answer.json()["data"][0]["embedding"]) for answer in answers}
+    assert len(vectors) == 1
+    assert len({json.dumps(answer.json()["data"][1]["embedding"]) for answer in answers}) == 24
+    served = {match[1] for line in crew.said if (match := re.search(r'"process":"(api-\d)"', line))}
+    assert served == {"api-1", "api-2", "api-3"}
+
+
+def until(what: Callable[[], bool], *, within_s: float = 30.0) -> bool:
+    """Whether *what* comes true in time; looks again and again."""
+    pause = threading.Event()
+    deadline_s = time.monotonic() + within_s
+    while not (true := what()) and time.monotonic() < deadline_s:
+        pause.wait(0.05)
+    return true
+
+
+def test_the_books_and_the_metrics_of_all_processes_are_one(tmp_path: Path) -> None:
+    with running(tmp_path, *FAKE, environ=THREE) as server:
+        tokens = sum(ask(server, f"text {i}").json()["usage"]["total_tokens"] for i in range(12))
+        with server.client() as client:
+            usage = client.get("/admin/v1/usage", params={"by": "key"}).json()["data"]
+            assert (usage[0]["requests"], usage[0]["tokens"]) == (12, tokens)
+
+            def answered() -> dict[str, float]:
+                page = client.get("/metrics").text
+                return {
+                    one.labels["process"]: one.value
+                    for family in text_string_to_metric_families(page)
+                    for one in family.samples
+                    if one.name == "trivec_requests_total"
+                    and one.labels["route"] == "/embeddings"
+                }
+
+            assert until(lambda: sum(answered().values()) == 12), answered()
+            assert set(answered()) <= {"api-1", "api-2", "api-3"}
+
+
+def test_without_its_engine_nobody_is_ready_until_it_is_back(tmp_path: Path) -> None:
+    with running(tmp_path, *FAKE, environ=THREE) as server:
+        before = ask(server, "Hello, world").json()["data"]
+        engine = members(server)["engine"]
+        server.signal(signal.SIGSTOP)  # so that it is not started again at once
+        os.kill(engine, signal.SIGKILL)
+        assert until(lambda: all(ready(server)[0] == 503 for _ in range(12)))
+        assert "the engine process is away" in ready(server)[1]
+        refused_answer = ask(server, "Hello, world")
+        assert refused_answer.status_code == 503
+        assert int(refused_answer.headers["retry-after"]) >= 1
+        server.signal(signal.SIGCONT)
+        server.wait_until_it_says("The engine process ended with 137; it is started again")
+        assert until(lambda: all(ready(server) == (200, "ok") for _ in range(12)))
+        assert ask(server, "Hello, world").json()["data"] == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize("name", ["engine", "api-2"])
+def test_a_process_that_dies_or_freezes_is_back_and_the_others_never_went(
+    tmp_path: Path, name: str, number: signal.Signals
+) -> None:
+    environ = {**THREE, "TRIVEC_LIFE__HEARTBEAT_S_MAX": "2"}
+    with running(tmp_path, *FAKE, environ=environ) as server:
+        url = server.url
+        before = members(server)
+        os.kill(before[name], number)
+        server.wait_until_it_says(f"The {name} process ended with 137; it is started again")
+        if name == "engine":
+            server.wait_until_it_says("the engine process is gone", times=3)
+        assert until(lambda: all(ready(server)[0] == 200 for _ in range(12)))
+        assert {ask(server, "Hello, world").status_code for _ in range(12)} == {200}
+        assert url == server.url
+        me = server.process.pid
+        after = set(map(int, Path(f"/proc/{me}/task/{me}/children").read_text().split()))
+        assert set(before.values()) - after == {before[name]}
+
+
+def test_asked_to_stop_it_finishes_what_every_process_has_accepted(tmp_path: Path) -> None:
+    with running(tmp_path, *FAKE, environ=THREE) as server:
+        clients = [SlowClient(server) for _ in range(9)]
+        server.signal(signal.SIGTERM)
+        server.wait_until_it_says('"phase":"draining"', times=3)
+        assert {client.finish()[:13] for client in clients} == {"HTTP/1.1 200 "}
+        assert server.exit_code() == 0
+        stopped = [line for line in server.said if '"phase":"stopped"' in line]
+        assert '"process":"engine"' in stopped[-1], "the engine process is the last to go"
+
+
+def test_when_the_parent_is_killed_everybody_goes_with_it(tmp_path: Path) -> None:
+    with running(tmp_path, *FAKE, environ=THREE) as server:
+        assert ready(server)[0] == 200
+        watched = [os.pidfd_open(pid) for pid in members(server).values()]
+        server.process.kill()
+        for child in watched:
+            gone, _, _ = select.select([child], [], [], 30)
+            os.close(child)
+            assert gone, "a process outlived its parent"
+
+
+def test_a_model_that_cannot_be_had_stops_everybody_with_one_sentence(tmp_path: Path) -> None:
+    missing = tmp_path / "none"
+    with running(tmp_path, "--model", str(missing), environ=THREE) as server:
+        assert server.exit_code() == 2
+        said = [line for line in server.said if line.startswith("trivec: ")]
+        assert len(said) == 1
+        assert str(missing) in said[0]
+
+
+def test_several_processes_without_a_supervisor_are_refused() -> None:
+    environ = {**THREE, "TRIVEC_LIFE__SUPERVISED": "false"}
+    assert "life.supervised" in refused(environ=environ)

@@ -1,0 +1,221 @@
+"""Both ends over a real socket: what is asked, taken back, refused, lost and found again."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from tests.contract.test_embedder import tokenizer_file
+from tests.engine.rig import ALL, Rig, sequences
+from tests.hand_clock import HandClock
+from tests.relay.rig import BOUNDS, Relayed, hello_of, page, relayed
+
+from trivec.backends.fake import FakeBackend
+from trivec.core.errors import Draining, Overloaded
+from trivec.core.types import Output
+from trivec.relay import api_end
+from trivec.relay.api_end import EngineLink
+from trivec.relay.engine_end import EngineEnd
+from trivec.relay.frames import FRAME_BYTES_MAX, End, Kind, header
+from trivec.relay.remote import FULL_S_MAX, RemoteEmbedder
+from trivec.settings import LineBound
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """An engine by hand, and the way to it."""
+
+    rig: Rig
+    far: Relayed
+    folder: Path
+
+    @property
+    def waiting_tokens(self) -> int:
+        return self.rig.engine._lane.line.token_count
+
+    @asynccontextmanager
+    async def called_by(self, name: str) -> AsyncIterator[EngineLink]:
+        """Another API process."""
+        hello = hello_of(self.rig.engine, self.folder / "tokenizer.json")
+        link = EngineLink(self.far.path, name, hello=hello, bounds=BOUNDS, page=page)
+        link.start()
+        yield link
+        await link.stop(0)
+
+
+@pytest.fixture
+async def pair(tmp_path: Path) -> AsyncIterator[Pair]:
+    tokenizer_file(tmp_path)
+    backend = FakeBackend(dimensions=1024, outputs=ALL)
+    async with (
+        Rig(backend=backend, bound=LineBound(tokens_max=100)) as rig,
+        relayed(rig.engine, tmp_path, api_process_count=2) as far,
+    ):
+        yield Pair(rig, far, tmp_path)
+
+
+async def until(what: Callable[[], bool]) -> None:
+    """Let the event loop turn until *what* is true."""
+    for _ in range(10_000):
+        if what():
+            return
+        await asyncio.sleep(0.001)
+    pytest.fail("it never came true")
+
+
+async def test_every_vector_of_a_large_answer_crosses_whole(pair: Pair) -> None:
+    asked = sequences(40, 3, 50, 45)
+    found = (await pair.far.embedder.embed(asked, ALL)).vectors
+    near = (await pair.rig.engine.embed(asked, ALL)).vectors
+    assert sum(one.nbytes for one in near.multi if one is not None) > 2 * FRAME_BYTES_MAX
+    np.testing.assert_array_equal(found.dense, near.dense)
+    for ours, theirs in zip(found.multi, near.multi, strict=True):
+        assert ours is not None
+        assert theirs is not None
+        np.testing.assert_array_equal(ours, theirs)
+
+
+async def test_a_call_that_is_cancelled_leaves_the_line_of_the_engine(pair: Pair) -> None:
+    holder = await pair.rig.occupy()
+    call = asyncio.create_task(pair.far.embedder.embed(sequences(30), Output.DENSE))
+    await until(lambda: pair.waiting_tokens == 30)
+    call.cancel()
+    await until(lambda: pair.waiting_tokens == 0)
+    assert call.cancelled()
+    pair.rig.backend.gate.set()
+    await holder
+
+
+async def test_an_api_process_that_goes_takes_what_it_asked_with_it(pair: Pair) -> None:
+    holder = await pair.rig.occupy()
+    async with pair.called_by("api-2") as other:
+        await until(lambda: other.troubles == ())
+        theirs = RemoteEmbedder(
+            0,
+            hello_of(pair.rig.engine, pair.folder / "tokenizer.json").models[0],
+            tokenizer=None,  # type: ignore[arg-type]  # these tests begin with ids
+            link=other,
+            clock=HandClock(),
+        )
+        call = asyncio.create_task(theirs.embed(sequences(30), Output.DENSE))
+        mine = asyncio.create_task(pair.far.embedder.embed(sequences(7), Output.DENSE))
+        await until(lambda: pair.waiting_tokens == 37)
+    await until(lambda: pair.waiting_tokens == 7)
+    with pytest.raises(Draining):
+        await call
+    pair.rig.backend.gate.set()
+    assert len((await mine).vectors) == 1
+    await holder
+
+
+async def test_without_an_engine_everybody_is_refused_until_the_next_one_answers(
+    pair: Pair,
+) -> None:
+    far = pair.far
+    await pair.rig.occupy()
+    call = asyncio.create_task(far.embedder.embed(sequences(5), Output.DENSE))
+    await until(lambda: pair.waiting_tokens == 5)
+    await far.end.stop(5)
+    with pytest.raises(Draining) as away:
+        await call
+    assert away.value.retry_after_s > 0
+    assert far.link.troubles == ("the engine process is away",)
+    with pytest.raises(Draining):
+        far.embedder.check_room(2)
+    with pytest.raises(Draining):
+        await far.embedder.embed(sequences(5), Output.DENSE)
+
+    hello = hello_of(pair.rig.engine, pair.folder / "tokenizer.json")
+    engines = [pair.rig.engine]
+    after = EngineEnd(hello, engines, bounds=BOUNDS, api_process_count=2, page=page)
+    after.start(far.listener)
+    await until(lambda: far.link.troubles == ())
+    pair.rig.backend.gate.set()
+    reply = await far.embedder.embed(sequences(5), Output.DENSE)
+    near = await pair.rig.engine.embed(sequences(5), Output.DENSE)
+    np.testing.assert_array_equal(reply.vectors.dense, near.vectors.dense)
+    await after.stop(5)
+
+
+async def test_an_engine_that_serves_other_models_ends_the_api_process(pair: Pair) -> None:
+    await pair.far.end.stop(5)
+    hello = hello_of(pair.rig.engine, pair.folder / "tokenizer.json")
+    other = replace(hello.models[0].card, vocabulary_size=9)
+    models = (msgspec.structs.replace(hello.models[0], card=other),)
+    changed = msgspec.structs.replace(hello, models=models)
+    after = EngineEnd(changed, [pair.rig.engine], bounds=BOUNDS, api_process_count=2, page=page)
+    after.start(pair.far.listener)
+    async with asyncio.timeout(10):
+        assert "other models" in await pair.far.link.lost()
+    await after.stop(5)
+
+
+async def test_a_connection_that_sends_noise_is_cut_and_no_other(pair: Pair) -> None:
+    loop = asyncio.get_running_loop()
+    noisy = socket.socket(socket.AF_UNIX)
+    noisy.setblocking(False)
+    await loop.sock_connect(noisy, str(pair.far.path))
+    await loop.sock_sendall(noisy, header(Kind.REPLY, 1, 0, End.WHOLE))
+    with suppress(ConnectionResetError):
+        async with asyncio.timeout(10):
+            assert await loop.sock_recv(noisy, 1) == b""
+    noisy.close()
+    assert len((await pair.far.embedder.embed(sequences(5), Output.DENSE)).vectors) == 1
+
+
+async def test_a_refusal_speaks_for_as_many_tokens_until_one_of_ours_has_left(pair: Pair) -> None:
+    clock = HandClock()
+    hello = hello_of(pair.rig.engine, pair.folder / "tokenizer.json")
+    embedder = RemoteEmbedder(
+        0,
+        hello.models[0],
+        tokenizer=None,  # type: ignore[arg-type]  # this test begins with ids
+        link=pair.far.link,
+        clock=clock,
+    )
+    holder = await pair.rig.occupy()
+    first = asyncio.create_task(embedder.embed(sequences(80), Output.DENSE))
+    await until(lambda: pair.waiting_tokens == 80)
+    embedder.check_room(50)
+    with pytest.raises(Overloaded):
+        await embedder.embed(sequences(50), Output.DENSE)
+    for refused in (50, 99):
+        with pytest.raises(Overloaded) as early:
+            embedder.check_room(refused)
+        assert early.value.retry_after_s > 0
+    embedder.check_room(49)
+    clock.move(FULL_S_MAX)
+    embedder.check_room(50)
+    with pytest.raises(Overloaded):
+        await embedder.embed(sequences(50), Output.DENSE)
+    pair.rig.backend.gate.set()
+    await asyncio.gather(holder, first)
+    embedder.check_room(50)
+
+
+async def test_requests_under_way_are_bounded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api_end, "ASKS_MAX", 1)
+    holder = await pair.rig.occupy()
+    first = asyncio.create_task(pair.far.embedder.embed(sequences(5), Output.DENSE))
+    await until(lambda: pair.waiting_tokens == 5)
+    with pytest.raises(Overloaded, match="under way"):
+        await pair.far.embedder.embed(sequences(5), Output.DENSE)
+    pair.rig.backend.gate.set()
+    await asyncio.gather(holder, first)
+
+
+async def test_all_serve_when_the_last_one_does(pair: Pair) -> None:
+    told: list[str] = []
+    pair.far.link.serving(lambda: told.append("api-1"))
+    async with pair.called_by("api-2") as other:
+        await until(lambda: other.troubles == ())
+        await pair.far.embedder.embed(sequences(5), Output.DENSE)  # all before it has arrived
+        assert told == []
+        other.serving(lambda: told.append("api-2"))
+        await until(lambda: len(told) == 2)
+        assert sorted(told) == ["api-1", "api-2"]
