@@ -1,6 +1,7 @@
 # ruff: noqa: E402 - what is imported below needs what is asked for above it
 """The torch backend's manners: memory, lost devices, second tries; and the pure choices behind it."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,9 +33,10 @@ from trivec.backends.torch.device import (
     choose_device,
     choose_precision,
 )
+from trivec.backends.torch.encoder import Packed
 from trivec.backends.torch.faults import is_out_of_memory, why_lost
 from trivec.backends.torch.layout import Shape, first_rows_left_out, lay_out, rows_wanting
-from trivec.backends.torch.model import DeviceModel
+from trivec.backends.torch.model import DeviceModel, Parts
 from trivec.backends.torch.trial import what_is_wrong
 from trivec.backends.torch.tuning import (
     Tuning,
@@ -95,6 +97,24 @@ def test_out_of_memory_is_said_in_the_engine_s_word_and_the_next_batch_runs(
     with pytest.raises(MemoryError, match="cpu is out of memory"):
         backend.run(random_batch([61], XLM_ROBERTA), slot=0)
     assert len(backend.run(random_batch([60], XLM_ROBERTA), slot=0)) == 1
+
+
+def test_what_a_batch_without_memory_held_is_free_while_its_error_is_still_at_hand(
+    backend: TorchBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine runs the halves while it holds the error, and the error holds every frame."""
+    held: list[weakref.ref[object]] = []
+
+    def encode(parts: Parts, packed: Packed) -> object:
+        rows = parts.encoder.embeddings(packed)
+        held.append(weakref.ref(rows))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Parts, "encode", encode)
+    with pytest.raises(MemoryError) as starved:
+        backend.run(random_batch([9], XLM_ROBERTA), slot=0)
+    assert isinstance(starved.value.__cause__, torch.OutOfMemoryError)
+    assert [one() for one in held] == [None]
 
 
 async def test_a_request_that_does_not_fit_at_once_is_answered_whole(

@@ -18,11 +18,14 @@ from trivec.core.types import Batch, Sequences
 
 pytestmark = pytest.mark.reference
 
-LENGTHS = (2, 3, 16, 17, 100, 129, 512, 1_000)
+LENGTHS = (1, 2, 3, 16, 17, 100, 129, 512, 1_000, 2_049, 8_192)
+POSITIONS = 8_194  # BGE-M3's: a text of 8,192 tokens whose first stands at 2
 
 
 def opened(folder: Path, *, family: str, pooling: Pooling, heads: bool) -> Checkpoint:
-    write_tiny(folder / "model", family=family, pooling=pooling, heads=heads, position_count=1_100)
+    write_tiny(
+        folder / "model", family=family, pooling=pooling, heads=heads, position_count=POSITIONS
+    )
     return open_checkpoint(str(folder / "model"), cache_dir=folder / "cache")
 
 

@@ -4,6 +4,7 @@ It knows one model and its devices; not who asks, what waits, or the time.
 """
 
 import threading
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -154,6 +155,8 @@ class TorchBackend:
             yield
         except RuntimeError as error:
             if is_out_of_memory(error):
+                # Its frames hold the batch's tensors: kept, they would starve the halves as well.
+                traceback.clear_frames(error.__traceback__)
                 raise MemoryError(f"{device} is out of memory") from error
             said = why_lost(error, probe=model.link.probe)
             if said is None:

@@ -1,0 +1,222 @@
+# ruff: noqa: E402 - what is imported below needs what is asked for above it
+"""What a CUDA device would run, on the CPU: capture and replay in their order, kernels by their twins.
+
+A captured pass is stood in for by the encoder itself, run again at every replay into the memory
+that was captured. Streams and pinned memory are CUDA's own, and are tested where there is a GPU.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the torch backend needs torch")
+pytest.importorskip("transformers", reason="the reference is transformers")
+
+from tests.reference.test_torch_encoder import varlen_on_cpu
+from tests.reference.torch_checkpoint import ALL, XLM_ROBERTA, Tiny, random_batch, write_tiny
+
+from trivec.backends.torch import attention as attention_module
+from trivec.backends.torch import backend as backend_module
+from trivec.backends.torch import building as building_module
+from trivec.backends.torch.attention import Attention, GroupedAttention, PackedAttention
+from trivec.backends.torch.backend import TorchBackend
+from trivec.backends.torch.device import CudaDevice, Found
+from trivec.backends.torch.encoder import Packed
+from trivec.backends.torch.link import CudaLink, Fetched, HostLink
+from trivec.backends.torch.model import Parts
+from trivec.backends.torch.tuning import Tuning
+from trivec.core.types import Output, Vectors
+
+pytestmark = pytest.mark.reference
+
+H200 = Found("x", cuda_built=True, cuda=(CudaDevice(0, "NVIDIA H200", (9, 0), 140 << 30),))
+TUNING = Tuning(graph_tokens_max=256)
+
+
+class StandIn(CudaLink):
+    """A CUDA link whose device is the CPU: every copy is one, and nothing is asynchronous."""
+
+    def __init__(self, index: int) -> None:
+        self._host = HostLink()
+        self.device = self._host.device
+        self.stream = self
+
+    def synchronize(self) -> None:
+        return
+
+    def entered(self) -> Any:
+        return self._host.entered()
+
+    def up(self, array: Any) -> Any:
+        return torch.tensor(array)
+
+    def overwrite(self, tensor: Any, array: Any) -> None:
+        tensor.copy_(torch.from_numpy(array))
+
+    def down(self, tensors: Any) -> Fetched:
+        return self._host.down([tensor.clone() for tensor in tensors])
+
+    def probe(self) -> None:
+        return
+
+    def free_bytes(self) -> int:
+        return 100 << 30
+
+    def trim(self) -> None:
+        return
+
+
+class Captures:
+    """Stands in for `torch.cuda.CUDAGraph` and `torch.cuda.graph`."""
+
+    def __init__(self) -> None:
+        self.under_way: Graph | None = None
+        self.made: list[Graph] = []
+        self.spoil: Callable[[Any], None] = lambda hidden: None
+
+    def graph(self) -> "Graph":
+        return Graph(self)
+
+    @contextmanager
+    def capturing(self, graph: "Graph", *, pool: object, stream: object) -> Iterator[None]:
+        assert isinstance(stream, StandIn), "on the link's own stream"
+        assert pool is (self if self.made else None), "one pool for all"
+        self.under_way = graph
+        yield
+        self.under_way = None
+        self.made.append(graph)
+
+    def encode(self, plain: Callable[[Parts, Packed], Any]) -> Callable[[Parts, Packed], Any]:
+        def encode(parts: Parts, packed: Packed) -> Any:
+            hidden = plain(parts, packed)
+            if self.under_way is not None:
+                self.under_way.record(lambda: plain(parts, packed), hidden)
+            return hidden
+
+        return encode
+
+
+class Graph:
+    def __init__(self, captures: Captures) -> None:
+        self._captures = captures
+        self.replays = 0
+
+    def record(self, again: Callable[[], Any], hidden: Any) -> None:
+        self._again, self._hidden = again, hidden
+
+    def pool(self) -> Captures:
+        return self._captures
+
+    def replay(self) -> None:
+        self.replays += 1
+        for other in self._captures.made:  # which share the memory: theirs is gone
+            if other is not self:
+                other._hidden.fill_(torch.nan)
+        self._hidden.copy_(self._again())
+        self._captures.spoil(self._hidden)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return write_tiny(tmp_path_factory.mktemp("tiny"), XLM_ROBERTA)
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
+    made = Captures()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", made.graph)
+    monkeypatch.setattr(torch.cuda, "graph", made.capturing)
+    monkeypatch.setattr(Parts, "encode", made.encode(Parts.encode))
+    monkeypatch.setattr(building_module, "CudaLink", StandIn)
+    monkeypatch.setattr(backend_module, "find_devices", lambda: H200)
+    monkeypatch.setattr(
+        attention_module,
+        "attention_named",
+        lambda name: named(name) if name in ("varlen", "grouped") else None,
+    )
+    return made
+
+
+def named(name: str) -> Attention:
+    return GroupedAttention() if name == "grouped" else PackedAttention(name, varlen_on_cpu)
+
+
+def loaded(tiny: Tiny, tuning: Tuning = TUNING) -> TorchBackend:
+    return TorchBackend.load(tiny.checkpoint, precision="auto", device="cuda:0", tuning=tuning)
+
+
+def assert_near(found: Vectors, expected: Vectors) -> None:
+    assert ((found.dense * expected.dense).sum(1) >= 0.9995).all()
+    for rows, their_rows in zip(found.multi, expected.multi, strict=True):
+        assert rows is not None
+        assert their_rows is not None
+        assert ((rows * their_rows).sum(1) >= 0.9995).all()
+    for one, other in zip(found.sparse, expected.sparse, strict=True):
+        assert one is not None
+        assert other is not None
+        np.testing.assert_array_equal(one.token_ids, other.token_ids)
+        np.testing.assert_allclose(one.weights, other.weights, atol=0.05)
+
+
+def test_replayed_batches_have_the_vectors_of_the_plain_path(
+    tiny: Tiny, captures: Captures
+) -> None:
+    replayed, plain = loaded(tiny), loaded(tiny, Tuning(graph_tokens_max=0))
+    assert replayed.notes["attention"].startswith("varlen")
+    assert replayed.notes["cuda_graphs"] == f"{len(captures.made)} shapes, up to 256 tokens"
+    assert plain.notes["cuda_graphs"] == "no: not asked for"
+    before = sum(graph.replays for graph in captures.made)
+    batches = [[3], [5, 9, 30], [200, 30], [7] * 30, [31], [32], [128, 128], [255], [256], [100, 2]]
+    for i, lengths in enumerate(batches):
+        batch = random_batch(lengths, XLM_ROBERTA, ALL, seed=i)
+        assert_near(replayed.run(batch, slot=i % 2), plain.run(batch, slot=i % 2))
+    assert sum(graph.replays for graph in captures.made) == before + len(batches)
+
+
+def test_a_batch_beyond_every_graph_runs_by_itself(tiny: Tiny, captures: Captures) -> None:
+    backend = loaded(tiny)
+    before = sum(graph.replays for graph in captures.made)
+    for lengths in ([257], [1] * 256):
+        assert len(backend.run(random_batch(lengths, XLM_ROBERTA), slot=0)) == len(lengths)
+    assert sum(graph.replays for graph in captures.made) == before
+
+
+def test_each_shape_is_captured_once_the_largest_first(tiny: Tiny, captures: Captures) -> None:
+    backend = loaded(tiny)
+    graphs = backend._models[0]._graphs
+    assert graphs is not None
+    sizes = [shape.token_count for shape in graphs.shapes]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(graphs.shapes)) == len(captures.made)
+
+
+def test_a_kernel_that_cannot_be_captured_leaves_the_plain_path(
+    tiny: Tiny, captures: Captures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object, **__: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuses)
+    backend = loaded(tiny)
+    assert backend.notes["cuda_graphs"].startswith("no: it raised RuntimeError: operation not")
+    assert len(backend.run(random_batch([5], XLM_ROBERTA), slot=0)) == 1
+
+
+def test_a_replay_with_other_numbers_is_not_used(tiny: Tiny, captures: Captures) -> None:
+    captures.spoil = lambda hidden: hidden[1].neg_()
+    backend = loaded(tiny)
+    assert "its rows differ from the plain form's" in backend.notes["cuda_graphs"]
+    assert backend._models[0]._graphs is None
+
+
+def test_a_row_that_leaves_a_graph_not_finite_is_mended_in_fp32(
+    tiny: Tiny, captures: Captures
+) -> None:
+    backend = loaded(tiny)
+    captures.spoil = lambda hidden: hidden[2].fill_(torch.inf)
+    batch = random_batch([2, 7], XLM_ROBERTA, Output.DENSE)
+    assert np.isfinite(backend.run(batch, slot=0).dense).all(axis=1).tolist() == [True, False]
+    assert np.isfinite(backend.run_exact(batch, slot=0).dense).all()
