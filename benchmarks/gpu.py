@@ -21,8 +21,8 @@ from typing import Any
 from benchmarks.gpu_engine import engine_rates
 from benchmarks.gpu_http import over_http
 from benchmarks.gpu_peers import peers
-from benchmarks.gpu_plan import PART_S, Hourglass, Plan, device_name, peak_memory_gib, talk
-from benchmarks.gpu_record import Record, printed_whatever_happens
+from benchmarks.gpu_plan import Plan, device_name, peak_memory_gib, talk
+from benchmarks.gpu_record import PART_S, Hourglass, Record, printed_whatever_happens
 from benchmarks.gpu_stages import host_stages
 from benchmarks.gpu_zoo import nan_zoo
 from benchmarks.keeping import RESULTS

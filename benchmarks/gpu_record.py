@@ -1,12 +1,36 @@
-"""What a GPU measurement has found so far, kept in a file as it comes: a time limit loses nothing."""
+"""The time that a GPU measurement may take, and what it has found so far, kept in a file as it comes.
+
+A time limit from outside loses nothing, and one of its own leaves out what would end too late.
+"""
 
 import json
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
+
+# Seconds that each part is let have at full size on one GPU, starting a second server included.
+PART_S: Mapping[str, float] = MappingProxyType(
+    {"engine": 110.0, "host": 15.0, "peers": 60.0, "http": 170.0, "nan_zoo": 60.0}
+)
+
+
+class Hourglass:
+    """What is left of the time that the whole run may take."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end_s = time.perf_counter() + seconds
+
+    @property
+    def left_s(self) -> float:
+        return self._end_s - time.perf_counter()
+
+    def has(self, seconds: float, *, then: Collection[str] = ()) -> bool:
+        """Whether *seconds* are left beside what the parts to come *then* need."""
+        return self.left_s >= seconds + sum(PART_S[name] for name in then)
 
 
 class Record:
