@@ -13,7 +13,14 @@ from tests.backends.conftest import random_ids
 from trivec.backends.openvino.certifying import Trial, fp32_tensors, readout_of
 from trivec.backends.openvino.encoding import BatchEncoder
 from trivec.backends.openvino.graph import Encoder
-from trivec.backends.openvino.recipe import FP32, INT8_GROUPS_32, INT8_GROUPS_128, INT8_ROWS, Recipe
+from trivec.backends.openvino.recipe import (
+    FP32,
+    INT8_GROUPS_32,
+    INT8_GROUPS_128,
+    INT8_ROWS,
+    INT8_ROWS_BF16,
+    Recipe,
+)
 from trivec.backends.openvino.session import Session
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.types import Output
@@ -21,7 +28,10 @@ from trivec.core.types import Output
 LENGTHS = [1, 2, 3, 5, 8, 13, 16, 17, 31, 33, 64, 65, 100, 128, 129, 200, 256, 300, 511, 512, 650]
 
 
-@pytest.fixture(scope="module", params=[FP32, INT8_ROWS, INT8_GROUPS_128, INT8_GROUPS_32])
+RECIPES = [FP32, INT8_ROWS_BF16, INT8_ROWS, INT8_GROUPS_128, INT8_GROUPS_32]
+
+
+@pytest.fixture(scope="module", params=RECIPES, ids=lambda recipe: recipe.name)
 def encoder(request: pytest.FixtureRequest, tiny_m3: Checkpoint) -> BatchEncoder:
     recipe: Recipe = request.param
     exact = recipe is FP32

@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trivec.backends.heads import Readout
+from trivec.backends.openvino.attention import bf16_pays
 from trivec.backends.openvino.certificate import Certificate, compare
 from trivec.backends.openvino.encoding import BatchEncoder
-from trivec.backends.openvino.graph import TAPPED, Extra, linear_name
+from trivec.backends.openvino.graph import TAPPED, Extra, head_shape, linear_name
 from trivec.backends.openvino.packing import RowInputs, pack_row
 from trivec.backends.openvino.probes import as_batch, make_probes, read_sentences
 from trivec.backends.openvino.quantise import ChannelRanges, Ranges, int8_tensors
-from trivec.backends.openvino.recipe import FP32, INT8_GROUPS_32, INT8_LADDER, Recipe
+from trivec.backends.openvino.recipe import FP32, INT8_GROUPS_32, Recipe, int8_ladder
 from trivec.backends.openvino.rows import plan_rows
 from trivec.backends.openvino.session import Session
 from trivec.backends.openvino.witness import Plan, open_session
@@ -84,7 +85,7 @@ class Trial:
 
     def rungs(self) -> Iterator[Recipe]:
         """From the fastest arithmetic on; the last one is worked out only when it is reached."""
-        yield from INT8_LADDER
+        yield from int8_ladder(bf16_pays=bf16_pays(head_shape(self._checkpoint.config)))
         layers = self._most_sensitive_layers(INT8_GROUPS_32)
         yield replace(INT8_GROUPS_32, exact_layers=layers)
 

@@ -12,6 +12,7 @@ import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
+from trivec.backends.openvino.attention import Attention, HeadShape
 from trivec.backends.openvino.linear import (
     LinearInput,
     Tensors,
@@ -35,6 +36,10 @@ GELU_LIFT = 0.17  # no GELU is below -0.16998
 
 def linear_name(layer: int, part: str) -> str:
     return f"encoder.layer.{layer}.{part}"
+
+
+def head_shape(config: EncoderConfig) -> HeadShape:
+    return HeadShape(config.head_count, config.hidden_size // config.head_count)
 
 
 class Extra(Enum):
@@ -110,24 +115,16 @@ class Encoder:
 
     def _attention(self, x: Node, layer: int) -> Node:
         """softmax(Q Kᵀ / sqrt(d) + bias) V: float32 `[sequences * length, hidden]`."""
-        hidden, heads = self._config.hidden_size, self._config.head_count
+        heads = head_shape(self._config)
+        attention = Attention(heads, self._recipe.has_bf16_attention(layer))
         source = self._input(x, layer, "attention.self.query")
         query = self._linear(source, layer, "attention.self.query")
-        query = op.multiply(query, number((hidden // heads) ** -0.5))
-        q = self._by_head(query)
-        k = self._by_head(self._linear(source, layer, "attention.self.key"))
-        v = self._by_head(self._linear(source, layer, "attention.self.value"))
-        scores = op.add(op.matmul(q, k, False, True), self._bias)
-        attended = op.matmul(op.softmax(scores, -1), v, False, False)
-        together = op.transpose(attended, op.constant(np.array([0, 2, 1, 3])))
-        return op.reshape(together, op.constant(np.array([-1, hidden])), False)
-
-    def _by_head(self, x: Node) -> Node:
-        """`[tokens, hidden]` gathered to `[sequences, heads, length, head_dim]`."""
-        heads = self._config.head_count
-        gathered = op.gather(x, self._gather, self._axis)
-        split = op.constant(np.array([0, 0, heads, self._config.hidden_size // heads]))
-        return op.transpose(op.reshape(gathered, split, True), op.constant(np.array([0, 2, 1, 3])))
+        q = attention.gathered(op.multiply(query, number(heads.width**-0.5)), self._gather)
+        k, v = (
+            attention.gathered(self._linear(source, layer, f"attention.self.{part}"), self._gather)
+            for part in ("key", "value")
+        )
+        return attention.attended(q, k, v, self._bias)
 
     def _after_attention(self, x: Node, attended: Node, layer: int) -> Node:
         """The rest of a layer: projection, feed-forward with exact GELU, both LayerNorms."""

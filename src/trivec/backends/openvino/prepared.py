@@ -26,7 +26,7 @@ from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.checkpoints.hashes import Hashes
 from trivec.core.errors import CheckpointRefused
 
-SCHEME = 2
+SCHEME = 3
 """Raised whenever the same checkpoint would give other tensors, or another graph would read them."""
 
 DTYPES = {"F32": np.float32, "I8": np.int8}
@@ -69,6 +69,7 @@ def save(
             "form": recipe.form.value,
             "group_size": recipe.group_size,
             "exact_layers": sorted(recipe.exact_layers),
+            "bf16_attention": recipe.bf16_attention,
         },
         "certificate": asdict(certificate),
     }
@@ -119,7 +120,12 @@ def _replace(file: Path, write: Callable[[Path], object]) -> None:
 
 
 def _recipe(kept: dict[str, Any]) -> Recipe:
-    return Recipe(Form(kept["form"]), kept["group_size"], frozenset(kept["exact_layers"]))
+    return Recipe(
+        Form(kept["form"]),
+        kept["group_size"],
+        frozenset(kept["exact_layers"]),
+        bf16_attention=kept["bf16_attention"],
+    )
 
 
 def _certificate(kept: dict[str, Any]) -> Certificate:

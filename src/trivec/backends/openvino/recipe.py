@@ -1,6 +1,7 @@
-"""With which arithmetic an encoder's linear layers run: a plain value, and its ladder of forms.
+"""With which arithmetic an encoder runs: a plain value, and its ladder of forms.
 
-Everything else (embeddings, LayerNorm, softmax, GELU) is fp32 in every form.
+Linear layers have a form, the products of attention a type. Everything else (embeddings, LayerNorm,
+softmax of the scores it is given, GELU) is fp32 in every recipe.
 """
 
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ class Recipe:
     form: Form
     group_size: int | None = None  # channels that share a scale, where the form has groups
     exact_layers: frozenset[int] = frozenset()  # layers in fp32 whatever the form
+    bf16_attention: bool = False  # products of attention in bf16, but for exact layers
 
     def __post_init__(self) -> None:
         assert (self.group_size is not None) == (self.form is Form.INT8_GROUPS)
@@ -33,10 +35,12 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """A short exact name, fit for a file: `int8-rows`, `int8-groups-32-exact-0-11`."""
+        """A short exact name, fit for a file: `int8-rows-bf16`, `int8-groups-32-exact-0-11`."""
         parts = [self.form.value]
         if self.group_size is not None:
             parts.append(str(self.group_size))
+        if self.bf16_attention:
+            parts.append("bf16")
         if self.exact_layers:
             parts += ["exact", *(str(layer) for layer in sorted(self.exact_layers))]
         return "-".join(parts)
@@ -45,11 +49,21 @@ class Recipe:
         """The form that *layer* runs in."""
         return Form.FP32 if layer in self.exact_layers else self.form
 
+    def has_bf16_attention(self, layer: int) -> bool:
+        return self.bf16_attention and layer not in self.exact_layers
+
 
 FP32 = Recipe(Form.FP32)
 INT8_ROWS = Recipe(Form.INT8_ROWS)
+INT8_ROWS_BF16 = Recipe(Form.INT8_ROWS, bf16_attention=True)
 INT8_GROUPS_128 = Recipe(Form.INT8_GROUPS, group_size=128)
 INT8_GROUPS_32 = Recipe(Form.INT8_GROUPS, group_size=32)
 
-INT8_LADDER = (INT8_ROWS, INT8_GROUPS_128, INT8_GROUPS_32)
-"""From the fastest to the most careful; a certificate says how far a model must climb."""
+
+def int8_ladder(*, bf16_pays: bool) -> tuple[Recipe, ...]:
+    """From the fastest to the most careful; a certificate says how far a model must climb.
+
+    *bf16_pays* says that this machine's bf16 products are worth their lost digits.
+    """
+    foot = (INT8_ROWS_BF16,) if bf16_pays else ()
+    return (*foot, INT8_ROWS, INT8_GROUPS_128, INT8_GROUPS_32)
