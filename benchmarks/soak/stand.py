@@ -17,14 +17,15 @@ from pathlib import Path
 from benchmarks.soak.faulty import Fault
 from benchmarks.soak.service import device, faulty_model, opened
 
-from trivec.assemble import Choice, Front, Models, set_up
+from trivec.accounts import NewKey
+from trivec.assemble import Choice, Front, Models, Running, set_up
 from trivec.cli.greeting import greeting
 from trivec.engine import heartbeat
 from trivec.server.listening import listen
 from trivec.server.serving import live
 from trivec.server.supervisor import Heart, Supervisor
 from trivec.settings import Settings, load_settings
-from trivec.telemetry import configure_log
+from trivec.telemetry import configure_log, finish_log
 
 WORDS = {"hang": Fault.HANG, "lost": Fault.LOSE, "poison": Fault.RAISE, "dies": Fault.DIE}
 SEND_BUFFER_BYTES = 64 * 1024  # so that a slow reader of a modest answer is soon felt
@@ -61,11 +62,14 @@ def serve(
 
     announce = greeting(settings, port=listener.getsockname()[1], say=say)
 
-    def announced(models: Models, key: object) -> None:
+    def announced(models: Running, key: NewKey | None) -> None:
         count_when_asked(asyncio.get_running_loop())
-        announce(models, key)  # type: ignore[arg-type]
+        announce(models, key)
 
-    return live(settings, listener, load=load, heart=heart, announce=announced)
+    try:
+        return live(settings, listener, load=load, heart=heart, announce=announced)
+    finally:
+        finish_log()
 
 
 def main() -> None:

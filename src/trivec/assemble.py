@@ -27,7 +27,7 @@ from trivec.core.ports import Backend, Clock, Embedder, Observer
 from trivec.core.types import ModelCard
 from trivec.engine import Engine, Workers
 from trivec.settings import Settings
-from trivec.telemetry import Metrics, Observers, RequestLog, Tracing
+from trivec.telemetry import Metrics, Observers, RequestLog, Tracing, lines_dropped
 from trivec.tokenizer import Tokenizer
 
 DEFAULT_MODEL = "all-minilm-l6-v2"
@@ -169,7 +169,7 @@ class Running(Protocol):
 def open_front(settings: Settings) -> Front:
     """Everything but the models; quick. Raises `StartError`."""
     clock = SystemClock()
-    metrics = Metrics()
+    metrics = Metrics(lines_dropped=lines_dropped)
     endpoint = settings.telemetry.trace_endpoint
     tracing = Tracing.to(endpoint) if endpoint else None
     heard: list[Observer] = [metrics, RequestLog(), *([tracing] if tracing else [])]

@@ -7,18 +7,21 @@ names and times; never text, vectors or a plain key.
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from starlette.types import Receive, Scope
 
 from trivec.accounts import AllowanceState, Booking, Caller
 
-if TYPE_CHECKING:
-    from trivec.api.patience import Patience
-
 VISIT = "trivec.visit"  # where a visit lies in the ASGI scope
 CLIENT_REQUEST_ID_CHARS_MAX = 512
 TRACEPARENT_CHARS_MAX = 128
+
+
+class Watching(Protocol):
+    """What can notice that a client leaves: the request's `Patience`."""
+
+    def watch(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -54,7 +57,7 @@ class Visit:
     token_count: int = 0
     request_bytes: int = 0
     is_reading_body: bool = False
-    patience: "Patience | None" = None  # where the route bounds the request's time
+    patience: Watching | None = None  # where the route bounds the request's time
     status: int | None = None  # of the answer that has begun to leave
     answer_bytes: int = 0  # of body, that have left
     timings: Timings = field(default_factory=Timings)

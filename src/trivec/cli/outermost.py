@@ -32,3 +32,7 @@ def whole_life(
     except Exception:  # the outermost loop of the process
         logging.getLogger("trivec").exception("the server process failed")
         return FAILED
+    finally:
+        from trivec.telemetry import finish_log
+
+        finish_log()

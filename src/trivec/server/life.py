@@ -57,6 +57,8 @@ NEXT: Mapping[tuple[Stage, Happening], Stage] = {
     (Stage.REFUSING, Happening.TIME_UP): Stage.GONE,
 }
 
+WELL = Health("ready", alive=True, ready=True, reason="ok")
+
 PHASES: Mapping[Stage, Phase] = {
     Stage.LOADING: "loading",
     Stage.SERVING: "ready",
@@ -104,15 +106,18 @@ def health(life: Life, *, loading: str, hung: str | None, troubles: Iterable[str
     are reasons not to be ready that may pass by themselves: a canary that changed, a store that
     cannot be written.
     """
+    phase, passing = life.phase, tuple(troubles)
+    if phase == "ready" and hung is None and not passing:  # asked twice by every request
+        return WELL
     reasons = {
         "loading": (f"loading: {loading}",),
         "draining": ("draining: asked to stop",),
         "stopped": ("draining: about to leave",),
         "ready": (),
-    }[life.phase]
-    everything = [*([hung] if hung else []), *reasons, *troubles]
+    }[phase]
+    everything = [*([hung] if hung else []), *reasons, *passing]
     return Health(
-        phase=life.phase,
+        phase=phase,
         alive=hung is None,
         ready=not everything,
         reason="; ".join(everything) or "ok",

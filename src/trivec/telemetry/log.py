@@ -7,7 +7,7 @@ keys are in no event, so they cannot be here. It does not know who collects the 
 import logging
 import sys
 from collections.abc import Mapping
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, cast
 
 import msgspec
 import structlog
@@ -22,8 +22,11 @@ from trivec.core.events import (
     RowNotFinite,
     WorkerReplaced,
 )
+from trivec.telemetry.outlet import Outlet
 
 LogFormat = Literal["auto", "json", "text"]
+
+FINISH_S_MAX = 1.0  # for the last lines to be taken, before leaving all the same
 
 PROBES = frozenset({"/livez", "/readyz", "/health", "/metrics"})  # asked every few seconds for ever
 
@@ -35,12 +38,13 @@ def configure_log(
     level: str = "info",
     process: str | None = None,
 ) -> None:
-    """Send every line of the process, other libraries' too, to *stream* (stderr) in one form.
+    """Send every line of the process, other libraries' too, to *stream* in one form.
 
-    "auto" is JSON unless *stream* is a terminal. Every line names *process*, where there are several.
+    Without *stream* it is stderr, through an `Outlet`: a reader that is stuck holds nobody up.
+    "auto" is JSON unless it is a terminal. Every line names *process*, where there are several.
     Called once, by the entrance, before any thread.
     """
-    out = stream if stream is not None else sys.stderr
+    out = stream if stream is not None else Outlet(sys.stderr, told=_tell_of_dropped)
     as_json = log_format == "json" or (log_format == "auto" and not out.isatty())
     number = logging.getLevelNamesMapping()[level.upper()]
     common: list[Any] = [
@@ -54,9 +58,9 @@ def configure_log(
         else [structlog.dev.ConsoleRenderer(colors=out.isatty(), timestamp_key="time")]
     )
     structlog.configure(
-        processors=[structlog.contextvars.merge_contextvars, *common, *ending],
+        processors=[*common, *ending],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.WriteLoggerFactory(out),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, out)),
         cache_logger_on_first_use=False,
     )
     foreign = logging.StreamHandler(out)
@@ -69,6 +73,27 @@ def configure_log(
     root = logging.getLogger()
     root.handlers[:] = [foreign]
     root.setLevel(max(number, logging.WARNING))  # libraries talk when something is wrong
+
+
+def lines_dropped() -> int:
+    """How many lines of this process's log nobody took."""
+    return sum(outlet.dropped for outlet in _outlets())
+
+
+def finish_log(within_s: float = FINISH_S_MAX) -> None:
+    """Write the lines that still wait. Called by the entrance, when all else has ended."""
+    for outlet in _outlets():
+        outlet.close(within_s)
+
+
+def _outlets() -> list[Outlet]:
+    """The one that `configure_log` installed, if any: the standard library keeps it for us."""
+    streams = [getattr(handler, "stream", None) for handler in logging.getLogger().handlers]
+    return [stream for stream in streams if isinstance(stream, Outlet)]
+
+
+def _tell_of_dropped(count: int) -> None:
+    structlog.get_logger().warning("log_lines_dropped", count=count)
 
 
 class RequestLog:

@@ -4,18 +4,12 @@ It knows how an event becomes a number and nothing else; who asks for the page i
 """
 
 import re
+import threading
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    ProcessCollector,
-    generate_latest,
-)
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import Metric as Family
 
 from trivec import __version__
@@ -30,11 +24,9 @@ from trivec.core.events import (
     WorkerReplaced,
 )
 from trivec.telemetry import table
-from trivec.telemetry.table import OTHER, Kind, Metric
+from trivec.telemetry.table import OTHER
+from trivec.telemetry.tally import Labels, Tally
 
-Labels: TypeAlias = tuple[str, ...]
-
-_CLASSES = {Kind.COUNTER: Counter, Kind.GAUGE: Gauge, Kind.HISTOGRAM: Histogram}
 _PREFIX = re.compile(r"^/(?:openai/v1|v3/openai|v1)(?=/)")
 _PARAMETER = re.compile(r"\{[^/]*\}")
 
@@ -46,6 +38,7 @@ def route_and_method(route: str, method: str) -> Labels:
     return (name, method) if (method, name) in table.SERVED else (OTHER, OTHER)
 
 
+@lru_cache(maxsize=1024)
 def status_class(status: int) -> str:
     """`503` is `5xx`; what HTTP does not know is "other"."""
     name = f"{status // 100}xx"
@@ -56,12 +49,13 @@ class Metrics:
     """An `Observer` with a page. Called from any thread; an event costs a few microseconds.
 
     A model has series of its own once `ModelLoaded` named it, the first `MODELS_MAX` of them.
+    *lines_dropped* says how many lines of the log found no reader.
     """
 
-    def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        self._metrics = {metric.name: self._register(metric) for metric in table.TABLE}
-        self._children: dict[tuple[str, Labels], Any] = {}  # by metric name and label values
+    def __init__(self, *, lines_dropped: Callable[[], int] = lambda: 0) -> None:
+        self._lines_dropped = lines_dropped
+        self._lock = threading.Lock()  # guards the tally and the models
+        self._tally = Tally()
         self._models: set[str] = set()
         self._hear: dict[type[Event], Callable[[Any], None]] = {
             RequestServed: self._request,
@@ -72,38 +66,24 @@ class Metrics:
             ModelLoaded: self._model_loaded,
             PhaseChanged: self._phase,
         }
-        ProcessCollector(registry=self._registry)
-        self._child(table.BUILD_INFO, __version__).set(1)
-        self._child(table.WORKERS_REPLACED)  # so that the page shows its zero
+        self._process = ProcessCollector(registry=CollectorRegistry())
+        self._tally.set(table.BUILD_INFO, __version__, to=1)
 
     def observe(self, event: Event) -> None:
-        self._hear[type(event)](event)
+        with self._lock:
+            self._hear[type(event)](event)
 
     def page(self) -> bytes:
         """The numbers now, in Prometheus's text format."""
         return generate_latest(self)
 
     def collect(self) -> Iterable[Family]:
-        """The families as they are printed: without `_created`, which nearly doubles the series."""
-        for family in self._registry.collect():
-            family.samples = [one for one in family.samples if not one.name.endswith("_created")]
-            yield family
-
-    def _register(self, metric: Metric) -> Any:
-        name = metric.name.removesuffix("_total")  # the library appends it to counters
-        extra = {"buckets": metric.bounds} if metric.kind is Kind.HISTOGRAM else {}
-        return _CLASSES[metric.kind](
-            name, metric.help, metric.labels, registry=self._registry, **extra
-        )
-
-    def _child(self, metric: Metric, *labels: str) -> Any:
-        """The library's own look-up takes a lock and builds strings; this one is a dict's."""
-        child = self._children.get((metric.name, labels))
-        if child is None:
-            parent = self._metrics[metric.name]
-            child = parent.labels(*labels) if labels else parent
-            self._children[metric.name, labels] = child
-        return child
+        """The families as they are printed: the library asks."""
+        with self._lock:
+            self._tally.set(table.LOG_LINES_DROPPED, to=self._lines_dropped())
+            families = list(self._tally.families())
+        yield from families
+        yield from self._process.collect()
 
     def _model(self, model: str) -> str:
         return model if model in self._models else OTHER
@@ -111,43 +91,44 @@ class Metrics:
     def _request(self, event: RequestServed) -> None:
         route, method = route_and_method(event.route, event.method)
         status = status_class(event.status)
-        self._child(table.REQUESTS, route, method, status).inc()
+        self._tally.count(table.REQUESTS, route, method, status)
         if event.code is not None:
             reason = event.code if event.code in table.REASONS else OTHER
-            self._child(table.REFUSALS, reason).inc()
+            self._tally.count(table.REFUSALS, reason)
         if route in table.TIMED_ROUTES and status != OTHER:
-            self._child(table.REQUEST_SECONDS, route, status).observe(event.duration_s)
+            self._tally.add(table.REQUEST_SECONDS, event.duration_s, route, status)
         if status == "2xx" and event.model is not None and event.token_count:
             self._served(event, self._model(event.model))
 
     def _served(self, event: RequestServed, model: str) -> None:
-        self._child(table.TOKENIZE_SECONDS).observe(event.tokenize_s)
+        tally = self._tally
+        tally.add(table.TOKENIZE_SECONDS, event.tokenize_s)
         if not event.compute_s:  # tokens were counted, nothing was embedded
             return
-        self._child(table.REQUEST_TOKENS, model).observe(event.token_count)
-        self._child(table.INPUTS, model).inc(event.input_count)
-        self._child(table.QUEUE_SECONDS, model).observe(event.queue_s)
-        self._child(table.COMPUTE_SECONDS, model).observe(event.compute_s)
-        self._child(table.ENCODE_SECONDS).observe(event.encode_s)
+        tally.add(table.REQUEST_TOKENS, event.token_count, model)
+        tally.count(table.INPUTS, model, by=event.input_count)
+        tally.add(table.QUEUE_SECONDS, event.queue_s, model)
+        tally.add(table.COMPUTE_SECONDS, event.compute_s, model)
+        tally.add(table.ENCODE_SECONDS, event.encode_s)
 
     def _batch(self, event: BatchRan) -> None:
-        model = self._model(event.model)
-        self._child(table.BATCHES, model, "failed" if event.failed else "ok").inc()
-        self._child(table.BATCH_FILL, model).observe(event.tokens / event.tokens_max)
-        self._child(table.BATCH_TOKENS, model).inc(event.tokens)
-        self._child(table.BATCH_SECONDS, model).inc(event.duration_s)
+        tally, model = self._tally, self._model(event.model)
+        tally.count(table.BATCHES, model, "failed" if event.failed else "ok")
+        tally.add(table.BATCH_FILL, event.tokens / event.tokens_max, model)
+        tally.count(table.BATCH_TOKENS, model, by=event.tokens)
+        tally.count(table.BATCH_SECONDS, model, by=event.duration_s)
 
     def _line(self, event: LineChanged) -> None:
         model = self._model(event.model)
-        self._child(table.LINE_REQUESTS, model).set(event.requests)
-        self._child(table.LINE_TOKENS, model).set(event.tokens)
+        self._tally.set(table.LINE_REQUESTS, model, to=event.requests)
+        self._tally.set(table.LINE_TOKENS, model, to=event.tokens)
 
     def _worker(self, event: WorkerReplaced) -> None:
-        self._child(table.WORKERS_REPLACED).inc()
+        self._tally.count(table.WORKERS_REPLACED)
 
     def _row(self, event: RowNotFinite) -> None:
         outcome = "recovered" if event.recovered else "lost"
-        self._child(table.ROWS_NOT_FINITE, self._model(event.model), outcome).inc()
+        self._tally.count(table.ROWS_NOT_FINITE, self._model(event.model), outcome)
 
     def _model_loaded(self, event: ModelLoaded) -> None:
         card = event.card
@@ -155,11 +136,11 @@ class Metrics:
             return
         self._models.add(card.id)
         verified = "true" if card.verified else "false"
-        self._child(table.MODEL_INFO, card.id, card.precision, verified).set(1)
+        self._tally.set(table.MODEL_INFO, card.id, card.precision, verified, to=1)
         for statistic, cosine in (("min", event.cosine_min), ("mean", event.cosine_mean)):
             if cosine is not None:
-                self._child(table.CERTIFICATE_COSINE, card.id, statistic).set(cosine)
+                self._tally.set(table.CERTIFICATE_COSINE, card.id, statistic, to=cosine)
 
     def _phase(self, event: PhaseChanged) -> None:
         for phase in table.PHASES:
-            self._child(table.PHASE, phase).set(phase == event.phase)
+            self._tally.set(table.PHASE, phase, to=phase == event.phase)

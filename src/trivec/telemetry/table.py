@@ -40,6 +40,7 @@ SERVED = frozenset(
 REASONS = frozenset(
     {
         "answer_too_large",
+        "client_gone",
         "context_length_exceeded",
         "deadline_exceeded",
         "draining",
@@ -198,6 +199,11 @@ WORKERS_REPLACED = Metric(
     Kind.COUNTER,
     "Worker threads that died of an exception and were replaced.",
 )
+LOG_LINES_DROPPED = Metric(
+    "trivec_log_lines_dropped_total",
+    Kind.COUNTER,
+    "Lines of the log that were dropped because nobody read them.",
+)
 ROWS_NOT_FINITE = Metric(
     "trivec_rows_not_finite_total",
     Kind.COUNTER,
@@ -245,6 +251,7 @@ TABLE = (
     LINE_REQUESTS,
     LINE_TOKENS,
     WORKERS_REPLACED,
+    LOG_LINES_DROPPED,
     ROWS_NOT_FINITE,
     PHASE,
     MODEL_INFO,
