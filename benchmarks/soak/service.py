@@ -113,6 +113,7 @@ class Service:
                 token_count_max=checkpoint.token_count_max,
                 vocabulary_size=checkpoint.config.vocabulary_size,
                 pool=self.pool,
+                request_tokens_max=self.settings.http.request_tokens_max,
             ),
             backend=self.faulty,
             workers=self.workers,

@@ -215,6 +215,7 @@ def set_up(
                 token_count_max=model.checkpoint.token_count_max,
                 vocabulary_size=model.checkpoint.config.vocabulary_size,
                 pool=pool,
+                request_tokens_max=front.settings.http.request_tokens_max,
             ),
             backend=model.backend,
             workers=workers,

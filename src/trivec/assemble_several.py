@@ -125,6 +125,7 @@ def call_engine(front: Front, *, path: Path, number: int, cores: int) -> Distant
                 token_count_max=model.card.token_count_max,
                 vocabulary_size=model.card.vocabulary_size,
                 pool=pool,
+                request_tokens_max=limits.request_tokens_max,
             ),
             link=link,
             clock=front.clock,

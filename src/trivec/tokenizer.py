@@ -20,6 +20,7 @@ from trivec.core.errors import (
     CheckpointRefused,
     EngineFault,
     FieldInvalid,
+    RequestTooLarge,
     TextTooLong,
     TokenIdUnknown,
 )
@@ -50,9 +51,17 @@ class Tokenizer:
     """One model's tokenizer. Loading reads the file; every other call is thread safe."""
 
     def __init__(
-        self, file: Path, *, token_count_max: int, vocabulary_size: int, pool: Executor
+        self,
+        file: Path,
+        *,
+        token_count_max: int,
+        vocabulary_size: int,
+        pool: Executor,
+        request_tokens_max: int | None = None,
     ) -> None:
+        """*request_tokens_max*: of all texts of a call, where they are not merely counted."""
         self.token_count_max = token_count_max
+        self.request_tokens_max = request_tokens_max
         self.vocabulary_size = vocabulary_size
         self._pool = pool
         self._codec = _load(file)
@@ -63,7 +72,8 @@ class Tokenizer:
         """Ids of *inputs*, special tokens included, in their order.
 
         Raises `TextTooLong` or `TokenIdUnknown` for the first input at fault, `FieldInvalid` for
-        a lone surrogate. Cancelling it frees the pool at the next job's end.
+        a lone surrogate, `RequestTooLarge` as soon as the texts so far are too many tokens.
+        Cancelling it frees the pool at the next job's end.
         """
         assert inputs, "a request has at least one input"
         if isinstance(inputs[0], str):
@@ -80,10 +90,21 @@ class Tokenizer:
         sizes = list(map(len, texts))
         if sum(sizes) <= INLINE_CHARACTERS_MAX:
             return self._encode(Job(0, texts), long_text)
-        done = [
-            await self._do(partial(self._encode, job, long_text)) for job in _jobs(texts, sizes)
-        ]
+        done: list[Sequences] = []
+        for job in _jobs(texts, sizes):
+            done.append(await self._do(partial(self._encode, job, long_text)))
+            if long_text is not LongText.KEEP:
+                self._refuse_too_many(done, text_count=len(texts))
         return done[0] if len(done) == 1 else _join(done)
+
+    def _refuse_too_many(self, done: Sequence[Sequences], *, text_count: int) -> None:
+        token_count = sum(part.token_count for part in done)
+        if self.request_tokens_max is not None and token_count > self.request_tokens_max:
+            raise RequestTooLarge(
+                token_count=token_count,
+                token_count_max=self.request_tokens_max,
+                is_counted_out=sum(map(len, done)) == text_count,
+            )
 
     async def _do(self, work: Callable[[], T], *, inline: bool = False) -> T:
         if inline:
@@ -160,6 +181,8 @@ class Tokenizer:
         self, whole: Sequences, first: int, long_text: LongText, cut: frozenset[int]
     ) -> Sequences:
         """Refuse, cut or keep what is longer than the model reads. *cut*: texts cut already."""
+        if not cut and whole.token_count <= self.token_count_max:
+            return whole  # so none of them is longer
         lengths = whole.lengths()
         long = np.flatnonzero(lengths > self.token_count_max).tolist()
         if not long and not cut:

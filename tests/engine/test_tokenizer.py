@@ -3,9 +3,9 @@
 import asyncio
 import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -13,10 +13,18 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from trivec import tokenizer as module
-from trivec.core.errors import CheckpointRefused, FieldInvalid, TextTooLong, TokenIdUnknown
+from trivec.core.errors import (
+    CheckpointRefused,
+    FieldInvalid,
+    RequestError,
+    RequestTooLarge,
+    TextTooLong,
+    TokenIdUnknown,
+)
 from trivec.core.types import LongText, Sequences, Truncated
-from trivec.tokenizer import Tokenizer
+from trivec.tokenizer import JOB_CHARACTERS_MAX, Tokenizer
 
+T = TypeVar("T")
 WORDS = ["<s>", "<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(16))]
 OPENING, CLOSING, UNKNOWN = 0, 2, 3
 
@@ -45,9 +53,7 @@ def words(tmp_path: Path, pool: ThreadPoolExecutor) -> Tokenizer:
     return saved(word_codec(), tmp_path, pool)
 
 
-def saved(
-    codec: tokenizers.Tokenizer, folder: Path, pool: ThreadPoolExecutor, **options: int
-) -> Tokenizer:
+def saved(codec: tokenizers.Tokenizer, folder: Path, pool: Executor, **options: int) -> Tokenizer:
     file = folder / "tokenizer.json"
     codec.save(str(file))
     options = {"token_count_max": 6, "vocabulary_size": len(WORDS)} | options
@@ -330,3 +336,41 @@ async def test_one_character_that_becomes_many_tokens_is_bounded_by_bytes(
     found = await tokenizer.tokenize([ligature * 100_000], long_text=LongText.CUT_END)
     assert found.lengths().tolist() == [512]
     assert found.truncated[0].original_tokens is None
+
+
+class Counting(Executor):
+    """Does the work where it is asked for, and counts how often."""
+
+    def __init__(self) -> None:
+        self.jobs = 0
+
+    def submit(self, fn: Callable[..., T], /, *args: object, **kwargs: object) -> "Future[T]":
+        self.jobs += 1
+        done: Future[T] = Future()
+        try:
+            done.set_result(fn(*args, **kwargs))
+        except RequestError as refusal:
+            done.set_exception(refusal)
+        return done
+
+
+BLANK_TEXT = "w5" + " " * (JOB_CHARACTERS_MAX // 2)  # three tokens; two of them are more than a job
+
+
+@pytest.mark.parametrize("long_text", [LongText.REFUSE, LongText.CUT_END, LongText.CUT_START])
+async def test_texts_are_read_no_further_than_the_requests_bound(
+    tmp_path: Path, long_text: LongText
+) -> None:
+    pool = Counting()
+    words = saved(word_codec(), tmp_path, pool, token_count_max=40_000, request_tokens_max=7)
+    with pytest.raises(RequestTooLarge, match="9 or more tokens, max 7"):
+        await words.tokenize([BLANK_TEXT] * 100, long_text=long_text)
+    assert pool.jobs == 3
+    with pytest.raises(RequestTooLarge, match="9 tokens, max 7"):
+        await words.tokenize([BLANK_TEXT] * 3, long_text=long_text)
+
+
+async def test_texts_that_are_only_counted_are_read_to_the_end(tmp_path: Path) -> None:
+    words = saved(word_codec(), tmp_path, Counting(), token_count_max=40_000, request_tokens_max=7)
+    found = await words.tokenize([BLANK_TEXT] * 20, long_text=LongText.KEEP)
+    assert found.token_count == 60

@@ -99,9 +99,13 @@ class TextTooLong(RequestError):
 class RequestTooLarge(RequestError):
     """All inputs together have more tokens than one request may."""
 
-    def __init__(self, *, token_count: int, token_count_max: int) -> None:
+    def __init__(
+        self, *, token_count: int, token_count_max: int, is_counted_out: bool = True
+    ) -> None:
+        """*is_counted_out* False: counting ended at *token_count*, with some inputs left."""
+        more = "" if is_counted_out else " or more"
         super().__init__(
-            f"Requested {token_count} tokens, max {token_count_max} tokens per request. "
+            f"Requested {token_count}{more} tokens, max {token_count_max} tokens per request. "
             "Please split the input over several requests."
         )
 

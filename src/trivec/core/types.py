@@ -75,6 +75,9 @@ class Sequences:
         truncated: Mapping[int, Truncated] = NOTHING_TRUNCATED,
     ) -> "Sequences":
         """Lay lists of token ids end to end."""
+        if len(ids) == 1:
+            alone: Int32Array = np.array(ids[0], np.int32)  # [tokens]
+            return cls(alone, np.array((0, len(alone)), np.int32), truncated)
         starts = np.zeros(len(ids) + 1, np.int32)
         np.cumsum([len(one) for one in ids], out=starts[1:])
         token_ids = np.empty(int(starts[-1]), np.int32)
