@@ -345,12 +345,18 @@ def test_filler_of_a_captured_shape_changes_no_real_row(m3: Tiny) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_the_compiled_half_equals_its_eager_twin_at_every_token_count(m3: Tiny) -> None:
-    """One compilation for every layer and count, by the trial that a device runs at start."""
+    """One compilation for every layer and count, by the trial that a device runs at start.
+
+    One of the trial's counts is this model's width, which must not be taken for the same number.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     backend = TorchBackend.load(
         m3.checkpoint, precision="fp32", device="cpu", tuning=Tuning(compiled=True)
     )
     assert backend.notes["compiled"] == "yes"
     assert backend._models[0].parts.after is not after_attention
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     plain = TorchBackend.load(m3.checkpoint, precision="fp32", device="cpu")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for lengths in ([3], [17, 5], MIXED):

@@ -33,7 +33,7 @@ from trivec.core.types import Output, Vectors
 pytestmark = pytest.mark.reference
 
 H200 = Found("x", cuda_built=True, cuda=(CudaDevice(0, "NVIDIA H200", (9, 0), 140 << 30),))
-TUNING = Tuning(graph_tokens_max=256)
+TUNING = Tuning(tokens_max=1_024, graph_tokens_max=256)
 
 
 class StandIn(CudaLink):
@@ -43,6 +43,7 @@ class StandIn(CudaLink):
         self._host = HostLink()
         self.device = self._host.device
         self.stream = self
+        self.is_trimmed = False
 
     def synchronize(self) -> None:
         return
@@ -63,10 +64,11 @@ class StandIn(CudaLink):
         return
 
     def free_bytes(self) -> int:
-        return 100 << 30
+        """What is left beside weights; caches of batches count as taken until they are trimmed."""
+        return (100 << 30) if self.is_trimmed else 0
 
     def trim(self) -> None:
-        return
+        self.is_trimmed = True
 
 
 class Captures:
@@ -164,7 +166,7 @@ def assert_near(found: Vectors, expected: Vectors) -> None:
 def test_replayed_batches_have_the_vectors_of_the_plain_path(
     tiny: Tiny, captures: Captures
 ) -> None:
-    replayed, plain = loaded(tiny), loaded(tiny, Tuning(graph_tokens_max=0))
+    replayed, plain = loaded(tiny), loaded(tiny, Tuning(tokens_max=1_024, graph_tokens_max=0))
     assert replayed.notes["attention"].startswith("varlen")
     assert replayed.notes["cuda_graphs"] == f"{len(captures.made)} shapes, up to 256 tokens"
     assert plain.notes["cuda_graphs"] == "no: not asked for"
@@ -220,3 +222,4 @@ def test_a_row_that_leaves_a_graph_not_finite_is_mended_in_fp32(
     batch = random_batch([2, 7], XLM_ROBERTA, Output.DENSE)
     assert np.isfinite(backend.run(batch, slot=0).dense).all(axis=1).tolist() == [True, False]
     assert np.isfinite(backend.run_exact(batch, slot=0).dense).all()
+    assert isinstance(backend._exact[0].link, StandIn), "the device has room for fp32 weights"

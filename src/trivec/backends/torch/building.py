@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from trivec.backends.torch.attention import AttentionChoice, ReferenceAttention, choose_attention
-from trivec.backends.torch.encoder import AfterAttention, Encoder, after_attention
+from trivec.backends.torch.encoder import AfterAttention, Encoder, Layer, after_attention
 from trivec.backends.torch.graphs import Graphs, rehearsal, unpack
 from trivec.backends.torch.link import CudaLink, HostLink, Link
 from trivec.backends.torch.model import DeviceModel, Parts
@@ -67,6 +67,7 @@ def build_exact(checkpoint: Checkpoint, like: DeviceModel) -> DeviceModel:
     parts = replace(like.parts, attention=ReferenceAttention(), after=after_attention)
     if parts.encoder.layers[0].qkv.weight.dtype is torch.float32:
         return DeviceModel(parts, like.link)
+    like.link.trim()  # what is cached for batches counts as taken otherwise
     free_bytes = like.link.free_bytes()
     stays = free_bytes is not None and 2 * fp32_bytes(like.parts.encoder) < free_bytes
     link = like.link if stays else HostLink()
@@ -103,9 +104,25 @@ def _choose_after(encoder: Encoder, tuning: Tuning, *, link: Link) -> tuple[Afte
         return after_attention, "no: on CPUs the matrix products leave nothing to win"
     if isinstance(link, CudaLink) and importlib.util.find_spec("triton") is None:
         return after_attention, "no: triton is not installed"
-    compiled = torch.compile(after_attention, dynamic=True)
+    compiled = _compile_after_attention()
     wrong = try_compiled(compiled, encoder)
     return (after_attention, f"no: {wrong}") if wrong is not None else (compiled, "yes")
+
+
+def _compile_after_attention() -> AfterAttention:
+    """`after_attention` compiled once for any token count and for the model's own widths.
+
+    With `dynamic=True` the weights' sizes, and LayerNorm's eps, would be variables as well: kernels
+    could not know how long the rows are that they sum.
+    """
+    compiled = torch.compile(after_attention)
+
+    def after(layer: Layer, rows: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.maybe_mark_dynamic(rows, 0)
+        torch._dynamo.maybe_mark_dynamic(attended, 0)
+        return compiled(layer, rows, attended)
+
+    return after
 
 
 def _capture(parts: Parts, tuning: Tuning, *, link: Link) -> tuple[Graphs | None, str]:
