@@ -20,7 +20,7 @@ from trivec.relay.messages import Hello, ModelHello
 from trivec.relay.remote import RemoteEmbedder
 from trivec.relay.wire import WireBounds
 from trivec.settings import HttpLimits, Settings
-from trivec.telemetry import Metrics, Observers, RequestLog, merged_pages
+from trivec.telemetry import Metrics, Observers, RequestLog, lines_dropped, merged_pages
 from trivec.tokenizer import Tokenizer
 
 WORDS_BYTES = 4  # of a token id, an offset, a float32
@@ -69,7 +69,7 @@ class DistantModels:
 
 def open_backroom(settings: Settings) -> Backroom:
     """Everything but the models of the engine process."""
-    metrics = Metrics()
+    metrics = Metrics(lines_dropped=lines_dropped)
     return Backroom(settings, SystemClock(), metrics, Observers(metrics, RequestLog()))
 
 
