@@ -1,5 +1,6 @@
 """Memory stays flat: shapes are few, so what the plugin keeps for each of them is bounded."""
 
+import ctypes
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from tests.backends.batches import batch_of
 from tests.backends.conftest import random_ids
 
 from trivec.backends.openvino import OpenVinoBackend
+from trivec.backends.openvino.pages import return_free
 from trivec.checkpoints.checkpoint import Checkpoint
 
 ROLLUP = Path("/proc/self/smaps_rollup")
@@ -33,3 +35,18 @@ def test_5000_texts_of_random_lengths_cost_no_more_memory_than_500(
     before = resident_mebibytes()
     embed(4500)
     assert resident_mebibytes() - before < 50
+
+
+@pytest.mark.skipif(not ROLLUP.exists(), reason="resident memory is read from Linux's /proc")
+def test_what_malloc_holds_free_goes_back_to_the_system() -> None:
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    blocks = [libc.malloc(ctypes.c_size_t(100_000)) for _ in range(1000)]
+    for block in blocks:
+        ctypes.memset(block, 1, 100_000)
+    for block in blocks[:-1]:  # the last keeps malloc from cutting off its end by itself
+        libc.free(block)
+    before = resident_mebibytes()
+    return_free()
+    assert before - resident_mebibytes() > 50
+    libc.free(blocks[-1])

@@ -1,8 +1,9 @@
-"""Gives back the memory that mapped weights take once the plugin has packed them for itself.
+"""Gives memory back to the system: mapped weights once they are packed, and what malloc holds free.
 
 A mapped page that is let go is read from its file again if anyone asks: nothing can be lost.
 """
 
+import ctypes
 import mmap
 from collections.abc import Iterable
 
@@ -26,3 +27,14 @@ def mapping_of(array: NDArray[np.generic]) -> mmap.mmap | None:
     if isinstance(held, memoryview):
         held = held.obj
     return held if isinstance(held, mmap.mmap) else None
+
+
+def return_free() -> None:
+    """Let malloc give its free pages to the system: some ms, so not for the way of a short row.
+
+    glibc keeps what a thread has freed for that thread; after loading, and after long rows, that
+    is hundreds of MB. Other allocators have no such call, and it does nothing there.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))

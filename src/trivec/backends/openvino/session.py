@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import openvino as ov
 
 from trivec.backends.openvino.packing import Buffers, RowInputs
+from trivec.backends.openvino.pages import return_free
 from trivec.backends.openvino.recipe import Form, Recipe
 from trivec.backends.openvino.rows import ROW_BUDGET
 from trivec.core.types import Float32Array
@@ -83,6 +84,7 @@ class Session:
             if self._swollen and not self._running:
                 for compiled in self._compiled:
                     compiled.release_memory()
+                return_free()
                 self._swollen = False
 
 
