@@ -13,6 +13,7 @@ GPU, time) is said and left out.
 import argparse
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -92,7 +93,11 @@ def measure_all(
         if not plan.is_small and name != "engine" and not glass.has(PART_S[name]):
             talk(f"left out: it needs some {PART_S[name]:.0f} s; run it alone with --only {name}")
             continue
-        record.finish(name, measures[name]())
+        try:
+            record.finish(name, measures[name]())
+        except Exception as error:  # the outermost loop: one part's failure is no other's
+            talk(traceback.format_exc())
+            record.put(f"{name}_failed", repr(error))
         record.put("peak_memory_gib", peak_memory_gib())
     backend.close()
 

@@ -5,6 +5,7 @@ import os
 import re
 import select
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -157,6 +158,15 @@ def test_a_model_that_cannot_be_had_stops_everybody_with_one_sentence(tmp_path: 
         said = [line for line in server.said if line.startswith("trivec: ")]
         assert len(said) == 1
         assert str(missing) in said[0]
+
+
+def test_a_port_that_somebody_else_would_share_is_refused() -> None:
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        assert f"cannot listen on 127.0.0.1:{port}" in refused("--port", port, environ=THREE)
 
 
 def test_several_processes_without_a_supervisor_are_refused() -> None:
