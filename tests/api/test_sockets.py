@@ -84,6 +84,24 @@ def test_a_broken_chunk_is_400_in_our_own_shape(quick_house: House, quick_addres
     assert b'"code":null' in answer
 
 
+def test_a_client_that_closes_its_sending_side_has_left(
+    quick_house: House, quick_address: str
+) -> None:
+    """The HTTP library closes; nothing is left behind, and the next client is served."""
+    body = b'{"model":"%b","input":"hello"}' % MODEL.encode()
+    request = head(quick_house, f"Content-Length: {len(body)}") + body
+    count = len(quick_house.heard.served)
+    with connection(quick_address) as sent:
+        sent.sendall(request)
+        sent.shutdown(socket.SHUT_WR)
+        while sent.recv(65_536):
+            pass
+    with connection(quick_address) as sent:
+        sent.sendall(request)
+        assert answer_to(sent).startswith(b"HTTP/1.1 200 ")
+    assert quick_house.heard.wait(count + 1, within_s=5)
+
+
 def test_a_body_declared_too_large_is_refused_before_it_is_sent(
     quick_house: House, quick_address: str
 ) -> None:

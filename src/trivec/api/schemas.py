@@ -19,7 +19,13 @@ Input: TypeAlias = Annotated[
         examples=["What is BGE M3?", ["first text", "second text"], [0, 4865, 83, 2]],
     ),
 ]
-ModelName: TypeAlias = Annotated[str, Meta(description="The id or alias of a served model.")]
+ModelName: TypeAlias = Annotated[
+    str,
+    Meta(
+        description="The id or alias of a served model.",
+        examples=["all-minilm-l6-v2", "baai/bge-m3"],
+    ),
+]
 TokenEncoding: TypeAlias = Annotated[
     Literal["model"] | None,
     Meta(description="Whose token ids the integers in `input` are: this model's own tokenizer's."),

@@ -1,10 +1,11 @@
 """`trivec serve`: flags to settings, settings to a supervised server process."""
 
 import os
+import select
 import socket
 import sys
 from functools import partial
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Literal, TextIO, get_args, get_origin
 
 import typer
 
@@ -95,7 +96,16 @@ def _live(settings: Settings, listener: socket.socket, heart: Heart | None) -> i
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    """To standard error, unless whoever reads it is stuck: the parent must go on."""
+    if _takes_a_line(sys.stderr):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _takes_a_line(stream: TextIO) -> bool:
+    try:
+        return bool(select.select((), (stream,), (), 0)[1])
+    except (OSError, ValueError):  # no file of the system's, as under a test's runner
+        return True
 
 
 def _leave(exit_code: int) -> None:
