@@ -1,19 +1,16 @@
-"""A whole server whose device is lost by the word "lost": run as `python losing.py DATA_DIR`."""
+"""A whole server whose device is lost by the word "lost": `python losing.py DATA_DIR API_PROCESSES`."""
 
 import os
 import sys
-from pathlib import Path
 
-from trivec.assemble import Choice, Front, LoadedModel, Models, model_card, set_up
+from trivec import assemble
+from trivec.assemble import Choice, LoadedModel, Models, Surroundings, model_card, set_up
 from trivec.backends.fake import FakeBackend
 from trivec.checkpoints.opening import open_checkpoint
-from trivec.cli.greeting import greeting
+from trivec.cli.serve import run
 from trivec.core.errors import DeviceLost
 from trivec.core.types import Batch, Vectors
-from trivec.server.listening import listen
-from trivec.server.serving import live
-from trivec.server.supervisor import Heart, Supervisor
-from trivec.settings import load_settings
+from trivec.settings import Settings, load_settings
 
 LOST_TOKEN_ID = 2439  # "lost" in the small model's vocabulary
 
@@ -27,25 +24,18 @@ class LosingBackend(FakeBackend):
         return super().run(batch, slot=slot)
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201
+def load(settings: Settings, front: Surroundings, *, cores: int) -> Models:
+    checkpoint = open_checkpoint("all-minilm-l6-v2", cache_dir=settings.data_dir / "models")
+    backend = LosingBackend(dimensions=checkpoint.config.hidden_size)
+    loaded = LoadedModel(checkpoint, backend, model_card(checkpoint, "fake"), None)
+    return set_up([loaded], Choice("fake", "cpu", "a test"), front=front, cores=1)
 
 
-def main(data_dir: Path) -> None:
-    settings = load_settings({"data_dir": str(data_dir), "port": 0}, {})
-    listener = listen(settings.host, settings.port)
-
-    def load(front: Front) -> Models:
-        checkpoint = open_checkpoint("all-minilm-l6-v2", cache_dir=data_dir / "models")
-        backend = LosingBackend(dimensions=checkpoint.config.hidden_size)
-        loaded = LoadedModel(checkpoint, backend, model_card(checkpoint, "fake"), None)
-        return set_up([loaded], Choice("fake", "cpu", "a test"), front=front, cores=1)
-
-    def serve(heart: Heart) -> int:
-        announce = greeting(settings, port=listener.getsockname()[1], say=say)
-        return live(settings, listener, load=load, heart=heart, announce=announce)
-
-    os._exit(Supervisor(serve, listener, heartbeat_s_max=15, say=say).run())
+def main(data_dir: str, api_processes: str) -> None:
+    """Run the whole command, whose processes are forks of this one, with another `load_models`."""
+    assemble.load_models = load
+    chosen = {"data_dir": data_dir, "port": 0, "api_processes": api_processes}
+    os._exit(run(load_settings(chosen, {})))
 
 
-main(Path(sys.argv[1]))
+main(*sys.argv[1:])

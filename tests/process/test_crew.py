@@ -6,6 +6,7 @@ import re
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from tests.process.server import Server, refused, running
+from tests.process.server import Server, refused, running, started
 from tests.process.test_life import SlowClient
 
 pytestmark = pytest.mark.process
@@ -83,8 +84,7 @@ def test_the_books_and_the_metrics_of_all_processes_are_one(tmp_path: Path) -> N
                     one.labels["process"]: one.value
                     for family in text_string_to_metric_families(page)
                     for one in family.samples
-                    if one.name == "trivec_requests_total"
-                    and one.labels["route"] == "/embeddings"
+                    if one.name == "trivec_requests_total" and one.labels["route"] == "/embeddings"
                 }
 
             assert until(lambda: sum(answered().values()) == 12), answered()
@@ -106,6 +106,23 @@ def test_without_its_engine_nobody_is_ready_until_it_is_back(tmp_path: Path) -> 
         server.wait_until_it_says("The engine process ended with 137; it is started again")
         assert until(lambda: all(ready(server) == (200, "ok") for _ in range(12)))
         assert ask(server, "Hello, world").json()["data"] == before
+
+
+def test_a_lost_device_answers_503_everywhere_and_ends_in_another_engine_process(
+    tmp_path: Path,
+) -> None:
+    program = str(Path(__file__).with_name("losing.py"))
+    with started([sys.executable, program, str(tmp_path), "3"]) as server:
+        url = server.url
+        lost = ask(server, "lost")
+        assert lost.status_code == 503
+        assert int(lost.headers["retry-after"]) >= 1
+        server.wait_until_it_says('"reason":"slot 0: the driver says goodbye"')
+        server.wait_until_it_says("The engine process ended with 70; it is started again")
+        server.wait_until_it_says("the engine process is gone", times=3)
+        assert until(lambda: all(ready(server)[0] == 200 for _ in range(12)))
+        assert ask(server, "Hello, world").status_code == 200
+        assert server.url == url
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])

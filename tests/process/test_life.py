@@ -145,7 +145,7 @@ def test_a_request_that_comes_while_it_is_restarted_waits_and_is_answered(tmp_pa
 
 def test_a_lost_device_answers_503_and_ends_in_a_restart(tmp_path: Path) -> None:
     program = str(Path(__file__).with_name("losing.py"))
-    with started([sys.executable, program, str(tmp_path)]) as server:
+    with started([sys.executable, program, str(tmp_path), "1"]) as server:
         url, headers = server.url, {**JSON, "Authorization": f"Bearer {server.key}"}
         lost = json.dumps({"model": "all-minilm-l6-v2", "input": "lost"})
         answer = httpx.post(f"{url}/v1/embeddings", content=lost, headers=headers)
