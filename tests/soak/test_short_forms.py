@@ -46,8 +46,8 @@ def test_a_flood_is_refused_with_a_time_to_return_and_passes(
     monkeypatch.setattr(overload, "TIMES", (20,))
     monkeypatch.setattr(overload, "CAPACITY_S", 2.0)
     report = overload.run(seconds=2.0, tokens_per_s=40_000.0)
-    assert report.figures["refused"] > 0
-    # How fast, and how many of them the probe saw, is for the long form.
+    # How many are refused, exactly, is in `test_flood`. How fast is for the long form, and so is how
+    # many the probe saw: on a slow machine the clients are what is full.
     timings = ("goodput", "p99", "refusals that were timed")
     assert [one for one in report.failures if not one.says.startswith(timings)] == []
 

@@ -1,0 +1,110 @@
+"""A flood against a device that stands still: exactly what fits is let in, all else is refused well.
+
+No rate and no clock is in it, so that every count is exact; how fast a refusal is, is for
+`benchmarks.soak.overload`.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from benchmarks.soak.service import MODEL, Service
+
+from trivec.engine.waiter import Waiter
+from trivec.settings import LineBound, Settings
+from trivec.tokenizer import Tokenizer
+
+LINE_TOKENS_MAX = 5_000
+FLOOD = 200
+TEXTS = ["a few words that are always the same"] * 40
+TOKENS = 40 * 10  # eight words and two special tokens a text
+SETTINGS = Settings(line=LineBound(tokens_max=LINE_TOKENS_MAX, wait_s_max=1e6))
+
+
+@pytest.fixture
+async def service(tmp_path: Path) -> AsyncIterator[Service]:
+    async with Service(tmp_path, settings=SETTINGS) as built:
+        built.faulty.gate.clear()
+        yield built
+
+
+class Waiting(set[Waiter]):
+    """The lane's own set of those who wait, which tells when somebody joins."""
+
+    def __init__(self, told: Callable[[], object]) -> None:
+        super().__init__()
+        self._told = told
+
+    def add(self, waiter: Waiter) -> None:
+        super().add(waiter)
+        self._told()
+
+
+async def flood(
+    service: Service, client: httpx.AsyncClient
+) -> "list[asyncio.Task[httpx.Response]]":
+    """All requests at once, until each is either answered or waits for the device."""
+    settled = asyncio.Semaphore(0)
+    (lane,) = service.workers.desk.lanes
+    lane.open = Waiting(settled.release)
+    body = {"model": MODEL, "input": TEXTS}
+    asking = [asyncio.create_task(client.post("/embeddings", json=body)) for _ in range(FLOOD)]
+    for one in asking:
+        one.add_done_callback(lambda _: settled.release())
+    async with asyncio.timeout(30):
+        for _ in range(FLOOD):
+            await settled.acquire()
+    return asking
+
+
+async def test_a_flood_is_refused_with_a_time_to_return_and_what_was_let_in_is_answered(
+    service: Service,
+) -> None:
+    async with service.client() as client:
+        asking = await flood(service, client)
+        refused = [one.result() for one in asking if one.done()]
+        (lane,) = service.workers.desk.lanes
+        assert lane.line.token_count <= LINE_TOKENS_MAX
+        assert lane.line.token_count > LINE_TOKENS_MAX - TOKENS, "there was room for one more"
+        assert len(refused) == FLOOD - len(lane.open)
+        for answer in refused:
+            assert answer.status_code == 503
+            assert answer.json()["error"]["code"] == "overloaded"
+            assert 1 <= int(answer.headers["retry-after"]) <= 60
+            assert 1 <= int(answer.headers["retry-after-ms"]) <= 60_000
+        service.faulty.gate.set()
+        served = [answer for answer in await asyncio.gather(*asking) if answer.is_success]
+        assert len(served) == FLOOD - len(refused)
+        assert {answer.json()["usage"]["total_tokens"] for answer in served} == {TOKENS}
+        again = await client.post("/embeddings", json={"model": MODEL, "input": TEXTS})
+        assert again.status_code == 200, "the flood left something behind"
+
+
+async def test_what_is_refused_costs_nobody_anything_and_is_written_down(service: Service) -> None:
+    async with service.client() as client:
+        asking = await flood(service, client)
+        service.faulty.gate.set()
+        statuses = [answer.status_code for answer in await asyncio.gather(*asking)]
+    rows = service.store.rows
+    assert sorted(row.status for row in rows) == sorted(statuses)
+    billed = {row.status: row.token_count for row in rows}
+    assert billed == {200: TOKENS, 503: 0}
+    assert sum(row.token_count for row in rows) == TOKENS * statuses.count(200)
+
+
+async def test_in_a_full_line_texts_are_refused_before_they_are_tokenised(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with service.client() as client:
+        asking = await flood(service, client)
+
+        def no_more(self: Tokenizer, job: object, long_text: object) -> None:
+            raise AssertionError("a text was tokenised for a line that is full")
+
+        monkeypatch.setattr(Tokenizer, "_encode", no_more)
+        late = await client.post("/embeddings", json={"model": MODEL, "input": TEXTS})
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "overloaded")
+        service.faulty.gate.set()
+        await asyncio.gather(*asking)
