@@ -47,7 +47,8 @@ def request_of(accounts: Accounts, bearer: str) -> Request:
     async def request() -> None:
         caller = await accounts.identify(bearer)
         opening = Opening(f"bench-{os.getpid()}-{next(_numbers)}", "m", None, b"")
-        booking = await accounts.open(caller, opening)
+        booking = accounts.book(caller, opening)
+        await booking.let_in(tokens_follow=True)
         await booking.reserve_tokens(TOKENS)
         await booking.close(Closing(200, 1, TOKENS, duration_s=0.001))
 

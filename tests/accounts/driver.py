@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from pydantic import SecretStr
+from tests.accounts.requests import let_in, record
 
 from trivec.accounts import FIXED, Accounts, Closing, Opening
 from trivec.accounts.stores import open_accounts
@@ -28,11 +29,11 @@ async def serve_one(accounts: Accounts, request_id: str, tokens: int) -> int:
     closing = Closing(200, 1, tokens, duration_s=0.001)
     try:
         caller = await accounts.identify(FIXED_KEY)
-        booking = await accounts.open(caller, Opening(request_id, "m", None, b""))
+        booking = await let_in(accounts, caller, Opening(request_id, "m", None, b""))
         await booking.reserve_tokens(tokens)
         await booking.close(closing)
     except StoreUnavailable:
-        await accounts.record(FIXED, Opening(f"{request_id}-503", "m", None, b""), refused())
+        await record(accounts, FIXED, Opening(f"{request_id}-503", "m", None, b""), refused())
         return 503
     return 200
 

@@ -14,6 +14,11 @@ OVER_MODES = "-dac_override,-dac_read_search,-fowner"  # what lets root write wh
 WITHOUT_PRIVILEGE = ["setpriv", "--bounding-set", OVER_MODES, "--inh-caps", OVER_MODES]
 
 
+ON_A_DISK_OF_ITS_OWN = (  # gone with the process; its folder is below /proc/PID/root
+    'mount -t tmpfs -o size="$0" none "$1" && shift && exec "$@"'
+)
+
+
 def long_or_short(*, long: int, short: int) -> int:
     """How often to do something: much more where the long forms were asked for."""
     return long if os.environ.get(LONG_FORMS) else short
@@ -21,14 +26,23 @@ def long_or_short(*, long: int, short: int) -> int:
 
 @contextmanager
 def driver(
-    folder: Path, database_url: str | None, *arguments: str, obeys_modes: bool = False
+    folder: Path,
+    database_url: str | None,
+    *arguments: str,
+    obeys_modes: bool = False,
+    disk_bytes: int | None = None,
 ) -> "Iterator[subprocess.Popen[str]]":
     """A running driver that has said that it started; killed at the end if it still runs.
 
-    *obeys_modes*: the modes of files bind it even when it is root.
+    *obeys_modes*: the modes of files bind it even when it is root. *disk_bytes*: it has the folder
+    on a disk of this size that nobody else sees.
     """
     where = [str(folder), database_url or "-"]
     prefix = WITHOUT_PRIVILEGE if obeys_modes and os.geteuid() == ROOT else []
+    if disk_bytes is not None:
+        rights = "--mount" if os.geteuid() == ROOT else "-Urm"
+        mounted = ["unshare", rights, "sh", "-c", ON_A_DISK_OF_ITS_OWN, str(disk_bytes)]
+        prefix = [*mounted, str(folder)]
     process = subprocess.Popen(
         [*prefix, sys.executable, "-m", "tests.accounts.driver", *where, *arguments],
         cwd=ROOT_FOLDER,

@@ -2,7 +2,16 @@
 
 from itertools import count
 
-from trivec.accounts import Closing, Opening
+from trivec.accounts import (
+    Accounts,
+    Allowance,
+    AllowanceState,
+    Booking,
+    Caller,
+    Closing,
+    KeyPlan,
+    Opening,
+)
 
 _numbers = count()
 
@@ -16,3 +25,24 @@ def opening(
 
 def closing(status: int = 200, tokens: int = 7, *, user: str | None = None) -> Closing:
     return Closing(status, input_count=1, token_count=tokens, duration_s=0.25, user=user)
+
+
+async def let_in(accounts: Accounts, caller: Caller, opening: Opening) -> Booking:
+    """The booking of a request that was let in."""
+    booking = accounts.book(caller, opening)
+    await booking.let_in()
+    return booking
+
+
+async def record(
+    accounts: Accounts, caller: Caller, opening: Opening, closing: Closing
+) -> AllowanceState | None:
+    """Write down a request that failed before it was let in; what its key has left."""
+    booking = accounts.book(caller, opening)
+    await booking.close(closing)
+    return booking.state
+
+
+async def caller_with(accounts: Accounts, limits: Allowance) -> Caller:
+    new = await accounts.create_key(KeyPlan("t", allowance=limits))
+    return await accounts.identify(new.plain)

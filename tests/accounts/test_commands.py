@@ -3,7 +3,13 @@
 import csv
 import io
 import json
+import os
+import pty
+import re
+import subprocess
+import termios
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +17,8 @@ from typing import Any
 import pytest
 import typer
 from tests.accounts.postgres import PostgresServer
-from tests.accounts.requests import closing, opening
+from tests.accounts.requests import closing, let_in, opening
+from tests.process.server import TRIVEC
 from typer.testing import CliRunner
 
 from trivec.accounts.stores import open_accounts
@@ -109,6 +116,48 @@ def test_the_list_is_a_table_without_the_revoked(trivec: Trivec) -> None:
     assert "gone" in trivec("keys", "list", "--all").out
 
 
+@pytest.mark.process
+def test_the_list_fits_into_a_terminal_of_80_columns(trivec: Trivec, tmp_path: Path) -> None:
+    name = "-a-name-as-long-as-one-may-be-" + "x" * 33
+    for number, models in enumerate(([], ["--model", "sentence-transformers/all-minilm-l6-v2"])):
+        trivec(
+            *(
+                "keys",
+                "create",
+                "--name",
+                f"{number}{name}",
+                "--scope",
+                "admin",
+                "--scope",
+                "embed",
+            ),
+            *("--rpm", "1000000000", "--tpm", "1000000000", "--expires", "2099-01-02", *models),
+        )
+
+    shown = at_a_terminal(80, "keys", "list", "--data-dir", str(tmp_path))
+
+    assert max(len(line) for line in shown.splitlines()) <= 80
+    assert "…" not in shown
+    assert shown.count("1,000,000,000") == 4
+    assert shown.count("live") == 2
+
+
+def at_a_terminal(columns: int, *words: str) -> str:
+    """What a command prints where its output is a terminal of that width."""
+    screen, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, columns))
+    environ = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+    with subprocess.Popen([TRIVEC, *words], stdin=theirs, stdout=theirs, env=environ) as process:
+        os.close(theirs)
+        said = b""
+        with suppress(OSError):  # how a terminal says that nobody is left at its other end
+            while more := os.read(screen, 65_536):
+                said += more
+        os.close(screen)
+    assert process.returncode == 0
+    return re.sub(r"\x1b\[[0-9;]*m", "", said.decode()).replace("\r", "")
+
+
 def test_an_empty_list_says_what_to_do_and_prints_nothing(trivec: Trivec) -> None:
     said = trivec("keys", "list")
 
@@ -181,7 +230,7 @@ async def used(trivec: Trivec, tmp_path: Path) -> list[str]:
     accounts.start()
     for made, status, tokens in [(busy, 200, 1500), (busy, 200, 500), (idle, 400, 0)]:
         caller = await accounts.identify(made["key"])
-        await (await accounts.open(caller, opening())).close(closing(status, tokens))
+        await (await let_in(accounts, caller, opening())).close(closing(status, tokens))
     accounts.stop()
     return [busy["id"], idle["id"]]
 

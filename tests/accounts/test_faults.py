@@ -1,5 +1,8 @@
 """A store that cannot be written: nothing is served, nothing is ready, and it mends itself."""
 
+import contextlib
+import os
+import shutil
 import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -10,10 +13,11 @@ import pytest
 from sqlalchemy import event
 from tests.accounts.postgres import PostgresServer, binaries, postgres_server
 from tests.accounts.processes import driver
-from tests.accounts.requests import closing, opening
-from tests.accounts.shelf import upgraded
+from tests.accounts.requests import closing, let_in, opening, record
+from tests.accounts.shelf import NOON_US, a_row, upgraded
 
 from trivec.accounts import FIXED, Accounts, UsageBy, UsageQuery
+from trivec.accounts.entries import Settle
 from trivec.accounts.stores.connect import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
 from trivec.accounts.stores.sql import SqlStore
 from trivec.core.clock import SystemClock
@@ -31,7 +35,7 @@ async def accounts_over(engines: Engines, *, upgrades_itself: bool) -> AsyncIter
 
 
 async def serve(accounts: Accounts) -> None:
-    await (await accounts.open(FIXED, opening())).close(closing())
+    await (await let_in(accounts, FIXED, opening())).close(closing())
 
 
 async def served_until_refused(accounts: Accounts) -> int:
@@ -53,7 +57,7 @@ async def is_refused(accounts: Accounts) -> None:
 
 async def is_mended(accounts: Accounts) -> None:
     """The writer tries by itself every second; writing down a refusal makes it try at once."""
-    await accounts.record(FIXED, opening(), closing(503))
+    await record(accounts, FIXED, opening(), closing(503))
     assert accounts.writable()
     await serve(accounts)
 
@@ -102,6 +106,66 @@ def filled_up(engines: Engines) -> Iterator[None]:
     event.listen(engines.writing, "connect", _few_pages)
     yield
     event.remove(engines.writing, "connect", _few_pages)
+
+
+@pytest.mark.process
+def test_a_disk_that_is_full_for_a_while(tmp_path: Path) -> None:
+    with driver(tmp_path, None, "ask", disk_bytes=4 << 20) as process:
+        inside = Path(f"/proc/{process.pid}/root{tmp_path}")
+        assert answer_of(process) == "200 writable"
+        filler = inside / "filler"
+        fill(filler)
+        served = 1
+        while (answer := answer_of(process)) == "200 writable":  # what was allocated already
+            served += 1
+        assert answer == "503 not-writable"
+        assert answer_of(process) == "503 not-writable"
+
+        filler.unlink()
+        answer_of(process)  # may be refused still; its record makes the writer try again
+        assert answer_of(process) == "200 writable"
+        copy = tmp_path / "copy"
+        shutil.copytree(inside, copy)
+        with contextlib.closing(sqlite3.connect(copy / SQLITE_FILE)) as raw:
+            assert raw.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            (written,) = raw.execute("SELECT count(*) FROM ledger WHERE status = 200").fetchone()
+        assert served < written <= served + 2
+
+
+def fill(file: Path) -> None:
+    """Until there is no byte left."""
+    disk = os.statvfs(file.parent)
+    file.write_bytes(bytes(disk.f_bavail * disk.f_frsize))
+
+
+@pytest.mark.parametrize("lost_bytes", [1, 100, 5000, 20_000])
+def test_a_journal_that_was_torn_loses_only_its_end(tmp_path: Path, lost_bytes: int) -> None:
+    """As a power cut leaves it: what was synced is there, and what came after is not."""
+    store = sqlite_store(tmp_path / "whole")
+    for number in range(20):
+        store.commit([Settle(a_row(f"r{number:02}"))], now_us=NOON_US)
+    shutil.copytree(tmp_path / "whole", tmp_path / "torn")
+    journal = tmp_path / "torn" / f"{SQLITE_FILE}-wal"
+    os.truncate(journal, journal.stat().st_size - lost_bytes)
+    (tmp_path / "torn" / f"{SQLITE_FILE}-shm").unlink()
+    store.close()
+
+    torn = sqlite_store(tmp_path / "torn")
+    torn.commit([Settle(a_row("after"))], now_us=NOON_US)
+    torn.close()
+
+    with contextlib.closing(sqlite3.connect(tmp_path / "torn" / SQLITE_FILE)) as raw:
+        assert raw.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        query = "SELECT request_id FROM ledger ORDER BY sequence"
+        found = [name for (name,) in raw.execute(query)]
+    kept = len(found) - 1
+    assert found == [*(f"r{number:02}" for number in range(kept)), "after"]
+    assert 10 < kept < 20
+
+
+def sqlite_store(folder: Path) -> SqlStore:
+    folder.mkdir(exist_ok=True)
+    return SqlStore(sqlite_engines(folder / SQLITE_FILE), upgrades_itself=True)
 
 
 @pytest.mark.process

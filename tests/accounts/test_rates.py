@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 from tests.accounts.processes import long_or_short
-from tests.accounts.requests import closing, opening
+from tests.accounts.requests import closing, let_in, opening
 from tests.accounts.shelf import sqlite_shelf
 from tests.hand_clock import HandClock
 from tests.process.server import Server, running
@@ -25,7 +25,7 @@ SECONDS = 60
 
 async def is_let_in(accounts: Accounts, caller: Caller) -> bool:
     try:
-        booking = await accounts.open(caller, opening())
+        booking = await let_in(accounts, caller, opening())
     except AllowanceExhausted:
         return False
     await booking.close(closing())

@@ -153,6 +153,7 @@ def test_a_client_that_leaves_frees_its_place_and_is_billed_nothing(house: House
                 timeout=httpx.Timeout(5.0, read=0.2),
             )
         assert house.model.left.wait(5), "the embedding was not cancelled"
+        assert house.heard.wait(1, within_s=5), "it was not told of; a stop would cut that short"
     assert (only_row(house).status, only_row(house).token_count) == (499, 0)
     served = house.heard.served[-1]
     assert (served.status, served.code, served.token_count) == (499, "client_gone", 0)

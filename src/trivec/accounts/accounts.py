@@ -11,17 +11,12 @@ from typing import TypeVar
 
 from trivec.accounts import keys
 from trivec.accounts.administration import FIXED_KEY_ID, OVERLAP_S, Administration
-from trivec.accounts.allowance import NOTHING, Cost
 from trivec.accounts.booking import Booking, MeteredBooking
 from trivec.accounts.desk import Desk
-from trivec.accounts.entries import Granted, Reserve, Settle
 from trivec.accounts.keyring import Keyring
-from trivec.accounts.page import SUCCESS_BELOW
-from trivec.accounts.store import Store, unavailable
+from trivec.accounts.store import Store
 from trivec.accounts.types import (
-    AllowanceState,
     Caller,
-    Closing,
     Key,
     KeyPlan,
     NewKey,
@@ -95,55 +90,11 @@ class Accounts:
                 return FIXED
         return await self._keyring.find(bearer)
 
-    async def open(self, caller: Caller, opening: Opening) -> Booking:
-        """Let a request in: reserve one request and claim its idempotency key.
-
-        Raises `AllowanceExhausted`, `IdempotencyKeyReused`, `IdempotencyInProgress` and
-        `StoreUnavailable`. Then, and whenever a request fails before it was opened, `record` it.
-        """
+    def book(self, caller: Caller, opening: Opening) -> Booking:
+        """A booking for one request, which holds nothing yet; to be closed whatever happens."""
         if caller is ANONYMOUS:
             return Booking()
-        if not self._writer.health.writable:
-            raise unavailable()
-        claim = self._desk.claim(caller, opening)
-        granted = Granted()
-        if claim is not None or caller.allowance is not None:
-            cost = Cost(requests=1)
-            entry = Reserve(caller.key_id, caller.allowance, cost, claim)
-            granted = await self._desk.reserve(entry)
-        return MeteredBooking(caller, opening, desk=self._desk, granted=granted)
-
-    async def record(
-        self, caller: Caller, opening: Opening, closing: Closing
-    ) -> AllowanceState | None:
-        """Write down a request that was never opened; what its key has left.
-
-        A failure stays the failure it was when it cannot be written down; a success raises
-        `StoreUnavailable`.
-        """
-        if caller is ANONYMOUS:
-            return None
-        settle = Settle(self._desk.row(caller, opening, closing), caller.allowance)
-        try:
-            return (await self._desk.settle(settle)).state
-        except StoreUnavailable:
-            if closing.status < SUCCESS_BELOW:
-                raise
-            return None
-
-    async def allowance_state(self, caller: Caller) -> AllowanceState | None:
-        """What *caller* has left, for the headers of an answer that is not written down.
-
-        None where it has no limits, and while the store is away.
-        """
-        if caller.allowance is None or not self.writable():
-            return None
-        try:
-            return (
-                await self._desk.reserve(Reserve(caller.key_id, caller.allowance, NOTHING))
-            ).state
-        except StoreUnavailable:
-            return None
+        return MeteredBooking(caller, opening, desk=self._desk)
 
     async def create_first_key(self) -> NewKey | None:
         """The key to print at the first start; None where there is one, or none is needed.

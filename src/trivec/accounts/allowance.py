@@ -22,6 +22,9 @@ class Cost:
     requests: int = 0
     tokens: int = 0
 
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.requests + other.requests, self.tokens + other.tokens)
+
 
 NOTHING = Cost()
 

@@ -1,20 +1,14 @@
-"""Between requests on the event loop and the writer's thread: makes entries, waits for them."""
-
-import asyncio
+"""Between requests on the event loop and the writer's thread: makes entries and hands them over."""
 
 from trivec.accounts import keys
-from trivec.accounts.entries import (
-    ClaimName,
-    ClaimRequest,
-    Granted,
-    LedgerRow,
-    Reserve,
-    Settle,
-)
+from trivec.accounts.entries import ClaimName, ClaimRequest, LedgerRow, Reserve, Settle
 from trivec.accounts.page import SUCCESS_BELOW
-from trivec.accounts.types import Caller, Closing, Opening
-from trivec.accounts.writer import Writer
+from trivec.accounts.store import unavailable
+from trivec.accounts.types import AllowanceState, Caller, Closing, Opening
+from trivec.accounts.writer import Promise, Writer
 from trivec.core.ports import Clock
+
+PLENTY_SHARE = 0.5
 
 
 class Desk:
@@ -24,14 +18,30 @@ class Desk:
         self._writer = writer
         self._clock = clock
         self._secret = secret
+        self._seen: dict[str, AllowanceState] = {}  # by key id: what it had left when last asked
 
-    async def reserve(self, entry: Reserve) -> Granted:
-        """Cancelling withdraws an entry that is not yet being written."""
-        return await self._writer.submit(entry)
+    def check_writable(self) -> None:
+        """Raise `StoreUnavailable` while the ledger cannot be written, as of the last try."""
+        if not self._writer.health.writable:
+            raise unavailable()
 
-    async def settle(self, entry: Settle) -> Granted:
-        """Cancelling changes nothing: what happened is written down."""
-        return await asyncio.shield(self._writer.submit(entry))
+    def submit(self, entry: Reserve | Settle) -> Promise:
+        """May raise, when awaited, what `Writer.submit` says."""
+        return self._writer.submit(entry)
+
+    def remember(self, key_id: str, state: AllowanceState) -> None:
+        self._seen[key_id] = state
+
+    def has_plenty(self, key_id: str) -> bool:
+        """Whether a key's next request is all but sure to be let in, as far as this process knows.
+
+        It decides only whether to ask the store before the texts are tokenised or after.
+        """
+        seen = self._seen.get(key_id)
+        if seen is None:
+            return False
+        limit, remaining = seen.limit_requests, seen.remaining_requests
+        return limit is None or remaining is None or remaining > limit * PLENTY_SHARE
 
     def claim(self, caller: Caller, opening: Opening) -> ClaimRequest | None:
         if opening.idempotency_key is None:

@@ -1,17 +1,17 @@
 """The one thread that writes. It commits whatever has gathered as soon as it is free.
 
 It never waits for company: alone, an entry costs one commit; in a crowd, a group shares one.
-Knows nothing of keys or requests; whoever hands over an entry gets a future.
+Knows nothing of keys or requests; whoever hands over an entry gets a promise.
 """
 
 import asyncio
 import logging
-import queue
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 from uuid import uuid4
 
@@ -30,12 +30,21 @@ T = TypeVar("T")
 log = logging.getLogger("trivec.accounts")
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Promise(asyncio.Future[Granted]):
+    """What comes of an entry. It is kept, whoever loses interest: nobody knows it unwritten.
+
+    A task that is cancelled while it waits is cancelled when the promise is done, and not before.
+    """
+
+    def cancel(self, msg: object = None) -> bool:
+        return False
+
+
+class Job(NamedTuple):
     """An entry, and who waits for it on an event loop; nobody waits for our own upkeep."""
 
     entry: Entry
-    waiter: "asyncio.Future[Granted] | None"
+    waiter: Promise | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +59,21 @@ Item: TypeAlias = Job | Errand | None  # None: stop when everything before it is
 Answer: TypeAlias = Outcome | Exception
 
 
+class Bell:
+    """Wakes the writer's thread; rung twice before anybody hears it, it wakes once."""
+
+    def __init__(self) -> None:
+        self._silence = Lock()  # held while nobody has rung
+        self._silence.acquire()
+
+    def ring(self) -> None:
+        with suppress(RuntimeError):  # it was rung already
+            self._silence.release()
+
+    def wait(self, *, seconds_max: float) -> None:
+        self._silence.acquire(timeout=seconds_max)
+
+
 class Writer:
     """Owned by `Accounts`, which starts and stops it. Nothing here waits but `stop`."""
 
@@ -61,7 +85,8 @@ class Writer:
         self._boot_id = boot_id()
         self._agreed = False
         self._upkeep_due_s = 0.0
-        self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        self._items: deque[Item] = deque()
+        self._bell = Bell()
         self._thread = Thread(target=self._run, name="trivec-ledger", daemon=True)
         self.health = StoreHealth(writable=True, reason="ok")
 
@@ -71,26 +96,30 @@ class Writer:
 
     def stop(self) -> None:
         """Write what has been handed over, then end. Nothing may be handed over afterwards."""
-        self._items.put(None)
+        self._items.append(None)
+        self._bell.ring()
         self._thread.join()
 
-    def submit(self, entry: Entry) -> "asyncio.Future[Granted]":
+    def submit(self, entry: Entry) -> Promise:
         """Have *entry* committed; called on an event loop, which is woken once for a whole group.
 
-        The future may raise `AllowanceError` or `StoreUnavailable`. Cancelling it withdraws an
-        entry that is not yet being written.
+        The promise may raise `AllowanceError` or `StoreUnavailable`.
         """
-        waiter: asyncio.Future[Granted] = asyncio.get_running_loop().create_future()
-        if self._items.qsize() >= WAITING_MAX:
-            waiter.set_exception(unavailable())
-        else:
-            self._items.put(Job(entry, waiter))
-        return waiter
+        loop = asyncio.get_running_loop()
+        promise = Promise(loop=loop)
+        if len(self._items) >= WAITING_MAX:
+            promise.set_exception(unavailable())
+            return promise
+        self._items.append(Job(entry, promise))
+        if len(self._items) == 1:  # whoever else is ready to run on this loop joins the group
+            loop.call_soon(self._bell.ring)
+        return promise
 
     def call(self, errand: Callable[[], T]) -> "Future[T]":
         """Run *errand* in the writer's thread, between two groups."""
         waiter: Future[T] = Future()
-        self._items.put(Errand(errand, waiter))
+        self._items.append(Errand(errand, waiter))
+        self._bell.ring()
         return waiter
 
     def _run(self) -> None:
@@ -98,21 +127,21 @@ class Writer:
         while running:
             items = self._gather()
             running = None not in items
-            self._commit([item for item in items if isinstance(item, Job) and _is_wanted(item)])
+            self._commit([item for item in items if isinstance(item, Job)])
             for item in items:
                 if isinstance(item, Errand):
                     _run_errand(item)
 
     def _gather(self) -> list[Item]:
         """Wait for an item or until upkeep is due, then take all that is there."""
-        patience_s = max(0.0, self._upkeep_due_s - self._clock.now_s())
+        if not self._items:
+            patience_s = max(0.0, self._upkeep_due_s - self._clock.now_s())
+            self._bell.wait(seconds_max=min(patience_s, UPKEEP_S))
         items: list[Item] = []
-        try:
-            items.append(self._items.get(timeout=min(patience_s, UPKEEP_S)))
-            while len(items) < GROUP_MAX and items[-1] is not None:
-                items.append(self._items.get_nowait())
-        except queue.Empty:
-            pass
+        while self._items and len(items) < GROUP_MAX:
+            items.append(self._items.popleft())
+            if items[-1] is None:
+                break
         return items
 
     def _commit(self, jobs: Sequence[Job]) -> None:
@@ -158,10 +187,6 @@ class Writer:
         self.health = health
 
 
-def _is_wanted(job: Job) -> bool:
-    return job.waiter is None or not job.waiter.cancelled()
-
-
 def _tell(jobs: Sequence[Job], answers: Sequence[Answer]) -> None:
     """Wake each event loop once."""
     by_loop: dict[asyncio.AbstractEventLoop, list[Told]] = {}
@@ -176,15 +201,13 @@ def _tell(jobs: Sequence[Job], answers: Sequence[Answer]) -> None:
 class Told(NamedTuple):
     """An answer on its way to whoever waits for it."""
 
-    waiter: "asyncio.Future[Granted]"
+    waiter: Promise
     answer: Answer
 
 
 def _resolve(told: Sequence[Told]) -> None:
     """On the event loop."""
     for waiter, answer in told:
-        if waiter.done():
-            continue
         if isinstance(answer, Exception):
             waiter.set_exception(answer)
         else:

@@ -43,7 +43,7 @@ class Embeddings:
         guess = self._guesses.setdefault(embedder.card.id, Guess())
         embedder.check_room(guess.tokens_of(question.inputs, embedder.card))
         visit.watch()
-        await self._meter.open(visit, body)
+        await self._meter.open(visit, body, tokens_follow=True)
         sequences = await self._tokenize(visit, question, embedder)
         guess.learn(question.inputs, sequences.token_count)
         answer_bytes = estimate_bytes(question, sequences, embedder.card)

@@ -3,9 +3,8 @@
 It knows when a booking is opened and closed; what that costs a key is the accounts room's business.
 """
 
-import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from trivec.accounts import Accounts, Caller, Closing, Opening
@@ -24,12 +23,11 @@ class Meter:
         self._accounts = accounts
         self._clock = clock
 
-    async def open(self, visit: Visit, body: bytes) -> None:
+    async def open(self, visit: Visit, body: bytes, *, tokens_follow: bool = False) -> None:
         """Book the request: from here on its key has one request less.
 
-        Raises `AllowanceExhausted`, `IdempotencyKeyReused`, `IdempotencyInProgress`,
+        With *tokens_follow*, `reserve_tokens` may be what takes it. Raises `AllowanceExhausted`, `IdempotencyKeyReused`, `IdempotencyInProgress`,
         `StoreUnavailable`, and `FieldInvalid` for an `Idempotency-Key` that cannot be one.
-        A call that is cancelled still books, so that there is something to close.
         """
         key = visit.header(b"idempotency-key")
         if key is not None and not 0 < len(key) <= IDEMPOTENCY_KEY_CHARS_MAX:
@@ -39,19 +37,16 @@ class Meter:
             )
         digest = b"" if key is None else _digest(visit, body)
         opening = Opening(visit.request_id, visit.model, key, digest)
-        await _to_its_end(self._book(visit, opening))
-
-    async def _book(self, visit: Visit, opening: Opening) -> None:
-        visit.booking = await self._accounts.open(_caller(visit), opening)
+        visit.booking = self._accounts.book(_caller(visit), opening)
+        await visit.booking.let_in(tokens_follow=tokens_follow)
 
     async def reserve_tokens(self, visit: Visit, count: int) -> None:
         """Take *count* tokens out of the allowance of a request that is booked.
 
-        Raises `AllowanceExhausted`, `RequestTooLarge`, `StoreUnavailable`. A call that is cancelled
-        still reserves, so that closing gives everything back.
+        Raises `AllowanceExhausted`, `RequestTooLarge`, `StoreUnavailable`.
         """
         assert visit.booking is not None
-        await _to_its_end(visit.booking.reserve_tokens(count))
+        await visit.booking.reserve_tokens(count)
 
     @asynccontextmanager
     async def row(self, visit: Visit) -> AsyncIterator[None]:
@@ -76,24 +71,12 @@ class Meter:
             duration_s=self._clock.now_s() - visit.started_s,
             user=visit.user,
         )
-        if visit.booking is not None:
-            await visit.booking.close(closing)
-            visit.allowance = visit.booking.state
-            return
-        caller = _caller(visit)
-        opening = Opening(visit.request_id, visit.model, None, b"")
-        await self._accounts.record(caller, opening, closing)
-        visit.allowance = await self._accounts.allowance_state(caller)
-
-
-async def _to_its_end(work: Coroutine[object, object, None]) -> None:
-    """Do all of *work*, and be cancelled only then: a store may be at it, and cannot be stopped."""
-    task = asyncio.create_task(work, name="booking")
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        raise
+        booking = visit.booking
+        if booking is None:
+            opening = Opening(visit.request_id, visit.model, None, b"")
+            booking = self._accounts.book(_caller(visit), opening)
+        await booking.close(closing)
+        visit.allowance = booking.state
 
 
 def _caller(visit: Visit) -> Caller:

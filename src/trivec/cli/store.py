@@ -78,7 +78,11 @@ def table(columns: Iterable[str], *, numbers: Sequence[str] = (), footer: bool =
     for column in columns:
         of_number = column in numbers
         made.add_column(
-            column, justify="right" if of_number else "left", no_wrap=of_number, footer_style="bold"
+            column,
+            justify="right" if of_number else "left",
+            no_wrap=of_number,
+            overflow="fold",  # half a name may be another key's
+            footer_style="bold",
         )
     return made
 

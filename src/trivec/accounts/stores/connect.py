@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Dialect, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, OperationalError
 
 from trivec.core.errors import SettingInvalid
 
-NOTES_ONLY = "trivec_notes_only"
 LOCK_STEP_S = 0.0003
 LOCK_WAIT_S = 3.0  # others hold it for a commit, each as long as the disk takes; longer is a fault
 CONNECT_S = 5
@@ -34,8 +33,8 @@ class Engines:
     """Every way into one database."""
 
     writing: Engine  # a commit is on disk when it returns
-    noting: Engine  # the same connection; a commit survives our death, perhaps not a power cut
     reading: Engine
+    begin: Callable[..., None]  # (driver's connection, notes_only=): how a transaction begins
 
     def dispose(self) -> None:
         """Drop every idle connection; the next use makes new ones."""
@@ -54,8 +53,12 @@ def sqlite_engines(file: Path) -> Engines:
             _make_private(file)
 
     def open_for_writing(raw: sqlite3.Connection, _: object) -> None:
-        _patiently(lambda: _pragmas(raw, "journal_mode=WAL"))
-        _pragmas(raw, "foreign_keys=ON", f"journal_size_limit={WAL_BYTES_KEPT}")
+        try:
+            _patiently(lambda: _pragmas(raw, "journal_mode=WAL"))
+            _pragmas(raw, "foreign_keys=ON", f"journal_size_limit={WAL_BYTES_KEPT}")
+        except sqlite3.Error:
+            raw.close()  # the next connection of this process would find the file as this one did
+            raise
 
     def open_for_reading(raw: sqlite3.Connection, _: object) -> None:
         _pragmas(raw, "query_only=ON")
@@ -63,10 +66,10 @@ def sqlite_engines(file: Path) -> Engines:
     for engine in (writing, reading):  # only its owner reads the ledger
         event.listen(engine, "do_connect", make_private)
     event.listen(writing, "connect", open_for_writing)
-    event.listen(writing, "begin", _begin_writing)
+    event.listen(writing, "begin", _begin_sqlite_through_sqlalchemy)
     event.listen(reading, "connect", open_for_reading)
     event.listen(reading, "begin", _begin_reading)
-    return _engines(writing, reading)
+    return Engines(writing, reading, begin_sqlite)
 
 
 def postgres_engines(database_url: str) -> Engines:
@@ -75,16 +78,17 @@ def postgres_engines(database_url: str) -> Engines:
     # Durable whatever the server's own default is; and nothing that hangs, hangs for long.
     writing = "-c synchronous_commit=on -c lock_timeout=2000 -c statement_timeout=10000"
     reading = "-c default_transaction_read_only=on -c statement_timeout=60000"
-    engines = _engines(
+    return Engines(
         _engine(url, _postgres_arguments(writing), size=1),
         _engine(url, _postgres_arguments(reading), size=READERS_MAX),
+        begin_postgres,
     )
-    event.listen(engines.noting, "begin", _begin_noting)
-    return engines
 
 
-def _engines(writing: Engine, reading: Engine) -> Engines:
-    return Engines(writing, writing.execution_options(**{NOTES_ONLY: True}), reading)
+def driver_faults(dialect: Dialect) -> "tuple[type[Exception], ...]":
+    """What the driver raises when the store is at fault, and not the statement."""
+    driver = dialect.loaded_dbapi
+    return (driver.OperationalError, driver.InternalError, driver.InterfaceError)
 
 
 def _engine(url: URL, connect_args: dict[str, Any], *, size: int) -> Engine:
@@ -149,24 +153,31 @@ def _begin_reading(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN")
 
 
-def _begin_noting(connection: Connection) -> None:
-    if connection.get_execution_options().get(NOTES_ONLY, False):
-        connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
+def begin_postgres(raw: Any, *, notes_only: bool = False) -> None:
+    """The driver begins by itself. *notes_only*: the commit may be lost in a power cut."""
+    if notes_only:
+        raw.execute("SET LOCAL synchronous_commit = off").close()
 
 
-def _begin_writing(connection: Connection) -> None:
-    """Take the lock that all processes write under; sync the disk at the end unless it is a note."""
-    raw = connection.connection.driver_connection
-    assert isinstance(raw, sqlite3.Connection)
-    notes_only = connection.get_execution_options().get(NOTES_ONLY, False)
-    level = "NORMAL" if notes_only else "FULL"
+def begin_sqlite(raw: sqlite3.Connection, *, notes_only: bool = False) -> None:
+    """Take the lock that all processes write under; sync the disk at the end unless it is a note.
+
+    Raises `sqlite3.OperationalError`.
+    """
+    level = "synchronous=NORMAL" if notes_only else "synchronous=FULL"
 
     def begin() -> None:
-        _pragmas(raw, f"synchronous={level}")  # may read the file, and so meet a lock as well
+        _pragmas(raw, level)  # may read the file, and so meet a lock as well
         raw.execute("BEGIN IMMEDIATE").close()
 
+    _patiently(begin)
+
+
+def _begin_sqlite_through_sqlalchemy(connection: Connection) -> None:
+    raw = connection.connection.driver_connection
+    assert isinstance(raw, sqlite3.Connection)
     try:
-        _patiently(begin)
+        begin_sqlite(raw)
     except sqlite3.OperationalError as fault:
         raise OperationalError("BEGIN IMMEDIATE", None, fault) from fault
 

@@ -1,7 +1,7 @@
 """Between rows of the tables and the room's nouns."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -89,12 +89,7 @@ def claim_values(name: ClaimName, claim: Claim) -> Values:
     }
 
 
-def claim_of(row: Row[Any]) -> Claim:
-    return Claim(
-        bytes(row.body_digest),
-        row.owner,
-        row.held_until_us,
-        row.expires_us,
-        row.done,
-        row.token_count,
-    )
+def claim_of(row: Sequence[Any]) -> Claim:
+    """From a driver's own row: the columns of a claim in the order of its fields."""
+    body_digest, owner, held_until_us, expires_us, done, token_count = row
+    return Claim(bytes(body_digest), owner, held_until_us, expires_us, bool(done), token_count)

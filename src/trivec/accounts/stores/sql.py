@@ -11,11 +11,9 @@ from typing import Any
 from sqlalchemy import (
     Connection,
     Row,
-    bindparam,
     delete,
     insert,
     select,
-    tuple_,
     update,
 )
 from sqlalchemy.exc import (
@@ -28,18 +26,17 @@ from sqlalchemy.exc import (
 )
 
 from trivec.accounts.allowance import Bucket
-from trivec.accounts.entries import Claim, ClaimName, Committed, Entry, Reserve, Upkeep
-from trivec.accounts.page import CLAIM_HELD_US, Page, claims_touched, keys_touched
+from trivec.accounts.entries import Committed, Entry, Reserve
+from trivec.accounts.page import Page, claims_touched, keys_touched
 from trivec.accounts.store import KeyChanges, name_taken, unavailable
 from trivec.accounts.stores import migrate, rows
-from trivec.accounts.stores.compiled import Compiled
-from trivec.accounts.stores.connect import Engines
+from trivec.accounts.stores.connect import Engines, driver_faults
+from trivec.accounts.stores.pen import Pen
+from trivec.accounts.stores.quick import QuickStatements
 from trivec.accounts.stores.schema import (
     buckets,
-    claims,
     keyring,
     keys,
-    ledger,
     secrets,
     timelines,
 )
@@ -49,20 +46,6 @@ from trivec.core.errors import ResourceUnknown, StoreRefused
 
 OURS = (IntegrityError, DataError, ProgrammingError, NotSupportedError)  # never the store's fault
 
-OF_BUCKET = ("requests_debt", "tokens_debt", "at_us")
-LOCK_BUCKET = select(buckets).where(buckets.c.key_id == bindparam("of_key")).with_for_update()
-READ_CLAIMS = select(claims).where(
-    tuple_(claims.c.key_id, claims.c.digest).in_(bindparam("names", expanding=True))
-)
-WRITE_BUCKET = (
-    update(buckets)
-    .where(buckets.c.key_id == bindparam("of_key"))
-    .values({name: bindparam(name) for name in OF_BUCKET})
-)
-APPEND = insert(ledger).inline()  # the row's number is nobody's business here
-DROP_CLAIM = delete(claims).where(
-    claims.c.key_id == bindparam("of_key"), claims.c.digest == bindparam("of_digest")
-)
 NEXT_REVISION = (
     update(keyring).values(revision=keyring.c.revision + 1).returning(keyring.c.revision)
 )
@@ -73,10 +56,9 @@ class SqlStore:
 
     def __init__(self, engines: Engines, *, upgrades_itself: bool) -> None:
         self._engines = engines
-        dialect = engines.writing.dialect
-        self._read_bucket = Compiled(LOCK_BUCKET, dialect, ["of_key"])
-        self._write_bucket = Compiled(WRITE_BUCKET, dialect, ["of_key", *OF_BUCKET])
-        self._append = Compiled(APPEND, dialect, rows.LEDGER_NAMES)
+        self._pen = Pen(engines)
+        self._quick = QuickStatements(engines.writing.dialect)
+        self._faults = driver_faults(engines.writing.dialect)
         self._upgrades_itself = upgrades_itself
         self._prepared = False
         self._preparing = Lock()
@@ -96,28 +78,30 @@ class SqlStore:
 
     def revision(self) -> str | None:
         """The schema's; None for an empty database."""
-        with self._mapped(), self._engines.writing.connect() as connection:
+        with self._mapped(), self._pen.writing() as connection:
             return migrate.revision(connection)
 
     def upgrade(self) -> None:
         """Run the migrations that are missing, all or none."""
         with self._mapped():
-            with self._engines.writing.connect() as connection:
+            with self._pen.writing() as connection:
                 if migrate.is_latest(connection):
                     return
-            with self._engines.writing.begin() as connection:
+            with self._pen.writing() as connection:
                 migrate.upgrade(connection)
 
     def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
+        # Only what was billed must outlive a power cut; a reservation is forgotten in a minute.
         notes_only = all(isinstance(entry, Reserve) for entry in entries)
-        with self._writing(notes_only=notes_only) as connection:
+        self._ensure_prepared()
+        with self._mapped(), self._pen.quickly(notes_only=notes_only) as cursor:
             page = Page(
                 now_us=now_us,
-                buckets=self._buckets(connection, keys_touched(entries)),
-                claims=_claims(connection, claims_touched(entries)),
+                buckets=self._quick.buckets(cursor, keys_touched(entries)),
+                claims=self._quick.claims(cursor, claims_touched(entries)),
             )
             outcomes = [page.take(entry) for entry in entries]
-            self._write(connection, page)
+            self._quick.write(cursor, page)
         return Committed(outcomes, page.now_us)
 
     def agree_offset_us(self, boot_id: str, *, proposed_us: int) -> int:
@@ -190,34 +174,13 @@ class SqlStore:
             return usage_lines(connection.execute(usage_statement(query)), query.by)
 
     def close(self) -> None:
+        self._pen.drop()
         self._engines.dispose()
 
-    def _buckets(self, connection: Connection, key_ids: Sequence[str]) -> dict[str, Bucket]:
-        """Locked one by one, in the order that all processes take."""
-        found = {}
-        for key_id in key_ids:
-            for row in self._read_bucket.run(connection, [{"of_key": key_id}]):
-                found[key_id] = Bucket(row.requests_debt, row.tokens_debt, row.at_us)
-        return found
-
-    def _write(self, connection: Connection, page: Page) -> None:
-        if page.buckets_changed:
-            changed = page.buckets_changed.items()
-            values = [rows.bucket_values(key, bucket) | {"of_key": key} for key, bucket in changed]
-            self._write_bucket.run(connection, values)
-        if page.claims_changed:
-            _write_claims(connection, page)
-        if page.rows:
-            self._append.run(connection, [rows.ledger_values(row) for row in page.rows])
-        if page.upkeep is not None:
-            _keep_up(connection, page.upkeep, now_us=page.now_us)
-
     @contextmanager
-    def _writing(self, *, notes_only: bool = False) -> Iterator[Connection]:
-        """Only what was billed must outlive a power cut; a reservation is forgotten in a minute."""
+    def _writing(self) -> Iterator[Connection]:
         self._ensure_prepared()
-        engine = self._engines.noting if notes_only else self._engines.writing
-        with self._mapped(), engine.begin() as connection:
+        with self._mapped(), self._pen.writing() as connection:
             yield connection
 
     @contextmanager
@@ -241,30 +204,15 @@ class SqlStore:
         except DBAPIError as fault:
             if isinstance(fault, OURS):
                 raise
-            self._engines.dispose()  # a file that was read-only stays so for an open connection
+            self._let_go()
             raise unavailable() from fault.orig
+        except self._faults as fault:
+            self._let_go()
+            raise unavailable() from fault
         except TimeoutError as fault:  # every reading connection is taken
             raise unavailable() from fault
 
-
-def _claims(connection: Connection, names: Sequence[ClaimName]) -> dict[ClaimName, Claim]:
-    if not names:
-        return {}
-    found = connection.execute(READ_CLAIMS, {"names": [tuple(name) for name in names]})
-    return {ClaimName(row.key_id, bytes(row.digest)): rows.claim_of(row) for row in found}
-
-
-def _write_claims(connection: Connection, page: Page) -> None:
-    names = [{"of_key": n.key_id, "of_digest": n.digest} for n in page.claims_changed]
-    connection.execute(DROP_CLAIM, names)
-    made = [rows.claim_values(n, c) for n, c in page.claims_changed.items() if c is not None]
-    if made:
-        connection.execute(insert(claims), made)
-
-
-def _keep_up(connection: Connection, upkeep: Upkeep, *, now_us: int) -> None:
-    ours = timelines.c.boot_id == upkeep.boot_id
-    connection.execute(update(timelines).where(ours).values(seen_us=now_us))
-    running = (claims.c.owner == upkeep.owner) & claims.c.done.is_(False)
-    connection.execute(update(claims).where(running).values(held_until_us=now_us + CLAIM_HELD_US))
-    connection.execute(delete(claims).where(claims.c.expires_us <= now_us))
+    def _let_go(self) -> None:
+        """A file that was read-only stays so for an open connection."""
+        self._pen.drop()
+        self._engines.dispose()

@@ -1,0 +1,163 @@
+"""What a request takes out of its key's allowance, in how many commits, and what it gives back."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+from tests.accounts.requests import caller_with, closing, let_in, opening
+from tests.hand_clock import HandClock
+
+from trivec.accounts import FIXED, Accounts, Allowance, Booking, Caller
+from trivec.accounts.allowance import Cost
+from trivec.accounts.entries import Committed, Entry, Reserve, Settle
+from trivec.accounts.stores.memory import MemoryStore
+from trivec.core.errors import AllowanceExhausted
+
+Process = Callable[..., Accounts]
+
+
+class WatchedStore(MemoryStore):
+    """Remembers what each commit was asked for, and holds one with a reservation while it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reserved: list[Cost] = []
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
+        self.is_at_it = threading.Event()
+
+    def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
+        costs = [entry.cost for entry in entries if isinstance(entry, Reserve)]
+        self.reserved += costs
+        if costs:
+            self.is_at_it.set()
+            assert self.may_go_on.wait(5)
+        return super().commit(entries, now_us=now_us)
+
+
+@pytest.fixture
+def watched(clock: HandClock) -> Iterator[tuple[WatchedStore, Accounts]]:
+    store = WatchedStore()
+    accounts = Accounts(store, clock=clock, secret=b"s" * 32)
+    accounts.start()
+    yield store, accounts
+    accounts.stop()
+
+
+Watched = tuple[WatchedStore, Accounts]
+
+
+@pytest.mark.parametrize("times", [1, 3], ids=["once", "again-and-again"])
+async def test_whoever_leaves_while_the_store_lets_it_in_holds_nothing_afterwards(
+    watched: Watched, times: int
+) -> None:
+    store, accounts = watched
+    caller = await caller_with(accounts, Allowance(requests_per_minute=1))
+    booking = accounts.book(caller, opening(idempotency_key="k"))
+    store.may_go_on.clear()
+    task = asyncio.create_task(booking.let_in())
+    await asyncio.to_thread(store.is_at_it.wait, 5)
+    for _ in range(times):
+        task.cancel()
+        await asyncio.sleep(0)
+    assert not task.done(), "the store has not said yet what it did"
+    store.may_go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await booking.close(closing(503))
+
+    again = await let_in(accounts, caller, opening(idempotency_key="k"))
+
+    assert not again.replayed
+    assert [row.status for row in store.rows] == [503]
+
+
+async def open_with_tokens(accounts: Accounts, caller: Caller, count: int) -> Booking:
+    booking = accounts.book(caller, opening())
+    await booking.let_in(tokens_follow=True)
+    await booking.reserve_tokens(count)
+    return booking
+
+
+async def test_a_key_with_plenty_left_has_its_request_and_tokens_taken_in_one_commit(
+    watched: Watched,
+) -> None:
+    store, accounts = watched
+    caller = await caller_with(accounts, Allowance(10, 100))
+    await (await open_with_tokens(accounts, caller, 7)).close(closing(tokens=7))
+    store.reserved.clear()
+
+    booking = await open_with_tokens(accounts, caller, 7)
+    await booking.close(closing(tokens=7))
+
+    assert store.reserved == [Cost(requests=1, tokens=7)]
+    assert booking.state is not None
+    assert (booking.state.remaining_requests, booking.state.remaining_tokens) == (8, 86)
+
+
+async def test_a_key_with_little_left_is_refused_before_its_tokens_are_counted(
+    watched: Watched,
+) -> None:
+    store, accounts = watched
+    caller = await caller_with(accounts, Allowance(2, 100))
+    for _ in range(2):
+        await open_with_tokens(accounts, caller, 7)
+    store.reserved.clear()
+
+    with pytest.raises(AllowanceExhausted, match="requests"):
+        await accounts.book(caller, opening()).let_in(tokens_follow=True)
+
+    assert store.reserved == [Cost(requests=1)]
+
+
+async def test_what_another_process_took_meanwhile_is_not_there_to_be_taken(
+    process: Process,
+) -> None:
+    one, other = process(), process()
+    caller = await caller_with(one, Allowance(10, 100))
+    await open_with_tokens(one, caller, 7)
+    for _ in range(9):
+        await let_in(other, caller, opening())
+
+    with pytest.raises(AllowanceExhausted, match="requests"):
+        await open_with_tokens(one, caller, 7)
+
+
+@pytest.mark.parametrize(
+    ("status", "remaining"),
+    [
+        pytest.param(400, 8, id="the-clients-fault-costs-the-request"),
+        pytest.param(503, 9, id="our-fault-costs-nothing"),
+    ],
+)
+async def test_a_request_that_fails_before_its_tokens_are_counted(
+    accounts: Accounts, status: int, remaining: int
+) -> None:
+    caller = await caller_with(accounts, Allowance(10, 100))
+    await open_with_tokens(accounts, caller, 7)
+    booking = accounts.book(caller, opening())
+    await booking.let_in(tokens_follow=True)
+
+    await booking.close(closing(status, tokens=0))
+
+    assert booking.state is not None
+    assert booking.state.remaining_requests == remaining
+
+
+async def test_those_who_come_together_are_committed_together(
+    accounts: Accounts, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    commit = store.commit
+
+    def counted(entries: Sequence[Entry], *, now_us: int) -> Committed:
+        sizes.append(sum(isinstance(entry, Settle) for entry in entries))
+        return commit(entries, now_us=now_us)
+
+    monkeypatch.setattr(store, "commit", counted)
+    bookings = [await let_in(accounts, FIXED, opening()) for _ in range(20)]
+
+    await asyncio.gather(*(booking.close(closing()) for booking in bookings))
+
+    assert [size for size in sizes if size] == [20]
