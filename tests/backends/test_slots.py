@@ -1,0 +1,71 @@
+"""Whether slots share one compiled model or have one each: a question of memory, never of bits."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from tests.backends.batches import ALL, batch_of, bits
+from tests.backends.conftest import random_ids
+
+from trivec.backends.openvino.certifying import Trial, fp32_tensors, readout_of
+from trivec.backends.openvino.encoding import BatchEncoder
+from trivec.backends.openvino.graph import Encoder
+from trivec.backends.openvino.recipe import FP32, INT8_ROWS, Form, Recipe
+from trivec.backends.openvino.session import Session, packed_bytes, stream_count
+from trivec.checkpoints.checkpoint import Checkpoint
+
+MEBIBYTE = 1 << 20
+MINILM = 10 * MEBIBYTE
+BGE_M3 = 288 * MEBIBYTE
+
+
+@pytest.mark.parametrize(
+    ("form", "weights_bytes", "slot_count", "streams"),
+    [
+        pytest.param(Form.INT8_ROWS, MINILM, 2, 1, id="a-small-model-is-compiled-for-each-slot"),
+        pytest.param(Form.INT8_ROWS, BGE_M3, 2, 2, id="a-large-model-is-shared"),
+        pytest.param(Form.INT8_ROWS, MINILM, 16, 16, id="many-slots-share-even-a-small-model"),
+        pytest.param(Form.FP32, 4 * MINILM, 2, 1, id="fp32-is-no-exception"),
+        pytest.param(Form.INT8_GROUPS, BGE_M3, 2, 1, id="the-grouped-form-never-shares"),
+        pytest.param(Form.FP32, BGE_M3, 1, 1, id="one-slot-has-nobody-to-share-with"),
+    ],
+)
+def test_slots_share_a_model_where_copies_would_be_large(
+    form: Form, weights_bytes: int, slot_count: int, streams: int
+) -> None:
+    assert stream_count(form, weights_bytes, slot_count=slot_count) == streams
+
+
+def test_matrices_are_counted_and_tables_are_not(tiny_m3: Checkpoint) -> None:
+    config = tiny_m3.config
+    layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size
+    model = Encoder(config, fp32_tensors(tiny_m3), FP32).build()
+    assert packed_bytes(model) == config.layer_count * layer * 4
+
+
+@pytest.mark.parametrize("recipe", [FP32, INT8_ROWS], ids=lambda recipe: recipe.name)
+def test_a_shared_model_gives_the_bits_of_one_for_each_slot(
+    recipe: Recipe, tiny_m3: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = recipe is FP32
+    tensors = fp32_tensors(tiny_m3) if exact else Trial(tiny_m3, slot_count=1).tensors(recipe)
+    model = Encoder(tiny_m3.config, tensors, recipe).build()
+    texts = random_ids([1, 2, 8, 15, 16, 17, 40, 64, 65, 130, 300])
+    found = []
+    for copies_bytes_max in (0, 1 << 40):
+        monkeypatch.setattr("trivec.backends.openvino.session.COPIES_BYTES_MAX", copies_bytes_max)
+        encoder = BatchEncoder(
+            Session(model, recipe, slot_count=2),
+            readout_of(tiny_m3),
+            position_offset=tiny_m3.config.position_offset,
+        )
+        found += _on_both_slots_at_once(encoder, texts)
+    assert all(other == found[0] for other in found[1:])
+
+
+def _on_both_slots_at_once(
+    encoder: BatchEncoder, texts: list[list[int]]
+) -> list[list[tuple[bytes, ...]]]:
+    """The bits of each of *texts*, once from each slot."""
+    with ThreadPoolExecutor(2) as pool:
+        both = pool.map(lambda slot: encoder.run(batch_of(texts * 2, ALL), slot=slot), range(2))
+    return [[bits(vectors, i) for i in range(len(texts))] for vectors in both]
