@@ -4,8 +4,9 @@ Run: python -m benchmarks.engine --model ID|DIR --name NAME [--precision int8|fp
 
 Each round measures the limit (oneDNN over every weight of the model, all cores, 256 rows), OpenVINO's
 fully-connected layers alone, and then one workload; the share is taken round by round, so that noisy
-neighbours cancel out. Without torch's environment the second stands in for the first. The last line
-is JSON.
+neighbours cancel out. Without torch's environment the second stands in for the first. Beside int8
+layers `share_of_arithmetic` counts attention's products at the fp32 rate of the same limit, since
+they are not int8: the time that the arithmetic must cost over the time it took. The last line is JSON.
 """
 
 import argparse
@@ -44,39 +45,51 @@ class Limit:
         return float(self.peer.ask(question)["gops"])
 
 
-def operations(workload: Workload, config: EncoderConfig) -> float:
-    """Billions of operations of *workload*: the weights' products, and attention's two.
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """Billions of operations of a workload: the weights' products, and attention's two."""
 
-    A token costs 2 for each weight of a layer's six matrices; a sequence of n tokens costs
-    4 · n² · hidden a layer for scores and mixing.
-    """
-    hidden, wide = config.hidden_size, config.intermediate_size
-    weights = config.layer_count * (4 * hidden * hidden + 2 * hidden * wide)
-    attention = config.layer_count * 4 * hidden * workload.squares()
-    return (2 * weights * workload.token_count + attention) / 1e9
+    weights_gop: float
+    attention_gop: float
+
+    @classmethod
+    def of(cls, workload: Workload, config: EncoderConfig) -> "Arithmetic":
+        """A token costs 2 for each weight of a layer's six matrices; n tokens 4 · n² · hidden a layer."""
+        hidden, wide = config.hidden_size, config.intermediate_size
+        weights = config.layer_count * (4 * hidden * hidden + 2 * hidden * wide)
+        attention = config.layer_count * 4 * hidden * workload.squares()
+        return cls(2 * weights * workload.token_count / 1e9, attention / 1e9)
+
+    @property
+    def gop(self) -> float:
+        return self.weights_gop + self.attention_gop
+
+    def least_s(self, *, weights_gops: float, attention_gops: float) -> float:
+        """What it costs at these rates and nothing else."""
+        return self.weights_gop / weights_gops + self.attention_gop / attention_gops
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a round is compared with."""
+
+    of_products: dict[str, Limit]  # at the model's own precision, the one that counts first
+    of_attention: Limit  # at fp32, by the first of them
 
 
 async def measure(
-    trial: EngineOnTrial, limits: dict[str, Limit], given: argparse.Namespace
+    trial: EngineOnTrial, limits: Limits, given: argparse.Namespace
 ) -> dict[str, Any]:
     seconds, repeats = given.seconds, given.repeats
-    card, config = trial.embedder.card, trial.models.loaded[0].checkpoint.config
+    card = trial.embedder.card
     first = [uniform(n, tokens=2048) for n in given.lengths if n <= card.token_count_max]
     first.append(mixed(tokens=8192, length_max=card.token_count_max))
     workloads = [await sized(trial, one, seconds=seconds) for one in first]
     figures: dict[str, Any] = {}
     for workload in workloads:
-        rates: dict[str, list[float]] = defaultdict(list)
-        for _ in range(repeats):
-            for name, limit in limits.items():
-                rates[name].append(await asyncio.to_thread(limit.gops))
-            rate = await trial.rate_of(workload)
-            rates["tokens_a_second"].append(rate.tokens_a_second)
-            rates["texts_a_second"].append(rate.texts_a_second)
-            rates["engine_gops"].append(operations(workload, config) / rate.elapsed_s)
-        shares = {f"share_of_{name}": ratio(rates["engine_gops"], rates[name]) for name in limits}
-        spreads = {name: Spread.of(many) for name, many in rates.items()} | shares
+        spreads = await compared(trial, workload, limits, repeats)
         figures[workload.name] = {name: asdict(spread) for name, spread in spreads.items()}
+        shares = {name: spread for name, spread in spreads.items() if name.startswith("share_of")}
         shown = ", ".join(f"{name} {spread.median:.2f}" for name, spread in shares.items())
         print(
             f"{workload.name:>6}: {spreads['tokens_a_second']} tokens/s, {shown}", file=sys.stderr
@@ -88,6 +101,31 @@ async def measure(
         "tokens_a_second": asdict(Spread.of([rate.tokens_a_second for rate in many])),
     }
     return figures
+
+
+async def compared(
+    trial: EngineOnTrial, workload: Workload, limits: Limits, repeats: int
+) -> dict[str, Spread]:
+    """The rates of one workload and of the limits, turn and turn about, and its shares of them."""
+    arithmetic = Arithmetic.of(workload, trial.models.loaded[0].checkpoint.config)
+    rates: dict[str, list[float]] = defaultdict(list)
+    for _ in range(repeats):
+        for name, limit in limits.of_products.items():
+            rates[name].append(await asyncio.to_thread(limit.gops))
+        rates["fp32"].append(await asyncio.to_thread(limits.of_attention.gops))
+        rate = await trial.rate_of(workload)
+        rates["tokens_a_second"].append(rate.tokens_a_second)
+        rates["texts_a_second"].append(rate.texts_a_second)
+        rates["engine_gops"].append(arithmetic.gop / rate.elapsed_s)
+        rates["elapsed_s"].append(rate.elapsed_s)
+    names = list(limits.of_products)
+    least_s = [
+        arithmetic.least_s(weights_gops=weights, attention_gops=attention)
+        for weights, attention in zip(rates[names[0]], rates["fp32"], strict=True)
+    ]
+    shares = {f"share_of_{name}": ratio(rates["engine_gops"], rates[name]) for name in names}
+    shares["share_of_arithmetic"] = ratio(least_s, rates["elapsed_s"])
+    return {name: Spread.of(many) for name, many in rates.items()} | shares
 
 
 def start_limits(
@@ -121,11 +159,11 @@ async def run(given: argparse.Namespace) -> dict[str, Any]:
             work_dir=given.envs.parent / "work",
         )
         with ExitStack() as open_peers:
-            limits = {
-                name: Limit(open_peers.enter_context(peer), precision, given.seconds / 2)
-                for name, peer in started.items()
-            }
-            figures = await measure(trial, limits, given)
+            peers = {name: open_peers.enter_context(peer) for name, peer in started.items()}
+            seconds = given.seconds / 2
+            products = {name: Limit(peer, precision, seconds) for name, peer in peers.items()}
+            fp32 = Limit(next(iter(peers.values())), "fp32", seconds)
+            figures = await measure(trial, Limits(products, fp32), given)
         return {
             "benchmark": "engine",
             "model": given.name,

@@ -66,7 +66,7 @@ def source(result: Result) -> str:
 
 
 def engine_section(result: Result) -> str:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, figures in result["workloads"].items():
         share = figures.get("share_of_onednn") or figures.get("share_of_openvino")
         products = figures.get("share_of_openvino")
@@ -79,10 +79,15 @@ def engine_section(result: Result) -> str:
                 number(products, digits=2) if products else "",
             )
         )
-    head = (
+    head = [
         "text length in tokens", "tokens/s", "texts/s",
         "of the limit of the matrix products", "of OpenVINO's own products",
-    )  # fmt: skip
+    ]  # fmt: skip
+    arithmetic = [one.get("share_of_arithmetic") for one in result["workloads"].values()]
+    if any(arithmetic):  # results from before it was measured have four columns
+        head.append("of the limit with attention at the fp32 rate")
+        shown = [number(one, digits=2) if one else "" for one in arithmetic]
+        rows = [(*row, one) for row, one in zip(rows, shown, strict=True)]
     return f"## Engine: {result['model']}, {result['precision']}\n\n{table(head, rows)}\n"
 
 

@@ -1,7 +1,7 @@
 """What is measured with: the same on every run, of the lengths that the names say."""
 
 import numpy as np
-from benchmarks.engine import operations
+from benchmarks.engine import Arithmetic
 
 from trivec.checkpoints.dummy import BLUEPRINTS
 from trivec.cli.bench.engine import deal
@@ -54,7 +54,12 @@ def test_parts_are_whole_or_dropped() -> None:
 def test_the_arithmetic_of_bge_m3_is_what_its_shapes_say() -> None:
     """0.604 GFLOP a token, and 0.0983 MFLOP more for each token that it attends to."""
     config = BLUEPRINTS["baai/bge-m3"].config
-    one = operations(Workload("one", (1,)), config)
-    many = operations(Workload("many", (512,)), config)
-    assert abs(one - 0.6041) < 1e-3
-    assert abs(many / 512 - (0.60398 + 512 * 98304e-9)) < 1e-3
+    one = Arithmetic.of(Workload("one", (1,)), config)
+    many = Arithmetic.of(Workload("many", (512,)), config)
+    assert abs(one.gop - 0.6041) < 1e-3
+    assert abs(many.gop / 512 - (0.60398 + 512 * 98304e-9)) < 1e-3
+
+
+def test_attention_is_counted_at_its_own_rate() -> None:
+    arithmetic = Arithmetic(weights_gop=300.0, attention_gop=50.0)
+    assert arithmetic.least_s(weights_gops=600.0, attention_gops=100.0) == 1.0
