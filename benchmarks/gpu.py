@@ -38,6 +38,8 @@ PACKAGES = (
     "torch", "triton", "numpy", "tokenizers", "transformers", "sentence-transformers", "flash-attn",
 )  # fmt: skip
 
+SMALL_NOTE = "small: shows that everything runs; rates and shares of so small a model mean nothing"
+
 
 def main() -> None:
     arguments = parse()
@@ -49,6 +51,9 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="trivec-gpu-") as made,
     ):
         record.put("device", device_name())
+        if plan.is_small:
+            record.put("note", SMALL_NOTE)
+            talk(SMALL_NOTE)
         record.put("provenance", Provenance.now(*PACKAGES).as_dict())
         measure_all(arguments, plan, glass=glass, record=record, made=Path(made))
 

@@ -47,7 +47,7 @@ def over_http(
 ) -> dict[str, Any] | str:
     """Texts a second and latency of `trivec serve`, by clients and texts a request."""
     cores = os.cpu_count() or 1
-    api_processes = arguments.api_processes or (1 if arguments.small else max(1, cores // 2))
+    api_processes = arguments.api_processes or (2 if arguments.small else max(1, cores // 2))
     options = ["--backend", "torch"]
     options += ["--device", arguments.device, "--precision", arguments.precision]
     found: dict[str, Any] = {"api_processes": api_processes}

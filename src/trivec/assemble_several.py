@@ -110,7 +110,7 @@ def call_engine(front: Front, *, path: Path, number: int, cores: int) -> Distant
     """
     name = api_name(number)
     limits = front.settings.http
-    hello = asyncio.run(first_hello(path, name, bounds=wire_bounds(limits, ())))
+    hello = asyncio.run(first_hello(path, bounds=wire_bounds(limits, ())))
     cards = [model.card for model in hello.models]
     link = EngineLink(
         path, name, hello=hello, bounds=wire_bounds(limits, cards), page=front.metrics.page

@@ -43,9 +43,8 @@ def tokenizer_file(folder: Path) -> Path:
 
 
 @asynccontextmanager
-async def local_engine(folder: Path) -> AsyncIterator[Embedder]:
+async def local_engine(folder: Path, backend: FakeBackend) -> AsyncIterator[Embedder]:
     clock, listener = SystemClock(), Listener()
-    backend = FakeBackend(dimensions=8, outputs=ALL, slot_count=2)
     workers = Workers(2, clock=clock, observer=listener)
     with ThreadPoolExecutor(2) as pool:
         engine = Engine(
@@ -77,22 +76,31 @@ async def local_engine(folder: Path) -> AsyncIterator[Embedder]:
 
 
 @asynccontextmanager
-async def engine_at_a_distance(folder: Path) -> AsyncIterator[Embedder]:
+async def engine_at_a_distance(folder: Path, backend: FakeBackend) -> AsyncIterator[Embedder]:
     """The same engine behind a wire, as an API process sees it."""
-    async with local_engine(folder) as engine, relayed(engine, folder) as remote:
+    async with local_engine(folder, backend) as engine, relayed(engine, folder) as remote:
         yield remote.embedder
 
 
-EMBEDDERS: dict[str, Callable[[Path], AbstractAsyncContextManager[Embedder]]] = {
+EMBEDDERS: dict[str, Callable[[Path, FakeBackend], AbstractAsyncContextManager[Embedder]]] = {
     "engine": local_engine,
     "remote": engine_at_a_distance,
 }
 
 
+@pytest.fixture
+def backend() -> FakeBackend:
+    """What every embedder here drives; its gate holds whatever waits."""
+    return FakeBackend(dimensions=8, outputs=ALL, slot_count=2)
+
+
 @pytest.fixture(params=EMBEDDERS)
-async def embedder(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Embedder]:
-    async with EMBEDDERS[request.param](tmp_path) as embedder:
+async def embedder(
+    request: pytest.FixtureRequest, tmp_path: Path, backend: FakeBackend
+) -> AsyncIterator[Embedder]:
+    async with EMBEDDERS[request.param](tmp_path, backend) as embedder:
         yield embedder
+        backend.gate.set()
 
 
 async def read(embedder: Embedder, *texts: str) -> Sequences:
@@ -165,9 +173,10 @@ async def test_a_line_with_room_lets_the_smallest_and_the_largest_through(
 
 
 async def test_what_has_room_is_not_refused_and_what_has_none_would_be_refused_anyway(
-    embedder: Embedder,
+    embedder: Embedder, backend: FakeBackend
 ) -> None:
     """A full line refuses early exactly what `embed` refuses."""
+    backend.gate.clear()
     sequences = await read(embedder, *["w1 w2"] * 20_000)
     calls = [asyncio.create_task(embedder.embed(sequences, Output.DENSE)) for _ in range(40)]
     done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)

@@ -65,7 +65,7 @@ async def relayed(
     with tempfile.TemporaryDirectory() as short, ThreadPoolExecutor(2) as pool:
         listener, path = unix_listener(short)
         end.start(listener)
-        hello = await first_hello(path, "api-1", bounds=BOUNDS)
+        hello = await first_hello(path, bounds=BOUNDS)
         link = EngineLink(path, "api-1", hello=hello, bounds=BOUNDS, page=page)
         link.start()
         card = hello.models[0].card

@@ -19,7 +19,7 @@ from trivec.backends.fake import FakeBackend
 from trivec.core.errors import Draining, Overloaded
 from trivec.core.types import Output
 from trivec.relay import api_end
-from trivec.relay.api_end import EngineLink
+from trivec.relay.api_end import EngineLink, first_hello
 from trivec.relay.engine_end import EngineEnd
 from trivec.relay.frames import FRAME_BYTES_MAX, End, Kind, header
 from trivec.relay.remote import FULL_S_MAX, RemoteEmbedder
@@ -219,3 +219,37 @@ async def test_all_serve_when_the_last_one_does(pair: Pair) -> None:
         other.serving(lambda: told.append("api-2"))
         await until(lambda: len(told) == 2)
         assert sorted(told) == ["api-1", "api-2"]
+
+
+async def test_the_next_engine_knows_who_serves(pair: Pair) -> None:
+    """A process that was started again after the engine was must still hear of all others."""
+    told: list[str] = []
+    async with pair.called_by("api-2") as other:
+        other.serving(lambda: None)
+        pair.far.link.serving(lambda: told.append("before"))
+        await until(lambda: told == ["before"])
+        await pair.far.end.stop(5)
+        hello = hello_of(pair.rig.engine, pair.folder / "tokenizer.json")
+        engines = [pair.rig.engine]
+        after = EngineEnd(hello, engines, bounds=BOUNDS, api_process_count=2, page=page)
+        after.start(pair.far.listener)
+        await until(lambda: other.troubles == pair.far.link.troubles == ())
+        pair.far.link.serving(lambda: told.append("after"))
+        await until(lambda: told == ["before", "after"])
+    await after.stop(5)
+
+
+async def test_only_a_process_that_was_known_is_missed(
+    pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert (await first_hello(pair.far.path, bounds=BOUNDS)).backend == "fake"
+    async with pair.called_by("api-2") as other:
+        await until(lambda: other.troubles == ())
+    await until(lambda: "gone" in caplog.text)
+    assert [record.getMessage()[:13] for record in caplog.records] == ["api-2 is gone"]
+
+
+async def test_an_engine_that_cannot_be_called_ends_the_api_process(pair: Pair) -> None:
+    pair.far.path.unlink()
+    async with pair.called_by("api-2") as other, asyncio.timeout(10):
+        assert "cannot be called" in await other.lost()

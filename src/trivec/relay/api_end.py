@@ -8,6 +8,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +53,7 @@ class EngineLink:
         self._has_called = asyncio.Event()  # the first hello came
         self._is_lost = asyncio.Event()
         self._for_good: asyncio.Future[str] | None = None
+        self._is_serving = False
         self._when_all_serve: Callable[[], None] | None = None
         self._tasks: tuple[asyncio.Task[None], ...] = ()
 
@@ -87,7 +89,7 @@ class EngineLink:
 
     def serving(self, when_all_serve: Callable[[], None]) -> None:
         """Clients may come; *when_all_serve* is called once when they may come to all processes."""
-        self._when_all_serve = when_all_serve
+        self._is_serving, self._when_all_serve = True, when_all_serve
         self._tell_serving()
 
     async def ask(self, ask: Ask) -> Reply:
@@ -182,7 +184,8 @@ class EngineLink:
             self._for_good.set_result(reason)
 
     def _tell_serving(self) -> None:
-        if self._wire is not None and self._when_all_serve is not None:
+        """To this engine process and to every one after it, which have not heard it."""
+        if self._wire is not None and self._is_serving:
             self._wire.tell(Kind.SERVING)
 
     async def _page_for_ever(self) -> None:
@@ -195,14 +198,17 @@ class EngineLink:
 async def call(path: Path, name: str, wire: Wire) -> None:
     """Connect *wire* to the engine process behind *path*, which will say hello when it can."""
     loop = asyncio.get_running_loop()
-    caller = socket.socket(socket.AF_UNIX)
-    caller.setblocking(False)
-    await loop.sock_connect(caller, str(path))
-    await loop.create_unix_connection(lambda: wire, sock=caller)
+    with ExitStack() as unless_connected:
+        caller = socket.socket(socket.AF_UNIX)
+        unless_connected.callback(caller.close)
+        caller.setblocking(False)
+        await loop.sock_connect(caller, str(path))
+        await loop.create_unix_connection(lambda: wire, sock=caller)
+        unless_connected.pop_all()
     wire.tell(Kind.HELLO, body=name.encode())
 
 
-async def first_hello(path: Path, name: str, *, bounds: WireBounds) -> Hello:
+async def first_hello(path: Path, *, bounds: WireBounds) -> Hello:
     """What the engine process behind *path* serves; waits until it has loaded it."""
 
     def take(wire: Wire, message: Message) -> None:
@@ -216,7 +222,7 @@ async def first_hello(path: Path, name: str, *, bounds: WireBounds) -> Hello:
     while True:
         heard: asyncio.Future[Hello | None] = asyncio.get_running_loop().create_future()
         wire = Wire(bounds.downwards(), take=take, lost=lose)
-        await call(path, name, wire)
+        await call(path, "", wire)  # nameless: nobody needs to hear that this one goes again
         hello = await heard
         wire.close()
         if hello is not None:  # else it ended while it was loading; the next one will tell

@@ -180,7 +180,7 @@ def write_pages(pages: Mapping[str, bytes]) -> bytes:
 def read_pages(body: bytes | bytearray) -> dict[str, bytes]:
     try:
         return msgspec.msgpack.decode(body, type=dict[str, bytes])
-    except msgspec.MsgspecError as fault:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as fault:
         raise WireBroken(f"pages that cannot be read: {fault}") from fault
 
 
@@ -219,7 +219,7 @@ def _raw(array: NDArray[np.generic]) -> memoryview:
 def _read_words(body: bytes | bytearray, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=kind, dec_hook=_of_plain)
-    except msgspec.MsgspecError as fault:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as fault:
         raise WireBroken(f"a {kind.__name__} that cannot be read: {fault}") from fault
 
 
