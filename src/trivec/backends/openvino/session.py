@@ -76,7 +76,7 @@ class Session:
         with self._gate:
             self._running += 1
         try:
-            request.infer()
+            request.infer(share_outputs=True)  # or it would copy what `hidden` reads in place
         finally:
             self._leave(was_long=inputs.tokens.shape[1] > LONG_TOKENS)
 
