@@ -196,6 +196,25 @@ def test_a_rotation_prints_a_second_key_and_says_how_long_the_first_goes_on(
         pytest.param(
             ["keys", "create", "--name", "t", "--expires", "soon"], SettingInvalid, "30d", id="when"
         ),
+        pytest.param(
+            ["keys", "create", "--name", "t", "--expires", "2020-01-01"],
+            FieldInvalid,
+            "expired",
+            id="an-expiry-in-the-past",
+        ),
+        pytest.param(
+            ["keys", "create", "--name", "t", "--expires", "9999-12-31T23:59-12:00"],
+            SettingInvalid,
+            "30d",
+            id="after-the-last-year",
+        ),
+        pytest.param(
+            ["keys", "create", "--name", "t", "--expires", "999999w"],
+            SettingInvalid,
+            "30d",
+            id="a-span-without-an-end",
+        ),
+        pytest.param(["usage", "--since", "999999w"], SettingInvalid, "30d", id="before-time"),
         pytest.param(["usage", "--by", "moon"], SettingInvalid, "key, model or day", id="by-what"),
         pytest.param(["usage", "--json", "--csv"], SettingInvalid, "exclude", id="two-formats"),
         pytest.param(["usage", "--since", "then"], SettingInvalid, "2026", id="since-when"),

@@ -196,10 +196,9 @@ class House:
         scopes: frozenset[Scope] = frozenset({Scope.EMBED}),
         models: frozenset[str] | None = None,
         allowance: Allowance = Allowance(),  # noqa: B008 # frozen
-        expires_us: int | None = None,
     ) -> str:
         """A plain key."""
-        plan = KeyPlan(name, scopes, models, allowance, expires_us)
+        plan = KeyPlan(name, scopes, models, allowance)
         return asyncio.run(self.accounts.create_key(plan)).plain
 
     async def new_key_async(self, name: str, allowance: Allowance) -> str:

@@ -72,6 +72,11 @@ async def test_a_rotated_key_has_a_second_secret(
         pytest.param({"requests_per_minute": 0}, "requests_per_minute", id="zero-requests"),
         pytest.param({"tokens_per_minute": True}, "tokens_per_minute", id="true-tokens"),
         pytest.param({"expires": "soon"}, "expires", id="no-instant"),
+        pytest.param({"expires": "2020-01-01T00:00:00Z"}, "expires", id="expired-already"),
+        pytest.param(
+            {"expires": "9999-12-31T23:59:00-12:00"}, "expires", id="after-the-last-year-in-utc"
+        ),
+        pytest.param({"tokens_per_minute": 10**9 + 1}, "tokens_per_minute", id="more-than-any"),
         pytest.param({"rpm": 5}, "rpm", id="unknown-field"),
     ],
 )
@@ -112,6 +117,12 @@ async def test_usage_is_cut_to_a_time_and_a_key(house: House) -> None:
         before = (await client.get(f"{ADMIN}/usage?until=2999-01-01T00:00:00Z&key=all")).json()
     assert later["data"] == []
     assert before["data"][0]["tokens"] == 7
+
+
+async def test_the_usage_of_the_environments_key_can_be_asked_for(house: House) -> None:
+    async with house.client() as client:
+        answer = await client.get(f"{ADMIN}/usage?key=TRIVEC_API_KEY")
+    assert (answer.status_code, answer.json()["data"]) == (200, [])
 
 
 @pytest.mark.parametrize(

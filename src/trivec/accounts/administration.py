@@ -38,11 +38,13 @@ class Administration:
         self._secret = secret
 
     def create_key(self, plan: KeyPlan) -> NewKey:
-        """Raises `FieldInvalid` for a name that is taken or unfit, and for absurd limits."""
+        """Raises `FieldInvalid` for a name that is taken or unfit, absurd limits, a past expiry."""
         check_plan(plan)
         if sum(key.revoked_us is None for key in self.list_keys()) >= KEYS_MAX:
             raise FieldInvalid(f"There are {KEYS_MAX} keys already; revoke some.", param="name")
         now_us = self._now_us()
+        if plan.expires_us is not None and plan.expires_us <= now_us:
+            raise FieldInvalid("A key that has expired opens nothing.", param="expires")
         secret, plain = self._new_secret(now_us)
         key = Key(
             keys.new_key_id(),

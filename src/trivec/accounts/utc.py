@@ -5,6 +5,7 @@ from datetime import UTC, date, datetime, timedelta
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
 DAY_US = 24 * 3600 * 1_000_000
+LAST = datetime.max.replace(tzinfo=UTC)
 
 
 def moment(time_us: int) -> datetime:
@@ -13,8 +14,14 @@ def moment(time_us: int) -> datetime:
 
 
 def microseconds(instant: datetime) -> int:
-    """Exact; an instant without a zone is taken to be in UTC."""
+    """Exact; an instant without a zone is taken to be in UTC.
+
+    Raises `ValueError` for one that has left the years 1970 to 9999 on its way to UTC, for nothing
+    could show it again.
+    """
     aware = instant if instant.tzinfo is not None else instant.replace(tzinfo=UTC)
+    if not EPOCH <= aware <= LAST:
+        raise ValueError("not between the years 1970 and 9999")
     return (aware - EPOCH) // MICROSECOND
 
 

@@ -6,6 +6,7 @@ from urllib.parse import parse_qsl
 from msgspec import UNSET, UnsetType
 
 from trivec.accounts import (
+    FIXED,
     Accounts,
     Allowance,
     Key,
@@ -53,7 +54,7 @@ class Admin:
             scopes=frozenset(Scope(word) for word in asked.scopes or ["embed"]),
             models=None if asked.models is None else frozenset(asked.models),
             allowance=Allowance(asked.requests_per_minute, asked.tokens_per_minute),
-            expires_us=None if asked.expires is None else microseconds(asked.expires),
+            expires_us=_expiry_us(asked.expires),
         )
         return _new_key(await self._accounts.create_key(plan))
 
@@ -96,8 +97,14 @@ class Admin:
             by=_by(given.get("by", "key")),
             since_us=_instant_us("since", given.get("since")),
             until_us=_instant_us("until", given.get("until")),
-            key_id=None if key is None else (await self._accounts.show_key(key)).id,
+            key_id=None if key is None else await self._key_id(key),
         )
+
+    async def _key_id(self, reference: str) -> str:
+        """Also of the environment's key, which is in no store."""
+        if reference == FIXED.key_id:
+            return reference
+        return (await self._accounts.show_key(reference)).id
 
 
 def _by(word: str) -> UsageBy:
@@ -109,6 +116,13 @@ def _by(word: str) -> UsageBy:
             f"{[one.value for one in UsageBy]}.",
             param="by",
         ) from None
+
+
+def _expiry_us(expires: datetime | None) -> int | None:
+    try:
+        return None if expires is None else microseconds(expires)
+    except ValueError as unfit:
+        raise FieldInvalid(f"Invalid value for 'expires': {unfit}.", param="expires") from None
 
 
 def _instant_us(param: str, text: str | None) -> int | None:

@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-LIMIT_MAX = 10**12
+from trivec.accounts.allowance import LIMIT_MAX
+
 NAME_CHARS_MAX = 64
 MODELS_MAX = 100
 OVERLAP_S_MAX = 30 * 24 * 3600.0

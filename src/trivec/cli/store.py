@@ -97,13 +97,13 @@ def instant(text: str | None, *, option: str, ahead: bool) -> int | None:
     if text is None:
         return None
     span = re.fullmatch(r"(\d{1,6})([mhdw])", text)
-    if span is not None:
+    try:
+        if span is None:
+            return microseconds(datetime.fromisoformat(text))
         length = timedelta(**{UNITS[span[2]]: int(span[1])})
         now = datetime.now(UTC)
         return microseconds(now + length if ahead else now - length)
-    try:
-        return microseconds(datetime.fromisoformat(text))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise SettingInvalid(
             f"{option} is {text!r}; give a date such as 2026-11-22, an instant such as "
             "2026-11-22T17:30Z, or a span such as 30d or 12h"
