@@ -1,6 +1,8 @@
 # ruff: noqa: E402 - what is imported below needs what is asked for above it
 """The torch backend's manners: memory, lost devices, second tries; and the pure choices behind it."""
 
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -340,8 +342,20 @@ def test_a_precision_that_cannot_be_had_is_refused(asked: str, device: str, mess
 
 
 def test_finding_devices_works_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "torch", None)
     assert device_module.find_devices() == NO_TORCH
+
+
+def test_a_torch_without_cuda_is_not_imported_to_find_devices() -> None:
+    program = (
+        "import sys; from trivec.backends.torch.device import find_devices; "
+        "print(find_devices().cuda_built, 'torch' in sys.modules)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, check=True, text=True
+    )
+    cuda_built, is_imported = said.stdout.split()
+    assert is_imported == cuda_built
 
 
 def test_slots_go_round_the_devices(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

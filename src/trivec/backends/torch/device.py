@@ -3,7 +3,10 @@
 Asking the machine (`find_devices`) is apart from choosing, and works where torch is not installed.
 """
 
+import runpy
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
 from trivec.core.errors import SettingInvalid
 
@@ -47,18 +50,28 @@ class PrecisionChoice:
 
 
 def find_devices() -> Found:
-    """Ask torch, where it is installed, what it can run on. Starts the CUDA driver."""
-    try:
-        import torch
-    except ImportError:
+    """Ask torch, where it is installed, what it can run on. Starts the CUDA driver.
+
+    A torch without CUDA is asked by its file of versions alone: importing it takes 120 MiB, which a
+    server that then runs on OpenVINO would hold for nothing.
+    """
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
         return Found(torch_version=None, cuda_built=False, cuda=())
+    build = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    version = str(build["__version__"])
+    if build["cuda"] is None:
+        return Found(torch_version=version, cuda_built=False, cuda=())
+
+    import torch
+
     properties = [
         torch.cuda.get_device_properties(index)
         for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     ]
     return Found(
-        torch_version=str(torch.__version__),
-        cuda_built=torch.version.cuda is not None,
+        torch_version=version,
+        cuda_built=True,
         cuda=tuple(
             CudaDevice(index, one.name, (one.major, one.minor), one.total_memory)
             for index, one in enumerate(properties)
