@@ -13,7 +13,6 @@ from tests.process.server import TRIVEC
 
 from trivec.accounts import UsageBy, UsageQuery
 from trivec.accounts.entries import Settle
-from trivec.accounts.stores import connect
 from trivec.accounts.stores.connect import SQLITE_FILE, sqlite_engines
 from trivec.accounts.stores.sql import SqlStore
 
@@ -67,7 +66,7 @@ def lock(request: pytest.FixtureRequest) -> str:
 def locker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Iterator[sqlite3.Connection]":
     """Another process's connection, which lets go when somebody has begun to wait for it."""
     with closing(sqlite3.connect(tmp_path / SQLITE_FILE, isolation_level=None)) as raw:
-        monkeypatch.setattr(connect.time, "sleep", lambda _: raw.in_transaction and raw.rollback())
+        monkeypatch.setattr("trivec.accounts.stores.connect.time.sleep", lambda _: raw.rollback())
         yield raw
 
 
