@@ -9,6 +9,7 @@ from openvino import opset15 as op
 
 from trivec.backends.openvino.attention import Attention, HeadShape, bf16_pays
 from trivec.backends.openvino.packing import NOT_A_TOKEN
+from trivec.backends.openvino.plugin import open_core
 from trivec.backends.openvino.rows import length_size
 from trivec.core.types import Float32Array
 
@@ -27,7 +28,7 @@ def compiled(*, bf16: bool) -> ov.CompiledModel:
     v = attention.gathered(op.multiply(x, op.constant(np.float32(-2))), places)
     model = ov.Model([op.result(attention.attended(q, k, v, bias))], [x, places, bias])
     properties = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-    return ov.Core().compile_model(model, "CPU", properties)
+    return open_core().compile_model(model, "CPU", properties)
 
 
 def attended(model: ov.CompiledModel, x: Float32Array, *, length: int) -> Float32Array:

@@ -12,6 +12,7 @@ import openvino as ov
 from openvino import Node
 from openvino import opset15 as op
 
+from trivec.backends.openvino.plugin import open_core
 from trivec.core.types import Float32Array
 
 TRIAL_TOKENS = 512  # where attention is a quarter of the time of BGE-M3
@@ -67,7 +68,7 @@ def bf16_pays(heads: HeadShape, *, tokens: int = TRIAL_TOKENS) -> bool:
     Having the instructions says little: on AMD Zen 5 bf16 products are four times as fast as
     fp32's, on an Intel Xeon without AMX they were slower.
     """
-    if "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if "BF16" not in open_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return False
     requests = [_alone(Attention(heads, bf16), tokens) for bf16 in (False, True)]
     turns = [[_time_s(request) for request in requests] for _ in range(TRIAL_REPEATS)]
@@ -85,7 +86,7 @@ def _alone(attention: Attention, tokens: int) -> ov.InferRequest:
     k = attention.gathered(op.multiply(x, op.constant(np.float32(2))), places)
     model = ov.Model([op.result(attention.attended(q, k, k, bias))], [x, places, bias])
     properties = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
-    request = ov.Core().compile_model(model, "CPU", properties).create_infer_request()
+    request = open_core().compile_model(model, "CPU", properties).create_infer_request()
     states: Float32Array = np.full((tokens, hidden), 0.01, np.float32)
     order = np.arange(tokens, dtype=np.int32)[None]
     request.infer([states, order, np.zeros((1, 1, 1, tokens), np.float32)])

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from trivec.backends.openvino.certificate import Agreement, Certificate
+from trivec.backends.openvino.plugin import open_core
 from trivec.backends.openvino.recipe import Form, Recipe
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.checkpoints.hashes import Hashes
@@ -43,14 +44,16 @@ class Prepared:
 
 def prepared_folder(checkpoint: Checkpoint, *, precision: str, cache_dir: Path) -> Path:
     """Where the prepared form of *checkpoint* for this machine and these versions is kept."""
-    made_by = "|".join([str(SCHEME), ov.get_version(), precision, *_capabilities()])
+    made_by = "|".join([str(SCHEME), ov.get_version(), precision, *_processor()])
     key = hashlib.sha256(f"{checkpoint.digest}|{made_by}".encode()).hexdigest()[:24]
     return cache_dir / "openvino" / key
 
 
-def _capabilities() -> list[str]:
-    """What the CPU can do, which decides the kernels that were certified."""
-    return sorted(ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+def _processor() -> list[str]:
+    """The CPU and what it can do: that decides the kernels, which were tried and certified."""
+    core = open_core()
+    name: str = core.get_property("CPU", "FULL_DEVICE_NAME")
+    return [name, *sorted(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))]
 
 
 def save(

@@ -10,6 +10,7 @@ import openvino as ov
 
 from trivec.backends.openvino.packing import Buffers, RowInputs
 from trivec.backends.openvino.pages import return_free
+from trivec.backends.openvino.plugin import open_core
 from trivec.backends.openvino.recipe import Form, Recipe
 from trivec.backends.openvino.rows import ROW_BUDGET
 from trivec.core.types import Float32Array
@@ -36,7 +37,7 @@ class Session:
 
     def __init__(self, model: ov.Model, recipe: Recipe, *, slot_count: int) -> None:
         streams = stream_count(recipe.form, packed_bytes(model), slot_count=slot_count)
-        core, properties = ov.Core(), _properties(recipe, streams)
+        core, properties = open_core(), _properties(recipe, streams)
         self._compiled = [
             core.compile_model(model, "CPU", properties) for _ in range(slot_count // streams)
         ]
