@@ -31,8 +31,8 @@ class Booking:
         """Take one request out of the allowance, and claim the idempotency key.
 
         *tokens_follow*: `reserve_tokens` will be called before any work is done, and may take the
-        request with them, in one commit. Raises `AllowanceExhausted`, `IdempotencyKeyReused`, `IdempotencyInProgress` and
-        `StoreUnavailable`.
+        request with them, in one commit. Raises `AllowanceExhausted`, `IdempotencyKeyReused`,
+        `IdempotencyInProgress` and `StoreUnavailable`.
         """
 
     async def reserve_tokens(self, count: int) -> None:

@@ -36,8 +36,9 @@ def check_json_is_declared(visit: Visit) -> None:
 async def read_body(visit: Visit, limits: HttpLimits) -> bytes:
     """The whole body. Raises `BodyTooLarge`, or `MalformedBody` if it breaks off.
 
-    How long it may take is bounded by the request's `Patience`. A declared length is refused before anything is read. Pieces are counted only where no length
-    was declared: over a slow link every packet of an honest body is a piece.
+    How long it may take is bounded by the request's `Patience`. A declared length is refused before
+    anything is read. Pieces are counted only where no length was declared: over a slow link every
+    packet of an honest body is a piece.
     """
     declared = visit.headers.get(b"content-length")
     if declared is not None and declared.isdigit() and int(declared[:20]) > limits.body_bytes_max:

@@ -26,8 +26,9 @@ class Meter:
     async def open(self, visit: Visit, body: bytes, *, tokens_follow: bool = False) -> None:
         """Book the request: from here on its key has one request less.
 
-        With *tokens_follow*, `reserve_tokens` may be what takes it. Raises `AllowanceExhausted`, `IdempotencyKeyReused`, `IdempotencyInProgress`,
-        `StoreUnavailable`, and `FieldInvalid` for an `Idempotency-Key` that cannot be one.
+        With *tokens_follow*, `reserve_tokens` may be what takes it. Raises `AllowanceExhausted`,
+        `IdempotencyKeyReused`, `IdempotencyInProgress`, `StoreUnavailable`, and `FieldInvalid` for
+        an `Idempotency-Key` that cannot be one.
         """
         key = visit.header(b"idempotency-key")
         if key is not None and not 0 < len(key) <= IDEMPOTENCY_KEY_CHARS_MAX:

@@ -14,6 +14,7 @@ from trivec.assemble import Models, loaded_event
 from trivec.assemble_several import Backroom, engine_end, open_backroom
 from trivec.core.events import PhaseChanged
 from trivec.core.health import Phase
+from trivec.server.collecting import spare_what_stays
 from trivec.server.life import BROKEN_EXIT_CODE, REFUSAL_S_MAX
 from trivec.server.supervisor import BEAT_EVERY_S, Heart
 from trivec.settings import Settings
@@ -68,6 +69,7 @@ class EngineProcess:
         end = engine_end(self._room, models)
         models.workers.start()
         end.start(self._listener)
+        spare_what_stays()
         self._is_ready = True
         self._heart.beat(ready=True)
         self._report("ready", "ok")

@@ -5,7 +5,6 @@ entering that stage takes. It owns the event loop, the signals and every backgro
 """
 
 import asyncio
-import gc
 import signal
 import socket
 import time
@@ -19,6 +18,7 @@ from trivec.core.events import PhaseChanged
 from trivec.core.health import Health
 from trivec.server.canary import Canary
 from trivec.server.carrier import Carrier
+from trivec.server.collecting import spare_what_stays
 from trivec.server.door import Door
 from trivec.server.life import REFUSAL_S_MAX, Happening, Life, Stage, health, stage_s_max
 from trivec.server.supervisor import BEAT_EVERY_S, Heart
@@ -26,7 +26,6 @@ from trivec.settings import Settings
 
 SAME_REQUEST_S = 0.1  # a signal sent to the whole process group reaches us twice, this close
 SEND_OUT_S = 0.5  # for the engine's own refusals to be written down and sent
-YOUNG_OBJECTS_MAX = 10_000  # allocations between two looks for cycles, of which a request makes few
 LEAVE_S_MAX = 5.0  # for the ledger and the workers to end, before leaving all the same
 
 
@@ -127,7 +126,7 @@ class Serving:
 
     def _enter(self, stage: Stage) -> None:
         if stage is Stage.SERVING:
-            _spare_what_stays()
+            spare_what_stays()
             self._beat_once()  # whoever kills it now kills a process that had been ready
             assert self._models is not None
             self._announce(self._models, self._new_key)
@@ -205,13 +204,6 @@ class Serving:
                 if self._models is not None and self._hung is None:
                     await self._models.workers.stop(0)
                 await asyncio.to_thread(self._front.close)
-
-
-def _spare_what_stays() -> None:
-    """Tell the collector that what is loaded stays: it need not be walked again and again."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(YOUNG_OBJECTS_MAX, 20, 20)
 
 
 def live(
