@@ -1,10 +1,12 @@
 # ruff: noqa: E402 - what is imported below needs what is asked for above it
 """The torch backend against transformers, against itself alone, and against its plain twins."""
 
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,6 +34,7 @@ from trivec.backends.torch.attention import (
     Spans,
     choose_attention,
     group_lengths,
+    packed_forms,
 )
 from trivec.backends.torch.backend import TorchBackend
 from trivec.backends.torch.encoder import after_attention
@@ -239,7 +242,7 @@ def varlen_on_cpu(
     "form",
     [
         pytest.param(GroupedAttention(), id="grouped"),
-        pytest.param(PackedAttention("varlen", varlen_on_cpu), id="packed-kernel"),
+        pytest.param(PackedAttention("varlen", varlen_on_cpu, num_splits=1), id="packed-kernel"),
     ],
 )
 def test_every_form_of_attention_equals_the_reference(form: Attention) -> None:
@@ -303,15 +306,48 @@ def test_attention_is_chosen_by_trial_and_says_why(
 ) -> None:
     from trivec.backends.torch import attention
 
-    def named(name: str) -> Attention:
-        return GroupedAttention() if name == "grouped" else PackedAttention(name, varlen_on_cpu)
+    def named(name: str) -> tuple[Attention, ...]:
+        packed = PackedAttention(name, varlen_on_cpu)
+        return (GroupedAttention() if name == "grouped" else packed,)
 
-    monkeypatch.setattr(attention, "attention_named", named)
+    monkeypatch.setattr(attention, "forms_named", named)
     choice = choose_attention(None, trial=lambda form: refused.get(form.name), has_packed=True)
     assert choice.attention.name == chosen
     assert choice.reason.startswith(chosen)
     for name, why in refused.items():
         assert f"not {name}: {why}" in choice.reason
+
+
+def varlen_of_flash_attention_2(
+    query: object, key: object, value: object, starts: object, _starts: object, longest: int,
+    _longest: int, num_splits: int | None = None,
+) -> object:  # fmt: skip
+    """Stock torch 2.13: the word is known, and refused by the only kernel that is built in."""
+    if num_splits is not None:
+        raise RuntimeError("num_splits requires FA3. Register FA3 first")
+    return varlen_on_cpu(query, key, value, starts, _starts, longest, _longest, num_splits=1)
+
+
+def test_torch_s_own_kernel_is_kept_where_it_refuses_to_be_told_of_splits(
+    m3: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trivec.backends.torch.trial import try_attention
+
+    encoder = load_encoder(m3.checkpoint, device=torch.device("cpu"), dtype=torch.float32)
+    module = SimpleNamespace(varlen_attn=varlen_of_flash_attention_2)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    choice = choose_attention(
+        None, trial=lambda form: try_attention(form, encoder), has_packed=True
+    )
+    assert choice.attention.name == "varlen (no num_splits)"
+    assert choice.attention.is_capturable
+    assert "not varlen: it raised RuntimeError: num_splits requires FA3" in choice.reason
+
+
+def test_a_kernel_that_may_split_keys_is_never_run_untold() -> None:
+    told = packed_forms("flash-attn-3", varlen_of_flash_attention_2)
+    assert [form.name for form in told] == ["flash-attn-3"]
 
 
 def test_a_device_without_packed_kernels_never_tries_them() -> None:

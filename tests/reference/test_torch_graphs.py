@@ -136,14 +136,18 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
     monkeypatch.setattr(backend_module, "find_devices", lambda: H200)
     monkeypatch.setattr(
         attention_module,
-        "attention_named",
-        lambda name: named(name) if name in ("varlen", "grouped") else None,
+        "forms_named",
+        lambda name: (named(name),) if name in ("varlen", "grouped") else (),
     )
     return made
 
 
 def named(name: str) -> Attention:
-    return GroupedAttention() if name == "grouped" else PackedAttention(name, varlen_on_cpu)
+    return (
+        GroupedAttention()
+        if name == "grouped"
+        else PackedAttention(name, varlen_on_cpu, num_splits=1)
+    )
 
 
 def loaded(tiny: Tiny, tuning: Tuning = TUNING) -> TorchBackend:

@@ -140,13 +140,10 @@ class PackedAttention:
 
     is_capturable = True
 
-    def __init__(self, name: str, kernel: Callable[..., object]) -> None:
+    def __init__(self, name: str, kernel: Callable[..., object], **options: int) -> None:
         self.name = name
         self._kernel = kernel
-        # Splitting the keys of a long sequence over blocks depends on its neighbours; without it
-        # a sequence keeps its bits in any company. Older versions never split and lack the word.
-        named = inspect.signature(kernel).parameters
-        self._options = {"num_splits": 1} if "num_splits" in named else {}
+        self._options = options
 
     def over(self, spans: Spans) -> Attend:
         starts, longest = spans.starts, spans.length_max
@@ -187,22 +184,40 @@ def choose_attention(
     for name in (asked,) if asked is not None else (*PACKED_KERNELS, "grouped"):
         if name in PACKED_KERNELS and not has_packed and asked is None:
             continue
-        form = attention_named(name)
-        wrong = f"{name} is not installed" if form is None else trial(form)
-        if form is not None and wrong is None:
-            return AttentionChoice(form, "; ".join([name, *reasons]))
-        reasons.append(f"not {name}: {wrong}")
+        forms = forms_named(name)
+        if not forms:
+            reasons.append(f"not {name}: {name} is not installed")
+        for form in forms:
+            wrong = trial(form)
+            if wrong is None:
+                return AttentionChoice(form, "; ".join([form.name, *reasons]))
+            reasons.append(f"not {form.name}: {wrong}")
     return AttentionChoice(ReferenceAttention(), "; ".join(["reference", *reasons]))
 
 
-def attention_named(name: str) -> Attention | None:
-    """The form called *name*; None where its package is not installed."""
+def forms_named(name: str) -> tuple[Attention, ...]:
+    """What is called *name*, in the order to try; nothing where its package is not installed."""
     if name == "reference":
-        return ReferenceAttention()
+        return (ReferenceAttention(),)
     if name == "grouped":
-        return GroupedAttention()
+        return (GroupedAttention(),)
     module, function = PACKED_KERNELS[name]
     try:
-        return PackedAttention(name, getattr(importlib.import_module(module), function))
+        return packed_forms(name, getattr(importlib.import_module(module), function))
     except (ImportError, AttributeError):
-        return None
+        return ()
+
+
+def packed_forms(name: str, kernel: Callable[..., object]) -> tuple[Attention, ...]:
+    """*kernel* told not to split keys where it knows the word; torch's own also untold.
+
+    Splitting the keys of a sequence depends on its neighbours, and a sequence must keep its bits in
+    any company. Versions without the word never split. Torch's `varlen_attn` knows it since 2.12
+    and refuses it wherever it runs FlashAttention 2, which splits the keys of a lone query only.
+    """
+    if "num_splits" not in inspect.signature(kernel).parameters:
+        return (PackedAttention(name, kernel),)
+    told = PackedAttention(name, kernel, num_splits=1)
+    if name != "varlen":
+        return (told,)
+    return (told, PackedAttention(f"{name} (no num_splits)", kernel))
