@@ -18,11 +18,21 @@ from tests.relay.rig import BOUNDS, Relayed, hello_of, page, relayed
 from trivec.backends.fake import FakeBackend
 from trivec.core.errors import Draining, Overloaded
 from trivec.core.types import Output
-from trivec.relay import api_end
+from trivec.relay import api_end, engine_end
 from trivec.relay.api_end import EngineLink, first_hello
 from trivec.relay.engine_end import EngineEnd
-from trivec.relay.frames import FRAME_BYTES_MAX, End, Kind, header
+from trivec.relay.frames import (
+    FRAME_BYTES_MAX,
+    End,
+    FrameReader,
+    Kind,
+    Message,
+    frames_of,
+    header,
+)
+from trivec.relay.messages import Ask, write_ask
 from trivec.relay.remote import FULL_S_MAX, RemoteEmbedder
+from trivec.relay.wire import UNSENT_BYTES_MAX, Wire
 from trivec.settings import LineBound
 
 
@@ -253,3 +263,96 @@ async def test_an_engine_that_cannot_be_called_ends_the_api_process(pair: Pair) 
     pair.far.path.unlink()
     async with pair.called_by("api-2") as other, asyncio.timeout(10):
         assert "cannot be called" in await other.lost()
+
+
+async def test_senders_that_waited_go_on_one_frame_at_a_time_and_in_turn() -> None:
+    near, far = socket.socketpair()
+    far.setblocking(False)
+    wire = Wire({}, take=lambda wire, message: None, lost=lambda wire, reason: None)
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.create_unix_connection(lambda: wire, sock=near)
+    body = memoryview(bytes(3 * FRAME_BYTES_MAX))
+    sends = [asyncio.create_task(wire.send(Kind.REPLY, number, [body])) for number in range(40)]
+    reader, came, unsent = FrameReader({Kind.REPLY: len(body)}), list[Message](), 0
+    while len(came) < len(sends):
+        came += reader.feed(await loop.sock_recv(far, 65_536))
+        unsent = max(unsent, transport.get_write_buffer_size())
+    assert unsent <= UNSENT_BYTES_MAX + FRAME_BYTES_MAX + 16
+    assert [message.number for message in came] == list(range(len(sends)))
+    wire.close()
+    far.close()
+
+
+async def stranger(path: Path) -> socket.socket:
+    """A connection to the engine process, as bytes; it has said hello."""
+    caller = socket.socket(socket.AF_UNIX)
+    caller.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(caller, str(path))
+    await asyncio.get_running_loop().sock_sendall(caller, header(Kind.HELLO, 0, 0, End.WHOLE))
+    return caller
+
+
+async def read_until(caller: socket.socket, kind: Kind | None) -> list[Message]:
+    """Messages up to the first of *kind*, or up to the end."""
+    reader, found = FrameReader(BOUNDS.downwards()), list[Message]()
+    async with asyncio.timeout(10):
+        while kind not in [message.kind for message in found]:
+            piece = await asyncio.get_running_loop().sock_recv(caller, 65_536)
+            if not piece:
+                break
+            found += reader.feed(piece)
+    return found
+
+
+async def test_a_request_taken_back_leaves_its_place_to_the_next_one_behind_it(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_end, "ASKS_MAX", 1)
+    holder = await pair.rig.occupy()
+    caller = await stranger(pair.far.path)
+    body = write_ask(Ask(0, sequences(5), Output.DENSE, None))
+    first, second = (b"".join(frames_of(Kind.ASK, number, body)) for number in (1, 2))
+    taken_back = header(Kind.CANCEL, 1, 0, End.WHOLE)
+    await asyncio.get_running_loop().sock_sendall(caller, first + taken_back + second)
+    await until(lambda: pair.waiting_tokens == 5)
+    pair.rig.backend.gate.set()
+    found = await read_until(caller, Kind.REPLY)
+    assert [(one.kind, one.number) for one in found[1:]] == [(Kind.REPLY, 2)]
+    await holder
+    caller.close()
+
+
+async def test_metrics_of_others_go_with_the_engine_and_do_not_stand_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_end, "PAGES_EVERY_S", 0.001)
+    tokenizer_file(tmp_path)
+    async with Rig() as rig, relayed(rig.engine, tmp_path) as far:
+        await until(lambda: set(far.link.others) == {"engine"})
+        await far.end.stop(5)
+        await until(lambda: far.link.troubles != ())
+        assert far.link.others == {}
+
+
+async def test_pages_that_a_process_does_not_read_do_not_pile_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_end, "PAGES_EVERY_S", 0.001)
+    page_count = 0
+
+    def large_page() -> bytes:
+        nonlocal page_count
+        page_count += 1
+        return bytes(UNSENT_BYTES_MAX // 2)
+
+    tokenizer_file(tmp_path)
+    async with Rig() as rig, relayed(rig.engine, tmp_path) as far:
+        hello = hello_of(rig.engine, tmp_path / "tokenizer.json")
+        await far.end.stop(5)
+        after = EngineEnd(hello, [rig.engine], bounds=BOUNDS, api_process_count=2, page=large_page)
+        after.start(far.listener)
+        caller = await stranger(far.path)
+        await until(lambda: page_count == 30)
+        _, found = await asyncio.gather(after.stop(5), read_until(caller, None))
+        assert 1 <= [one.kind for one in found].count(Kind.PAGES) < 10
+        caller.close()

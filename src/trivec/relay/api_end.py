@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from trivec.core.errors import Draining, Overloaded
@@ -141,6 +142,7 @@ class EngineLink:
         if self._wire is not None:
             self._wire = None
             _log.warning("the engine process is gone: %s", reason)
+        self.others = {}  # they stand still from now on, and a counter must not go backwards
         self._dismiss(self._refusal)
         self._is_lost.set()
 
@@ -190,7 +192,7 @@ class EngineLink:
 
     async def _page_for_ever(self) -> None:
         while True:
-            if self._wire is not None:
+            if self._wire is not None and self._wire.has_room:
                 self._wire.tell(Kind.PAGE, body=self._page())
             await asyncio.sleep(PAGES_EVERY_S)
 
@@ -210,23 +212,24 @@ async def call(path: Path, name: str, wire: Wire) -> None:
 
 async def first_hello(path: Path, *, bounds: WireBounds) -> Hello:
     """What the engine process behind *path* serves; waits until it has loaded it."""
-
-    def take(wire: Wire, message: Message) -> None:
-        if message.kind is Kind.HELLO and not heard.done():
-            heard.set_result(read_hello(message.body))
-
-    def lose(wire: Wire, reason: str) -> None:
-        if not heard.done():
-            heard.set_result(None)
-
     while True:
         heard: asyncio.Future[Hello | None] = asyncio.get_running_loop().create_future()
-        wire = Wire(bounds.downwards(), take=take, lost=lose)
+        wire = Wire(bounds.downwards(), take=partial(_hear, heard), lost=partial(_miss, heard))
         await call(path, "", wire)  # nameless: nobody needs to hear that this one goes again
         hello = await heard
         wire.close()
         if hello is not None:  # else it ended while it was loading; the next one will tell
             return hello
+
+
+def _hear(heard: "asyncio.Future[Hello | None]", _: Wire, message: Message) -> None:
+    if message.kind is Kind.HELLO and not heard.done():
+        heard.set_result(read_hello(message.body))
+
+
+def _miss(heard: "asyncio.Future[Hello | None]", _: Wire, reason: str) -> None:
+    if not heard.done():
+        heard.set_result(None)
 
 
 def _essence(hello: Hello) -> object:

@@ -7,8 +7,9 @@ cancelled, and leaves. All of it runs on the event loop.
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from functools import partial
 
 from trivec.core.errors import EngineFault, ServiceError
 from trivec.core.ports import Embedder
@@ -96,8 +97,8 @@ class EngineEnd:
 
     def _lost(self, wire: Wire, reason: str) -> None:
         visitor = self._visitors.pop(wire)
-        for task in list(visitor.tasks.values()):
-            task.cancel()
+        for number in list(visitor.tasks):
+            visitor.take_back(number)
         if not self._visitors:
             self._is_empty.set()
         if visitor.name:
@@ -113,11 +114,9 @@ class EngineEnd:
                 ask = read_ask(message.body, self._cards)
                 if message.number in visitor.tasks or len(visitor.tasks) >= ASKS_MAX:
                     raise WireBroken(f"request {message.number} is open, or one too many")
-                self._begin(wire, visitor, message.number, ask)
+                visitor.begin(message.number, self._answer(wire, message.number, ask))
             case Kind.CANCEL:
-                task_or_none = visitor.tasks.get(message.number)
-                if task_or_none is not None:
-                    task_or_none.cancel()
+                visitor.take_back(message.number)
             case Kind.SERVING:
                 visitor.is_serving = True
                 self._tell_when_all_serve()
@@ -125,11 +124,6 @@ class EngineEnd:
                 visitor.page = bytes(message.body)
             case kind:
                 raise WireBroken(f"{kind.name} comes from an engine process only")
-
-    def _begin(self, wire: Wire, visitor: "_Visitor", number: int, ask: Ask) -> None:
-        task = asyncio.create_task(self._answer(wire, number, ask))
-        visitor.tasks[number] = task
-        task.add_done_callback(lambda _: visitor.tasks.pop(number))
 
     async def _answer(self, wire: Wire, number: int, ask: Ask) -> None:
         embedder = self._embedders[ask.model]
@@ -155,6 +149,8 @@ class EngineEnd:
             pages = {one.name: one.page for one in self._visitors.values() if one.page}
             pages[ENGINE] = self._page()
             for wire, visitor in self._visitors.items():
+                if not wire.has_room:  # pages that nobody reads would pile up
+                    continue
                 others = {name: page for name, page in pages.items() if name != visitor.name}
                 wire.tell(Kind.PAGES, body=write_pages(others))
 
@@ -166,4 +162,23 @@ class _Visitor:
         self.name = ""
         self.is_serving = False
         self.page = b""
-        self.tasks: dict[int, asyncio.Task[None]] = {}  # by the request's number
+        self.tasks: dict[int, asyncio.Task[None]] = {}  # open requests, by their numbers
+        self._leaving: set[asyncio.Task[None]] = set()  # taken back, and not yet out of the line
+
+    def begin(self, number: int, answer: Coroutine[None, None, None]) -> None:
+        """Open request *number*."""
+        task = asyncio.create_task(answer, name=f"{self.name} {number}")
+        self.tasks[number] = task
+        task.add_done_callback(partial(self._end, number))
+
+    def take_back(self, number: int) -> None:
+        """Free its place at once: the next request may stand behind this in what was just read."""
+        task = self.tasks.pop(number, None)
+        if task is not None:
+            self._leaving.add(task)
+            task.cancel()
+
+    def _end(self, number: int, task: asyncio.Task[None]) -> None:
+        if self.tasks.get(number) is task:
+            del self.tasks[number]
+        self._leaving.discard(task)

@@ -26,7 +26,7 @@ from trivec.core.errors import (
 from trivec.core.types import ModelCard, Output, Reply, Sequences, SparseVector, Vectors
 from trivec.relay.frames import WireBroken
 
-_ASK = struct.Struct("<HHIIId")  # model, outputs, sequences, tokens, 0, deadline in seconds
+_ASK = struct.Struct("<HHII4xd")  # model, outputs, sequences, tokens, deadline in seconds
 _REPLY = struct.Struct("<IIIIdd")  # sequences, dense width, multi width, kinds, queue, compute
 
 BUSY: Mapping[str, type[BusyError]] = {
@@ -87,7 +87,7 @@ def write_ask(ask: Ask) -> list[memoryview]:
     sequences = ask.sequences
     deadline_s = math.inf if ask.deadline_s is None else ask.deadline_s
     counts = (len(sequences), sequences.token_count)
-    head = _ASK.pack(ask.model, ask.outputs, *counts, 0, deadline_s)
+    head = _ASK.pack(ask.model, ask.outputs, *counts, deadline_s)
     return [memoryview(head), _raw(sequences.starts), _raw(sequences.token_ids)]
 
 
@@ -95,7 +95,7 @@ def read_ask(body: bytes | bytearray, cards: Sequence[ModelCard]) -> Ask:
     """The request, fit to run: a bad index may cost a device, so it is stopped here."""
     if len(body) < _ASK.size:
         raise WireBroken("a request is cut short")
-    model, flags, sequence_count, token_count, _, deadline_s = _ASK.unpack_from(body)
+    model, flags, sequence_count, token_count, deadline_s = _ASK.unpack_from(body)
     if model >= len(cards):
         raise WireBroken(f"a request for model {model} of {len(cards)}")
     card, outputs = cards[model], Output(flags)

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from trivec.relay.frames import FrameReader, Kind, Message, WireBroken, frames_of, void
 
-UNSENT_BYTES_MAX = 1024 * 1024  # beyond it, whoever has more to send waits
-ASKS_MAX = 4096  # open requests of one API process
+# Beyond it, whoever has more to send waits; each frame may pass it once, by its own length.
+UNSENT_BYTES_MAX = 1024 * 1024
+# Open requests of one API process. Far more than its connections send at a time, and half of the
+# messages that a reader keeps in parts: those taken back have room there, too.
+ASKS_MAX = 4096
 PAGES_EVERY_S = 2.0  # between two looks at each other's metrics
 
 
@@ -17,7 +20,9 @@ class WireBounds:
 
     ask_bytes_max: int
     reply_bytes_max: int
-    words_bytes_max: int = 16 * 1024 * 1024  # of a hello, a refusal, or pages of metrics
+    # Of a hello, a refusal, or pages of metrics: a page of 500 series has some 60 KB, and 256
+    # processes are more than one port carries.
+    words_bytes_max: int = 16 * 1024 * 1024
 
     def upwards(self) -> Mapping[Kind, int]:
         """What the engine process reads."""
@@ -61,11 +66,17 @@ class Wire(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._has_room = asyncio.Event()
         self._has_room.set()
+        self._turn = asyncio.Lock()  # first come, first served: each writes one frame, then waits
         self._reason = "the other process ended the connection"
 
     @property
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether what was written is being read."""
+        return self._has_room.is_set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -98,8 +109,9 @@ class Wire(asyncio.Protocol):
         """
         try:
             for frame in frames_of(kind, number, pieces):
-                await self._has_room.wait()
-                self._write(frame)
+                async with self._turn:
+                    await self._has_room.wait()
+                    self._write(frame)
         except asyncio.CancelledError:
             self._write(void(kind, number))
             raise
