@@ -111,6 +111,7 @@ class MeteredBooking(Booking):
                 raise
         finally:
             self._hear(promise)
+            del promise  # with it, what it raises would hold itself, and all that its callers hold
 
     async def _reserve(self, cost: Cost, claim: ClaimRequest | None = None) -> None:
         promise = self._desk.submit(
@@ -123,6 +124,7 @@ class MeteredBooking(Booking):
                 self._reserved = self._reserved + cost
                 self._owed = NOTHING
                 self._claim = None if self.replayed else claim or self._claim
+            del promise  # with it, what it raises would hold itself, and all that its callers hold
 
     def _hear(self, promise: Promise) -> bool:
         """Whether it was granted."""

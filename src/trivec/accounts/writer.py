@@ -157,14 +157,14 @@ class Writer:
         except StoreUnavailable as fault:
             self._note(StoreHealth(writable=False, reason=str(fault.__cause__ or fault)))
             self._upkeep_due_s = now_s + RETRY_S
-            answers = [fault] * len(jobs)
+            answers = [unavailable() for _ in jobs]  # each its own: whoever raises it holds much
         except Exception as fault:  # the outermost loop: a fault of ours must not end the thread
             log.exception("a group of %d entries could not be committed", len(jobs))
             if len(jobs) > 1:
                 for job in jobs:  # one bad entry must not take its neighbours with it
                     self._commit([job])
                 return
-            answers = [fault]
+            answers = [fault.with_traceback(None)]  # it was logged, and leads back to who waits
         _tell(jobs, answers)
 
     def _commit_group(self, entries: Sequence[Entry]) -> Sequence[Outcome]:

@@ -18,9 +18,10 @@ WATCH_AFTER_S = 0.05  # who leaves earlier is noticed then; what was answered by
 
 
 class Patience:
-    """`with Patience(...):` around all of a request that may wait, in the request's own task.
+    """`with Patience(...):` around a request's handler, in the request's own task.
 
-    It cancels the block when a bound is passed or the client has left, and raises `BodyTooSlow`,
+    Finding out whose key it is, and writing its row, come before and after and have bounds of their
+    own (decision 0062, `accounts`). It cancels the block when a bound is passed or the client has left, and raises `BodyTooSlow`,
     `DeadlineExceeded` or `ClientGone` in the cancellation's place, which ends here as that of
     `asyncio.timeout` does.
     """
@@ -70,11 +71,17 @@ class Patience:
         self._timer.cancel()
         if self._watcher is not None:
             self._watcher.cancel()
-        if self._reason is None:
+        reason = self._reason
+        # What holds itself would keep the request's body until the collector comes, which is seldom.
+        self._visit.patience = self._watcher = self._reason = None
+        if reason is None:
             return
         is_ours = self._task.uncancel() <= self._cancelling
         if is_ours and kind is asyncio.CancelledError:
-            raise self._reason from None
+            try:
+                raise reason from None
+            finally:
+                del reason
 
     def watch(self) -> None:
         """From here on notice when the client leaves. Call it once the request's body is read."""

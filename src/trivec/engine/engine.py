@@ -25,13 +25,14 @@ class Engine:
         self,
         card: ModelCard,
         *,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         backend: Backend,
         workers: Workers,
         bound: LineBound,
         clock: Clock,
         observer: Observer,
     ) -> None:
+        """*tokenizer* None: whoever asks brings ids, as API processes do (decision 0073)."""
         assert workers.slot_count <= backend.slot_count, "slots that the backend does not have"
         self._card = card
         self._tokenizer = tokenizer
@@ -52,12 +53,14 @@ class Engine:
         return self._card
 
     async def tokenize(self, inputs: Texts | TokenLists, *, long_text: LongText) -> Sequences:
+        assert self._tokenizer is not None, "asked with text, and made for ids"
         return await self._tokenizer.tokenize(inputs, long_text=long_text)
 
     def check_room(self, token_count: int) -> None:
         self._desk.check_room(self._lane, token_count)
 
     def spell(self, token_ids: Int32Array) -> list[str]:
+        assert self._tokenizer is not None, "asked with text, and made for ids"
         return self._tokenizer.spell(token_ids)
 
     async def embed(
@@ -90,3 +93,4 @@ class Engine:
         finally:
             timer.cancel()
             self._lane.open.discard(waiter)
+            del waiter  # with it, what it raises would hold itself, and all that its callers hold

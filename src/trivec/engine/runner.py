@@ -168,7 +168,7 @@ class Runner:
 
 def _fault(model: str, exc: Exception) -> EngineFault:
     fault = EngineFault(f"{model}: the device failed on one sequence alone: {exc!r}")
-    fault.__cause__ = exc
+    fault.__cause__ = exc.with_traceback(None)  # its frames hold the outcome that the fault is in
     return fault
 
 
