@@ -25,6 +25,8 @@ from trivec.server.supervisor import (
     verdict,
 )
 
+STOPS = (signal.SIGTERM, signal.SIGINT)
+
 
 @dataclass(frozen=True, slots=True)
 class Post:
@@ -49,7 +51,7 @@ class _Member:
         self.due_s: float | None = 0.0  # when to start one; None: not
 
     def bear(self, others: Sequence["_Member"], *, not_ours: Sequence[int]) -> None:
-        """Fork the process. *others* and *not_ours* are what it lets go of."""
+        """Fork the process, with `STOPS` held. *others* and *not_ours* are what it lets go of."""
         self.beat_read, beat_write = os.pipe()
         leash_read, self.leash_write = os.pipe()
         os.set_blocking(beat_write, False)
@@ -58,8 +60,9 @@ class _Member:
         if self.pid == 0:
             os.setsid()  # Ctrl-C is the parent's alone
             signal.set_wakeup_fd(-1)
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in STOPS:
                 signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
             for fd in (*not_ours, self.beat_read, self.leash_write):
                 os.close(fd)
             for other in others:
@@ -88,6 +91,16 @@ class _Member:
         os.close(self.leash_write)
         code = os.waitstatus_to_exitcode(status)
         return code if code >= 0 else 128 - code
+
+
+@contextlib.contextmanager
+def _stops_held() -> Iterator[None]:
+    """Let signals to stop wait until the block's end."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 class Crew:
@@ -127,11 +140,12 @@ class Crew:
 
     def _start(self, member: _Member) -> None:
         others = [one for one in self._members if one is not member]
-        member.bear(others, not_ours=(self._wake_read, self._wake_write))
+        with _stops_held():  # one that comes meanwhile is heard when the process has its number
+            if self._asked:
+                return
+            member.bear(others, not_ours=(self._wake_read, self._wake_write))
         member.deadline_s = time.monotonic() + self._heartbeat_s_max
         member.is_doubted = False
-        if self._asked:  # while it was being born
-            member.signal(signal.SIGTERM)
 
     def _next_look_s(self) -> float:
         looks = [one.deadline_s for one in self._members if one.pid]
@@ -190,7 +204,7 @@ class Crew:
     def _signals(self) -> Iterator[None]:
         os.set_blocking(self._wake_write, False)
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOPS:
             signal.signal(number, self._ask)
         try:
             yield
