@@ -1,5 +1,7 @@
 """Probes and the metrics page say what others found out, and compute nothing."""
 
+import threading
+
 import pytest
 from tests.api.house import MODEL, House
 
@@ -40,6 +42,20 @@ async def test_the_metrics_page_is_prometheus_text_for_an_admin(house: House) ->
         response = await client.get("http://house/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert response.text == "trivec_up 1\n"
+
+
+async def test_the_metrics_page_is_printed_off_the_event_loop(house: House) -> None:
+    printed_by = list[int]()
+
+    def page() -> bytes:
+        printed_by.append(threading.get_ident())
+        return b""
+
+    house.serve(metrics=page)
+    async with house.client() as client:
+        await client.get("http://house/metrics")
+    assert len(printed_by) == 1
+    assert printed_by[0] != threading.get_ident()
 
 
 async def test_open_metrics_need_no_key(house: House) -> None:

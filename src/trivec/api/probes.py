@@ -1,5 +1,6 @@
 """`/livez`, `/readyz`, `/health` and `/metrics`: results that others made; nothing is computed."""
 
+import asyncio
 from collections.abc import Callable
 
 from trivec.api.answers import Answer, json_answer
@@ -27,13 +28,14 @@ class Probes:
 
 
 class Scrape:
-    """The Prometheus page, as telemetry prints it."""
+    """The Prometheus page, as telemetry prints it; off the event loop, for it is long to print."""
 
     def __init__(self, page: Callable[[], bytes]) -> None:
         self._page = page
 
     async def __call__(self, visit: Visit) -> Answer:
-        return Answer(200, (self._page(),), media_type=PROMETHEUS)
+        page = await asyncio.to_thread(self._page)
+        return Answer(200, (page,), media_type=PROMETHEUS)
 
 
 def _probe(health: Health, *, passes: bool) -> Answer:
