@@ -17,9 +17,8 @@ from pathlib import Path
 from benchmarks.soak.faulty import Fault
 from benchmarks.soak.service import device, faulty_model, opened
 
-from trivec.accounts import NewKey
-from trivec.assemble import Choice, Front, Models, Running, set_up
-from trivec.cli.greeting import greeting
+from trivec.assemble import Choice, Front, Models, Running, make_tokenizers, set_up
+from trivec.cli.greeting import Greeting
 from trivec.engine import heartbeat
 from trivec.server.listening import listen
 from trivec.server.serving import live
@@ -58,16 +57,19 @@ def serve(
         checkpoint = opened(given.data_dir)
         inner = device(checkpoint, given.backend, given.data_dir, tokens_per_s=given.tokens_per_s)
         model = faulty_model(checkpoint, inner, WORDS)
-        return set_up([model], Choice(given.backend, "cpu", "a soak"), front=front, cores=2)
+        choice = Choice(given.backend, "cpu", "a soak")
+        tokenizers = make_tokenizers([model], front=front, cores=2)
+        return set_up([model], choice, front=front, tokenizers=tokenizers)
 
-    announce = greeting(settings, port=listener.getsockname()[1], say=say)
+    class Counting(Greeting):
+        def ready(self, models: Running) -> None:
+            count_when_asked(asyncio.get_running_loop())
+            super().ready(models)
 
-    def announced(models: Running, key: NewKey | None) -> None:
-        count_when_asked(asyncio.get_running_loop())
-        announce(models, key)
+    herald = Counting(settings, port=listener.getsockname()[1], say=say)
 
     try:
-        return live(settings, listener, load=load, heart=heart, announce=announced)
+        return live(settings, listener, load=load, heart=heart, herald=herald)
     finally:
         finish_log()
 

@@ -190,40 +190,63 @@ def check_models(settings: Settings) -> None:
             find_folder(reference)
 
 
-def load_models(settings: Settings, front: Surroundings, *, cores: int) -> Models:
-    """Load every model of *settings*; blocks for seconds. Raises `StartError`."""
+def load_models(
+    settings: Settings, front: Surroundings, *, cores: int, hears_text: bool = True
+) -> Models:
+    """Load every model of *settings*; blocks for seconds. Raises `StartError`.
+
+    *hears_text*: texts come to this process; to one that only gets token ids, tokenisers are waste.
+    """
     choice = choose(settings)
     loaded = [
         load_model(reference, settings=settings, choice=choice, cores=cores)
         for reference in settings.models or (DEFAULT_MODEL,)
     ]
-    return set_up(loaded, choice, front=front, cores=cores)
+    tokenizers = make_tokenizers(loaded, front=front, cores=cores) if hears_text else ()
+    return set_up(loaded, choice, front=front, tokenizers=tokenizers)
+
+
+def make_tokenizers(
+    loaded: Sequence[LoadedModel], *, front: Surroundings, cores: int
+) -> list[Tokenizer]:
+    """A tokeniser for each of *loaded*, over threads that they share."""
+    pool = ThreadPoolExecutor(cores, thread_name_prefix="trivec-tokenizer")
+    return [
+        Tokenizer(
+            model.checkpoint.tokenizer_file,
+            token_count_max=model.checkpoint.token_count_max,
+            vocabulary_size=model.checkpoint.config.vocabulary_size,
+            pool=pool,
+            request_tokens_max=front.settings.http.request_tokens_max,
+        )
+        for model in loaded
+    ]
 
 
 def set_up(
-    loaded: Sequence[LoadedModel], choice: Choice, *, front: Surroundings, cores: int
+    loaded: Sequence[LoadedModel],
+    choice: Choice,
+    *,
+    front: Surroundings,
+    tokenizers: Sequence[Tokenizer] = (),
 ) -> Models:
-    """Give *loaded* models an engine each, and the workers that they share."""
-    pool = ThreadPoolExecutor(cores, thread_name_prefix="trivec-tokenizer")
+    """Give *loaded* models an engine each, and the workers that they share.
+
+    *tokenizers*: one each, or none where every request brings token ids.
+    """
     slot_count = min(model.backend.slot_count for model in loaded)
     workers = Workers(slot_count, clock=front.clock, observer=front.observer)
     engines = [
         Engine(
             model.card,
-            tokenizer=Tokenizer(
-                model.checkpoint.tokenizer_file,
-                token_count_max=model.checkpoint.token_count_max,
-                vocabulary_size=model.checkpoint.config.vocabulary_size,
-                pool=pool,
-                request_tokens_max=front.settings.http.request_tokens_max,
-            ),
+            tokenizer=tokenizer,
             backend=model.backend,
             workers=workers,
             bound=front.settings.line,
             clock=front.clock,
             observer=front.observer,
         )
-        for model in loaded
+        for model, tokenizer in zip(loaded, tokenizers or (None,) * len(loaded), strict=True)
     ]
     return Models(choice, tuple(loaded), by_name(engines), workers, slot_count)
 

@@ -79,7 +79,7 @@ class Rig:
     def add(self, model: str, backend: FakeBackend) -> Engine:
         return Engine(
             card(model),
-            tokenizer=None,  # type: ignore[arg-type]  # these tests begin with ids
+            tokenizer=None,  # these tests begin with ids
             backend=backend,
             workers=self.workers,
             bound=self.bound,

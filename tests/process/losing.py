@@ -4,7 +4,15 @@ import os
 import sys
 
 from trivec import assemble
-from trivec.assemble import Choice, LoadedModel, Models, Surroundings, model_card, set_up
+from trivec.assemble import (
+    Choice,
+    LoadedModel,
+    Models,
+    Surroundings,
+    make_tokenizers,
+    model_card,
+    set_up,
+)
 from trivec.backends.fake import FakeBackend
 from trivec.checkpoints.opening import open_checkpoint
 from trivec.cli.serve import run
@@ -24,11 +32,12 @@ class LosingBackend(FakeBackend):
         return super().run(batch, slot=slot)
 
 
-def load(settings: Settings, front: Surroundings, *, cores: int) -> Models:
+def load(settings: Settings, front: Surroundings, *, cores: int, hears_text: bool = True) -> Models:
     checkpoint = open_checkpoint("all-minilm-l6-v2", cache_dir=settings.data_dir / "models")
     backend = LosingBackend(dimensions=checkpoint.config.hidden_size)
     loaded = LoadedModel(checkpoint, backend, model_card(checkpoint, "fake"), None)
-    return set_up([loaded], Choice("fake", "cpu", "a test"), front=front, cores=1)
+    tokenizers = make_tokenizers([loaded], front=front, cores=1) if hears_text else ()
+    return set_up([loaded], Choice("fake", "cpu", "a test"), front=front, tokenizers=tokenizers)
 
 
 def main(data_dir: str, api_processes: str) -> None:

@@ -190,3 +190,19 @@ def test_a_port_that_somebody_else_would_share_is_refused() -> None:
 def test_several_processes_without_a_supervisor_are_refused() -> None:
     environ = {**THREE, "TRIVEC_LIFE__SUPERVISED": "false"}
     assert "life.supervised" in refused(environ=environ)
+
+
+def test_a_first_key_is_said_before_all_processes_are_ready(tmp_path: Path) -> None:
+    with running(tmp_path, *FAKE, environ=THREE) as server:
+        key = server.key
+        server.wait_until_it_says("is ready")
+        said = [line for line in server.said if line.endswith((key, "is ready."))]
+        assert [line.split()[0] for line in said] == ["key", "Trivec"]
+
+
+def test_a_folder_too_deep_for_a_socket_is_refused(tmp_path: Path) -> None:
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    said = refused("--port", "0", environ={**THREE, "TMPDIR": str(deep)})
+    assert f"cannot make a socket at {deep}" in said
+    assert "Set TMPDIR" in said

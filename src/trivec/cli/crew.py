@@ -2,12 +2,14 @@
 
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from trivec.cli.outermost import whole_life
+from trivec.core.errors import SettingInvalid
 from trivec.server.crew import Crew, Post
 from trivec.server.listening import listen_shared, listen_unix
 from trivec.server.supervisor import Heart
@@ -16,8 +18,8 @@ from trivec.settings import Settings
 
 def run_crew(settings: Settings, *, say: Callable[[str], None]) -> int:
     """Listen, then serve: one engine process, and `api_processes` before it."""
-    with tempfile.TemporaryDirectory(prefix="trivec-") as folder:  # nobody else may look inside
-        roles = Roles(settings, Path(folder) / "engine", say)
+    with _own_folder() as folder:
+        roles = Roles(settings, folder / "engine", say)
         calls = listen_unix(roles.path)
         listeners = listen_shared(settings.host, settings.port, count=settings.api_processes)
         crew = Crew(
@@ -30,6 +32,20 @@ def run_crew(settings: Settings, *, say: Callable[[str], None]) -> int:
             say=say,
         )
         return crew.run()
+
+
+@contextmanager
+def _own_folder() -> Iterator[Path]:
+    """A folder that nobody else may look into. Raises `SettingInvalid`."""
+    try:
+        made = tempfile.TemporaryDirectory(prefix="trivec-")
+    except OSError as fault:
+        raise SettingInvalid(
+            f"cannot make a folder for temporary files: {fault}. "
+            "Set TMPDIR to a folder that can be written."
+        ) from fault
+    with made as folder:
+        yield Path(folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +65,7 @@ class Roles:
             from trivec.server.machine import usable_cores
 
             check_models(self.settings)
-            load = partial(load_models, self.settings, cores=usable_cores())
+            load = partial(load_models, self.settings, cores=usable_cores(), hears_text=False)
             return live_as_engine(self.settings, calls, load=load, heart=heart)
 
         return whole_life(self.settings, life, say=self.say, process="engine")
@@ -58,19 +74,19 @@ class Roles:
         """Be an API process."""
 
         def life() -> int:
-            from trivec.accounts import NewKey
             from trivec.assemble import Running
             from trivec.assemble_several import DistantModels, call_engine
-            from trivec.cli.greeting import greeting
+            from trivec.cli.greeting import Greeting
             from trivec.server.machine import usable_cores
             from trivec.server.serving import live
 
-            greet = greeting(self.settings, port=listener.getsockname()[1], say=self.say)
+            class GreetingForAll(Greeting):
+                """Of a key at once, since a process may die before all of them are ready."""
 
-            def announce(models: Running, new_key: NewKey | None) -> None:
-                assert isinstance(models, DistantModels)
-                greets = partial(greet, models, new_key)
-                models.link.serving(greets if models.makes_first_key else lambda: None)
+                def ready(self, models: Running) -> None:
+                    assert isinstance(models, DistantModels)
+                    greets = partial(super().ready, models)
+                    models.link.serving(greets if models.makes_first_key else lambda: None)
 
             cores = max(1, usable_cores() // self.settings.api_processes)
             return live(
@@ -78,7 +94,7 @@ class Roles:
                 listener,
                 load=partial(call_engine, path=self.path, number=number, cores=cores),
                 heart=heart,
-                announce=announce,
+                herald=GreetingForAll(self.settings, port=listener.getsockname()[1], say=self.say),
             )
 
         return whole_life(self.settings, life, say=self.say, process=f"api-{number}")

@@ -10,17 +10,24 @@ from trivec.assemble import Running, Served
 from trivec.settings import Settings
 
 
-def greeting(
-    settings: Settings, *, port: int, say: Callable[[str], None]
-) -> Callable[[Running, NewKey | None], None]:
-    """A function that announces the models, and the first key where one was just made."""
-    url = base_url(settings, port)
+class Greeting:
+    """What a server tells its operator: the first key where one is made, then that it is ready."""
 
-    def announce(models: Running, new_key: NewKey | None) -> None:
-        for line in lines(settings, models, new_key, url=url):
-            say(line)
+    def __init__(self, settings: Settings, *, port: int, say: Callable[[str], None]) -> None:
+        self._settings = settings
+        self._url = base_url(settings, port)
+        self._say = say
+        self._new_key: NewKey | None = None
 
-    return announce
+    def key(self, new_key: NewKey) -> None:
+        """At once: whatever happens next, it is never shown again."""
+        self._new_key = new_key
+        self._say(_fact("key", new_key.plain))
+        self._say(_fact("", "shown only now; more with: trivec keys create --name NAME"))
+
+    def ready(self, models: Running) -> None:
+        for line in lines(self._settings, models, self._new_key, url=self._url):
+            self._say(line)
 
 
 def base_url(settings: Settings, port: int) -> str:
@@ -40,19 +47,18 @@ def lines(settings: Settings, models: Running, new_key: NewKey | None, *, url: s
         ("", choice.reason),
         ("listening", url),
     ]
-    if new_key is not None:
-        facts += [
-            ("key", new_key.plain),
-            ("", "shown only now; more with: trivec keys create --name NAME"),
-        ]
     return [
         f"Trivec {__version__} is ready.",
-        *(f"  {name:<10} {value}" for name, value in facts),
+        *(_fact(name, value) for name, value in facts),
         "",
         "Try it:",
         "  " + curl_line(settings, models, new_key, url=url),
         "",
     ]
+
+
+def _fact(name: str, value: str) -> str:
+    return f"  {name:<10} {value}"
 
 
 def _about(model: Served) -> list[tuple[str, str]]:

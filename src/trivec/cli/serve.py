@@ -83,14 +83,14 @@ def _live(settings: Settings, listener: socket.socket, heart: Heart | None) -> i
 
     def life() -> int:
         from trivec.assemble import check_models, load_models
-        from trivec.cli.greeting import greeting
+        from trivec.cli.greeting import Greeting
         from trivec.server.machine import usable_cores
         from trivec.server.serving import live
 
         check_models(settings)
         load = partial(load_models, settings, cores=usable_cores())
-        announce = greeting(settings, port=listener.getsockname()[1], say=_say)
-        return live(settings, listener, load=load, heart=heart, announce=announce)
+        herald = Greeting(settings, port=listener.getsockname()[1], say=_say)
+        return live(settings, listener, load=load, heart=heart, herald=herald)
 
     return whole_life(settings, life, say=_say)
 

@@ -50,10 +50,17 @@ def listen_shared(host: str, port: int, *, count: int) -> list[socket.socket]:
 
 
 def listen_unix(path: Path) -> socket.socket:
-    """A socket of this machine at *path*, for other processes of ours."""
+    """A socket of this machine at *path*, for other processes of ours. Raises `SettingInvalid`."""
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(path))
-    listener.listen(BACKLOG)
+    try:
+        listener.bind(str(path))
+        listener.listen(BACKLOG)
+    except OSError as fault:  # most often a path of more than 107 bytes
+        listener.close()
+        raise SettingInvalid(
+            f"cannot make a socket at {path}: {fault.strerror or fault}. "
+            "Set TMPDIR to a folder with a short path that can be written."
+        ) from fault
     listener.setblocking(False)
     return listener
 

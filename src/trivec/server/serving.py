@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from typing import Protocol
 
 from trivec.accounts import NewKey
 from trivec.assemble import Front, Running, loaded_event, open_front
@@ -29,6 +30,16 @@ SEND_OUT_S = 0.5  # for the engine's own refusals to be written down and sent
 LEAVE_S_MAX = 5.0  # for the ledger and the workers to end, before leaving all the same
 
 
+class Herald(Protocol):
+    """Who tells the operator."""
+
+    def key(self, new_key: NewKey) -> None:
+        """The first key of a new store was made, and nobody else ever hears of it."""
+
+    def ready(self, models: Running) -> None:
+        """Clients may come."""
+
+
 class Serving:
     """One serving process, from its first listen to its exit code. Born inside the event loop."""
 
@@ -39,18 +50,17 @@ class Serving:
         *,
         load: Callable[[Front], Running],
         heart: Heart | None,
-        announce: Callable[[Running, NewKey | None], None],
+        herald: Herald,
     ) -> None:
         self._settings = settings
         self._load_all = load
         self._heart = heart
-        self._announce = announce
+        self._herald = herald
         self._life = Life()
         self._happenings: asyncio.Queue[Happening] = asyncio.Queue()
         self._asked_at_s = float("-inf")
         self._front: Front = open_front(settings)
         self._models: Running | None = None
-        self._new_key: NewKey | None = None
         self._hung: str | None = None
         self._canary = Canary(())
         self._tasks: set[asyncio.Task[None]] = set()
@@ -129,7 +139,7 @@ class Serving:
             spare_what_stays()
             self._beat_once()  # whoever kills it now kills a process that had been ready
             assert self._models is not None
-            self._announce(self._models, self._new_key)
+            self._herald.ready(self._models)
         elif stage is Stage.FINISHING:
             self._carrier.stop()
         elif stage is Stage.REFUSING:
@@ -144,7 +154,8 @@ class Serving:
         models.workers.start()
         self._canary = Canary(models.embedders.values())
         await self._canary.learn()
-        self._new_key = await self._first_key() if models.makes_first_key else None
+        if models.makes_first_key:
+            await self._make_first_key()
         for model in models.loaded:
             load_s = time.monotonic() - began_s
             self._front.observer.observe(loaded_event(model, load_s=load_s))
@@ -153,12 +164,14 @@ class Serving:
         self._start(self._sing(), "canary")
         self._start(self._watch(models), "watch")
 
-    async def _first_key(self) -> NewKey | None:
-        """The key of a new store; a store that is away for now has not got any."""
+    async def _make_first_key(self) -> None:
+        """The key of a new store; one that is away for now waits for another start."""
         try:
-            return await self._front.accounts.create_first_key()
+            new_key = await self._front.accounts.create_first_key()
         except StoreUnavailable:
-            return None
+            return
+        if new_key is not None:
+            self._herald.key(new_key)
 
     def _loaded(self, loading: "asyncio.Task[None]") -> None:
         failed = loading.cancelled() or loading.exception() is not None
@@ -212,16 +225,16 @@ def live(
     *,
     load: Callable[[Front], Running],
     heart: Heart | None,
-    announce: Callable[[Running, NewKey | None], None],
+    herald: Herald,
 ) -> int:
     """Serve until the end; the exit code. Raises `StartError` where serving cannot begin.
 
-    *load* loads the models, in a thread of its own, while the server already listens; *announce*
-    hears that they are ready, and of the first key where one was made.
+    *load* loads the models, in a thread of its own, while the server already listens; *herald*
+    hears of the first key as soon as one was made, and that they are ready.
     """
 
     async def life() -> int:
-        serving = Serving(settings, listener, load=load, heart=heart, announce=announce)
+        serving = Serving(settings, listener, load=load, heart=heart, herald=herald)
         return await serving.run()
 
     # Not asyncio.run: it would wait for the thread that loads a model, and we leave the process.
