@@ -1,6 +1,8 @@
 # ruff: noqa: E402 - what is imported below needs what is asked for above it
 """The torch backend's manners: memory, lost devices, second tries; and the pure choices behind it."""
 
+import os
+import re
 import subprocess
 import sys
 import weakref
@@ -130,7 +132,7 @@ async def test_a_request_that_does_not_fit_at_once_is_answered_whole(
     workers = Workers(1, clock=clock, observer=listener)
     engine = Engine(
         card(outputs=Output.DENSE),
-        tokenizer=None,  # type: ignore[arg-type]  # this test begins with ids
+        tokenizer=None,  # this test begins with ids
         backend=backend,
         workers=workers,
         bound=LineBound(),
@@ -356,6 +358,53 @@ def test_a_torch_without_cuda_is_not_imported_to_find_devices() -> None:
     )
     cuda_built, is_imported = said.stdout.split()
     assert is_imported == cuda_built
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        pytest.param(
+            {
+                "version.py": "__version__ = '9.1'\ncuda = '13.0'\n",
+                "__init__.py": "raise OSError('libcudnn.so.9: cannot open shared object file')\n",
+            },
+            r"torch 9\.1 cannot be imported \(libcudnn\.so\.9",
+            id="a-library-of-cuda-is-missing",
+        ),
+        pytest.param(
+            {"__init__.py": "raise ImportError('undefined symbol')\n"},
+            r"torch of an unknown version cannot be imported \(undefined symbol",
+            id="neither-versions-nor-an-import",
+        ),
+        pytest.param(
+            {
+                "__init__.py": "from types import SimpleNamespace\n__version__ = '9.2'\n"
+                "version = SimpleNamespace(cuda=None)\n"
+                "cuda = SimpleNamespace(is_available=lambda: False)\n"
+            },
+            r"torch 9\.2 is built without CUDA",
+            id="no-file-of-versions",
+        ),
+    ],
+)
+def test_a_torch_that_cannot_be_used_leaves_the_cpu_and_says_why(
+    tmp_path: Path, files: dict[str, str], reason: str
+) -> None:
+    (tmp_path / "torch").mkdir()
+    for name, text in files.items():
+        (tmp_path / "torch" / name).write_text(text)
+    program = (
+        "from trivec.backends.torch.device import choose_device, find_devices; "
+        "choice = choose_device('auto', find_devices()); print(choice.device, choice.reason)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    assert re.match(f"cpu auto: cpu, since {reason}", said.stdout)
 
 
 def test_slots_go_round_the_devices(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ Asking the machine (`find_devices`) is apart from choosing, and works where torc
 """
 
 import runpy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +31,7 @@ class Found:
     torch_version: str | None  # None: torch is not installed
     cuda_built: bool
     cuda: tuple[CudaDevice, ...]
+    fault: str | None = None  # why torch, which is installed, cannot be imported
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,25 +60,36 @@ def find_devices() -> Found:
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return Found(torch_version=None, cuda_built=False, cuda=())
-    build = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
-    version = str(build["__version__"])
-    if build["cuda"] is None:
+    build = _build_of(Path(spec.origin))
+    version = str(build.get("__version__", "of an unknown version"))
+    if build.get("cuda", "perhaps") is None:
         return Found(torch_version=version, cuda_built=False, cuda=())
 
-    import torch
+    try:
+        import torch
+    except (ImportError, OSError) as fault:  # a library of CUDA's is missing, or not the right one
+        return Found(torch_version=version, cuda_built=True, cuda=(), fault=str(fault))
 
     properties = [
         torch.cuda.get_device_properties(index)
         for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     ]
     return Found(
-        torch_version=version,
-        cuda_built=True,
+        torch_version=str(torch.__version__),
+        cuda_built=torch.version.cuda is not None,
         cuda=tuple(
             CudaDevice(index, one.name, (one.major, one.minor), one.total_memory)
             for index, one in enumerate(properties)
         ),
     )
+
+
+def _build_of(package: Path) -> Mapping[str, object]:
+    """What torch's file of versions says; nothing where this build of it has none."""
+    try:
+        return runpy.run_path(str(package.with_name("version.py")))
+    except OSError:
+        return {}
 
 
 def choose_device(asked: str, found: Found) -> DeviceChoice:
@@ -109,6 +122,8 @@ def choose_device(asked: str, found: Found) -> DeviceChoice:
 def _why_no_cuda(found: Found) -> str | None:
     if found.torch_version is None:
         return "torch is not installed (pip install 'trivec[gpu]')"
+    if found.fault is not None:
+        return f"torch {found.torch_version} cannot be imported ({found.fault})"
     if not found.cuda_built:
         return f"torch {found.torch_version} is built without CUDA"
     if not found.cuda:
