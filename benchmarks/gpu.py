@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,17 +81,18 @@ def measure_all(
     def has_time_for_a_round(round_s: float) -> bool:
         return glass.has(round_s, then=record.to_come[1:])
 
-    def keep_engine(figures: dict[str, Any]) -> None:
-        record.put("engine", figures)
-
     tokenizer_file = arguments.tokenizer or checkpoint.tokenizer_file
     measures: dict[str, Callable[[], Any]] = {
         "engine": lambda: engine_rates(
-            backend, checkpoint, plan, keep=keep_engine, may_go_on=has_time_for_a_round
+            backend,
+            checkpoint,
+            plan,
+            keep=partial(record.put, "engine"),
+            may_go_on=has_time_for_a_round,
         ),
         "host": lambda: host_stages(tokenizer_file, checkpoint.config, seconds=plan.seconds),
-        "peers": lambda: peers(folder, backend, plan),
-        "http": lambda: over_http(folder, arguments, seconds=plan.seconds, talk=talk),
+        "peers": lambda: peers(folder, backend, plan, keep=partial(record.put, "peers")),
+        "http": lambda: over_http(folder, arguments, plan, keep=partial(record.put, "http")),
         "nan_zoo": lambda: nan_zoo(checkpoint, arguments.device, plan),
     }
     for name in record.to_come:

@@ -4,16 +4,19 @@ as it takes to keep the server busy.
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_plan import Plan, talk
+
 from trivec.cli.bench.figures import percentile
-from trivec.cli.bench.load import Answers
+from trivec.cli.bench.load import Answers, LoadFailed
 from trivec.cli.bench.server import ServerFailed, Shape, Target, measure, own_server
 from trivec.cli.bench.texts import sentences
 
@@ -43,32 +46,53 @@ FULL = (
 
 
 def over_http(
-    folder: Path, arguments: argparse.Namespace, *, seconds: float, talk: Callable[[str], None]
+    folder: Path,
+    arguments: argparse.Namespace,
+    plan: Plan,
+    *,
+    keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any] | str:
-    """Texts a second and latency of `trivec serve`, by clients and texts a request."""
+    """Texts a second and latency of `trivec serve`, by clients and texts a request.
+
+    *keep* hears of every run. One that fails loses only itself, as long as the server lives.
+    """
     cores = os.cpu_count() or 1
     api_processes = arguments.api_processes or (2 if arguments.small else max(1, cores // 2))
     options = ["--backend", "torch"]
     options += ["--device", arguments.device, "--precision", arguments.precision]
     found: dict[str, Any] = {"api_processes": api_processes}
-    os.environ["TRIVEC_API_PROCESSES"] = str(api_processes)
     loader_count = max(1, min(LOADERS_MAX, cores // 4))
     try:
         with (
+            settings_of_server(api_processes),
             own_server(str(folder), arguments=options) as target,
             ProcessPoolExecutor(loader_count, mp_context=get_context("spawn")) as loaders,
         ):
             for run in SMALL if arguments.small else FULL:
                 load = partial(answers_to, run, target, loaders=loaders, loader_count=loader_count)
-                load(seconds=min(1.0, seconds))
-                found[str(run)] = figures_of(load(seconds=seconds), run.shape.text_count)
+                try:
+                    load(seconds=min(1.0, plan.seconds))
+                    found[str(run)] = figures_of(load(seconds=plan.seconds), run.shape.text_count)
+                except (LoadFailed, OSError) as error:
+                    found[str(run)] = f"failed: {error}"
                 talk(f"{run!s:>14}: {found[str(run)]}")
+                keep(found)
     except ServerFailed as error:
         talk(str(error))
         return f"the server did not start: {str(error).splitlines()[0]}"
-    finally:
-        del os.environ["TRIVEC_API_PROCESSES"]
     return found
+
+
+@contextmanager
+def settings_of_server(api_processes: int) -> Iterator[None]:
+    """What the server is told by the environment. It need not wait for clients when it is stopped."""
+    told = {"TRIVEC_API_PROCESSES": str(api_processes), "TRIVEC_LIFE__DRAIN_GRACE_S": "0"}
+    os.environ.update(told)
+    try:
+        yield
+    finally:
+        for name in told:
+            del os.environ[name]
 
 
 def answers_to(

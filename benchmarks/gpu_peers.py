@@ -1,7 +1,7 @@
 """What others do on the same device with the same weights, where they are installed."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,36 @@ from trivec.cli.bench.texts import sentences
 from trivec.core.types import Sequences
 
 
-def peers(folder: Path, backend: TorchBackend, plan: Plan) -> dict[str, Any]:
-    """Texts a second of sentence-transformers, and tokens a second of transformers' SDPA."""
+def peers(
+    folder: Path,
+    backend: TorchBackend,
+    plan: Plan,
+    *,
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Texts a second of sentence-transformers, and tokens a second of transformers' SDPA.
+
+    *keep* hears of every figure. A peer that fails loses what it has not yet said.
+    """
     texts = sentences(64 if plan.is_small else 4096)
     found: dict[str, Any] = {"trivec": {"texts_a_second": own_rate(folder, backend, texts)}}
     talk(f"trivec: {found['trivec']}")
+    keep(found)
     for name, measure in (
         ("sentence_transformers", sentence_transformers_rates),
         ("transformers_sdpa", transformers_rates),
     ):
+        rates: dict[str, float | str] = {}
+        found[name] = rates
         try:
-            found[name] = dict(measure(folder, DTYPES[backend.precision], plan))
+            for what, rate in measure(folder, DTYPES[backend.precision], plan):
+                rates[what] = rate
+                keep(found)
         except ImportError as error:
             found[name] = f"not here: {error}"
+        except Exception as error:  # others' code, which may raise anything
+            rates["failed"] = repr(error)
+        keep(found)
         talk(f"{name}: {found[name]}")
     return found
 
