@@ -82,6 +82,29 @@ async def test_a_locked_database(tmp_path: Path) -> None:
         assert await rows_of(accounts) == 2
 
 
+def restore(file: Path, kept: bytes) -> None:
+    """As an operator would: the copy, and no journal that belongs to another."""
+    for journal in file.parent.glob(f"{file.name}-*"):
+        journal.unlink()
+    file.write_bytes(kept)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["the-first-page", "not-even-its-name"])
+async def test_a_damaged_file_that_is_restored(tmp_path: Path, whole: bool) -> None:
+    file = tmp_path / SQLITE_FILE
+    async with accounts_over(sqlite_engines(file), upgrades_itself=True) as accounts:
+        await serve(accounts)
+    kept = file.read_bytes()
+    begin = 0 if whole else 16  # the name of the format comes first
+    file.write_bytes(kept[:begin] + b"garbage!" * 512 + kept[begin + 4096 :])
+    async with accounts_over(sqlite_engines(file), upgrades_itself=True) as accounts:
+        await is_refused(accounts)
+
+        restore(file, kept)
+        await is_mended(accounts)
+        assert await rows_of(accounts) == 2
+
+
 async def test_a_full_disk(tmp_path: Path) -> None:
     engines = sqlite_engines(tmp_path / SQLITE_FILE)
     with filled_up(engines):

@@ -15,7 +15,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Dialect, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError
 
 from trivec.core.errors import SettingInvalid
 
@@ -85,10 +85,19 @@ def postgres_engines(database_url: str) -> Engines:
     )
 
 
-def driver_faults(dialect: Dialect) -> "tuple[type[Exception], ...]":
-    """What the driver raises when the store is at fault, and not the statement."""
+def is_the_stores(fault: Exception, dialect: Dialect) -> bool:
+    """Whether the driver means the store by it, and not the statement.
+
+    A damaged file is plain `DatabaseError`.
+    """
     driver = dialect.loaded_dbapi
-    return (driver.OperationalError, driver.InternalError, driver.InterfaceError)
+    ours = (
+        driver.IntegrityError,
+        driver.DataError,
+        driver.ProgrammingError,
+        driver.NotSupportedError,
+    )
+    return isinstance(fault, driver.Error) and not isinstance(fault, ours)
 
 
 def _engine(url: URL, connect_args: dict[str, Any], *, size: int) -> Engine:
@@ -162,7 +171,7 @@ def begin_postgres(raw: Any, *, notes_only: bool = False) -> None:
 def begin_sqlite(raw: sqlite3.Connection, *, notes_only: bool = False) -> None:
     """Take the lock that all processes write under; sync the disk at the end unless it is a note.
 
-    Raises `sqlite3.OperationalError`.
+    Raises `sqlite3.DatabaseError`.
     """
     level = "synchronous=NORMAL" if notes_only else "synchronous=FULL"
 
@@ -178,8 +187,8 @@ def _begin_sqlite_through_sqlalchemy(connection: Connection) -> None:
     assert isinstance(raw, sqlite3.Connection)
     try:
         begin_sqlite(raw)
-    except sqlite3.OperationalError as fault:
-        raise OperationalError("BEGIN IMMEDIATE", None, fault) from fault
+    except sqlite3.DatabaseError as fault:  # damaged, too
+        raise DatabaseError("BEGIN IMMEDIATE", None, fault) from fault
 
 
 def _patiently(work: Callable[[], None]) -> None:

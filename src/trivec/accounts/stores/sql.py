@@ -16,21 +16,14 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.exc import (
-    DataError,
-    DBAPIError,
-    IntegrityError,
-    NotSupportedError,
-    ProgrammingError,
-    TimeoutError,
-)
+from sqlalchemy.exc import DBAPIError, IntegrityError, TimeoutError
 
 from trivec.accounts.allowance import Bucket
 from trivec.accounts.entries import Committed, Entry, Reserve
 from trivec.accounts.page import Page, claims_touched, keys_touched
 from trivec.accounts.store import KeyChanges, name_taken, unavailable
 from trivec.accounts.stores import migrate, rows
-from trivec.accounts.stores.connect import Engines, driver_faults
+from trivec.accounts.stores.connect import Engines, is_the_stores
 from trivec.accounts.stores.pen import Pen
 from trivec.accounts.stores.quick import QuickStatements
 from trivec.accounts.stores.schema import (
@@ -44,8 +37,6 @@ from trivec.accounts.stores.usage import usage_lines, usage_statement
 from trivec.accounts.types import Key, UsageLine, UsageQuery
 from trivec.core.errors import ResourceUnknown, StoreRefused
 
-OURS = (IntegrityError, DataError, ProgrammingError, NotSupportedError)  # never the store's fault
-
 NEXT_REVISION = (
     update(keyring).values(revision=keyring.c.revision + 1).returning(keyring.c.revision)
 )
@@ -58,7 +49,7 @@ class SqlStore:
         self._engines = engines
         self._pen = Pen(engines)
         self._quick = QuickStatements(engines.writing.dialect)
-        self._faults = driver_faults(engines.writing.dialect)
+        self._driver_error = engines.writing.dialect.loaded_dbapi.Error
         self._upgrades_itself = upgrades_itself
         self._prepared = False
         self._preparing = Lock()
@@ -201,14 +192,12 @@ class SqlStore:
     def _mapped(self) -> Iterator[None]:
         try:
             yield
-        except DBAPIError as fault:
-            if isinstance(fault, OURS):
+        except (DBAPIError, self._driver_error) as fault:
+            said = fault.orig if isinstance(fault, DBAPIError) else fault
+            if not is_the_stores(said, self._engines.writing.dialect):
                 raise
             self._let_go()
-            raise unavailable() from fault.orig
-        except self._faults as fault:
-            self._let_go()
-            raise unavailable() from fault
+            raise unavailable() from said
         except TimeoutError as fault:  # every reading connection is taken
             raise unavailable() from fault
 
