@@ -93,4 +93,5 @@ class Engine:
         finally:
             timer.cancel()
             self._lane.open.discard(waiter)
-            del waiter  # with it, what it raises would hold itself, and all that its callers hold
+            # With it, what it raises would hold itself, and all that its callers hold.
+            del waiter
