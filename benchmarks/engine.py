@@ -82,7 +82,12 @@ async def measure(
 ) -> dict[str, Any]:
     seconds, repeats = given.seconds, given.repeats
     card = trial.embedder.card
-    first = [uniform(n, tokens=2048) for n in given.lengths if n <= card.token_count_max]
+    slot_count = trial.models.slot_count  # each has a text, or a core would stand idle
+    first = [
+        uniform(n, tokens=max(2048, n * slot_count))
+        for n in given.lengths
+        if n <= card.token_count_max
+    ]
     first.append(mixed(tokens=8192, length_max=card.token_count_max))
     workloads = [await sized(trial, one, seconds=seconds) for one in first]
     figures: dict[str, Any] = {}

@@ -25,6 +25,7 @@ from trivec.cli.bench.texts import sentences
 from trivec.core.types import Float32Array
 
 OURS = "trivec-int8"
+CLS_ONLY = {"flagembedding"}  # takes the first token's state, whatever the model was trained for
 
 
 def workloads(words_max: int, seconds: float) -> dict[str, list[str]]:
@@ -75,14 +76,17 @@ def main() -> None:
     arguments.add_argument("--pooling", choices=["cls", "mean"], required=True)
     arguments.add_argument("--name", required=True, help="what the result is filed under")
     arguments.add_argument("--words-max", type=int, default=120, help="longest text, in words")
-    arguments.add_argument("--peers", nargs="+", choices=list(ROSTER), default=list(ROSTER))
+    arguments.add_argument(
+        "--peers", nargs="+", choices=list(ROSTER), help="all that can, unless said"
+    )
     arguments.add_argument("--envs", type=Path, default=ENVS)
     arguments.add_argument("--work-dir", type=Path, default=ENVS.parent / "work")
     arguments.add_argument("--seconds", type=float, default=2.0, help="scales the texts")
     arguments.add_argument("--repeats", type=int, default=5)
     given = arguments.parse_args()
     stage = Stage(given.model_dir.resolve(), given.pooling, given.work_dir / given.name, given.envs)
-    names = [OURS, *(name for name in given.peers if name != OURS)]
+    able = [name for name in ROSTER if given.pooling == "cls" or name not in CLS_ONLY]
+    names = [OURS, *(name for name in given.peers or able if name != OURS)]
     figures = {}
     with ExitStack() as open_peers:
         peers = {name: open_peers.enter_context(ROSTER[name].start(name, stage)) for name in names}

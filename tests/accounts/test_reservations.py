@@ -37,6 +37,18 @@ class WatchedStore(MemoryStore):
         return super().commit(entries, now_us=now_us)
 
 
+class HeldStore(MemoryStore):
+    """Commits nothing until it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_go_on = threading.Event()
+
+    def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
+        assert self.may_go_on.wait(5)
+        return super().commit(entries, now_us=now_us)
+
+
 @pytest.fixture
 def watched(clock: HandClock) -> Iterator[tuple[WatchedStore, Accounts]]:
     store = WatchedStore()
@@ -144,6 +156,60 @@ async def test_a_request_that_fails_before_its_tokens_are_counted(
 
     assert booking.state is not None
     assert booking.state.remaining_requests == remaining
+
+
+async def test_whoever_leaves_while_it_is_closed_is_written_down(watched: Watched) -> None:
+    store, accounts = watched
+    caller = await caller_with(accounts, Allowance(10, 100))
+    await open_with_tokens(accounts, caller, 7)
+    booking = accounts.book(caller, opening())
+    await booking.let_in(tokens_follow=True)
+    store.is_at_it.clear()
+    store.may_go_on.clear()
+    task = asyncio.create_task(booking.close(closing(400, tokens=0)))
+    await asyncio.to_thread(store.is_at_it.wait, 5)
+    task.cancel()
+    await asyncio.sleep(0)
+    store.may_go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert [row.status for row in store.rows] == [400]
+    assert booking.state is not None
+    assert booking.state.remaining_requests == 8
+
+
+async def test_tokens_of_a_name_that_another_process_took_over_are_given_back(
+    process: Process, store: MemoryStore, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trivec.accounts.writer.UPKEEP_S", 3_600.0)  # no sign of life by itself
+    slow, quick = process(), process()
+    caller = await caller_with(slow, Allowance(10, 100))
+    first = await let_in(slow, caller, opening(idempotency_key="k"))
+    await first.reserve_tokens(90)
+    clock.move(16)  # longer than a claim is held without a sign of life
+    second = await let_in(quick, caller, opening(idempotency_key="k"))
+    await second.reserve_tokens(20)
+    await second.close(closing(tokens=20))
+
+    await first.close(closing(tokens=90))
+
+    assert [(row.token_count, row.replayed) for row in store.rows] == [(20, False), (0, True)]
+    assert first.state is not None
+    assert first.state.remaining_tokens == 100
+
+
+async def test_our_refusal_waits_for_no_disk_and_is_written_down(clock: HandClock) -> None:
+    store = HeldStore()
+    accounts = Accounts(store, clock=clock, secret=b"s" * 32)
+    accounts.start()
+
+    await asyncio.wait_for(accounts.book(FIXED, opening()).close(closing(503)), 5)
+
+    assert not store.rows
+    store.may_go_on.set()
+    await asyncio.to_thread(accounts.stop)
+    assert [row.status for row in store.rows] == [503]
 
 
 @pytest.fixture

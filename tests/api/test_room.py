@@ -14,10 +14,13 @@ def assert_overloaded(response: httpx.Response) -> None:
 
 
 async def test_a_line_too_full_for_any_request_refuses_before_it_parses(house: House) -> None:
+    room_tokens = house.model.room_tokens
     house.model.room_tokens = house.plain_model.room_tokens = 1
     async with house.client() as client:
         assert_overloaded(await client.post("/embeddings", content=b"{no JSON", headers=JSON))
-    assert [row.token_count for row in house.store.rows] == [0]
+        house.model.room_tokens = room_tokens
+        await client.post("/embeddings", content=b"{no JSON", headers=JSON)  # written after it
+    assert [(row.status, row.token_count) for row in house.store.rows] == [(503, 0), (400, 0)]
 
 
 async def test_one_model_with_room_is_enough_to_read_whom_a_request_is_for(house: House) -> None:

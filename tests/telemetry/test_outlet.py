@@ -1,12 +1,14 @@
 """Log lines leave by a thread of their own: a stuck reader holds nobody up and loses only lines."""
 
 import io
+import itertools
 import json
 import logging
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import pytest
 import structlog
@@ -14,7 +16,7 @@ from tests.telemetry.events import request
 
 from trivec.telemetry import Metrics, RequestLog, configure_log, finish_log, lines_dropped
 from trivec.telemetry import outlet as module
-from trivec.telemetry.outlet import LINES_MAX, Outlet
+from trivec.telemetry.outlet import LINES_MAX, PIECE_BYTES_MAX, Outlet, pieces
 
 PATIENCE_S = 60.0  # then something hangs
 
@@ -149,3 +151,35 @@ def test_a_line_after_the_end_is_written_at_once() -> None:
     outlet.close(PATIENCE_S)
     outlet.write("late\n")
     assert out.getvalue() == "late\n"
+
+
+def test_lines_leave_in_pieces_that_nobody_can_write_into() -> None:
+    lines = [f"{number} {'é' * (number % 700)}\n" for number in range(300)]
+    sent = list(pieces(lines))
+    assert [line for piece in sent for line in piece] == lines
+    assert max(len("".join(piece).encode()) for piece in sent) <= PIECE_BYTES_MAX
+    following = itertools.pairwise(sent)
+    assert all(len("".join([*one, two[0]]).encode()) > PIECE_BYTES_MAX for one, two in following)
+
+
+def test_a_line_longer_than_a_piece_leaves_by_itself() -> None:
+    long = "x" * PIECE_BYTES_MAX + "\n"
+    assert list(pieces(["a\n", long, "b\n"])) == [["a\n"], [long], ["b\n"]]
+    assert list(pieces([])) == []
+
+
+def test_each_piece_is_one_write() -> None:
+    class Counting(io.StringIO):
+        writes: ClassVar[list[str]] = []
+
+        def write(self, text: str) -> int:
+            self.writes.append(text)
+            return super().write(text)
+
+    stream = Counting()
+    outlet = Outlet(stream, told=silent)
+    for number in range(500):
+        outlet.write(f"{number} {'x' * 100}\n")
+    outlet.close(PATIENCE_S)
+    assert len(stream.getvalue().splitlines()) == 500
+    assert max(map(len, stream.writes)) <= PIECE_BYTES_MAX

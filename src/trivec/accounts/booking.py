@@ -1,6 +1,5 @@
 """What one request holds of its key's allowance, from the moment it is let in until it is billed."""
 
-from contextlib import suppress
 from dataclasses import replace
 
 from trivec.accounts.allowance import NOTHING, Cost
@@ -9,7 +8,7 @@ from trivec.accounts.entries import ClaimRequest, Reserve, Settle
 from trivec.accounts.page import SUCCESS_BELOW
 from trivec.accounts.types import AllowanceState, Caller, Closing, Opening
 from trivec.accounts.writer import Promise
-from trivec.core.errors import AllowanceExhausted, RequestTooLarge, StoreUnavailable
+from trivec.core.errors import RequestTooLarge, StoreUnavailable
 
 OUR_FAULT_FROM = 500
 ONE_REQUEST = Cost(requests=1)
@@ -46,8 +45,9 @@ class Booking:
     async def close(self, closing: Closing) -> None:
         """Bill the request: its ledger row is durable when this returns. A failure is billed zero.
 
-        Raises `StoreUnavailable`: then that is what the client is told. The failure of a request
-        that was never let in stays that failure. A second call does nothing.
+        Where we refused a request of a key without limits, its row is on its way. Raises
+        `StoreUnavailable`: then that is what the client is told. The failure of a request that was
+        never let in stays that failure. A second call does nothing.
         """
 
 
@@ -90,9 +90,12 @@ class MeteredBooking(Booking):
         if self._closed:
             return
         self._closed = True
+        key_id, allowance = self._caller.key_id, self._caller.allowance
         if self._owed != NOTHING and closing.status < OUR_FAULT_FROM:
-            with suppress(AllowanceExhausted):  # it failed before it was taken: it stays a failure
-                await self._reserve(self._owed)
+            # It failed before it was taken, and stays that failure. Nobody waits for it: it is
+            # written in the order handed over, and a cancellation between the two would lose the row.
+            owed = self._desk.submit(Reserve(key_id, allowance, self._owed))
+            owed.add_done_callback(Promise.exception)
         row = self._desk.row(self._caller, self._opening, closing)
         if self.replayed:
             row = replace(row, token_count=0, replayed=True)
@@ -100,10 +103,13 @@ class MeteredBooking(Booking):
             requests=self._reserved.requests if closing.status >= OUR_FAULT_FROM else 0,
             tokens=max(0, self._reserved.tokens - row.token_count),
         )
-        allowance = self._caller.allowance
-        if self.state is not None and unused == NOTHING:
+        if self.state is not None and unused == NOTHING and self._claim is None:
             allowance = None  # what was reserved was used: its bucket is not touched again
         promise = self._desk.submit(Settle(row, allowance, unused, self._claim))
+        is_refused_by_us = not self._is_let_in and closing.status >= OUR_FAULT_FROM
+        if is_refused_by_us and allowance is None and self._desk.is_writable:
+            promise.add_done_callback(Promise.exception)
+            return  # a refusal is cheap: it waits for no disk, and its row says nothing of money
         try:
             await promise
         except StoreUnavailable:

@@ -20,9 +20,14 @@ class Desk:
         self._secret = secret
         self._seen: dict[str, AllowanceState] = {}  # by key id: what it had left when last asked
 
+    @property
+    def is_writable(self) -> bool:
+        """Whether the ledger could be written when last tried."""
+        return self._writer.health.writable
+
     def check_writable(self) -> None:
         """Raise `StoreUnavailable` while the ledger cannot be written, as of the last try."""
-        if not self._writer.health.writable:
+        if not self.is_writable:
             raise unavailable()
 
     def submit(self, entry: Reserve | Settle) -> Promise:

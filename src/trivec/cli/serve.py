@@ -111,5 +111,6 @@ def _takes_a_line(stream: TextIO) -> bool:
 def _leave(exit_code: int) -> None:
     """End now: granian's own threads do not survive the interpreter's orderly end (they abort)."""
     sys.stdout.flush()
-    sys.stderr.flush()
+    if _takes_a_line(sys.stderr):  # else the log's thread is stuck in it, and holds its lock
+        sys.stderr.flush()
     os._exit(exit_code)

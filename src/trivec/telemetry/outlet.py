@@ -6,10 +6,11 @@ do; lines that find no room meanwhile are dropped and counted. It does not know 
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
 LINES_MAX = 10_000  # waiting; about 5 MB of requests, some seconds of the busiest server
+PIECE_BYTES_MAX = 4096  # what Linux writes to a pipe in one go, whoever else writes to it
 GATHER_S = 0.05  # a line waits this long for company: one write and one wake-up for many
 
 
@@ -69,8 +70,9 @@ class Outlet:
             self._closing.wait(GATHER_S)
             self._some.clear()
             lines = [self._lines.popleft() for _ in range(len(self._lines))]
-            if lines and not self._put_out("".join(lines)):
-                self._drop(len(lines))
+            lost = sum(len(piece) for piece in pieces(lines) if not self._put_out("".join(piece)))
+            if lost:
+                self._drop(lost)
             elif self.dropped > told:
                 now = self.dropped
                 self._told(now - told)
@@ -89,3 +91,19 @@ class Outlet:
     def _drop(self, count: int) -> None:
         with self._counting:
             self.dropped += count
+
+
+def pieces(lines: Sequence[str]) -> Iterator[Sequence[str]]:
+    """*lines* in groups that other processes on the same pipe cannot write into.
+
+    A group is at most `PIECE_BYTES_MAX` in UTF-8; a longer line is one by itself, and may be torn.
+    """
+    begin, size = 0, 0
+    for end, line in enumerate(lines):
+        length = len(line.encode())
+        if end > begin and size + length > PIECE_BYTES_MAX:
+            yield lines[begin:end]
+            begin, size = end, 0
+        size += length
+    if begin < len(lines):
+        yield lines[begin:]

@@ -194,7 +194,7 @@ class SqlStore:
             yield
         except (DBAPIError, self._driver_error) as fault:
             said = fault.orig if isinstance(fault, DBAPIError) else fault
-            if not is_the_stores(said, self._engines.writing.dialect):
+            if said is None or not is_the_stores(said, self._engines.writing.dialect):
                 raise
             self._let_go()
             raise unavailable() from said
