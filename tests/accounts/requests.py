@@ -14,6 +14,8 @@ from trivec.accounts import (
 )
 
 _numbers = count()
+WIDE = Allowance(requests_per_minute=1_000_000, tokens_per_minute=1_000_000_000)
+"""Limits that nobody meets, with all the reserving and giving back that limits bring."""
 
 
 def opening(
@@ -27,10 +29,17 @@ def closing(status: int = 200, tokens: int = 7, *, user: str | None = None) -> C
     return Closing(status, input_count=1, token_count=tokens, duration_s=0.25, user=user)
 
 
-async def let_in(accounts: Accounts, caller: Caller, opening: Opening) -> Booking:
+def plan_of(number: int) -> KeyPlan:
+    """A key; every second one has limits, wide ones."""
+    return KeyPlan(f"k{number}", allowance=WIDE if number % 2 else Allowance())
+
+
+async def let_in(
+    accounts: Accounts, caller: Caller, opening: Opening, *, tokens_follow: bool = False
+) -> Booking:
     """The booking of a request that was let in."""
     booking = accounts.book(caller, opening)
-    await booking.let_in()
+    await booking.let_in(tokens_follow=tokens_follow)
     return booking
 
 

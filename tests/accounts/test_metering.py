@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 from tests.accounts.processes import long_or_short
-from tests.accounts.requests import closing, let_in, opening
+from tests.accounts.requests import closing, let_in, opening, plan_of
 from tests.accounts.shelf import Shelf, postgres_shelf, sqlite_shelf
 
 from trivec.accounts import Accounts, Caller, KeyPlan, UsageBy, UsageQuery
@@ -59,7 +59,8 @@ class Client:
     async def _ask(self, caller: Caller, text: str, name: str | None, *, status: int) -> bool:
         """Whether the answer was a 200 that was billed."""
         process = self._dice.choice(self._processes)
-        booking = await let_in(process, caller, opening(idempotency_key=name, body=text.encode()))
+        asked = opening(idempotency_key=name, body=text.encode())
+        booking = await let_in(process, caller, asked, tokens_follow=self._dice.random() < 0.5)
         await booking.reserve_tokens(tokenized(text))
         await booking.close(closing(status, tokens=tokenized(text)))
         return status == 200 and not booking.replayed
@@ -83,7 +84,7 @@ async def test_the_ledger_is_the_sum_of_what_clients_were_told(shelf: Shelf) -> 
     processes = processes_over(shelf)
     callers = []
     for number in range(KEYS):
-        new = await processes[0].create_key(KeyPlan(f"k{number}"))
+        new = await processes[0].create_key(plan_of(number))
         callers.append(await processes[0].identify(new.plain))
     clients = [Client(processes, callers, seed=seed) for seed in range(CONNECTIONS)]
 

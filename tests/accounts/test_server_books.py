@@ -14,10 +14,10 @@ import httpx
 import pytest
 from sqlalchemy import Row, select, text
 from tests.accounts.processes import long_or_short
+from tests.accounts.requests import plan_of
 from tests.accounts.shelf import upgraded
 from tests.process.server import Server, running
 
-from trivec.accounts import KeyPlan
 from trivec.accounts.stores import open_administration
 from trivec.accounts.stores.connect import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
 from trivec.accounts.stores.schema import ledger
@@ -184,7 +184,7 @@ def test_the_ledger_is_the_sum_of_what_clients_were_told_and_of_the_texts(books:
 def fifty_keys(books: Books) -> dict[str, str]:
     settings = load_settings({"data_dir": str(books.folder)}, books.environ)
     with open_administration(settings, clock=SystemClock()) as administration:
-        made = [administration.create_key(KeyPlan(f"k{number}")) for number in range(KEYS)]
+        made = [administration.create_key(plan_of(number)) for number in range(KEYS)]
     return {new.key.id: new.plain for new in made}
 
 
