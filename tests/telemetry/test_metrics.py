@@ -1,6 +1,9 @@
 """The page: what each event adds to it, and that nobody can make it grow."""
 
 import re
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -200,3 +203,32 @@ def test_the_documentation_describes_every_metric_and_no_other() -> None:
     assert documented == {
         metric.name: (metric.kind.value, metric.labels, metric.help) for metric in TABLE
     }
+
+
+@pytest.fixture
+def threads_in_a_hurry() -> Iterator[ThreadPoolExecutor]:
+    """Eight, each of which loses the interpreter after every few steps."""
+    usual_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    with ThreadPoolExecutor(8) as threads:
+        yield threads
+    sys.setswitchinterval(usual_s)
+
+
+def test_many_threads_are_counted_to_the_last_event_while_the_page_is_read(
+    threads_in_a_hurry: ThreadPoolExecutor,
+) -> None:
+    metrics = Metrics()
+    metrics.observe(loaded())
+
+    def tell() -> None:
+        for _ in range(20_000):
+            metrics.observe(batch())
+
+    telling = [threads_in_a_hurry.submit(tell) for _ in range(8)]
+    while wait(telling, timeout=0).not_done:
+        metrics.page()
+
+    assert [one.result() for one in telling] == [None] * 8
+    assert series(metrics)[f'trivec_batches_total{{{M},outcome="ok"}}'] == 160_000
+    assert series(metrics)[f"trivec_batch_tokens_total{{{M}}}"] == 160_000 * 256
