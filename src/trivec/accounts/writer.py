@@ -123,14 +123,17 @@ class Writer:
         return waiter
 
     def _run(self) -> None:
-        running = True
-        while running:
-            items = self._gather()
-            running = None not in items
-            self._commit([item for item in items if isinstance(item, Job)])
-            for item in items:
-                if isinstance(item, Errand):
-                    _run_errand(item)
+        while self._turn():
+            pass  # a call each: nothing of one group is held while the next is waited for
+
+    def _turn(self) -> bool:
+        """Commit what has gathered; False when it was the last."""
+        items = self._gather()
+        self._commit([item for item in items if isinstance(item, Job)])
+        for item in items:
+            if isinstance(item, Errand):
+                _run_errand(item)
+        return None not in items
 
     def _gather(self) -> list[Item]:
         """Wait for an item or until upkeep is due, then take all that is there."""
