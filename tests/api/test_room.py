@@ -1,8 +1,13 @@
 """A full line refuses early: before a body is parsed where that can be known, or tokenised."""
 
+import asyncio
+from typing import Any
+
 import httpx
 import pytest
 from tests.api.house import MODEL, PLAIN_MODEL, House
+
+from trivec.core.types import Sequences
 
 JSON = {"content-type": "application/json"}
 
@@ -41,6 +46,31 @@ async def test_what_most_likely_cannot_fit_is_refused_before_it_is_tokenised(
         assert (await client.post("/embeddings", json=body)).status_code == 200
         monkeypatch.setattr(house.model, "tokenize", None)
         assert_overloaded(await client.post("/embeddings", json={**body, "input": "é" * 30}))
+
+
+async def test_whoever_is_still_being_tokenised_takes_up_room(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else all who come while the last room is being taken are tokenised, in turn, for nothing."""
+    tokenize = house.model.tokenize
+    entered, may_go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(*args: Any, **kwargs: Any) -> Sequences:
+        if not entered.is_set():
+            entered.set()
+            await may_go_on.wait()
+        return await tokenize(*args, **kwargs)
+
+    house.model.room_tokens = 10
+    body = {"model": MODEL, "input": [[4, 5, 6], [7, 8, 9]]}
+    async with house.client() as client:
+        monkeypatch.setattr(house.model, "tokenize", slow)
+        first = asyncio.create_task(client.post("/embeddings", json=body))
+        await entered.wait()
+        assert_overloaded(await client.post("/embeddings", json=body))
+        may_go_on.set()
+        assert (await first).status_code == 200
+        assert (await client.post("/embeddings", json=body)).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ class Singer:
             raise self.next
         return Reply(Vectors(self.next[np.newaxis], (None,), (None,)), 0.0, 0.0)
 
-    def check_room(self, token_count: int) -> None:
+    def check_room(self, token_count: int, *, tokens_ahead: int = 0) -> None:
         raise NotImplementedError
 
     def spell(self, token_ids: Int32Array) -> list[str]:

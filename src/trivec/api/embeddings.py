@@ -41,13 +41,16 @@ class Embeddings:
         embedder = self._shelf.find(question.model, visit)
         check_against_card(question, embedder.card)
         guess = self._guesses.setdefault(embedder.card.id, Guess())
-        embedder.check_room(guess.tokens_of(question.inputs, embedder.card))
+        likely = guess.tokens_of(question.inputs, embedder.card)
+        embedder.check_room(likely, tokens_ahead=guess.tokens_ahead(likely))
         visit.watch()
-        await self._meter.open(visit, body, tokens_follow=True)
-        sequences = await self._tokenize(visit, question, embedder)
-        guess.learn(question.inputs, sequences.token_count)
-        answer_bytes = estimate_bytes(question, sequences, embedder.card)
-        check_answer_fits(answer_bytes, answer_bytes_max=self._limits.answer_bytes_max)
+        with guess.under_way(likely):
+            await self._meter.open(visit, body, tokens_follow=True)
+            sequences = await self._tokenize(visit, question, embedder)
+            guess.learn(question.inputs, sequences.token_count)
+            answer_bytes = estimate_bytes(question, sequences, embedder.card)
+            check_answer_fits(answer_bytes, answer_bytes_max=self._limits.answer_bytes_max)
+            await self._meter.reserve_tokens(visit, sequences.token_count)
         result = await self._embed(visit, question, embedder, sequences)
         return await self._encode(visit, result, answer_bytes)
 
@@ -72,7 +75,6 @@ class Embeddings:
         embedder: Embedder,
         sequences: Sequences,
     ) -> Result:
-        await self._meter.reserve_tokens(visit, sequences.token_count)
         deadline_s = visit.deadline_s - self._clock.now_s()
         reply = await embedder.embed(sequences, question.outputs, deadline_s=deadline_s)
         visit.token_count = sequences.token_count

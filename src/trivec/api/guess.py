@@ -3,6 +3,9 @@
 Learnt from what was tokenised of late. It is no count: nobody is billed, bounded or admitted by it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from trivec.api.questions import TOKENS_MIN, Inputs
 from trivec.core.types import ModelCard
 
@@ -16,6 +19,7 @@ class Guess:
     def __init__(self) -> None:
         self._tokens = 0.0
         self._bytes = 0.0
+        self._under_way: list[int] = []  # tokens of each request between its guess and the line
 
     def learn(self, inputs: Inputs, token_count: int) -> None:
         """*inputs* were texts or ids that made *token_count* tokens."""
@@ -25,6 +29,19 @@ class Guess:
         kept = WINDOW_BYTES / (WINDOW_BYTES + byte_count)
         self._tokens = self._tokens * kept + token_count
         self._bytes = self._bytes * kept + byte_count
+
+    @contextmanager
+    def under_way(self, token_count: int) -> Iterator[None]:
+        """A request of about *token_count* is on its way into the line while this is open."""
+        self._under_way.append(token_count)
+        try:
+            yield
+        finally:
+            self._under_way.remove(token_count)
+
+    def tokens_ahead(self, token_count: int) -> int:
+        """What fair turns will serve of those under way before a request of *token_count*."""
+        return sum(min(one, token_count) for one in self._under_way)
 
     def tokens_of(self, inputs: Inputs, card: ModelCard) -> int:
         """Most likely no more than *inputs* will make; exact but for special tokens where ids."""

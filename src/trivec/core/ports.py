@@ -47,10 +47,12 @@ class Embedder(Protocol):
         """
         ...
 
-    def check_room(self, token_count: int) -> None:
+    def check_room(self, token_count: int, *, tokens_ahead: int = 0) -> None:
         """Raise what `embed` would raise at once for *token_count* tokens or more: `Overloaded`.
 
-        It is for refusing before there is anything to embed, and cheap. It reserves nothing.
+        It is for refusing before there is anything to embed, and cheap. It reserves nothing, so a
+        caller with requests that have passed and not joined yet may say how many of their tokens
+        will be served before these: *tokens_ahead*, which an implementation may pass over.
         """
         ...
 

@@ -70,11 +70,11 @@ class Desk:
             lanes, self._lanes = self._lanes, ()
         return lanes
 
-    def check_room(self, lane: Lane, token_count: int) -> None:
+    def check_room(self, lane: Lane, token_count: int, tokens_ahead: int) -> None:
         """Raise what `join` would for a request of *token_count*, or of more."""
         with self._changed:
             self._check_open()
-            lane.check_room(token_count)
+            lane.check_room(token_count, tokens_ahead)
 
     def join(self, lane: Lane, waiter: Waiter) -> None:
         """Put *waiter* in *lane*'s line. Raises `Overloaded`, or `Draining` when stopping."""

@@ -56,8 +56,8 @@ class Engine:
         assert self._tokenizer is not None, "asked with text, and made for ids"
         return await self._tokenizer.tokenize(inputs, long_text=long_text)
 
-    def check_room(self, token_count: int) -> None:
-        self._desk.check_room(self._lane, token_count)
+    def check_room(self, token_count: int, *, tokens_ahead: int = 0) -> None:
+        self._desk.check_room(self._lane, token_count, tokens_ahead)
 
     def spell(self, token_ids: Int32Array) -> list[str]:
         assert self._tokenizer is not None, "asked with text, and made for ids"

@@ -44,12 +44,13 @@ class Lane:
         self.check_room(waiter.tokens_left)
         self.line.join(waiter)
 
-    def check_room(self, token_count: int) -> None:
-        """Raise `Overloaded` unless a request of *token_count* may join now.
+    def check_room(self, token_count: int, tokens_ahead: int = 0) -> None:
+        """Raise `Overloaded` unless a request of *token_count* may join after *tokens_ahead*.
 
         What is refused to a request is refused to every larger one.
         """
-        retry_after_s = room_in_s(token_count, self._load(token_count), self.bound)
+        load = self._load(token_count, tokens_ahead)
+        retry_after_s = room_in_s(token_count, load, self.bound)
         if retry_after_s is not None:
             raise Overloaded(
                 f"The line for {self.model} is full: {self.line.token_count} tokens are waiting. "
@@ -57,13 +58,13 @@ class Lane:
                 retry_after_s=retry_after_s,
             )
 
-    def _load(self, token_count: int) -> LineLoad:
+    def _load(self, token_count: int, tokens_ahead: int) -> LineLoad:
         waiting = self.line.token_count
         tokens_per_s = self.pace.tokens_per_s
         # The sum over requests never exceeds the line, so a short line need not be summed.
         is_short = waiting <= self.bound.wait_s_max * tokens_per_s
         before = waiting if is_short else self.line.tokens_before(token_count)
-        return LineLoad(waiting, before, tokens_per_s)
+        return LineLoad(waiting + tokens_ahead, before + tokens_ahead, tokens_per_s)
 
     def take_late(self, now_s: float) -> list[Waiter]:
         """Remove whoever waited too long, among all that the next batch could be made of."""

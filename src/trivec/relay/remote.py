@@ -61,7 +61,7 @@ class RemoteEmbedder:
         self._refused = None
         return reply
 
-    def check_room(self, token_count: int) -> None:
+    def check_room(self, token_count: int, *, tokens_ahead: int = 0) -> None:
         """Refuse whatever is at least as large as what the engine refused a moment ago.
 
         What is refused to a request is refused to every larger one; and until one of ours has left
