@@ -235,7 +235,12 @@ def set_up(
     *tokenizers*: one each, or none where every request brings token ids.
     """
     slot_count = min(model.backend.slot_count for model in loaded)
-    workers = Workers(slot_count, clock=front.clock, observer=front.observer)
+    workers = Workers(
+        slot_count,
+        spares_core=choice.device == "cpu",
+        clock=front.clock,
+        observer=front.observer,
+    )
     engines = [
         Engine(
             model.card,

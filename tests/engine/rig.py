@@ -63,10 +63,14 @@ class Rig:
     clock: HandClock = field(default_factory=HandClock)
     listener: Listener = field(default_factory=Listener)
     slot_count: int | None = None
+    spares_core: bool = False
 
     async def __aenter__(self) -> "Rig":
         self.workers = Workers(
-            self.slot_count or self.backend.slot_count, clock=self.clock, observer=self.listener
+            self.slot_count or self.backend.slot_count,
+            spares_core=self.spares_core,
+            clock=self.clock,
+            observer=self.listener,
         )
         self.engine = self.add("fake", self.backend)
         self.workers.start()

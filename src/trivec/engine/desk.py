@@ -15,6 +15,7 @@ from trivec.core.ports import Clock, Observer
 from trivec.engine.batcher import Share
 from trivec.engine.lane import Lane, next_lane
 from trivec.engine.runner import Outcome
+from trivec.engine.sparing import time_to_spare_s
 from trivec.engine.waiter import Answer, Waiter, deliver
 
 RESTART_S = 10.0  # after which a client should find a process that has started again
@@ -34,13 +35,18 @@ class Job:
 class Desk:
     """Lanes, who is idle, and which job each slot has."""
 
-    def __init__(self, slot_count: int, *, clock: Clock, observer: Observer) -> None:
+    def __init__(
+        self, slot_count: int, *, spares_core: bool, clock: Clock, observer: Observer
+    ) -> None:
+        """*spares_core*: the last free slot may leave its core to the event loop."""
+        self._spares_core = spares_core
         self._clock = clock
         self._observer = observer
         self._changed = threading.Condition()  # its lock guards all below
         self._lanes: tuple[Lane, ...] = ()
         self._jobs: list[Job | None] = [None] * slot_count
         self._idle_count = 0
+        self._is_sparing = False  # a slot is free, and leaves what waits to those at work
         self._device_s = 0.0  # `device_s` of the lane served last
         self._refusal: str | None = None  # why nobody may join any more
         self._is_closed = False
@@ -84,7 +90,7 @@ class Desk:
             if not lane.line:  # no credit for the time it had nothing to do
                 lane.device_s = max(lane.device_s, self._device_s)
             lane.admit(waiter)
-            if self._idle_count:
+            if self._idle_count or (self._is_sparing and not self._time_to_spare_s(lane)):
                 self._changed.notify()
             else:
                 news = lane.news()
@@ -117,12 +123,30 @@ class Desk:
                     self._changed.wait()
                     self._idle_count -= 1
                     continue
+                is_last_free = not self._idle_count and not self._is_sparing
+                if is_last_free and (left_s := self._time_to_spare_s(lane)):
+                    self._is_sparing = True
+                    self._changed.wait(left_s)
+                    self._is_sparing = False
+                    continue
                 job = self._jobs[slot] = self._choose(lane)
-                if self._idle_count and next_lane(self._lanes) is not None:
+                if (self._idle_count or self._is_sparing) and next_lane(self._lanes) is not None:
                     self._changed.notify()
                 if job is not None:
                     return job
             return None
+
+    def _time_to_spare_s(self, lane: Lane) -> float:
+        """How long the last free slot may leave what waits in *lane*; 0 when it should not."""
+        ends_s = [job.began_s + job.expected_s for job in self._jobs if job is not None]
+        if not self._spares_core or not ends_s:
+            return 0.0
+        return time_to_spare_s(
+            request_count=len(lane.line),
+            waiting_s=lane.pace.usual_s(lane.line.token_count),
+            row_s=lane.pace.usual_s(lane.budget.tokens_max),
+            ends_in_s=min(ends_s) - self._clock.now_s(),
+        )
 
     def _choose(self, lane: Lane) -> Job | None:
         """The next batch of *lane*; None when all that waited had waited too long."""

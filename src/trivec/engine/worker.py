@@ -23,11 +23,14 @@ LOST = "The server lost its device and is restarting. Please try again."
 class Workers:
     """Slot threads of one device: `start` them once, then `stop` on the event loop."""
 
-    def __init__(self, slot_count: int, *, clock: Clock, observer: Observer) -> None:
+    def __init__(
+        self, slot_count: int, *, spares_core: bool = False, clock: Clock, observer: Observer
+    ) -> None:
+        """*spares_core*: slots are cores, of which those who ask need one (`sparing`)."""
         assert slot_count > 0
         self.slot_count = slot_count
         self.calls = Calls(slot_count, clock)
-        self.desk = Desk(slot_count, clock=clock, observer=observer)
+        self.desk = Desk(slot_count, spares_core=spares_core, clock=clock, observer=observer)
         self._observer = observer
         self._threads: dict[int, threading.Thread] = {}  # by slot
         self._deaths = [0] * slot_count  # each touched by its slot's thread
