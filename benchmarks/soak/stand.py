@@ -20,9 +20,10 @@ from benchmarks.soak.service import device, faulty_model, opened
 from trivec.assemble import Choice, Front, Models, Running, make_tokenizers, set_up
 from trivec.cli.greeting import Greeting
 from trivec.engine import heartbeat
+from trivec.server.crew import Crew, Post
 from trivec.server.listening import listen
 from trivec.server.serving import live
-from trivec.server.supervisor import Heart, Supervisor
+from trivec.server.supervisor import Heart
 from trivec.settings import Settings, load_settings
 from trivec.telemetry import configure_log, finish_log
 
@@ -84,13 +85,8 @@ def main() -> None:
     settings = load_settings({"data_dir": str(given.data_dir), "port": 0}, os.environ)
     listener = listen(settings.host, settings.port)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-    supervisor = Supervisor(
-        lambda heart: serve(settings, listener, heart, given),
-        listener,
-        heartbeat_s_max=settings.life.heartbeat_s_max,
-        say=say,
-    )
-    os._exit(supervisor.run())
+    server = Post("server", lambda heart: serve(settings, listener, heart, given), listener)
+    os._exit(Crew([server], heartbeat_s_max=settings.life.heartbeat_s_max, say=say).run())
 
 
 main()

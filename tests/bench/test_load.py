@@ -32,10 +32,11 @@ class Served:
     def __init__(self, url: str) -> None:
         self.url = url
         self.requests: list[bytes] = []
+        self.has_hung_up = threading.Event()
 
 
 @contextmanager
-def server(answer: Callable[[], list[bytes]]) -> Iterator[Served]:
+def server(answer: Callable[[], list[bytes]], *, keeps_alive: bool = True) -> Iterator[Served]:
     """Answers every request of every connection with the same pieces; [] hangs up."""
     listener = socket.create_server(("127.0.0.1", 0))
     served = Served(f"http://127.0.0.1:{listener.getsockname()[1]}/v1/embeddings")
@@ -49,6 +50,9 @@ def server(answer: Callable[[], list[bytes]]) -> Iterator[Served]:
                     return
                 for piece in pieces:
                     connection.sendall(piece)
+                if not keeps_alive:
+                    break
+        served.has_hung_up.set()
 
     def accept() -> None:
         while True:
@@ -105,6 +109,16 @@ def test_an_answer_counts_when_its_last_byte_is_in(
     whole = sum(map(len, framing(BODY)))
     assert answers.bytes_received == whole * len(answers.latencies_s)
     assert answers.rate == len(answers.latencies_s) / answers.elapsed_s
+
+
+def test_a_client_that_is_through_may_be_hung_up_on_while_another_waits() -> None:
+    def answer() -> list[bytes]:
+        assert len(served.requests) == 1 or served.has_hung_up.wait(5)
+        return sized(b"{}")
+
+    with server(answer, keeps_alive=False) as served:
+        answers = run_load(Load(served.url, [b"{}"], client_count=2, duration_s=0))
+    assert len(answers.latencies_s) == 2
 
 
 def test_what_the_server_says_it_computed_is_kept() -> None:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from tests.hand_clock import HandClock
@@ -65,7 +65,7 @@ class Rig:
     slot_count: int | None = None
     spares_core: bool = False
 
-    async def __aenter__(self) -> "Rig":
+    async def __aenter__(self) -> Self:
         self.workers = Workers(
             self.slot_count or self.backend.slot_count,
             spares_core=self.spares_core,

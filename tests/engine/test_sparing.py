@@ -17,7 +17,9 @@ from trivec.engine.sparing import time_to_spare_s
     [
         pytest.param(1, 0.002, 0.003, 0.013, id="a-short-query"),
         pytest.param(8, 0.009, 0.003, 0.013, id="several"),
-        pytest.param(1, 0.007, 0.003, 0.0, id="a-request-that-costs-the-device-much-more-than-http"),
+        pytest.param(
+            1, 0.007, 0.003, 0.0, id="a-request-that-costs-the-device-much-more-than-http"
+        ),
         pytest.param(20, 0.010, 0.003, 0.0, id="a-third-of-a-full-row"),
         pytest.param(1, 0.002, 0.010, 0.0, id="nobody-is-through-soon"),
         pytest.param(1, 0.002, -0.004, 0.006, id="somebody-is-late"),

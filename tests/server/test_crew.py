@@ -46,8 +46,8 @@ def test_a_stop_that_reaches_a_process_at_its_birth_ends_that_one_and_nobody_els
     monkeypatch.setattr(os, "fork", forked_in_a_storm)
     with socket.socket() as calls, socket.socket() as listener:
         crew = Crew(
-            Post("engine", lives_long, calls),
             [Post("api-1", ends_at_once, listener)],
+            engine=Post("engine", lives_long, calls),
             heartbeat_s_max=30,
             say=said.append,
         )
@@ -71,8 +71,8 @@ def test_a_stop_during_a_birth_ends_what_is_born_and_starts_nothing_more(
     monkeypatch.setattr(os, "fork", asked_meanwhile)
     with socket.socket() as calls, socket.socket() as listener:
         crew = Crew(
-            Post("engine", lives_long, calls),
             [Post("api-1", lives_long, listener)],
+            engine=Post("engine", lives_long, calls),
             heartbeat_s_max=30,
             say=pytest.fail,
         )

@@ -23,11 +23,11 @@ def run_crew(settings: Settings, *, say: Callable[[str], None]) -> int:
         calls = listen_unix(roles.path)
         listeners = listen_shared(settings.host, settings.port, count=settings.api_processes)
         crew = Crew(
-            Post("engine", partial(roles.drive, calls), calls),
             [
                 Post(f"api-{number}", partial(roles.speak_http, number, listener), listener)
                 for number, listener in enumerate(listeners, start=1)
             ],
+            engine=Post("engine", partial(roles.drive, calls), calls),
             heartbeat_s_max=settings.life.heartbeat_s_max,
             say=say,
         )

@@ -10,7 +10,8 @@ from typing import Annotated, Literal, TextIO, get_args, get_origin
 import typer
 
 from trivec.cli.outermost import whole_life
-from trivec.server.supervisor import Heart, Supervisor
+from trivec.server.crew import Crew, Post
+from trivec.server.supervisor import Heart
 from trivec.settings import Settings, load_settings
 
 
@@ -69,13 +70,8 @@ def run(settings: Settings) -> int:
     listener = listen(settings.host, settings.port)
     if not settings.life.supervised:
         return _live(settings, listener, None)
-    supervisor = Supervisor(
-        lambda heart: _live(settings, listener, heart),
-        listener,
-        heartbeat_s_max=settings.life.heartbeat_s_max,
-        say=_say,
-    )
-    return supervisor.run()
+    server = Post("server", partial(_live, settings, listener), listener)
+    return Crew([server], heartbeat_s_max=settings.life.heartbeat_s_max, say=_say).run()
 
 
 def _live(settings: Settings, listener: socket.socket, heart: Heart | None) -> int:

@@ -1,9 +1,9 @@
-"""A small parent of several processes: one that drives the device, and those that speak HTTP.
+"""A small parent that forks those who serve, and starts each again when it dies or hangs.
 
-What `supervisor` does for one serving process, for all of them: each is started again by itself
-when it dies or freezes. Asked to stop, the processes of HTTP drain first; the engine process goes
-when they need it no more. The parent holds every listening socket, so that connections and calls
-to the engine wait through a restart.
+Mostly that is one process. With `api_processes` it is several that speak HTTP and one that drives
+the device, which goes when they need it no more. The parent imports no engine and serves nothing: it
+passes signals on, listens to heartbeats, and holds every listening socket, so that connections and
+calls to the engine wait through a restart instead of being refused.
 """
 
 import contextlib
@@ -16,16 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
-from trivec.server.supervisor import (
-    READY_BEAT,
-    SECOND_CHANCE_S,
-    Ending,
-    Heart,
-    Leave,
-    verdict,
-)
+from trivec.server.supervisor import READY_BEAT, Ending, Heart, Leave, verdict
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
+SECOND_CHANCE_S = 1.0  # after a pause of the whole machine beats may be late
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +102,16 @@ class Crew:
 
     def __init__(
         self,
-        engine: Post,
-        api: Sequence[Post],
+        posts: Sequence[Post],
         *,
+        engine: Post | None = None,
         heartbeat_s_max: float,
         say: Callable[[str], None],
     ) -> None:
-        self._engine = _Member(engine)
-        self._api = [_Member(post) for post in api]
-        self._members = [self._engine, *self._api]
+        """*engine* stays until those on the other *posts* have drained."""
+        self._drained_first = [_Member(post) for post in posts]
+        self._engine = None if engine is None else _Member(engine)
+        self._members = [*([self._engine] if self._engine else []), *self._drained_first]
         self._heartbeat_s_max = heartbeat_s_max
         self._say = say
         self._asked = False
@@ -134,7 +129,7 @@ class Crew:
                 living = [member for member in self._members if member.pid]
                 if self._asked and not living:
                     return self._exit_code
-                if self._asked and living == [self._engine]:
+                if self._asked and self._engine and living == [self._engine]:
                     self._engine.signal(signal.SIGTERM)
                 self._listen(living, until_s=self._next_look_s())
 
@@ -215,10 +210,10 @@ class Crew:
         self._stop()
 
     def _stop(self) -> None:
-        """Ask the processes of HTTP to stop, and let go of the sockets that they will close."""
+        """Ask those who drain first to stop, and let go of the sockets that they will close."""
         self._asked = True
         for member in self._members:
             member.due_s = None
-        for member in self._api:
+        for member in self._drained_first:
             member.post.listener.close()
             member.signal(signal.SIGTERM)

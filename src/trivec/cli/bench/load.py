@@ -127,6 +127,7 @@ def _drive(
             if last_s - started_s < load.duration_s:
                 _send(client, next(requests), selector)
             else:
+                selector.unregister(client.connection)  # whether the server closes it or not
                 answers_due -= 1
     return Answers(
         tuple(latencies),
