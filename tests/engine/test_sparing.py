@@ -8,7 +8,7 @@ from tests.engine.rig import Rig, sequences
 from tests.hand_clock import HandClock
 
 from trivec.backends.fake import FakeBackend
-from trivec.core.types import BatchBudget
+from trivec.core.types import BatchBudget, Reply
 from trivec.engine.sparing import time_to_spare_s
 
 
@@ -58,7 +58,7 @@ class Pair(Rig):
         backend = FakeBackend(dimensions=8, slot_count=2, budget=budget)
         super().__init__(backend=backend, clock=self.asked_clock, spares_core=spares_core)
 
-    async def hold_and_ask(self) -> "list[asyncio.Task[object]]":
+    async def hold_and_ask(self) -> "list[asyncio.Task[Reply]]":
         holder = await self.occupy()
         self.asked_clock.asked.clear()
         query = self.send(sequences(4, first=50_000))
