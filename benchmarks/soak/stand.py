@@ -59,7 +59,7 @@ def serve(
         inner = device(checkpoint, given.backend, given.data_dir, tokens_per_s=given.tokens_per_s)
         model = faulty_model(checkpoint, inner, WORDS)
         choice = Choice(given.backend, "cpu", "a soak")
-        tokenizers = make_tokenizers([model], front=front, cores=2)
+        tokenizers = make_tokenizers([checkpoint], front=front, cores=2)
         return set_up([model], choice, front=front, tokenizers=tokenizers)
 
     class Counting(Greeting):

@@ -4,6 +4,7 @@ It knows every constructor and no algorithm; its only choices are which implemen
 Heavy rooms are imported by the function that needs them.
 """
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -79,6 +80,11 @@ class Surroundings(Protocol):
     def clock(self) -> Clock: ...
     @property
     def observer(self) -> Observer: ...
+
+
+# Reading a vocabulary of 250,000 takes a second, and all that time the GIL: the second to take is
+# one that compiling takes without it.
+COMPILING_AFTER_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,28 +204,42 @@ def load_models(
     *hears_text*: texts come to this process; to one that only gets token ids, tokenisers are waste.
     """
     choice = choose(settings)
-    loaded = [
-        load_model(reference, settings=settings, choice=choice, cores=cores)
+    checkpoints = [
+        open_checkpoint(reference, cache_dir=settings.data_dir / "models")
         for reference in settings.models or (DEFAULT_MODEL,)
     ]
-    tokenizers = make_tokenizers(loaded, front=front, cores=cores) if hears_text else ()
-    return set_up(loaded, choice, front=front, tokenizers=tokenizers)
+    is_loaded = threading.Event()
+
+    def read_vocabularies() -> list[Tokenizer]:
+        is_loaded.wait(COMPILING_AFTER_S)
+        return make_tokenizers(checkpoints if hears_text else (), front=front, cores=cores)
+
+    with ThreadPoolExecutor(1) as beside:
+        reading = beside.submit(read_vocabularies)
+        try:
+            loaded = [
+                load_onto(choice, checkpoint, settings=settings, cores=cores)
+                for checkpoint in checkpoints
+            ]
+        finally:
+            is_loaded.set()
+    return set_up(loaded, choice, front=front, tokenizers=reading.result())
 
 
 def make_tokenizers(
-    loaded: Sequence[LoadedModel], *, front: Surroundings, cores: int
+    checkpoints: Sequence[Checkpoint], *, front: Surroundings, cores: int
 ) -> list[Tokenizer]:
-    """A tokeniser for each of *loaded*, over threads that they share."""
+    """A tokeniser for each of *checkpoints*, over threads that they share."""
     pool = ThreadPoolExecutor(cores, thread_name_prefix="trivec-tokenizer")
     return [
         Tokenizer(
-            model.checkpoint.tokenizer_file,
-            token_count_max=model.checkpoint.token_count_max,
-            vocabulary_size=model.checkpoint.config.vocabulary_size,
+            checkpoint.tokenizer_file,
+            token_count_max=checkpoint.token_count_max,
+            vocabulary_size=checkpoint.config.vocabulary_size,
             pool=pool,
             request_tokens_max=front.settings.http.request_tokens_max,
         )
-        for model in loaded
+        for checkpoint in checkpoints
     ]
 
 
@@ -275,10 +295,16 @@ def choose(settings: Settings) -> Choice:
 
 def load_model(reference: str, *, settings: Settings, choice: Choice, cores: int) -> LoadedModel:
     """Open, check and load one model. Raises `CheckpointRefused`, `SettingInvalid`."""
-    cache_dir = settings.data_dir / "models"
-    checkpoint = open_checkpoint(reference, cache_dir=cache_dir)
+    checkpoint = open_checkpoint(reference, cache_dir=settings.data_dir / "models")
+    return load_onto(choice, checkpoint, settings=settings, cores=cores)
+
+
+def load_onto(
+    choice: Choice, checkpoint: Checkpoint, *, settings: Settings, cores: int
+) -> LoadedModel:
+    """Load *checkpoint* where *choice* says. Raises `CheckpointRefused`, `SettingInvalid`."""
     load = {"openvino": _load_openvino, "torch": _load_torch, "fake": _load_fake}[choice.backend]
-    return load(checkpoint, settings, cores=cores, cache_dir=cache_dir)
+    return load(checkpoint, settings, cores=cores, cache_dir=settings.data_dir / "models")
 
 
 def _load_openvino(

@@ -36,7 +36,7 @@ def load(settings: Settings, front: Surroundings, *, cores: int, hears_text: boo
     checkpoint = open_checkpoint("all-minilm-l6-v2", cache_dir=settings.data_dir / "models")
     backend = LosingBackend(dimensions=checkpoint.config.hidden_size)
     loaded = LoadedModel(checkpoint, backend, model_card(checkpoint, "fake"), None)
-    tokenizers = make_tokenizers([loaded], front=front, cores=1) if hears_text else ()
+    tokenizers = make_tokenizers([loaded.checkpoint], front=front, cores=1) if hears_text else ()
     return set_up([loaded], Choice("fake", "cpu", "a test"), front=front, tokenizers=tokenizers)
 
 
