@@ -1,7 +1,9 @@
 """Memory stays flat: shapes are few, so what the plugin keeps for each of them is bounded."""
 
 import ctypes
+import mmap
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -9,7 +11,12 @@ from tests.backends.batches import batch_of
 from tests.backends.conftest import random_ids
 
 from trivec.backends.openvino import OpenVinoBackend
-from trivec.backends.openvino.pages import return_free
+from trivec.backends.openvino.certifying import fp32_tensors, readout_of
+from trivec.backends.openvino.encoding import BatchEncoder
+from trivec.backends.openvino.graph import Encoder
+from trivec.backends.openvino.pages import mappings_of, return_free
+from trivec.backends.openvino.recipe import FP32
+from trivec.backends.openvino.session import LONG_TOKENS, Session
 from trivec.checkpoints.checkpoint import Checkpoint
 
 ROLLUP = Path("/proc/self/smaps_rollup")
@@ -50,3 +57,35 @@ def test_what_malloc_holds_free_goes_back_to_the_system() -> None:
     return_free()
     assert before - resident_mebibytes() > 50
     libc.free(blocks[-1])
+
+
+class Mapping:
+    """A mapped file that counts how often its pages are let go of."""
+
+    def __init__(self) -> None:
+        self.advice: list[int] = []
+
+    def madvise(self, advice: int) -> None:
+        self.advice.append(advice)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="there is no such advice here")
+def test_after_a_long_row_the_pages_of_the_table_are_let_go_of(tiny_m3: Checkpoint) -> None:
+    mapping = Mapping()
+    model = Encoder(tiny_m3.config, fp32_tensors(tiny_m3), FP32).build()
+    session = Session(model, FP32, slot_count=1, mapped=[cast("mmap.mmap", mapping)])
+    encoder = BatchEncoder(
+        session, readout_of(tiny_m3), position_offset=tiny_m3.config.position_offset
+    )
+    encoder.run(batch_of(random_ids([LONG_TOKENS])), slot=0)
+    assert mapping.advice == []
+    encoder.run(batch_of(random_ids([LONG_TOKENS + 1])), slot=0)
+    assert mapping.advice == [mmap.MADV_DONTNEED]
+
+
+def test_a_file_behind_many_arrays_is_one_mapping(tmp_path: Path) -> None:
+    file = tmp_path / "tensors"
+    np.arange(64, dtype=np.uint8).tofile(file)
+    whole = np.memmap(file, np.uint8, mode="r")
+    (mapping,) = mappings_of([whole[:8], whole[8:].reshape(7, 8), np.zeros(3)])
+    assert mapping is cast("object", whole.base)

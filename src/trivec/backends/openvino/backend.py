@@ -10,7 +10,7 @@ from trivec.backends.openvino.certificate import Certificate
 from trivec.backends.openvino.certifying import best_int8, fp32_tensors, readout_of
 from trivec.backends.openvino.encoding import BatchEncoder
 from trivec.backends.openvino.linear import Tensors
-from trivec.backends.openvino.pages import let_go, return_free
+from trivec.backends.openvino.pages import let_go, mappings_of, return_free
 from trivec.backends.openvino.prepared import Prepared, load, prepared_folder, save
 from trivec.backends.openvino.recipe import FP32, Form, Recipe
 from trivec.backends.openvino.rows import ROW_BUDGET
@@ -67,7 +67,7 @@ class OpenVinoBackend:
         encoder = _open(checkpoint, recipe, tensors, slot_count=cores, must_agree=vouched_for)
         backend = cls(checkpoint, encoder, recipe, certificate)
         backend._warm()
-        let_go(tensors.values())
+        let_go(mappings_of(tensors.values()))
         return_free()
         return backend
 

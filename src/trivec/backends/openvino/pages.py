@@ -11,12 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def let_go(arrays: Iterable[NDArray[np.generic]]) -> None:
-    """Drop from memory the pages of every mapped file behind *arrays*; others are left alone."""
-    mappings = {id(found): found for array in arrays if (found := mapping_of(array)) is not None}
-    for mapping in mappings.values():
+def let_go(mappings: Iterable[mmap.mmap]) -> None:
+    """Drop the pages of *mappings* from memory."""
+    for mapping in mappings:
         if hasattr(mapping, "madvise"):  # Linux and macOS
             mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def mappings_of(arrays: Iterable[NDArray[np.generic]]) -> tuple[mmap.mmap, ...]:
+    """Every mapped file behind *arrays*, once; memory of their own is left alone."""
+    found = {id(one): one for array in arrays if (one := mapping_of(array)) is not None}
+    return tuple(found.values())
 
 
 def mapping_of(array: NDArray[np.generic]) -> mmap.mmap | None:

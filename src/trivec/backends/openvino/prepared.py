@@ -66,8 +66,11 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "tensors.safetensors"
     _replace(file, lambda path: save_file(dict(tensors), path))
+    hashes = Hashes(folder)
+    sha256 = hashes.of(file, fresh=True).sha256
+    hashes.remember(file, sha256)  # too young to be trusted, but for who wrote it
     described = {
-        "sha256": Hashes(folder).of(file, fresh=True).sha256,
+        "sha256": sha256,
         "recipe": {
             "form": recipe.form.value,
             "group_size": recipe.group_size,

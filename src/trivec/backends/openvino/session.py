@@ -3,13 +3,14 @@
 It knows the OpenVINO runtime: streams, requests, precision hints. It knows no files and no vectors.
 """
 
+import mmap
 import threading
 from collections.abc import Sequence
 
 import openvino as ov
 
 from trivec.backends.openvino.packing import Buffers, RowInputs
-from trivec.backends.openvino.pages import return_free
+from trivec.backends.openvino.pages import let_go, return_free
 from trivec.backends.openvino.plugin import open_core
 from trivec.backends.openvino.recipe import Form, Recipe
 from trivec.backends.openvino.rows import ROW_BUDGET
@@ -35,7 +36,15 @@ class Session:
     those of the first (8 of 25 loads were wrong; decision 0032). Otherwise all slots share one.
     """
 
-    def __init__(self, model: ov.Model, recipe: Recipe, *, slot_count: int) -> None:
+    def __init__(
+        self,
+        model: ov.Model,
+        recipe: Recipe,
+        *,
+        slot_count: int,
+        mapped: Sequence[mmap.mmap] = (),
+    ) -> None:
+        """*mapped* are the files that the tables of *model* are read from as they are needed."""
         streams = stream_count(recipe.form, packed_bytes(model), slot_count=slot_count)
         core, properties = open_core(), _properties(recipe, streams)
         self._compiled = [
@@ -44,6 +53,7 @@ class Session:
         self._requests = [
             self._compiled[slot // streams].create_infer_request() for slot in range(slot_count)
         ]
+        self._mapped = mapped
         self._buffers = [Buffers() for _ in range(slot_count)]
         self._gate = threading.Lock()
         self._running = 0
@@ -90,6 +100,7 @@ class Session:
                 for compiled in self._compiled:
                     compiled.release_memory()
                 return_free()
+                let_go(self._mapped)  # a text of thousands of tokens has read all over the table
                 self._swollen = False
 
 

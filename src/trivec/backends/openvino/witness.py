@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from trivec.backends.openvino.graph import AFTER_GELU, GELU_LIFT, Encoder, Extra, linear_name
 from trivec.backends.openvino.packing import pack_row
+from trivec.backends.openvino.pages import mappings_of
 from trivec.backends.openvino.recipe import Form, Recipe
 from trivec.backends.openvino.rows import plan_rows
 from trivec.backends.openvino.session import Session
@@ -45,7 +46,8 @@ class Plan:
 def compiled(plan: Plan, slot_count: int) -> Session:
     """A session as the plugin makes it."""
     model = Encoder(plan.config, plan.tensors, plan.recipe).build(plan.extra)
-    return Session(model, plan.recipe, slot_count=slot_count)
+    mapped = mappings_of(plan.tensors.values())
+    return Session(model, plan.recipe, slot_count=slot_count, mapped=mapped)
 
 
 def open_session(
