@@ -208,11 +208,12 @@ def load_models(
         open_checkpoint(reference, cache_dir=settings.data_dir / "models")
         for reference in settings.models or (DEFAULT_MODEL,)
     ]
-    is_loaded = threading.Event()
+    heard = list(checkpoints) if hears_text else []
+    is_over = threading.Event()
 
     def read_vocabularies() -> list[Tokenizer]:
-        is_loaded.wait(COMPILING_AFTER_S)
-        return make_tokenizers(checkpoints if hears_text else (), front=front, cores=cores)
+        is_over.wait(COMPILING_AFTER_S)
+        return make_tokenizers(heard, front=front, cores=cores)
 
     with ThreadPoolExecutor(1) as beside:
         reading = beside.submit(read_vocabularies)
@@ -221,8 +222,11 @@ def load_models(
                 load_onto(choice, checkpoint, settings=settings, cores=cores)
                 for checkpoint in checkpoints
             ]
+        except BaseException:
+            heard.clear()  # the refusal need not wait for them
+            raise
         finally:
-            is_loaded.set()
+            is_over.set()
     return set_up(loaded, choice, front=front, tokenizers=reading.result())
 
 

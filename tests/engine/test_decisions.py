@@ -18,6 +18,8 @@ BOUND = LineBound(tokens_max=100_000, wait_s_max=10)
     ("token_count", "waiting", "before", "wait_s"),
     [
         pytest.param(300_000, 0, 0, None, id="an-empty-line-admits-anything"),
+        pytest.param(300_000, 0, 100, None, id="and-so-it-does-after-a-query-on-its-way"),
+        pytest.param(5_000, 0, 12_000, 2.0, id="but-not-after-more-than-it-holds"),
         pytest.param(100, 10_000, 10_000, None, id="ten-seconds-of-work-are-admitted"),
         pytest.param(100, 10_500, 10_500, 0.5, id="half-a-second-more-is-not"),
         pytest.param(100, 90_000, 100, None, id="a-small-one-passes-a-huge-one"),

@@ -263,3 +263,17 @@ async def test_each_batch_and_a_line_that_grows_are_told() -> None:
         (1, 50, False),
     ]
     assert rig.listener.heard(LineChanged)[-1] == LineChanged("fake", 0, 0)
+
+
+async def test_what_is_on_its_way_counts_for_a_query_no_more_than_turns_do() -> None:
+    """Beside a bulk request that nearly fills the line: fair turns serve a query long before it."""
+    bound = LineBound(wait_s_max=10)  # at 1,000 tokens/s, as every device is taken for at first
+    async with Rig(bound=bound) as rig:
+        holder = await rig.occupy()
+        bulk = rig.send(sequences(*[99] * 100))
+        await rig.queued(bulk)
+        rig.engine.check_room(10, tokens_ahead=110)
+        with pytest.raises(Overloaded):
+            rig.engine.check_room(10, tokens_ahead=10_000)
+        rig.backend.gate.set()
+        await asyncio.gather(holder, bulk)

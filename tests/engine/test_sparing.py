@@ -8,7 +8,7 @@ from tests.engine.rig import Rig, sequences
 from tests.hand_clock import HandClock
 
 from trivec.backends.fake import FakeBackend
-from trivec.core.types import BatchBudget, Reply
+from trivec.core.types import Output, Reply
 from trivec.engine.sparing import time_to_spare_s
 
 
@@ -35,6 +35,14 @@ def test_time_to_spare(
     assert left_s == pytest.approx(expected_s)
 
 
+def test_a_slow_model_spares_no_more_than_a_moment() -> None:
+    """Two words to BGE-M3, whose full row takes half a second."""
+    at_once = time_to_spare_s(request_count=1, waiting_s=0.004, row_s=0.5, ends_in_s=0.1)
+    soon = time_to_spare_s(request_count=1, waiting_s=0.004, row_s=0.5, ends_in_s=0.01)
+    assert at_once == 0.0
+    assert soon == pytest.approx(0.03)
+
+
 class AskedClock(HandClock):
     """Tells when a slot's thread has asked for the time, as each does before it chooses."""
 
@@ -51,11 +59,9 @@ class AskedClock(HandClock):
 class Pair(Rig):
     """Two slots, of which one is held at work and the other has thought about what came since."""
 
-    def __init__(self, *, spares_core: bool = True, row_tokens: int = 512) -> None:
-        """One ms a token, as every device is taken for at first: a row of *row_tokens* ms."""
+    def __init__(self, *, spares_core: bool = True) -> None:
         self.asked_clock = AskedClock()
-        budget = BatchBudget(row_tokens, 64)
-        backend = FakeBackend(dimensions=8, slot_count=2, budget=budget)
+        backend = FakeBackend(dimensions=8, slot_count=2)
         super().__init__(backend=backend, clock=self.asked_clock, spares_core=spares_core)
 
     async def hold_and_ask(self) -> "list[asyncio.Task[Reply]]":
@@ -76,12 +82,23 @@ async def test_a_short_line_waits_for_the_slot_at_work_and_makes_one_row() -> No
 
 
 async def test_a_line_that_grows_is_taken_before_the_slot_at_work_is_through() -> None:
-    async with Pair(row_tokens=60_000) as rig:  # else the slot would soon look by itself
+    async with Pair() as rig:
         sent = [*await rig.hold_and_ask(), rig.send(sequences(250, first=60_000))]
         await rig.entered(2)
         rig.backend.gate.set()
         await asyncio.gather(*sent)
     assert {length for batch in rig.batches()[1:] for length in batch} == {4, 250}
+
+
+async def test_no_core_is_spared_while_another_model_has_work_worth_it() -> None:
+    async with Pair() as rig:
+        other = FakeBackend(dimensions=8, slot_count=2)
+        engine = rig.add("other", other)
+        sent = await rig.hold_and_ask()
+        row = asyncio.create_task(engine.embed(sequences(300), Output.DENSE))
+        assert await asyncio.to_thread(other.wait_entered, 1)
+        rig.backend.gate.set()
+        await asyncio.gather(*sent, row)
 
 
 async def test_nobody_waits_for_a_slot_that_is_late() -> None:

@@ -14,6 +14,7 @@ KILLED = 128 + signal.SIGKILL
     [
         pytest.param(Ending(0, True, True), 0, True, Leave(0), id="asked-and-drained"),
         pytest.param(Ending(143, False, True), 0, False, Leave(0), id="asked-before-it-could-drain"),
+        pytest.param(Ending(130, False, True), 0, False, Leave(0), id="ctrl-c-before-it-could-drain"),
         pytest.param(Ending(139, True, True), 0, True, Leave(139), id="asked-and-crashed"),
         pytest.param(Ending(0, True, False), 0, True, Leave(0), id="somebody-asked-the-child-itself"),
         pytest.param(Ending(2, False, False), 0, False, Leave(2), id="a-setting-that-cannot-work"),

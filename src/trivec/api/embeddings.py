@@ -41,11 +41,13 @@ class Embeddings:
         embedder = self._shelf.find(question.model, visit)
         check_against_card(question, embedder.card)
         guess = self._guesses.setdefault(embedder.card.id, Guess())
-        likely = guess.tokens_of(question.inputs, embedder.card)
+        likely = min(
+            guess.tokens_of(question.inputs, embedder.card), self._limits.request_tokens_max
+        )
         embedder.check_room(likely, tokens_ahead=guess.tokens_ahead(likely))
         visit.watch()
+        await self._meter.open(visit, body, tokens_follow=True)
         with guess.under_way(likely):
-            await self._meter.open(visit, body, tokens_follow=True)
             sequences = await self._tokenize(visit, question, embedder)
             guess.learn(question.inputs, sequences.token_count)
             answer_bytes = estimate_bytes(question, sequences, embedder.card)

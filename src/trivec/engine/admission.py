@@ -20,9 +20,8 @@ def room_in_s(token_count: int, load: LineLoad, bound: LineBound) -> float | Non
     The line shortens at the measured pace, so both excesses are seconds of it. An empty line
     admits any legal request, or a request larger than the bound could never be served.
     """
-    if load.tokens_waiting == 0:
-        return None
     excess_s = load.tokens_before / load.tokens_per_s - bound.wait_s_max
-    excess_tokens = load.tokens_waiting + token_count - bound.tokens_max
+    is_empty = load.tokens_waiting == 0
+    excess_tokens = 0 if is_empty else load.tokens_waiting + token_count - bound.tokens_max
     wait_s = max(excess_s, excess_tokens / load.tokens_per_s)
     return wait_s if wait_s > 0 else None

@@ -39,7 +39,7 @@ class Desk:
         self, slot_count: int, *, spares_core: bool, clock: Clock, observer: Observer
     ) -> None:
         """*spares_core*: the last free slot may leave its core to the event loop."""
-        self._spares_core = spares_core
+        self.spares_core = spares_core
         self._clock = clock
         self._observer = observer
         self._changed = threading.Condition()  # its lock guards all below
@@ -90,7 +90,7 @@ class Desk:
             if not lane.line:  # no credit for the time it had nothing to do
                 lane.device_s = max(lane.device_s, self._device_s)
             lane.admit(waiter)
-            if self._idle_count or (self._is_sparing and not self._time_to_spare_s(lane)):
+            if self._idle_count or (self._is_sparing and not self._time_to_spare_s()):
                 self._changed.notify()
             else:
                 news = lane.news()
@@ -124,10 +124,8 @@ class Desk:
                     self._idle_count -= 1
                     continue
                 is_last_free = not self._idle_count and not self._is_sparing
-                if is_last_free and (left_s := self._time_to_spare_s(lane)):
-                    self._is_sparing = True
-                    self._changed.wait(left_s)
-                    self._is_sparing = False
+                if is_last_free and (left_s := self._time_to_spare_s()):
+                    self._spare(left_s)
                     continue
                 job = self._jobs[slot] = self._choose(lane)
                 if (self._idle_count or self._is_sparing) and next_lane(self._lanes) is not None:
@@ -136,16 +134,28 @@ class Desk:
                     return job
             return None
 
-    def _time_to_spare_s(self, lane: Lane) -> float:
-        """How long the last free slot may leave what waits in *lane*; 0 when it should not."""
+    def _spare(self, within_s: float) -> None:
+        self._is_sparing = True
+        try:
+            self._changed.wait(within_s)
+        finally:
+            self._is_sparing = False
+
+    def _time_to_spare_s(self) -> float:
+        """How long the last free slot may leave all that waits; 0 when it should not."""
         ends_s = [job.began_s + job.expected_s for job in self._jobs if job is not None]
-        if not self._spares_core or not ends_s:
+        if not self.spares_core or not ends_s:
             return 0.0
-        return time_to_spare_s(
-            request_count=len(lane.line),
-            waiting_s=lane.pace.usual_s(lane.line.token_count),
-            row_s=lane.pace.usual_s(lane.budget.tokens_max),
-            ends_in_s=min(ends_s) - self._clock.now_s(),
+        ends_in_s = min(ends_s) - self._clock.now_s()
+        return min(
+            time_to_spare_s(
+                request_count=len(lane.line),
+                waiting_s=lane.pace.usual_s(lane.line.token_count),
+                row_s=lane.pace.usual_s(lane.budget.tokens_max),
+                ends_in_s=ends_in_s,
+            )
+            for lane in self._lanes
+            if lane.line
         )
 
     def _choose(self, lane: Lane) -> Job | None:

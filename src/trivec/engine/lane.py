@@ -62,9 +62,9 @@ class Lane:
         waiting = self.line.token_count
         tokens_per_s = self.pace.tokens_per_s
         # The sum over requests never exceeds the line, so a short line need not be summed.
-        is_short = waiting <= self.bound.wait_s_max * tokens_per_s
+        is_short = waiting + tokens_ahead <= self.bound.wait_s_max * tokens_per_s
         before = waiting if is_short else self.line.tokens_before(token_count)
-        return LineLoad(waiting + tokens_ahead, before + tokens_ahead, tokens_per_s)
+        return LineLoad(waiting, before + tokens_ahead, tokens_per_s)
 
     def take_late(self, now_s: float) -> list[Waiter]:
         """Remove whoever waited too long, among all that the next batch could be made of."""

@@ -7,6 +7,7 @@ what would have been one row in two (decision 0044).
 
 REQUEST_S_MAX = 0.006  # of device time; HTTP takes about a tenth of it
 ROW_SHARE = 1 / 3  # of a full row; what waits is worth a core when it makes that much
+SHORT_ROW_S_MAX = 0.02  # a slow model's rows are never short
 
 
 def time_to_spare_s(
@@ -18,7 +19,7 @@ def time_to_spare_s(
     full row takes, and *ends_in_s* when the first of the slots at work should be through: negative
     when it should have been. It is waited for no longer than twice a short row.
     """
-    short_row_s = ROW_SHARE * row_s
+    short_row_s = min(ROW_SHARE * row_s, SHORT_ROW_S_MAX)
     is_short = waiting_s < min(short_row_s, request_count * REQUEST_S_MAX)
     if not is_short or ends_in_s >= short_row_s:
         return 0.0

@@ -13,7 +13,7 @@ BEAT_EVERY_S = 1.0
 BEAT, READY_BEAT = b".", b"r"
 FAILED_STARTS_MAX = 5
 START_REFUSED = 2  # the exit code of a setting or a model that cannot work
-KILLED_BY_SIGTERM = 128 + signal.SIGTERM
+KILLED_BY_A_STOP = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ def verdict(ending: Ending, *, failed_starts: int, ever_ready: bool) -> Leave | 
     A process that had been ready starts again at once. One that never was waits twice as long
     each time, and after five in a row whoever supervises us shall decide.
     """
-    if ending.was_asked and ending.exit_code == KILLED_BY_SIGTERM:
+    if ending.was_asked and ending.exit_code in KILLED_BY_A_STOP:
         return Leave(0)  # asked before it had learned to drain; nothing was accepted yet
     if ending.was_asked or ending.exit_code == 0:
         return Leave(ending.exit_code)

@@ -53,7 +53,7 @@ class Session:
         self._requests = [
             self._compiled[slot // streams].create_infer_request() for slot in range(slot_count)
         ]
-        self._mapped = mapped
+        self.mapped = mapped
         self._buffers = [Buffers() for _ in range(slot_count)]
         self._gate = threading.Lock()
         self._running = 0
@@ -100,7 +100,7 @@ class Session:
                 for compiled in self._compiled:
                     compiled.release_memory()
                 return_free()
-                let_go(self._mapped)  # a text of thousands of tokens has read all over the table
+                let_go(self.mapped)  # a text of thousands of tokens has read all over the table
                 self._swollen = False
 
 
