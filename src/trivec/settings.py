@@ -55,6 +55,10 @@ class HttpLimits(Section):
     """Seconds in which a request body must have arrived."""
     body_chunks_max: int = Field(4096, ge=1)
     """Most pieces a request body may arrive in."""
+    refused_body_bytes_max: int = Field(32 * MEBIBYTE, ge=0)
+    """Most bytes that are read and dropped of a body after its request was refused."""
+    refused_body_s_max: float = Field(10.0, gt=0)
+    """Seconds in which that must be over; then the connection is cut."""
     inputs_max: int = Field(2048, ge=1)
     """Most texts in one request."""
     request_tokens_max: int = Field(300_000, ge=1)

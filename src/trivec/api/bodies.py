@@ -1,9 +1,15 @@
 """Reading a request's body within its bounds: declared type, bytes, pieces and seconds."""
 
+import asyncio
+from contextlib import suppress
+
 from trivec.api.reading import shown
 from trivec.api.visit import Visit
 from trivec.core.errors import BodyTooLarge, MalformedBody, MediaTypeUnsupported
 from trivec.settings import HttpLimits
+
+BODY_TOO_SLOW = 408
+SILENT_S_MAX = 2.0  # without a byte of a body that is only dropped
 
 
 async def read_json_body(visit: Visit, limits: HttpLimits) -> bytes:
@@ -71,7 +77,29 @@ async def _gather(visit: Visit, limits: HttpLimits, *, counts_pieces: bool) -> b
                 "Send it in larger ones, or with a Content-Length."
             )
         if not message.get("more_body", False):
+            visit.is_body_read = True
             return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+async def drop_rest_of_body(visit: Visit, limits: HttpLimits) -> None:
+    """Read and drop what is left of the body of a request that has been answered.
+
+    Closing a connection with bytes unread resets it, and the client loses the answer that it has
+    not read yet: most send all of a body before they look. Bounded in bytes, in seconds, and in
+    seconds without a byte; whoever sends on after that is cut off.
+    """
+    if visit.is_body_read or not visit.declares_body or visit.waits_to_send:
+        return
+    is_slow = visit.status == BODY_TOO_SLOW
+    dropped = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(SILENT_S_MAX if is_slow else limits.refused_body_s_max):
+            while dropped < limits.refused_body_bytes_max:
+                async with asyncio.timeout(SILENT_S_MAX):
+                    message = await visit.receive()
+                dropped += len(message.get("body", b""))
+                if message["type"] != "http.request" or not message.get("more_body", False):
+                    return
 
 
 def _too_many_bytes(limits: HttpLimits) -> BodyTooLarge:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from trivec.api.bodies import drop_rest_of_body
 from trivec.api.errors import CLIENT_GONE, answer_to, problem_of
 from trivec.api.headers import answer_headers
 from trivec.api.presence import ClientGone
@@ -21,7 +22,9 @@ _log = logging.getLogger(__name__)
 
 
 class Visits:
-    """Opens a visit, puts its headers on the answer, and tells the observer how it ended."""
+    """Opens a visit, puts its headers on the answer, tells the observer how it ended, and reads
+    what a refusal left of the body.
+    """
 
     def __init__(
         self,
@@ -40,7 +43,8 @@ class Visits:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await _no_http(scope, receive, send)
+            await _no_http(scope, receive, send)
+            return
         visit = scope[VISIT] = open_visit(
             scope, receive, now_s=self._clock.now_s(), request_s_max=self._limits.request_s_max
         )
@@ -48,7 +52,7 @@ class Visits:
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 visit.status = message["status"]
-                closes = self._health().phase in ("draining", "stopped")
+                closes = visit.waits_to_send or self._health().phase in ("draining", "stopped")
                 elapsed_s = self._clock.now_s() - visit.started_s
                 message["headers"] += answer_headers(visit, elapsed_s=elapsed_s, closes=closes)
             else:
@@ -59,6 +63,8 @@ class Visits:
             await self._app(scope, receive, send_named)
         finally:
             self._observer.observe(self._served(visit))
+        if visit.status is not None:
+            await drop_rest_of_body(visit, self._limits)
 
     def _served(self, visit: Visit) -> RequestServed:
         status = CLIENT_GONE if visit.status is None else visit.status

@@ -57,6 +57,7 @@ class Visit:
     token_count: int = 0
     request_bytes: int = 0
     is_reading_body: bool = False
+    is_body_read: bool = False  # to its end
     patience: Watching | None = None  # where the route bounds the request's time
     status: int | None = None  # of the answer that has begun to leave
     answer_bytes: int = 0  # of body, that have left
@@ -75,6 +76,17 @@ class Visit:
         """The header's text, or None where it was not sent."""
         value = self.headers.get(name)
         return None if value is None else value.decode("latin-1")
+
+    @property
+    def declares_body(self) -> bool:
+        """Whether the head says that a body follows."""
+        declared = self.headers.get(b"content-length", b"0")
+        return declared != b"0" or b"transfer-encoding" in self.headers
+
+    @property
+    def waits_to_send(self) -> bool:
+        """Whether the client sends its body only when told to, and has not been."""
+        return b"expect" in self.headers and not self.request_bytes and not self.is_reading_body
 
     @property
     def client_request_id(self) -> str | None:
