@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from trivec.accounts import Accounts
 from trivec.accounts.stores import open_accounts
-from trivec.api import build_app
+from trivec.api import ByteBudget, budget_bytes, build_app
 from trivec.checkpoints.catalogue import CATALOGUE
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.checkpoints.opening import find_folder, open_checkpoint
@@ -44,6 +44,7 @@ class Front:
     metrics: Metrics
     observer: Observer
     tracing: Tracing | None
+    memory: ByteBudget
 
     def app(
         self,
@@ -62,6 +63,7 @@ class Front:
             health=health,
             metrics=page or self.metrics.page,
             metrics_open=self.settings.metrics_open,
+            memory=self.memory,
         )
 
     def close(self) -> None:
@@ -172,8 +174,8 @@ class Running(Protocol):
         """Whether this process is the one that makes a new store's first key, and shows it."""
 
 
-def open_front(settings: Settings) -> Front:
-    """Everything but the models; quick. Raises `StartError`."""
+def open_front(settings: Settings, *, machine_bytes: int = 1 << 31) -> Front:
+    """Everything but the models, on a machine of so much memory; quick. Raises `StartError`."""
     clock = SystemClock()
     metrics = Metrics(lines_dropped=lines_dropped)
     endpoint = settings.telemetry.trace_endpoint
@@ -186,6 +188,10 @@ def open_front(settings: Settings) -> Front:
         metrics=metrics,
         observer=Observers(*heard),
         tracing=tracing,
+        memory=ByteBudget(
+            budget_bytes(settings, machine_bytes=machine_bytes),
+            connections_max=settings.http.connections_max,
+        ),
     )
 
 

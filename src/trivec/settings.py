@@ -55,6 +55,8 @@ class HttpLimits(Section):
     """Seconds in which a request body must have arrived."""
     body_chunks_max: int = Field(4096, ge=1)
     """Most pieces a request body may arrive in."""
+    memory_bytes_max: int | None = Field(None, ge=64 * MEBIBYTE)
+    """Most bytes that bodies, vectors and answers hold at one time; unset: a fourth of the memory, at most 512 MiB."""
     refused_body_bytes_max: int = Field(32 * MEBIBYTE, ge=0)
     """Most bytes that are read and dropped of a body after its request was refused."""
     refused_body_s_max: float = Field(10.0, gt=0)
@@ -69,6 +71,8 @@ class HttpLimits(Section):
     """Answers larger than this are sent in pieces of this size."""
     answer_chunk_s_max: float = Field(30.0, gt=0)
     """Seconds in which a client must take one piece of an answer."""
+    answer_bytes_per_s_min: int = Field(64 * 1024, ge=1)
+    """Bytes a second that a client must take of a whole answer, after answer_chunk_s_max."""
     request_s_max: float = Field(600.0, gt=0)
     """Seconds a whole request may take."""
     connections_max: int = Field(1024, ge=1)

@@ -59,7 +59,7 @@ class Tokenizer:
         pool: Executor,
         request_tokens_max: int | None = None,
     ) -> None:
-        """*request_tokens_max*: of all texts of a call, where they are not merely counted."""
+        """*request_tokens_max*: of all texts of a call."""
         self.token_count_max = token_count_max
         self.request_tokens_max = request_tokens_max
         self.vocabulary_size = vocabulary_size
@@ -93,8 +93,7 @@ class Tokenizer:
         done: list[Sequences] = []
         for job in _jobs(texts, sizes):
             done.append(await self._do(partial(self._encode, job, long_text)))
-            if long_text is not LongText.KEEP:
-                self._refuse_too_many(done, text_count=len(texts))
+            self._refuse_too_many(done, text_count=len(texts))
         return done[0] if len(done) == 1 else _join(done)
 
     def _refuse_too_many(self, done: Sequence[Sequences], *, text_count: int) -> None:

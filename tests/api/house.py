@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from trivec.accounts import Accounts, Allowance, KeyPlan, Scope
 from trivec.accounts.stores.memory import MemoryStore
-from trivec.api import build_app
+from trivec.api import ByteBudget, build_app
 from trivec.backends.fake import FakeBackend
 from trivec.core.clock import SystemClock
 from trivec.core.errors import Overloaded, TextTooLong
@@ -162,6 +162,7 @@ class House:
     health: Health = READY
     no_auth: bool = False
     is_loading: bool = False
+    memory: ByteBudget = field(default_factory=ByteBudget)
 
     def __post_init__(self) -> None:
         self.accounts = Accounts(
@@ -184,6 +185,7 @@ class House:
             health=lambda: self.health,
             metrics=metrics,
             metrics_open=metrics_open,
+            memory=self.memory,
         )
 
     def embedders(self) -> Mapping[str, Embedder]:

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from tests.api.house import House
 
+from trivec.api import ByteBudget
 from trivec.api.bodies import drop_rest_of_body
 from trivec.api.visit import open_visit
 from trivec.settings import HttpLimits
@@ -100,6 +101,6 @@ async def test_a_client_that_sends_on_for_ever_is_cut_off() -> None:
         "headers": [(b"transfer-encoding", b"chunked")],
         "query_string": b"",
     }
-    visit = open_visit(scope, receive, now_s=0.0, request_s_max=1.0)
+    visit = open_visit(scope, receive, ByteBudget().open(), now_s=0.0, request_s_max=1.0)
     await asyncio.wait_for(drop_rest_of_body(visit, limits), 30)
     assert received == 1000

@@ -7,6 +7,7 @@ from starlette.types import ASGIApp
 from trivec.accounts import Accounts
 from trivec.api.access import Gate
 from trivec.api.endpoints import Wiring, all_endpoints
+from trivec.api.memory import ByteBudget
 from trivec.api.metering import Meter
 from trivec.api.middleware import Failures, Visits
 from trivec.api.routing import Doors, build_router
@@ -25,10 +26,12 @@ def build_app(
     health: Callable[[], Health],
     metrics: Callable[[], bytes] | None,
     metrics_open: bool,
+    memory: ByteBudget | None = None,
 ) -> ASGIApp:
     """The whole HTTP surface as one plain ASGI app, for granian, uvicorn or Ray Serve.
 
-    *embedders* maps every served id and alias; empty while loading. *metrics* None: not served.
+    *embedders* maps every served id and alias; empty while loading. *metrics* None: not served. *memory* is
+    shared by the apps of one process.
     """
     meter = Meter(accounts, clock)
     wiring = Wiring(
@@ -54,4 +57,5 @@ def build_app(
         clock=clock,
         limits=limits,
         health=health,
+        memory=memory or ByteBudget(connections_max=limits.connections_max),
     )

@@ -3,12 +3,14 @@
 import asyncio
 from contextlib import suppress
 
+from trivec.api.memory import PIECE_BYTES
 from trivec.api.reading import shown
 from trivec.api.visit import Visit
 from trivec.core.errors import BodyTooLarge, MalformedBody, MediaTypeUnsupported
 from trivec.settings import HttpLimits
 
 BODY_TOO_SLOW = 408
+PARSED_BYTES_A_BYTE = 2  # texts of one or two bytes a character, and token ids in arrays
 SILENT_S_MAX = 2.0  # without a byte of a body that is only dropped
 
 
@@ -42,6 +44,8 @@ def check_json_is_declared(visit: Visit) -> None:
 async def read_body(visit: Visit, limits: HttpLimits) -> bytes:
     """The whole body. Raises `BodyTooLarge`, or `MalformedBody` if it breaks off.
 
+    It is held in the budget as it arrives, and then with what parsing makes of it: `Overloaded`.
+
     How long it may take is bounded by the request's `Patience`. A declared length is refused before
     anything is read. Pieces are counted only where no length was declared: over a slow link every
     packet of an honest body is a piece.
@@ -51,10 +55,15 @@ async def read_body(visit: Visit, limits: HttpLimits) -> bytes:
         raise _too_many_bytes(limits)
     assert visit.patience is not None, "a route that reads a body bounds its time"
     visit.is_reading_body = True
+    visit.held.arrives(visit.patience.end)
     try:
-        return await _gather(visit, limits, counts_pieces=declared is None)
+        body = await _gather(visit, limits, counts_pieces=declared is None)
     finally:
         visit.is_reading_body = False
+        visit.held.has_arrived()
+    visit.held.shrink(len(body))
+    visit.held.add(PARSED_BYTES_A_BYTE * len(body))
+    return body
 
 
 async def _gather(visit: Visit, limits: HttpLimits, *, counts_pieces: bool) -> bytes:
@@ -69,6 +78,7 @@ async def _gather(visit: Visit, limits: HttpLimits, *, counts_pieces: bool) -> b
         if piece := message.get("body", b""):
             pieces.append(piece)
             visit.request_bytes += len(piece)
+            visit.held.add(len(piece) + PIECE_BYTES)
         if visit.request_bytes > limits.body_bytes_max:
             raise _too_many_bytes(limits)
         if counts_pieces and len(pieces) > limits.body_chunks_max:

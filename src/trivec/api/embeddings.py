@@ -11,6 +11,7 @@ from trivec.api.encoding import (
     check_answer_fits,
     encode,
     estimate_bytes,
+    estimate_vector_bytes,
 )
 from trivec.api.guess import Guess
 from trivec.api.metering import Meter
@@ -47,11 +48,14 @@ class Embeddings:
         embedder.check_room(likely, tokens_ahead=guess.tokens_ahead(likely))
         visit.watch()
         await self._meter.open(visit, body, tokens_follow=True)
+        del body
         with guess.under_way(likely):
             sequences = await self._tokenize(visit, question, embedder)
             guess.learn(question.inputs, sequences.token_count)
             answer_bytes = estimate_bytes(question, sequences, embedder.card)
             check_answer_fits(answer_bytes, answer_bytes_max=self._limits.answer_bytes_max)
+            vector_bytes = estimate_vector_bytes(question, sequences, embedder.card)
+            visit.held.add_answer(answer_bytes + vector_bytes)
             await self._meter.reserve_tokens(visit, sequences.token_count)
         result = await self._embed(visit, question, embedder, sequences)
         return await self._encode(visit, result, answer_bytes)
@@ -93,7 +97,9 @@ class Embeddings:
         else:  # in a thread of the event loop's own pool, so that nobody else waits for it
             body = await asyncio.to_thread(encode, result)
         visit.timings.encode_s = self._clock.now_s() - started_s
-        return Answer(200, body)
+        answer = Answer(200, body)
+        visit.held.shrink(answer.byte_count)
+        return answer
 
 
 async def _spell(vectors: Sequence[SparseVector | None], embedder: Embedder) -> list[list[str]]:

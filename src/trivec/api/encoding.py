@@ -68,6 +68,19 @@ def check_answer_fits(answer_bytes: int, *, answer_bytes_max: int) -> None:
         raise AnswerTooLarge(answer_bytes=answer_bytes, answer_bytes_max=answer_bytes_max)
 
 
+def estimate_vector_bytes(
+    question: EmbeddingsQuestion, sequences: Sequences, card: ModelCard
+) -> int:
+    """What the vectors themselves will take, as float32 and int32."""
+    rows, tokens = len(sequences), sequences.token_count
+    size = 4 * rows * card.dimensions
+    if Output.SPARSE in question.outputs:
+        size += 8 * tokens
+    if Output.MULTI in question.outputs:
+        size += 4 * (tokens - rows) * card.dimensions
+    return size
+
+
 def encode(result: Result) -> list[bytes]:
     """The answer's body in pieces, one an input between the first and the last."""
     question, tokens = result.question, result.sequences.token_count

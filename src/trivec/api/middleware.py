@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from trivec.api.bodies import drop_rest_of_body
 from trivec.api.errors import CLIENT_GONE, answer_to, problem_of
 from trivec.api.headers import answer_headers
+from trivec.api.memory import ByteBudget
 from trivec.api.presence import ClientGone
 from trivec.api.sending import send_answer
 from trivec.api.visit import VISIT, Visit, open_visit
@@ -34,19 +35,25 @@ class Visits:
         clock: Clock,
         limits: HttpLimits,
         health: Callable[[], Health],
+        memory: ByteBudget,
     ) -> None:
         self._app = app
         self._observer = observer
         self._clock = clock
         self._limits = limits
         self._health = health
+        self._memory = memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await _no_http(scope, receive, send)
             return
         visit = scope[VISIT] = open_visit(
-            scope, receive, now_s=self._clock.now_s(), request_s_max=self._limits.request_s_max
+            scope,
+            receive,
+            self._memory.open(),
+            now_s=self._clock.now_s(),
+            request_s_max=self._limits.request_s_max,
         )
 
         async def send_named(message: Message) -> None:
@@ -62,6 +69,7 @@ class Visits:
         try:
             await self._app(scope, receive, send_named)
         finally:
+            visit.held.close()
             self._observer.observe(self._served(visit))
         if visit.status is not None:
             await drop_rest_of_body(visit, self._limits)

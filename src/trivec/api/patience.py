@@ -94,9 +94,9 @@ class Patience:
         now_s = self._loop.time() + 1e-3  # a timer may be that much early
         is_reading = self._visit.is_reading_body
         if now_s >= self._due_s:
-            self._end(_past_deadline(self._visit))
+            self.end(_past_deadline(self._visit))
         elif is_reading and now_s >= self._body_due_s:
-            self._end(_body_too_slow(self._body_s_max))
+            self.end(_body_too_slow(self._body_s_max))
         else:
             self._has_looked = True
             if self._is_left_to:
@@ -110,9 +110,10 @@ class Patience:
 
     async def _watch(self) -> None:
         await departure(self._visit.receive)
-        self._end(ClientGone())
+        self.end(ClientGone())
 
-    def _end(self, reason: Exception) -> None:
+    def end(self, reason: Exception) -> None:
+        """Cancel the block, and raise *reason* in its place; of several reasons the first."""
         if self._reason is None:
             self._reason = reason
             self._task.cancel()

@@ -30,15 +30,28 @@ async def send_answer(answer: Answer, send: Send, limits: HttpLimits, *, method:
         body = answer.body[0] if len(answer.body) == 1 else b"".join(answer.body)
         await send({"type": "http.response.body", "body": body})
         return
-    left = length
+    loop = asyncio.get_running_loop()
+    began_s, left = loop.time(), length
     for piece in in_pieces(answer.body, limits.answer_chunk_bytes):
         left -= len(piece)
         message = {"type": "http.response.body", "body": piece, "more_body": left > 0}
         try:
-            async with asyncio.timeout(limits.answer_chunk_s_max):
+            async with asyncio.timeout(
+                piece_s_max(limits, elapsed_s=loop.time() - began_s, byte_count=length - left)
+            ):
                 await send(message)
         except TimeoutError:
             raise ClientGone from None
+
+
+def piece_s_max(limits: HttpLimits, *, elapsed_s: float, byte_count: int) -> float:
+    """Seconds that the next piece may take, with which *byte_count* bytes are out in all.
+
+    A piece by itself would let a client hold an answer for ever at one piece in half a minute, so
+    all pieces together have a rate, too. The kernel and the server below hold some for the client.
+    """
+    due_s = limits.answer_chunk_s_max + byte_count / limits.answer_bytes_per_s_min
+    return max(0.0, min(limits.answer_chunk_s_max, due_s - elapsed_s))
 
 
 def in_pieces(body: Sequence[bytes], piece_bytes: int) -> Iterator[bytes]:

@@ -1,6 +1,8 @@
 """`POST /tokenize`: counting tokens without spending any."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import msgspec
 
@@ -13,9 +15,17 @@ from trivec.api.questions import TokenizeQuestion, tokenize_question
 from trivec.api.schemas import TokenizeAnswer, TokenizedText
 from trivec.api.shelf import Shelf
 from trivec.api.visit import Visit
+from trivec.core.errors import Overloaded
 from trivec.core.ports import Clock, Embedder
 from trivec.core.types import LongText, Sequences
 from trivec.settings import HttpLimits
+
+AT_ONCE = 1  # large requests that are tokenised: the threads are those of embeddings
+WAITING_MAX = 16
+LARGE_BYTES = 64 * 1024  # of a body; smaller ones take no turn
+TOKEN_BYTES = 48  # an id in an array, as a Python integer in a list, and as text
+SPELLED_BYTES = 72  # its string, in a list
+RETRY_S = 5.0
 
 
 class Tokenize:
@@ -26,6 +36,8 @@ class Tokenize:
         self._meter = meter
         self._limits = limits
         self._clock = clock
+        self._turns = asyncio.Semaphore(AT_ONCE)
+        self._waiting = 0
 
     async def __call__(self, visit: Visit) -> Answer:
         body = await read_json_body(visit, self._limits)
@@ -34,17 +46,48 @@ class Tokenize:
         embedder = self._shelf.find(question.model, visit)
         visit.watch()
         await self._meter.open(visit, body)
-        started_s = self._clock.now_s()
-        inputs = question.inputs.for_model(embedder.card)
-        sequences = await embedder.tokenize(inputs, long_text=LongText.KEEP)
-        visit.timings.tokenize_s = self._clock.now_s() - started_s
-        return await self._encode(question, sequences, embedder)
+        async with self._turn(len(body)):
+            started_s = self._clock.now_s()
+            inputs = question.inputs.for_model(embedder.card)
+            sequences = await embedder.tokenize(inputs, long_text=LongText.KEEP)
+            visit.timings.tokenize_s = self._clock.now_s() - started_s
+            answer_bytes = sequences.token_count * INT_TEXT_BYTES
+            check_answer_fits(answer_bytes, answer_bytes_max=self._limits.answer_bytes_max)
+            spelled_bytes = SPELLED_BYTES if question.return_tokens else 0
+            visit.held.add_answer(sequences.token_count * (TOKEN_BYTES + spelled_bytes))
+            answer = await self._encode(question, sequences, embedder, answer_bytes)
+        visit.held.shrink(answer.byte_count)
+        return answer
+
+    @asynccontextmanager
+    async def _turn(self, body_bytes: int) -> AsyncIterator[None]:
+        """A turn of the few that large requests have. Raises `Overloaded` where too many wait."""
+        if body_bytes < LARGE_BYTES:
+            yield
+            return
+        if self._waiting >= WAITING_MAX:
+            raise Overloaded(
+                f"{WAITING_MAX} large requests to tokenize are waiting, which is the most. "
+                "Please try again shortly, with fewer inputs at a time.",
+                retry_after_s=RETRY_S,
+            )
+        self._waiting += 1
+        try:
+            await self._turns.acquire()
+        finally:
+            self._waiting -= 1
+        try:
+            yield
+        finally:
+            self._turns.release()
 
     async def _encode(
-        self, question: TokenizeQuestion, sequences: Sequences, embedder: Embedder
+        self,
+        question: TokenizeQuestion,
+        sequences: Sequences,
+        embedder: Embedder,
+        answer_bytes: int,
     ) -> Answer:
-        answer_bytes = sequences.token_count * INT_TEXT_BYTES
-        check_answer_fits(answer_bytes, answer_bytes_max=self._limits.answer_bytes_max)
         data = []
         for i in range(len(sequences)):
             data.append(_tokenized(i, question, sequences, embedder))

@@ -12,6 +12,7 @@ from typing import Protocol
 from starlette.types import Receive, Scope
 
 from trivec.accounts import AllowanceState, Booking, Caller
+from trivec.api.memory import Held
 
 VISIT = "trivec.visit"  # where a visit lies in the ASGI scope
 CLIENT_REQUEST_ID_CHARS_MAX = 512
@@ -19,9 +20,10 @@ TRACEPARENT_CHARS_MAX = 128
 
 
 class Watching(Protocol):
-    """What can notice that a client leaves: the request's `Patience`."""
+    """What can end a request, and notice that its client leaves: its `Patience`."""
 
     def watch(self) -> None: ...
+    def end(self, reason: Exception) -> None: ...
 
 
 @dataclass(slots=True)
@@ -45,6 +47,7 @@ class Visit:
     started_s: float
     deadline_s: float  # on the same clock as `started_s`
     request_id: str
+    held: Held
     path_params: Mapping[str, str] = field(default_factory=dict)
     route: str = "other"
     caller: Caller | None = None
@@ -99,7 +102,9 @@ class Visit:
         return _sane(self.header(b"traceparent"), TRACEPARENT_CHARS_MAX)
 
 
-def open_visit(scope: Scope, receive: Receive, *, now_s: float, request_s_max: float) -> Visit:
+def open_visit(
+    scope: Scope, receive: Receive, held: Held, *, now_s: float, request_s_max: float
+) -> Visit:
     """The visit of a request that has just arrived."""
     headers: dict[bytes, bytes] = {}
     for name, value in scope["headers"]:
@@ -113,6 +118,7 @@ def open_visit(scope: Scope, receive: Receive, *, now_s: float, request_s_max: f
         started_s=now_s,
         deadline_s=now_s + min(request_s_max, patience_s),
         request_id=f"req_{os.urandom(16).hex()}",
+        held=held,
     )
 
 

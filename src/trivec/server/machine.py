@@ -1,4 +1,4 @@
-"""How much of this machine is ours: the smaller of what the scheduler and the cgroups allow."""
+"""How much of this machine is ours, in cores and in bytes: the least of what bounds us."""
 
 import os
 from collections.abc import Iterator
@@ -30,6 +30,26 @@ def cgroup_quotas(files: Path = FILES) -> Iterator[float]:
                 quota = _lines(folder / "cpu.cfs_quota_us")
                 period = _lines(folder / "cpu.cfs_period_us")
                 yield from _quota([f"{quota[0]} {period[0]}"] if quota and period else [])
+
+
+def usable_memory_bytes(files: Path = FILES) -> int:
+    """Bytes of memory that this process may use: the machine's, or a cgroup's around us if less."""
+    root = files / "sys/fs/cgroup"
+    bounds = [
+        1024 * int(line.split()[1])
+        for line in _lines(files / "proc/meminfo")
+        if line.startswith("MemTotal:")
+    ] or [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for line in _lines(files / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            found = [folder / "memory.max" for folder in _upwards(root, path)]
+        elif "memory" in controllers.split(","):
+            found = [folder / "memory.limit_in_bytes" for folder in _upwards(root / "memory", path)]
+        else:
+            continue
+        bounds += [int(bound) for file in found for bound in _lines(file) if bound.isdigit()]
+    return min(bounds)
 
 
 def _quota(lines: list[str]) -> Iterator[float]:

@@ -22,6 +22,7 @@ from trivec.server.carrier import Carrier
 from trivec.server.collecting import spare_what_stays
 from trivec.server.door import Door
 from trivec.server.life import REFUSAL_S_MAX, Happening, Life, Stage, health, stage_s_max
+from trivec.server.machine import usable_memory_bytes
 from trivec.server.supervisor import BEAT_EVERY_S, Heart
 from trivec.settings import Settings
 
@@ -59,7 +60,7 @@ class Serving:
         self._life = Life()
         self._happenings: asyncio.Queue[Happening] = asyncio.Queue()
         self._asked_at_s = float("-inf")
-        self._front: Front = open_front(settings)
+        self._front: Front = open_front(settings, machine_bytes=usable_memory_bytes())
         self._models: Running | None = None
         self._hung: str | None = None
         self._canary = Canary(())
