@@ -125,6 +125,8 @@ class Settings(Section):
     """Address to listen on."""
     port: int = Field(8000, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
+    probe_port: int | None = Field(None, ge=1, le=65535)
+    """Port of its own for /livez, /readyz, /health and /metrics, over plain HTTP; for probes only."""
     tls_cert: Folder | None = None
     """Certificate chain in PEM; with it the server speaks HTTPS."""
     tls_key: Folder | None = None
@@ -158,6 +160,8 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _belong_together(self) -> Self:
+        if self.probe_port is not None and self.probe_port == self.port:
+            raise ValueError(f"probe_port and port are both {self.port}; give probes another")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key go together; give both or neither")
         for file in (self.tls_cert, self.tls_key):

@@ -35,6 +35,7 @@ def serve(
     models: Annotated[list[str] | None, _flag("models", "--model", "-m")] = None,
     host: Annotated[str | None, _flag("host", "--host")] = None,
     port: Annotated[str | None, _flag("port", "--port", "-p")] = None,
+    probe_port: Annotated[str | None, _flag("probe_port", "--probe-port")] = None,
     tls_cert: Annotated[str | None, _flag("tls_cert", "--tls-cert")] = None,
     tls_key: Annotated[str | None, _flag("tls_key", "--tls-key")] = None,
     precision: Annotated[str | None, _flag("precision", "--precision")] = None,
@@ -62,6 +63,9 @@ def run(settings: Settings) -> int:
     """Listen, then serve, in a supervised child unless the settings say otherwise."""
     from trivec.cli.crew import run_crew
     from trivec.server.listening import check_certificate, listen
+    from trivec.server.machine import raise_file_limit
+
+    raise_file_limit()
 
     if settings.tls_cert and settings.tls_key:
         check_certificate(settings.tls_cert, settings.tls_key)

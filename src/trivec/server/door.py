@@ -1,8 +1,24 @@
-"""The app that granian sees: it stands for another, knows who is inside, and can send them out."""
+"""The apps that granian sees: one stands for another, knows who is inside, and can send them out;
+one is for probes.
+"""
 
 import asyncio
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+PROBE_PATHS = ("/livez", "/readyz", "/health", "/metrics")
+
+
+class ProbesOnly:
+    """Passes on what probes and scrapers ask for, and knows no other path."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in PROBE_PATHS:
+            scope["path"] = "/not-for-probes"
+        await self._app(scope, receive, send)
 
 
 class Door:

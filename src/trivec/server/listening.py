@@ -14,7 +14,7 @@ from trivec.core.errors import SettingInvalid
 BACKLOG = 1024  # connections the kernel accepts before we do
 
 
-def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
+def listen(host: str, port: int, *, shared: bool = False, flag: str = "--port") -> socket.socket:
     """A listening socket on *host* and *port* (0: a free one). Raises `SettingInvalid`.
 
     *shared*: others of this process may listen there, too, and the kernel deals connections out.
@@ -36,7 +36,7 @@ def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
         listener.close()
         raise SettingInvalid(
             f"cannot listen on {host}:{port}: {os.strerror(fault.errno or 0)}. "
-            "Choose another --port, or 0 for a free one."
+            f"Choose another {flag}" + (", or 0 for a free one." if flag == "--port" else ".")
         ) from fault
     listener.setblocking(False)
     return listener

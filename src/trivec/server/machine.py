@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 FILES = Path("/")
@@ -15,6 +16,17 @@ def usable_cores(*, allowed: int | None = None, files: Path = FILES) -> int:
     """
     quotas = [int(quota) for quota in cgroup_quotas(files)]
     return max(1, min([_affinity() if allowed is None else allowed, *quotas]))
+
+
+def raise_file_limit() -> None:
+    """Let this process and its children open as many files as they may: a connection is one."""
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # macOS grants less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def cgroup_quotas(files: Path = FILES) -> Iterator[float]:

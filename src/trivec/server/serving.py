@@ -20,13 +20,16 @@ from trivec.core.health import Health
 from trivec.server.canary import Canary
 from trivec.server.carrier import Carrier
 from trivec.server.collecting import spare_what_stays
-from trivec.server.door import Door
+from trivec.server.door import Door, ProbesOnly
 from trivec.server.life import REFUSAL_S_MAX, Happening, Life, Stage, health, stage_s_max
+from trivec.server.listening import listen
 from trivec.server.machine import usable_memory_bytes
 from trivec.server.supervisor import BEAT_EVERY_S, Heart
 from trivec.settings import Settings
 
 SAME_REQUEST_S = 0.1  # a signal sent to the whole process group reaches us twice, this close
+PROBE_CONNECTIONS_MAX = 64
+PROBE_IDLE_S_MAX = 5
 SEND_OUT_S = 0.5  # for the engine's own refusals to be written down and sent
 LEAVE_S_MAX = 5.0  # for the ledger and the workers to end, before leaving all the same
 
@@ -73,6 +76,20 @@ class Serving:
             limits=settings.http,
             tls=(cert, key) if cert and key else None,
         )
+        self._probes = None if settings.probe_port is None else self._open_probes(settings)
+
+    def _open_probes(self, settings: Settings) -> Carrier:
+        """A few connections on a port of their own, so that clients cannot take them all.
+
+        It answers until the process leaves, also while it drains.
+        """
+        assert settings.probe_port is not None
+        several = settings.api_processes > 1
+        listener = listen(settings.host, settings.probe_port, shared=several, flag="--probe-port")
+        limits = settings.http.model_copy(
+            update={"connections_max": PROBE_CONNECTIONS_MAX, "idle_s_max": PROBE_IDLE_S_MAX}
+        )
+        return Carrier(ProbesOnly(self._door), listener, limits=limits, tls=None)
 
     def health(self) -> Health:
         """One look at the process; reads results and computes nothing."""
@@ -98,6 +115,8 @@ class Serving:
         self._report_phase()
         self._carrying = asyncio.create_task(self._carrier.serve(), name="carrier")
         self._carrying.add_done_callback(lambda _: self._tell(Happening.EMPTY))
+        if self._probes is not None:
+            self._start(self._probes.serve(), "probes")
         loading = asyncio.create_task(self._load(), name="loading")
         loading.add_done_callback(self._loaded)
         self._start(self._beat(), "heartbeat")
