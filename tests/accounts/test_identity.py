@@ -1,5 +1,7 @@
 """Who a bearer is: every way to be somebody, and every way to be nobody."""
 
+import asyncio
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -7,7 +9,9 @@ import pytest
 from tests.hand_clock import HandClock
 
 from trivec.accounts import ANONYMOUS, FIXED, Accounts, Allowance, KeyPlan, Scope, keys
+from trivec.accounts import keyring as keyring_module
 from trivec.accounts.keyring import STALE_S, STRANGE_S
+from trivec.accounts.store import KeyChanges
 from trivec.accounts.stores.memory import MemoryStore
 from trivec.core.errors import KeyInvalid, KeyMissing, ModelDenied, ScopeMissing, StoreUnavailable
 
@@ -219,3 +223,96 @@ async def test_no_key_that_was_revoked_comes_back_as_a_first_key(accounts: Accou
     await accounts.revoke_key("first")
 
     assert await accounts.create_first_key() is None
+
+
+class SlowReads(MemoryStore):
+    """Each read of keys takes *read_s* on a clock that only it and the test move."""
+
+    def __init__(self, clock: HandClock, read_s: float) -> None:
+        super().__init__()
+        self.reads = 0
+        self._clock, self._read_s = clock, read_s
+
+    def keys_since(self, revision: int) -> KeyChanges:
+        self.reads += 1
+        assert self.reads < 100, "one request reads the store for ever"
+        self._clock.move(self._read_s)
+        return super().keys_since(revision)
+
+
+@pytest.mark.parametrize("read_s", [0.04, 0.06, 0.6, 60.0], ids=lambda s: f"{s}s-a-read")
+async def test_a_slow_store_still_tells_right_keys_from_wrong_ones(
+    clock: HandClock, read_s: float
+) -> None:
+    store = SlowReads(clock, read_s)
+    accounts = Accounts(store, clock=clock, secret=b"s" * 32)
+    accounts.start()
+    try:
+        new = await accounts.create_key(KeyPlan("t"))
+        store.reads = 0
+        for _ in range(3):
+            assert (await accounts.identify(new.plain)).name == "t"
+            with pytest.raises(KeyInvalid):
+                await accounts.identify("mistyped")
+    finally:
+        accounts.stop()
+
+
+async def test_a_read_that_is_done_but_not_yet_called_back_does_not_stop_the_loop(
+    clock: HandClock,
+) -> None:
+    """Many right and wrong keys at once, each read older than allowed as soon as it is done."""
+    store = SlowReads(clock, 0.06)
+    accounts = Accounts(store, clock=clock, secret=b"s" * 32)
+    accounts.start()
+    try:
+        new = await accounts.create_key(KeyPlan("t"))
+        store.reads = 0
+        bearers = [new.plain, "mistyped"] * 100
+        told = await asyncio.gather(*map(accounts.identify, bearers), return_exceptions=True)
+        assert [type(one).__name__ for one in told] == ["Caller", "KeyInvalid"] * 100
+        assert store.reads <= 3
+    finally:
+        accounts.stop()
+
+
+class HeldReads(MemoryStore):
+    """Reads of keys wait until they are let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun = threading.Event()
+        self.let_go = threading.Event()
+        self.reads = 0
+
+    def keys_since(self, revision: int) -> KeyChanges:
+        self.reads += 1
+        self.begun.set()
+        self.let_go.wait()
+        return super().keys_since(revision)
+
+
+async def test_a_store_that_does_not_answer_is_503_and_one_read_serves_all_who_left(
+    clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keyring_module, "READ_S_MAX", 0.01)
+    store = HeldReads()
+    accounts = Accounts(store, clock=clock, secret=b"s" * 32)
+    accounts.start()
+    try:
+        tasks = len(asyncio.all_tasks())
+        for _ in range(5):
+            with pytest.raises(StoreUnavailable) as refusal:
+                await accounts.identify("anybody")
+            assert refusal.value.retry_after_s > 0
+        assert store.reads == 1
+        assert len(asyncio.all_tasks()) == tasks + 1
+        leaver = asyncio.create_task(accounts.identify("leaves"))
+        await asyncio.sleep(0)
+        leaver.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaver
+        assert store.reads == 1
+    finally:
+        store.let_go.set()
+        accounts.stop()

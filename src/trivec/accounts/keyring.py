@@ -10,13 +10,14 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 
 from trivec.accounts import keys
-from trivec.accounts.store import KeyChanges
+from trivec.accounts.store import RETRY_AFTER_S, KeyChanges
 from trivec.accounts.types import Caller, Key, Secret
-from trivec.core.errors import KeyInvalid
+from trivec.core.errors import KeyInvalid, StoreUnavailable
 from trivec.core.ports import Clock
 
 STALE_S = 0.5  # a revoked key opens nothing 1 s later, on any process; this leaves as much to spare
 STRANGE_S = 0.05  # for a key that is not known: it may be new; a flood of strangers reads no faster
+READ_S_MAX = 5.0  # how long a request waits for the store to say whose key it is
 NOBODY = bytes(32)  # what an unknown digest is compared with
 
 
@@ -39,6 +40,7 @@ class Keyring:
         self._read_s: float | None = None
         self._distrusted = 0  # times
         self._reading: asyncio.Task[None] | None = None
+        self._reading_since_s: float | None = None
         self._by_digest: dict[bytes, tuple[Key, Secret]] = {}
         self._digests: dict[str, tuple[bytes, ...]] = {}  # by key id
 
@@ -47,9 +49,11 @@ class Keyring:
         if len(bearer) > keys.BEARER_CHARS_MAX:
             raise KeyInvalid
         digest = keys.digest(bearer, secret=self._secret)
-        await self._freshen(STALE_S)
-        if digest not in self._by_digest:
-            await self._freshen(STRANGE_S)
+        asked_s = self._clock.now_s()
+        if not self._is_fresh(asked_s - STALE_S):
+            await self._freshen(asked_s - STALE_S)
+        if digest not in self._by_digest and not self._is_fresh(asked_s - STRANGE_S):
+            await self._freshen(asked_s - STRANGE_S)
         found = self._by_digest.get(digest)
         known = hmac.compare_digest(digest, NOBODY if found is None else found[1].digest)
         if not known or found is None:
@@ -64,20 +68,44 @@ class Keyring:
         self._distrusted += 1
         self._read_s = None
 
-    async def _freshen(self, age_s_max: float) -> None:
-        while self._read_s is None or self._clock.now_s() - self._read_s >= age_s_max:
-            if self._reading is None:
-                self._reading = asyncio.create_task(self._read())
-                self._reading.add_done_callback(lambda _: self._done())
-            await asyncio.shield(self._reading)
+    @property
+    def reading_since_s(self) -> float | None:
+        """When the read that is running began; None where none is."""
+        return self._reading_since_s
 
-    def _done(self) -> None:
-        self._reading = None
+    def _is_fresh(self, since_s: float) -> bool:
+        return self._read_s is not None and self._read_s > since_s
+
+    async def _freshen(self, since_s: float) -> None:
+        """Wait for a read that began after *since_s*; all who wait share one read at a time.
+
+        What counts is the instant that the request asked, not the one that the read ended: a read
+        may take longer than its result may be old. Raises `StoreUnavailable`, after `READ_S_MAX` too.
+        """
+        try:
+            async with asyncio.timeout(READ_S_MAX):
+                while not self._is_fresh(since_s):
+                    if self._reading is None or self._reading.done():
+                        self._reading = asyncio.create_task(self._read(), name="keys-read")
+                        self._reading.add_done_callback(_retrieve)
+                    reading = self._reading
+                    await asyncio.wait([reading])  # who leaves does not end the read of the others
+                    reading.result()
+        except TimeoutError:
+            raise StoreUnavailable(
+                f"The store has not said within {READ_S_MAX:g} s whose key this is, so nothing is "
+                f"served. Please try again in {RETRY_AFTER_S:.0f} s.",
+                retry_after_s=RETRY_AFTER_S,
+            ) from None
 
     async def _read(self) -> None:
         started_s, distrusted = self._clock.now_s(), self._distrusted
+        self._reading_since_s = started_s
         loop = asyncio.get_running_loop()
-        changes = await loop.run_in_executor(self._reader, self._keys_since, self._revision)
+        try:
+            changes = await loop.run_in_executor(self._reader, self._keys_since, self._revision)
+        finally:
+            self._reading_since_s = None
         for key in changes.keys:
             for digest in self._digests.pop(key.id, ()):
                 del self._by_digest[digest]
@@ -86,3 +114,9 @@ class Keyring:
                 self._by_digest |= {secret.digest: (key, secret) for secret in key.secrets}
         self._revision = changes.revision
         self._read_s = started_s if distrusted == self._distrusted else None
+
+
+def _retrieve(reading: "asyncio.Task[None]") -> None:
+    """A fault that everybody has left is nobody's."""
+    if not reading.cancelled():
+        reading.exception()
