@@ -86,10 +86,23 @@ class LineBound(Section):
 
     tokens_max: int = Field(1_200_000, ge=1)
     """Most tokens waiting for one model."""
-    wait_s_max: float = Field(10.0, gt=0)
+    wait_s_max: float = Field(60.0, gt=0)
     """A request that fairness would make wait longer than this is refused at once."""
-    first_batch_s_max: float = Field(30.0, gt=0)
-    """Seconds within which a request's first batch must begin."""
+    always_requests: int = Field(64, ge=0)
+    """While fewer requests than this wait for a model, and fewer tokens than always_tokens, none is refused."""
+    always_tokens: int = Field(32_768, ge=0)
+    """While fewer tokens than this wait for a model, and fewer requests than always_requests, none is refused."""
+    first_batch_s_max: float = Field(300.0, gt=0)
+    """Seconds within which a request's first batch must begin; at least wait_s_max."""
+
+    @model_validator(mode="after")
+    def _a_wait_that_is_admitted_is_allowed(self) -> Self:
+        if self.first_batch_s_max < self.wait_s_max:
+            raise ValueError(
+                f"first_batch_s_max is {self.first_batch_s_max:g} s, below wait_s_max, "
+                f"{self.wait_s_max:g} s: raise the first or lower the second"
+            )
+        return self
 
 
 class Life(Section):

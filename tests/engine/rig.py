@@ -14,6 +14,7 @@ from trivec.core.types import Batch, ModelCard, Output, Reply, Sequences
 from trivec.engine import Engine, Workers
 from trivec.settings import LineBound
 
+NO_FLOOR = {"always_requests": 0, "always_tokens": 0}  # the bounds hold in a short queue, too
 ALL = Output.DENSE | Output.SPARSE | Output.MULTI
 
 

@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 from tests.hand_clock import HandClock
 
+from trivec.core.retry import spread_retry_s
 from trivec.core.types import SparseVector, Vectors
-from trivec.engine.admission import LineLoad, room_in_s
+from trivec.engine.admission import Full, LineLoad, refusal
 from trivec.engine.heartbeat import Calls
 from trivec.engine.pace import START_TOKENS_PER_S, Pace, work
 from trivec.engine.reply import Part, assemble, unsound_rows
 from trivec.settings import LineBound
 
-BOUND = LineBound(tokens_max=100_000, wait_s_max=10)
+BOUND = LineBound(tokens_max=100_000, wait_s_max=10, always_requests=0)
 
 
 @pytest.mark.parametrize(
@@ -31,10 +32,41 @@ BOUND = LineBound(tokens_max=100_000, wait_s_max=10)
 def test_who_may_join_the_line(
     token_count: int, waiting: int, before: int, wait_s: float | None
 ) -> None:
-    load = LineLoad(tokens_waiting=waiting, tokens_before=before, tokens_per_s=1_000)
-    assert room_in_s(token_count, load, BOUND) == (
-        None if wait_s is None else pytest.approx(wait_s)
-    )
+    load = LineLoad(int(waiting > 0), waiting, before, tokens_per_s=1_000)
+    full = refusal(token_count, load, BOUND)
+    assert (full and full.room_in_s) == (None if wait_s is None else pytest.approx(wait_s))
+
+
+@pytest.mark.parametrize(
+    ("requests", "tokens", "full"),
+    [
+        pytest.param(63, 32_767, False, id="a-short-queue-admits-everything"),
+        pytest.param(64, 32_767, True, id="many-requests-count-by-seconds"),
+        pytest.param(63, 32_768, True, id="and-so-do-many-tokens"),
+        pytest.param(64, 11_999, False, id="which-may-be-a-minute"),
+    ],
+)
+def test_below_64_requests_and_32768_tokens_nothing_is_refused_however_slow_the_device(
+    requests: int, tokens: int, full: bool
+) -> None:
+    load = LineLoad(requests, tokens, tokens_before=tokens, tokens_per_s=200)
+    found = refusal(800, load, LineBound())
+    assert isinstance(found, Full) is full
+    if found is not None:
+        assert "about 164 s" in found.reason
+        assert "line.wait_s_max, 60 s" in found.reason
+
+
+@pytest.mark.parametrize("wait_s", [0, 1, 5, 30, 59, 60, 10_000])
+def test_whoever_is_refused_comes_back_after_5_to_60_s_and_not_all_at_once(wait_s: float) -> None:
+    first, last = spread_retry_s(wait_s, 0.0), spread_retry_s(wait_s, 0.999)
+    assert 5 <= first < last <= 60
+
+
+def test_a_wait_that_is_admitted_is_not_cut_short() -> None:
+    assert LineBound().first_batch_s_max >= 32_768 / 200
+    with pytest.raises(ValueError, match="first_batch_s_max is 30 s, below wait_s_max, 60 s"):
+        LineBound(first_batch_s_max=30)
 
 
 def ran(pace: Pace, tokens: int, duration_s: float, fill: float = 1.0) -> Pace:

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 from tests.contract.test_embedder import tokenizer_file
-from tests.engine.rig import ALL, Rig, sequences
+from tests.engine.rig import ALL, NO_FLOOR, Rig, sequences
 from tests.hand_clock import HandClock
 from tests.relay.rig import BOUNDS, Relayed, hello_of, page, relayed
 
@@ -63,7 +63,7 @@ async def pair(tmp_path: Path) -> AsyncIterator[Pair]:
     tokenizer_file(tmp_path)
     backend = FakeBackend(dimensions=1024, outputs=ALL)
     async with (
-        Rig(backend=backend, bound=LineBound(tokens_max=100)) as rig,
+        Rig(backend=backend, bound=LineBound(tokens_max=100, **NO_FLOOR)) as rig,
         relayed(rig.engine, tmp_path, api_process_count=2) as far,
     ):
         yield Pair(rig, far, tmp_path)

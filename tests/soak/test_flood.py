@@ -20,7 +20,14 @@ LINE_TOKENS_MAX = 5_000
 FLOOD = 200
 TEXTS = ["a few words that are always the same"] * 40
 TOKENS = 40 * 10  # eight words and two special tokens a text
-SETTINGS = Settings(line=LineBound(tokens_max=LINE_TOKENS_MAX, wait_s_max=1e6))
+SETTINGS = Settings(
+    line=LineBound(
+        tokens_max=LINE_TOKENS_MAX,
+        wait_s_max=1e6,
+        first_batch_s_max=1e6,
+        always_requests=0,
+    )
+)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Who may join the line. Pure; it knows tokens and seconds, not requests."""
+"""Admission: whether a request may join a model's queue. Pure; it knows tokens and seconds."""
 
 from dataclasses import dataclass
 
@@ -7,21 +7,51 @@ from trivec.settings import LineBound
 
 @dataclass(frozen=True, slots=True)
 class LineLoad:
-    """What a newcomer finds."""
+    """What a new request finds."""
 
-    tokens_waiting: int  # of all requests in line
-    tokens_before: int  # that fair turns serve before the newcomer is through
+    requests_waiting: int
+    tokens_waiting: int  # of all requests in the queue, and of those on their way into it
+    tokens_before: int  # that fair turns serve before the new request is through
     tokens_per_s: float  # of the whole device, as measured
 
 
-def room_in_s(token_count: int, load: LineLoad, bound: LineBound) -> float | None:
-    """Seconds until a request of *token_count* may join; None when it may now.
+@dataclass(frozen=True, slots=True)
+class Full:
+    """Why a request may not join: *reason*, and after how many seconds it might."""
 
-    The line shortens at the measured pace, so both excesses are seconds of it. An empty line
-    admits any legal request, or a request larger than the bound could never be served.
+    reason: str
+    room_in_s: float
+
+
+def refusal(token_count: int, load: LineLoad, bound: LineBound) -> Full | None:
+    """Why a request of *token_count* may not join; None when it may.
+
+    A short queue admits everything however slow the device is: a client that waits a minute is
+    better served than one that is sent away and gives up. Beyond that the bounds are seconds of
+    work, and tokens, which bound memory; an empty queue admits any legal request.
     """
-    excess_s = load.tokens_before / load.tokens_per_s - bound.wait_s_max
-    is_empty = load.tokens_waiting == 0
-    excess_tokens = 0 if is_empty else load.tokens_waiting + token_count - bound.tokens_max
-    wait_s = max(excess_s, excess_tokens / load.tokens_per_s)
-    return wait_s if wait_s > 0 else None
+    few = load.requests_waiting < bound.always_requests
+    if few and load.tokens_waiting < bound.always_tokens:
+        return None
+    wait_s = load.tokens_before / load.tokens_per_s
+    if wait_s > bound.wait_s_max:
+        return Full(
+            f"this request would wait about {wait_s:.0f} s, more than line.wait_s_max, "
+            f"{bound.wait_s_max:g} s",
+            max(wait_s - bound.wait_s_max, _token_room_in_s(token_count, load, bound)),
+        )
+    room_in_s = _token_room_in_s(token_count, load, bound)
+    if room_in_s > 0:
+        return Full(
+            f"with this request's {token_count} they would be more than line.tokens_max, "
+            f"{bound.tokens_max}; there is room in about {room_in_s:.0f} s",
+            room_in_s,
+        )
+    return None
+
+
+def _token_room_in_s(token_count: int, load: LineLoad, bound: LineBound) -> float:
+    """Seconds until the queue's tokens leave room for *token_count*; at most 0 when they do."""
+    if load.requests_waiting == 0:
+        return 0.0
+    return (load.tokens_waiting + token_count - bound.tokens_max) / load.tokens_per_s

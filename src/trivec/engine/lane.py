@@ -4,14 +4,16 @@ State for `Workers`, and touched under their lock; it starts no thread and answe
 """
 
 import asyncio
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from trivec.core.errors import DeadlineExceeded, Overloaded
 from trivec.core.events import LineChanged
 from trivec.core.ports import Backend
+from trivec.core.retry import spread_retry_s
 from trivec.core.types import BatchBudget
-from trivec.engine.admission import LineLoad, room_in_s
+from trivec.engine.admission import LineLoad, refusal
 from trivec.engine.batcher import CANDIDATES_MAX, Share, take_batch
 from trivec.engine.line import Line
 from trivec.engine.pace import Pace
@@ -38,6 +40,7 @@ class Lane:
     open: set[Waiter] = field(default_factory=set)  # unanswered; touched on the loop alone
     device_s: float = 0.0  # spent on it, by which lanes share the slots
     requests_told: int = 0  # what the last LineChanged said
+    jitter: Callable[[], float] = random.random  # in [0, 1), for Retry-After
 
     def admit(self, waiter: Waiter) -> None:
         """Put *waiter* in line, or raise `Overloaded`."""
@@ -50,12 +53,13 @@ class Lane:
         What is refused to a request is refused to every larger one.
         """
         load = self._load(token_count, tokens_ahead)
-        retry_after_s = room_in_s(token_count, load, self.bound)
-        if retry_after_s is not None:
+        full = refusal(token_count, load, self.bound)
+        if full is not None:
             raise Overloaded(
-                f"The line for {self.model} is full: {self.line.token_count} tokens are waiting. "
+                f"The queue for {self.model} is full: {load.requests_waiting} requests wait, and "
+                f"{load.tokens_waiting} tokens with those on their way; {full.reason}. "
                 "Please try again later.",
-                retry_after_s=retry_after_s,
+                retry_after_s=spread_retry_s(full.room_in_s, self.jitter()),
             )
 
     def _load(self, token_count: int, tokens_ahead: int) -> LineLoad:
@@ -64,7 +68,7 @@ class Lane:
         # The sum over requests never exceeds the line, so a short line need not be summed.
         is_short = waiting + tokens_ahead <= self.bound.wait_s_max * tokens_per_s
         before = waiting if is_short else self.line.tokens_before(token_count)
-        return LineLoad(waiting, before + tokens_ahead, tokens_per_s)
+        return LineLoad(len(self.line), waiting + tokens_ahead, before + tokens_ahead, tokens_per_s)
 
     def take_late(self, now_s: float) -> list[Waiter]:
         """Remove whoever waited too long, among all that the next batch could be made of."""
@@ -78,7 +82,9 @@ class Lane:
         """For a waiter whose first batch did not begin in time; come back when the line is done."""
         return DeadlineExceeded(
             f"The request waited too long for {self.model}. Please try again later.",
-            retry_after_s=self.line.token_count / self.pace.tokens_per_s,
+            retry_after_s=spread_retry_s(
+                self.line.token_count / self.pace.tokens_per_s, self.jitter()
+            ),
         )
 
     def take_shares(self, now_s: float, free_slots: int) -> list[Share[Waiter]]:

@@ -6,6 +6,7 @@ wire comes back by itself with the next engine process. All of it runs on the ev
 
 import asyncio
 import logging
+import random
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from trivec.core.errors import Draining, Overloaded
+from trivec.core.retry import spread_retry_s
 from trivec.core.types import Reply
 from trivec.relay.frames import Kind, Message, WireBroken
 from trivec.relay.messages import (
@@ -99,7 +101,8 @@ class EngineLink:
         wire = self._open_wire()
         if len(self._waiting) >= ASKS_MAX:
             raise Overloaded(
-                "Too many requests are under way here. Please try again.", retry_after_s=1.0
+                f"{ASKS_MAX} requests are under way here, the most there may be. Please try again.",
+                retry_after_s=spread_retry_s(0, random.random()),  # noqa: S311
             )
         self._number = (self._number + 1) % 2**32
         number = self._number

@@ -1,10 +1,12 @@
 """`core.ports.Embedder` for a model that runs in the engine process: tokenised here, asked for there."""
 
 import asyncio
+import random
 from dataclasses import dataclass
 
 from trivec.core.errors import Overloaded, ServiceError
 from trivec.core.ports import Clock, Texts, TokenLists
+from trivec.core.retry import spread_retry_s
 from trivec.core.types import Int32Array, LongText, ModelCard, Output, Reply, Sequences
 from trivec.relay.api_end import EngineLink
 from trivec.relay.messages import Ask, ModelHello
@@ -17,6 +19,7 @@ FULL_S_MAX = 0.1  # how long a refusal speaks for requests that were not asked
 class Refused:
     """That the line had no room for so many tokens at a time."""
 
+    message: str
     token_count: int
     retry_after_s: float
     at_s: float
@@ -53,7 +56,8 @@ class RemoteEmbedder:
         try:
             reply = await self._link.ask(Ask(self._index, sequences, outputs, deadline_s))
         except Overloaded as full:
-            self._refused = Refused(sequences.token_count, full.retry_after_s, self._clock.now_s())
+            now_s = self._clock.now_s()
+            self._refused = Refused(str(full), sequences.token_count, full.retry_after_s, now_s)
             raise
         except (asyncio.CancelledError, ServiceError):
             self._refused = None
@@ -77,6 +81,6 @@ class RemoteEmbedder:
             self._refused = None
             return
         raise Overloaded(
-            f"The line for {self._card.id} is full. Please try again later.",
-            retry_after_s=refused.retry_after_s,
+            refused.message,
+            retry_after_s=spread_retry_s(refused.retry_after_s, random.random()),  # noqa: S311
         )
