@@ -1,7 +1,17 @@
 """The short form of each soak: the same code as the long one, for seconds."""
 
 import pytest
-from benchmarks.soak import drain, kills, leavers, overload, poison, slow, soak, workers
+from benchmarks.soak import (
+    drain,
+    kills,
+    leavers,
+    memory_bound,
+    overload,
+    poison,
+    slow,
+    soak,
+    workers,
+)
 from benchmarks.soak.report import Report
 
 pytestmark = pytest.mark.process
@@ -38,6 +48,14 @@ def test_slow_clients_are_let_go_of_in_time(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(slow, "SETTLE_S", 0.5)
     report = slow.run(clients=50, bound_s=1.0)
     assert [one for one in report.failures if "still held" in one.says] == []
+
+
+def test_what_clients_can_make_it_hold_is_refused_and_given_back() -> None:
+    """How much, and how good traffic fares beside it, is for the long form."""
+    report = memory_bound.run(clients=40, tokenizers=8, seconds=1.0, backend="fake", memory_mib=64)
+    assert [one for one in report.failures if not one.says.startswith(("good", "peak"))] == []
+    bodies = report.figures["half-sent bodies"]["came_to"]
+    assert bodies.get("503", 0) > 0, "240 MiB of bodies fit in 40"
 
 
 def test_a_flood_is_refused_with_a_time_to_return_and_passes(

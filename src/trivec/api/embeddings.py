@@ -11,6 +11,7 @@ from trivec.api.encoding import (
     check_answer_fits,
     encode,
     estimate_bytes,
+    estimate_dense_bytes,
     estimate_vector_bytes,
 )
 from trivec.api.guess import Guess
@@ -41,6 +42,8 @@ class Embeddings:
         visit.user, visit.input_count = question.user, len(question.inputs)
         embedder = self._shelf.find(question.model, visit)
         check_against_card(question, embedder.card)
+        dense_bytes = estimate_dense_bytes(question, embedder.card)
+        visit.held.add_answer(dense_bytes)  # before the work of tokenising
         guess = self._guesses.setdefault(embedder.card.id, Guess())
         likely = min(
             guess.tokens_of(question.inputs, embedder.card), self._limits.request_tokens_max
@@ -55,7 +58,7 @@ class Embeddings:
             answer_bytes = estimate_bytes(question, sequences, embedder.card)
             check_answer_fits(answer_bytes, answer_bytes_max=self._limits.answer_bytes_max)
             vector_bytes = estimate_vector_bytes(question, sequences, embedder.card)
-            visit.held.add_answer(answer_bytes + vector_bytes)
+            visit.held.add_answer(answer_bytes + vector_bytes - dense_bytes)
             await self._meter.reserve_tokens(visit, sequences.token_count)
         result = await self._embed(visit, question, embedder, sequences)
         return await self._encode(visit, result, answer_bytes)

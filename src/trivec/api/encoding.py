@@ -47,13 +47,10 @@ def estimate_bytes(question: EmbeddingsQuestion, sequences: Sequences, card: Mod
     """What the answer will take at most, near enough, before anything is computed."""
     rows = len(sequences)
     tokens = sequences.token_count
-    dimensions = question.dimensions or card.dimensions
     as_text = question.encoding == "float"
     float_bytes = FLOAT_TEXT_BYTES if as_text else 16 / 3
     int_bytes = INT_TEXT_BYTES if as_text else 16 / 3
-    size = rows * ITEM_FRAME_BYTES
-    if Output.DENSE in question.outputs:
-        size += int(rows * dimensions * float_bytes)
+    size = _frame_and_dense_bytes(question, card)
     if Output.SPARSE in question.outputs:
         word_bytes = TOKEN_TEXT_BYTES if question.return_tokens else 0
         size += int(tokens * (float_bytes + int_bytes + word_bytes))
@@ -62,10 +59,24 @@ def estimate_bytes(question: EmbeddingsQuestion, sequences: Sequences, card: Mod
     return size
 
 
+def _frame_and_dense_bytes(question: EmbeddingsQuestion, card: ModelCard) -> int:
+    rows = len(question.inputs)
+    float_bytes = FLOAT_TEXT_BYTES if question.encoding == "float" else 16 / 3
+    size = rows * ITEM_FRAME_BYTES
+    if Output.DENSE in question.outputs:
+        size += int(rows * (question.dimensions or card.dimensions) * float_bytes)
+    return size
+
+
 def check_answer_fits(answer_bytes: int, *, answer_bytes_max: int) -> None:
     """Raise `AnswerTooLarge` for an estimate over the limit."""
     if answer_bytes > answer_bytes_max:
         raise AnswerTooLarge(answer_bytes=answer_bytes, answer_bytes_max=answer_bytes_max)
+
+
+def estimate_dense_bytes(question: EmbeddingsQuestion, card: ModelCard) -> int:
+    """What can be told before anything is tokenised: dense vectors, and their part of the answer."""
+    return _frame_and_dense_bytes(question, card) + 4 * len(question.inputs) * card.dimensions
 
 
 def estimate_vector_bytes(

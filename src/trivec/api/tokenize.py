@@ -1,6 +1,7 @@
 """`POST /tokenize`: counting tokens without spending any."""
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -21,11 +22,10 @@ from trivec.core.types import LongText, Sequences
 from trivec.settings import HttpLimits
 
 AT_ONCE = 1  # large requests that are tokenised: the threads are those of embeddings
-WAITING_MAX = 16
+WAITING_MAX = 4
 LARGE_BYTES = 64 * 1024  # of a body; smaller ones take no turn
 TOKEN_BYTES = 48  # an id in an array, as a Python integer in a list, and as text
 SPELLED_BYTES = 72  # its string, in a list
-RETRY_S = 5.0
 
 
 class Tokenize:
@@ -40,24 +40,37 @@ class Tokenize:
         self._waiting = 0
 
     async def __call__(self, visit: Visit) -> Answer:
+        self._check_room(visit.declared_bytes)
         body = await read_json_body(visit, self._limits)
+        visit.watch()
+        async with self._turn(len(body)):
+            answer = await self._count(visit, body)
+        visit.held.shrink(answer.byte_count)
+        return answer
+
+    async def _count(self, visit: Visit, body: bytes) -> Answer:
         question = tokenize_question(body, self._limits)
         visit.input_count = len(question.inputs)
         embedder = self._shelf.find(question.model, visit)
-        visit.watch()
         await self._meter.open(visit, body)
-        async with self._turn(len(body)):
-            started_s = self._clock.now_s()
-            inputs = question.inputs.for_model(embedder.card)
-            sequences = await embedder.tokenize(inputs, long_text=LongText.KEEP)
-            visit.timings.tokenize_s = self._clock.now_s() - started_s
-            answer_bytes = sequences.token_count * INT_TEXT_BYTES
-            check_answer_fits(answer_bytes, answer_bytes_max=self._limits.answer_bytes_max)
-            spelled_bytes = SPELLED_BYTES if question.return_tokens else 0
-            visit.held.add_answer(sequences.token_count * (TOKEN_BYTES + spelled_bytes))
-            answer = await self._encode(question, sequences, embedder, answer_bytes)
-        visit.held.shrink(answer.byte_count)
-        return answer
+        started_s = self._clock.now_s()
+        inputs = question.inputs.for_model(embedder.card)
+        sequences = await embedder.tokenize(inputs, long_text=LongText.KEEP)
+        visit.timings.tokenize_s = self._clock.now_s() - started_s
+        answer_bytes = sequences.token_count * INT_TEXT_BYTES
+        check_answer_fits(answer_bytes, answer_bytes_max=self._limits.answer_bytes_max)
+        spelled_bytes = SPELLED_BYTES if question.return_tokens else 0
+        visit.held.add_answer(sequences.token_count * (TOKEN_BYTES + spelled_bytes))
+        return await self._encode(question, sequences, embedder, answer_bytes)
+
+    def _check_room(self, body_bytes: int) -> None:
+        """Refuse a large request, if need be unread, while as many as may are waiting."""
+        if body_bytes >= LARGE_BYTES and self._waiting >= WAITING_MAX:
+            raise Overloaded(
+                f"{WAITING_MAX} large requests to tokenize are waiting, which is the most. "
+                "Please try again shortly, with fewer inputs at a time.",
+                retry_after_s=random.uniform(5, 10),  # noqa: S311 # not all at once again
+            )
 
     @asynccontextmanager
     async def _turn(self, body_bytes: int) -> AsyncIterator[None]:
@@ -65,12 +78,7 @@ class Tokenize:
         if body_bytes < LARGE_BYTES:
             yield
             return
-        if self._waiting >= WAITING_MAX:
-            raise Overloaded(
-                f"{WAITING_MAX} large requests to tokenize are waiting, which is the most. "
-                "Please try again shortly, with fewer inputs at a time.",
-                retry_after_s=RETRY_S,
-            )
+        self._check_room(body_bytes)
         self._waiting += 1
         try:
             await self._turns.acquire()

@@ -81,6 +81,12 @@ class Visit:
         return None if value is None else value.decode("latin-1")
 
     @property
+    def declared_bytes(self) -> int:
+        """What `Content-Length` says; 0 where it says nothing that makes sense."""
+        declared = self.headers.get(b"content-length", b"")
+        return int(declared[:20]) if declared.isdigit() else 0
+
+    @property
     def declares_body(self) -> bool:
         """Whether the head says that a body follows."""
         declared = self.headers.get(b"content-length", b"0")
