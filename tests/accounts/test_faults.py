@@ -1,27 +1,34 @@
 """A store that cannot be written: nothing is served, nothing is ready, and it mends itself."""
 
+import asyncio
 import contextlib
 import os
 import shutil
+import signal
 import sqlite3
-from collections.abc import AsyncIterator, Iterator
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from subprocess import Popen
 
+import psycopg
 import pytest
 from sqlalchemy import event
 from tests.accounts.postgres import PostgresServer, binaries, postgres_server
 from tests.accounts.processes import driver
 from tests.accounts.requests import closing, let_in, opening, record
 from tests.accounts.shelf import NOON_US, a_row, upgraded
+from tests.hand_clock import HandClock
 
-from trivec.accounts import FIXED, Accounts, UsageBy, UsageQuery
-from trivec.accounts.entries import Settle
+from trivec.accounts import FIXED, Accounts, KeyPlan, UsageBy, UsageQuery
+from trivec.accounts.entries import Committed, Entry, Settle
+from trivec.accounts.store import CALL_S_MAX, KeyChanges, unavailable
 from trivec.accounts.stores.connect import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
+from trivec.accounts.stores.memory import MemoryStore
 from trivec.accounts.stores.sql import SqlStore
 from trivec.core.clock import SystemClock
-from trivec.core.errors import StoreUnavailable
+from trivec.core.errors import KeyInvalid, StoreUnavailable
 
 
 @asynccontextmanager
@@ -248,3 +255,123 @@ async def test_postgres_that_is_not_there_at_the_start(own_postgres: PostgresSer
 
         own_postgres.start()
         await is_mended(accounts)
+
+
+@contextmanager
+def backends_stopped(server: PostgresServer, database: str) -> Iterator[None]:
+    """Every backend that serves *database* hangs; its kernel still acknowledges what is sent."""
+    query = "SELECT pid FROM pg_stat_activity WHERE datname = %s AND pid <> pg_backend_pid()"
+    with psycopg.connect(server.url(database)) as connection:
+        pids = [pid for (pid,) in connection.execute(query, [database])]
+    assert pids
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+async def test_postgres_that_hangs_is_given_up_and_comes_back(
+    own_postgres: PostgresServer,
+) -> None:
+    url = upgraded(own_postgres.new_database())
+    async with accounts_over(postgres_engines(url), upgrades_itself=False) as accounts:
+        await serve(accounts)
+        new = await accounts.create_key(KeyPlan("t"))
+        await accounts.identify(new.plain)
+        with backends_stopped(own_postgres, url.rpartition("/")[2]):
+            with pytest.raises(StoreUnavailable):
+                await serve(accounts)
+            assert not accounts.writable()
+            await is_mended(accounts)  # over a new connection, while the old ones still hang
+            assert (await accounts.identify(new.plain)).name == "t"
+        await serve(accounts)
+        assert await rows_of(accounts) in (3, 4)  # the one that hung may have been written, once
+
+
+class Hanging(MemoryStore):
+    """Hangs in *method* once `hangs` is set, until it is let go or, if it *breaks*, interrupted."""
+
+    def __init__(self, method: str, *, breaks: bool) -> None:
+        super().__init__()
+        self._method, self._breaks = method, breaks
+        self.hangs = False
+        self.begun, self.let_go, self.told = (threading.Event() for _ in range(3))
+        self._is_interrupted = False
+
+    def _hang(self, method: str) -> None:
+        if self.hangs and method == self._method:
+            self.begun.set()
+            self.let_go.wait()
+            if self._is_interrupted:
+                raise unavailable() from OSError("interrupted")
+
+    def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
+        self._hang("commit")
+        return super().commit(entries, now_us=now_us)
+
+    def keys_since(self, revision: int) -> KeyChanges:
+        self._hang("keys_since")
+        return super().keys_since(revision)
+
+    def interrupt(self) -> None:
+        if self._breaks:
+            self._is_interrupted = True
+            self.hangs = False
+            self.let_go.set()
+        self.told.set()
+
+
+@pytest.mark.parametrize("breaks", [True, False], ids=["is-broken-off", "cannot-be-broken-off"])
+async def test_a_commit_that_hangs_is_503_for_all_who_wait(clock: HandClock, breaks: bool) -> None:
+    store = Hanging("commit", breaks=breaks)
+    accounts = Accounts(store, clock=clock, secret=b"s" * 32)
+    accounts.start()
+    await serve(accounts)
+    first = await let_in(accounts, FIXED, opening())
+    second = await let_in(accounts, FIXED, opening())
+    store.hangs = True
+    closings = [asyncio.create_task(first.close(closing()))]
+    await asyncio.to_thread(store.begun.wait)
+    closings.append(asyncio.create_task(second.close(closing())))
+    await asyncio.sleep(0)
+    assert accounts.writable()
+
+    clock.move(CALL_S_MAX)
+
+    assert not accounts.writable()
+    told = await asyncio.gather(*closings, return_exceptions=True)
+    assert [type(one) for one in told] == [StoreUnavailable] * 2
+    await asyncio.to_thread(store.told.wait)
+    if not breaks:
+        with pytest.raises(StoreUnavailable):
+            await accounts.identify("anybody")
+    store.hangs = False
+    store.let_go.set()
+    await is_mended(accounts)
+    accounts.stop()
+    good = sum(row.status == 200 for row in store.rows)
+    assert good == (2 if breaks else 3)  # what could not be broken off stands, once
+
+
+async def test_a_read_of_keys_that_hangs_makes_the_store_unready(clock: HandClock) -> None:
+    store = Hanging("keys_since", breaks=True)
+    accounts = Accounts(store, clock=clock, secret=b"s" * 32)
+    accounts.start()
+    store.hangs = True
+    asking = asyncio.create_task(accounts.identify("anybody"))
+    await asyncio.sleep(0)
+    await asyncio.to_thread(store.begun.wait)
+
+    clock.move(CALL_S_MAX)
+
+    with pytest.raises(StoreUnavailable):
+        await asking
+    await asyncio.to_thread(store.told.wait)
+    with pytest.raises(KeyInvalid):
+        await accounts.identify("anybody")
+    accounts.stop()
+    assert accounts.writable()

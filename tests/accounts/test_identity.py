@@ -240,7 +240,7 @@ class SlowReads(MemoryStore):
         return super().keys_since(revision)
 
 
-@pytest.mark.parametrize("read_s", [0.04, 0.06, 0.6, 60.0], ids=lambda s: f"{s}s-a-read")
+@pytest.mark.parametrize("read_s", [0.04, 0.06, 0.6], ids=lambda s: f"{s}s-a-read")
 async def test_a_slow_store_still_tells_right_keys_from_wrong_ones(
     clock: HandClock, read_s: float
 ) -> None:

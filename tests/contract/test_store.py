@@ -1,6 +1,7 @@
 """What every store promises, whatever it is made of."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -26,6 +27,7 @@ from trivec.core.errors import (
     IdempotencyInProgress,
     IdempotencyKeyReused,
     ResourceUnknown,
+    StoreUnavailable,
 )
 
 TEN_A_MINUTE = Allowance(requests_per_minute=10)
@@ -308,3 +310,17 @@ def test_the_first_process_of_a_boot_says_which_instant_it_is(shelf: Shelf) -> N
 def test_the_first_secret_is_the_secret(shelf: Shelf) -> None:
     assert shelf.open().agree_secret_check(b"ours" * 4) == b"ours" * 4
     assert shelf.open().agree_secret_check(b"none" * 4) == b"ours" * 4
+
+
+def test_a_store_that_was_interrupted_works_again(shelf: Shelf) -> None:
+    store = shelf.open()
+    one(store, Settle(a_row("before")))
+
+    store.interrupt()
+
+    with suppress(StoreUnavailable):  # from a connection that was broken off
+        store.keys_since(0)
+    with suppress(StoreUnavailable):
+        one(store, Settle(a_row("perhaps")))
+    one(store, Settle(a_row("after")))
+    assert used(store)[0].requests in (2, 3)

@@ -7,6 +7,7 @@ import asyncio
 import hmac
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event, Thread
 from typing import TypeVar
 
 from trivec.accounts import keys
@@ -14,7 +15,7 @@ from trivec.accounts.administration import FIXED_KEY_ID, OVERLAP_S, Administrati
 from trivec.accounts.booking import Booking, MeteredBooking
 from trivec.accounts.desk import Desk
 from trivec.accounts.keyring import Keyring
-from trivec.accounts.store import Store
+from trivec.accounts.store import CALL_S_MAX, Store, unavailable
 from trivec.accounts.types import (
     Caller,
     Key,
@@ -26,18 +27,19 @@ from trivec.accounts.types import (
     UsageLine,
     UsageQuery,
 )
-from trivec.accounts.writer import Writer
+from trivec.accounts.writer import HANGS, Writer
 from trivec.core.errors import KeyMissing, StoreUnavailable
 from trivec.core.ports import Clock
 
 ANONYMOUS = Caller("anonymous", "anonymous", frozenset(Scope))
 FIXED = Caller(FIXED_KEY_ID, FIXED_KEY_ID, frozenset(Scope))
 FIXED_KEY_CHARS_MIN = 16
+LOOK_S = 0.25  # between two looks for a call to the store that hangs
 T = TypeVar("T")
 
 
 class Accounts:
-    """Owns the store and two threads; `start` before use, `stop` at the end."""
+    """Owns the store and three threads; `start` before use, `stop` at the end."""
 
     def __init__(
         self,
@@ -50,30 +52,38 @@ class Accounts:
     ) -> None:
         assert fixed_key is None or len(fixed_key) >= FIXED_KEY_CHARS_MIN
         self._store = store
+        self._clock = clock
         self._secret = secret
         self._fixed = None if fixed_key is None else keys.digest(fixed_key, secret=secret)
         self._no_auth = no_auth
         self._writer = Writer(store, clock=clock)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="trivec-keys")
         self._keyring = Keyring(store.keys_since, reader=self._reader, clock=clock, secret=secret)
+        self._over = Event()
+        self._watch = Thread(target=self._watch_store, name="trivec-store-watch", daemon=True)
         self._desk = Desk(self._writer, clock=clock, secret=secret)
         self._administration = Administration(store, clock=clock, secret=secret)
 
     def start(self) -> None:
         self._writer.start()
+        self._watch.start()
 
     def stop(self) -> None:
         """Write what is on its way, then let go of the store. Blocks for as long as that takes."""
         self._writer.stop()
         self._reader.shutdown()
+        self._over.set()
+        self._watch.join()
         self._store.close()
 
     def health(self) -> StoreHealth:
         """Whether the ledger could be written when last tried; tried every 5 s, 1 s when broken."""
+        if self._hangs():
+            return StoreHealth(writable=False, reason=HANGS)
         return self._writer.health
 
     def writable(self) -> bool:
-        return self._no_auth or self._writer.health.writable
+        return self._no_auth or self.health().writable
 
     async def identify(self, bearer: str | None) -> Caller:
         """The caller whose key *bearer* is; None when no Authorization header came.
@@ -88,6 +98,8 @@ class Accounts:
             digest = keys.digest(bearer, secret=self._secret)
             if hmac.compare_digest(digest, self._fixed):
                 return FIXED
+        if self._hangs():
+            raise unavailable()  # at once: it would wait for a read that does not come back
         return await self._keyring.find(bearer)
 
     def book(self, caller: Caller, opening: Opening) -> Booking:
@@ -134,6 +146,24 @@ class Accounts:
             return await asyncio.wrap_future(self._writer.call(errand))
         finally:
             self._keyring.distrust()
+
+    def _watch_store(self) -> None:
+        """In a thread of its own, for the others may be the ones that wait."""
+        while not self._over.wait(LOOK_S):
+            if not self._hangs():
+                continue
+            since_s = self._writer.busy_since_s
+            if since_s is not None and self._is_late(since_s):
+                self._writer.give_up(since_s=since_s)
+            self._store.interrupt()
+
+    def _hangs(self) -> bool:
+        return self._is_late(self._writer.busy_since_s) or self._is_late(
+            self._keyring.reading_since_s
+        )
+
+    def _is_late(self, since_s: float | None) -> bool:
+        return since_s is not None and self._clock.now_s() - since_s >= CALL_S_MAX
 
     async def _read(self, errand: Callable[[], T]) -> T:
         """Off the reader's own thread: a long sum must not keep keys from being checked."""

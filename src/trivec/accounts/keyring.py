@@ -10,14 +10,14 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 
 from trivec.accounts import keys
-from trivec.accounts.store import RETRY_AFTER_S, KeyChanges
+from trivec.accounts.store import CALL_S_MAX, RETRY_AFTER_S, KeyChanges
 from trivec.accounts.types import Caller, Key, Secret
 from trivec.core.errors import KeyInvalid, StoreUnavailable
 from trivec.core.ports import Clock
 
 STALE_S = 0.5  # a revoked key opens nothing 1 s later, on any process; this leaves as much to spare
 STRANGE_S = 0.05  # for a key that is not known: it may be new; a flood of strangers reads no faster
-READ_S_MAX = 5.0  # how long a request waits for the store to say whose key it is
+READ_S_MAX = CALL_S_MAX  # how long a request waits for the store to say whose key it is
 NOBODY = bytes(32)  # what an unknown digest is compared with
 
 

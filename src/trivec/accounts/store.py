@@ -12,6 +12,7 @@ from trivec.accounts.entries import Committed, Entry
 from trivec.accounts.types import Key, UsageLine, UsageQuery
 from trivec.core.errors import FieldInvalid, StoreUnavailable
 
+CALL_S_MAX = 5.0  # a commit, or a read of keys, that takes longer hangs
 RETRY_AFTER_S = 2.0  # a store that came back is seen within 1 s
 
 
@@ -52,6 +53,14 @@ class Store(Protocol):
 
     def usage(self, query: UsageQuery) -> list[UsageLine]:
         """Sums over the ledger, ordered by group; names are filled in by whoever asks."""
+        ...
+
+    def interrupt(self) -> None:
+        """Break off the calls that other threads are in: they raise `StoreUnavailable`.
+
+        A commit may have become durable all the same. It never blocks, and where nothing can be
+        broken off, as with a disk that hangs, it does nothing.
+        """
         ...
 
     def close(self) -> None:

@@ -7,16 +7,16 @@ Knows nothing of keys or requests; whoever hands over an entry gets a promise.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import Lock, Thread
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 from uuid import uuid4
 
 from trivec.accounts.entries import Entry, Granted, Outcome, Upkeep
-from trivec.accounts.store import Store, unavailable
+from trivec.accounts.store import CALL_S_MAX, Store, unavailable
 from trivec.accounts.timeline import Timeline, boot_id
 from trivec.accounts.types import StoreHealth
 from trivec.core.errors import StoreUnavailable
@@ -26,6 +26,7 @@ GROUP_MAX = 512  # entries of one commit
 WAITING_MAX = 16_384  # entries; more than 1,024 connections can ever have on the way
 UPKEEP_S = 5.0  # a third of how long a claim is held
 RETRY_S = 1.0  # between two tries while the store cannot be written
+HANGS = f"a call to it has not come back within {CALL_S_MAX:g} s"
 T = TypeVar("T")
 log = logging.getLogger("trivec.accounts")
 
@@ -53,6 +54,14 @@ class Errand:
 
     run: Callable[[], Any]
     waiter: "Future[Any]"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call to the store that is running, and for whom."""
+
+    since_s: float
+    items: "Sequence[Job | Errand]"
 
 
 Item: TypeAlias = Job | Errand | None  # None: stop when everything before it is done
@@ -86,6 +95,7 @@ class Writer:
         self._agreed = False
         self._upkeep_due_s = 0.0
         self._items: deque[Item] = deque()
+        self._call: Call | None = None  # that the store is at
         self._bell = Bell()
         self._thread = Thread(target=self._run, name="trivec-ledger", daemon=True)
         self.health = StoreHealth(writable=True, reason="ok")
@@ -122,6 +132,49 @@ class Writer:
         self._bell.ring()
         return waiter
 
+    @property
+    def busy_since_s(self) -> float | None:
+        """When the call to the store that is running began; None where none is."""
+        call = self._call
+        return None if call is None else call.since_s
+
+    def give_up(self, *, since_s: float) -> None:
+        """Tell all who wait that the store cannot be written: the call begun then hangs.
+
+        On any thread. What the call comes to in the end is heard by nobody, but a commit stands if it
+        was made.
+        """
+        call = self._call
+        if call is None or call.since_s != since_s:
+            return  # it came back just now
+        self._note(StoreHealth(writable=False, reason=HANGS))
+        items: list[Item] = list(call.items)
+        stops = False
+        while True:
+            try:
+                item = self._items.popleft()
+            except IndexError:
+                break
+            stops = stops or item is None
+            items.append(item)
+        if stops:
+            self._items.append(None)
+        jobs = [item for item in items if isinstance(item, Job)]
+        _tell(jobs, [unavailable() for _ in jobs])
+        for item in items:
+            if isinstance(item, Errand):
+                with suppress(InvalidStateError):  # it was done, or left, just now
+                    item.waiter.set_exception(unavailable())
+
+    @contextmanager
+    def _holding(self, items: Sequence[Job | Errand]) -> Iterator[None]:
+        """While the block calls the store for *items*."""
+        self._call = Call(self._clock.now_s(), items)
+        try:
+            yield
+        finally:
+            self._call = None
+
     def _run(self) -> None:
         while self._turn():
             pass  # a call each: nothing of one group is held while the next is waited for
@@ -132,7 +185,8 @@ class Writer:
         self._commit([item for item in items if isinstance(item, Job)])
         for item in items:
             if isinstance(item, Errand):
-                _run_errand(item)
+                with self._holding([item]):
+                    _run_errand(item)
         return None not in items
 
     def _gather(self) -> list[Item]:
@@ -156,7 +210,8 @@ class Writer:
             return
         answers: Sequence[Answer]
         try:
-            answers = self._commit_group([job.entry for job in jobs])
+            with self._holding(jobs):
+                answers = self._commit_group([job.entry for job in jobs])
         except StoreUnavailable as fault:
             self._note(StoreHealth(writable=False, reason=str(fault.__cause__ or fault)))
             self._upkeep_due_s = now_s + RETRY_S
@@ -211,6 +266,8 @@ class Told(NamedTuple):
 def _resolve(told: Sequence[Told]) -> None:
     """On the event loop."""
     for waiter, answer in told:
+        if waiter.done():
+            continue  # it was given up, and its call has come back since
         if isinstance(answer, Exception):
             waiter.set_exception(answer)
         else:
@@ -220,7 +277,10 @@ def _resolve(told: Sequence[Told]) -> None:
 def _run_errand(errand: Errand) -> None:
     if not errand.waiter.set_running_or_notify_cancel():
         return
-    try:
-        errand.waiter.set_result(errand.run())
-    except Exception as fault:  # the outermost loop: whoever waits hears of it
-        errand.waiter.set_exception(fault)
+    with suppress(InvalidStateError):  # it was given up meanwhile
+        try:
+            errand.waiter.set_result(errand.run())
+        except InvalidStateError:
+            raise
+        except Exception as fault:  # the outermost loop: whoever waits hears of it
+            errand.waiter.set_exception(fault)

@@ -5,13 +5,16 @@ Each store has two: one that writes, over a single connection, and one that read
 
 import os
 import secrets
+import socket
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
+from weakref import WeakSet
 
 from sqlalchemy import Connection, Dialect, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
@@ -21,7 +24,7 @@ from trivec.core.errors import SettingInvalid
 
 LOCK_STEP_S = 0.0003
 LOCK_WAIT_S = 3.0  # others hold it for a commit, each as long as the disk takes; longer is a fault
-CONNECT_S = 5
+CONNECT_S = 3  # less than `CALL_S_MAX`: nothing can be broken off before there is a connection
 READERS_MAX = 4
 WAL_BYTES_KEPT = 64 * 1024 * 1024
 SQLITE_FILE = "trivec.sqlite3"
@@ -35,6 +38,7 @@ class Engines:
     writing: Engine  # a commit is on disk when it returns
     reading: Engine
     begin: Callable[..., None]  # (driver's connection, notes_only=): how a transaction begins
+    interrupt: Callable[[], None]  # break off what other threads wait for
 
     def dispose(self) -> None:
         """Drop every idle connection; the next use makes new ones."""
@@ -69,7 +73,8 @@ def sqlite_engines(file: Path) -> Engines:
     event.listen(writing, "begin", _begin_sqlite_through_sqlalchemy)
     event.listen(reading, "connect", open_for_reading)
     event.listen(reading, "begin", _begin_reading)
-    return Engines(writing, reading, begin_sqlite)
+    # Waiting for a lock has its own bound, and what waits for a disk cannot be broken off.
+    return Engines(writing, reading, begin_sqlite, interrupt=lambda: None)
 
 
 def postgres_engines(database_url: str) -> Engines:
@@ -78,11 +83,25 @@ def postgres_engines(database_url: str) -> Engines:
     # Durable whatever the server's own default is; and nothing that hangs, hangs for long.
     writing = "-c synchronous_commit=on -c lock_timeout=2000 -c statement_timeout=10000"
     reading = "-c default_transaction_read_only=on -c statement_timeout=60000"
-    return Engines(
-        _engine(url, _postgres_arguments(writing), size=1),
-        _engine(url, _postgres_arguments(reading), size=READERS_MAX),
-        begin_postgres,
-    )
+    writers = _engine(url, _postgres_arguments(writing), size=1)
+    readers = _engine(url, _postgres_arguments(reading), size=READERS_MAX)
+    opened: WeakSet[Any] = WeakSet()
+    opening = Lock()
+
+    def connect(dialect: Dialect, _: object, given: Sequence[Any], named: dict[str, Any]) -> Any:
+        raw = dialect.connect(*given, **named)
+        with opening:
+            opened.add(raw)
+        return raw
+
+    def interrupt() -> None:
+        with opening:
+            connections = list(opened)
+        _shut(connections)
+
+    for engine in (writers, readers):
+        event.listen(engine, "do_connect", connect)
+    return Engines(writers, readers, begin_postgres, interrupt)
 
 
 def is_the_stores(fault: Exception, dialect: Dialect) -> bool:
@@ -134,9 +153,21 @@ def _postgres_arguments(options: str) -> dict[str, Any]:
         "keepalives_idle": 5,
         "keepalives_interval": 2,
         "keepalives_count": 3,
-        "tcp_user_timeout": 10_000,  # milliseconds
+        "tcp_user_timeout": 5_000,  # milliseconds
         "options": options,
     }
+
+
+def _shut(connections: Sequence[Any]) -> None:
+    """End psycopg's *connections* under whoever waits on them: a backend that hangs still has a
+    kernel that acknowledges what it is sent, so no time-out of TCP's ever ends the wait.
+    """
+    for raw in connections:
+        with (
+            suppress(OSError, raw.OperationalError),  # it is closed already
+            socket.socket(fileno=os.dup(raw.fileno())) as ours,
+        ):
+            ours.shutdown(socket.SHUT_RDWR)
 
 
 def _make_private(file: Path) -> None:

@@ -102,6 +102,9 @@ class MemoryStore:
             for group, rows in sorted(groups.items(), key=lambda item: item[0] or "")
         ]
 
+    def interrupt(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

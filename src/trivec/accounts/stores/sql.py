@@ -164,6 +164,9 @@ class SqlStore:
         with self._reading() as connection:
             return usage_lines(connection.execute(usage_statement(query)), query.by)
 
+    def interrupt(self) -> None:
+        self._engines.interrupt()
+
     def close(self) -> None:
         self._pen.drop()
         self._engines.dispose()
