@@ -1,5 +1,6 @@
 """A real server from start to end: ready, draining, asked twice, killed, stopped, hung up on."""
 
+import contextlib
 import json
 import os
 import select
@@ -157,8 +158,8 @@ def test_a_lost_device_answers_503_and_ends_in_a_restart(tmp_path: Path) -> None
         assert answer.status_code == 200
 
 
-def test_it_speaks_tls_with_a_certificate(tmp_path: Path) -> None:
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    cert, key = folder / "cert.pem", folder / "key.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
          "-nodes", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1",
@@ -166,11 +167,71 @@ def test_it_speaks_tls_with_a_certificate(tmp_path: Path) -> None:
         check=True,
         capture_output=True,
     )  # fmt: skip
+    return cert, key
+
+
+def test_sighup_takes_a_new_certificate_and_nothing_else(tmp_path: Path) -> None:
+    cert, key = make_certificate(tmp_path)
     tls = ("--tls-cert", str(cert), "--tls-key", str(key))
     with running(tmp_path, *FAKE, *tls, environ=NO_GRACE) as server:
         assert server.url.startswith("https://")
-        trusting = ssl.create_default_context(cafile=cert)
-        assert httpx.get(f"{server.url}/readyz", verify=trusting).status_code == 200
+        first = ssl.create_default_context(cafile=cert)
+        child = server.child()
+        with httpx.Client(base_url=server.url, verify=first) as before:
+            assert before.get("/readyz").status_code == 200
+            make_certificate(tmp_path)
+            second = ssl.create_default_context(cafile=cert)
+            server.signal(signal.SIGHUP)
+            server.wait_until_it_says("the certificate was read again")
+            assert httpx.get(f"{server.url}/readyz", verify=second).status_code == 200
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(f"{server.url}/readyz", verify=first)
+        key.write_text("no key")
+        server.signal(signal.SIGHUP)
+        server.wait_until_it_says("the certificate is still the old one")
+        assert httpx.get(f"{server.url}/readyz", verify=second).status_code == 200
+        assert server.child() == child
+        server.signal(signal.SIGTERM)
+        assert server.exit_code() == 0
+
+
+def test_signals_that_mean_nothing_here_kill_nothing(tmp_path: Path) -> None:
+    with running(tmp_path, *FAKE, environ=NO_GRACE) as server:
+        server.wait_until_it_says("is ready")
+        child = server.child()
+        server.signal(signal.SIGHUP)
+        server.wait_until_it_says("SIGHUP is ignored")
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            server.signal(number)
+            server.wait_until_it_says(f"{number.name} means nothing here")
+            os.kill(child, number)
+            server.wait_until_it_says(f"{number.name} is ignored")
+        assert httpx.get(f"{server.url}/readyz").status_code == 200
+        assert server.child() == child
+        server.signal(signal.SIGQUIT)
+        assert server.exit_code() == 0
+        server.wait_until_it_says("draining: asked to stop")
+
+
+GRACE_WITHOUT_END = {"TRIVEC_LIFE__DRAIN_GRACE_S": "3600"}
+
+
+def test_ctrl_c_leaves_at_once_where_no_request_is_in_flight(tmp_path: Path) -> None:
+    with running(tmp_path, *FAKE, environ=GRACE_WITHOUT_END) as server:
+        server.wait_until_it_says("is ready")
+        server.signal(signal.SIGINT)
+        assert server.exit_code() == 0
+
+
+def test_a_second_ctrl_c_leaves_whatever_the_process_does(tmp_path: Path) -> None:
+    with running(tmp_path, *FAKE, environ=GRACE_WITHOUT_END) as server:
+        server.wait_until_it_says("is ready")
+        os.kill(server.child(), signal.SIGSTOP)
+        while server.process.poll() is None:  # one too close to the first counts as its echo
+            server.signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.process.wait(0.05)
+        assert server.exit_code() == 130
 
 
 def test_when_the_supervisor_is_killed_the_server_goes_with_it(tmp_path: Path) -> None:

@@ -3,17 +3,21 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
-from trivec.server.crew import STOPS, Crew, Post
+from trivec.server.crew import IGNORED, STOPS, Crew, Post
 from trivec.server.supervisor import Heart
+
+SIGNALS = (*STOPS, *IGNORED, signal.SIGHUP, signal.SIGCHLD)
 
 
 @pytest.fixture
 def own_signals() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in STOPS}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -78,3 +82,38 @@ def test_a_stop_during_a_birth_ends_what_is_born_and_starts_nothing_more(
         )
         assert crew.run() == 0
     assert len(forks) == 1
+
+
+ORPHANS = """
+import ctypes, os, signal, socket
+from trivec.server.crew import Crew, Post
+assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER: orphans become ours
+parent, (seen, told) = os.getpid(), os.pipe()
+
+def leaves_an_orphan(heart):
+    heart.beat(ready=True)
+    middle = os.fork()
+    if middle == 0:
+        orphan = os.fork()
+        if orphan == 0:
+            while os.getppid() != parent:
+                os.sched_yield()
+            os.write(told, b"%d" % os.getpid())
+            os._exit(7)
+        os._exit(0)
+    os.waitpid(middle, 0)
+    orphan = int(os.read(seen, 100))
+    while os.path.exists(f"/proc/{orphan}"):  # a zombie has an entry, too
+        os.sched_yield()
+    os.kill(parent, signal.SIGTERM)
+    return 0
+
+with socket.socket() as listener:
+    crew = Crew([Post("server", leaves_an_orphan, listener)], heartbeat_s_max=3600, say=print)
+    os._exit(crew.run())
+"""
+
+
+def test_a_parent_that_is_pid_1_reaps_orphans_and_keeps_its_own_childrens_codes() -> None:
+    ended = subprocess.run([sys.executable, "-c", ORPHANS], timeout=60, check=False)
+    assert ended.returncode == 0

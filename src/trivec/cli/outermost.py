@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 
 from trivec.core.errors import StartError
+from trivec.server.crew import INTERRUPTED
 from trivec.server.supervisor import START_REFUSED
 from trivec.settings import Settings
 
@@ -29,7 +30,9 @@ def whole_life(
     except StartError as refusal:
         say(f"trivec: {refusal}")
         return START_REFUSED
-    except Exception:  # the outermost loop of the process
+    except KeyboardInterrupt:  # before it had a handler; nothing was accepted yet
+        return INTERRUPTED
+    except BaseException:  # the outermost loop of the process; a library's panic is no Exception
         logging.getLogger("trivec").exception("the server process failed")
         return FAILED
     finally:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, TextIO, get_args, get_origin
 import typer
 
 from trivec.cli.outermost import whole_life
-from trivec.server.crew import Crew, Post
+from trivec.server.crew import Crew, Post, ignore_early
 from trivec.server.supervisor import Heart
 from trivec.settings import Settings, load_settings
 
@@ -65,6 +65,7 @@ def run(settings: Settings) -> int:
     from trivec.server.listening import check_certificate, listen
     from trivec.server.machine import raise_file_limit
 
+    ignore_early()
     raise_file_limit()
 
     if settings.tls_cert and settings.tls_key:

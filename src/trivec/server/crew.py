@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
-from trivec.server.supervisor import READY_BEAT, Ending, Heart, Leave, verdict
+from trivec.server.supervisor import READY_BEAT, SAME_REQUEST_S, Ending, Heart, Leave, verdict
 
-STOPS = (signal.SIGTERM, signal.SIGINT)
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+IGNORED = (signal.SIGUSR1, signal.SIGUSR2)  # their default would kill with all that is in flight
+INTERRUPTED = 128 + signal.SIGINT  # the exit code after a second Ctrl-C
 SECOND_CHANCE_S = 1.0  # after a pause of the whole machine beats may be late
 
 
@@ -54,8 +56,9 @@ class _Member:
         if self.pid == 0:
             os.setsid()  # Ctrl-C is the parent's alone
             signal.set_wakeup_fd(-1)
-            for number in STOPS:
+            for number in (*STOPS, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_DFL)
+            ignore_early()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
             for fd in (*not_ours, self.beat_read, self.leash_write):
                 os.close(fd)
@@ -87,6 +90,12 @@ class _Member:
         return code if code >= 0 else 128 - code
 
 
+def ignore_early() -> None:
+    """Until a process has handlers of its own, none of these signals may kill it."""
+    for number in (signal.SIGHUP, *IGNORED):
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def _stops_held() -> Iterator[None]:
     """Let signals to stop wait until the block's end."""
@@ -115,6 +124,7 @@ class Crew:
         self._heartbeat_s_max = heartbeat_s_max
         self._say = say
         self._asked = False
+        self._interrupted_at_s: float | None = None
         self._exit_code = 0
         self._wake_read, self._wake_write = os.pipe()
 
@@ -132,6 +142,7 @@ class Crew:
                 if self._asked and self._engine and living == [self._engine]:
                     self._engine.signal(signal.SIGTERM)
                 self._listen(living, until_s=self._next_look_s())
+                self._reap_orphans()
 
     def _start(self, member: _Member) -> None:
         others = [one for one in self._members if one is not member]
@@ -141,6 +152,18 @@ class Crew:
             member.bear(others, not_ours=(self._wake_read, self._wake_write))
         member.deadline_s = time.monotonic() + self._heartbeat_s_max
         member.is_doubted = False
+
+    def _reap_orphans(self) -> None:
+        """Take the status of ended processes that are not ours: as PID 1 we inherit all orphans.
+
+        One of ours is left to `bury`, which follows at once: its pipe has closed.
+        """
+        ours = {member.pid for member in self._members}
+        with contextlib.suppress(ChildProcessError):
+            while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                if found.si_pid in ours:
+                    return
+                os.waitpid(found.si_pid, os.WNOHANG)
 
     def _next_look_s(self) -> float:
         looks = [one.deadline_s for one in self._members if one.pid]
@@ -201,19 +224,42 @@ class Crew:
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         for number in STOPS:
             signal.signal(number, self._ask)
+        signal.signal(signal.SIGHUP, self._pass_on)
+        for number in IGNORED:
+            signal.signal(number, self._ignore)
+        signal.signal(signal.SIGCHLD, lambda _number, _frame: None)  # wakes `_listen`
         try:
             yield
         finally:
             signal.set_wakeup_fd(-1)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._stop()
+        if number != signal.SIGINT:
+            self._stop(signal.SIGTERM)
+            return
+        now_s = time.monotonic()
+        if self._interrupted_at_s is None:
+            self._interrupted_at_s = now_s
+            self._stop(signal.SIGINT)
+        elif (
+            now_s - self._interrupted_at_s >= SAME_REQUEST_S
+        ):  # whatever it is doing, and though it may hang
+            self._exit_code = INTERRUPTED
+            for member in self._members:
+                member.signal(signal.SIGKILL)
 
-    def _stop(self) -> None:
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        for member in self._drained_first:
+            member.signal(signal.SIGHUP)
+
+    def _ignore(self, number: int, frame: FrameType | None) -> None:
+        self._say(f"trivec: {signal.Signals(number).name} means nothing here; it is ignored.")
+
+    def _stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Ask those who drain first to stop, and let go of the sockets that they will close."""
         self._asked = True
         for member in self._members:
             member.due_s = None
         for member in self._drained_first:
             member.post.listener.close()
-            member.signal(signal.SIGTERM)
+            member.signal(number)

@@ -29,6 +29,11 @@ class Door:
         self._inside: set[asyncio.Task[object]] = set()
         self._is_sending_out = False
 
+    @property
+    def is_idle(self) -> bool:
+        """No request is in flight."""
+        return not self._inside
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         visitor = asyncio.current_task()
         assert visitor is not None

@@ -15,6 +15,7 @@ from trivec.assemble_several import Backroom, engine_end, open_backroom
 from trivec.core.events import PhaseChanged
 from trivec.core.health import Phase
 from trivec.server.collecting import spare_what_stays
+from trivec.server.crew import IGNORED, STOPS
 from trivec.server.life import BROKEN_EXIT_CODE, REFUSAL_S_MAX
 from trivec.server.supervisor import BEAT_EVERY_S, Heart
 from trivec.settings import Settings
@@ -44,8 +45,10 @@ class EngineProcess:
     async def run(self) -> int:
         """Live until the end; the exit code to leave with. Raises what loading raised."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOPS:
             loop.add_signal_handler(number, self._asked.set)
+        for number in (signal.SIGHUP, *IGNORED):
+            signal.signal(number, signal.SIG_IGN)
         self._report("loading", "loading")
         self._heart.tie()
         beating = asyncio.create_task(self._beat(), name="heartbeat")

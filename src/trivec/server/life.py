@@ -31,7 +31,8 @@ class Happening(Enum):
 
     LOADED = auto()
     FAILED = auto()  # a model could not be loaded
-    ASKED = auto()  # SIGTERM, Ctrl-C
+    ASKED = auto()  # SIGTERM, SIGQUIT, Ctrl-C
+    INTERRUPTED = auto()  # Ctrl-C while no request is in flight
     HUNG = auto()  # a worker is past its heartbeat bound, or its device is lost
     TIME_UP = auto()  # the stage has lasted as long as it may
     EMPTY = auto()  # granian has ended: the last connection is closed
@@ -43,6 +44,7 @@ NEXT: Mapping[tuple[Stage, Happening], Stage] = {
     (Stage.LOADING, Happening.ASKED): Stage.GONE,
     (Stage.LOADING, Happening.EMPTY): Stage.GONE,
     (Stage.SERVING, Happening.ASKED): Stage.LINGERING,
+    (Stage.SERVING, Happening.INTERRUPTED): Stage.FINISHING,
     (Stage.SERVING, Happening.HUNG): Stage.REFUSING,
     (Stage.SERVING, Happening.EMPTY): Stage.GONE,
     (Stage.LINGERING, Happening.TIME_UP): Stage.FINISHING,

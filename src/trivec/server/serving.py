@@ -5,6 +5,8 @@ entering that stage takes. It owns the event loop, the signals and every backgro
 """
 
 import asyncio
+import logging
+import os
 import signal
 import socket
 import time
@@ -14,24 +16,26 @@ from typing import Protocol
 
 from trivec.accounts import NewKey
 from trivec.assemble import Front, Running, loaded_event, open_front
-from trivec.core.errors import StoreUnavailable
+from trivec.core.errors import SettingInvalid, StoreUnavailable
 from trivec.core.events import PhaseChanged
 from trivec.core.health import Health
 from trivec.server.canary import Canary
 from trivec.server.carrier import Carrier
 from trivec.server.collecting import spare_what_stays
+from trivec.server.crew import IGNORED, INTERRUPTED, STOPS
 from trivec.server.door import Door, ProbesOnly
 from trivec.server.life import REFUSAL_S_MAX, Happening, Life, Stage, health, stage_s_max
-from trivec.server.listening import listen
+from trivec.server.listening import check_certificate, listen
 from trivec.server.machine import usable_memory_bytes
-from trivec.server.supervisor import BEAT_EVERY_S, Heart
+from trivec.server.supervisor import BEAT_EVERY_S, SAME_REQUEST_S, Heart
 from trivec.settings import Settings
 
-SAME_REQUEST_S = 0.1  # a signal sent to the whole process group reaches us twice, this close
 PROBE_CONNECTIONS_MAX = 64
 PROBE_IDLE_S_MAX = 5
 SEND_OUT_S = 0.5  # for the engine's own refusals to be written down and sent
 LEAVE_S_MAX = 5.0  # for the ledger and the workers to end, before leaving all the same
+
+_log = logging.getLogger("trivec.server")
 
 
 class Herald(Protocol):
@@ -63,19 +67,16 @@ class Serving:
         self._life = Life()
         self._happenings: asyncio.Queue[Happening] = asyncio.Queue()
         self._asked_at_s = float("-inf")
+        self._was_interrupted = False
         self._front: Front = open_front(settings, machine_bytes=usable_memory_bytes())
         self._models: Running | None = None
         self._hung: str | None = None
         self._canary = Canary(())
         self._tasks: set[asyncio.Task[None]] = set()
         self._door = Door(self._front.app({}, self.health))
-        cert, key = settings.tls_cert, settings.tls_key
-        self._carrier = Carrier(
-            self._door,
-            listener,
-            limits=settings.http,
-            tls=(cert, key) if cert and key else None,
-        )
+        self._listener = listener
+        self._former: set[asyncio.Task[None]] = set()  # finish what came by an older certificate
+        self._carrier = self._new_carrier()
         self._probes = None if settings.probe_port is None else self._open_probes(settings)
 
     def _open_probes(self, settings: Settings) -> Carrier:
@@ -90,6 +91,25 @@ class Serving:
             update={"connections_max": PROBE_CONNECTIONS_MAX, "idle_s_max": PROBE_IDLE_S_MAX}
         )
         return Carrier(ProbesOnly(self._door), listener, limits=limits, tls=None)
+
+    def _new_carrier(self) -> Carrier:
+        cert, key = self._settings.tls_cert, self._settings.tls_key
+        tls = (cert, key) if cert and key else None
+        # With TLS there may be another after it, on the same socket.
+        listener = self._listener.dup() if tls else self._listener
+        return Carrier(self._door, listener, limits=self._settings.http, tls=tls)
+
+    def _carry(self, carrier: Carrier) -> "asyncio.Task[None]":
+        carrying = asyncio.create_task(carrier.serve(), name="carrier")
+        carrying.add_done_callback(self._emptied)
+        return carrying
+
+    def _emptied(self, _: "asyncio.Task[None]") -> None:
+        self._tell(Happening.EMPTY)
+
+    def _stop_listening(self) -> None:
+        self._carrier.stop()
+        self._listener.close()
 
     def health(self) -> Health:
         """One look at the process; reads results and computes nothing."""
@@ -109,12 +129,14 @@ class Serving:
     async def run(self) -> int:
         """Live until the end; the exit code to leave with. Raises what loading raised."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._ask)
+        for number in STOPS:
+            loop.add_signal_handler(number, self._ask, number)
+        for number in IGNORED:
+            loop.add_signal_handler(number, _log.warning, "%s is ignored", number.name)
+        loop.add_signal_handler(signal.SIGHUP, self._reload_certificate)
         self._front.accounts.start()
         self._report_phase()
-        self._carrying = asyncio.create_task(self._carrier.serve(), name="carrier")
-        self._carrying.add_done_callback(lambda _: self._tell(Happening.EMPTY))
+        self._carrying = self._carry(self._carrier)
         if self._probes is not None:
             self._start(self._probes.serve(), "probes")
         loading = asyncio.create_task(self._load(), name="loading")
@@ -137,11 +159,43 @@ class Serving:
     def _tell(self, happening: Happening) -> None:
         self._happenings.put_nowait(happening)
 
-    def _ask(self) -> None:
-        now_s = time.monotonic()
-        if now_s - self._asked_at_s >= SAME_REQUEST_S:
-            self._asked_at_s = now_s
+    def _ask(self, number: signal.Signals) -> None:
+        now_s, before_s = time.monotonic(), self._asked_at_s
+        if now_s - before_s < SAME_REQUEST_S:
+            return
+        self._asked_at_s = now_s
+        if number is not signal.SIGINT:
             self._tell(Happening.ASKED)
+        elif self._was_interrupted:  # all that was answered is in the ledger
+            os._exit(INTERRUPTED)
+        else:
+            self._was_interrupted = True
+            is_idle = self._life.stage is Stage.SERVING and self._door.is_idle
+            self._tell(Happening.INTERRUPTED if is_idle else Happening.ASKED)
+
+    def _reload_certificate(self) -> None:
+        """Take new connections with the certificate as its files are now; finish the old ones."""
+        cert, key = self._settings.tls_cert, self._settings.tls_key
+        if not (cert and key) or self._life.stage not in (Stage.LOADING, Stage.SERVING):
+            _log.warning("SIGHUP is ignored: there is no certificate to read again")
+            return
+        try:
+            check_certificate(cert, key)
+            carrier = self._new_carrier()
+        except (SettingInvalid, OSError) as fault:
+            _log.error("the certificate is still the old one: %s", fault)
+            return
+        before, self._carrier = self._carrier, carrier
+        old, self._carrying = self._carrying, self._carry(carrier)
+        old.remove_done_callback(self._emptied)
+        self._former.add(old)
+        old.add_done_callback(self._forget_former)
+        before.stop()
+
+    def _forget_former(self, old: "asyncio.Task[None]") -> None:
+        """What came by the older certificate is through."""
+        self._former.discard(old)
+        _log.warning("the certificate was read again")
 
     async def _next_happening(self) -> Happening:
         stage_s = stage_s_max(self._life.stage, self._settings.life)
@@ -161,9 +215,9 @@ class Serving:
             assert self._models is not None
             self._herald.ready(self._models)
         elif stage is Stage.FINISHING:
-            self._carrier.stop()
+            self._stop_listening()
         elif stage is Stage.REFUSING:
-            self._carrier.stop()
+            self._stop_listening()
             self._start(self._door.send_out(after_s=SEND_OUT_S), "send-out")
             if self._models is not None and self._hung is None:
                 self._start(self._models.workers.stop(0), "refuse")
@@ -230,7 +284,7 @@ class Serving:
         """Stop what runs in the background, then write down what is on its way to the ledger."""
         for task in self._tasks:
             task.cancel()
-        self._carrier.stop()
+        self._stop_listening()
         await asyncio.wait([self._carrying], timeout=REFUSAL_S_MAX)
         with suppress(TimeoutError):
             async with asyncio.timeout(LEAVE_S_MAX):

@@ -10,6 +10,7 @@ import threading
 from dataclasses import dataclass
 
 BEAT_EVERY_S = 1.0
+SAME_REQUEST_S = 0.1  # a signal sent to a whole process group may reach us twice, this close
 BEAT, READY_BEAT = b".", b"r"
 FAILED_STARTS_MAX = 5
 START_REFUSED = 2  # the exit code of a setting or a model that cannot work
