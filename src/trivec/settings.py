@@ -27,6 +27,8 @@ from pydantic_core import ErrorDetails
 from trivec.core.errors import SettingInvalid
 
 MEBIBYTE = 1024 * 1024
+API_KEY_CHARS_MIN = 16
+API_KEY_CHARS_MAX = 1024  # longer bearers are refused unread
 ENVIRONMENT_PREFIX = "TRIVEC_"
 NESTING = "__"
 OTHER_NAMES = {"TRIVEC_MODEL": "models", "TRIVEC_CONFIG": "config"}
@@ -187,9 +189,24 @@ class Settings(Section):
             )
         if self.api_processes > 1 and not self.life.supervised:
             raise ValueError("api_processes above 1 are supervised; leave life.supervised true")
-        if self.api_key is not None and len(self.api_key.get_secret_value()) < 16:
-            raise ValueError("api_key is too short; give it at least 16 characters")
+        if self.api_key is not None:
+            _check_api_key(self.api_key.get_secret_value())
         return self
+
+
+def _check_api_key(key: str) -> None:
+    """Refuse a key that no `Authorization` header can carry as it is. Never shows the key."""
+    if len(key) < API_KEY_CHARS_MIN:
+        raise ValueError(f"api_key is too short; give it at least {API_KEY_CHARS_MIN} characters")
+    if len(key) > API_KEY_CHARS_MAX:
+        raise ValueError(
+            f"api_key has {len(key)} characters; give it at most {API_KEY_CHARS_MAX:,}"
+        )
+    if not all("!" <= character <= "~" for character in key):
+        raise ValueError(
+            "api_key has a blank, a line break or a character outside ASCII; "
+            "give it printable ASCII alone (a file's last line break counts, too)"
+        )
 
 
 def is_loopback(host: str) -> bool:

@@ -21,7 +21,7 @@ from trivec.core.errors import StoreUnavailable
 from trivec.settings import Settings
 
 AT_ONCE = 8
-FIXED_KEY = "a fixed key of the tests"
+FIXED_KEY = "a-fixed-key-of-the-tests"
 
 
 async def serve_one(accounts: Accounts, request_id: str, tokens: int) -> int:

@@ -140,3 +140,53 @@ async def test_a_question_about_usage_that_makes_no_sense_is_refused(
     async with house.client() as client:
         response = await client.get(f"{ADMIN}/usage?{query}")
     assert (response.status_code, response.json()["error"]["param"]) == (status, param)
+
+
+LIMITED = {
+    "models": [MODEL],
+    "requests_per_minute": 60,
+    "tokens_per_minute": 1000,
+    "expires": "2999-01-01T00:00:00Z",
+}
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        pytest.param({}, None, id="as-much-as-its-own"),
+        pytest.param({"requests_per_minute": 1}, None, id="less"),
+        pytest.param({"models": None}, "models", id="every-model"),
+        pytest.param({"models": [MODEL, "other"]}, "models", id="another-model"),
+        pytest.param({"requests_per_minute": None}, "requests_per_minute", id="no-rpm"),
+        pytest.param({"requests_per_minute": 61}, "requests_per_minute", id="more-rpm"),
+        pytest.param({"tokens_per_minute": None}, "tokens_per_minute", id="no-tpm"),
+        pytest.param({"expires": None}, "expires", id="no-end"),
+        pytest.param({"expires": "2999-01-02T00:00:00Z"}, "expires", id="a-later-end"),
+    ],
+)
+async def test_a_limited_admin_key_makes_none_that_may_do_more(
+    house: House, more: dict[str, object], param: str | None
+) -> None:
+    async with house.client() as client:
+        limited = await create(client, name="limited", scopes=["admin"], **LIMITED)
+    asked = {"name": "made", "scopes": ["embed", "admin"], **LIMITED, **more}
+    async with house.client(limited["key"]) as client:
+        answer = await client.post(f"{ADMIN}/keys", json=asked)
+    if param is None:
+        assert answer.status_code == 200, answer.text
+        return
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (403, "insufficient_scope", param)
+
+
+@pytest.mark.parametrize("deed", ["rotate", "revoke"])
+async def test_a_limited_admin_key_takes_over_none_that_may_do_more(
+    house: House, deed: str
+) -> None:
+    async with house.client() as client:
+        limited = await create(client, name="limited", scopes=["admin"], **LIMITED)
+    async with house.client(limited["key"]) as client:
+        other = await client.post(f"{ADMIN}/keys/all/{deed}")
+        own = await client.post(f"{ADMIN}/keys/limited/{deed}")
+    assert other.status_code == 403, other.text
+    assert own.status_code == 200, own.text

@@ -58,7 +58,8 @@ class Server:
 
     @property
     def key(self) -> str:
-        return self.wait_until_it_says(r"key +(tv_\w+)")[1]
+        """The first key, from the file that is named where stderr is no terminal."""
+        return Path(self.wait_until_it_says(r"key +in (.+)$")[1]).read_text("utf-8").strip()
 
     def client(self) -> httpx.Client:
         headers = {"Authorization": f"Bearer {self.key}"}

@@ -252,6 +252,8 @@ def test_the_first_key_is_shown_only_once(tmp_path: Path) -> None:
         key = server.key
         server.signal(signal.SIGTERM)
         assert server.exit_code() == 0
+        assert key not in "\n".join(server.said)
+        assert (tmp_path / "first-key").stat().st_mode & 0o777 == 0o600
     with running(tmp_path, *FAKE, environ=NO_GRACE) as server:
         url = server.url
         assert key not in "\n".join(server.said)

@@ -69,6 +69,19 @@ def test_models_are_a_list_in_the_file_and_separated_by_commas_in_the_environmen
             {}, {"TRIVEC_API_KEY": "short"}, ["api_key is too short", "16"], id="a-key-too-short"
         ),
         pytest.param(
+            {}, {"TRIVEC_API_KEY": "k" * 1025}, ["api_key has 1025", "1,024"], id="a-key-too-long"
+        ),
+        pytest.param(
+            {}, {"TRIVEC_API_KEY": "sixteen characters"}, ["a blank"], id="a-key-with-a-blank"
+        ),
+        pytest.param(
+            {}, {"TRIVEC_API_KEY": "0123456789abcdef\n"}, ["line break"], id="a-key-with-a-newline"
+        ),
+        pytest.param(
+            {}, {"TRIVEC_API_KEY": "0123456789abcdef\u00e9"}, ["outside ASCII"],
+            id="a-key-outside-ascii",
+        ),
+        pytest.param(
             {"config": "nowhere.toml"}, {}, ["cannot read", "nowhere.toml"],
             id="a-file-that-is-not-there",
         ),

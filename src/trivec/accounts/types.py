@@ -6,7 +6,8 @@ Frozen values only. They know nothing of HTTP, of SQL, or of what an embedding i
 from dataclasses import dataclass
 from enum import StrEnum
 
-from trivec.core.errors import ModelDenied, ScopeMissing
+from trivec.accounts.utc import moment
+from trivec.core.errors import GrantDenied, ModelDenied, ScopeMissing
 
 
 class Scope(StrEnum):
@@ -33,6 +34,7 @@ class Caller:
     scopes: frozenset[Scope]
     models: frozenset[str] | None = None  # None: every model
     allowance: Allowance | None = None  # None: no limit
+    expires_us: int | None = None
 
     def require(self, scope: Scope) -> None:
         """Raise `ScopeMissing` unless the key has *scope*."""
@@ -43,6 +45,25 @@ class Caller:
         """Raise `ModelDenied` unless the key may use *model*, a served id."""
         if self.models is not None and model not in self.models:
             raise ModelDenied(model=model)
+
+    def require_no_more(self, other: "Key | KeyPlan") -> None:
+        """Raise `GrantDenied` unless *other* may do no more than this caller's own key.
+
+        Scopes are no limit here: a key with `admin` alone is made to hand out others.
+        """
+        if self.models is not None and not (
+            other.models is not None and other.models <= self.models
+        ):
+            raise GrantDenied(param="models", most=", ".join(sorted(self.models)))
+        own = self.allowance or Allowance()
+        for param in ("requests_per_minute", "tokens_per_minute"):
+            most, asked = getattr(own, param), getattr(other.allowance, param)
+            if most is not None and (asked is None or asked > most):
+                raise GrantDenied(param=param, most=f"{most}")
+        if self.expires_us is not None and not (
+            other.expires_us is not None and other.expires_us <= self.expires_us
+        ):
+            raise GrantDenied(param="expires", most=moment(self.expires_us).isoformat())
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +133,7 @@ class Key:
     def caller(self) -> Caller:
         limited = self.allowance != Allowance()
         allowance = self.allowance if limited else None
-        return Caller(self.id, self.name, self.scopes, self.models, allowance)
+        return Caller(self.id, self.name, self.scopes, self.models, allowance, self.expires_us)
 
 
 @dataclass(frozen=True, slots=True)

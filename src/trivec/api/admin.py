@@ -9,6 +9,7 @@ from trivec.accounts import (
     FIXED,
     Accounts,
     Allowance,
+    Caller,
     Key,
     KeyPlan,
     NewKey,
@@ -56,6 +57,7 @@ class Admin:
             allowance=Allowance(asked.requests_per_minute, asked.tokens_per_minute),
             expires_us=_expiry_us(asked.expires),
         )
+        _caller(visit).require_no_more(plan)
         return _new_key(await self._accounts.create_key(plan))
 
     async def list_keys(self, visit: Visit) -> Answer:
@@ -66,17 +68,23 @@ class Admin:
         return json_answer(_shown(await self._accounts.show_key(visit.path_params["id"])))
 
     async def revoke_key(self, visit: Visit) -> Answer:
-        return json_answer(_shown(await self._accounts.revoke_key(visit.path_params["id"])))
+        return json_answer(_shown(await self._accounts.revoke_key(await self._grantable(visit))))
 
     async def rotate_key(self, visit: Visit) -> Answer:
         overlap_s = None
         if body := await read_body(visit, self._limits):
             check_json_is_declared(visit)
             overlap_s = _read_rotate(body).overlap_s
-        reference = visit.path_params["id"]
+        reference = await self._grantable(visit)
         if overlap_s is None:
             return _new_key(await self._accounts.rotate_key(reference))
         return _new_key(await self._accounts.rotate_key(reference, overlap_s=overlap_s))
+
+    async def _grantable(self, visit: Visit) -> str:
+        """The id of the key in the path, which may do no more than the caller's own."""
+        key = await self._accounts.show_key(visit.path_params["id"])
+        _caller(visit).require_no_more(key)
+        return key.id
 
     async def usage(self, visit: Visit) -> Answer:
         query = await self._query(visit)
@@ -105,6 +113,11 @@ class Admin:
         if reference == FIXED.key_id:
             return reference
         return (await self._accounts.show_key(reference)).id
+
+
+def _caller(visit: Visit) -> Caller:
+    assert visit.caller is not None, "admin routes are mounted behind a key"
+    return visit.caller
 
 
 def _by(word: str) -> UsageBy:

@@ -40,6 +40,7 @@ TABLE: Mapping[type[ServiceError], Row] = MappingProxyType(
         e.KeyInvalid: Row(401, "invalid_api_key"),
         e.ModelDenied: Row(403, "model_access_denied"),
         e.ScopeMissing: Row(403, "insufficient_scope"),
+        e.GrantDenied: Row(403, "insufficient_scope"),
         e.ModelUnknown: Row(404, "model_not_found"),
         e.RouteUnknown: Row(404),
         e.ResourceUnknown: Row(404),
@@ -105,7 +106,7 @@ def answer_to(error: ServiceError, *, request_id: str) -> Answer:
 
 
 def _param_of(error: ServiceError) -> str | None:
-    if isinstance(error, RequestError):
+    if isinstance(error, RequestError | e.GrantDenied):
         return error.param
     return "model" if isinstance(error, e.ModelDenied) else None
 

@@ -1,13 +1,18 @@
 """What `trivec serve` says once it is ready: what runs, where, why, and a line to try it with."""
 
 import json
+import os
 import shlex
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from trivec import __version__
 from trivec.accounts import NewKey
 from trivec.assemble import Running, Served
 from trivec.settings import Settings
+
+FIRST_KEY_FILE = "first-key"  # in the data folder
 
 
 class Greeting:
@@ -17,17 +22,48 @@ class Greeting:
         self._settings = settings
         self._url = base_url(settings, port)
         self._say = say
-        self._new_key: NewKey | None = None
+        self._bearer: str | None = None  # of the curl line: a new key, or what prints it
 
     def key(self, new_key: NewKey) -> None:
-        """At once: whatever happens next, it is never shown again."""
-        self._new_key = new_key
-        self._say(_fact("key", new_key.plain))
-        self._say(_fact("", "shown only now; more with: trivec keys create --name NAME"))
+        """At once: whatever happens next, it is never shown again.
+
+        On a terminal as it is; elsewhere stderr is a log that others read, so it goes to a file.
+        """
+        if sys.stderr.isatty():
+            self._bearer = new_key.plain
+            self._say(_fact("key", new_key.plain))
+            self._say(_fact("", "shown only now; more with: trivec keys create --name NAME"))
+            return
+        file = self._settings.data_dir.absolute() / FIRST_KEY_FILE
+        try:
+            write_private(file, new_key.plain + "\n")
+        except OSError as fault:
+            self._say(
+                _fact("key", f"made, but {file} cannot be written: {fault.strerror or fault}")
+            )
+            self._say(_fact("", f"make it anew with: trivec keys rotate {new_key.key.name}"))
+            return
+        self._bearer = f"$(cat {shlex.quote(str(file))})"
+        self._say(_fact("key", f"in {file}"))
+        self._say(_fact("", "that only this user can read; keep the key and remove the file"))
 
     def ready(self, models: Running) -> None:
-        for line in lines(self._settings, models, self._new_key, url=self._url):
+        for line in lines(self._settings, models, self._bearer, url=self._url):
             self._say(line)
+
+
+def write_private(file: Path, text: str) -> None:
+    """Put *text* where only this user can read it, from the first byte on; a link is replaced."""
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fresh = file.with_name(f"{file.name}.{os.getpid()}")
+    fresh.unlink(missing_ok=True)
+    with open(
+        os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
+    ) as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    fresh.replace(file)
 
 
 def base_url(settings: Settings, port: int) -> str:
@@ -37,7 +73,7 @@ def base_url(settings: Settings, port: int) -> str:
     return f"{'https' if settings.tls_cert else 'http'}://{bracketed}:{port}"
 
 
-def lines(settings: Settings, models: Running, new_key: NewKey | None, *, url: str) -> list[str]:
+def lines(settings: Settings, models: Running, bearer: str | None, *, url: str) -> list[str]:
     """The announcement."""
     choice = models.choice
     workers = f"{models.slot_count} worker{'s' if models.slot_count > 1 else ''}"
@@ -52,7 +88,7 @@ def lines(settings: Settings, models: Running, new_key: NewKey | None, *, url: s
         *(_fact(name, value) for name, value in facts),
         "",
         "Try it:",
-        "  " + curl_line(settings, models, new_key, url=url),
+        "  " + curl_line(settings, models, bearer, url=url),
         "",
     ]
 
@@ -74,12 +110,12 @@ def _about(model: Served) -> list[tuple[str, str]]:
     return facts
 
 
-def curl_line(settings: Settings, models: Running, new_key: NewKey | None, *, url: str) -> str:
+def curl_line(settings: Settings, models: Running, bearer: str | None, *, url: str) -> str:
     """One line to paste; the key itself is in it only where it was just made."""
     body = json.dumps({"model": models.loaded[0].card.id, "input": "Hello, world"})
     words = ["curl", "-s", f"{url}/v1/embeddings", "-H", "Content-Type: application/json"]
     command = shlex.join(words)
     if not settings.no_auth:
-        key = new_key.plain if new_key else "$TRIVEC_API_KEY" if settings.api_key else "YOUR_KEY"
+        key = bearer or ("$TRIVEC_API_KEY" if settings.api_key else "YOUR_KEY")
         command += f' -H "Authorization: Bearer {key}"'
     return f"{command} -d {shlex.quote(body)}"

@@ -12,7 +12,7 @@ TrivecError
     │   ├── AnswerTooLarge · ModelUnknown · BodyTooLarge · BodyTooSlow · MediaTypeUnsupported
     │   └── RouteUnknown · MethodNotAllowed · ResourceUnknown
     ├── AccessError            the key must change
-    │   └── KeyMissing · KeyInvalid · ModelDenied · ScopeMissing
+    │   └── KeyMissing · KeyInvalid · ModelDenied · ScopeMissing · GrantDenied
     ├── AllowanceError         the client must wait, or mend its idempotency key
     │   └── AllowanceExhausted · IdempotencyKeyReused · IdempotencyInProgress
     ├── BusyError              we must recover; every one carries when to try again
@@ -192,6 +192,17 @@ class ScopeMissing(AccessError):
 
     def __init__(self, *, scope: str) -> None:
         super().__init__(f"This API key lacks the scope `{scope}`, which this request needs.")
+
+
+class GrantDenied(AccessError):
+    """An admin key with limits of its own was asked for, or about, a key that may do more."""
+
+    def __init__(self, *, param: str, most: str) -> None:
+        super().__init__(
+            f"This admin key is limited itself: the {param} of a key that it makes or changes may "
+            f"be at most {most}. Ask for less, or use an admin key without limits."
+        )
+        self.param = param
 
 
 class AllowanceError(ServiceError):

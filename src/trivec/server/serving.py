@@ -114,7 +114,8 @@ class Serving:
     def health(self) -> Health:
         """One look at the process; reads results and computes nothing."""
         books = self._front.accounts.health()
-        store = () if books.writable else (f"the store cannot be written: {books.reason}",)
+        # Probes need no key, and the store's own words name hosts: those are in the log.
+        store = () if books.writable else ("the store cannot be written; the log says why",)
         return health(
             self._life,
             loading=", ".join(self._settings.models) or "the default model",
