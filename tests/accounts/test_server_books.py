@@ -30,7 +30,7 @@ KILLS = long_or_short(long=100, short=10)
 AUDITED = long_or_short(long=100_000, short=1_000)
 KEYS = 50
 CONNECTIONS = 16
-FIXED_KEY = "a fixed key of the tests"
+FIXED_KEY = "a-fixed-key-of-the-tests"
 MODEL = "all-minilm-l6-v2"
 
 

@@ -9,7 +9,7 @@ import pytest
 from tests.process.server import Server, running
 
 CHECKS = "not_a_server_error,response_schema_conformance,status_code_conformance"
-FIXED_KEY = "a fixed key, which nobody can revoke"
+FIXED_KEY = "a-fixed-key-which-nobody-can-revoke"
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from trivec.cli.bench.server import free_port, wait_until_ready
 
 pytestmark = pytest.mark.process
 
-KEY = "a fixed key of this test"
+KEY = "a-fixed-key-of-this-test"
 
 
 @pytest.fixture
