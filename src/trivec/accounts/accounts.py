@@ -1,6 +1,6 @@
 """The door of the room: who is this, may it, and what did it come to. Called on the event loop.
 
-It waits for the writer's thread and for a reader's thread, and touches no store itself.
+It waits for the threads that write, read and sum, and touches no store itself.
 """
 
 import asyncio
@@ -28,13 +28,15 @@ from trivec.accounts.types import (
     UsageQuery,
 )
 from trivec.accounts.writer import HANGS, Writer
-from trivec.core.errors import KeyMissing, StoreUnavailable
+from trivec.core.errors import KeyMissing, Overloaded, StoreUnavailable
 from trivec.core.ports import Clock
 
 ANONYMOUS = Caller("anonymous", "anonymous", frozenset(Scope))
 FIXED = Caller(FIXED_KEY_ID, FIXED_KEY_ID, frozenset(Scope))
 FIXED_KEY_CHARS_MIN = 16
 LOOK_S = 0.25  # between two looks for a call to the store that hangs
+SUMS_MAX = 16  # the one that runs and those that wait for it
+SUMS_RETRY_AFTER_S = 5.0
 T = TypeVar("T")
 
 
@@ -61,6 +63,8 @@ class Accounts:
         self._keyring = Keyring(store.keys_since, reader=self._reader, clock=clock, secret=secret)
         self._over = Event()
         self._watch = Thread(target=self._watch_store, name="trivec-store-watch", daemon=True)
+        self._summer = ThreadPoolExecutor(1, thread_name_prefix="trivec-usage")
+        self._sums_asked = 0
         self._desk = Desk(self._writer, clock=clock, secret=secret)
         self._administration = Administration(store, clock=clock, secret=secret)
 
@@ -70,6 +74,7 @@ class Accounts:
 
     def stop(self) -> None:
         """Write what is on its way, then let go of the store. Blocks for as long as that takes."""
+        self._summer.shutdown(wait=False, cancel_futures=True)  # nothing is lost with a sum
         self._writer.stop()
         self._reader.shutdown()
         self._over.set()
@@ -138,7 +143,19 @@ class Accounts:
         )
 
     async def usage(self, query: UsageQuery) -> list[UsageLine]:
-        return await self._read(lambda: self._administration.usage(query))
+        """Sums over the ledger, one at a time in a thread of their own. Raises `Overloaded`."""
+        if self._sums_asked >= SUMS_MAX:
+            raise Overloaded(
+                f"{self._sums_asked} sums over the ledger are asked for; at most {SUMS_MAX} "
+                f"wait at a time. Please try again in {SUMS_RETRY_AFTER_S:.0f}s.",
+                retry_after_s=SUMS_RETRY_AFTER_S,
+            )
+        self._sums_asked += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._summer, self._administration.usage, query)
+        finally:
+            self._sums_asked -= 1
 
     async def _change(self, errand: Callable[[], T]) -> T:
         """In the writer's thread, and known to this process at once."""
@@ -166,5 +183,5 @@ class Accounts:
         return since_s is not None and self._clock.now_s() - since_s >= CALL_S_MAX
 
     async def _read(self, errand: Callable[[], T]) -> T:
-        """Off the reader's own thread: a long sum must not keep keys from being checked."""
+        """Off the reader's own thread: a long list must not keep keys from being checked."""
         return await asyncio.to_thread(errand)

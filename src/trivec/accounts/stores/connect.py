@@ -1,6 +1,7 @@
 """How the two databases are reached: engines whose transactions and time-outs are what we promise.
 
-Each store has two: one that writes, over a single connection, and one that reads beside it.
+Each store has three: one that writes, over a single connection, one that reads beside it, and one
+for long sums, so that these never hold a connection that a key is checked over.
 """
 
 import os
@@ -37,6 +38,7 @@ class Engines:
 
     writing: Engine  # a commit is on disk when it returns
     reading: Engine
+    summing: Engine  # reads too, one sum at a time
     begin: Callable[..., None]  # (driver's connection, notes_only=): how a transaction begins
     interrupt: Callable[[], None]  # break off what other threads wait for
 
@@ -44,6 +46,7 @@ class Engines:
         """Drop every idle connection; the next use makes new ones."""
         self.writing.dispose()
         self.reading.dispose()
+        self.summing.dispose()
 
 
 def sqlite_engines(file: Path) -> Engines:
@@ -51,6 +54,7 @@ def sqlite_engines(file: Path) -> Engines:
     url = URL.create("sqlite+pysqlite", database=str(file))
     writing = _engine(url, {"timeout": 0}, size=1)  # whoever writes waits in `patiently`
     reading = _engine(url, {"timeout": LOCK_WAIT_S}, size=READERS_MAX)
+    summing = _engine(url, {"timeout": LOCK_WAIT_S}, size=1)
 
     def make_private(*_: object) -> None:
         with suppress(OSError):  # SQLite says better what is wrong with the folder
@@ -67,14 +71,15 @@ def sqlite_engines(file: Path) -> Engines:
     def open_for_reading(raw: sqlite3.Connection, _: object) -> None:
         _pragmas(raw, "query_only=ON")
 
-    for engine in (writing, reading):  # only its owner reads the ledger
+    for engine in (writing, reading, summing):  # only its owner reads the ledger
         event.listen(engine, "do_connect", make_private)
     event.listen(writing, "connect", open_for_writing)
     event.listen(writing, "begin", _begin_sqlite_through_sqlalchemy)
-    event.listen(reading, "connect", open_for_reading)
-    event.listen(reading, "begin", _begin_reading)
+    for engine in (reading, summing):
+        event.listen(engine, "connect", open_for_reading)
+        event.listen(engine, "begin", _begin_reading)
     # Waiting for a lock has its own bound, and what waits for a disk cannot be broken off.
-    return Engines(writing, reading, begin_sqlite, interrupt=lambda: None)
+    return Engines(writing, reading, summing, begin_sqlite, interrupt=lambda: None)
 
 
 def postgres_engines(database_url: str) -> Engines:
@@ -85,6 +90,7 @@ def postgres_engines(database_url: str) -> Engines:
     reading = "-c default_transaction_read_only=on -c statement_timeout=60000"
     writers = _engine(url, _postgres_arguments(writing), size=1)
     readers = _engine(url, _postgres_arguments(reading), size=READERS_MAX)
+    summers = _engine(url, _postgres_arguments(reading), size=1)
     opened: WeakSet[Any] = WeakSet()
     opening = Lock()
 
@@ -99,9 +105,9 @@ def postgres_engines(database_url: str) -> Engines:
             connections = list(opened)
         _shut(connections)
 
-    for engine in (writers, readers):
+    for engine in (writers, readers, summers):
         event.listen(engine, "do_connect", connect)
-    return Engines(writers, readers, begin_postgres, interrupt)
+    return Engines(writers, readers, summers, begin_postgres, interrupt)
 
 
 def is_the_stores(fault: Exception, dialect: Dialect) -> bool:

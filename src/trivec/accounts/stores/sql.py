@@ -161,7 +161,8 @@ class SqlStore:
         return key
 
     def usage(self, query: UsageQuery) -> list[UsageLine]:
-        with self._reading() as connection:
+        self._ensure_prepared()
+        with self._mapped(), self._engines.summing.begin() as connection:
             return usage_lines(connection.execute(usage_statement(query)), query.by)
 
     def interrupt(self) -> None:
