@@ -23,6 +23,7 @@ from trivec.core.errors import (
     RequestTooLarge,
     TextTooLong,
     TokenIdUnknown,
+    panics_are_faults,
 )
 from trivec.core.ports import Texts, TokenLists
 from trivec.core.types import Int32Array, LongText, Sequences, Truncated
@@ -76,6 +77,10 @@ class Tokenizer:
         Cancelling it frees the pool at the next job's end.
         """
         assert inputs, "a request has at least one input"
+        with panics_are_faults("tokenizer"):
+            return await self._tokenize_any(inputs, long_text)
+
+    async def _tokenize_any(self, inputs: Texts | TokenLists, long_text: LongText) -> Sequences:
         if isinstance(inputs[0], str):
             return await self._tokenize_texts(cast(Texts, inputs), long_text)
         lists = cast(TokenLists, inputs)
@@ -84,7 +89,8 @@ class Tokenizer:
 
     def spell(self, token_ids: Int32Array) -> list[str]:
         """The vocabulary's own strings; empty for an id that the vocabulary leaves out."""
-        return [self._codec.id_to_token(token_id) or "" for token_id in token_ids.tolist()]
+        with panics_are_faults("tokenizer"):
+            return [self._codec.id_to_token(token_id) or "" for token_id in token_ids.tolist()]
 
     async def _tokenize_texts(self, texts: Texts, long_text: LongText) -> Sequences:
         sizes = list(map(len, texts))

@@ -375,3 +375,35 @@ def test_a_server_without_models_is_loading() -> None:
     with house.listening() as address:
         assert_is_error(embeddings(address, "any"), 503, "server_error", None, "loading")
     house.close()
+
+
+class PanicException(BaseException):  # as pyo3 calls it
+    """What a Rust library raises where its own code fails: no `Exception`."""
+
+
+async def test_a_panic_of_a_library_is_our_500_and_the_next_request_is_served(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"model": MODEL, "input": "a"}
+
+    async def panics(*_: object, **__: object) -> None:
+        raise PanicException("byte index 1 is not a char boundary in `a client's text`")
+
+    async with house.client() as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(house.model, "tokenize", panics)
+            answer = await client.post("/embeddings", json=body)
+        assert answer.status_code == 500
+        assert answer.headers["x-request-id"] in answer.json()["error"]["message"]
+        assert "client's text" not in answer.text
+        assert (await client.post("/embeddings", json=body)).status_code == 200
+    assert [row.status for row in house.store.rows] == [500, 200]
+
+
+async def test_a_method_is_one_of_https_or_other(house: House) -> None:
+    async with house.client() as client:
+        wrong = await client.request("X" * 10_000, "/embeddings")
+        nowhere = await client.request("X" * 10_000, "/nowhere")
+    assert (wrong.status_code, nowhere.status_code) == (405, 404)
+    assert "XX" not in wrong.text + nowhere.text
+    assert [event.method for event in house.heard.served] == ["other", "other"]

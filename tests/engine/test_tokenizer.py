@@ -15,6 +15,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 from trivec import tokenizer as module
 from trivec.core.errors import (
     CheckpointRefused,
+    EngineFault,
     FieldInvalid,
     RequestError,
     RequestTooLarge,
@@ -374,3 +375,25 @@ async def test_texts_that_are_only_counted_are_as_many_tokens_at_most(tmp_path: 
     words = saved(word_codec(), tmp_path, Counting(), token_count_max=40_000, request_tokens_max=7)
     with pytest.raises(RequestTooLarge, match="or more tokens, max 7"):
         await words.tokenize([BLANK_TEXT] * 20, long_text=LongText.KEEP)
+
+
+class Panicking:
+    """A codec whose Rust code panics: that is no `Exception`."""
+
+    def encode_batch_fast(self, texts: object) -> None:
+        raise BaseException("a client's text")  # noqa: TRY002
+
+    id_to_token = encode_batch_fast
+
+
+@pytest.mark.parametrize("text", ["w1", "w1 " * 1_000], ids=["on-the-loop", "in-the-pool"])
+async def test_a_panic_is_a_fault_of_ours_that_quotes_nothing(
+    text: str, tmp_path: Path, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = saved(word_codec(), tmp_path, pool)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "_codec", Panicking())
+        with pytest.raises(EngineFault, match="tokenizer panicked") as fault:
+            await tokenizer.tokenize([text], long_text=LongText.CUT_END)
+    assert "client's text" not in str(fault.value)
+    assert len(await tokenizer.tokenize(["w1"], long_text=LongText.REFUSE)) == 1

@@ -16,7 +16,7 @@ from tests.telemetry.events import request
 
 from trivec.telemetry import Metrics, RequestLog, configure_log, finish_log, lines_dropped
 from trivec.telemetry import outlet as module
-from trivec.telemetry.outlet import LINES_MAX, PIECE_BYTES_MAX, Outlet, pieces
+from trivec.telemetry.outlet import BYTES_MAX, LINES_MAX, PIECE_BYTES_MAX, Outlet, pieces
 
 PATIENCE_S = 60.0  # then something hangs
 
@@ -183,3 +183,13 @@ def test_each_piece_is_one_write() -> None:
     outlet.close(PATIENCE_S)
     assert len(stream.getvalue().splitlines()) == 500
     assert max(map(len, stream.writes)) <= PIECE_BYTES_MAX
+
+
+def test_what_waits_is_bounded_in_bytes_too() -> None:
+    stream = Held()
+    outlet = Outlet(stream, told=silent)
+    line = "x" * (BYTES_MAX // 4)
+    for _ in range(100):
+        outlet.write(line)
+    assert outlet.dropped >= 100 - 2 * 4, "those that wait, and those that the thread has taken"
+    stream.gate.set()

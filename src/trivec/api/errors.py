@@ -13,7 +13,7 @@ from trivec.api.answers import Answer, json_answer
 from trivec.api.presence import ClientGone
 from trivec.api.schemas import ErrorAnswer, Problem
 from trivec.core import errors as e
-from trivec.core.errors import RequestError, ServiceError
+from trivec.core.errors import RequestError, ServiceError, is_panic
 
 CLIENT_GONE = 499  # what log and ledger say of a client that left before its answer
 RETRY_AFTER_S_MAX = 60  # official clients give up at once when told to wait for more than 120 s
@@ -65,7 +65,7 @@ def status_of(error: BaseException) -> int:
     """The status *error* is answered with, or would be if the client were still there."""
     if isinstance(error, ServiceError):
         return TABLE[type(error)].status
-    is_cancelled = not isinstance(error, Exception)
+    is_cancelled = not isinstance(error, Exception) and not is_panic(error)
     return CLIENT_GONE if is_cancelled or isinstance(error, ClientGone) else 500
 
 

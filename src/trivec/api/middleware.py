@@ -13,7 +13,7 @@ from trivec.api.memory import ByteBudget
 from trivec.api.presence import ClientGone
 from trivec.api.sending import send_answer
 from trivec.api.visit import VISIT, Visit, open_visit
-from trivec.core.errors import EngineFault, ServiceError
+from trivec.core.errors import EngineFault, ServiceError, is_panic
 from trivec.core.events import RequestServed
 from trivec.core.health import Health
 from trivec.core.ports import Clock, Observer
@@ -113,7 +113,9 @@ class Failures:
             visit.code = "client_gone"
         except ServiceError as error:
             await self._answer(visit, error, send)
-        except Exception as error:
+        except BaseException as error:
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
             await self._answer(visit, EngineFault(_where_raised(error)), send)
 
     async def _answer(self, visit: Visit, failure: ServiceError, send: Send) -> None:
@@ -126,7 +128,7 @@ class Failures:
             await send_answer(answer, send, self._limits, method=visit.method)
 
 
-def _where_raised(error: Exception) -> str:
+def _where_raised(error: BaseException) -> str:
     """Not what it says: a message of a library can hold a client's text."""
     frames = "".join(traceback.format_tb(error.__traceback__))
     return f"{type(error).__name__}\n{frames}"

@@ -110,6 +110,6 @@ def build_router(endpoints: Sequence[Endpoint], doors: Doors) -> ASGIApp:
 
 async def _nowhere(scope: Scope, receive: Receive, send: Send) -> None:
     raise RouteUnknown(
-        f"Nothing is served at this path with {scope['method']}. "
+        f"Nothing is served at this path with {scope[VISIT].method}. "
         "The API is under /v1, /openai/v1 and /v3/openai; /openapi.json describes it."
     )

@@ -26,6 +26,11 @@ class Watching(Protocol):
     def end(self, reason: Exception) -> None: ...
 
 
+METHODS = frozenset(
+    ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"]
+)
+
+
 @dataclass(slots=True)
 class Timings:
     """Seconds spent in each part of the walk, as `server-timing` and the log show them."""
@@ -117,7 +122,7 @@ def open_visit(
         headers.setdefault(name, value)
     patience_s = _client_patience_s(headers.get(b"x-stainless-read-timeout"))
     return Visit(
-        method=scope["method"],
+        method=known_method(scope["method"]),
         headers=headers,
         query=scope["query_string"],
         receive=receive,
@@ -126,6 +131,11 @@ def open_visit(
         request_id=f"req_{os.urandom(16).hex()}",
         held=held,
     )
+
+
+def known_method(method: str) -> str:
+    """*method*, or "other" where it is none of HTTP's: a client may send any word of any length."""
+    return method if method in METHODS else "other"
 
 
 def _client_patience_s(value: bytes | None) -> float:

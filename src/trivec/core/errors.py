@@ -20,6 +20,10 @@ TrivecError
     └── EngineFault            our mistake; the message is only for the log
 """
 
+from asyncio import CancelledError
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class TrivecError(Exception):
     """Every error we raise on purpose."""
@@ -269,3 +273,20 @@ class StoreUnavailable(BusyError):
 
 class EngineFault(ServiceError):
     """Our mistake. The client reads a fixed sentence with the request id; this one is logged."""
+
+
+def is_panic(error: BaseException) -> bool:
+    """A Rust library's panic: no `Exception`, and yet no request to stop."""
+    ours = (Exception, CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit)
+    return not isinstance(error, ours)
+
+
+@contextmanager
+def panics_are_faults(library: str) -> Iterator[None]:
+    """Raise `EngineFault` where *library* panics; what a panic says may hold a client's text."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise EngineFault(f"the {library} panicked: {type(error).__name__}") from None

@@ -4,12 +4,14 @@ A pipe whose reader is stuck stops whoever writes to it. Here that is a thread w
 do; lines that find no room meanwhile are dropped and counted. It does not know what a line says.
 """
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
 LINES_MAX = 10_000  # waiting; about 5 MB of requests, some seconds of the busiest server
+BYTES_MAX = 16 * 1024 * 1024  # of memory that lines hold while they wait
 PIECE_BYTES_MAX = 4096  # what Linux writes to a pipe in one go, whoever else writes to it
 GATHER_S = 0.05  # a line waits this long for company: one write and one wake-up for many
 
@@ -28,14 +30,19 @@ class Outlet:
         self._closing = threading.Event()
         self._counting = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._held_bytes = 0
         self.dropped = 0  # lines, since the start
 
     def write(self, line: str) -> int:
         if self._closing.is_set():
             self._put_out(line)
-        elif len(self._lines) >= LINES_MAX and threading.current_thread() is not self._thread:
+        elif threading.current_thread() is not self._thread and (
+            len(self._lines) >= LINES_MAX or self._held_bytes + sys.getsizeof(line) > BYTES_MAX
+        ):
             self._drop(1)
         else:
+            with self._counting:
+                self._held_bytes += sys.getsizeof(line)
             self._lines.append(line)
             if not self._some.is_set():
                 self._some.set()
@@ -70,6 +77,8 @@ class Outlet:
             self._closing.wait(GATHER_S)
             self._some.clear()
             lines = [self._lines.popleft() for _ in range(len(self._lines))]
+            with self._counting:
+                self._held_bytes -= sum(map(sys.getsizeof, lines))
             lost = sum(len(piece) for piece in pieces(lines) if not self._put_out("".join(piece)))
             if lost:
                 self._drop(lost)
