@@ -1,0 +1,35 @@
+"""What `deploy/` holds fits what the server reads."""
+
+import re
+from pathlib import Path
+
+from trivec.settings import load_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_sample_settings_load_without_a_warning() -> None:
+    warned: list[str] = []
+    config = str(ROOT / "deploy" / "trivec.toml")
+    assert load_settings({"config": config}, {}, warn=warned.append).models == ("all-minilm-l6-v2",)
+    assert not warned
+
+
+def test_the_image_runs_as_a_user_by_number() -> None:
+    users = re.findall(r"^USER (.+)$", (ROOT / "deploy/Dockerfile").read_text("utf-8"), re.M)
+    assert users == ["10001:10001"]
+
+
+def test_the_image_is_built_of_nothing_but_what_it_copies() -> None:
+    ignored = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+    copied = re.findall(
+        r"^COPY (?!--from)(.+) \S+$", (ROOT / "deploy/Dockerfile").read_text("utf-8"), re.M
+    )
+    assert ignored[0] == "*"
+    assert {f"!{name}" for line in copied for name in line.split()} <= set(ignored)
+
+
+def test_the_unit_reads_its_secrets_from_a_file() -> None:
+    assert "\nEnvironmentFile=-/etc/trivec/trivec.env\n" in (
+        ROOT / "deploy/trivec.service"
+    ).read_text("utf-8")
