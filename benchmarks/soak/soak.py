@@ -2,7 +2,8 @@
 
 Run: python -m benchmarks.soak.soak [--minutes 30] [--backend openvino|fake]
 
-Lengths are log-normal; a fifth of the requests is abandoned, one in twenty is wrong. Memory, files,
+Lengths are log-normal; a fifth of the requests is abandoned, one in twenty is wrong, one in twenty
+comes with a wrong key. Memory, files,
 threads and tasks of the serving process are read throughout. The first third is warm-up: memory is
 judged by its slope over the rest, latency by the last third against the first.
 """
@@ -29,7 +30,7 @@ from trivec.cli.bench.figures import percentile
 from trivec.cli.bench.texts import sentences
 
 CLIENTS = 3
-ABORTED, BAD = 0.2, 0.05
+ABORTED, BAD, STRANGERS = 0.2, 0.05, 0.05
 SAMPLES = 60
 WARM_UP = 1 / 3
 LONG_MINUTES = 20.0  # a slope over less says nothing about an hour
@@ -56,7 +57,7 @@ class Life:
         self.over = threading.Event()
         self.latencies: list[tuple[float, float]] = []  # when, seconds; of whole, good requests
         self.wrong: list[str] = []
-        self.counts = {"good": 0, "aborted": 0, "bad": 0}
+        self.counts = {"good": 0, "aborted": 0, "bad": 0, "strangers": 0}
         self._texts = sentences(2000, words_median=25, words_max=180)
         self._seeds = iter(range(CLIENTS))
 
@@ -65,9 +66,11 @@ class Life:
         with httpx.Client(headers=ACCESS, timeout=60) as client:
             while not self.over.is_set():
                 luck = dice.random()
-                if luck < BAD:
+                if luck < STRANGERS:
+                    self._send_a_wrong_key(client, dice)
+                elif luck < STRANGERS + BAD:
                     self._send_nonsense(client, dice)
-                elif luck < BAD + ABORTED:
+                elif luck < STRANGERS + BAD + ABORTED:
                     self._hang_up(dice)
                 else:
                     self._ask(client, dice)
@@ -88,6 +91,13 @@ class Life:
         self.counts["bad"] += 1
         if answer.status_code not in (400, 404) or "error" not in answer.json():
             self.wrong.append(f"{answer.status_code} for a bad request")
+
+    def _send_a_wrong_key(self, client: httpx.Client, dice: random.Random) -> None:
+        wrong = {"Authorization": f"Bearer mistyped-{dice.random()}"}
+        answer = client.post(self.url, content=self._request(dice), headers=wrong)
+        self.counts["strangers"] += 1
+        if answer.status_code != 401:
+            self.wrong.append(f"{answer.status_code} for a wrong key")
 
     def _hang_up(self, dice: random.Random) -> None:
         self.counts["aborted"] += 1
