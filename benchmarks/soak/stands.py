@@ -13,7 +13,7 @@ import httpx
 from benchmarks.soak.service import MODEL
 from tests.process.server import Server, started
 
-KEY = "a fixed key of the soak tests"
+KEY = "a-fixed-key-of-the-soak-tests"
 ACCESS = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
 QUIET = {"TRIVEC_LOG_LEVEL": "warning", "TRIVEC_API_KEY": KEY}
 COUNTED = re.compile(r"counted tasks=(\d+) threads=(\d+) fds=(\d+) rss_kib=(\d+)")
