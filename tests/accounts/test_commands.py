@@ -96,6 +96,15 @@ def test_everything_that_can_be_said_of_a_key(trivec: Trivec) -> None:
     assert [set(secret) for secret in key["secrets"]] == [{"first", "last", "created", "expires"}]
 
 
+def test_a_model_that_nobody_knows_is_warned_of(trivec: Trivec) -> None:
+    known = trivec("keys", "create", "--name", "a", "--model", "BAAI/bge-m3")
+    unknown = trivec("keys", "create", "--name", "b", "--model", "BAAI/BGE-M3")
+
+    assert "warning" not in known.err
+    assert "no model called BAAI/BGE-M3" in unknown.err
+    assert unknown.out.startswith("tv_")
+
+
 @pytest.mark.parametrize("by", ["name", "id", "key"])
 def test_a_key_is_addressed_by(trivec: Trivec, by: str) -> None:
     made = trivec("keys", "create", "--name", "t", "--json").json

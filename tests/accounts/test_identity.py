@@ -198,10 +198,10 @@ def test_a_caller_without_the_scope_is_told_which(accounts: Accounts) -> None:
 def test_a_caller_may_use_its_models_and_no_other() -> None:
     caller = replace(FIXED, models=frozenset({"m"}))
 
-    caller.require_model("m")
-    FIXED.require_model("any")
+    caller.require_model(("m",))
+    FIXED.require_model(("any",))
     with pytest.raises(ModelDenied, match="other"):
-        caller.require_model("other")
+        caller.require_model(("other",))
 
 
 async def test_the_first_start_makes_one_key_and_no_second(process: Process) -> None:

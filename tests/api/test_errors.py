@@ -155,12 +155,12 @@ INVALID = "invalid_request_error"
         pytest.param(lambda a, k: raw(a, k, b""), (400, INVALID, None, None), id="empty-body"),
         pytest.param(
             lambda a, k: raw(a, k, b'{"model":"m","input":"\xff"}'),
-            (400, INVALID, None, None),
+            (400, INVALID, "input", None),
             id="invalid-utf-8",
         ),
         pytest.param(
             lambda a, k: raw(a, k, b'{"model":"m","input":"\\ud800"}'),
-            (400, INVALID, None, None),
+            (400, INVALID, "input", None),
             id="lone-surrogate",
         ),
         pytest.param(

@@ -38,10 +38,10 @@ def assert_refused(response: httpx.Response) -> None:
             id="an-encoding-nobody-knows",
         ),
         pytest.param(
-            {"truncate": "END"},
-            "Invalid value for 'truncate' = END. Supported values: ['none', 'end', 'start'].",
+            {"truncate": "MIDDLE"},
+            "Invalid value for 'truncate' = MIDDLE. Supported values: ['none', 'end', 'start'].",
             "truncate",
-            id="words-are-lower-case",
+            id="a-side-nobody-knows",
         ),
         pytest.param(
             {"token_encoding": "cl100k_base"},
@@ -143,7 +143,6 @@ async def test_the_field_at_fault_is_named(
     "body",
     [
         pytest.param(b'{"model":"m","input":"a"} x', id="something-after-the-object"),
-        pytest.param(b'\xef\xbb\xbf{"model":"m","input":"a"}', id="a-byte-order-mark"),
         pytest.param('{"model":"m","input":"a"}'.encode("utf-16"), id="utf-16"),
         pytest.param(b'{"model":"m","input":NaN}', id="nan"),
         pytest.param(b'{"model":"m","input":"\\ud800\\ud800"}', id="two-high-surrogates"),

@@ -3,6 +3,7 @@
 Frozen values only. They know nothing of HTTP, of SQL, or of what an embedding is.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -41,10 +42,14 @@ class Caller:
         if scope not in self.scopes:
             raise ScopeMissing(scope=scope)
 
-    def require_model(self, model: str) -> None:
-        """Raise `ModelDenied` unless the key may use *model*, a served id."""
-        if self.models is not None and model not in self.models:
-            raise ModelDenied(model=model)
+    def may_use(self, names: Sequence[str]) -> bool:
+        """Whether the key opens a model that is called all of *names*."""
+        return self.models is None or not self.models.isdisjoint(names)
+
+    def require_model(self, names: Sequence[str]) -> None:
+        """Raise `ModelDenied` unless the key may use the model of *names*, its id first."""
+        if not self.may_use(names):
+            raise ModelDenied(model=names[0])
 
     def require_no_more(self, other: "Key | KeyPlan") -> None:
         """Raise `GrantDenied` unless *other* may do no more than this caller's own key.

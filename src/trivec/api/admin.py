@@ -1,9 +1,10 @@
 """The admin routes: keys and usage for those who hold a key with the scope `admin`."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from urllib.parse import parse_qsl
 
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, UnsetType, structs
 
 from trivec.accounts import (
     FIXED,
@@ -30,6 +31,7 @@ from trivec.api.admin_schemas import (
 from trivec.api.answers import Answer, json_answer
 from trivec.api.bodies import check_json_is_declared, read_body, read_json_body
 from trivec.api.reading import reader, shown
+from trivec.api.shelf import Shelf
 from trivec.api.visit import Visit
 from trivec.core.errors import FieldInvalid
 from trivec.settings import HttpLimits
@@ -44,8 +46,9 @@ _read_rotate = reader(RotateKeyRequest)
 class Admin:
     """Each method is one route: parse, ask, answer."""
 
-    def __init__(self, accounts: Accounts, limits: HttpLimits) -> None:
+    def __init__(self, accounts: Accounts, limits: HttpLimits, shelf: Shelf) -> None:
         self._accounts = accounts
+        self._shelf = shelf
         self._limits = limits
 
     async def create_key(self, visit: Visit) -> Answer:
@@ -58,7 +61,8 @@ class Admin:
             expires_us=_expiry_us(asked.expires),
         )
         _caller(visit).require_no_more(plan)
-        return _new_key(await self._accounts.create_key(plan))
+        new = await self._accounts.create_key(plan)
+        return _new_key(new, warnings=self._shelf.warnings_of(plan.models or ()))
 
     async def list_keys(self, visit: Visit) -> Answer:
         keys = await self._accounts.list_keys()
@@ -151,8 +155,11 @@ def _instant_us(param: str, text: str | None) -> int | None:
         ) from None
 
 
-def _new_key(new: NewKey) -> Answer:
-    return json_answer(_shown(new.key, plain=new.plain), headers=NO_STORE)
+def _new_key(new: NewKey, *, warnings: Sequence[str] = ()) -> Answer:
+    shown_key = _shown(new.key, plain=new.plain)
+    if warnings:
+        shown_key = structs.replace(shown_key, warnings=list(warnings))
+    return json_answer(shown_key, headers=NO_STORE)
 
 
 def _shown(key: Key, *, plain: str | UnsetType = UNSET) -> KeyShown:

@@ -23,7 +23,7 @@ class CreateKeyRequest(Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
     models: Annotated[
         Annotated[list[str], Meta(max_length=MODELS_MAX)] | None,
-        Meta(description="Ids of the models that the key may use; unset: every model."),
+        Meta(description="Ids or aliases of the models that the key may use; unset: every model."),
     ] = None
     requests_per_minute: Limit | None = None
     tokens_per_minute: Limit | None = None
@@ -59,6 +59,10 @@ class KeyShown(Struct, frozen=True, kw_only=True):
     revoked: datetime | None
     key: Annotated[
         str | UnsetType, Meta(description="The plain key: shown once, when it is made.")
+    ] = UNSET
+    warnings: Annotated[
+        list[str] | UnsetType,
+        Meta(description="When it is made: each of `models` that is not served here."),
     ] = UNSET
 
 

@@ -81,7 +81,7 @@ def _api(wiring: Wiring) -> list[Endpoint]:
 
 
 def _admin(wiring: Wiring) -> list[Endpoint]:
-    admin = Admin(wiring.accounts, wiring.limits)
+    admin = Admin(wiring.accounts, wiring.limits, Shelf(wiring.embedders))
     key, keys = admin_schemas.KeyShown, admin_schemas.KeyList
     root = "/admin/v1"
 

@@ -167,13 +167,13 @@ def outputs_named(words: str | Sequence[str] | None) -> Output:
     joined = [words] if isinstance(words, str) else words
     outputs = Output(0)
     for word in _split(joined):
-        if word not in OUTPUTS:
+        if word.lower() not in OUTPUTS:
             raise FieldInvalid(
                 f"Invalid value for 'output_type' = {shown(word)}. "
                 f"Supported values: {list(OUTPUTS)}, or several of them joined by '&'.",
                 param="output_type",
             )
-        outputs |= OUTPUTS[word]
+        outputs |= OUTPUTS[word.lower()]
     if not outputs:
         raise FieldInvalid(
             f"Invalid 'output_type': empty array. Supported values: {list(OUTPUTS)}.",
@@ -195,7 +195,7 @@ def check_against_card(question: EmbeddingsQuestion, card: ModelCard) -> None:
             f"output; it has {', '.join(output_words(card.outputs))}.",
             param="output_type",
         )
-    if question.dimensions is None:
+    if question.dimensions in (None, card.dimensions):  # to ask for them all changes nothing
         return
     if not card.dimensions_selectable:
         raise FieldInvalid("This model does not support specifying dimensions.", param="dimensions")

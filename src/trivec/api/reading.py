@@ -3,6 +3,8 @@
 msgspec says what is wrong and where; here its words become OpenAI's and its paths become `param`.
 """
 
+import codecs
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -26,19 +28,77 @@ def reader(kind: type[Request]) -> Callable[[bytes], Request]:
     """A function that makes a *kind* of a body, or raises `MalformedBody` or `FieldInvalid`."""
     decoder = msgspec.json.Decoder(kind)
     supported = _supported_values(kind)
+    fields = frozenset(get_type_hints(kind))
 
     def read(body: bytes) -> Request:
+        body = body.removeprefix(codecs.BOM_UTF8)
         try:
-            return decoder.decode(body)
+            try:
+                return decoder.decode(body)
+            except msgspec.ValidationError:
+                return decoder.decode(_mended(body, fields, supported))
         except msgspec.ValidationError as refused:
             raise _field_refused(str(refused), supported) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as refused:
+            if param := _text_at_fault(body):
+                raise FieldInvalid(
+                    f"Invalid '{param}': it holds half of a surrogate pair, or bytes that are not "
+                    "UTF-8, which are no characters. Remove or replace them.",
+                    param=param,
+                ) from None
             raise MalformedBody(
                 "We could not parse the JSON body of your request "
                 f"({_where_it_broke(refused, body)}). Send one JSON object in UTF-8."
             ) from None
 
     return read
+
+
+def _mended(body: bytes, fields: frozenset[str], supported: Mapping[str, Sequence[str]]) -> bytes:
+    """*body* without unknown fields that are null, its words in lower case where that is one.
+
+    Only for what was refused as it is: the ordinary request is parsed once.
+    """
+    given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    kept: dict[str, object] = {}
+    for name, value in given.items():
+        if name in supported:
+            kept[name] = _lowered(msgspec.json.decode(value), supported[name])
+        elif name in fields or bytes(value) != b"null":
+            kept[name] = value
+    return msgspec.json.encode(kept)
+
+
+def _lowered(value: object, words: Sequence[str]) -> object:
+    if isinstance(value, list):
+        return [_lowered(one, words) for one in value]
+    return value.lower() if isinstance(value, str) and value.lower() in words else value
+
+
+def _text_at_fault(body: bytes) -> str | None:
+    """The field, as `input[3]`, whose text cannot be Unicode; None where none is to be found."""
+    try:
+        parsed = json.loads(body.decode("utf-8", "surrogateescape"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(parsed, dict):
+        return None
+    for name, value in parsed.items():
+        if isinstance(value, str) and _has_surrogate(value):
+            return shown(name)
+        if isinstance(value, list):
+            for i, one in enumerate(value):
+                if isinstance(one, str) and _has_surrogate(one):
+                    return f"{shown(name)}[{i}]"
+    return None
+
+
+def _has_surrogate(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def shown(value: str) -> str:

@@ -43,7 +43,7 @@ class EmbeddingsRequest(Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
     dimensions: Annotated[
         Annotated[int, Meta(ge=1, le=DIMENSIONS_MAX)] | None,
-        Meta(description="Only for models trained for it."),
+        Meta(description="Fewer than the model's own: only for models trained for it."),
     ] = None
     user: Annotated[
         str | None, Meta(description="Kept in the ledger as a hash, and nowhere else.")

@@ -1,6 +1,6 @@
 """The served models, by id and by alias."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from trivec.accounts import Caller
 from trivec.api.questions import TOKENS_MIN
@@ -26,7 +26,7 @@ class Shelf:
             served = tuple(card.id for card in self.cards_for(visit.caller))
             raise ModelUnknown(model=shown(name), served=served)
         visit.model = embedder.card.id
-        visit.caller.require_model(embedder.card.id)
+        visit.caller.require_model(embedder.card.names)
         return embedder
 
     def check_room(self) -> None:
@@ -44,5 +44,14 @@ class Shelf:
 
     def cards_for(self, caller: Caller) -> list[ModelCard]:
         """The cards of the models that *caller* may use, in the order they were configured."""
-        allowed = caller.models
-        return [card for id_, card in self._cards.items() if allowed is None or id_ in allowed]
+        return [card for card in self._cards.values() if caller.may_use(card.names)]
+
+    def warnings_of(self, models: Iterable[str]) -> list[str]:
+        """A line for each name of a key's *models* that no model is served under."""
+        served = ", ".join(self._cards) or "nothing"
+        return [
+            f"No model called {shown(name)} is served here (served: {served}); the key opens it "
+            "once one is."
+            for name in sorted(models)
+            if name not in self._embedders
+        ]

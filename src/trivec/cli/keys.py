@@ -1,6 +1,8 @@
 """`trivec keys`: make, list, show, revoke and rotate the keys that open this server."""
 
+import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
@@ -70,6 +72,8 @@ def create(
         allowance=Allowance(requests_per_minute, tokens_per_minute),
         expires_us=instant(expires, option="--expires", ahead=True),
     )
+    for warning in _unknown_models(models or [], data_dir, config):
+        say(warning)
     with administration(data_dir, config) as books:
         new = books.create_key(plan)
     _print_new(new, as_json=as_json)
@@ -240,6 +244,22 @@ def _live(key: "Key") -> "list[Secret]":
 
 def _masked(secret: "Secret") -> str:
     return f"{secret.first}…{secret.last}"
+
+
+def _unknown_models(names: list[str], data_dir: str | None, config: str | None) -> list[str]:
+    """A warning for each name that neither the catalogue nor the settings have."""
+    from trivec.checkpoints.catalogue import CATALOGUE
+    from trivec.settings import load_settings
+
+    flags = {"data_dir": data_dir, "config": config}
+    served = [one.partition("=") for one in load_settings(flags, os.environ).models]
+    known = {*CATALOGUE, *(name if given else Path(name).name for name, given, _ in served)}
+    return [
+        f"warning: no model called {name} is known here (trivec models list shows those that are); "
+        "the key opens it once a server serves it under that name"
+        for name in names
+        if name not in known
+    ]
 
 
 def _scopes(names: list[str]) -> "frozenset[Scope]":

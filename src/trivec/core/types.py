@@ -174,3 +174,8 @@ class ModelCard:
     verified: bool = False  # every file matched the catalogue's hash
     aliases: tuple[str, ...] = ()
     notes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that the model is called: its id, then its aliases."""
+        return (self.id, *self.aliases)
