@@ -1,6 +1,7 @@
 """The server's secret: made once, whole, for its owner's eyes, and missed when it is another."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,12 @@ from pydantic import SecretStr
 from tests.hand_clock import HandClock
 
 from trivec.accounts import KeyPlan
-from trivec.accounts.secret import FILE_NAME, server_secret
+from trivec.accounts.entries import Upkeep
+from trivec.accounts.secret import FILE_NAME, check_secret, server_secret
 from trivec.accounts.stores import open_accounts, open_administration
-from trivec.core.errors import SettingInvalid, StoreRefused
+from trivec.accounts.stores.memory import MemoryStore
+from trivec.accounts.writer import Writer
+from trivec.core.errors import SettingInvalid, StoreRefused, StoreUnavailable
 from trivec.settings import Settings
 
 GIVEN = "0123456789abcdef0123456789abcdef"
@@ -64,3 +68,21 @@ def test_a_store_is_refused_under_another_secret(tmp_path: Path) -> None:
         pytest.fail("a store was opened under another secret")
     with pytest.raises(StoreRefused, match="another secret"):
         open_accounts(theirs, clock=HandClock())
+
+
+class Away(MemoryStore):
+    """A store that was away at the start, and whose keys are of another secret."""
+
+    def agree_secret_check(self, proposed: bytes) -> bytes:
+        return b"of another secret"
+
+
+async def test_a_store_that_comes_back_with_keys_of_another_secret_is_not_written() -> None:
+    clock = HandClock()
+    writer = Writer(Away(), clock=clock, check=partial(check_secret, Away(), b"s" * 32))
+    writer.start()
+    with pytest.raises(StoreUnavailable):
+        await writer.submit(Upkeep("owner", "boot"))
+    writer.stop()
+    assert not writer.health.writable
+    assert "made with another secret" in writer.health.reason

@@ -7,6 +7,7 @@ import asyncio
 import hmac
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Event, Thread
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ from trivec.accounts.administration import FIXED_KEY_ID, OVERLAP_S, Administrati
 from trivec.accounts.booking import Booking, MeteredBooking
 from trivec.accounts.desk import Desk
 from trivec.accounts.keyring import Keyring
+from trivec.accounts.secret import check_secret
 from trivec.accounts.store import CALL_S_MAX, Store, unavailable
 from trivec.accounts.types import (
     Caller,
@@ -58,7 +60,8 @@ class Accounts:
         self._secret = secret
         self._fixed = None if fixed_key is None else keys.digest(fixed_key, secret=secret)
         self._no_auth = no_auth
-        self._writer = Writer(store, clock=clock)
+        check = (lambda: None) if no_auth else partial(check_secret, store, secret)
+        self._writer = Writer(store, clock=clock, check=check)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="trivec-keys")
         self._keyring = Keyring(store.keys_since, reader=self._reader, clock=clock, secret=secret)
         self._over = Event()

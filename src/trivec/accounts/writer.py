@@ -19,7 +19,7 @@ from trivec.accounts.entries import Entry, Granted, Outcome, Upkeep
 from trivec.accounts.store import CALL_S_MAX, Store, unavailable
 from trivec.accounts.timeline import Timeline, boot_id
 from trivec.accounts.types import StoreHealth
-from trivec.core.errors import StoreUnavailable
+from trivec.core.errors import StoreRefused, StoreUnavailable
 from trivec.core.ports import Clock
 
 GROUP_MAX = 512  # entries of one commit
@@ -86,9 +86,13 @@ class Bell:
 class Writer:
     """Owned by `Accounts`, which starts and stops it. Nothing here waits but `stop`."""
 
-    def __init__(self, store: Store, *, clock: Clock) -> None:
+    def __init__(
+        self, store: Store, *, clock: Clock, check: Callable[[], None] = lambda: None
+    ) -> None:
+        """*check* raises `StoreRefused` for a store that must not be written; asked until it passes."""
         self.owner = str(uuid4())  # this process, as the holder of claims
         self._store = store
+        self._check = check
         self._clock = clock
         self._timeline = Timeline(clock)
         self._boot_id = boot_id()
@@ -212,7 +216,7 @@ class Writer:
         try:
             with self._holding(jobs):
                 answers = self._commit_group([job.entry for job in jobs])
-        except StoreUnavailable as fault:
+        except (StoreUnavailable, StoreRefused) as fault:
             self._note(StoreHealth(writable=False, reason=str(fault.__cause__ or fault)))
             self._upkeep_due_s = now_s + RETRY_S
             answers = [unavailable() for _ in jobs]  # each its own: whoever raises it holds much
@@ -227,6 +231,7 @@ class Writer:
 
     def _commit_group(self, entries: Sequence[Entry]) -> Sequence[Outcome]:
         if not self._agreed:
+            self._check()
             proposed_us = self._timeline.offset_proposed_us()
             agreed_us = self._store.agree_offset_us(self._boot_id, proposed_us=proposed_us)
             self._timeline.agree(agreed_us)
