@@ -8,6 +8,7 @@ match is made again; a hash once computed is remembered beside them as long as t
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -26,6 +27,8 @@ from trivec.backends.openvino.recipe import Form, Recipe
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.checkpoints.hashes import Hashes
 from trivec.core.errors import CheckpointRefused
+
+_log = logging.getLogger("trivec.openvino")
 
 SCHEME = 3
 """Raised whenever the same checkpoint would give other tensors, or another graph would read them."""
@@ -85,14 +88,17 @@ def save(
 
 def load(folder: Path) -> Prepared | None:
     """What `save` wrote to *folder*; None where there is nothing, or something is damaged."""
+    if not (folder / "prepared.json").exists():
+        return None
     try:
         described = json.loads((folder / "prepared.json").read_text("utf-8"))
         file = folder / "tensors.safetensors"
         if Hashes(folder).of(file).sha256 != described["sha256"]:
-            return None
+            raise ValueError("its hash is another")
         recipe, certificate = _recipe(described["recipe"]), _certificate(described["certificate"])
         return Prepared(recipe, certificate, map_tensors(file))
-    except (OSError, ValueError, KeyError, TypeError, CheckpointRefused):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, CheckpointRefused) as fault:
+        _log.warning("the prepared model in %s is damaged and is made again: %s", folder, fault)
         return None
 
 
