@@ -1,5 +1,6 @@
 """int8 is earned: judged on probes, refused where it would be seen, kept and checked on disk."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ from tests.checkpoints.tiny import write_tiny
 from trivec.backends.openvino import OpenVinoBackend
 from trivec.backends.openvino.certificate import Agreement, Certificate, compare
 from trivec.backends.openvino.certifying import Trial, best_int8
-from trivec.backends.openvino.prepared import Prepared, load, prepared_folder
+from trivec.backends.openvino.prepared import Prepared, check_all, load, prepared_folder
 from trivec.backends.openvino.probes import LENGTHS_MADE, make_probes, read_sentences
 from trivec.backends.openvino.recipe import (
     INT8_GROUPS_32,
@@ -27,6 +28,7 @@ from trivec.backends.openvino.recipe import (
     int8_ladder,
 )
 from trivec.checkpoints.checkpoint import Checkpoint
+from trivec.checkpoints.hashes import Hashes
 from trivec.checkpoints.opening import open_checkpoint
 from trivec.core.errors import SettingInvalid
 from trivec.core.types import SparseVector, Vectors
@@ -216,7 +218,26 @@ def test_the_second_start_does_not_hash_what_the_first_one_wrote(
     assert prepared(tiny_m3, tmp_path) is not None
 
 
-@pytest.mark.parametrize("damage", ["flipped bit", "cut short", "no certificate", "torn json"])
+def test_a_bit_that_rots_in_silence_is_found_by_reading_whole(
+    tiny_m3: Checkpoint, tmp_path: Path
+) -> None:
+    """The remembered hash is trusted while the file's times stay as they are."""
+    OpenVinoBackend.load(tiny_m3, precision="int8", cores=1, cache_dir=tmp_path).close()
+    folder = prepared_folder(tiny_m3, precision="int8", cache_dir=tmp_path)
+    assert check_all(tmp_path) == {folder: None}
+    file = folder / "tensors.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    described = folder / "prepared.json"
+    Hashes(folder).remember(file, json.loads(described.read_text())["sha256"])
+    assert load(folder) is not None, "its stamp is the one that was remembered"
+    assert "another" in (check_all(tmp_path)[folder] or "")
+
+
+@pytest.mark.parametrize(
+    "damage", ["flipped bit", "cut short", "no certificate", "torn json", "a list"]
+)
 def test_a_damaged_cache_is_made_again(tiny_m3: Checkpoint, tmp_path: Path, damage: str) -> None:
     OpenVinoBackend.load(tiny_m3, precision="int8", cores=1, cache_dir=tmp_path).close()
     folder = prepared_folder(tiny_m3, precision="int8", cache_dir=tmp_path)
@@ -230,6 +251,8 @@ def test_a_damaged_cache_is_made_again(tiny_m3: Checkpoint, tmp_path: Path, dama
             tensors.write_bytes(content[:-5])
         case "no certificate":
             described.unlink()
+        case "a list":
+            described.write_text("[]")
         case _:
             described.write_text(described.read_text()[:-20])
     assert load(folder) is None

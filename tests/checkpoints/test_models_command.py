@@ -70,6 +70,13 @@ def test_verify_meets_every_figure_on_the_real_weights(runner: CliRunner) -> Non
     assert "32 of 32 figures are met" in done.stderr
 
 
+def test_verify_wants_a_model_or_the_prepared_ones(runner: CliRunner, tmp_path: Path) -> None:
+    assert runner.invoke(models_app, ["verify"]).exit_code == 2
+    done = runner.invoke(models_app, ["verify", "--prepared", "--data-dir", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "0 of 0 prepared models" in done.stderr
+
+
 def test_verify_finds_one_perturbed_weight_out(runner: CliRunner, tmp_path: Path) -> None:
     """A single row of one matrix, scaled by a tenth."""
     wheel = find_own(MINILM, cache_dir=tmp_path)

@@ -135,11 +135,22 @@ def dummy(
 
 @models_app.command()
 def verify(
-    model: Annotated[str, typer.Argument(help="A catalogue id, or ID=DIR for a copy.")],
+    model: Annotated[
+        str | None, typer.Argument(help="A catalogue id, or ID=DIR for a copy.")
+    ] = None,
+    prepared: Annotated[
+        bool,
+        typer.Option("--prepared", help="Read every prepared int8 model whole against its hash."),
+    ] = False,
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare a model's vectors with published figures, at fp32; exit code 1 on a miss."""
+    if prepared == (model is not None):
+        raise typer.BadParameter("give a model, or --prepared alone")
+    if model is None:
+        _verify_prepared(_cache_dir(data_dir), as_json=as_json)
+        return
     from trivec.checkpoints.verify import TOLERANCE
     from trivec.checkpoints.verify import verify as compare
 
@@ -170,6 +181,24 @@ def verify(
     missed = sum(not one.is_met for one in figures)
     say(f"{len(figures) - missed} of {len(figures)} figures are met (within {TOLERANCE})")
     if missed:
+        raise typer.Exit(MISSED_EXIT_CODE)
+
+
+def _verify_prepared(cache_dir: Path, *, as_json: bool) -> None:
+    from trivec.backends.openvino.prepared import check_all
+
+    found = check_all(cache_dir)
+    if as_json:
+        print_json([{"folder": str(folder), "problem": fault} for folder, fault in found.items()])
+    else:
+        for folder, fault in found.items():
+            print(f"{folder}: {fault or 'as it was written'}")
+    damaged = sum(fault is not None for fault in found.values())
+    say(
+        f"{len(found) - damaged} of {len(found)} prepared models are as they were written"
+        + ("; the next start makes a damaged one again" if damaged else "")
+    )
+    if damaged:
         raise typer.Exit(MISSED_EXIT_CODE)
 
 

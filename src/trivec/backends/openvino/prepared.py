@@ -33,6 +33,9 @@ _log = logging.getLogger("trivec.openvino")
 SCHEME = 3
 """Raised whenever the same checkpoint would give other tensors, or another graph would read them."""
 
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, CheckpointRefused)
+"""What reading a damaged folder raises."""
+
 DTYPES = {"F32": np.float32, "I8": np.int8}
 
 
@@ -91,15 +94,33 @@ def load(folder: Path) -> Prepared | None:
     if not (folder / "prepared.json").exists():
         return None
     try:
-        described = json.loads((folder / "prepared.json").read_text("utf-8"))
-        file = folder / "tensors.safetensors"
-        if Hashes(folder).of(file).sha256 != described["sha256"]:
-            raise ValueError("its hash is another")
-        recipe, certificate = _recipe(described["recipe"]), _certificate(described["certificate"])
-        return Prepared(recipe, certificate, map_tensors(file))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, CheckpointRefused) as fault:
+        return _read(folder, fresh=False)
+    except DAMAGE as fault:
         _log.warning("the prepared model in %s is damaged and is made again: %s", folder, fault)
         return None
+
+
+def check_all(cache_dir: Path) -> dict[Path, str | None]:
+    """Every prepared model under *cache_dir*, read whole: what is wrong with it, or None."""
+    found: dict[Path, str | None] = {}
+    for described in sorted((cache_dir / "openvino").glob("*/prepared.json")):
+        try:
+            _read(described.parent, fresh=True)
+        except DAMAGE as fault:
+            found[described.parent] = str(fault)
+        else:
+            found[described.parent] = None
+    return found
+
+
+def _read(folder: Path, *, fresh: bool) -> Prepared:
+    """Raises one of `DAMAGE`. *fresh*: hash every byte, whatever is remembered."""
+    described = json.loads((folder / "prepared.json").read_text("utf-8"))
+    file = folder / "tensors.safetensors"
+    if Hashes(folder).of(file, fresh=fresh).sha256 != described["sha256"]:
+        raise ValueError(f"the hash of {file.name} is another than when it was written")
+    recipe, certificate = _recipe(described["recipe"]), _certificate(described["certificate"])
+    return Prepared(recipe, certificate, map_tensors(file))
 
 
 def map_tensors(file: Path) -> dict[str, NDArray[np.generic]]:
