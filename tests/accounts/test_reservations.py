@@ -33,7 +33,7 @@ class WatchedStore(MemoryStore):
         self.reserved += costs
         if costs:
             self.is_at_it.set()
-            assert self.may_go_on.wait(5)
+            assert self.may_go_on.wait(60)
         return super().commit(entries, now_us=now_us)
 
 
@@ -45,7 +45,7 @@ class HeldStore(MemoryStore):
         self.may_go_on = threading.Event()
 
     def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
-        assert self.may_go_on.wait(5)
+        assert self.may_go_on.wait(60)
         return super().commit(entries, now_us=now_us)
 
 
@@ -204,7 +204,7 @@ async def test_our_refusal_waits_for_no_disk_and_is_written_down(clock: HandCloc
     accounts = Accounts(store, clock=clock, secret=b"s" * 32)
     accounts.start()
 
-    await asyncio.wait_for(accounts.book(FIXED, opening()).close(closing(503)), 5)
+    await asyncio.wait_for(accounts.book(FIXED, opening()).close(closing(503)), 60)
 
     assert not store.rows
     store.may_go_on.set()

@@ -240,10 +240,10 @@ class House:
         thread = threading.Thread(target=lambda: asyncio.run(serve()), name="granian")
         thread.start()
         try:
-            assert up.wait(10), "granian did not start"
+            assert up.wait(60), "granian did not start"
             yield f"http://{host}:{port}"
         finally:
             self.open_gates()
             loops[0].call_soon_threadsafe(carrier[0].stop)
-            thread.join(15)
+            thread.join(60)
             assert not thread.is_alive(), "granian did not stop"

@@ -25,7 +25,7 @@ def client(shared_house: House, address: str) -> Iterator[httpx.Client]:
         "authorization": f"Bearer {shared_house.key}",
         "content-type": "application/json",
     }
-    with httpx.Client(base_url=address, headers=headers, timeout=20) as made:
+    with httpx.Client(base_url=address, headers=headers, timeout=60) as made:
         yield made
 
 

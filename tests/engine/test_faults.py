@@ -384,5 +384,5 @@ async def test_what_a_thread_had_in_its_hands_when_it_died_choosing_is_answered(
     monkeypatch.setattr(Pace, "usual_s", dying)
     async with Rig() as rig:
         with pytest.raises(EngineFault):
-            await asyncio.wait_for(rig.engine.embed(sequences(5), Output.DENSE), 5)
+            await asyncio.wait_for(rig.engine.embed(sequences(5), Output.DENSE), 60)
         assert len((await rig.engine.embed(sequences(5), Output.DENSE)).vectors) == 1

@@ -36,7 +36,7 @@ def ask(server: Server, *texts: str) -> httpx.Response:
     """One request on a connection of its own, so that any process may get it."""
     headers = {**JSON, "Authorization": f"Bearer {server.key}"}
     body = json.dumps({"model": MODEL, "input": list(texts)}).encode()
-    return httpx.post(f"{server.url}/v1/embeddings", content=body, headers=headers, timeout=30)
+    return httpx.post(f"{server.url}/v1/embeddings", content=body, headers=headers, timeout=60)
 
 
 def members(server: Server) -> dict[str, int]:
@@ -48,7 +48,7 @@ def members(server: Server) -> dict[str, int]:
 
 
 def ready(server: Server) -> tuple[int, str]:
-    answer = httpx.get(f"{server.url}/readyz", timeout=30)
+    answer = httpx.get(f"{server.url}/readyz", timeout=60)
     return answer.status_code, answer.json()["reason"]
 
 
@@ -62,7 +62,7 @@ def test_every_process_gives_a_text_the_same_vector(crew: Server) -> None:
     assert served == {"api-1", "api-2", "api-3"}
 
 
-def until(what: Callable[[], bool], *, within_s: float = 30.0) -> bool:
+def until(what: Callable[[], bool], *, within_s: float = 60.0) -> bool:
     """Whether *what* comes true in time; looks again and again."""
     pause = threading.Event()
     deadline_s = time.monotonic() + within_s
@@ -164,7 +164,7 @@ def test_when_the_parent_is_killed_everybody_goes_with_it(tmp_path: Path) -> Non
         watched = [os.pidfd_open(pid) for pid in members(server).values()]
         server.process.kill()
         for child in watched:
-            gone, _, _ = select.select([child], [], [], 30)
+            gone, _, _ = select.select([child], [], [], 60)
             os.close(child)
             assert gone, "a process outlived its parent"
 
@@ -196,9 +196,10 @@ def test_a_first_key_is_said_before_all_processes_are_ready(tmp_path: Path) -> N
     with running(tmp_path, *FAKE, environ=THREE) as server:
         key = server.key
         server.wait_until_it_says("is ready")
-        assert key not in "\n".join(server.said)
-        said = [line for line in server.said if line.endswith(("first-key", "is ready."))]
-        assert [line.split()[0] for line in said] == ["key", "Trivec"]
+        # By place in the text: four processes write to one stderr, where lines may run together.
+        said = "\n".join(server.said)
+        assert key not in said
+        assert said.index("first-key") < said.index("is ready.")
 
 
 def test_a_folder_too_deep_for_a_socket_is_refused(tmp_path: Path) -> None:

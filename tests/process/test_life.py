@@ -36,7 +36,7 @@ class SlowClient:
 
     def __init__(self, server: Server) -> None:
         url = httpx.URL(server.url)
-        self._socket = socket.create_connection((url.host, url.port or 0), timeout=30)
+        self._socket = socket.create_connection((url.host, url.port or 0), timeout=60)
         head = (
             f"POST /v1/embeddings HTTP/1.1\r\nHost: {url.host}\r\n"
             f"Authorization: Bearer {server.key}\r\nContent-Type: application/json\r\n"
@@ -141,7 +141,7 @@ def test_a_request_that_comes_while_it_is_restarted_waits_and_is_answered(tmp_pa
     with running(tmp_path, *FAKE) as server:
         url = server.url
         os.kill(server.child(), signal.SIGKILL)
-        assert httpx.get(f"{url}/livez", timeout=30).status_code == 200
+        assert httpx.get(f"{url}/livez", timeout=60).status_code == 200
 
 
 def test_a_lost_device_answers_503_and_ends_in_a_restart(tmp_path: Path) -> None:
@@ -240,11 +240,11 @@ def test_when_the_supervisor_is_killed_the_server_goes_with_it(tmp_path: Path) -
         child = os.pidfd_open(server.child())
         server.process.kill()
         assert -server.exit_code() == signal.SIGKILL
-        readable, _, _ = select.select([child], [], [], 30)
+        readable, _, _ = select.select([child], [], [], 60)
         os.close(child)
         assert readable, "the serving process outlived its parent"
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection((url.host, url.port or 0), timeout=5)
+            socket.create_connection((url.host, url.port or 0), timeout=60)
 
 
 def test_the_first_key_is_shown_only_once(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_a_log_that_nobody_reads_keeps_it_from_nothing(tmp_path: Path, full_pipe
 def ask(url: str) -> int:
     body = {"model": "all-minilm-l6-v2", "input": "Hello"}
     access = {"Authorization": f"Bearer {KEY}"}
-    return httpx.post(f"{url}/v1/embeddings", json=body, headers=access, timeout=30).status_code
+    return httpx.post(f"{url}/v1/embeddings", json=body, headers=access, timeout=60).status_code
 
 
 def child_of(pid: int) -> int:
