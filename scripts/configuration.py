@@ -68,7 +68,9 @@ def _default(field: FieldInfo) -> str:
 
 
 def _meaning(field: FieldInfo) -> str:
-    choices = [str(one) for one in get_args(field.annotation) if isinstance(one, str)]
+    choices = get_args(field.annotation)
+    if not all(isinstance(one, str) for one in choices):
+        choices = ()
     ending = f" One of {', '.join(f'`{one}`' for one in choices)}." if choices else ""
     return f"{field.description}{ending}"
 

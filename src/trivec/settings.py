@@ -19,6 +19,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SecretStr,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
@@ -38,6 +39,15 @@ def _split_at_commas(value: object) -> object:
     return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
 
 
+def _plain_truth(value: object) -> object:
+    """*value* as a truth where pydantic has one for it, else as it is."""
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        return value
+
+
+NoAuth: TypeAlias = Annotated[Literal[False, True, "anywhere"], BeforeValidator(_plain_truth)]
 Models: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_split_at_commas)]
 Folder: TypeAlias = Annotated[Path, AfterValidator(Path.expanduser)]
 
@@ -160,8 +170,8 @@ class Settings(Section):
     """One fixed key of at least 16 characters, for containers; scopes embed and admin."""
     secret: SecretStr | None = None
     """What keys are hashed under, at least 32 characters; else a file in the data folder."""
-    no_auth: bool = False
-    """Serve without keys; only on a loopback address."""
+    no_auth: NoAuth = False
+    """Serve without keys: true on a loopback address alone, "anywhere" on any, to all who reach it."""
     metrics_open: bool = False
     """Answer /metrics without an admin key."""
     api_processes: int = Field(1, ge=1, le=64)
@@ -182,10 +192,10 @@ class Settings(Section):
         for file in (self.tls_cert, self.tls_key):
             if file is not None and not file.is_file():
                 raise ValueError(f"{file} is not a file; tls_cert and tls_key name PEM files")
-        if self.no_auth and not is_loopback(self.host):
+        if self.no_auth is True and not is_loopback(self.host):
             raise ValueError(
-                f"no_auth is only for a loopback address, and host is {self.host}; "
-                "leave it out, or set host to 127.0.0.1"
+                f"no_auth is only for a loopback address, and host is {self.host}; set host to "
+                "127.0.0.1, or say --no-auth=anywhere if all who reach that address may use it"
             )
         if self.api_processes > 1 and not self.life.supervised:
             raise ValueError("api_processes above 1 are supervised; leave life.supervised true")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from trivec.checkpoints.catalogue import CATALOGUE
 from trivec.settings import setting_paths, variable_name
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,3 +59,13 @@ def test_links_between_our_pages_lead_somewhere() -> None:
         if not (file.parent / target).exists()
     ]
     assert broken == []
+
+
+def test_the_readme_names_only_models_that_can_be_pulled() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    [row] = re.findall(r"^\| \*\*Models\*\* \| (.+?) and their fine-tunes", text, re.M)
+    ids = " ".join(CATALOGUE).lower().replace("-", " ")
+    families = [name.lower().replace("-", " ") for name in row.split(", ")]
+    assert [name for name in families if name not in ids] == []
+    named = re.findall(r"--model ([\w-]+/[\w.-]+)|models pull (\S+)|model=\"([^\"]+)\"", text)
+    assert {name for found in named for name in found if name} <= set(CATALOGUE)

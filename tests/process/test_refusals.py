@@ -25,7 +25,13 @@ def test_an_unknown_key_in_the_file(tmp_path: Path) -> None:
 
 
 def test_no_keys_where_others_can_reach_it() -> None:
-    assert "no_auth" in refused("--no-auth", "--host", "0.0.0.0")
+    assert "--no-auth=anywhere" in refused("--no-auth", "--host", "0.0.0.0")
+
+
+def test_no_keys_anywhere_is_said_in_one_word(tmp_path: Path) -> None:
+    arguments = ("--host", "0.0.0.0", "--port", "0", "--data-dir", str(tmp_path))
+    line = refused("--no-auth=anywhere", *arguments, "--model", "nobody/knows-it")
+    assert "nobody/knows-it" in line, "the address was no reason to refuse"
 
 
 def test_a_port_in_use(tmp_path: Path) -> None:

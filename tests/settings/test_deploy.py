@@ -3,7 +3,9 @@
 import re
 from pathlib import Path
 
-from trivec.settings import load_settings
+import yaml
+
+from trivec.settings import load_settings, setting_paths, variable_name
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,3 +35,12 @@ def test_the_unit_reads_its_secrets_from_a_file() -> None:
     assert "\nEnvironmentFile=-/etc/trivec/trivec.env\n" in (
         ROOT / "deploy/trivec.service"
     ).read_text("utf-8")
+
+
+def test_the_compose_file_gives_variables_that_the_settings_know() -> None:
+    services = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text("utf-8"))["services"]
+    assert set(services["trivec"]["depends_on"]) < set(services)
+    build = services["trivec"]["build"]
+    assert (ROOT / "deploy" / build["context"] / build["dockerfile"]).is_file()
+    known = {variable_name(path) for path in setting_paths()}
+    assert set(services["trivec"]["environment"]) <= known

@@ -54,8 +54,12 @@ def test_models_are_a_list_in_the_file_and_separated_by_commas_in_the_environmen
             id="a-flag-that-is-not-among-the-choices",
         ),
         pytest.param(
-            {"no_auth": True, "host": "0.0.0.0"}, {}, ["no_auth", "0.0.0.0", "127.0.0.1"],
+            {"no_auth": True, "host": "0.0.0.0"}, {}, ["no_auth", "0.0.0.0", "--no-auth=anywhere"],
             id="no-auth-where-others-can-reach-it",
+        ),
+        pytest.param(
+            {"no_auth": "maybe"}, {}, ["--no-auth is 'maybe'", "'anywhere'"],
+            id="no-auth-of-a-third-kind",
         ),
         pytest.param(
             {"tls_cert": "cert.pem"}, {}, ["tls_cert and tls_key go together"],
@@ -152,3 +156,11 @@ def test_a_secret_never_shows_in_the_settings_or_in_a_refusal(name: str) -> None
 
 def test_the_home_folder_is_spelt_out() -> None:
     assert "~" not in str(load_settings({}, {}).data_dir)
+
+
+@pytest.mark.parametrize(
+    ("given", "read"), [("1", True), ("yes", True), ("false", False), ("anywhere", "anywhere")]
+)
+def test_no_auth_is_a_truth_or_anywhere(given: str, read: object) -> None:
+    variables = {"TRIVEC_NO_AUTH": given, "TRIVEC_HOST": "::1" if read is True else "0.0.0.0"}
+    assert load_settings({}, variables).no_auth == read

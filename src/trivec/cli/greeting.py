@@ -83,6 +83,11 @@ def lines(settings: Settings, models: Running, bearer: str | None, *, url: str) 
         ("", choice.reason),
         ("listening", url),
     ]
+    if settings.no_auth:
+        reach = (
+            f"reaches {settings.host}" if settings.no_auth == "anywhere" else "is on this machine"
+        )
+        facts.append(("keys", f"none: whoever {reach} may use and administer it"))
     return [
         f"Trivec {__version__} is ready.",
         *(_fact(name, value) for name, value in facts),

@@ -58,13 +58,14 @@ class Commands(TyperGroup):
 def load(name: str) -> "Command":
     """Import the sub-command *name*."""
     entry = ENTRIES[name]
-    found = getattr(importlib.import_module(f"trivec.cli.{entry.module}"), entry.name)
+    module = importlib.import_module(f"trivec.cli.{entry.module}")
+    found = getattr(module, entry.name)
     mount = typer.Typer(add_completion=False)
     mount.callback()(lambda: None)  # or a lone command would take the mount's place
     if isinstance(found, typer.Typer):
         mount.add_typer(found, name=name)
     else:
-        mount.command(name)(found)
+        mount.command(name, cls=getattr(module, "ServeCommand", None))(found)
     group = typer.main.get_command(mount)
     assert isinstance(group, TyperGroup)
     return group.commands[name]

@@ -5,21 +5,25 @@ import select
 import socket
 import sys
 from functools import partial
-from typing import Annotated, Literal, TextIO, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand
 
 from trivec.cli.outermost import whole_life
 from trivec.server.crew import Crew, Post, ignore_early
 from trivec.server.supervisor import Heart
 from trivec.settings import Settings, load_settings
 
+if TYPE_CHECKING:
+    from typer._click.core import Context
+
 
 def _help(name: str) -> str:
     """A setting's help is written once, where the setting is."""
     field = Settings.model_fields[name]
     words = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-    notes = [" | ".join(words)] if words else []
+    notes = [" | ".join(words)] if words and all(isinstance(one, str) for one in words) else []
     if field.default not in (None, (), False):
         notes.append(f"default: {field.default}")
     return f"{field.description}" + "".join(f" [dim]\\[{note}][/dim]" for note in notes)
@@ -29,6 +33,15 @@ def _flag(name: str, *spellings: str) -> typer.models.OptionInfo:
     info = typer.Option(*spellings, help=_help(name), show_default=False)
     assert isinstance(info, typer.models.OptionInfo)
     return info
+
+
+class ServeCommand(TyperCommand):
+    """Takes `--no-auth` and `--no-auth=anywhere`; Typer has no option with a value that may lack."""
+
+    def parse_args(self, ctx: "Context", args: list[str]) -> list[str]:
+        return super().parse_args(
+            ctx, ["--no-auth=true" if one == "--no-auth" else one for one in args]
+        )
 
 
 def serve(
@@ -46,7 +59,8 @@ def serve(
         str | None, typer.Option("--config", help="TOML file with any of the settings.")
     ] = None,
     no_auth: Annotated[
-        bool | None, typer.Option("--no-auth", help=_help("no_auth"), show_default=False)
+        str | None,
+        typer.Option("--no-auth", metavar="[=anywhere]", help=_help("no_auth"), show_default=False),
     ] = None,
 ) -> None:
     """Serve embeddings over HTTP until told to stop.
