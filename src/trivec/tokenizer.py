@@ -22,11 +22,13 @@ from trivec.core.errors import (
     FieldInvalid,
     RequestTooLarge,
     TextTooLong,
+    TokenIdsForeign,
     TokenIdUnknown,
     panics_are_faults,
 )
 from trivec.core.ports import Texts, TokenLists
 from trivec.core.types import Int32Array, LongText, Sequences, Truncated
+from trivec.token_origin import TokenOrigin
 
 TEXT_BYTES_A_TOKEN = 64  # API.md: a text over this many bytes a token of the maximum is not read
 
@@ -67,9 +69,12 @@ class Tokenizer:
         self._pool = pool
         self._codec = _load(file)
         self._opening, self._closing = _special_ids(self._codec, file)
+        self._origin = TokenOrigin(self._codec)
         _refuse_foreign_ids(self._codec, file, vocabulary_size)
 
-    async def tokenize(self, inputs: Texts | TokenLists, *, long_text: LongText) -> Sequences:
+    async def tokenize(
+        self, inputs: Texts | TokenLists, *, long_text: LongText, are_own: bool = False
+    ) -> Sequences:
         """Ids of *inputs*, special tokens included, in their order.
 
         Raises `TextTooLong` or `TokenIdUnknown` for the first input at fault, `FieldInvalid` for
@@ -78,13 +83,19 @@ class Tokenizer:
         """
         assert inputs, "a request has at least one input"
         with panics_are_faults("tokenizer"):
-            return await self._tokenize_any(inputs, long_text)
+            return await self._tokenize_any(inputs, long_text, are_own=are_own)
 
-    async def _tokenize_any(self, inputs: Texts | TokenLists, long_text: LongText) -> Sequences:
+    async def _tokenize_any(
+        self, inputs: Texts | TokenLists, long_text: LongText, *, are_own: bool
+    ) -> Sequences:
         if isinstance(inputs[0], str):
             return await self._tokenize_texts(cast(Texts, inputs), long_text)
         lists = cast(TokenLists, inputs)
-        is_small = sum(map(len, lists)) <= JOB_CHARACTERS_MAX
+        id_count = sum(map(len, lists))
+        if not are_own:
+            is_small = id_count <= INLINE_CHARACTERS_MAX
+            await self._do(partial(self._refuse_foreign, lists), inline=is_small)
+        is_small = id_count <= JOB_CHARACTERS_MAX
         return await self._do(partial(self._adopt, lists, long_text), inline=is_small)
 
     def spell(self, token_ids: Int32Array) -> list[str]:
@@ -169,6 +180,11 @@ class Tokenizer:
         moved = np.repeat(starts[:-1] - given.starts[:-1] + is_bare, lengths)  # [given tokens]
         token_ids[np.arange(given.token_count) + moved] = given.token_ids
         return self._settle(Sequences(token_ids, starts), 0, long_text, frozenset())
+
+    def _refuse_foreign(self, lists: TokenLists) -> None:
+        self._refuse_unknown(Sequences.pack(lists))
+        if self._origin.looks_foreign(lists):
+            raise TokenIdsForeign
 
     def _refuse_unknown(self, given: Sequences) -> None:
         is_unknown = (given.token_ids < 0) | (given.token_ids >= self.vocabulary_size)

@@ -80,7 +80,9 @@ class StandIn:
         self.embedded: list[tuple[Sequences, Output, float | None]] = []
         self._backend = FakeBackend(dimensions=card.dimensions, outputs=card.outputs)
 
-    async def tokenize(self, inputs: Texts | TokenLists, *, long_text: LongText) -> Sequences:
+    async def tokenize(
+        self, inputs: Texts | TokenLists, *, long_text: LongText, are_own: bool = False
+    ) -> Sequences:
         ids = [self._ids(one) for one in inputs]
         truncated: dict[int, Truncated] = {}
         count_max = self.card.token_count_max

@@ -43,7 +43,9 @@ class Singer:
             owned_by="nobody",
         )
 
-    async def tokenize(self, inputs: Texts | TokenLists, *, long_text: LongText) -> Sequences:
+    async def tokenize(
+        self, inputs: Texts | TokenLists, *, long_text: LongText, are_own: bool = False
+    ) -> Sequences:
         return Sequences.pack([[1]])
 
     async def embed(

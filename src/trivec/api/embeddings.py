@@ -68,7 +68,9 @@ class Embeddings:
     ) -> Sequences:
         started_s = self._clock.now_s()
         inputs = question.inputs.for_model(embedder.card)
-        sequences = await embedder.tokenize(inputs, long_text=question.long_text)
+        sequences = await embedder.tokenize(
+            inputs, long_text=question.long_text, are_own=question.inputs.are_own
+        )
         visit.timings.tokenize_s = self._clock.now_s() - started_s
         token_count_max = self._limits.request_tokens_max
         if sequences.token_count > token_count_max:

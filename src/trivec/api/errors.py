@@ -33,6 +33,7 @@ TABLE: Mapping[type[ServiceError], Row] = MappingProxyType(
         e.MalformedBody: Row(400),
         e.FieldInvalid: Row(400),
         e.TokenIdUnknown: Row(400),
+        e.TokenIdsForeign: Row(400, "token_ids_foreign"),
         e.TextTooLong: Row(400, "context_length_exceeded"),
         e.RequestTooLarge: Row(400, "max_tokens_per_request", "max_tokens_per_request"),
         e.AnswerTooLarge: Row(400, "answer_too_large"),

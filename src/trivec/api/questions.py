@@ -4,7 +4,7 @@ A question is what a handler works with; the wire's optional and loose fields en
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, cast
 
 import numpy as np
@@ -47,6 +47,7 @@ class Inputs:
     texts: Texts | None
     token_lists: RawTokenLists | None
     is_flat: bool = False  # the ids of one text, sent without a list around them
+    are_own: bool = False  # the client says whose ids they are: the model's
 
     def __len__(self) -> int:
         return len(self.texts if self.texts is not None else self.token_lists or ())
@@ -94,7 +95,7 @@ def embeddings_question(body: bytes, limits: HttpLimits) -> EmbeddingsQuestion:
     asked = _read_embeddings(body)
     return EmbeddingsQuestion(
         model=asked.model,
-        inputs=check_inputs(asked.input, limits),
+        inputs=_inputs(asked, limits),
         encoding=asked.encoding_format or "float",
         outputs=outputs_named(asked.output_type),
         long_text=_LONG_TEXT[asked.truncate],
@@ -108,9 +109,7 @@ def tokenize_question(body: bytes, limits: HttpLimits) -> TokenizeQuestion:
     """The question in *body*, or `MalformedBody`, `FieldInvalid`, `RequestTooLarge`."""
     refuse_too_many_items(body, limits)
     asked = _read_tokenize(body)
-    return TokenizeQuestion(
-        asked.model, check_inputs(asked.input, limits), bool(asked.return_tokens)
-    )
+    return TokenizeQuestion(asked.model, _inputs(asked, limits), bool(asked.return_tokens))
 
 
 def refuse_too_many_items(body: bytes, limits: HttpLimits) -> None:
@@ -127,6 +126,10 @@ def refuse_too_many_items(body: bytes, limits: HttpLimits) -> None:
         raise _array_too_long(f"one of about {input_count}", limits)
     if marks.comma_count > limits.request_tokens_max + limits.inputs_max + OTHER_ITEMS_MAX:
         _refuse_too_many_tokens(marks.comma_count, limits)
+
+
+def _inputs(asked: EmbeddingsRequest | TokenizeRequest, limits: HttpLimits) -> Inputs:
+    return replace(check_inputs(asked.input, limits), are_own=asked.token_encoding is not None)
 
 
 def check_inputs(given: Input, limits: HttpLimits) -> Inputs:

@@ -28,7 +28,10 @@ ModelName: TypeAlias = Annotated[
 ]
 TokenEncoding: TypeAlias = Annotated[
     Literal["model"] | None,
-    Meta(description="Whose token ids the integers in `input` are: this model's own tokenizer's."),
+    Meta(
+        description="Whose token ids the integers in `input` are. `model` says: this model's own "
+        "tokenizer's, and they are not checked for being another's."
+    ),
 ]
 
 

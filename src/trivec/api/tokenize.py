@@ -55,7 +55,9 @@ class Tokenize:
         await self._meter.open(visit, body)
         started_s = self._clock.now_s()
         inputs = question.inputs.for_model(embedder.card)
-        sequences = await embedder.tokenize(inputs, long_text=LongText.KEEP)
+        sequences = await embedder.tokenize(
+            inputs, long_text=LongText.KEEP, are_own=question.inputs.are_own
+        )
         visit.timings.tokenize_s = self._clock.now_s() - started_s
         answer_bytes = sequences.token_count * INT_TEXT_BYTES
         check_answer_fits(answer_bytes, answer_bytes_max=self._limits.answer_bytes_max)

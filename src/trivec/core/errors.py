@@ -8,8 +8,8 @@ TrivecError
 ├── DeviceLost                 a backend's device is gone for good: the process is not ready any more
 └── ServiceError               a request is answered with it; `api/errors.py` holds the table
     ├── RequestError           the client must change the request
-    │   ├── MalformedBody · FieldInvalid · TextTooLong · TokenIdUnknown · RequestTooLarge
-    │   ├── AnswerTooLarge · ModelUnknown · BodyTooLarge · BodyTooSlow · MediaTypeUnsupported
+    │   ├── MalformedBody · FieldInvalid · TextTooLong · TokenIdUnknown · TokenIdsForeign
+    │   ├── RequestTooLarge · AnswerTooLarge · ModelUnknown · BodyTooLarge · BodyTooSlow · MediaTypeUnsupported
     │   └── RouteUnknown · MethodNotAllowed · ResourceUnknown
     ├── AccessError            the key must change
     │   └── KeyMissing · KeyInvalid · ModelDenied · ScopeMissing · GrantDenied
@@ -83,6 +83,18 @@ class TokenIdUnknown(FieldInvalid):
             f"Token id {token_id} is outside this model's vocabulary of {vocabulary_size} ids. "
             "Send the text itself, or ids of this model's own tokenizer.",
             param=param,
+        )
+
+
+class TokenIdsForeign(RequestError):
+    """Arrays of token ids were made by another model's tokenizer."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The token ids in 'input' do not look like this model's own: ids of another tokenizer, "
+            "as OpenAI's tiktoken, name other words here. Send texts instead. In LangChain's "
+            "OpenAIEmbeddings set check_embedding_ctx_length=False. If they are this model's, send "
+            '"token_encoding": "model" and they are taken as they are.'
         )
 
 

@@ -52,9 +52,11 @@ class Engine:
     def card(self) -> ModelCard:
         return self._card
 
-    async def tokenize(self, inputs: Texts | TokenLists, *, long_text: LongText) -> Sequences:
+    async def tokenize(
+        self, inputs: Texts | TokenLists, *, long_text: LongText, are_own: bool = False
+    ) -> Sequences:
         assert self._tokenizer is not None, "asked with text, and made for ids"
-        return await self._tokenizer.tokenize(inputs, long_text=long_text)
+        return await self._tokenizer.tokenize(inputs, long_text=long_text, are_own=are_own)
 
     def check_room(self, token_count: int, *, tokens_ahead: int = 0) -> None:
         self._desk.check_room(self._lane, token_count, tokens_ahead)

@@ -42,8 +42,10 @@ class RemoteEmbedder:
     def card(self) -> ModelCard:
         return self._card
 
-    async def tokenize(self, inputs: Texts | TokenLists, *, long_text: LongText) -> Sequences:
-        return await self._tokenizer.tokenize(inputs, long_text=long_text)
+    async def tokenize(
+        self, inputs: Texts | TokenLists, *, long_text: LongText, are_own: bool = False
+    ) -> Sequences:
+        return await self._tokenizer.tokenize(inputs, long_text=long_text, are_own=are_own)
 
     def spell(self, token_ids: Int32Array) -> list[str]:
         return self._tokenizer.spell(token_ids)

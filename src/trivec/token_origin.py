@@ -1,0 +1,118 @@
+"""Whether arrays of token ids come from this model's tokenizer or from another's, as tiktoken's.
+
+Every id below the vocabulary's size is legal, so foreign arrays would be embedded, to vectors of
+nothing. Three signs tell them apart (decision 0115 has the distributions they were chosen from):
+
+- ids that no text makes: `[unused7]`, or a special token in the middle;
+- ids that do not survive a round trip: decoded to a text and tokenised again (WordPiece, BPE);
+- scripts that no text mixes, within one array or within one word (a Unigram vocabulary of 100
+  languages survives any round trip, but foreign ids name its pieces at random).
+
+It judges a sample of an array's ids and of a request's arrays, and the request by their majority.
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+
+import tokenizers
+import tokenizers.models
+
+from trivec.core.types import Int32Array
+
+ARRAYS_MAX = 32  # judged of a request, spread over it
+IDS_MAX = 256  # judged of an array, its first ones
+IDS_MIN = 5  # shorter arrays say too little, but for ids that no text makes
+HALF_A_WORD_IDS_MAX = 8
+SHORT_IDS = 16
+SURVIVORS_MIN_SHORT = 0.6  # share of ids that survive the round trip; genuine ones: 0.67 and up
+SURVIVORS_MIN = 0.8  # of SHORT_IDS and more; genuine ones: 0.86 and up
+SCRIPTS_MAX = 3  # of one array
+MIXED_WORDS_SHARE_MAX = 1 / 8  # of an array's ids
+
+_UNUSED = re.compile(r"\[unused\d+\]")
+_UNKNOWN = ("[UNK]", "<unk>")
+# Scripts that one text writes side by side, without blanks, count as one.
+_EAST_ASIAN = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO", "HALFWIDTH", "FULLWIDTH")
+
+
+class TokenOrigin:
+    """Judges arrays for one model's tokenizer. Thread safe."""
+
+    def __init__(self, codec: tokenizers.Tokenizer) -> None:
+        self._codec = codec
+        opening, closing = codec.encode("").ids
+        added = codec.get_added_tokens_decoder()
+        self._ends = {opening, closing}
+        # A closing token separates the texts of a pair; unknown words are ordinary.
+        special = {i for i, token in added.items() if token.special}
+        self._impossible = special - {closing} - {codec.token_to_id(word) for word in _UNKNOWN}
+        self._is_word_piece = isinstance(codec.model, tokenizers.models.WordPiece)
+        self._piece = lru_cache(maxsize=65_536)(self._scripts_of)
+
+    def looks_foreign(self, arrays: Sequence[Int32Array]) -> bool:
+        """Whether most of *arrays* that say anything were made by another tokenizer."""
+        step = max(1, len(arrays) // ARRAYS_MAX)
+        verdicts = [self._is_foreign(one) for one in arrays[::step][:ARRAYS_MAX]]
+        told = [verdict for verdict in verdicts if verdict is not None]
+        return sum(told) > 0 and 2 * sum(told) >= len(told)
+
+    def _is_foreign(self, array: Int32Array) -> bool | None:
+        """None where *array* says too little."""
+        ids = [int(token_id) for token_id in array[:IDS_MAX]]
+        if ids and ids[0] in self._ends:
+            ids = ids[1:]
+        if ids and ids[-1] in self._ends:
+            ids = ids[:-1]
+        if any(i in self._impossible or self._is_unused(i) for i in ids):
+            return True
+        ids = self._without_half_a_word(ids)
+        if len(ids) < IDS_MIN:
+            return None
+        bar = SURVIVORS_MIN_SHORT if len(ids) < SHORT_IDS else SURVIVORS_MIN
+        return self._mixes_scripts(ids) or self._survivors(ids) < bar
+
+    def _is_unused(self, token_id: int) -> bool:
+        return _UNUSED.fullmatch(self._codec.id_to_token(token_id) or "") is not None
+
+    def _without_half_a_word(self, ids: list[int]) -> list[int]:
+        """An array cut anywhere may begin within a word, whose rest is another word's pieces."""
+        starts = (
+            i for i, token_id in enumerate(ids[:HALF_A_WORD_IDS_MAX]) if self._piece(token_id)[0]
+        )
+        return ids[next(starts, 0) :]
+
+    def _survivors(self, ids: Sequence[int]) -> float:
+        """The share of *ids* that are found again, wherever, when their text is tokenised."""
+        text = self._codec.decode(ids, skip_special_tokens=False)
+        again = Counter(self._codec.encode(text, add_special_tokens=False).ids)
+        return sum((Counter(ids) & again).values()) / len(ids)
+
+    def _mixes_scripts(self, ids: Sequence[int]) -> bool:
+        scripts: set[str] = set()
+        mixed = 0  # places where one script follows another within a word
+        before: str | None = None
+        for begins_word, inside in map(self._piece, ids):
+            scripts.update(inside)
+            first = inside[0] if inside else None
+            if not begins_word and first and before and first != before:
+                mixed += "EAST ASIAN" not in (first, before)
+            before = inside[-1] if inside else None
+        crowded = len(scripts) == SCRIPTS_MAX and (mixed > 0 or len(ids) < SHORT_IDS)
+        return len(scripts) > SCRIPTS_MAX or crowded or mixed > len(ids) * MIXED_WORDS_SHARE_MAX
+
+    def _scripts_of(self, token_id: int) -> tuple[bool, tuple[str, ...]]:
+        """Whether a piece begins a word, and the scripts of its letters, in their order."""
+        piece = self._codec.id_to_token(token_id) or ""
+        begins_word = not piece.startswith("##") if self._is_word_piece else piece.startswith("▁")
+        found = (_script(character) for character in piece if character.isalpha())
+        return begins_word, tuple(found)
+
+
+@lru_cache(maxsize=4096)
+def _script(character: str) -> str:
+    """The first word of a letter's Unicode name: LATIN, CYRILLIC, ARABIC, …"""
+    word = unicodedata.name(character, "UNNAMED").split()[0]
+    return "EAST ASIAN" if word.startswith(_EAST_ASIAN) else word
