@@ -97,9 +97,11 @@ async def test_base64_and_floats_are_the_same_bits_for_every_output(
             assert sparse["indices"] == indices.tolist()
             np.testing.assert_array_equal(floats(sparse["values"]), floats(packed_sparse["values"]))
             assert "tokens" not in sparse
+            assert ("encoding" not in sparse, packed_sparse["encoding"]) == (True, "base64")
         if "multi" in words:
             multi, packed_multi = one["multi_embedding"], other["multi_embedding"]
             assert multi["shape"] == packed_multi["shape"]
+            assert ("encoding" not in multi, packed_multi["encoding"]) == (True, "base64")
             found = floats(multi["data"])
             assert list(found.shape) == multi["shape"]
             np.testing.assert_array_equal(found.ravel(), floats(packed_multi["data"]))

@@ -4,6 +4,7 @@ import re
 import runpy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -48,3 +49,39 @@ def test_the_hybrid_retrieval_that_the_readme_shows_is_short_and_runs() -> None:
     house.close()
     dense = names["dense"]
     assert names["score"] > 0.7 * float(dense[0] @ dense[1]), "the words they share count"
+
+
+def test_the_lines_for_vector_stores_in_the_docs_make_their_sparse_vectors() -> None:
+    section = (ROOT / "docs" / "api.md").read_text("utf-8").partition("### Sparse vectors in")[2]
+    programs = re.findall(r"^```py\n(.*?)^```$", section, re.M | re.S)
+    house = House()
+    with (
+        house.listening() as address,
+        OpenAI(base_url=f"{address}/v1", api_key=house.key) as client,
+    ):
+        answer = client.embeddings.create(
+            model=CARD.id,
+            input="abc",
+            encoding_format="float",
+            extra_body={"output_type": "sparse"},
+        )
+    house.close()
+    sparse = answer.data[0].model_dump()["sparse_embedding"]
+    pairs = dict(zip(sparse["indices"], sparse["values"], strict=True))
+    made = []
+    for program in programs:
+        assert len(program.splitlines()) == 3
+        names: dict[str, Any] = {
+            "answer": answer,
+            "models": SimpleNamespace(SparseVector=SimpleNamespace),  # Qdrant's, by keyword
+        }
+        exec(compile(program, "docs/api.md", "exec"), names)
+        made.append(names["vector"])
+    for_qdrant, for_milvus, for_pgvector = made
+    assert (for_qdrant.indices, for_qdrant.values) == (sparse["indices"], sparse["values"])
+    assert pairs
+    assert for_milvus == pairs
+    body, _, size = for_pgvector.removeprefix("{").partition("}/")
+    entries = [entry.split(":") for entry in body.split(",")]
+    assert size == "250002"
+    assert {int(i) - 1: float(v) for i, v in entries} == pairs

@@ -119,6 +119,7 @@ def _items(result: Result) -> Iterator[bytes]:
     question, vectors = result.question, result.vectors
     write = to_json if question.encoding == "float" else _quoted_base64
     nothing = b"[]" if question.encoding == "float" else b'""'
+    says = b"" if question.encoding == "float" else b'"encoding":"base64",'
     wants_dense = Output.DENSE in question.outputs
     dense = leading_slice(vectors.dense, question.dimensions)
     truncated = result.sequences.truncated
@@ -129,11 +130,11 @@ def _items(result: Result) -> Iterator[bytes]:
         ]
         sparse, multi = vectors.sparse[i], vectors.multi[i]
         if sparse is not None and Output.SPARSE in question.outputs:
-            parts.append(_sparse(sparse, write, result.spelled[i] if result.spelled else None))
+            spelled = result.spelled[i] if result.spelled else None
+            parts.append(b',"sparse_embedding":{%b%b}' % (says, _sparse(sparse, write, spelled)))
         if multi is not None and Output.MULTI in question.outputs:
-            parts.append(
-                b',"multi_embedding":{"shape":[%d,%d],"data":%b}' % (*multi.shape, write(multi))
-            )
+            shape = b'"shape":[%d,%d]' % multi.shape
+            parts.append(b',"multi_embedding":{%b%b,"data":%b}' % (says, shape, write(multi)))
         if i in truncated:
             parts.append(_truncated(truncated[i]))
         parts.append(b"}")
@@ -142,7 +143,7 @@ def _items(result: Result) -> Iterator[bytes]:
 
 def _sparse(sparse: SparseVector, write: Write, spelled: list[str] | None) -> bytes:
     tokens = b"" if spelled is None else b',"tokens":' + msgspec.json.encode(spelled)
-    return b',"sparse_embedding":{"indices":%b,"values":%b%b}' % (
+    return b'"indices":%b,"values":%b%b' % (
         write(sparse.token_ids),
         write(sparse.weights),
         tokens,

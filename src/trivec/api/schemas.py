@@ -86,6 +86,7 @@ class SparseEmbedding(Struct, frozen=True):
     indices: list[int] | str
     values: list[float] | str
     tokens: list[str] | None = None
+    encoding: Literal["base64"] | None = None
 
 
 class MultiEmbedding(Struct, frozen=True):
@@ -93,6 +94,7 @@ class MultiEmbedding(Struct, frozen=True):
 
     shape: tuple[int, int]
     data: list[list[float]] | str
+    encoding: Literal["base64"] | None = None
 
 
 class TruncatedText(Struct, frozen=True):
