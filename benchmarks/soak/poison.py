@@ -86,10 +86,12 @@ def stages_that_raise(service: Service) -> Iterator[None]:
     """Tokenising and encoding fail for the word that names them."""
     tokenize = service.engine.tokenize
 
-    async def tokenizing(inputs: Texts | TokenLists, *, long_text: LongText) -> Sequences:
+    async def tokenizing(
+        inputs: Texts | TokenLists, *, long_text: LongText, are_own: bool = False
+    ) -> Sequences:
         if any(isinstance(one, str) and "tokenizer" in one for one in inputs):
             raise Injected
-        return await tokenize(inputs, long_text=long_text)
+        return await tokenize(inputs, long_text=long_text, are_own=are_own)
 
     def encoding(result: Any) -> Any:
         if any("encoding" in str(one) for one in result.question.inputs.texts or ()):

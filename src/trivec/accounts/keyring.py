@@ -89,8 +89,13 @@ class Keyring:
                         self._reading = asyncio.create_task(self._read(), name="keys-read")
                         self._reading.add_done_callback(_retrieve)
                     reading = self._reading
-                    await asyncio.wait([reading])  # who leaves does not end the read of the others
-                    reading.result()
+                    try:
+                        await asyncio.wait([reading])  # who leaves does not end others' read
+                        if self._reading is reading:
+                            self._reading = None
+                        reading.result()
+                    finally:
+                        del reading  # with it, what it raises would hold itself and this request
         except TimeoutError:
             raise StoreUnavailable(
                 f"The store has not said within {READ_S_MAX:g} s whose key this is, so nothing is "
