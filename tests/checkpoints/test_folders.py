@@ -31,6 +31,14 @@ def _write(name: str, content: str | bytes) -> Callable[[Path], None]:
     return change
 
 
+def _make(name: str, content: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).parent.mkdir()
+        (folder / name).write_text(content)
+
+    return change
+
+
 def _delete(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
@@ -100,6 +108,54 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a-length-that-is-no-count": (
         _set_json("sentence_bert_config.json", max_seq_length="many"),
         "max_seq_length",
+    ),
+    "a-length-that-is-a-truth-value": (
+        _set_json("sentence_bert_config.json", max_seq_length=True),
+        "max_seq_length = True is not a count",
+    ),
+    "a-length-of-the-tokenizer-below-one": (
+        _set_json("tokenizer_config.json", model_max_length=-1),
+        "tokenizer_config.json: model_max_length = -1 is not a count",
+    ),
+    "settings-of-the-tokenizers-call": (
+        _set_json("sentence_bert_config.json", processing_kwargs={"text": {"max_length": 64}}),
+        "processing_kwargs = .* is not understood",
+    ),
+    "a-query-of-another-length": (
+        _set_json("sentence_bert_config.json", query_length=32),
+        "query_length = 32 is not understood",
+    ),
+    "vectors-that-are-cut": (
+        _write("config_sentence_transformers.json", '{"truncate_dim": 32}'),
+        "truncate_dim = 32 keeps only the first numbers",
+    ),
+    "a-sparse-encoder": (
+        _write("config_sentence_transformers.json", '{"model_type": "SparseEncoder"}'),
+        "model_type is 'SparseEncoder'",
+    ),
+    "an-unknown-setting-of-the-model": (
+        _write("config_sentence_transformers.json", '{"window": 7}'),
+        "config_sentence_transformers.json: .*`window`",
+    ),
+    "an-unknown-setting-of-a-module": (
+        _write("modules.json", '[{"type": "a.B", "path": "", "kwargs": ["task"]}]'),
+        "modules.json: .*`kwargs`",
+    ),
+    "an-unknown-setting-of-the-pooling": (
+        _set_json("1_Pooling/config.json", window=7),
+        "1_Pooling/config.json: .*`window`",
+    ),
+    "a-prompt-that-is-not-pooled": (
+        _set_json("1_Pooling/config.json", include_prompt=False),
+        "include_prompt = false",
+    ),
+    "two-poolings-in-a-list": (
+        _write("1_Pooling/config.json", '{"pooling_mode": ["cls", "mean"]}'),
+        "asks for cls and mean pooling",
+    ),
+    "token-vectors-that-are-normalised": (
+        _make("2_Normalize/config.json", '{"module_input_name": "token_embeddings"}'),
+        "2_Normalize/config.json: .*token_embeddings",
     ),
     "a-default-prompt": (
         _write("config_sentence_transformers.json", '{"default_prompt_name": "query"}'),

@@ -16,7 +16,13 @@ from trivec.checkpoints.folder import survey
 from trivec.checkpoints.hashes import HashedFile, Hashes
 from trivec.checkpoints.heads import head_files, read_heads
 from trivec.checkpoints.hub import pull, pulled_folder, pulled_pins
-from trivec.checkpoints.layout import LAYOUT_FILES, Recipe, read_config, read_recipe
+from trivec.checkpoints.layout import (
+    LAYOUT_FILES,
+    Recipe,
+    read_config,
+    read_recipe,
+    read_tokenizer_length,
+)
 from trivec.checkpoints.pins import Pin
 from trivec.core.errors import CheckpointRefused
 
@@ -204,6 +210,7 @@ def _read(
     """Read the small files, whose hashes are known by now."""
     config = read_config(found.folder)
     recipe = _recipe(found, names, hidden_size=config.hidden_size)
+    lengths = (recipe.token_count_max, read_tokenizer_length(found.folder, names))
     entry, heads = found.entry, head_files(names)
     weight_files = tuple(file for name, file in hashed.items() if name in WEIGHT_FILES)
     return Checkpoint(
@@ -213,9 +220,7 @@ def _read(
         config=config,
         pooling=recipe.pooling,
         normalize=recipe.normalize,
-        token_count_max=min(
-            recipe.token_count_max or config.token_count_max, config.token_count_max
-        ),
+        token_count_max=min([config.token_count_max, *(one for one in lengths if one)]),
         tokenizer_file=found.folder / TOKENIZER_FILE,
         heads=read_heads(found.folder, heads, hidden_size=config.hidden_size) if heads else None,
         digest=digest_of(hashed),
