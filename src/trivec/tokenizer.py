@@ -6,6 +6,7 @@ blanks become a bare "▁", and a literal `</s>` in a text becomes the special i
 """
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -30,7 +31,11 @@ from trivec.core.ports import Texts, TokenLists
 from trivec.core.types import Int32Array, LongText, Sequences, Truncated
 from trivec.token_origin import TokenOrigin
 
-TEXT_BYTES_A_TOKEN = 64  # API.md: a text over this many bytes a token of the maximum is not read
+# A text over this many bytes for each token of the maximum is not read, so that its cost is bounded.
+TEXT_BYTES_A_TOKEN = 64
+
+# Characters of which a run may be one space to a tokenizer; each tokenizer is asked at load.
+BLANKS = " \t\n\r\f\v\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
 
 # A hand-over to the pool and back costs 30 µs idle and more under load; a text costs 7 µs (words
 # seen before) to 0.5 µs a character. Up to this size the event loop does it (decision 0041).
@@ -70,6 +75,7 @@ class Tokenizer:
         self._codec = _load(file)
         self._opening, self._closing = _special_ids(self._codec, file)
         self._origin = TokenOrigin(self._codec)
+        self._blanks = _blank_runs(self._codec)
         _refuse_foreign_ids(self._codec, file, vocabulary_size)
 
     async def tokenize(
@@ -109,9 +115,33 @@ class Tokenizer:
             return self._encode(Job(0, texts), long_text)
         done: list[Sequences] = []
         for job in _jobs(texts, sizes):
-            done.append(await self._do(partial(self._encode, job, long_text)))
+            if long_text is LongText.KEEP and self._is_huge(job):
+                done.append(await self._count(job, done, text_count=len(texts)))
+            else:
+                done.append(await self._do(partial(self._encode, job, long_text)))
             self._refuse_too_many(done, text_count=len(texts))
         return done[0] if len(done) == 1 else _join(done)
+
+    def _is_huge(self, job: Job) -> bool:
+        """Whether *job* is one text, over the byte bound and over what is tokenised in one turn."""
+        text = job.texts[0]
+        return len(text) > JOB_CHARACTERS_MAX and _exceeds(text, self._text_bytes_max)
+
+    async def _count(self, job: Job, done: Sequence[Sequences], *, text_count: int) -> Sequences:
+        """The ids of a huge text, tokenised a piece a turn and no further than the request's bound.
+
+        Pieces are cut at blanks, where words are cut anyway; in a word of more than a piece the
+        ids at its cuts may differ from those of the whole.
+        """
+        text, is_within = await self._do(partial(self._shorten, job.texts[0], LongText.KEEP))
+        ids = [np.array([self._opening], np.int32)]
+        for piece in _pieces(text):
+            part = await self._do(partial(self._encode, Job(job.first, [piece]), LongText.KEEP))
+            ids.append(part.token_ids[1:-1])
+            so_far = Sequences.pack([np.concatenate(ids)])
+            self._refuse_too_many([*done, so_far], text_count=text_count + 1)
+        whole = Sequences.pack([np.concatenate([*ids, [self._closing]])])
+        return whole if is_within else self._mark_over(whole, frozenset({0}))
 
     def _refuse_too_many(self, done: Sequence[Sequences], *, text_count: int) -> None:
         token_count = sum(part.token_count for part in done)
@@ -137,29 +167,57 @@ class Tokenizer:
         ids = [encoding.ids for encoding in encodings]
         return self._settle(Sequences.pack(ids), job.first, long_text, cut)
 
-    def _bound_bytes(self, job: Job, long_text: LongText) -> tuple[Sequence[str], frozenset[int]]:
-        """The job's texts, none over the byte bound, and which were cut for it.
+    @property
+    def _text_bytes_max(self) -> int:
+        return TEXT_BYTES_A_TOKEN * self.token_count_max
 
-        Such a text is refused when it may not be cut, for counting as well: there is no bound on
-        what it would cost.
-        """
-        bytes_max = TEXT_BYTES_A_TOKEN * self.token_count_max
-        huge = [i for i, text in enumerate(job.texts) if _exceeds(text, bytes_max)]
+    def _bound_bytes(self, job: Job, long_text: LongText) -> tuple[Sequence[str], frozenset[int]]:
+        """The job's texts, and which are over the byte bound, and cut to it unless they are kept."""
+        huge = [i for i, text in enumerate(job.texts) if _exceeds(text, self._text_bytes_max)]
         if not huge:
             return job.texts, frozenset()
-        if long_text in (LongText.REFUSE, LongText.KEEP):
-            raise TextTooLong(
-                token_count=None,
-                token_count_max=self.token_count_max,
-                index=job.first + huge[0],
-            )
-        texts = list(job.texts)
+        texts, over = list(job.texts), set()
         for i in huge:
-            encoded = texts[i].encode("utf-8", "replace")
-            from_start = long_text is LongText.CUT_START
-            kept = encoded[-bytes_max:] if from_start else encoded[:bytes_max]
-            texts[i] = kept.decode("utf-8", "ignore")  # a character cut in two is dropped
-        return texts, frozenset(huge)
+            texts[i], is_within = self._shorten(texts[i], long_text)
+            if is_within:
+                continue
+            if long_text is LongText.REFUSE:
+                raise TextTooLong(
+                    token_count=None,
+                    token_count_max=self.token_count_max,
+                    index=job.first + i,
+                    bytes_max=self._text_bytes_max,
+                )
+            over.add(i)
+        return texts, frozenset(over)
+
+    def _shorten(self, text: str, long_text: LongText) -> tuple[str, bool]:
+        """*text* with each run of blanks as one, and whether it is within the byte bound so.
+
+        Otherwise it is cut to the bound unless it is to be kept. Where blanks make tokens each
+        counts. It is read a piece at a time: one call for megabytes would hold the interpreter.
+        """
+        from_start = long_text is LongText.CUT_START
+        starts = range(0, len(text), JOB_CHARACTERS_MAX)
+        parts, size, bytes_max = [], 0, self._text_bytes_max
+        for start in reversed(starts) if from_start else starts:
+            part = text[start : start + JOB_CHARACTERS_MAX]
+            parts.append(self._blanks.sub(" ", part) if self._blanks else part)
+            size += len(parts[-1].encode("utf-8", "replace"))
+            if size > bytes_max and long_text is not LongText.KEEP:
+                break
+        joined = "".join(reversed(parts) if from_start else parts)
+        if size <= bytes_max or long_text is LongText.KEEP:
+            return joined, size <= bytes_max
+        encoded = joined.encode("utf-8", "replace")
+        kept = encoded[-bytes_max:] if from_start else encoded[:bytes_max]
+        return kept.decode("utf-8", "ignore"), False  # a character cut in two is dropped
+
+    def _mark_over(self, whole: Sequences, over: frozenset[int]) -> Sequences:
+        """Say of texts that are kept which are over the byte bound: no embedding reads them whole."""
+        counts = whole.lengths().tolist()
+        marks = {i: Truncated(counts[i], min(counts[i], self.token_count_max)) for i in over}
+        return Sequences(whole.token_ids, whole.starts, marks)
 
     def _adopt(self, lists: TokenLists, long_text: LongText) -> Sequences:
         """The client's own ids, checked, and wrapped in special tokens unless they already are."""
@@ -201,7 +259,7 @@ class Tokenizer:
     def _settle(
         self, whole: Sequences, first: int, long_text: LongText, cut: frozenset[int]
     ) -> Sequences:
-        """Refuse, cut or keep what is longer than the model reads. *cut*: texts cut already."""
+        """Refuse, cut or keep what is longer than the model reads. *cut*: texts over the byte bound."""
         if not cut and whole.token_count <= self.token_count_max:
             return whole  # so none of them is longer
         lengths = whole.lengths()
@@ -209,7 +267,7 @@ class Tokenizer:
         if not long and not cut:
             return whole
         if long_text is LongText.KEEP:
-            return whole
+            return self._mark_over(whole, cut)
         if long_text is LongText.REFUSE:
             raise TextTooLong(
                 token_count=int(lengths[long[0]]),
@@ -274,6 +332,30 @@ def _exceeds(text: str, bytes_max: int) -> bool:
     if len(text) > bytes_max or text.isascii():
         return len(text) > bytes_max
     return len(text.encode("utf-8", "replace")) > bytes_max
+
+
+def _blank_runs(codec: tokenizers.Tokenizer) -> re.Pattern[str] | None:
+    """Runs of those characters of which any number is one space to *codec*; None: there are none."""
+
+    def ids_with(blanks: str) -> list[list[int]]:
+        around = ("a{}a", "a{}", "{}a")
+        return [codec.encode(text.format(blanks)).ids for text in around]
+
+    one = ids_with(" ")
+    found = [blank for blank in BLANKS if all(ids_with(blank * n) == one for n in (1, 2, 3, 64))]
+    return re.compile(f"[{re.escape(''.join(found))}]{{2,}}") if found else None
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """*text* in pieces of at most `JOB_CHARACTERS_MAX`, cut before a blank where there is one."""
+    start = 0
+    while start < len(text):
+        end = start + JOB_CHARACTERS_MAX
+        if end < len(text):
+            blank = max(text.rfind(blank, start + 1, end) for blank in " \n")
+            end = blank if blank > start else end
+        yield text[start:end]
+        start = end
 
 
 def _lone_surrogate(job: Job) -> Exception:

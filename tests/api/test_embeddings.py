@@ -15,7 +15,7 @@ from tests.api.house import ALIAS, MODEL, PLAIN_MODEL, House
 from trivec.accounts import KeyPlan
 from trivec.api.routing import PREFIXES
 from trivec.api.schemas import EmbeddingsAnswer
-from trivec.core.types import Float32Array, Output
+from trivec.core.types import Float32Array, Output, Sequences, Truncated
 
 FORMS = {
     "a text": ("hello", ["hello"]),
@@ -238,6 +238,19 @@ async def test_tokenize_says_what_would_fit(house: House) -> None:
     }
     assert (long["token_count"], long["fits"]) == (102, False)
     assert (answer["token_count_max"], answer["total_tokens"], answer["fits"]) == (64, 106, False)
+
+
+async def test_a_text_over_the_bound_of_bytes_does_not_fit(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def one_token_of_many_bytes(*_: object, **__: object) -> Sequences:
+        return Sequences.pack([[0, 3, 2]], {0: Truncated(3, 3)})
+
+    monkeypatch.setattr(house.model, "tokenize", one_token_of_many_bytes)
+    async with house.client() as client:
+        answer = (await client.post("/tokenize", json={"model": MODEL, "input": "x"})).json()
+    assert (answer["data"][0]["token_count"], answer["data"][0]["fits"]) == (3, False)
+    assert answer["fits"] is False
 
 
 async def test_models_are_listed_in_openais_words_and_ours(house: House) -> None:

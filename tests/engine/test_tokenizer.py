@@ -118,17 +118,68 @@ async def test_a_long_text_is_kept_whole_for_counting(words: Tokenizer) -> None:
     assert not found.truncated
 
 
-@pytest.mark.parametrize("long_text", [LongText.REFUSE, LongText.KEEP], ids=["embed", "count"])
-async def test_a_text_over_64_bytes_a_token_is_refused_unread(
-    words: Tokenizer, long_text: LongText
-) -> None:
+async def test_a_text_over_64_bytes_a_token_is_refused_unread(words: Tokenizer) -> None:
     fits = "x" * (64 * 6)
-    await words.tokenize([fits], long_text=long_text)
-    with pytest.raises(TextTooLong, match="far more than that") as refusal:
-        await words.tokenize(["w0", fits + "x"], long_text=long_text)
+    await words.tokenize([fits], long_text=LongText.REFUSE)
+    with pytest.raises(TextTooLong, match="more than 384 bytes, 64 for each token") as refusal:
+        await words.tokenize(["w0", fits + "x"], long_text=LongText.REFUSE)
     assert refusal.value.index == 1
     with pytest.raises(TextTooLong):
-        await words.tokenize(["ü" * (64 * 3) + "x"], long_text=long_text)
+        await words.tokenize(["ü" * (64 * 3) + "x"], long_text=LongText.REFUSE)
+
+
+async def test_a_text_over_64_bytes_a_token_is_counted_and_does_not_fit(words: Tokenizer) -> None:
+    found = await words.tokenize(["w0", "x" * 385, text_of(*[1] * 200)], long_text=LongText.KEEP)
+    assert ids_of(found) == [[0, 4, 2], [0, UNKNOWN, 2], [0, *[5] * 200, 2]]
+    assert found.truncated == {1: Truncated(3, 3), 2: Truncated(202, 6)}
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\r\n", "\t \u3000"], ids=ascii)
+@pytest.mark.parametrize("long_text", list(LongText))
+async def test_a_run_of_blanks_counts_once(
+    words: Tokenizer, long_text: LongText, blank: str
+) -> None:
+    run = blank * 60_000  # two pieces and more
+    texts = ["w0", f"{run}w1{run}w2{run}"]
+    found = await words.tokenize(texts, long_text=long_text)
+    assert ids_of(found) == [[0, 4, 2], [0, 5, 6, 2]]
+    assert not found.truncated
+
+
+async def test_what_is_still_too_long_without_its_blanks_is_cut_to_its_words(
+    words: Tokenizer,
+) -> None:
+    text = "\n" * 70_000 + text_of(*[1] * 200) + "\n" * 70_000 + text_of(*[2] * 200)
+    found = await words.tokenize([text], long_text=LongText.CUT_END)
+    assert ids_of(found) == [[0, 5, 5, 5, 5, 2]]
+    found = await words.tokenize([text + "\n" * 70_000], long_text=LongText.CUT_START)
+    assert ids_of(found) == [[0, 6, 6, 6, 6, 2]]
+    assert found.truncated == {0: Truncated(None, 6)}
+
+
+async def test_blanks_that_make_tokens_count_each(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
+    codec = word_codec()
+    codec.normalizer = None
+    codec.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    words = saved(codec, tmp_path, pool)
+    found = await words.tokenize([" " * 500 + "w1"], long_text=LongText.CUT_END)
+    assert ids_of(found) == [[0, *[UNKNOWN] * 4, 2]]
+    with pytest.raises(TextTooLong):
+        await words.tokenize([" " * 500 + "w1"], long_text=LongText.REFUSE)
+
+
+async def test_a_huge_text_is_counted_a_piece_a_turn_and_to_the_bound(tmp_path: Path) -> None:
+    pool = Counting()
+    words = saved(word_codec(), tmp_path, pool, request_tokens_max=100_000)
+    text = text_of(*(i % 16 for i in range(50_000)))
+    found = await words.tokenize(["w0", text], long_text=LongText.KEEP)
+    assert found.lengths().tolist() == [3, 50_002]
+    assert ids_of(found)[1] == [0, *(4 + i % 16 for i in range(50_000)), 2]
+    assert pool.jobs >= len(text) // JOB_CHARACTERS_MAX
+    pool.jobs = 0
+    with pytest.raises(RequestTooLarge, match="or more tokens, max 100000"):
+        await words.tokenize([" ".join([text] * 20)], long_text=LongText.KEEP)
+    assert pool.jobs < 2 * 100_000 * len("w00 ") // JOB_CHARACTERS_MAX
 
 
 @pytest.mark.parametrize(

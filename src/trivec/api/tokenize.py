@@ -127,6 +127,6 @@ def _tokenized(
         index=index,
         token_ids=token_ids.tolist(),
         token_count=end - start,
-        fits=end - start <= embedder.card.token_count_max,
+        fits=end - start <= embedder.card.token_count_max and index not in sequences.truncated,
         tokens=embedder.spell(token_ids) if question.return_tokens else None,
     )

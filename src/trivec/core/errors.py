@@ -101,12 +101,25 @@ class TokenIdsForeign(RequestError):
 class TextTooLong(RequestError):
     """A text has more tokens than the model reads."""
 
-    def __init__(self, *, token_count: int | None, token_count_max: int, index: int) -> None:
+    def __init__(
+        self,
+        *,
+        token_count: int | None,
+        token_count_max: int,
+        index: int,
+        bytes_max: int | None = None,
+    ) -> None:
+        """*token_count* None: it was not counted, for having more than *bytes_max*."""
         self.index = index
-        counted = f"{token_count} tokens" if token_count is not None else "far more than that"
+        counted = f"{token_count} tokens (input[{index}])"
+        if bytes_max is not None:
+            counted = (
+                f"a text of more than {bytes_max:,} bytes, {bytes_max // token_count_max} for each "
+                f"token, which is not read (input[{index}])"
+            )
         super().__init__(
             f"This model's maximum context length is {token_count_max} tokens, however you "
-            f"requested {counted} (input[{index}]). Please shorten that input, or send "
+            f"requested {counted}. Please shorten that input, or send "
             '"truncate": "end" to have it cut.',
             param=f"input[{index}]",
         )

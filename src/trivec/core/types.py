@@ -32,7 +32,9 @@ class LongText(Enum):
     REFUSE = "refuse"
     CUT_END = "cut_end"
     CUT_START = "cut_start"
-    KEEP = "keep"  # for counting only: `Embedder.embed` never receives such a sequence
+    # For counting only: `Embedder.embed` never receives such a sequence. `truncated` names texts
+    # over the tokenizer's bound of bytes, which is why they do not fit.
+    KEEP = "keep"
 
 
 @dataclass(frozen=True, slots=True)
