@@ -1,6 +1,7 @@
 """Requests as the HTTP room would bring them."""
 
-from itertools import count
+from collections import Counter
+from itertools import count as numbers
 
 from trivec.accounts import (
     Accounts,
@@ -12,8 +13,9 @@ from trivec.accounts import (
     KeyPlan,
     Opening,
 )
+from trivec.accounts.stores.memory import MemoryStore
 
-_numbers = count()
+_numbers = numbers()
 WIDE = Allowance(requests_per_minute=1_000_000, tokens_per_minute=1_000_000_000)
 """Limits that nobody meets, with all the reserving and giving back that limits bring."""
 
@@ -32,6 +34,14 @@ def closing(status: int = 200, tokens: int = 7, *, user: str | None = None) -> C
 def plan_of(number: int) -> KeyPlan:
     """A key; every second one has limits, wide ones."""
     return KeyPlan(f"k{number}", allowance=WIDE if number % 2 else Allowance())
+
+
+def statuses(store: MemoryStore) -> list[int]:
+    """Of all that is written down, a row each or in a count, in order of their number."""
+    counted = Counter[int]()
+    for count, requests in store.counts.items():
+        counted[count.status] += requests
+    return sorted([row.status for row in store.rows] + list(counted.elements()))
 
 
 async def let_in(

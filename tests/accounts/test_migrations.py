@@ -10,11 +10,12 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
-from trivec.accounts import UsageBy, UsageQuery
+from trivec.accounts import UsageBy, UsageLine, UsageQuery
 from trivec.accounts.stores import migrate
 from trivec.accounts.stores.connect import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
 from trivec.accounts.stores.schema import metadata
 from trivec.accounts.stores.sql import SqlStore
+from trivec.accounts.utc import DAY_US
 from trivec.core.errors import StoreRefused
 
 OLD_ROWS = (
@@ -54,6 +55,28 @@ def test_from_the_first_schema_with_its_rows(engines: Engines) -> None:
     assert [key.name for key in store.keys_since(0).keys] == ["a"]
     with engines.writing.begin() as connection:
         assert differences(connection) == []
+
+
+def test_totals_of_an_old_ledger_are_filled_in_and_its_rows_stay(engines: Engines) -> None:
+    with engines.writing.begin() as connection:
+        migrate.upgrade(connection, "0002")
+        for n, (model, status, tokens) in enumerate([("'m'", 200, 7), ("NULL", 404, 0)] * 3):
+            connection.execute(
+                text(
+                    "INSERT INTO ledger (time_us, request_id, key_id, model, input_count, "
+                    "token_count, status, duration_us, replayed) VALUES "
+                    f"({n // 2 * DAY_US}, 'r{n}', 'key_a', {model}, 1, {tokens}, {status}, 9, false)"
+                )
+            )
+
+    store = SqlStore(engines, upgrades_itself=True)
+    by_day = store.usage(UsageQuery(UsageBy.DAY))
+    by_model = store.usage(UsageQuery(UsageBy.MODEL))
+
+    assert [(line.requests, line.failed, line.tokens) for line in by_day] == [(2, 1, 7)] * 3
+    assert by_model == [UsageLine(None, None, 3, 3, 0), UsageLine("m", None, 3, 0, 21)]
+    with engines.reading.begin() as connection:
+        assert connection.scalar(text("SELECT count(*) FROM ledger")) == 6
 
 
 def test_a_second_upgrade_changes_nothing(engines: Engines) -> None:
@@ -101,11 +124,13 @@ def test_a_schema_from_the_future_is_refused(engines: Engines) -> None:
     ["UPDATE ledger SET token_count = 0", "DELETE FROM ledger"],
     ids=["edited", "thinned"],
 )
-def test_the_ledger_cannot_be(engines: Engines, statement: str) -> None:
+@pytest.mark.parametrize("schema", ["0001", "head"])
+def test_the_ledger_cannot_be(engines: Engines, statement: str, schema: str) -> None:
     with engines.writing.begin() as connection:
         migrate.upgrade(connection, "0001")
         for row in OLD_ROWS:
             connection.execute(text(row))
+        migrate.upgrade(connection, schema)
 
     with (
         pytest.raises(DBAPIError, match="append-only"),

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
-from tests.accounts.requests import caller_with, closing, let_in, opening
+from tests.accounts.requests import caller_with, closing, let_in, opening, statuses
 from tests.hand_clock import HandClock
 
 from trivec.accounts import FIXED, Accounts, Allowance, Booking, Caller
@@ -83,7 +83,7 @@ async def test_whoever_leaves_while_the_store_lets_it_in_holds_nothing_afterward
     again = await let_in(accounts, caller, opening(idempotency_key="k"))
 
     assert not again.replayed
-    assert [row.status for row in store.rows] == [503]
+    assert statuses(store) == [503]
 
 
 async def open_with_tokens(accounts: Accounts, caller: Caller, count: int) -> Booking:
@@ -174,7 +174,7 @@ async def test_whoever_leaves_while_it_is_closed_is_written_down(watched: Watche
     with pytest.raises(asyncio.CancelledError):
         await task
 
-    assert [row.status for row in store.rows] == [400]
+    assert statuses(store) == [400]
     assert booking.state is not None
     assert booking.state.remaining_requests == 8
 
@@ -206,10 +206,10 @@ async def test_our_refusal_waits_for_no_disk_and_is_written_down(clock: HandCloc
 
     await asyncio.wait_for(accounts.book(FIXED, opening()).close(closing(503)), 60)
 
-    assert not store.rows
+    assert not statuses(store)
     store.may_go_on.set()
     await asyncio.to_thread(accounts.stop)
-    assert [row.status for row in store.rows] == [503]
+    assert statuses(store) == [503]
 
 
 @pytest.fixture

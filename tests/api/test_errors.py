@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
+from tests.accounts.requests import statuses
 from tests.api.house import MODEL, PLAIN_MODEL, House
 
 from trivec.accounts import Allowance, Scope
@@ -397,7 +398,7 @@ async def test_a_panic_of_a_library_is_our_500_and_the_next_request_is_served(
         assert answer.headers["x-request-id"] in answer.json()["error"]["message"]
         assert "client's text" not in answer.text
         assert (await client.post("/embeddings", json=body)).status_code == 200
-    assert [row.status for row in house.store.rows] == [500, 200]
+    assert statuses(house.store) == [200, 500]
 
 
 async def test_a_method_is_one_of_https_or_other(house: House) -> None:

@@ -1,4 +1,4 @@
-"""One ledger row an authenticated request, written before its answer leaves; failures cost nothing."""
+"""Each authenticated request a row or in a count, before its answer leaves; failures cost nothing."""
 
 import asyncio
 import threading
@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import httpx
 import pytest
+from tests.accounts.requests import statuses
 from tests.api.house import MODEL, House
 
 from trivec.accounts import Allowance
-from trivec.accounts.entries import Committed, Entry, LedgerRow, Reserve
+from trivec.accounts.entries import Committed, Count, Entry, LedgerRow, Reserve
 from trivec.accounts.stores.memory import MemoryStore
 from trivec.core.errors import EngineFault
 from trivec.settings import HttpLimits
@@ -19,8 +20,17 @@ TOKENS = 7 + 3
 
 
 def only_row(house: House) -> LedgerRow:
+    assert not house.store.counts
     (row,) = house.store.rows
     return row
+
+
+def only_count(house: House) -> Count:
+    """Of the one request that was written down, which cost no tokens."""
+    assert not house.store.rows
+    ((count, requests),) = house.store.counts.items()
+    assert requests == 1
+    return count
 
 
 async def test_a_success_is_billed_its_tokens_under_its_request_id(house: House) -> None:
@@ -60,8 +70,7 @@ async def test_what_is_not_computed_is_written_down_and_costs_no_tokens(
         headers = {"content-type": "application/json"}
         response = await client.post(path, content=body, headers=headers)
     assert response.status_code == status
-    row = only_row(house)
-    assert (row.status, row.model, row.token_count) == (status, model, 0)
+    assert (only_count(house).status, only_count(house).model) == (status, model)
 
 
 async def test_a_request_that_our_fault_ends_costs_nothing_of_the_allowance(house: House) -> None:
@@ -74,7 +83,7 @@ async def test_a_request_that_our_fault_ends_costs_nothing_of_the_allowance(hous
     assert response.status_code == 500
     assert response.headers["x-ratelimit-remaining-requests"] == "2"
     assert response.headers["x-ratelimit-remaining-tokens"] == "99"
-    assert (only_row(house).status, only_row(house).token_count) == (500, 0)
+    assert only_count(house).status == 500
 
 
 async def test_a_failure_after_the_vectors_were_computed_costs_nothing(
@@ -85,16 +94,16 @@ async def test_a_failure_after_the_vectors_were_computed_costs_nothing(
         spelled = {"output_type": "sparse", "return_tokens": True}
         response = await client.post("/embeddings", json=BODY | spelled)
     assert response.status_code == 500
-    assert (only_row(house).status, only_row(house).token_count) == (500, 0)
+    assert only_count(house).status == 500
     assert house.heard.served[-1].token_count == 0
 
 
 async def test_a_refused_allowance_is_written_down(house: House) -> None:
     key = await house.new_key_async("one", Allowance(requests_per_minute=1))
     async with house.client(key) as client:
-        statuses = [(await client.post("/embeddings", json=BODY)).status_code for _ in range(2)]
-    assert statuses == [200, 429]
-    assert [row.status for row in house.store.rows] == [200, 429]
+        told = [(await client.post("/embeddings", json=BODY)).status_code for _ in range(2)]
+    assert told == [200, 429]
+    assert statuses(house.store) == [200, 429]
 
 
 async def test_tokens_over_the_allowance_never_reach_the_model(house: House) -> None:
@@ -108,14 +117,14 @@ async def test_tokens_over_the_allowance_never_reach_the_model(house: House) -> 
 async def test_requests_without_a_good_key_write_nothing(house: House) -> None:
     async with house.client("wrong") as client:
         assert (await client.post("/embeddings", json=BODY)).status_code == 401
-    assert not house.store.rows
+    assert not statuses(house.store)
 
 
 async def test_probes_and_scrapes_write_nothing(house: House) -> None:
     async with house.client() as client:
         for path in ("/livez", "/readyz", "/metrics", "/openapi.json"):
             assert (await client.get(f"http://house{path}")).status_code == 200
-    assert not house.store.rows
+    assert not statuses(house.store)
 
 
 async def test_the_row_is_there_before_the_answer(house: House) -> None:
@@ -154,7 +163,7 @@ def test_a_client_that_leaves_frees_its_place_and_is_billed_nothing(house: House
             )
         assert house.model.left.wait(60), "the embedding was not cancelled"
         assert house.heard.wait(1, within_s=60), "it was not told of; a stop would cut that short"
-    assert (only_row(house).status, only_row(house).token_count) == (499, 0)
+    assert only_count(house).status == 499
     served = house.heard.served[-1]
     assert (served.status, served.code, served.token_count) == (499, "client_gone", 0)
 
@@ -171,7 +180,7 @@ def test_a_request_over_its_deadline_frees_its_place_and_is_billed_nothing() -> 
         assert house.model.left.wait(60), "the embedding was not cancelled"
     house.close()
     assert response.json()["error"]["code"] == "deadline_exceeded"
-    assert (only_row(house).status, only_row(house).token_count) == (503, 0)
+    assert only_count(house).status == 503
 
 
 class HeldStore(MemoryStore):
@@ -234,7 +243,8 @@ async def test_a_client_that_leaves_while_it_is_let_in_can_send_the_same_again(
         await leave_while_held(client, store, named)
         again = await client.post("/embeddings", json=BODY, headers=named)
     assert again.status_code == 200, again.text
-    assert [(row.status, row.replayed) for row in store.rows] == [(499, False), (200, False)]
+    assert statuses(store) == [200, 499]
+    assert [row.replayed for row in store.rows] == [False]
 
 
 async def test_the_observer_hears_one_event_a_request(house: House) -> None:

@@ -253,6 +253,52 @@ def test_usage_of_a_part_of_the_ledger(shelf: Shelf, query: UsageQuery, tokens: 
     assert sum(line.tokens for line in store.usage(query)) == tokens
 
 
+HALF_US = NOON_US - NOON_US % DAY_US + DAY_US // 2  # the middle of that day
+SPREAD = [  # every 8 hours from midnight: rows, and requests that are counted
+    a_row(f"s{n}", time_us=HALF_US + (n * 8 - 12) * 3600 * SECOND_US, token_count=7 * (n % 2))
+    for n in range(9)
+]
+
+
+@pytest.mark.parametrize("since", [-1, 0, 1, 3, 5, None])
+@pytest.mark.parametrize("until", [2, 3, 4, 6, 8, None])
+@pytest.mark.parametrize("by", UsageBy)
+def test_usage_from_totals_is_what_its_requests_add_up_to(
+    shelf: Shelf, by: UsageBy, since: int | None, until: int | None
+) -> None:
+    """Whole days and parts of them, at either end or within one day."""
+    store = shelf.open()
+    for row in SPREAD:
+        store.commit([Settle(row)], now_us=NOON_US)
+    start_us = SPREAD[0].time_us
+    since_us = None if since is None else start_us + since * 8 * 3600 * SECOND_US
+    until_us = None if until is None else start_us + until * 8 * 3600 * SECOND_US
+
+    lines = store.usage(UsageQuery(by, since_us, until_us))
+
+    asked = [
+        row
+        for row in SPREAD
+        if (since_us is None or row.time_us >= since_us)
+        and (until_us is None or row.time_us < until_us)
+    ]
+    assert sum(line.requests for line in lines) == len(asked)
+    assert sum(line.tokens for line in lines) == sum(row.token_count for row in asked)
+
+
+def test_what_costs_no_tokens_is_counted_by_the_minute(shelf: Shelf) -> None:
+    store = shelf.open()
+    unpaid = [
+        Settle(a_row(f"r{n}", status=404, model=None, token_count=0, time_us=NOON_US + n))
+        for n in range(500)
+    ]
+    for _ in range(2):
+        store.commit(unpaid, now_us=NOON_US)  # twice the same id: a row each would be refused
+
+    assert used(store) == [UsageLine("key_a", None, 1000, 1000, 0)]
+    assert used(store, UsageBy.MODEL) == [UsageLine(None, None, 1000, 1000, 0)]
+
+
 def test_a_group_is_written_whole_when_some_of_it_is_refused(shelf: Shelf) -> None:
     store = shelf.open()
     limits = Allowance(requests_per_minute=1)

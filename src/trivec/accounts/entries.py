@@ -56,7 +56,7 @@ class Reserve:
 
 @dataclass(frozen=True, slots=True)
 class LedgerRow:
-    """One authenticated request, for ever."""
+    """One authenticated request, until it is archived."""
 
     time_us: int  # wall clock, microseconds since the epoch
     request_id: str
@@ -68,6 +68,20 @@ class LedgerRow:
     duration_us: int
     user_digest: str | None
     replayed: bool
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether it is one in a count and no row: it cost no tokens, and bills nothing again."""
+        return self.token_count == 0 and not self.replayed
+
+
+class Count(NamedTuple):
+    """What requests that cost no tokens have in common: they are counted together."""
+
+    key_id: str
+    model: str | None
+    status: int
+    minute: int  # since the epoch
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,15 +4,18 @@ Every store does the same: read the buckets and claims that `keys_touched` and `
 name, lay them on a `Page`, take each entry, write what changed, commit.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from trivec.accounts import allowance as arithmetic
-from trivec.accounts.allowance import SECOND_US, Bucket, Shortage
+from trivec.accounts.allowance import MINUTE_US, SECOND_US, Bucket, Shortage
 from trivec.accounts.entries import (
     Claim,
     ClaimName,
     ClaimRequest,
+    Count,
     Entry,
     Granted,
     LedgerRow,
@@ -22,11 +25,34 @@ from trivec.accounts.entries import (
     Upkeep,
 )
 from trivec.accounts.types import Allowance, AllowanceState
+from trivec.accounts.utc import DAY_US
 from trivec.core.errors import AllowanceExhausted, IdempotencyInProgress, IdempotencyKeyReused
 
 CLAIM_HELD_US = 15 * SECOND_US  # without a sign of life from its process
 CLAIM_KEPT_US = 24 * 3600 * SECOND_US
 SUCCESS_BELOW = 400
+
+
+class DayOf(NamedTuple):
+    """A key's use of a model on a day."""
+
+    key_id: str
+    model: str | None
+    day: int  # since the epoch, in UTC
+
+
+@dataclass(slots=True)
+class Total:
+    """What requests came to."""
+
+    requests: int = 0
+    failed: int = 0
+    tokens: int = 0
+
+    def add(self, requests: int, *, status: int, tokens: int = 0) -> None:
+        self.requests += requests
+        self.failed += requests if status >= SUCCESS_BELOW else 0
+        self.tokens += tokens
 
 
 class Page:
@@ -42,6 +68,7 @@ class Page:
         self.buckets_changed: dict[str, Bucket] = {}
         self.claims_changed: dict[ClaimName, Claim | None] = {}  # None: dropped
         self.rows: list[LedgerRow] = []
+        self.counts: Counter[Count] = Counter()
         self.upkeep: Upkeep | None = None
 
     def take(self, entry: Entry) -> Outcome:
@@ -53,6 +80,18 @@ class Page:
             case Upkeep():
                 self.upkeep = entry
                 return Granted()
+
+    def totals(self) -> dict[DayOf, Total]:
+        """Of rows and counts, by day."""
+        totals: dict[DayOf, Total] = {}
+        for row in self.rows:
+            day = DayOf(row.key_id, row.model, row.time_us // DAY_US)
+            total = totals.setdefault(day, Total())
+            total.add(1, status=row.status, tokens=row.token_count)
+        for count, requests in self.counts.items():
+            day = DayOf(count.key_id, count.model, count.minute * MINUTE_US // DAY_US)
+            totals.setdefault(day, Total()).add(requests, status=count.status)
+        return totals
 
     def _reserve(self, entry: Reserve) -> Outcome:
         replayed = False
@@ -79,7 +118,11 @@ class Page:
             row = self._finish(entry.claim, row)
             if row.replayed:  # another process was quicker: what it billed, we do not bill again
                 unused = replace(unused, tokens=unused.tokens + entry.row.token_count)
-        self.rows.append(row)
+        if row.is_counted:
+            minute = row.time_us // MINUTE_US
+            self.counts[Count(row.key_id, row.model, row.status, minute)] += 1
+        else:
+            self.rows.append(row)
         state = None
         if entry.allowance is not None:
             bucket = self._buckets.get(row.key_id, Bucket())

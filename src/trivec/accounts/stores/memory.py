@@ -1,12 +1,13 @@
 """Books that are gone with the process: for tests, and the plain twin of the SQL stores."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from threading import Lock
 
-from trivec.accounts.allowance import Bucket
-from trivec.accounts.entries import Claim, ClaimName, Committed, Entry, LedgerRow, Upkeep
-from trivec.accounts.page import CLAIM_HELD_US, SUCCESS_BELOW, Page
+from trivec.accounts.allowance import MINUTE_US, Bucket
+from trivec.accounts.entries import Claim, ClaimName, Committed, Count, Entry, LedgerRow, Upkeep
+from trivec.accounts.page import CLAIM_HELD_US, Page, Total
 from trivec.accounts.store import KeyChanges, name_taken, unavailable
 from trivec.accounts.types import Key, UsageBy, UsageLine, UsageQuery
 from trivec.accounts.utc import day
@@ -19,6 +20,7 @@ class MemoryStore:
     def __init__(self) -> None:
         self.broken = False
         self.rows: list[LedgerRow] = []
+        self.counts: Counter[Count] = Counter()
         self._lock = Lock()
         self._buckets: dict[str, Bucket] = {}
         self._claims: dict[ClaimName, Claim] = {}
@@ -41,6 +43,7 @@ class MemoryStore:
             if page.upkeep is not None:
                 self._keep_up(page.upkeep, now_us=page.now_us)
             self.rows.extend(page.rows)
+            self.counts.update(page.counts)
         return Committed(outcomes, page.now_us)
 
     def _keep_up(self, upkeep: Upkeep, *, now_us: int) -> None:
@@ -87,19 +90,22 @@ class MemoryStore:
         return key
 
     def usage(self, query: UsageQuery) -> list[UsageLine]:
-        groups: dict[str | None, list[LedgerRow]] = {}
-        for row in list(self.rows):
-            if _asked_for(row, query):
-                groups.setdefault(_group(row, query.by), []).append(row)
+        groups: dict[str | None, Total] = {}
+
+        def add(one: LedgerRow | Count, time_us: int, requests: int, tokens: int) -> None:
+            if _asked_for(one.key_id, time_us, query):
+                group = _group(one, time_us, query.by)
+                total = groups.setdefault(group, Total())
+                total.add(requests, status=one.status, tokens=tokens)
+
+        with self._lock:
+            for row in self.rows:
+                add(row, row.time_us, 1, row.token_count)
+            for count, requests in self.counts.items():
+                add(count, count.minute * MINUTE_US, requests, 0)
         return [
-            UsageLine(
-                group,
-                None,
-                requests=len(rows),
-                failed=sum(row.status >= SUCCESS_BELOW for row in rows),
-                tokens=sum(row.token_count for row in rows),
-            )
-            for group, rows in sorted(groups.items(), key=lambda item: item[0] or "")
+            UsageLine(group, None, total.requests, total.failed, total.tokens)
+            for group, total in sorted(groups.items(), key=lambda item: item[0] or "")
         ]
 
     def interrupt(self) -> None:
@@ -109,19 +115,19 @@ class MemoryStore:
         pass
 
 
-def _asked_for(row: LedgerRow, query: UsageQuery) -> bool:
+def _asked_for(key_id: str, time_us: int, query: UsageQuery) -> bool:
     return (
-        (query.since_us is None or row.time_us >= query.since_us)
-        and (query.until_us is None or row.time_us < query.until_us)
-        and (query.key_id is None or row.key_id == query.key_id)
+        (query.since_us is None or time_us >= query.since_us)
+        and (query.until_us is None or time_us < query.until_us)
+        and (query.key_id is None or key_id == query.key_id)
     )
 
 
-def _group(row: LedgerRow, by: UsageBy) -> str | None:
+def _group(one: LedgerRow | Count, time_us: int, by: UsageBy) -> str | None:
     match by:
         case UsageBy.KEY:
-            return row.key_id
+            return one.key_id
         case UsageBy.MODEL:
-            return row.model
+            return one.model
         case UsageBy.DAY:
-            return day(row.time_us)
+            return day(time_us)

@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Dialect, bindparam, delete, insert, select, update
+from sqlalchemy import Dialect, Table, bindparam, delete, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 
 from trivec.accounts.allowance import Bucket
 from trivec.accounts.entries import Claim, ClaimName, Upkeep
 from trivec.accounts.page import CLAIM_HELD_US, Page
 from trivec.accounts.stores import rows
 from trivec.accounts.stores.compiled import Append, Compiled
-from trivec.accounts.stores.schema import buckets, claims, ledger, timelines
+from trivec.accounts.stores.schema import buckets, claims, counts, daily, ledger, timelines
 
 OF_BUCKET = ("requests_debt", "tokens_debt", "at_us")
 OF_CLAIM = ("body_digest", "owner", "held_until_us", "expires_us", "done", "token_count")
@@ -42,6 +43,16 @@ HOLD_CLAIMS = (
 FORGET_CLAIMS = delete(claims).where(claims.c.expires_us <= bindparam("now_us"))
 
 
+def _adding(table: Table, dialect: Dialect) -> Compiled:
+    """A row, or what it holds beside its key added to the row that is there."""
+    of_dialect = sqlite if dialect.name == "sqlite" else postgresql
+    statement = of_dialect.insert(table).inline()
+    key = [column.name for column in table.primary_key]
+    sums = {c.name: c + statement.excluded[c.name] for c in table.c if c.name not in key}
+    adding = statement.on_conflict_do_update(index_elements=key, set_=sums)
+    return Compiled(adding, dialect, [*key, *sums])
+
+
 class QuickStatements:
     """In one dialect; a cursor is the driver's own, inside a transaction."""
 
@@ -49,6 +60,8 @@ class QuickStatements:
         self._lock_bucket = Compiled(LOCK_BUCKET, dialect, ["of_key"])
         self._write_bucket = Compiled(WRITE_BUCKET, dialect, ["of_key", *OF_BUCKET])
         self._append = Append(ledger, dialect, rows.LEDGER_NAMES)
+        self._add_counts = _adding(counts, dialect)
+        self._add_totals = _adding(daily, dialect)
         self._read_claim = Compiled(READ_CLAIM, dialect, ["of_key", "of_digest"])
         self._drop_claim = Compiled(DROP_CLAIM, dialect, ["of_key", "of_digest"])
         self._make_claim = Compiled(MAKE_CLAIM, dialect, ["key_id", "digest", *OF_CLAIM])
@@ -85,6 +98,13 @@ class QuickStatements:
                 self._make_claim.run(cursor, made)
         if page.rows:
             self._append.run(cursor, [rows.ledger_values(row) for row in page.rows])
+        # In one order: processes that add to the same rows would else wait for each other.
+        if totals := page.totals():
+            values = [rows.total_values(day, total) for day, total in totals.items()]
+            self._add_totals.run(cursor, sorted(values, key=rows.of_total))
+        if page.counts:
+            values = [rows.count_values(count, n) for count, n in page.counts.items()]
+            self._add_counts.run(cursor, sorted(values, key=rows.of_count))
         if page.upkeep is not None:
             self._keep_up(cursor, page.upkeep, now_us=page.now_us)
 

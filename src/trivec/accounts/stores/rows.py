@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import Row
 
 from trivec.accounts.allowance import Bucket
-from trivec.accounts.entries import Claim, ClaimName, LedgerRow
+from trivec.accounts.entries import Claim, ClaimName, Count, LedgerRow
+from trivec.accounts.page import DayOf, Total
 from trivec.accounts.types import Allowance, Key, Scope, Secret
 
 Values = dict[str, Any]  # the columns of one row, by name
@@ -74,6 +76,18 @@ LEDGER_NAMES = tuple(field.name for field in fields(LedgerRow))  # and so are th
 
 def ledger_values(row: LedgerRow) -> Values:
     return {name: getattr(row, name) for name in LEDGER_NAMES}
+
+
+of_count = itemgetter("key_id", "model", "status", "minute")  # its place among the counts
+of_total = itemgetter("key_id", "model", "day")
+
+
+def count_values(count: Count, requests: int) -> Values:
+    return count._asdict() | {"model": count.model or "", "requests": requests}
+
+
+def total_values(day: DayOf, total: Total) -> Values:
+    return day._asdict() | {"model": day.model or ""} | asdict(total)
 
 
 def claim_values(name: ClaimName, claim: Claim) -> Values:

@@ -91,6 +91,34 @@ ledger = Table(
     Column("replayed", Boolean, nullable=False),
 )
 
+counts = Table(  # of requests that cost no tokens
+    "counts",
+    metadata,
+    Column("key_id", String(32), primary_key=True),
+    Column("model", String, primary_key=True),  # empty: no model
+    Column("status", SmallInteger, primary_key=True, autoincrement=False),
+    Column("minute", BigInteger, primary_key=True, autoincrement=False),  # since the epoch
+    Column("requests", BigInteger, nullable=False),
+)
+
+daily = Table(  # sums of ledger and counts, kept when their rows are archived
+    "daily",
+    metadata,
+    Column("key_id", String(32), primary_key=True),
+    Column("model", String, primary_key=True),  # empty: no model
+    Column("day", BigInteger, primary_key=True, autoincrement=False),  # since the epoch, in UTC
+    Column("requests", BigInteger, nullable=False),
+    Column("failed", BigInteger, nullable=False),
+    Column("tokens", BigInteger, nullable=False),
+)
+
+archive = Table(
+    "archive",
+    metadata,
+    Column("id", SmallInteger, primary_key=True, autoincrement=False),  # always 1
+    Column("before_us", BigInteger, nullable=False),  # rows before it may be deleted
+)
+
 claims = Table(
     "claims",
     metadata,

@@ -19,7 +19,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError, IntegrityError, TimeoutError
 
 from trivec.accounts.allowance import Bucket
-from trivec.accounts.entries import Committed, Entry, Reserve
+from trivec.accounts.entries import Committed, Entry, Reserve, Settle
 from trivec.accounts.page import Page, claims_touched, keys_touched
 from trivec.accounts.store import KeyChanges, name_taken, unavailable
 from trivec.accounts.stores import migrate, rows
@@ -33,7 +33,7 @@ from trivec.accounts.stores.schema import (
     secrets,
     timelines,
 )
-from trivec.accounts.stores.usage import usage_lines, usage_statement
+from trivec.accounts.stores.usage import usage_lines, usage_statements
 from trivec.accounts.types import Key, UsageLine, UsageQuery
 from trivec.core.errors import ResourceUnknown, StoreRefused
 
@@ -83,7 +83,10 @@ class SqlStore:
 
     def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
         # Only what was billed must outlive a power cut; a reservation is forgotten in a minute.
-        notes_only = all(isinstance(entry, Reserve) for entry in entries)
+        notes_only = all(
+            isinstance(entry, Reserve) or (isinstance(entry, Settle) and entry.row.is_counted)
+            for entry in entries
+        )
         self._ensure_prepared()
         with self._mapped(), self._pen.quickly(notes_only=notes_only) as cursor:
             page = Page(
@@ -162,8 +165,11 @@ class SqlStore:
 
     def usage(self, query: UsageQuery) -> list[UsageLine]:
         self._ensure_prepared()
-        with self._mapped(), self._engines.summing.begin() as connection:
-            return usage_lines(connection.execute(usage_statement(query)), query.by)
+        letting_go = self._engines.summing.dispose  # nothing of who writes and who checks keys
+        with self._mapped(letting_go), self._engines.summing.begin() as connection:
+            statements = usage_statements(query)
+            found = [row for one in statements for row in connection.execute(one)]
+        return usage_lines(found, query.by)
 
     def interrupt(self) -> None:
         self._engines.interrupt()
@@ -193,14 +199,14 @@ class SqlStore:
             raise unavailable() from refused
 
     @contextmanager
-    def _mapped(self) -> Iterator[None]:
+    def _mapped(self, letting_go: Callable[[], None] | None = None) -> Iterator[None]:
         try:
             yield
         except (DBAPIError, self._driver_error) as fault:
             said = fault.orig if isinstance(fault, DBAPIError) else fault
             if said is None or not is_the_stores(said, self._engines.writing.dialect):
                 raise
-            self._let_go()
+            (letting_go or self._let_go)()
             raise unavailable() from said
         except TimeoutError as fault:  # every reading connection is taken
             raise unavailable() from fault
