@@ -108,14 +108,16 @@ def run(times: int = 50) -> Report:
             billed = {one for one, (status, _) in rows.items() if status == 200}
             sent += len(seen.statuses) + len(seen.broken)
             lost += len(billed - answered)
-            gaps += len(answered - billed) + len(seen.statuses.keys() - rows.keys())
+            gaps += len(answered - billed)  # what costs no tokens has no row, but is counted
             broken += len(seen.broken)
             longest_s = max(longest_s, exit_s)
             codes.add(code)
     report.at_least("stops under load", times, times)
     report.at_most("accepted requests lost", lost, 0)
     report.at_most("answers without their row in the ledger", gaps, 0)
-    report.at_most("share of requests broken off unaccepted", broken / sent, 0.001)
+    # The kernel may hold a connection that nobody accepts any more: one in a thousand requests; of
+    # fewer than a thousand, one is all that a share could tell.
+    report.at_most("requests broken off unaccepted", broken, max(1, sent // 1000))
     report.at_most("seconds until it had left", longest_s, EXIT_S_MAX)
     report.at_most("exit codes other than 0", len(codes - {0}), 0)
     report.figures.update(requests_sent=sent, broken_off=broken)
