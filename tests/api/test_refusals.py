@@ -83,7 +83,8 @@ def assert_refused(response: httpx.Response) -> None:
         pytest.param(
             {"input": [[5, 1000]]},
             "Token id 1000 is outside this model's vocabulary of 1000 ids. "
-            "Send the text itself, or ids of this model's own tokenizer.",
+            "Send the text itself, or ids of this model's own tokenizer. In LangChain's "
+            "OpenAIEmbeddings set check_embedding_ctx_length=False.",
             "input[0][1]",
             id="a-foreign-token-id",
         ),

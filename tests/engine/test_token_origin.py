@@ -71,8 +71,9 @@ async def test_arrays_of_cl100k_are_refused_unless_they_are_said_to_be_own(
     model: Tokenizer, ids: list[int]
 ) -> None:
     array = np.array([one for one in ids if one < model.vocabulary_size], np.int32)
-    with pytest.raises(TokenIdsForeign, match="check_embedding_ctx_length=False"):
+    with pytest.raises(TokenIdsForeign, match="check_embedding_ctx_length=False") as refusal:
         await take(model, [array])
+    assert refusal.value.param == "input"
     assert await take(model, [array], are_own=True) == 1
 
 

@@ -81,7 +81,8 @@ class TokenIdUnknown(FieldInvalid):
     def __init__(self, *, token_id: int, vocabulary_size: int, param: str) -> None:
         super().__init__(
             f"Token id {token_id} is outside this model's vocabulary of {vocabulary_size} ids. "
-            "Send the text itself, or ids of this model's own tokenizer.",
+            "Send the text itself, or ids of this model's own tokenizer. In LangChain's "
+            "OpenAIEmbeddings set check_embedding_ctx_length=False.",
             param=param,
         )
 
@@ -94,7 +95,8 @@ class TokenIdsForeign(RequestError):
             "The token ids in 'input' do not look like this model's own: ids of another tokenizer, "
             "as OpenAI's tiktoken, name other words here. Send texts instead. In LangChain's "
             "OpenAIEmbeddings set check_embedding_ctx_length=False. If they are this model's, send "
-            '"token_encoding": "model" and they are taken as they are.'
+            '"token_encoding": "model" and they are taken as they are.',
+            param="input",
         )
 
 
