@@ -43,7 +43,11 @@ CONNECTIONS = 900
 PROBES = 5
 PROBE_EVERY_S = 0.1
 LINE_S_MAX = 2.0  # of work in line: short, so that a form of seconds reaches the end of it
-ENVIRON = {"TRIVEC_LINE__WAIT_S_MAX": str(LINE_S_MAX)}
+ENVIRON = {
+    "TRIVEC_LINE__WAIT_S_MAX": str(LINE_S_MAX),
+    "TRIVEC_LINE__ALWAYS_REQUESTS": "1",  # nor is a short queue let grow past it
+    "TRIVEC_LINE__ALWAYS_TOKENS": "1",
+}
 
 
 @dataclass(slots=True)
@@ -221,7 +225,7 @@ async def _run(url: str, seconds: float, *, is_fake: bool) -> Report:
         report.at_most("answers but 200 and 503", len(set(attempts.others) - {200}), 0)
         report.at_most("connections that broke", crowd.broken, 0)
         report.at_most("seconds until back to the usual latency", back_s, BACK_S_MAX)
-        if is_fake:
+        if is_fake and refusals_s:
             p99_ms = percentile(refusals_s, 0.99) * 1e3
             report.at_most("p99 of a refusal, in ms", p99_ms, 50)
         report.figures.update(
@@ -229,7 +233,9 @@ async def _run(url: str, seconds: float, *, is_fake: bool) -> Report:
             capacity_tokens_per_s=round(capacity),
             goodput_tokens_per_s={times: round(one) for times, one in goodputs.items()},
             refusal_ms={
-                share: round(percentile(refusals_s, share) * 1e3, 1) for share in (0.5, 0.99)
+                share: round(percentile(refusals_s, share) * 1e3, 1)
+                for share in (0.5, 0.99)
+                if refusals_s
             },
             refused=attempts.refused,
             usual_ms=round(usual_s * 1e3, 1),

@@ -41,7 +41,7 @@ def test_it_reads_texts_and_token_ids_in_order(seen: Any) -> None:
 
 def test_a_dense_vector_that_was_not_asked_for_is_empty_to_it(seen: Any) -> None:
     assert seen["sparse"]["embedding"] == [[]]
-    assert set(seen["sparse"]["sparse"]) == {"indices", "values"}
+    assert set(seen["sparse"]["sparse"]) == {"encoding", "indices", "values"}
 
 
 def test_it_reads_usage_and_models(seen: Any) -> None:

@@ -54,7 +54,7 @@ def test_it_reads_sparse_and_multi_vectors_as_extra_fields(client: openai.OpenAI
     )
     datum = answer.data[0].model_dump()
     assert datum["embedding"] == []
-    assert set(datum["sparse_embedding"]) == {"indices", "values"}
+    assert set(datum["sparse_embedding"]) == {"encoding", "indices", "values"}
     assert datum["multi_embedding"]["shape"] == [6, 8]
 
 

@@ -189,9 +189,21 @@ class Writer:
         self._commit([item for item in items if isinstance(item, Job)])
         for item in items:
             if isinstance(item, Errand):
-                with self._holding([item]):
-                    _run_errand(item)
+                self._run_errand(item)
         return None not in items
+
+    def _run_errand(self, errand: Errand) -> None:
+        if not errand.waiter.set_running_or_notify_cancel():
+            return
+        try:
+            with self._holding([errand]):
+                result = errand.run()
+        except Exception as fault:  # the outermost loop: whoever waits hears of it
+            with suppress(InvalidStateError):  # it was given up meanwhile
+                errand.waiter.set_exception(fault)
+        else:
+            with suppress(InvalidStateError):
+                errand.waiter.set_result(result)
 
     def _gather(self) -> list[Item]:
         """Wait for an item or until upkeep is due, then take all that is there."""
@@ -277,15 +289,3 @@ def _resolve(told: Sequence[Told]) -> None:
             waiter.set_exception(answer)
         else:
             waiter.set_result(answer)
-
-
-def _run_errand(errand: Errand) -> None:
-    if not errand.waiter.set_running_or_notify_cancel():
-        return
-    with suppress(InvalidStateError):  # it was given up meanwhile
-        try:
-            errand.waiter.set_result(errand.run())
-        except InvalidStateError:
-            raise
-        except Exception as fault:  # the outermost loop: whoever waits hears of it
-            errand.waiter.set_exception(fault)
