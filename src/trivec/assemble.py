@@ -7,7 +7,7 @@ Heavy rooms are imported by the function that needs them.
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
@@ -325,11 +325,12 @@ def _load_openvino(
     backend = OpenVinoBackend.load(
         checkpoint, precision=settings.precision, cores=cores, cache_dir=cache_dir
     )
+    card = replace(model_card(checkpoint, backend.precision), recipe=backend.recipe)
     earned = backend.certificate
     if earned is None:
-        return LoadedModel(checkpoint, backend, model_card(checkpoint, backend.precision), None)
+        return LoadedModel(checkpoint, backend, card, None)
     certificate = Certificate(earned.dense.minimum, earned.dense.mean, earned.summary)
-    card = model_card(checkpoint, backend.precision, notes={"certificate": earned.summary})
+    card = replace(card, notes={"certificate": earned.summary})
     return LoadedModel(checkpoint, backend, card, certificate)
 
 

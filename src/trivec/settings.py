@@ -48,6 +48,16 @@ def _plain_truth(value: object) -> object:
 
 
 NoAuth: TypeAlias = Annotated[Literal[False, True, "anywhere"], BeforeValidator(_plain_truth)]
+PRECISIONS = ("auto", "fp32", "int8", "bf16", "fp16")
+
+
+def _check_precision(name: str) -> str:
+    """What a recipe may be called is its backend's to say; that it is one begins with int8-."""
+    if name not in PRECISIONS and not name.startswith("int8-"):
+        raise ValueError(f"must be {', '.join(PRECISIONS)} or a recipe such as int8-rows")
+    return name
+
+
 Models: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_split_at_commas)]
 Folder: TypeAlias = Annotated[Path, AfterValidator(Path.expanduser)]
 
@@ -160,8 +170,8 @@ class Settings(Section):
     """Device to run on."""
     backend: Literal["auto", "openvino", "torch", "fake"] = "auto"
     """Engine to run with; auto is openvino on CPUs and torch on CUDA."""
-    precision: Literal["auto", "fp32", "int8", "bf16", "fp16"] = "auto"
-    """Arithmetic of the encoder; auto takes the fastest that keeps the vectors."""
+    precision: Annotated[str, AfterValidator(_check_precision)] = "auto"
+    """Arithmetic of the encoder: fp32, int8, bf16, fp16, an exact recipe of int8 as /models names it (int8-rows), or auto, the fastest that keeps the vectors."""
     data_dir: Folder = Path("~/.local/share/trivec")
     """Folder for the store, the server's secret and converted models."""
     database_url: SecretStr | None = None

@@ -265,7 +265,7 @@ async def test_models_are_listed_in_openais_words_and_ours(house: House) -> None
     assert shown["object"] == "model"
     assert shown["context_size"] == 64
     assert shown["output_types"] == ["dense", "sparse", "multi"]
-    assert {"created", "owned_by", "dimensions", "precision"} <= set(shown)
+    assert {"created", "owned_by", "dimensions", "precision", "recipe"} <= set(shown)
 
 
 async def test_a_key_sees_only_its_own_models(house: House) -> None:

@@ -22,10 +22,12 @@ from trivec.backends.openvino.probes import LENGTHS_MADE, make_probes, read_sent
 from trivec.backends.openvino.recipe import (
     INT8_GROUPS_32,
     INT8_GROUPS_128,
+    INT8_RECIPES,
     INT8_ROWS,
     INT8_ROWS_BF16,
     Recipe,
     int8_ladder,
+    int8_named,
 )
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.checkpoints.hashes import Hashes
@@ -290,3 +292,65 @@ def test_nothing_half_written_is_left_behind(tiny_m3: Checkpoint, tmp_path: Path
     assert len(names) == 3  # and the remembered hash
     assert not any(name.startswith(".") for name in names)
     shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [*INT8_RECIPES, *(replace(one, exact_layers=frozenset({0, 11})) for one in INT8_RECIPES)],
+    ids=lambda recipe: recipe.name,
+)
+def test_a_recipe_is_found_by_its_exact_name(recipe: Recipe) -> None:
+    assert int8_named(recipe.name) == recipe
+
+
+@pytest.mark.parametrize(
+    "name", ["int8-row", "int8-groups", "int8-rows-exact-", "int8-rows-exact-2-1", "fp32-exact-0"]
+)
+def test_an_unknown_recipe_is_refused_and_the_known_are_named(
+    name: str, tiny_m3: Checkpoint, tmp_path: Path
+) -> None:
+    assert int8_named(name) is None
+    with pytest.raises(SettingInvalid) as refused:
+        OpenVinoBackend.load(tiny_m3, precision=name, cores=1, cache_dir=tmp_path)
+    assert all(word in str(refused.value) for word in (name, *(one.name for one in INT8_RECIPES)))
+
+
+def test_a_pinned_recipe_is_run_and_kept_apart_from_the_automatic_choice(
+    tiny_m3: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt = Trial.attempt
+
+    def passing(self: Trial, recipe: Recipe, *, refused: tuple[str, ...]) -> Candidate:
+        tried = attempt(self, recipe, refused=refused)  # what it finds is up to the CPU
+        agrees = Agreement(0.999, 0.999)
+        certificate = replace(tried.certificate, dense=agrees, sparse=agrees, multi=agrees)
+        return replace(tried, certificate=certificate)
+
+    monkeypatch.setattr(Trial, "attempt", passing)
+    pin = partial(OpenVinoBackend.load, tiny_m3, cores=1, cache_dir=tmp_path)
+    name = INT8_GROUPS_32.name
+    assert pin(precision=name).recipe == name
+    assert prepared(tiny_m3, tmp_path) is None
+    monkeypatch.delattr(Trial, "attempt")
+    again = pin(precision=name)
+    assert (again.recipe, again.precision) == (name, "int8")
+    assert OpenVinoBackend.load(tiny_m3, precision="fp32", cores=1, cache_dir=tmp_path).recipe == (
+        "fp32"
+    )
+
+
+def test_a_pinned_recipe_that_fails_its_certificate_is_refused_with_its_figures(
+    tmp_path: Path,
+) -> None:
+    checkpoint = spoiled(tmp_path, outliers_that_cancel)
+    with pytest.raises(SettingInvalid, match=r"int8-rows FAILS .* min .* mean.* needs 0\.99 min"):
+        OpenVinoBackend.load(checkpoint, precision="int8-rows", cores=1, cache_dir=tmp_path)
+
+
+def test_a_pinned_recipe_that_cannot_run_here_is_refused(
+    tiny_m3: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trivec.backends.openvino.backend.has_bf16", lambda: False)
+    for name, reason in (("int8-rows-bf16", "bf16 products"), ("int8-rows-exact-99", "layer 99")):
+        with pytest.raises(SettingInvalid, match=reason):
+            OpenVinoBackend.load(tiny_m3, precision=name, cores=1, cache_dir=tmp_path)

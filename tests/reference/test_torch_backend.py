@@ -335,6 +335,7 @@ def test_the_precision_follows_the_oldest_device(asked: str, device: str, precis
     [
         pytest.param("int8", "cpu", "openvino", id="int8-is-the-other-backend-s"),
         pytest.param("bf16", "cuda:1", "Tesla T4 has none", id="bf16-before-ampere"),
+        pytest.param("int8-rows", "cpu", "openvino", id="a-recipe-of-cpus"),
         pytest.param("fp64", "cpu", "unknown", id="unknown-precision"),
     ],
 )

@@ -50,6 +50,10 @@ def test_models_are_a_list_in_the_file_and_separated_by_commas_in_the_environmen
             id="a-flag-out-of-range",
         ),
         pytest.param(
+            {"precision": "fp8"}, {}, ["--precision is 'fp8'", "fp32, int8", "int8-rows"],
+            id="a-precision-that-no-backend-has",
+        ),
+        pytest.param(
             {"device": "tpu"}, {}, ["--device is 'tpu'", "'auto', 'cpu' or 'cuda'"],
             id="a-flag-that-is-not-among-the-choices",
         ),

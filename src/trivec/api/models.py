@@ -34,6 +34,7 @@ def _model(card: ModelCard, name: str) -> Model:
         dimensions_selectable=card.dimensions_selectable,
         output_types=output_words(card.outputs),
         precision=card.precision,
+        recipe=card.recipe,
         verified=card.verified,
         aliases=list(card.aliases),
         notes=dict(card.notes),

@@ -166,6 +166,10 @@ class Model(Struct, frozen=True, kw_only=True):
     dimensions_selectable: bool
     output_types: list[str]
     precision: str
+    recipe: Annotated[
+        str | None,
+        Meta(description="The exact arithmetic on a CPU, which `--precision` takes; else null."),
+    ] = None
     verified: bool
     aliases: list[str]
     notes: dict[str, str]

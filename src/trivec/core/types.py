@@ -175,6 +175,7 @@ class ModelCard:
     dimensions_selectable: bool = False  # trained so that a leading slice of a vector is a vector
     verified: bool = False  # every file matched the catalogue's hash
     aliases: tuple[str, ...] = ()
+    recipe: str | None = None  # the exact arithmetic, where the backend has a name for it
     notes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     @property

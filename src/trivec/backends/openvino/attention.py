@@ -62,13 +62,18 @@ class Attention:
         return op.convert(x, "bf16") if self.bf16 else x
 
 
+def has_bf16() -> bool:
+    """Whether this machine can multiply in bf16 at all."""
+    return "BF16" in open_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 def bf16_pays(heads: HeadShape, *, tokens: int = TRIAL_TOKENS) -> bool:
     """Whether bf16 is clearly faster for a text of *tokens*: tried on this machine, for 0.2 s.
 
     Having the instructions says little: on AMD Zen 5 bf16 products are four times as fast as
     fp32's, on an Intel Xeon without AMX they were slower.
     """
-    if "BF16" not in open_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if not has_bf16():
         return False
     requests = [_alone(Attention(heads, bf16), tokens) for bf16 in (False, True)]
     turns = [[_time_s(request) for request in requests] for _ in range(TRIAL_REPEATS)]

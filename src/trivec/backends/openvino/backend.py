@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from trivec.backends.openvino.certificate import Certificate
-from trivec.backends.openvino.certifying import best_int8, fp32_tensors, readout_of
+from trivec.backends.openvino.attention import has_bf16
+from trivec.backends.openvino.certificate import COSINE_MEAN, COSINE_MIN, Certificate
+from trivec.backends.openvino.certifying import Trial, best_int8, fp32_tensors, readout_of
 from trivec.backends.openvino.encoding import BatchEncoder
 from trivec.backends.openvino.linear import Tensors
 from trivec.backends.openvino.pages import let_go, mappings_of, return_free
 from trivec.backends.openvino.prepared import Prepared, load, prepared_folder, save
-from trivec.backends.openvino.recipe import FP32, Form, Recipe
+from trivec.backends.openvino.recipe import FP32, INT8_RECIPES, Form, Recipe, int8_named
 from trivec.backends.openvino.rows import ROW_BUDGET
 from trivec.backends.openvino.witness import Plan, open_session
 from trivec.checkpoints.checkpoint import Checkpoint
@@ -47,16 +48,16 @@ class OpenVinoBackend:
     ) -> "OpenVinoBackend":
         """Read, quantise if asked, compile and warm up; blocks for seconds.
 
-        *precision*: `fp32`, `int8`, or `auto`, which takes int8 where its certificate passes. The
-        quantised model is kept under *cache_dir*. Raises `CheckpointRefused`, `SettingInvalid`.
+        *precision*: `fp32`, `int8`, `auto`, which takes int8 where its certificate passes, or the
+        name of an int8 recipe, which is refused where its certificate fails. The quantised model
+        is kept under *cache_dir*. Raises `CheckpointRefused`, `SettingInvalid`.
         """
-        if precision not in ("auto", "fp32", "int8"):
-            raise SettingInvalid(
-                f"precision {precision} is not for CPUs; choose auto, int8 or fp32."
-            )
         prepared = None
         if precision != "fp32":
-            prepared = _prepared(checkpoint, slot_count=cores, cache_dir=cache_dir)
+            pinned = None if precision in ("auto", "int8") else _pinned(checkpoint, precision)
+            prepared = _prepared(checkpoint, pinned, slot_count=cores, cache_dir=cache_dir)
+            if pinned is not None:
+                _refuse_unless_passed(checkpoint, prepared.certificate)
         certificate = None if prepared is None else prepared.certificate
         tensors: Tensors
         if prepared is not None and (precision == "int8" or prepared.certificate.passes):
@@ -75,6 +76,11 @@ class OpenVinoBackend:
     def precision(self) -> str:
         """`fp32` or `int8`."""
         return self._recipe.precision
+
+    @property
+    def recipe(self) -> str:
+        """The exact name of the arithmetic, which `load` takes as its precision."""
+        return self._recipe.name
 
     @property
     def slot_count(self) -> int:
@@ -118,12 +124,53 @@ class OpenVinoBackend:
             self.run(Batch(ids, starts, np.array([Output.DENSE], np.uint8)), slot=slot)
 
 
-def _prepared(checkpoint: Checkpoint, *, slot_count: int, cache_dir: Path) -> Prepared:
-    """The int8 form of *checkpoint*, from the cache or made now and put there."""
-    folder = prepared_folder(checkpoint, precision="int8", cache_dir=cache_dir)
+def _pinned(checkpoint: Checkpoint, name: str) -> Recipe:
+    """The recipe called *name*. Raises `SettingInvalid` where there is none, or not here."""
+    recipe = int8_named(name)
+    if recipe is None:
+        raise SettingInvalid(
+            f"precision {name} is not for CPUs; choose auto, fp32, int8 or one of the recipes "
+            f"{', '.join(one.name for one in INT8_RECIPES)}, each also with -exact- and the "
+            "numbers of layers to keep in fp32, as -exact-0-11"
+        )
+    layer_count = checkpoint.config.layer_count
+    if recipe.exact_layers and max(recipe.exact_layers) >= layer_count:
+        raise SettingInvalid(
+            f"precision {name} names layer {max(recipe.exact_layers)}, and the layers of "
+            f"{checkpoint.id} are 0 to {layer_count - 1}"
+        )
+    if recipe.bf16_attention and not has_bf16():
+        raise SettingInvalid(
+            f"precision {name} needs a CPU with bf16 products, which this one has not; choose "
+            f"{name.replace('-bf16', '')} for the whole fleet, or auto"
+        )
+    return recipe
+
+
+def _refuse_unless_passed(checkpoint: Checkpoint, certificate: Certificate) -> None:
+    if not certificate.passes:
+        raise SettingInvalid(
+            f"{checkpoint.id} is not served in {certificate.recipe}: {certificate.summary}. It needs "
+            f"{COSINE_MIN} min and {COSINE_MEAN} mean; choose auto, fp32 or a more careful recipe"
+        )
+
+
+def _prepared(
+    checkpoint: Checkpoint, pinned: Recipe | None, *, slot_count: int, cache_dir: Path
+) -> Prepared:
+    """The int8 form of *checkpoint*, from the cache or made now and put there.
+
+    It is in the recipe *pinned*, or in the fastest that passes. The two have a folder each: what
+    is kept for one never answers for the other.
+    """
+    precision = "int8" if pinned is None else pinned.name
+    folder = prepared_folder(checkpoint, precision=precision, cache_dir=cache_dir)
     kept = load(folder)
     if kept is None:
-        made = best_int8(checkpoint, slot_count=slot_count)
+        if pinned is None:
+            made = best_int8(checkpoint, slot_count=slot_count)
+        else:
+            made = Trial(checkpoint, slot_count=slot_count).attempt(pinned, refused=())
         try:
             save(folder, made.recipe, made.certificate, made.tensors)
         except OSError as error:

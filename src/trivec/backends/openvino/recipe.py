@@ -4,7 +4,7 @@ Linear layers have a form, the products of attention a type. Everything else (em
 softmax of the scores it is given, GELU) is fp32 in every recipe.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 
@@ -58,6 +58,7 @@ INT8_ROWS = Recipe(Form.INT8_ROWS)
 INT8_ROWS_BF16 = Recipe(Form.INT8_ROWS, bf16_attention=True)
 INT8_GROUPS_128 = Recipe(Form.INT8_GROUPS, group_size=128)
 INT8_GROUPS_32 = Recipe(Form.INT8_GROUPS, group_size=32)
+INT8_RECIPES = (INT8_ROWS_BF16, INT8_ROWS, INT8_GROUPS_128, INT8_GROUPS_32)
 
 
 def int8_ladder(*, bf16_pays: bool) -> tuple[Recipe, ...]:
@@ -67,3 +68,11 @@ def int8_ladder(*, bf16_pays: bool) -> tuple[Recipe, ...]:
     """
     foot = (INT8_ROWS_BF16,) if bf16_pays else ()
     return (*foot, INT8_ROWS, INT8_GROUPS_128, INT8_GROUPS_32)
+
+
+def int8_named(name: str) -> Recipe | None:
+    """The int8 recipe of that exact name, also one with exact layers; None where there is none."""
+    base, _, exact = name.partition("-exact-")
+    layers = frozenset(int(layer) for layer in exact.split("-") if layer.isdecimal())
+    found = (replace(recipe, exact_layers=layers) for recipe in INT8_RECIPES if recipe.name == base)
+    return next((recipe for recipe in found if recipe.name == name), None)

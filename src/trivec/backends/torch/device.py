@@ -136,9 +136,9 @@ def choose_precision(asked: str, choice: DeviceChoice, found: Found) -> Precisio
 
     Raises `SettingInvalid` for what the devices cannot do.
     """
-    if asked == "int8":
+    if asked.startswith("int8"):
         raise SettingInvalid(
-            "--precision int8 is for the openvino backend; torch has auto, fp32, bf16 and fp16"
+            f"--precision {asked} is for the openvino backend; torch has auto, fp32, bf16 and fp16"
         )
     if asked not in {"auto", "fp32", "bf16", "fp16"}:
         raise SettingInvalid(f"--precision {asked} is unknown; use auto, fp32, bf16 or fp16")

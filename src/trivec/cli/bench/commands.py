@@ -26,7 +26,7 @@ bench_app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Option(help="Model to measure: ID, DIR or ID=DIR.")]
-Precision = Annotated[str, typer.Option(help="auto, fp32 or int8.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, int8 or a recipe as int8-rows.")]
 Seconds = Annotated[float, typer.Option(help="Length of one measurement.", min=0.1)]
 Repeats = Annotated[int, typer.Option(help="Times each is measured; medians are shown.", min=1)]
 DataDir = Annotated[Path | None, typer.Option(help="Folder for the store and converted models.")]
