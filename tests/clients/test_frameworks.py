@@ -1,15 +1,18 @@
-"""LangChain and LlamaIndex work unchanged with nothing but a base URL and a key."""
+"""Frameworks work unchanged with nothing but a base URL and a key, or say what they need."""
 
 import math
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from tests.process.server import Server
 
 COMES_WITH = "comes with: make test-clients"
 MODEL = "all-minilm-l6-v2"
+# What cl100k_base, the encoding that LangChain takes for a model it does not know, makes of a sentence.
+CL100K = [32, 3995, 1716, 374, 20427, 264, 15580, 1555, 279, 2115, 13]
 TEXTS = ["A cat sits on the mat.", "On the mat there is a cat.", "Interest rates rose again."]
 
 
@@ -36,15 +39,10 @@ async def http_async() -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-def langchain(base_url: str, server: Server, **client: object) -> Any:
+def langchain(base_url: str, server: Server, **options: object) -> Any:
     library = pytest.importorskip("langchain_openai", reason=COMES_WITH)
-    return library.OpenAIEmbeddings(
-        model=MODEL,
-        base_url=base_url,
-        api_key=server.key,
-        check_embedding_ctx_length=False,
-        **client,
-    )
+    settings = {"check_embedding_ctx_length": False, **options}
+    return library.OpenAIEmbeddings(model=MODEL, base_url=base_url, api_key=server.key, **settings)
 
 
 def test_langchain_embeds_documents_and_queries(
@@ -76,3 +74,53 @@ def test_llama_index_embeds_texts_and_queries(
     vectors = embedding.get_text_embedding_batch(TEXTS)
     assert_near_neighbours(vectors)
     assert embedding.get_query_embedding(TEXTS[0]) == vectors[0]
+
+
+class Cl100k:
+    """In tiktoken's place, whose vocabulary would come over the network."""
+
+    def encode(self, text: str, **_: object) -> list[int]:
+        return CL100K
+
+    encode_ordinary = encode
+
+
+def test_langchain_with_its_defaults_is_told_the_setting_it_needs(
+    base_url: str, server: Server, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiktoken = pytest.importorskip("tiktoken", reason=COMES_WITH)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda _: Cl100k())
+    embeddings = langchain(base_url, server, http_client=http, check_embedding_ctx_length=True)
+    with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length=False") as refusal:
+        embeddings.embed_documents(TEXTS)
+    assert refusal.value.code == "token_ids_foreign"
+
+
+def test_haystack_embeds_documents_and_queries(
+    base_url: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    haystack = pytest.importorskip("haystack", reason=COMES_WITH)
+    embedders = pytest.importorskip("haystack.components.embedders", reason=COMES_WITH)
+    monkeypatch.setenv("OPENAI_API_KEY", server.key)
+    settings = {"model": MODEL, "api_base_url": base_url}
+    of_documents = embedders.OpenAIDocumentEmbedder(progress_bar=False, **settings)
+    of_texts = embedders.OpenAITextEmbedder(**settings)
+    try:
+        documents = of_documents.run([haystack.Document(content=text) for text in TEXTS])
+        query = of_texts.run(TEXTS[0])
+    finally:
+        of_documents.close()
+        of_texts.close()
+    vectors = [document.embedding for document in documents["documents"]]
+    assert_near_neighbours(vectors)
+    assert query["embedding"] == vectors[0]
+
+
+def test_mteb_embeds_by_the_call_of_its_openai_wrapper(base_url: str, server: Server) -> None:
+    # As mteb 2.26.24 calls it (mteb/models/model_implementations/openai_models.py) for a model
+    # whose size it was told; the package itself brings torch.
+    with openai.OpenAI(base_url=base_url, api_key=server.key) as client:
+        answer = client.embeddings.create(
+            input=TEXTS, model=MODEL, encoding_format="float", dimensions=384
+        )
+    assert_near_neighbours([row.embedding for row in answer.data])
