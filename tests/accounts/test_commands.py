@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import socket
 import subprocess
 import termios
 from collections.abc import Callable
@@ -21,12 +22,12 @@ from tests.accounts.requests import closing, let_in, opening
 from tests.process.server import TRIVEC
 from typer.testing import CliRunner
 
-from trivec.accounts.stores import open_accounts
+from trivec.accounts.stores import open_accounts, open_administration
 from trivec.cli.db import db_app
 from trivec.cli.keys import keys_app
 from trivec.cli.usage import usage
 from trivec.core.clock import SystemClock
-from trivec.core.errors import FieldInvalid, ResourceUnknown, SettingInvalid
+from trivec.core.errors import FieldInvalid, ResourceUnknown, SettingInvalid, StoreRefused
 from trivec.settings import Settings
 
 
@@ -46,8 +47,15 @@ Trivec = Callable[..., Said]
 
 
 @pytest.fixture
-def trivec(tmp_path: Path) -> Trivec:
-    """Runs a command on a data folder of the test's own; its refusal is raised."""
+def trivec(tmp_path: Path, trivec_in_a_new_folder: Trivec) -> Trivec:
+    """Runs a command on a data folder with an empty store; its refusal is raised."""
+    with open_administration(Settings(data_dir=tmp_path), clock=SystemClock()):
+        return trivec_in_a_new_folder
+
+
+@pytest.fixture
+def trivec_in_a_new_folder(tmp_path: Path) -> Trivec:
+    """The same, where nothing was made yet."""
     app = typer.Typer()
     app.add_typer(keys_app, name="keys")
     app.add_typer(db_app, name="db")
@@ -61,6 +69,33 @@ def trivec(tmp_path: Path) -> Trivec:
         return Said(result.stdout, result.stderr)
 
     return run
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["keys", "list"], ["usage"], ["keys", "revoke", "t"], ["keys", "create", "--name", "t"]],
+)
+def test_no_command_makes_a_second_store_by_itself(
+    trivec_in_a_new_folder: Trivec, tmp_path: Path, words: list[str]
+) -> None:
+    with pytest.raises(StoreRefused, match=r"there is no store in .*--data-dir"):
+        trivec_in_a_new_folder(*words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_is_made_where_that_is_asked_for(trivec_in_a_new_folder: Trivec) -> None:
+    assert trivec_in_a_new_folder("keys", "create", "--name", "t", "--create").out.startswith("tv_")
+
+
+def test_a_postgres_that_is_away_is_named_with_its_cause(trivec: Trivec) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    url = f"postgresql+psycopg://trivec:hush@127.0.0.1:{port}/trivec"
+    with pytest.raises(StoreRefused, match=f"127.0.0.1:{port} cannot be used: .*refused") as said:
+        trivec("keys", "list", TRIVEC_DATABASE_URL=url)
+    assert "hush" not in str(said.value)
+    assert "\n" not in str(said.value)
 
 
 def test_a_shell_catches_the_key_and_the_person_is_told_to_keep_it(trivec: Trivec) -> None:
@@ -267,8 +302,8 @@ def test_usage_by_key(trivec: Trivec, used: list[str]) -> None:
     rows = trivec("usage", "--by", "key", "--json").json
 
     assert sorted(rows, key=lambda row: row["name"]) == [
-        {"key": used[0], "name": "busy", "requests": 2, "tokens": 2000},
-        {"key": used[1], "name": "idle", "requests": 1, "tokens": 0},
+        {"key": used[0], "name": "busy", "requests": 2, "failed": 0, "tokens": 2000, "share": 1.0},
+        {"key": used[1], "name": "idle", "requests": 1, "failed": 1, "tokens": 0, "share": 0.0},
     ]
 
 
@@ -277,8 +312,8 @@ def test_usage_by_model_and_by_day(trivec: Trivec) -> None:
     by_model = trivec("usage", "--by", "model", "--json").json
     by_day = trivec("usage", "--by", "day", "--json").json
 
-    assert by_model == [{"model": "m", "requests": 3, "tokens": 2000}]
-    assert [set(row) for row in by_day] == [{"day", "requests", "tokens"}]
+    assert by_model == [{"model": "m", "requests": 3, "failed": 1, "tokens": 2000, "share": 1.0}]
+    assert [set(row) for row in by_day] == [{"day", "requests", "failed", "tokens", "share"}]
     assert sum(row["tokens"] for row in by_day) == 2000
 
 

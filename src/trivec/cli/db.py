@@ -4,7 +4,7 @@ from contextlib import closing
 
 import typer
 
-from trivec.cli.store import ConfigFile, DataDir, say, settings_of
+from trivec.cli.store import ConfigFile, DataDir, say, settings_of, telling_what_is_away
 
 db_app = typer.Typer(help="Look after the store's schema.", no_args_is_help=True)
 
@@ -19,7 +19,8 @@ def upgrade(data_dir: DataDir = None, config: ConfigFile = None) -> None:
     """Bring the schema to the one this version reads; needed on Postgres, automatic on SQLite."""
     from trivec.accounts.stores import open_store
 
-    with closing(open_store(settings_of(data_dir, config))) as store:
+    settings = settings_of(data_dir, config)
+    with telling_what_is_away(settings), closing(open_store(settings)) as store:
         before = store.revision()
         store.upgrade()
         after = store.revision()

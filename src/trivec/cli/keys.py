@@ -1,6 +1,7 @@
 """`trivec keys`: make, list, show, revoke and rotate the keys that open this server."""
 
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
@@ -20,10 +21,12 @@ from trivec.cli.store import (
     print_json,
     print_table,
     say,
+    settings_of,
     shown,
     styled,
     table,
 )
+from trivec.core.errors import StoreRefused
 
 if TYPE_CHECKING:
     from trivec.accounts import Key, NewKey, Scope, Secret
@@ -58,6 +61,9 @@ def create(
     expires: Annotated[
         str | None, typer.Option("--expires", help="A date, an instant, or a span such as 30d.")
     ] = None,
+    new_store: Annotated[
+        bool, typer.Option("--create", help="Make a store where the data folder has none.")
+    ] = False,
     data_dir: DataDir = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
@@ -74,10 +80,28 @@ def create(
     )
     for warning in _unknown_models(models or [], data_dir, config):
         say(warning)
-    with administration(data_dir, config) as books:
+    creates = new_store or _may_make_store(data_dir, config)
+    with administration(data_dir, config, creates=creates) as books:
         new = books.create_key(plan)
     _print_new(new, as_json=as_json)
     say(f"This is the only time the key {new.key.name} ({new.key.id}) is shown; keep it safe.")
+
+
+def _may_make_store(data_dir: str | None, config: str | None) -> bool:
+    """Ask, where somebody is there to answer and there is no store yet."""
+    from trivec.accounts.stores import sqlite_file
+
+    settings = settings_of(data_dir, config)
+    file = sqlite_file(settings)
+    if file is None or file.exists():
+        return False
+    if not sys.stdin.isatty():
+        raise StoreRefused(
+            f"there is no store in {settings.data_dir}; name the server's own data folder with "
+            "--data-dir, or make a store there with --create"
+        )
+    question = f"There is no store in {settings.data_dir}. Make one?"
+    return typer.confirm(question, default=False, err=True, abort=True)
 
 
 @keys_app.command("list")

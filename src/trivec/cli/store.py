@@ -5,14 +5,15 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from urllib.parse import urlsplit
 
 import typer
 
-from trivec.core.errors import SettingInvalid
+from trivec.core.errors import SettingInvalid, StoreRefused, StoreUnavailable
 from trivec.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -38,14 +39,46 @@ def settings_of(data_dir: str | None, config: str | None) -> Settings:
     return load_settings({"data_dir": data_dir, "config": config}, os.environ, warn=say)
 
 
+@contextmanager
 def administration(
-    data_dir: str | None, config: str | None
-) -> "AbstractContextManager[Administration]":
-    """Raises `StartError` and `StoreUnavailable`."""
-    from trivec.accounts.stores import open_administration
+    data_dir: str | None, config: str | None, *, creates: bool = False
+) -> "Iterator[Administration]":
+    """The store's administration until the block ends. Raises `StartError`, in one line.
+
+    An SQLite store that is not there is made only where *creates*: beside the server's own it would be
+    a second one, whose keys open nothing.
+    """
+    from trivec.accounts.stores import open_administration, sqlite_file
     from trivec.core.clock import SystemClock
 
-    return open_administration(settings_of(data_dir, config), clock=SystemClock())
+    settings = settings_of(data_dir, config)
+    file = sqlite_file(settings)
+    if file is not None and not file.exists() and not creates:
+        raise StoreRefused(
+            f"there is no store in {settings.data_dir}; name the server's own data folder with "
+            "--data-dir, or start one with: trivec serve"
+        )
+    with (
+        telling_what_is_away(settings),
+        open_administration(settings, clock=SystemClock()) as books,
+    ):
+        yield books
+
+
+@contextmanager
+def telling_what_is_away(settings: Settings) -> Iterator[None]:
+    """Turn a client's `StoreUnavailable` into the operator's line: which host, and why."""
+    try:
+        yield
+    except StoreUnavailable as fault:
+        url = settings.database_url
+        address = None if url is None else urlsplit(url.get_secret_value())
+        where = (
+            settings.data_dir if address is None else f"{address.hostname}:{address.port or 5432}"
+        )
+        cause = " ".join(str(fault.__cause__ or fault).split())
+        next_step = "is it running, and may this machine reach it?" if address else "try again"
+        raise StoreRefused(f"the store at {where} cannot be used: {cause}; {next_step}") from fault
 
 
 def say(line: str) -> None:

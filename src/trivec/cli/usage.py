@@ -57,7 +57,7 @@ def usage(
         )
         lines = books.usage(query)
     if as_json:
-        print_json([usage_json(line, grouping) for line in lines])
+        print_json(_rows(lines, grouping))
     elif as_csv:
         _print_csv(lines, grouping)
     elif not lines:
@@ -66,17 +66,28 @@ def usage(
         _print_lines(lines, grouping)
 
 
-def usage_json(line: "UsageLine", by: "UsageBy") -> Json:
-    """`key` and `name`, or `model`, or `day`; then `requests` and `tokens`."""
-    named = {"name": line.name} if by == "key" else {}
-    return {by.value: line.group, **named, "requests": line.requests, "tokens": line.tokens}
+def _rows(lines: "list[UsageLine]", by: "UsageBy") -> list[Json]:
+    """`key` and `name`, or `model`, or `day`; `requests`, `failed`, `tokens`, and its `share` of these."""
+    total = sum(line.tokens for line in lines)
+    return [
+        {
+            by.value: line.group,
+            **({"name": line.name} if by == "key" else {}),
+            "requests": line.requests,
+            "failed": line.failed,
+            "tokens": line.tokens,
+            "share": round(line.tokens / total, 6) if total else 0.0,
+        }
+        for line in lines
+    ]
 
 
 def _print_csv(lines: "list[UsageLine]", by: "UsageBy") -> None:
-    columns = [by.value, *(["name"] if by == "key" else []), "requests", "tokens"]
+    names = ["name"] if by == "key" else []
+    columns = [by.value, *names, "requests", "failed", "tokens", "share"]
     writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(usage_json(line, by) for line in lines)
+    writer.writerows(_rows(lines, by))
 
 
 def _print_lines(lines: "list[UsageLine]", by: "UsageBy") -> None:

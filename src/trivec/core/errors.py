@@ -42,7 +42,7 @@ class CheckpointRefused(StartError):
 
 
 class StoreRefused(StartError):
-    """The store's schema is not the one we read, or its keys were made with another secret."""
+    """The store is absent, away, of another schema, or its keys were made with another secret."""
 
 
 class DeviceLost(TrivecError):

@@ -56,6 +56,11 @@ def open_store(settings: Settings) -> SqlStore:
     return SqlStore(sqlite_engines(file), upgrades_itself=True)
 
 
+def sqlite_file(settings: Settings) -> Path | None:
+    """Where the store of these settings is, or will be; None where it is a Postgres."""
+    return settings.data_dir / SQLITE_FILE if settings.database_url is None else None
+
+
 def _secret(settings: Settings) -> bytes:
     given = settings.secret
     return server_secret(

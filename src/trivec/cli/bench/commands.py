@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trivec.cli.bench.load import Answers
     from trivec.settings import Settings
 
+MODEL = "all-minilm-l6-v2"
 LENGTHS = (16, 128, 512, 2048, 8192)
 PACKAGES = ("openvino", "granian", "numpy", "tokenizers")
 
@@ -44,7 +45,7 @@ def talk(line: str) -> None:
 
 @bench_app.command()
 def engine(
-    model: Model = "all-minilm-l6-v2",
+    model: Model = MODEL,
     precision: Precision = "auto",
     seconds: Seconds = 2.0,
     repeats: Repeats = 3,
@@ -88,7 +89,9 @@ async def measure_engine(settings: "Settings", *, seconds: float, repeats: int) 
 
 @bench_app.command()
 def server(
-    model: Model = "all-minilm-l6-v2",
+    model: Annotated[
+        str | None, typer.Option(help="Model to measure; of a running server, the first it lists.")
+    ] = None,
     url: Annotated[
         str | None, typer.Option(help="Base URL of a running server; else one is started.")
     ] = None,
@@ -101,9 +104,9 @@ def server(
     from trivec.cli.bench.server import SHAPES, Shape, Target, measure, own_server, served_id
 
     running = (
-        nullcontext(Target(url, served_id(url, key), key))
+        nullcontext(Target(url, served_id(url, key, model), key))
         if url
-        else own_server(model, data_dir=data_dir)
+        else own_server(model or MODEL, data_dir=data_dir)
     )
     texts = sentences(1024)
     with running as target:

@@ -16,6 +16,7 @@ from itertools import cycle
 from urllib.parse import urlsplit
 
 from trivec.cli.bench.figures import percentile
+from trivec.core.errors import StartError
 
 RECEIVE_BYTES = 1 << 16
 ANSWER_S_MAX = 120.0  # a client that waits longer has found a server that hangs
@@ -25,7 +26,7 @@ _CHUNKED = re.compile(rb"\r\ntransfer-encoding: *chunked", re.IGNORECASE)
 _COMPUTE = re.compile(rb"compute;dur=([0-9.]+)")
 
 
-class LoadFailed(Exception):
+class LoadFailed(StartError):
     """The server answered something else than 200, hung up, or fell silent."""
 
 

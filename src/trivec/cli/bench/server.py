@@ -12,19 +12,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
-from http.client import HTTPConnection, HTTPException
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from trivec.cli.bench.load import Answers, Load, run_load
+from trivec.core.errors import StartError
 
 START_S_MAX = 300.0  # a large model's first start hashes, converts and certifies it
 POLL_S = 0.05
 
 
-class ServerFailed(Exception):
-    """The server did not become ready."""
+class ServerFailed(StartError):
+    """The server did not become ready, or does not answer as one of ours does."""
 
 
 class Said(NamedTuple):
@@ -133,18 +134,35 @@ def wait_until_ready(
     raise ServerFailed(f"the server was not ready (exit code {process.poll()}):\n{said}")
 
 
-def served_id(base_url: str, key: str | None) -> str:
-    """The id of the first model that a server lists."""
-    status, body = ask(f"{base_url}/models", key)
-    if status != HTTPStatus.OK:
-        raise ServerFailed(f"{base_url}/models answered {status}: {body[:300]!r}")
-    return str(json.loads(body)["data"][0]["id"])
+def served_id(base_url: str, key: str | None, model: str | None = None) -> str:
+    """*model* where the server at *base_url* serves it, else the first that it lists.
+
+    Raises `ServerFailed`, with one line for a person.
+    """
+    try:
+        status, body = ask(f"{base_url}/models", key)
+        names = [str(one["id"]) for one in json.loads(body)["data"]] if status == 200 else []
+    except (OSError, HTTPException, ValueError, KeyError, TypeError) as fault:
+        raise ServerFailed(
+            f"no server of ours answers at {base_url} ({fault}); give its base URL with the "
+            "prefix, as http://127.0.0.1:8000/v1"
+        ) from fault
+    if status == HTTPStatus.UNAUTHORIZED:
+        raise ServerFailed(f"{base_url} refuses this key; give another with --key")
+    if not names:
+        raise ServerFailed(f"{base_url}/models answered {status}; wait until a model is served")
+    if model is None:
+        return names[0]
+    if model not in names:
+        raise ServerFailed(f"{base_url} serves {', '.join(names)}, and not {model}")
+    return model
 
 
 def ask(url: str, key: str | None = None) -> Said:
     """One GET on a connection of its own."""
     address = urlsplit(url)
-    connection = HTTPConnection(address.hostname or "", address.port, timeout=10)
+    scheme = HTTPSConnection if address.scheme == "https" else HTTPConnection
+    connection = scheme(address.hostname or "", address.port, timeout=10)
     try:
         headers = {"authorization": f"Bearer {key}"} if key else {}
         connection.request("GET", address.path, headers=headers)
