@@ -40,7 +40,7 @@ def test_list_says_what_is_here_and_verified(runner: CliRunner) -> None:
 def test_list_is_a_table_for_people(runner: CliRunner) -> None:
     done = runner.invoke(models_app, ["list"])
     (line,) = [line for line in done.stdout.splitlines() if "all-minilm-l6-v2" in line]
-    assert line.split() == ["all-minilm-l6-v2", "wheel", "yes", "256", "384", "dense"]
+    assert line.split() == ["all-minilm-l6-v2", "wheel", "256", "384", "dense"]
 
 
 def test_list_shows_every_id_whole(runner: CliRunner) -> None:

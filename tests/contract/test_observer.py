@@ -131,9 +131,13 @@ def test_a_broken_observer_spoils_nothing_and_is_reported_once(log_output: io.St
 
 
 def test_a_request_never_carries_text_vectors_or_a_key() -> None:
-    """The event has no field that could: so neither line, page nor span can leak one."""
+    """The event has no field that could: so neither line, page nor span can leak one.
+
+    `message` is the catalogue's of a refusal: it repeats at most a field's or a model's name or value,
+    and only a terminal shows it.
+    """
     assert set(RequestServed.__slots__) == {
         "answer_bytes", "client_request_id", "code", "compute_s", "duration_s", "encode_s",
-        "input_count", "key_id", "method", "model", "queue_s", "request_bytes", "request_id",
+        "input_count", "key_id", "message", "method", "model", "queue_s", "request_bytes", "request_id",
         "route", "status", "token_count", "tokenize_s", "traceparent",
     }  # fmt: skip

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -81,6 +82,31 @@ def test_a_probe_is_a_line_when_it_fails_or_when_everything_is_told(route: str) 
     assert [line["status"] for line in lines(passed, failed, level="debug")] == [200, 503]
 
 
+def on_a_terminal(*events: Event) -> list[str]:
+    out = Terminal()
+    configure_log("auto", stream=out)
+    for event in events:
+        RequestLog().observe(event)
+    return [re.sub("\x1b\\[[0-9]+m", "", line) for line in out.getvalue().split("\n")[:-1]]
+
+
+def test_on_a_terminal_a_request_is_one_short_line() -> None:
+    [line] = on_a_terminal(request())
+    assert re.fullmatch(
+        r"\d\d:\d\d:\d\d 200      50.0 ms  POST \S+  \S+  \d+ inputs  40 tokens  req_01", line
+    )
+
+
+def test_a_refusal_shows_its_message_on_a_terminal_and_in_no_file() -> None:
+    refused = request(
+        status=404, code="model_not_found", model=None, message="no `a\n\x1b[2J` here"
+    )
+    [line] = on_a_terminal(refused)
+    assert "no `a  [2J` here" in line
+    [kept] = lines(refused)
+    assert "message" not in kept
+
+
 def test_a_line_cannot_be_broken_by_what_a_client_sends() -> None:
     [line] = lines(request(client_request_id='x\n{"event": "forged"}\u2028\x1b[31m'))
     assert line["event"] == "request"
@@ -146,7 +172,7 @@ def test_a_terminal_gets_words_and_a_pipe_gets_json() -> None:
         configure_log(stream=stream)
         RequestLog().observe(request())
     assert json.loads(on_pipe.getvalue())["request_id"] == "req_01"
-    assert "request_id" in on_terminal.getvalue()
+    assert "req_01" in on_terminal.getvalue()
     with pytest.raises(json.JSONDecodeError):
         json.loads(on_terminal.getvalue())
 

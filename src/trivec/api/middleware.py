@@ -7,7 +7,7 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trivec.api.bodies import drop_rest_of_body
-from trivec.api.errors import CLIENT_GONE, answer_to, problem_of
+from trivec.api.errors import CLIENT_GONE, answer_to, problem_of, status_of
 from trivec.api.headers import answer_headers
 from trivec.api.memory import ByteBudget
 from trivec.api.presence import ClientGone
@@ -95,6 +95,7 @@ class Visits:
             compute_s=visit.timings.compute_s,
             encode_s=visit.timings.encode_s,
             traceparent=visit.traceparent,
+            message=visit.message,
         )
 
 
@@ -123,6 +124,8 @@ class Failures:
             _log.error("request %s failed: %s", visit.request_id, failure)
         problem = problem_of(failure, request_id=visit.request_id)
         visit.code = problem.code or problem.type
+        if status_of(failure) < 500:
+            visit.message = problem.message
         if visit.status is None:  # else the connection is cut: half an answer must not look whole
             answer = answer_to(failure, request_id=visit.request_id)
             await send_answer(answer, send, self._limits, method=visit.method)

@@ -60,6 +60,7 @@ class Visit:
     allowance: AllowanceState | None = None
     user: str | None = None  # the client's word for its user, on its way to be hashed
     code: str | None = None  # of the error it is answered with
+    message: str | None = None  # likewise, where the client is at fault
     model: str | None = None  # a served id, never what the client merely claimed
     input_count: int = 0
     token_count: int = 0

@@ -35,11 +35,14 @@ def list_models(data_dir: DataDir = None, as_json: AsJson = False) -> None:
     if as_json:
         print_json(rows)
         return
-    listed = table(LISTED, numbers=("TOKENS", "NUMBERS"))
+    listed = table(LISTED, numbers=("TOKENS", "SIZE"))
     listed.columns[0].no_wrap = True  # what a user copies
     for row in rows:
         listed.add_row(*(_shown(row[name]) for name in LISTED.values()))
     print_table(listed)
+    for row in rows:
+        if row["verified"] is False:
+            say(f"{row['id']}: its files are not the ones that are known by this name")
     for row in rows:
         if row["problem"]:
             say(f"{row['id']}: {row['problem']}")
@@ -48,9 +51,8 @@ def list_models(data_dir: DataDir = None, as_json: AsJson = False) -> None:
 LISTED = {
     "MODEL": "id",
     "HERE": "source",
-    "VERIFIED": "verified",
     "TOKENS": "token_count_max",
-    "NUMBERS": "dimensions",
+    "SIZE": "dimensions",
     "OUTPUTS": "outputs",
 }
 
@@ -82,9 +84,7 @@ def _listed(entry: CatalogueEntry, cache_dir: Path) -> dict[str, object]:
 
 def _shown(value: object) -> str:
     if isinstance(value, list):
-        return ", ".join(value)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
+        return " ".join(value)
     return "-" if value is None else str(value)
 
 

@@ -26,6 +26,7 @@ from trivec.telemetry.outlet import Outlet
 
 LogFormat = Literal["auto", "json", "text"]
 
+MESSAGE_CHARS_MAX = 160  # of an error, on a terminal
 FINISH_S_MAX = 1.0  # for the last lines to be taken, before leaving all the same
 
 PROBES = frozenset({"/livez", "/readyz", "/health", "/metrics"})  # asked every few seconds for ever
@@ -53,9 +54,13 @@ def configure_log(
         *([_naming(process)] if process else []),
     ]
     ending: list[Any] = (
-        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(_to_json)]
+        [
+            _without_message,
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(_to_json),
+        ]
         if as_json
-        else [structlog.dev.ConsoleRenderer(colors=out.isatty(), timestamp_key="time")]
+        else [_Terminal(colors=out.isatty())]
     )
     structlog.configure(
         processors=[*common, *ending],
@@ -111,7 +116,7 @@ class RequestLog:
             case RequestServed():
                 is_routine = event.route in PROBES and event.status < 400
                 tell = self._log.debug if is_routine else self._log.info
-                tell("request", **request_fields(event))
+                tell("request", **request_fields(event), message=event.message)
             case BatchRan(failed=True):
                 self._log.warning("batch_failed", **_fields(event))
             case BatchRan() | LineChanged():
@@ -177,6 +182,34 @@ def _naming(process: str) -> Any:
         return {**line, "process": process}
 
     return name
+
+
+def _without_message(_logger: object, _method: str, line: Any) -> Any:
+    """A client's own words in it are for whoever sits before the server, and for no file."""
+    line.pop("message", None)
+    return line
+
+
+class _Terminal:
+    """Renders lines for a person; a request's is one short line, its status and duration first."""
+
+    def __init__(self, *, colors: bool) -> None:
+        self._colors = colors
+        self._other = structlog.dev.ConsoleRenderer(colors=colors, timestamp_key="time")
+
+    def __call__(self, logger: Any, method: str, line: Any) -> str:
+        if line.get("event") != "request":
+            return self._other(logger, method, line)
+        status = int(line["status"])
+        shown = f"{status} {line['duration_ms']:9.1f} ms  {line['method']} {line['route']}"
+        if "model" in line:
+            shown += f"  {line['model']}  {line['inputs']} inputs  {line['tokens']} tokens"
+        if why := line.get("message") or line.get("code"):
+            # A message may repeat a client's own word: nothing in it may move the cursor.
+            shown += "  " + "".join(c if c.isprintable() else " " for c in why)[:MESSAGE_CHARS_MAX]
+        color = "\x1b[31m" if status >= 500 else "\x1b[33m" if status >= 400 else "\x1b[32m"
+        dyed = f"{color}{shown[:3]}\x1b[0m{shown[3:]}" if self._colors else shown
+        return f"{line['time'][11:19]} {dyed}  {line['request_id']}"
 
 
 def _to_json(line: object, **_unused: object) -> str:
