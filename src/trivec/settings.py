@@ -95,6 +95,8 @@ class HttpLimits(Section):
     """Seconds in which a client must take one piece of an answer."""
     answer_bytes_per_s_min: int = Field(64 * 1024, ge=1)
     """Bytes a second that a client must take of a whole answer, after answer_chunk_s_max."""
+    truncate: Literal["none", "end", "start"] = "none"
+    """Which end of a text is cut that is too long, where neither its request nor its key says; none: it is an error."""
     request_s_max: float = Field(600.0, gt=0)
     """Seconds a whole request may take."""
     connections_max: int = Field(1024, ge=1)

@@ -98,6 +98,13 @@ def test_a_postgres_that_is_away_is_named_with_its_cause(trivec: Trivec) -> None
     assert "\n" not in str(said.value)
 
 
+def test_a_key_keeps_what_becomes_of_long_texts(trivec: Trivec) -> None:
+    trivec("keys", "create", "--name", "t", "--truncate", "end")
+    assert trivec("keys", "show", "t", "--json").json["truncate"] == "end"
+    with pytest.raises(SettingInvalid, match="--truncate is middle"):
+        trivec("keys", "create", "--name", "u", "--truncate", "middle")
+
+
 def test_a_shell_catches_the_key_and_the_person_is_told_to_keep_it(trivec: Trivec) -> None:
     said = trivec("keys", "create", "--name", "t")
 

@@ -200,9 +200,10 @@ class House:
         scopes: frozenset[Scope] = frozenset({Scope.EMBED}),
         models: frozenset[str] | None = None,
         allowance: Allowance = Allowance(),  # noqa: B008 # frozen
+        truncate: str | None = None,
     ) -> str:
         """A plain key."""
-        plan = KeyPlan(name, scopes, models, allowance)
+        plan = KeyPlan(name, scopes, models, allowance, truncate=truncate)
         return asyncio.run(self.accounts.create_key(plan)).plain
 
     async def new_key_async(self, name: str, allowance: Allowance) -> str:

@@ -16,6 +16,7 @@ from trivec.accounts import KeyPlan
 from trivec.api.routing import PREFIXES
 from trivec.api.schemas import EmbeddingsAnswer
 from trivec.core.types import Float32Array, Output, Sequences, Truncated
+from trivec.settings import HttpLimits
 
 FORMS = {
     "a text": ("hello", ["hello"]),
@@ -175,6 +176,41 @@ async def test_a_long_text_is_an_error_unless_it_may_be_cut(house: House, word: 
     response = await embed(house, input="x" * 100, truncate=word)
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    ("server", "key", "request_says", "kept"),
+    [
+        pytest.param("none", None, None, None, id="nobody-cuts"),
+        pytest.param("end", None, None, "x", id="the-server-cuts"),
+        pytest.param("end", "start", None, "y", id="a-key-has-the-better-of-the-server"),
+        pytest.param("end", "none", None, None, id="a-key-may-forbid-it"),
+        pytest.param("none", "start", "end", "x", id="a-request-has-the-better-of-both"),
+        pytest.param("end", "end", False, None, id="a-request-may-forbid-it"),
+    ],
+)
+def test_whose_word_decides_what_becomes_of_a_long_text(
+    server: str, key: str | None, request_says: object, kept: str | None
+) -> None:
+    house = House(limits=HttpLimits.model_validate({"truncate": server}))
+    access = {"authorization": f"Bearer {house.new_key('team', truncate=key)}"}
+    body = {"model": MODEL, "input": "x" * 62 + "y" * 62, "truncate": request_says}
+    with (
+        house.listening() as address,
+        httpx.Client(base_url=f"{address}/v1", headers=access) as client,
+    ):
+        answer = client.post("/embeddings", json=body).json()
+        whole = client.post(
+            "/embeddings", json={"model": MODEL, "input": (kept or "x") * 62}
+        ).json()
+        shown = client.get(f"/models/{MODEL}").json()
+    house.close()
+    assert shown["truncate"] == (key or server)
+    if kept is None:
+        assert answer["error"]["code"] == "context_length_exceeded"
+        return
+    assert answer["data"][0]["embedding"] == whole["data"][0]["embedding"]
+    assert answer["data"][0]["truncated"] == {"original_tokens": 126, "kept_tokens": 64}
 
 
 async def test_a_leading_slice_is_a_vector_of_length_one(house: House) -> None:

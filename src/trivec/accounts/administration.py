@@ -55,6 +55,7 @@ class Administration:
             created_us=now_us,
             expires_us=plan.expires_us,
             secrets=(secret,),
+            truncate=plan.truncate,
         )
         self._store.add_key(key)
         return NewKey(key, plain)

@@ -36,6 +36,7 @@ class Caller:
     models: frozenset[str] | None = None  # None: every model
     allowance: Allowance | None = None  # None: no limit
     expires_us: int | None = None
+    truncate: str | None = None  # as in a request: none, end or start; None: as the server does
 
     def require(self, scope: Scope) -> None:
         """Raise `ScopeMissing` unless the key has *scope*."""
@@ -131,6 +132,7 @@ class Key:
     expires_us: int | None = None
     revoked_us: int | None = None
     secrets: tuple[Secret, ...] = ()  # oldest first
+    truncate: str | None = None  # the default of its requests: none, end or start
 
     def is_live(self, now_us: int) -> bool:
         return self.revoked_us is None and (self.expires_us is None or now_us < self.expires_us)
@@ -138,7 +140,15 @@ class Key:
     def caller(self) -> Caller:
         limited = self.allowance != Allowance()
         allowance = self.allowance if limited else None
-        return Caller(self.id, self.name, self.scopes, self.models, allowance, self.expires_us)
+        return Caller(
+            self.id,
+            self.name,
+            self.scopes,
+            self.models,
+            allowance,
+            self.expires_us,
+            self.truncate,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +168,7 @@ class KeyPlan:
     models: frozenset[str] | None = None
     allowance: Allowance = Allowance()
     expires_us: int | None = None
+    truncate: str | None = None
 
 
 class UsageBy(StrEnum):

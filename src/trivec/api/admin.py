@@ -59,6 +59,7 @@ class Admin:
             models=None if asked.models is None else frozenset(asked.models),
             allowance=Allowance(asked.requests_per_minute, asked.tokens_per_minute),
             expires_us=_expiry_us(asked.expires),
+            truncate=asked.truncate,
         )
         _caller(visit).require_no_more(plan)
         new = await self._accounts.create_key(plan)
@@ -174,6 +175,7 @@ def _shown(key: Key, *, plain: str | UnsetType = UNSET) -> KeyShown:
         created=moment(key.created_us),
         expires=None if key.expires_us is None else moment(key.expires_us),
         revoked=None if key.revoked_us is None else moment(key.revoked_us),
+        truncate=key.truncate,
         key=plain,
     )
 

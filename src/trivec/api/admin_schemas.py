@@ -30,6 +30,10 @@ class CreateKeyRequest(Struct, frozen=True, forbid_unknown_fields=True):
     expires: Annotated[
         datetime | None, Meta(description="When it stops to work, as 2027-01-31T00:00:00Z.")
     ] = None
+    truncate: Annotated[
+        Literal["none", "end", "start"] | None,
+        Meta(description="What `truncate` is in its requests where they do not say."),
+    ] = None
 
 
 class RotateKeyRequest(Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,6 +61,7 @@ class KeyShown(Struct, frozen=True, kw_only=True):
     created: datetime
     expires: datetime | None
     revoked: datetime | None
+    truncate: str | None
     key: Annotated[
         str | UnsetType, Meta(description="The plain key: shown once, when it is made.")
     ] = UNSET

@@ -16,7 +16,12 @@ from trivec.api.encoding import (
 )
 from trivec.api.guess import Guess
 from trivec.api.metering import Meter
-from trivec.api.questions import EmbeddingsQuestion, check_against_card, embeddings_question
+from trivec.api.questions import (
+    LONG_TEXT,
+    EmbeddingsQuestion,
+    check_against_card,
+    embeddings_question,
+)
 from trivec.api.shelf import Shelf
 from trivec.api.visit import Visit
 from trivec.core.errors import RequestTooLarge
@@ -68,8 +73,10 @@ class Embeddings:
     ) -> Sequences:
         started_s = self._clock.now_s()
         inputs = question.inputs.for_model(embedder.card)
+        assert visit.caller is not None, "the route is not open"
+        default = LONG_TEXT[visit.caller.truncate or self._limits.truncate]
         sequences = await embedder.tokenize(
-            inputs, long_text=question.long_text, are_own=question.inputs.are_own
+            inputs, long_text=question.long_text or default, are_own=question.inputs.are_own
         )
         visit.timings.tokenize_s = self._clock.now_s() - started_s
         token_count_max = self._limits.request_tokens_max

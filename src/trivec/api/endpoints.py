@@ -49,7 +49,7 @@ def all_endpoints(wiring: Wiring) -> Sequence[Endpoint]:
 
 def _api(wiring: Wiring) -> list[Endpoint]:
     shelf = Shelf(wiring.embedders)
-    models = Models(shelf)
+    models = Models(shelf, wiring.limits)
     common = (shelf, wiring.meter, wiring.limits, wiring.clock)
 
     def post(path: str, handler: Handler, summary: str, reads: type, answers: type) -> Endpoint:

@@ -3,7 +3,7 @@
 A question is what a handler works with; the wire's optional and loose fields end here.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, cast
 
@@ -30,8 +30,7 @@ OUTPUTS = {
     "multi": Output.MULTI,
     "colbert": Output.MULTI,
 }
-_LONG_TEXT = {
-    None: LongText.REFUSE,
+LONG_TEXT: Mapping[bool | str, LongText] = {
     False: LongText.REFUSE,
     "none": LongText.REFUSE,
     True: LongText.CUT_END,
@@ -70,7 +69,7 @@ class EmbeddingsQuestion:
     inputs: Inputs
     encoding: Encoding
     outputs: Output
-    long_text: LongText
+    long_text: LongText | None  # None: as the key or the server says
     dimensions: int | None
     return_tokens: bool
     user: str | None
@@ -98,7 +97,7 @@ def embeddings_question(body: bytes, limits: HttpLimits) -> EmbeddingsQuestion:
         inputs=_inputs(asked, limits),
         encoding=asked.encoding_format or "float",
         outputs=outputs_named(asked.output_type),
-        long_text=_LONG_TEXT[asked.truncate],
+        long_text=None if asked.truncate is None else LONG_TEXT[asked.truncate],
         dimensions=asked.dimensions,
         return_tokens=bool(asked.return_tokens),
         user=asked.user,

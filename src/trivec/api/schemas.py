@@ -165,6 +165,9 @@ class Model(Struct, frozen=True, kw_only=True):
     dimensions: int
     dimensions_selectable: bool
     output_types: list[str]
+    truncate: Annotated[
+        str, Meta(description="What `truncate` is for this key where a request does not say.")
+    ]
     precision: str
     recipe: Annotated[
         str | None,

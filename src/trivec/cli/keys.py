@@ -26,7 +26,7 @@ from trivec.cli.store import (
     styled,
     table,
 )
-from trivec.core.errors import StoreRefused
+from trivec.core.errors import SettingInvalid, StoreRefused
 
 if TYPE_CHECKING:
     from trivec.accounts import Key, NewKey, Scope, Secret
@@ -61,6 +61,10 @@ def create(
     expires: Annotated[
         str | None, typer.Option("--expires", help="A date, an instant, or a span such as 30d.")
     ] = None,
+    truncate: Annotated[
+        str | None,
+        typer.Option("--truncate", help="none, end or start, where its requests do not say."),
+    ] = None,
     new_store: Annotated[
         bool, typer.Option("--create", help="Make a store where the data folder has none.")
     ] = False,
@@ -77,6 +81,7 @@ def create(
         models=frozenset(models) if models else None,
         allowance=Allowance(requests_per_minute, tokens_per_minute),
         expires_us=instant(expires, option="--expires", ahead=True),
+        truncate=_truncate(truncate),
     )
     for warning in _unknown_models(models or [], data_dir, config):
         say(warning)
@@ -85,6 +90,12 @@ def create(
         new = books.create_key(plan)
     _print_new(new, as_json=as_json)
     say(f"This is the only time the key {new.key.name} ({new.key.id}) is shown; keep it safe.")
+
+
+def _truncate(word: str | None) -> str | None:
+    if word not in (None, "none", "end", "start"):
+        raise SettingInvalid(f"--truncate is {word}; it is none, end or start")
+    return word
 
 
 def _may_make_store(data_dir: str | None, config: str | None) -> bool:
@@ -189,6 +200,7 @@ def key_json(key: "Key") -> Json:
         "created": iso(key.created_us),
         "expires": iso(key.expires_us),
         "revoked": iso(key.revoked_us),
+        "truncate": key.truncate,
         "secrets": [
             {
                 "first": secret.first,
@@ -238,6 +250,7 @@ def _facts(key: "Key") -> list["tuple[str, str]"]:
         ("models", _models(key, ", ")),
         ("requests a minute", counted(key.allowance.requests_per_minute) or "no limit"),
         ("tokens a minute", counted(key.allowance.tokens_per_minute) or "no limit"),
+        ("long texts", f"truncate: {key.truncate}" if key.truncate else "as the server does"),
         ("created", f"{shown(key.created_us)} UTC"),
     ]
     for secret in key.secrets:
@@ -288,7 +301,6 @@ def _unknown_models(names: list[str], data_dir: str | None, config: str | None) 
 
 def _scopes(names: list[str]) -> "frozenset[Scope]":
     from trivec.accounts import Scope
-    from trivec.core.errors import SettingInvalid
 
     unknown = sorted(set(names) - set(Scope))
     if unknown:

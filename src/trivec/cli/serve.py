@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 from trivec.cli.outermost import whole_life
 from trivec.server.crew import Crew, Post, ignore_early
 from trivec.server.supervisor import Heart
-from trivec.settings import Settings, load_settings
+from trivec.settings import HttpLimits, Settings, load_settings
 
 if TYPE_CHECKING:
     from typer._click.core import Context
@@ -58,6 +58,14 @@ def serve(
     config: Annotated[
         str | None, typer.Option("--config", help="TOML file with any of the settings.")
     ] = None,
+    truncate: Annotated[
+        str | None,
+        typer.Option(
+            "--truncate",
+            metavar="none|end|start",
+            help=HttpLimits.model_fields["truncate"].description,
+        ),
+    ] = None,
     no_auth: Annotated[
         str | None,
         typer.Option("--no-auth", metavar="[=anywhere]", help=_help("no_auth"), show_default=False),
@@ -69,6 +77,7 @@ def serve(
     docs/configuration.md.
     """
     flags = {name: value for name, value in locals().items() if value is not None}
+    flags["http"] = {"truncate": flags.pop("truncate", None)}
     settings = load_settings(flags, os.environ, warn=_say)
     _leave(run(settings))
 

@@ -28,6 +28,7 @@ def key_values(key: Key, *, revision: int) -> Values:
         "expires_us": key.expires_us,
         "revoked_us": key.revoked_us,
         "revision": revision,
+        "truncate": key.truncate,
     }
 
 
@@ -59,6 +60,7 @@ def key_of(row: Row[Any], secrets: Iterable[Row[Any]]) -> Key:
             Secret(bytes(s.digest), s.first, s.last, s.created_us, s.expires_us)
             for s in sorted(secrets, key=lambda s: s.created_us)
         ),
+        row.truncate,
     )
 
 

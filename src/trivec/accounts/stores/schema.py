@@ -33,6 +33,7 @@ keys = Table(
     Column("expires_us", BigInteger),
     Column("revoked_us", BigInteger),
     Column("revision", BigInteger, nullable=False, index=True),  # the keyring's, at its last change
+    Column("truncate", String(8)),  # none, end or start; null: as the server does
 )
 Index(
     "ix_keys_name_live",
