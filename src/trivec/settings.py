@@ -95,6 +95,8 @@ class HttpLimits(Section):
     """Seconds in which a client must take one piece of an answer."""
     answer_bytes_per_s_min: int = Field(64 * 1024, ge=1)
     """Bytes a second that a client must take of a whole answer, after answer_chunk_s_max."""
+    unpaid_requests_per_minute: int = Field(6_000, ge=1, le=1_000_000_000)
+    """Requests that cost no tokens (refused ones, /models, /tokenize) that each key may send a minute to this process."""
     truncate: Literal["none", "end", "start"] = "none"
     """Which end of a text is cut that is too long, where neither its request nor its key says; none: it is an error."""
     request_s_max: float = Field(600.0, gt=0)

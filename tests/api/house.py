@@ -23,7 +23,7 @@ from trivec.core.clock import SystemClock
 from trivec.core.errors import Overloaded, TextTooLong
 from trivec.core.events import Event, RequestServed
 from trivec.core.health import Health
-from trivec.core.ports import Embedder, Texts, TokenLists
+from trivec.core.ports import Clock, Embedder, Texts, TokenLists
 from trivec.core.types import (
     Batch,
     Int32Array,
@@ -158,17 +158,21 @@ class House:
 
     model: StandIn = field(default_factory=StandIn)
     plain_model: StandIn = field(default_factory=lambda: StandIn(PLAIN_CARD))
-    limits: HttpLimits = field(default_factory=HttpLimits)
+    # A suite sends thousands of bad requests with one key.
+    limits: HttpLimits = field(
+        default_factory=lambda: HttpLimits(unpaid_requests_per_minute=1_000_000)
+    )
     store: MemoryStore = field(default_factory=MemoryStore)
     heard: Heard = field(default_factory=Heard)
     health: Health = READY
     no_auth: bool = False
     is_loading: bool = False
     memory: ByteBudget = field(default_factory=ByteBudget)
+    clock: Clock = field(default_factory=SystemClock)
 
     def __post_init__(self) -> None:
         self.accounts = Accounts(
-            self.store, clock=SystemClock(), secret=b"s" * 32, no_auth=self.no_auth
+            self.store, clock=self.clock, secret=b"s" * 32, no_auth=self.no_auth
         )
         self.accounts.start()
         self.key = self.new_key("all", scopes=frozenset(Scope))
@@ -182,7 +186,7 @@ class House:
             embedders={} if self.is_loading else self.embedders(),
             accounts=self.accounts,
             observer=self.heard,
-            clock=SystemClock(),
+            clock=self.clock,
             limits=self.limits,
             health=lambda: self.health,
             metrics=metrics,

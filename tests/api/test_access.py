@@ -58,7 +58,7 @@ def endpoints_of(house: House, *, metrics_open: bool) -> Sequence[Endpoint]:
         Wiring(
             embedders=house.embedders(),
             accounts=house.accounts,
-            meter=Meter(house.accounts, clock),
+            meter=Meter(house.accounts, clock, house.limits),
             clock=clock,
             limits=house.limits,
             health=lambda: house.health,

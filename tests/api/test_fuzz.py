@@ -135,5 +135,5 @@ def test_any_bytes_at_all_are_refused_in_the_error_shape(
     runner: asyncio.Runner, shared_house: House, body: bytes
 ) -> None:
     response = ask(runner, shared_house, "/embeddings", body)
-    assert response.status_code == 400
+    assert response.status_code in (400, 404)  # 404: JSON by chance, of no model
     msgspec.json.decode(response.content, type=ErrorAnswer)

@@ -8,6 +8,7 @@ import httpx
 import pytest
 from tests.accounts.requests import statuses
 from tests.api.house import MODEL, House
+from tests.hand_clock import HandClock
 
 from trivec.accounts import Allowance
 from trivec.accounts.entries import Committed, Count, Entry, LedgerRow, Reserve
@@ -259,3 +260,46 @@ async def test_the_observer_hears_one_event_a_request(house: House) -> None:
     assert first.request_bytes > 0
     assert (first.queue_s, first.compute_s, first.code) == (0.002, 0.003, None)
     assert (second.route, second.status, second.code) == ("other", 404, "invalid_request_error")
+
+
+async def test_requests_that_cost_no_tokens_have_a_rate_of_their_own(house: House) -> None:
+    house.clock = clock = HandClock()
+    house.limits = HttpLimits(unpaid_requests_per_minute=3)
+    house.serve()
+    other = await house.new_key_async("other", Allowance())
+    async with house.client() as client, house.client(other) as theirs:
+        for _ in range(5):  # what is paid is not counted
+            assert (await client.post("/embeddings", json=BODY)).status_code == 200
+        for status in (200, 404, 200):
+            path = "/models/nope" if status == 404 else "/models"
+            assert (await client.get(path)).status_code == status
+
+        refused = await client.get("/models")
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        assert "requests that cost no tokens per minute: limit 3" in refused.text
+        assert int(refused.headers["retry-after"]) in range(1, 61)
+        assert (await client.post("/embeddings", json=BODY)).status_code == 429
+        assert (await theirs.get("/models")).status_code == 200
+
+        clock.move(20.1)
+        assert (await client.get("/models")).status_code == 200
+        assert (await client.get("/models")).status_code == 429
+
+
+async def test_our_faults_and_refusals_of_an_allowance_are_not_held_against_a_key(
+    house: House,
+) -> None:
+    house.clock, house.limits = HandClock(), HttpLimits(unpaid_requests_per_minute=1)
+    house.serve()
+    key = await house.new_key_async("one", Allowance(requests_per_minute=1))
+    async with house.client() as client, house.client(key) as limited:
+        house.model.fault = EngineFault("lost")
+        for _ in range(3):
+            assert (await client.post("/embeddings", json=BODY)).status_code == 500
+        house.model.fault = None
+        assert (await limited.post("/embeddings", json=BODY)).status_code == 200
+        for _ in range(3):
+            assert (await limited.post("/embeddings", json=BODY)).status_code == 429
+        assert (await limited.get("/models")).status_code == 200
+        assert (await client.get("/models")).status_code == 200

@@ -16,7 +16,7 @@ from trivec.core.errors import KeyInvalid, StoreUnavailable
 from trivec.core.ports import Clock
 
 STALE_S = 0.5  # a revoked key opens nothing 1 s later, on any process; this leaves as much to spare
-STRANGE_S = 0.05  # for a key that is not known: it may be new; a flood of strangers reads no faster
+STRANGE_S = 0.2  # between reads for keys that are not known: a flood of them reads no faster
 READ_S_MAX = CALL_S_MAX  # how long a request waits for the store to say whose key it is
 NOBODY = bytes(32)  # what an unknown digest is compared with
 
@@ -52,8 +52,11 @@ class Keyring:
         asked_s = self._clock.now_s()
         if not self._is_fresh(asked_s - STALE_S):
             await self._freshen(asked_s - STALE_S)
-        if digest not in self._by_digest and not self._is_fresh(asked_s - STRANGE_S):
-            await self._freshen(asked_s - STRANGE_S)
+        if digest not in self._by_digest:  # it may be new
+            # Whoever repeats a wrong key is held to one answer a read, so that it takes no core from others.
+            if self._read_s is not None and (early_s := self._read_s + STRANGE_S - asked_s) > 0:
+                await asyncio.sleep(early_s)
+            await self._freshen(asked_s)
         found = self._by_digest.get(digest)
         known = hmac.compare_digest(digest, NOBODY if found is None else found[1].digest)
         if not known or found is None:
@@ -74,10 +77,10 @@ class Keyring:
         return self._reading_since_s
 
     def _is_fresh(self, since_s: float) -> bool:
-        return self._read_s is not None and self._read_s > since_s
+        return self._read_s is not None and self._read_s >= since_s
 
     async def _freshen(self, since_s: float) -> None:
-        """Wait for a read that began after *since_s*; all who wait share one read at a time.
+        """Wait for a read that began at *since_s* or later; all who wait share one read at a time.
 
         What counts is the instant that the request asked, not the one that the read ended: a read
         may take longer than its result may be old. Raises `StoreUnavailable`, after `READ_S_MAX` too.

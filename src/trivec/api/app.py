@@ -33,7 +33,7 @@ def build_app(
     *embedders* maps every served id and alias; empty while loading. *metrics* None: not served. *memory* is
     shared by the apps of one process.
     """
-    meter = Meter(accounts, clock)
+    meter = Meter(accounts, clock, limits)
     wiring = Wiring(
         embedders=embedders,
         accounts=accounts,

@@ -243,11 +243,20 @@ class AllowanceError(ServiceError):
 class AllowanceExhausted(AllowanceError):
     """The key's own allowance is used up for now."""
 
-    def __init__(self, *, kind: str, limit: int, requested: int, retry_after_s: float) -> None:
+    def __init__(
+        self,
+        *,
+        kind: str,
+        limit: int,
+        requested: int,
+        retry_after_s: float,
+        what: str | None = None,
+    ) -> None:
+        """*what* is limited, where *kind* alone does not say it."""
         self.kind = kind  # "requests" or "tokens"
         self.retry_after_s = retry_after_s
         super().__init__(
-            f"Rate limit reached for {kind} per minute: limit {limit}, requested {requested}. "
+            f"Rate limit reached for {what or kind} per minute: limit {limit}, requested {requested}. "
             f"Please try again in {retry_after_s:.3f}s."
         )
 
