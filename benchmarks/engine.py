@@ -22,10 +22,10 @@ from benchmarks.against.environments import ENVS, python_of
 from benchmarks.against.peer import Peer
 from benchmarks.keeping import keep
 
-from trivec.checkpoints.checkpoint import EncoderConfig
 from trivec.cli.bench.engine import EngineOnTrial, engine_on_trial, quiet_settings, sized
 from trivec.cli.bench.figures import Provenance, Spread, ratio
 from trivec.cli.bench.texts import Workload, mixed, sentences, uniform
+from trivec.models.ops import ModelConfig
 from trivec.server.machine import usable_cores
 
 LENGTHS = (16, 128, 512, 2048, 8192)
@@ -53,11 +53,11 @@ class Arithmetic:
     attention_gop: float
 
     @classmethod
-    def of(cls, workload: Workload, config: EncoderConfig) -> "Arithmetic":
+    def of(cls, workload: Workload, config: ModelConfig) -> "Arithmetic":
         """A token costs 2 for each weight of a layer's six matrices; n tokens 4 · n² · hidden a layer."""
         hidden, wide = config.hidden_size, config.intermediate_size
-        weights = config.layer_count * (4 * hidden * hidden + 2 * hidden * wide)
-        attention = config.layer_count * 4 * hidden * workload.squares()
+        weights = config.num_hidden_layers * (4 * hidden * hidden + 2 * hidden * wide)
+        attention = config.num_hidden_layers * 4 * hidden * workload.squares()
         return cls(2 * weights * workload.token_count / 1e9, attention / 1e9)
 
     @property
@@ -134,9 +134,9 @@ async def compared(
 
 
 def start_limits(
-    config: EncoderConfig, precision: str, *, cores: int, envs: Path, work_dir: Path
+    config: ModelConfig, precision: str, *, cores: int, envs: Path, work_dir: Path
 ) -> dict[str, Peer]:
-    shape = (config.hidden_size, config.intermediate_size, config.layer_count, cores)
+    shape = (config.hidden_size, config.intermediate_size, config.num_hidden_layers, cores)
     arguments = [str(one) for one in shape]
     work_dir.mkdir(parents=True, exist_ok=True)
     pythons = {"openvino": Path(sys.executable)}

@@ -73,7 +73,9 @@ def measure_all(
     )
     record.put("load_s", time.perf_counter() - began_s)
     talk(f"{backend.precision}; " + "; ".join(f"{k}: {v}" for k, v in backend.notes.items()))
-    record.put("model", {"layers": checkpoint.config.layer_count, "dummy": arguments.model is None})
+    record.put(
+        "model", {"layers": checkpoint.config.num_hidden_layers, "dummy": arguments.model is None}
+    )
     record.put("precision", backend.precision)
     record.put("budget", asdict(backend.budget))
     record.put("notes", dict(backend.notes))
@@ -156,9 +158,9 @@ def dummy(folder: Path, plan: Plan) -> Path:
         config = replace(
             blueprint.config,
             hidden_size=256,
-            head_count=4,
+            num_attention_heads=4,
             intermediate_size=1024,
-            vocabulary_size=8_000,
+            vocab_size=8_000,
         )
         blueprint = replace(blueprint, config=config, multi_dimensions=256)
     started_s = time.perf_counter()

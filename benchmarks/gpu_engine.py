@@ -12,10 +12,11 @@ from benchmarks.gpu_plan import Plan, finish_device, talk
 
 from trivec.backends.torch.backend import TorchBackend
 from trivec.backends.torch.building import DTYPES
-from trivec.checkpoints.checkpoint import Checkpoint, EncoderConfig
+from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.cli.bench.figures import Spread
 from trivec.cli.bench.texts import Workload, mixed, uniform
 from trivec.core.types import Batch, BatchBudget, Output, Sequences
+from trivec.models.ops import ModelConfig
 
 
 def engine_rates(
@@ -35,9 +36,7 @@ def engine_rates(
     budget = backend.budget
     workloads = [uniform(n, tokens=8 * budget.tokens_max) for n in plan.lengths]
     workloads.append(mixed(tokens=8 * budget.tokens_max, length_max=max(plan.lengths)))
-    batches = {
-        one.name: cut(sequences_of(one, config.vocabulary_size), budget) for one in workloads
-    }
+    batches = {one.name: cut(sequences_of(one, config.vocab_size), budget) for one in workloads}
     products = Products(config, rows=plan.matmul_rows, dtype=DTYPES[backend.precision])
     limits: list[float] = []
     rates: dict[str, list[float]] = {name: [] for name in batches}
@@ -58,7 +57,7 @@ def engine_rates(
 
 
 def figures_of(
-    config: EncoderConfig,
+    config: ModelConfig,
     workloads: Sequence[Workload],
     *,
     rates: Mapping[str, Sequence[float]],
@@ -77,18 +76,18 @@ def figures_of(
     return found
 
 
-def flops_a_token(config: EncoderConfig, workload: Workload) -> float:
+def flops_a_token(config: ModelConfig, workload: Workload) -> float:
     """Multiplications and additions of the matrix products, attention's two included, by token."""
     hidden, inner = config.hidden_size, config.intermediate_size
     linear = 2 * (4 * hidden * hidden + 2 * hidden * inner)
     attention = 4 * hidden * workload.squares() / workload.token_count
-    return float(config.layer_count * (linear + attention))
+    return float(config.num_hidden_layers * (linear + attention))
 
 
 class Products:
     """The device's rate on the model's own matrix shapes: every layer's weights distinct."""
 
-    def __init__(self, config: EncoderConfig, *, rows: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, *, rows: int, dtype: torch.dtype) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         hidden, inner = config.hidden_size, config.intermediate_size
         shapes = [(3 * hidden, hidden), (hidden, hidden), (inner, hidden), (hidden, inner)]
@@ -97,7 +96,7 @@ class Products:
             return torch.randn(shape, device=device).to(dtype)
 
         self._weights = [
-            drawn(*shape) for _ in range(min(config.layer_count, 8)) for shape in shapes
+            drawn(*shape) for _ in range(min(config.num_hidden_layers, 8)) for shape in shapes
         ]
         self._inputs = {width: drawn(rows, width) for width in (hidden, inner)}
         self._flops = float(sum(2 * rows * weight.numel() for weight in self._weights))

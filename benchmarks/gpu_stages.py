@@ -16,15 +16,15 @@ from tokenizers import Tokenizer
 from trivec.api.numbers import to_base64, to_json
 from trivec.backends.torch.answers import Sent, to_vectors
 from trivec.backends.torch.layout import lay_out
-from trivec.checkpoints.checkpoint import EncoderConfig
 from trivec.cli.bench.texts import sentences
 from trivec.core.types import Batch, Output, Sequences
+from trivec.models.ops import ModelConfig
 
 TEXT_COUNT = 512
 TARGET_TOKENS_A_SECOND = 600_000
 
 
-def host_stages(tokenizer_file: Path, config: EncoderConfig, *, seconds: float) -> dict[str, Any]:
+def host_stages(tokenizer_file: Path, config: ModelConfig, *, seconds: float) -> dict[str, Any]:
     """Tokens a second of every stage alone, for short sentences and for texts of 512 tokens."""
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     tokenizer.no_padding()
@@ -43,7 +43,7 @@ def host_stages(tokenizer_file: Path, config: EncoderConfig, *, seconds: float) 
 
 
 def stage_rates(
-    config: EncoderConfig, tokenizer: Tokenizer, texts: list[str], *, seconds: float
+    config: ModelConfig, tokenizer: Tokenizer, texts: list[str], *, seconds: float
 ) -> dict[str, float]:
     ids = [one.ids for one in tokenizer.encode_batch_fast(texts)]
     packed = Sequences.pack(ids)
@@ -52,7 +52,7 @@ def stage_rates(
     width = config.hidden_size
     dense = np.random.default_rng(0).standard_normal((rows, width), np.float32)
     sent = Sent(dense, None, None, None)
-    vocabulary_size = config.vocabulary_size
+    vocabulary_size = config.vocab_size
     stages: dict[str, Callable[[], object]] = {
         "tokenise": lambda: [one.ids for one in tokenizer.encode_batch_fast(texts)],
         "pack": lambda: Sequences.pack(ids),

@@ -8,8 +8,9 @@ from benchmarks.gpu_plan import Plan, talk
 
 from trivec.backends.torch.backend import TorchBackend
 from trivec.backends.torch.tuning import Tuning
-from trivec.checkpoints.checkpoint import Checkpoint, EncoderConfig
+from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.types import Batch, Output
+from trivec.models.ops import ModelConfig
 
 LENGTH_STEP = 31  # a comb that meets every edge of a kernel's blocks
 
@@ -40,7 +41,7 @@ def nan_zoo(checkpoint: Checkpoint, device: str, plan: Plan) -> dict[str, Any]:
     return found
 
 
-def zoo(config: EncoderConfig, length_max: int) -> Iterator[Batch]:
+def zoo(config: ModelConfig, length_max: int) -> Iterator[Batch]:
     """One text a batch: every length of a comb, then texts of one token repeated."""
     draw = np.random.default_rng(5)
     lengths = [
@@ -48,8 +49,8 @@ def zoo(config: EncoderConfig, length_max: int) -> Iterator[Batch]:
         *range(32, length_max + 1, length_max // 8),
     ]
     for length in lengths:
-        ids = draw.integers(4, config.vocabulary_size, length, dtype=np.int32)
+        ids = draw.integers(4, config.vocab_size, length, dtype=np.int32)
         yield Batch(ids, np.array([0, length], np.int32), np.array([Output.DENSE], np.uint8))
-    for token_id in draw.integers(0, config.vocabulary_size, 16):
+    for token_id in draw.integers(0, config.vocab_size, 16):
         ids = np.full(length_max // 4, token_id, np.int32)
         yield Batch(ids, np.array([0, len(ids)], np.int32), np.array([Output.DENSE], np.uint8))

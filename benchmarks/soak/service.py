@@ -111,7 +111,7 @@ class Service:
             tokenizer=Tokenizer(
                 checkpoint.tokenizer_file,
                 token_count_max=checkpoint.token_count_max,
-                vocabulary_size=checkpoint.config.vocabulary_size,
+                vocabulary_size=checkpoint.config.vocab_size,
                 pool=self.pool,
                 request_tokens_max=self.settings.http.request_tokens_max,
             ),

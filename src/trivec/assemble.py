@@ -245,7 +245,7 @@ def make_tokenizers(
         Tokenizer(
             checkpoint.tokenizer_file,
             token_count_max=checkpoint.token_count_max,
-            vocabulary_size=checkpoint.config.vocabulary_size,
+            vocabulary_size=checkpoint.config.vocab_size,
             pool=pool,
             request_tokens_max=front.settings.http.request_tokens_max,
         )
@@ -362,7 +362,7 @@ def model_card(
     return ModelCard(
         id=checkpoint.id,
         token_count_max=checkpoint.token_count_max,
-        vocabulary_size=checkpoint.config.vocabulary_size,
+        vocabulary_size=checkpoint.config.vocab_size,
         dimensions=checkpoint.config.hidden_size,
         outputs=checkpoint.outputs,
         precision=precision,

@@ -7,14 +7,15 @@ import openvino as ov
 import pytest
 from openvino import opset15 as op
 
-from trivec.backends.openvino.attention import Attention, HeadShape, bf16_pays
+from trivec.backends.openvino.attention import Attention, bf16_pays
 from trivec.backends.openvino.packing import NOT_A_TOKEN
 from trivec.backends.openvino.plugin import open_core
 from trivec.backends.openvino.rows import length_size
 from trivec.core.types import Float32Array
+from trivec.models.ops import HeadShape
 
-HEADS = HeadShape(count=4, width=32)
-HIDDEN = HEADS.count * HEADS.width
+HEADS = HeadShape(count=4, head_dim=32)
+HIDDEN = HEADS.count * HEADS.head_dim
 
 
 def compiled(*, bf16: bool) -> ov.CompiledModel:
@@ -23,7 +24,7 @@ def compiled(*, bf16: bool) -> ov.CompiledModel:
     x = op.parameter([-1, HIDDEN], np.float32)
     places = op.parameter([-1, -1], np.int32)
     bias = op.parameter([-1, 1, 1, -1], np.float32)
-    q = attention.gathered(op.multiply(x, op.constant(np.float32(HEADS.width**-0.5))), places)
+    q = attention.gathered(op.multiply(x, op.constant(np.float32(HEADS.head_dim**-0.5))), places)
     k = attention.gathered(op.add(x, op.constant(np.float32(0.5))), places)
     v = attention.gathered(op.multiply(x, op.constant(np.float32(-2))), places)
     model = ov.Model([op.result(attention.attended(q, k, v, bias))], [x, places, bias])
@@ -43,8 +44,8 @@ def attended(model: ov.CompiledModel, x: Float32Array, *, length: int) -> Float3
 
 def plain(x: Float32Array) -> Float32Array:
     q, k, v = (
-        part.reshape(len(x), HEADS.count, HEADS.width).transpose(1, 0, 2).astype(np.float64)
-        for part in (x * HEADS.width**-0.5, x + 0.5, x * -2)
+        part.reshape(len(x), HEADS.count, HEADS.head_dim).transpose(1, 0, 2).astype(np.float64)
+        for part in (x * HEADS.head_dim**-0.5, x + 0.5, x * -2)
     )
     weights = np.exp(q @ k.transpose(0, 2, 1))
     weights /= weights.sum(axis=-1, keepdims=True)

@@ -13,7 +13,7 @@ from tests.backends.conftest import random_ids
 from trivec.backends.openvino import OpenVinoBackend
 from trivec.backends.openvino.certifying import fp32_tensors, readout_of
 from trivec.backends.openvino.encoding import BatchEncoder
-from trivec.backends.openvino.graph import Encoder
+from trivec.backends.openvino.graph import build_graph
 from trivec.backends.openvino.pages import mappings_of, return_free
 from trivec.backends.openvino.recipe import FP32
 from trivec.backends.openvino.session import LONG_TOKENS, Session
@@ -72,7 +72,7 @@ class Mapping:
 @pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="there is no such advice here")
 def test_after_a_long_row_the_pages_of_the_table_are_let_go_of(tiny_m3: Checkpoint) -> None:
     mapping = Mapping()
-    model = Encoder(tiny_m3.config, fp32_tensors(tiny_m3), FP32).build()
+    model = build_graph(tiny_m3.config, fp32_tensors(tiny_m3), FP32)
     session = Session(model, FP32, slot_count=1, mapped=[cast("mmap.mmap", mapping)])
     encoder = BatchEncoder(
         session, readout_of(tiny_m3), position_offset=tiny_m3.config.position_offset

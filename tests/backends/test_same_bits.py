@@ -12,7 +12,7 @@ from tests.backends.conftest import random_ids
 
 from trivec.backends.openvino.certifying import Trial, fp32_tensors, readout_of
 from trivec.backends.openvino.encoding import BatchEncoder
-from trivec.backends.openvino.graph import Encoder
+from trivec.backends.openvino.graph import build_graph
 from trivec.backends.openvino.recipe import (
     FP32,
     INT8_GROUPS_32,
@@ -36,7 +36,7 @@ def encoder(request: pytest.FixtureRequest, tiny_m3: Checkpoint) -> BatchEncoder
     recipe: Recipe = request.param
     exact = recipe is FP32
     tensors = fp32_tensors(tiny_m3) if exact else Trial(tiny_m3, slot_count=2).tensors(recipe)
-    session = Session(Encoder(tiny_m3.config, tensors, recipe).build(), recipe, slot_count=2)
+    session = Session(build_graph(tiny_m3.config, tensors, recipe), recipe, slot_count=2)
     return BatchEncoder(
         session, readout_of(tiny_m3), position_offset=tiny_m3.config.position_offset
     )

@@ -8,7 +8,7 @@ from tests.backends.conftest import random_ids
 
 from trivec.backends.openvino.certifying import Trial, fp32_tensors, readout_of
 from trivec.backends.openvino.encoding import BatchEncoder
-from trivec.backends.openvino.graph import Encoder
+from trivec.backends.openvino.graph import build_graph
 from trivec.backends.openvino.recipe import FP32, INT8_ROWS, Form, Recipe
 from trivec.backends.openvino.session import Session, packed_bytes, stream_count
 from trivec.checkpoints.checkpoint import Checkpoint
@@ -38,8 +38,8 @@ def test_slots_share_a_model_where_copies_would_be_large(
 def test_matrices_are_counted_and_tables_are_not(tiny_m3: Checkpoint) -> None:
     config = tiny_m3.config
     layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size
-    model = Encoder(config, fp32_tensors(tiny_m3), FP32).build()
-    assert packed_bytes(model) == config.layer_count * layer * 4
+    model = build_graph(config, fp32_tensors(tiny_m3), FP32)
+    assert packed_bytes(model) == config.num_hidden_layers * layer * 4
 
 
 @pytest.mark.parametrize("recipe", [FP32, INT8_ROWS], ids=lambda recipe: recipe.name)
@@ -48,7 +48,7 @@ def test_a_shared_model_gives_the_bits_of_one_for_each_slot(
 ) -> None:
     exact = recipe is FP32
     tensors = fp32_tensors(tiny_m3) if exact else Trial(tiny_m3, slot_count=1).tensors(recipe)
-    model = Encoder(tiny_m3.config, tensors, recipe).build()
+    model = build_graph(tiny_m3.config, tensors, recipe)
     texts = random_ids([1, 2, 8, 15, 16, 17, 40, 64, 65, 130, 300])
     found = []
     for copies_bytes_max in (0, 1 << 40):

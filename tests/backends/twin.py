@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trivec.checkpoints.checkpoint import Checkpoint, Pooling
-from trivec.checkpoints.encoder import tensor_shapes
+from trivec.models.bert import BertConfig
+from trivec.models.registry import tensor_shapes
 
 Floats = NDArray[np.float64]
 erf = np.vectorize(math.erf, otypes=[np.float64])
@@ -43,15 +44,15 @@ class Twin:
         x = t["embeddings.word_embeddings.weight"][ids]
         x = x + t["embeddings.position_embeddings.weight"][places]
         x = self.norm(x + t["embeddings.token_type_embeddings.weight"][0], "embeddings.LayerNorm")
-        for layer in range(config.layer_count):
+        for layer in range(config.num_hidden_layers):
             x = self.layer(x, f"encoder.layer.{layer}.")
         return x
 
     def layer(self, x: Floats, at: str) -> Floats:
         q, k, v = (self.linear(x, f"{at}attention.self.{n}") for n in ("query", "key", "value"))
-        width = self.checkpoint.config.hidden_size // self.checkpoint.config.head_count
+        width = self.checkpoint.config.hidden_size // self.checkpoint.config.num_attention_heads
         attended = np.empty_like(x)
-        for head in range(self.checkpoint.config.head_count):
+        for head in range(self.checkpoint.config.num_attention_heads):
             own = slice(head * width, (head + 1) * width)
             scores = q[:, own] @ k[:, own].T / math.sqrt(width)
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
@@ -69,7 +70,9 @@ class Twin:
         return product
 
     def norm(self, x: Floats, name: str) -> Floats:
-        spread = np.sqrt(x.var(axis=1, keepdims=True) + self.checkpoint.config.layer_norm_eps)
+        config = self.checkpoint.config
+        assert isinstance(config, BertConfig)
+        spread = np.sqrt(x.var(axis=1, keepdims=True) + config.layer_norm_eps)
         unit = (x - x.mean(axis=1, keepdims=True)) / spread
         normed: Floats = unit * self.tensors[f"{name}.weight"] + self.tensors[f"{name}.bias"]
         return normed

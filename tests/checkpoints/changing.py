@@ -7,8 +7,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from trivec.checkpoints.checkpoint import Checkpoint
-from trivec.checkpoints.encoder import tensor_shapes
 from trivec.core.types import Float32Array
+from trivec.models.registry import tensor_shapes
 
 
 def take_all(checkpoint: Checkpoint) -> dict[str, Float32Array]:

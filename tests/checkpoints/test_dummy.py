@@ -13,10 +13,10 @@ from tests.checkpoints.tiny import write_tiny
 
 from trivec.checkpoints.dummy import blueprint_of, write_dummy
 from trivec.checkpoints.dummy_weights import RandomWeights
-from trivec.checkpoints.encoder import tensor_shapes
 from trivec.checkpoints.opening import open_checkpoint
 from trivec.checkpoints.tensors import StoredType
 from trivec.core.errors import CheckpointRefused
+from trivec.models.registry import tensor_shapes
 
 
 def _hash_all(folder: Path) -> dict[str, str]:

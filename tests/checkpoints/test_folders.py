@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import save_file
 from tests.checkpoints.changing import rewrite, take_all
 
-from trivec.checkpoints.encoder import tensor_shapes
 from trivec.checkpoints.opening import open_checkpoint
 from trivec.core.errors import CheckpointRefused
+from trivec.models.registry import tensor_shapes
 
 
 def _set_json(name: str, **fields: object) -> Callable[[Path], None]:

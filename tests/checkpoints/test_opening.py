@@ -14,11 +14,11 @@ from tests.checkpoints.changing import rewrite, take_all
 from tests.checkpoints.tiny import write_tiny
 
 from trivec.checkpoints.checkpoint import Pooling
-from trivec.checkpoints.encoder import tensor_shapes
 from trivec.checkpoints.opening import open_checkpoint
 from trivec.checkpoints.tensors import StoredType
 from trivec.core.errors import CheckpointRefused
 from trivec.core.types import Output
+from trivec.models.registry import tensor_shapes
 
 
 def test_the_wheel_opens_verified_with_the_files_own_limit(cache_dir: Path) -> None:

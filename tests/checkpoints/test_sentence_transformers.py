@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from tests.checkpoints.tiny import write_tiny
 
-from trivec.checkpoints.encoder import Pooling
 from trivec.checkpoints.opening import open_checkpoint
 from trivec.core.errors import CheckpointRefused
+from trivec.models.pooling import Pooling
 
 NO_LIMIT = 10**30  # as transformers writes it: int(1e30), 1000000000000000019884624838656
 POSITIONS = 130

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from trivec.checkpoints.dummy import Blueprint, write_dummy
-from trivec.checkpoints.encoder import EncoderConfig, Pooling
 from trivec.checkpoints.tensors import StoredType
+from trivec.models.bert import BertConfig
+from trivec.models.pooling import Pooling
 
 
 def write_tiny(
@@ -28,17 +29,17 @@ def write_tiny(
     in place of safetensors. It reads `position_count` tokens (two fewer in the roberta family).
     """
     is_bert = family == "bert"
-    config = EncoderConfig(
+    config = BertConfig(
         family=family,
         hidden_size=hidden,
-        layer_count=layers,
-        head_count=attention_heads,
+        num_hidden_layers=layers,
+        num_attention_heads=attention_heads,
         intermediate_size=4 * hidden,
         layer_norm_eps=1e-12 if is_bert else 1e-5,
-        vocabulary_size=vocabulary_size,
-        position_count=position_count,
+        vocab_size=vocabulary_size,
+        max_position_embeddings=position_count,
         position_offset=0 if is_bert else 2,
-        token_type_count=2 if is_bert else 1,
+        type_vocab_size=2 if is_bert else 1,
         pad_token_id=0 if is_bert else 1,
     )
     blueprint = Blueprint(

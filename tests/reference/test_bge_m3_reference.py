@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers", reason="the reference is tran
 
 from trivec.backends.openvino import OpenVinoBackend
 from trivec.backends.openvino.certifying import fp32_tensors
-from trivec.backends.openvino.graph import Encoder
+from trivec.backends.openvino.graph import build_graph
 from trivec.backends.openvino.packing import pack_row
 from trivec.backends.openvino.probes import as_batch, read_sentences
 from trivec.backends.openvino.recipe import FP32
@@ -174,7 +174,7 @@ def test_hidden_states_equal_transformers(
     chosen = [ids[0], ids[20], ids[-3]]
     model = transformers.XLMRobertaModel.from_pretrained(folder, add_pooling_layer=False).eval()
     session = Session(
-        Encoder(checkpoint.config, fp32_tensors(checkpoint), FP32).build(), FP32, slot_count=1
+        build_graph(checkpoint.config, fp32_tensors(checkpoint), FP32), FP32, slot_count=1
     )
     for one in chosen:
         packed = Sequences.pack([one])

@@ -512,7 +512,7 @@ def test_a_trial_says_what_is_wrong_with_a_fast_path() -> None:
     [
         pytest.param(random_batch([8_193], XLM_ROBERTA), "too long", id="a-text-too-long"),
         pytest.param(
-            random_batch([4], replace(XLM_ROBERTA, vocabulary_size=9_999)), "beyond", id="an-id"
+            random_batch([4], replace(XLM_ROBERTA, vocab_size=9_999)), "beyond", id="an-id"
         ),
     ],
 )

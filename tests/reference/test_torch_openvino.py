@@ -31,7 +31,7 @@ def opened(folder: Path, *, family: str, pooling: Pooling, heads: bool) -> Check
 
 def batch_for(checkpoint: Checkpoint) -> Batch:
     draw = np.random.default_rng(11)
-    vocabulary_size = checkpoint.config.vocabulary_size
+    vocabulary_size = checkpoint.config.vocab_size
     packed = Sequences.pack(
         [draw.integers(4, vocabulary_size, length, dtype=np.int32) for length in LENGTHS]
     )

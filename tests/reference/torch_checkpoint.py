@@ -6,35 +6,37 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.numpy import save_file
-from transformers import BertConfig, BertModel, XLMRobertaConfig, XLMRobertaModel
+from transformers import BertConfig as TheirConfig
+from transformers import BertModel, XLMRobertaConfig, XLMRobertaModel
 
-from trivec.checkpoints.checkpoint import Checkpoint, EncoderConfig, Heads, Pooling
-from trivec.checkpoints.encoder import tensor_shapes
+from trivec.checkpoints.checkpoint import Checkpoint, Heads, Pooling
 from trivec.checkpoints.hashes import HashedFile
 from trivec.core.types import Batch, Float32Array, Int32Array, Output, Sequences
+from trivec.models.bert import BertConfig
+from trivec.models.registry import tensor_shapes
 
 ALL = Output.DENSE | Output.SPARSE | Output.MULTI
 
-XLM_ROBERTA = EncoderConfig(
+XLM_ROBERTA = BertConfig(
     family="xlm-roberta",
     hidden_size=64,
-    layer_count=2,
-    head_count=4,
+    num_hidden_layers=2,
+    num_attention_heads=4,
     intermediate_size=160,
     layer_norm_eps=1e-5,
-    vocabulary_size=300,
-    position_count=8_194,
+    vocab_size=300,
+    max_position_embeddings=8_194,
     position_offset=2,
-    token_type_count=1,
+    type_vocab_size=1,
     pad_token_id=1,
 )
 BERT = replace(
     XLM_ROBERTA,
     family="bert",
     layer_norm_eps=1e-12,
-    position_count=512,
+    max_position_embeddings=512,
     position_offset=0,
-    token_type_count=2,
+    type_vocab_size=2,
     pad_token_id=0,
 )
 
@@ -49,7 +51,7 @@ class Tiny:
 
 def write_tiny(
     folder: Path,
-    config: EncoderConfig,
+    config: BertConfig,
     *,
     pooling: Pooling = Pooling.CLS,
     heads: bool = True,
@@ -104,15 +106,16 @@ def transformers_hidden(
     """Last hidden states of one sequence by transformers, fp32, eager attention: [tokens, hidden]."""
     config = tiny.checkpoint.config
     is_bert = config.family == "bert"
-    theirs = (BertConfig if is_bert else XLMRobertaConfig)(
+    assert isinstance(config, BertConfig)
+    theirs = (TheirConfig if is_bert else XLMRobertaConfig)(
         hidden_size=config.hidden_size,
-        num_hidden_layers=config.layer_count,
-        num_attention_heads=config.head_count,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
         intermediate_size=config.intermediate_size,
         layer_norm_eps=config.layer_norm_eps,
-        vocab_size=config.vocabulary_size,
-        max_position_embeddings=config.position_count,
-        type_vocab_size=config.token_type_count,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_position_embeddings,
+        type_vocab_size=config.type_vocab_size,
         pad_token_id=config.pad_token_id,
         attn_implementation="eager",
     )
@@ -130,13 +133,13 @@ def transformers_hidden(
 
 
 def random_batch(
-    lengths: list[int], config: EncoderConfig, outputs: Output | list[Output] = ALL, seed: int = 1
+    lengths: list[int], config: BertConfig, outputs: Output | list[Output] = ALL, seed: int = 1
 ) -> Batch:
     """Random token ids, none of them the pad id, between the ids of <s> and </s>."""
     generator = np.random.default_rng(seed)
     sequences = []
     for length in lengths:
-        ids = generator.integers(4, config.vocabulary_size, length)
+        ids = generator.integers(4, config.vocab_size, length)
         ids[0] = 0 if config.pad_token_id != 0 else 101
         ids[-1:] = 2 if length > 1 else ids[-1:]
         sequences.append(ids.astype(np.int32))

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from trivec.checkpoints.encoder import Pooling
 from trivec.checkpoints.pins import BGE_M3_PINS, MINILM_PINS, Pin
 from trivec.core.errors import CheckpointRefused
+from trivec.models.pooling import Pooling
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 UNPINNED: "Mapping[str, Pin]" = MappingProxyType({})

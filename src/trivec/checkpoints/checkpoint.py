@@ -4,13 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trivec.checkpoints.convert import converted
-from trivec.checkpoints.encoder import EncoderConfig, Pooling, tensor_shapes
 from trivec.checkpoints.hashes import HashedFile
 from trivec.checkpoints.safetensors_file import open_safetensors
 from trivec.checkpoints.weights import Weights
 from trivec.core.types import Float32Array, Output
+from trivec.models.ops import ModelConfig
+from trivec.models.pooling import Pooling
+from trivec.models.registry import FAMILIES, tensor_shapes
 
-__all__ = ["Checkpoint", "EncoderConfig", "Heads", "Pooling"]
+__all__ = ["Checkpoint", "Heads", "Pooling"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class Checkpoint:
     id: str
     aliases: tuple[str, ...]
     folder: Path
-    config: EncoderConfig
+    config: ModelConfig
     pooling: Pooling
     normalize: bool
     token_count_max: int  # special tokens included
@@ -63,4 +65,5 @@ class Checkpoint:
             converted(file, cache_dir=self.cache_dir) if file.path.suffix == ".bin" else file.path
             for file in self.weight_files
         ]
-        return Weights([open_safetensors(file) for file in files], tensor_shapes(self.config))
+        opened = [open_safetensors(file) for file in files]
+        return Weights(opened, tensor_shapes(self.config), FAMILIES[self.config.family])

@@ -13,11 +13,13 @@ from types import MappingProxyType
 
 from trivec.checkpoints.dummy_tokenizer import SPECIALS, write_tokenizer
 from trivec.checkpoints.dummy_weights import RandomWeights
-from trivec.checkpoints.encoder import EncoderConfig, Pooling, tensor_shapes
 from trivec.checkpoints.safetensors_file import write_safetensors
 from trivec.checkpoints.tensors import StoredType
 from trivec.checkpoints.torch_writer import write_torch_file
 from trivec.core.errors import CheckpointRefused
+from trivec.models.bert import BertConfig
+from trivec.models.pooling import Pooling
+from trivec.models.registry import tensor_shapes
 
 Shapes = Mapping[str, tuple[StoredType, tuple[int, ...]]]
 
@@ -28,7 +30,7 @@ ARCHITECTURES = {"bert": "BertModel", "roberta": "RobertaModel", "xlm-roberta": 
 class Blueprint:
     """What a dummy looks like from outside."""
 
-    config: EncoderConfig
+    config: BertConfig
     pooling: Pooling
     normalize: bool
     token_count_max: int
@@ -38,23 +40,23 @@ class Blueprint:
 
     def with_layers(self, layer_count: int) -> "Blueprint":
         """The same model with another number of layers."""
-        return replace(self, config=replace(self.config, layer_count=layer_count))
+        return replace(self, config=replace(self.config, num_hidden_layers=layer_count))
 
 
 BLUEPRINTS: Mapping[str, Blueprint] = MappingProxyType(
     {
         "baai/bge-m3": Blueprint(
-            config=EncoderConfig(
+            config=BertConfig(
                 family="xlm-roberta",
                 hidden_size=1024,
-                layer_count=24,
-                head_count=16,
+                num_hidden_layers=24,
+                num_attention_heads=16,
                 intermediate_size=4096,
                 layer_norm_eps=1e-5,
-                vocabulary_size=250_002,
-                position_count=8194,
+                vocab_size=250_002,
+                max_position_embeddings=8194,
                 position_offset=2,
-                token_type_count=1,
+                type_vocab_size=1,
                 pad_token_id=1,
             ),
             pooling=Pooling.CLS,
@@ -64,17 +66,17 @@ BLUEPRINTS: Mapping[str, Blueprint] = MappingProxyType(
             torch_files=True,
         ),
         "all-minilm-l6-v2": Blueprint(
-            config=EncoderConfig(
+            config=BertConfig(
                 family="bert",
                 hidden_size=384,
-                layer_count=6,
-                head_count=12,
+                num_hidden_layers=6,
+                num_attention_heads=12,
                 intermediate_size=1536,
                 layer_norm_eps=1e-12,
-                vocabulary_size=30_522,
-                position_count=512,
+                vocab_size=30_522,
+                max_position_embeddings=512,
                 position_offset=0,
-                token_type_count=2,
+                type_vocab_size=2,
                 pad_token_id=0,
             ),
             pooling=Pooling.MEAN,
@@ -115,7 +117,7 @@ def write_dummy(
         write_tokenizer(
             folder / "tokenizer.json",
             family=blueprint.config.family,
-            vocabulary_size=blueprint.config.vocabulary_size,
+            vocabulary_size=blueprint.config.vocab_size,
         )
     weights = RandomWeights(blueprint.config, seed=seed)
     _write_encoder(folder, blueprint, weights)
@@ -199,7 +201,7 @@ def _write_layout(folder: Path, blueprint: Blueprint) -> None:
         file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _config_file(config: EncoderConfig) -> dict[str, object]:
+def _config_file(config: BertConfig) -> dict[str, object]:
     return {
         "architectures": [ARCHITECTURES[config.family]],
         "attention_probs_dropout_prob": 0.1,
@@ -211,13 +213,13 @@ def _config_file(config: EncoderConfig) -> dict[str, object]:
         "initializer_range": 0.02,
         "intermediate_size": config.intermediate_size,
         "layer_norm_eps": config.layer_norm_eps,
-        "max_position_embeddings": config.position_count,
+        "max_position_embeddings": config.max_position_embeddings,
         "model_type": config.family,
-        "num_attention_heads": config.head_count,
-        "num_hidden_layers": config.layer_count,
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": config.num_hidden_layers,
         "pad_token_id": config.pad_token_id,
         "position_embedding_type": "absolute",
         "torch_dtype": "float32",
-        "type_vocab_size": config.token_type_count,
-        "vocab_size": config.vocabulary_size,
+        "type_vocab_size": config.type_vocab_size,
+        "vocab_size": config.vocab_size,
     }

@@ -13,9 +13,9 @@ from zlib import crc32
 
 import numpy as np
 
-from trivec.checkpoints.encoder import EncoderConfig
 from trivec.checkpoints.tensors import StoredType
 from trivec.core.types import Float32Array
+from trivec.models.bert import BertConfig
 
 PIECE_ELEMENTS = 2**20
 # The first layer's attention writes the text into every token, the first one's included; what
@@ -33,7 +33,7 @@ OUTLIER_SIZE = 12.5  # with what is added to it, twenty times the median magnitu
 class RandomWeights:
     """Every tensor of one encoder and its heads, the same for the same config and seed."""
 
-    def __init__(self, config: EncoderConfig, *, seed: int) -> None:
+    def __init__(self, config: BertConfig, *, seed: int) -> None:
         self._config = config
         self._seed = seed
         outlier_count = config.hidden_size * OUTLIERS_PER_1024 // 1024
@@ -64,7 +64,7 @@ class RandomWeights:
 
     def _column_gains(self, name: str, columns: int) -> Float32Array:
         """What standard normal rows are multiplied by: `[columns]`."""
-        gains = np.full(columns, _gain(name, columns, self._config.layer_count), np.float32)
+        gains = np.full(columns, _gain(name, columns, self._config.num_hidden_layers), np.float32)
         if name.endswith(
             (
                 "query.weight",

@@ -6,16 +6,16 @@ would change the result and is not understood is refused, with the reason and a 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from msgspec import Meta
 
-from trivec.checkpoints.encoder import EncoderConfig, Pooling
 from trivec.checkpoints.folder import read_json
 from trivec.core.errors import CheckpointRefused
+from trivec.models import registry
+from trivec.models.ops import ModelConfig
+from trivec.models.pooling import Pooling
 
-FAMILIES = ("bert", "roberta", "xlm-roberta")
 POOLING_FILE = "1_Pooling/config.json"
 NORMALIZE_FILE = "2_Normalize/config.json"
 LAYOUT_FILES = (
@@ -44,34 +44,6 @@ NORMALIZE_USUAL = {
     "module_output_name": "sentence_embedding",
 }
 TOKENS_MAX = 4_000_000  # a larger maximum is transformers' way to say that there is none
-
-# Bounds that keep a lying config from asking for absurd amounts of memory.
-Count = Annotated[int, Meta(ge=1, le=4096)]
-Width = Annotated[int, Meta(ge=1, le=65_536)]
-Rows = Annotated[int, Meta(ge=1, le=TOKENS_MAX)]
-
-
-class _ConfigFile(msgspec.Struct, frozen=True):
-    """`config.json`; what it leaves out has the default of transformers' own BertConfig."""
-
-    model_type: str
-    hidden_size: Width
-    num_hidden_layers: Count
-    num_attention_heads: Count
-    intermediate_size: Width
-    vocab_size: Rows
-    max_position_embeddings: Rows
-    layer_norm_eps: Annotated[float, Meta(gt=0, lt=1)] = 1e-12
-    type_vocab_size: Count = 2
-    pad_token_id: Annotated[int, Meta(ge=0)] | None = None
-    hidden_act: str = "gelu"
-    position_embedding_type: str | None = "absolute"
-    is_decoder: bool = False
-    add_cross_attention: bool = False
-    auto_map: Any = None
-    trust_remote_code: Any = None
-    quantization_config: Any = None
-    pruned_heads: dict[str, Any] | None = None
 
 
 class _Module(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -136,62 +108,15 @@ class Recipe:
     token_count_max: int | None  # None: as many as the tokenizer and the positions allow
 
 
-def read_config(folder: Path) -> EncoderConfig:
-    """The encoder that `config.json` of *folder* describes. Raises `CheckpointRefused`."""
+def read_config(folder: Path) -> ModelConfig:
+    """The model that `config.json` of *folder* describes. Raises `CheckpointRefused`."""
     file = folder / "config.json"
-    found = read_json(file, _ConfigFile)
-    if found.model_type not in FAMILIES:
-        raise CheckpointRefused(
-            f"{file}: model_type is {found.model_type!r}; served are encoders of the families "
-            f"{', '.join(FAMILIES)}"
-        )
-    if reason := _why_not(found):
-        raise CheckpointRefused(f"{file}: {reason}")
-    is_bert = found.model_type == "bert"
-    pad_token_id = found.pad_token_id
-    if pad_token_id is None:
-        pad_token_id = 0 if is_bert else 1
-    config = EncoderConfig(
-        family=found.model_type,
-        hidden_size=found.hidden_size,
-        layer_count=found.num_hidden_layers,
-        head_count=found.num_attention_heads,
-        intermediate_size=found.intermediate_size,
-        layer_norm_eps=found.layer_norm_eps,
-        vocabulary_size=found.vocab_size,
-        position_count=found.max_position_embeddings,
-        position_offset=0 if is_bert else pad_token_id + 1,
-        token_type_count=found.type_vocab_size,
-        pad_token_id=pad_token_id,
-    )
-    if config.token_count_max < 1:
-        raise CheckpointRefused(f"{file}: max_position_embeddings leaves no position for a token")
-    return config
-
-
-def _why_not(found: _ConfigFile) -> str | None:
-    """The first thing in a config that this encoder does not do, or None."""
-    if found.auto_map is not None or found.trust_remote_code is not None:
-        return "auto_map or trust_remote_code asks to run code from the model's folder; none is"
-    if found.hidden_act != "gelu":
-        return f"hidden_act is {found.hidden_act!r}; understood is 'gelu'"
-    if found.position_embedding_type not in ("absolute", None):
-        return (
-            f"position_embedding_type is {found.position_embedding_type!r}; understood is "
-            "'absolute'"
-        )
-    if found.is_decoder or found.add_cross_attention:
-        return "is_decoder or add_cross_attention is set; served are encoders"
-    if found.quantization_config is not None:
-        return "quantization_config is set; give the float checkpoint, it is quantised at load"
-    if found.pruned_heads:
-        return "pruned_heads is set; pruned attention is not understood"
-    if found.hidden_size % found.num_attention_heads:
-        return (
-            f"hidden_size {found.hidden_size} is no multiple of num_attention_heads "
-            f"{found.num_attention_heads}"
-        )
-    return None
+    try:
+        return registry.read_config(read_json(file, dict[str, Any]))
+    except msgspec.ValidationError as error:
+        raise CheckpointRefused(f"{file}: not understood: {error}") from error
+    except ValueError as error:
+        raise CheckpointRefused(f"{file}: {error}") from error
 
 
 def read_recipe(folder: Path, names: frozenset[str], *, hidden_size: int) -> Recipe:

@@ -11,28 +11,27 @@ from types import TracebackType
 from trivec.checkpoints.tensors import MappedTensors
 from trivec.core.errors import CheckpointRefused
 from trivec.core.types import Float32Array
-
-# The one tensor that every encoder of the family has; what stands before it is the file's prefix.
-LANDMARK = "embeddings.word_embeddings.weight"
-PREFIXES = ("", "bert.", "roberta.", "model.", "auto_model.", "0.auto_model.")
-IGNORED = ("pooler.*", "*.position_ids", "lm_head.*", "cls.*")
+from trivec.models.registry import Family
 
 
 class Weights:
     """Checked weights, each to be taken exactly once. A context manager; one thread at a time."""
 
     def __init__(
-        self, files: Sequence[MappedTensors], shapes: Mapping[str, tuple[int, ...]]
+        self,
+        files: Sequence[MappedTensors],
+        shapes: Mapping[str, tuple[int, ...]],
+        family: Family,
     ) -> None:
         """Match *files* to *shapes* (canonical name to shape) by their headers alone.
 
         Raises `CheckpointRefused` for a tensor that is missing, extra, doubled or mis-shaped.
         """
         held = _merge(files)
-        prefix = find_prefix(held)
+        prefix = find_prefix(held, family)
         where = files[0].file if len(files) == 1 else files[0].file.parent
         try:
-            refuse_strangers(held, shapes, prefix)
+            refuse_strangers(held, shapes, prefix, family.unused)
             self._left = {name: (held[prefix + name], prefix + name) for name in shapes}
             for name, (file, stored) in self._left.items():
                 _check_shape(stored, file.tensors[stored].shape, shapes[name])
@@ -68,31 +67,29 @@ class Weights:
         self._left = {}  # views that are still in use keep their own map alive
 
 
-def find_prefix(names: Mapping[str, object]) -> str:
-    """What stands before the canonical names in a file: one of PREFIXES, judged by the landmark."""
-    found = [prefix for prefix in PREFIXES if prefix + LANDMARK in names]
+def find_prefix(names: Mapping[str, object], family: Family) -> str:
+    """What stands before the canonical names in a file, judged by the family's landmark."""
+    found = [prefix for prefix in family.prefixes if prefix + family.landmark in names]
     return found[0] if len(found) == 1 else ""
 
 
 def refuse_strangers(
-    held: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]], prefix: str
+    held: Mapping[str, object],
+    shapes: Mapping[str, tuple[int, ...]],
+    prefix: str,
+    unused: Sequence[str],
 ) -> None:
-    """Raise `ValueError` unless *held* has every name of *shapes* and else only ignored ones."""
+    """Raise `ValueError` unless *held* has every name of *shapes*, and else what *unused* matches."""
     if missing := [name for name in shapes if prefix + name not in held]:
         raise ValueError(f"lacks {_few(missing)}")
     extra = [
         name
         for name in held
         if not (name.startswith(prefix) and name.removeprefix(prefix) in shapes)
-        and not is_ignored(name.removeprefix(prefix))
+        and not any(fnmatchcase(name.removeprefix(prefix), pattern) for pattern in unused)
     ]
     if extra:
         raise ValueError(f"holds {_few(extra)}, which this encoder does not have")
-
-
-def is_ignored(name: str) -> bool:
-    """Whether a tensor is one the flagships carry and an encoder does not use."""
-    return any(fnmatchcase(name, pattern) for pattern in IGNORED)
 
 
 def _merge(files: Sequence[MappedTensors]) -> dict[str, MappedTensors]:

@@ -215,7 +215,7 @@ def _embedding(settings: Settings) -> Embed:
     tokenizer = Tokenizer(
         checkpoint.tokenizer_file,
         token_count_max=checkpoint.token_count_max,
-        vocabulary_size=checkpoint.config.vocabulary_size,
+        vocabulary_size=checkpoint.config.vocab_size,
         pool=ThreadPoolExecutor(1),
     )
 

@@ -14,20 +14,13 @@ from openvino import opset15 as op
 
 from trivec.backends.openvino.plugin import open_core
 from trivec.core.types import Float32Array
+from trivec.models.ops import HeadShape
 
 TRIAL_TOKENS = 512  # where attention is a quarter of the time of BGE-M3
 TRIAL_REPEATS = 5
 BF16_SHARE_MAX = 0.9  # of fp32's time; what is nearer is not worth fewer digits
 
 BY_HEAD = np.array([0, 2, 1, 3])  # [sequences, length, heads, width] and back
-
-
-@dataclass(frozen=True, slots=True)
-class HeadShape:
-    """How a token's hidden state is divided among heads."""
-
-    count: int
-    width: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +39,14 @@ class Attention:
         """*x* `[tokens, hidden]` at *places* `[sequences, length]`, as `[s, heads, length, width]`."""
         axis = op.constant(np.int64(0))
         gathered = op.gather(self._typed(x), places, axis)
-        split = op.constant(np.array([0, 0, self.heads.count, self.heads.width]))
+        split = op.constant(np.array([0, 0, self.heads.count, self.heads.head_dim]))
         return op.transpose(op.reshape(gathered, split, True), op.constant(BY_HEAD))
 
     def attended(self, q: Node, k: Node, v: Node, bias: Node) -> Node:
         """Float32 `[sequences * length, hidden]`, of what `gathered` made and *bias* `[s, 1, 1, l]`."""
         scores = op.add(op.matmul(q, k, False, True), self._typed(bias))
         mixed = op.matmul(op.softmax(scores, -1), v, False, False)
-        hidden = self.heads.count * self.heads.width
+        hidden = self.heads.size
         together = op.transpose(mixed, op.constant(BY_HEAD))
         flat = op.reshape(together, op.constant(np.array([-1, hidden])), False)
         return op.convert(flat, "f32") if self.bf16 else flat
@@ -83,7 +76,7 @@ def bf16_pays(heads: HeadShape, *, tokens: int = TRIAL_TOKENS) -> bool:
 
 def _alone(attention: Attention, tokens: int) -> ov.InferRequest:
     """One attention over a text of *tokens*, compiled for one thread and run once."""
-    hidden = attention.heads.count * attention.heads.width
+    hidden = attention.heads.size
     x = op.parameter([-1, hidden], np.float32)
     places = op.parameter([-1, -1], np.int32)
     bias = op.parameter([-1, 1, 1, -1], np.float32)

@@ -133,7 +133,7 @@ def _pinned(checkpoint: Checkpoint, name: str) -> Recipe:
             f"{', '.join(one.name for one in INT8_RECIPES)}, each also with -exact- and the "
             "numbers of layers to keep in fp32, as -exact-0-11"
         )
-    layer_count = checkpoint.config.layer_count
+    layer_count = checkpoint.config.num_hidden_layers
     if recipe.exact_layers and max(recipe.exact_layers) >= layer_count:
         raise SettingInvalid(
             f"precision {name} names layer {max(recipe.exact_layers)}, and the layers of "

@@ -16,7 +16,7 @@ from trivec.backends.heads import Readout
 from trivec.backends.openvino.attention import bf16_pays
 from trivec.backends.openvino.certificate import Certificate, compare
 from trivec.backends.openvino.encoding import BatchEncoder
-from trivec.backends.openvino.graph import TAPPED, Extra, head_shape, linear_name
+from trivec.backends.openvino.graph import Extra
 from trivec.backends.openvino.packing import RowInputs, pack_row
 from trivec.backends.openvino.probes import as_batch, make_probes, read_sentences
 from trivec.backends.openvino.quantise import ChannelRanges, Ranges, int8_tensors
@@ -25,8 +25,8 @@ from trivec.backends.openvino.rows import plan_rows
 from trivec.backends.openvino.session import Session
 from trivec.backends.openvino.witness import Plan, open_session
 from trivec.checkpoints.checkpoint import Checkpoint
-from trivec.checkpoints.encoder import tensor_shapes
 from trivec.core.types import Float32Array, Int32Array, Output, Sequences, Vectors
+from trivec.models.registry import plan_of, tensor_shapes
 
 EXACT_SHARE = 0.25  # of the layers, on the last rung
 
@@ -85,7 +85,8 @@ class Trial:
 
     def rungs(self) -> Iterator[Recipe]:
         """From the fastest arithmetic on; the last one is worked out only when it is reached."""
-        yield from int8_ladder(bf16_pays=bf16_pays(head_shape(self._checkpoint.config)))
+        heads = plan_of(self._checkpoint.config).heads[0]
+        yield from int8_ladder(bf16_pays=bf16_pays(heads))
         layers = self._most_sensitive_layers(INT8_GROUPS_32)
         yield replace(INT8_GROUPS_32, exact_layers=layers)
 
@@ -117,11 +118,7 @@ class Trial:
 
     def _ranges(self, rows: Sequence[Sequence[Float32Array]]) -> Ranges:
         """Over all *rows*, what each yielded for `Extra.RANGES`."""
-        names = [
-            linear_name(layer, part)
-            for layer in range(self._checkpoint.config.layer_count)
-            for part in TAPPED
-        ]
+        names = [group.names[0] for group in plan_of(self._checkpoint.config).linears]
         by_tap = [np.array(values) for values in zip(*rows, strict=True)]  # [rows, in] each
         return {
             name: ChannelRanges(

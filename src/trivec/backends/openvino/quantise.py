@@ -9,29 +9,21 @@ the lift in the bias, and there also what rounding the weights does to the mean 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trivec.backends.openvino.graph import AFTER_GELU, GELU_LIFT, linear_name
+from trivec.backends.openvino.graph import LIFTS
 from trivec.backends.openvino.recipe import Form, Recipe
-from trivec.checkpoints.checkpoint import EncoderConfig
 from trivec.core.types import Float32Array
+from trivec.models.ops import LinearGroup, ModelConfig
+from trivec.models.registry import plan_of
 
 INT8_MAX = 127
 INT16_MAX = 127 * 256  # so that the high half is at most 127
 TABLE_ROWS = 16384  # of a table at a time
 SCALE_FLOOR = 1e-8
-
-VALUE, PROJECTION = "attention.self.value", "attention.output.dense"
-
-READERS: Mapping[str, tuple[str, ...]] = {
-    "attention.self.query": ("attention.self.query", "attention.self.key", VALUE),
-    PROJECTION: (PROJECTION,),
-    "intermediate.dense": ("intermediate.dense",),
-    AFTER_GELU: (AFTER_GELU,),
-}
-"""Each input whose ranges were taken, and the layers that read it."""
 
 Take = Callable[[str], Float32Array]
 Tensors = dict[str, NDArray[np.generic]]
@@ -54,72 +46,71 @@ class Evened:
     mean: Float32Array  # [in]; of x / factor
 
 
-Ranges = Mapping[str, ChannelRanges]  # by the linear layer's name
+Ranges = Mapping[str, ChannelRanges]  # by the first name of a `LinearGroup`
 
 
-def int8_tensors(take: Take, config: EncoderConfig, recipe: Recipe, ranges: Ranges) -> Tensors:
+def int8_tensors(take: Take, config: ModelConfig, recipe: Recipe, ranges: Ranges) -> Tensors:
     """Every tensor of the graph, each weight taken once, in *recipe*'s forms.
 
-    The word embeddings become 16-bit numbers in two halves; see `halves`.
+    Tables of token embeddings become 16-bit numbers in two halves; see `halves`.
     """
+    plan = plan_of(config)
     tensors: Tensors = {}
-    words = "embeddings.word_embeddings"
-    parts = halves(take(f"{words}.weight"))
-    tensors |= {f"{words}.high": parts.high, f"{words}.low": parts.low, f"{words}.step": parts.step}
-    for name in ("position_embeddings.weight", "token_type_embeddings.weight"):
-        tensors[f"embeddings.{name}"] = take(f"embeddings.{name}")
-    for part in ("weight", "bias"):
-        tensors[f"embeddings.LayerNorm.{part}"] = take(f"embeddings.LayerNorm.{part}")
-    for layer in range(config.layer_count):
-        weights = {part: take(f"{linear_name(layer, part)}.weight") for part in _parts()}
-        biases = {part: take(f"{linear_name(layer, part)}.bias") for part in _parts()}
+    for layer, group in groupby(plan.linears, key=lambda group: group.layer):
+        groups = list(group)
+        names = [name for group in groups for name in group.names]
+        weights = {name: take(f"{name}.weight") for name in names}
+        biases = {name: take(f"{name}.bias") for name in names}
         if recipe.form_of(layer) is not Form.FP32:
-            own = {part: ranges[linear_name(layer, part)] for part in READERS}
-            linears = _int8_layer(weights, biases, own, recipe.form_of(layer))
+            tensors |= _int8_layer(groups, weights, biases, ranges, recipe.form_of(layer))
         else:
-            linears = {f"{part}.weight": weights[part] for part in _parts()}
-            linears |= {f"{part}.bias": biases[part] for part in _parts()}
-        tensors |= {linear_name(layer, name): tensor for name, tensor in linears.items()}
-        for norm in ("attention.output.LayerNorm", "output.LayerNorm"):
-            for kind in ("weight", "bias"):
-                name = f"{linear_name(layer, norm)}.{kind}"
-                tensors[name] = take(name)
+            tensors |= {f"{name}.weight": weight for name, weight in weights.items()}
+            tensors |= {f"{name}.bias": bias for name, bias in biases.items()}
+    for table in plan.token_tables:
+        parts = halves(take(f"{table}.weight"))
+        tensors |= {
+            f"{table}.high": parts.high,
+            f"{table}.low": parts.low,
+            f"{table}.step": parts.step,
+        }
+    linear = {name for group in plan.linears for name in group.names}
+    for name in plan.shapes:
+        owner = name.rpartition(".")[0]
+        if owner not in linear and owner not in plan.token_tables:
+            tensors[name] = take(name)
     return tensors
 
 
-def _parts() -> list[str]:
-    return [part for readers in READERS.values() for part in readers]
-
-
 def _int8_layer(
+    groups: list[LinearGroup],
     weights: dict[str, Float32Array],
     biases: dict[str, Float32Array],
-    ranges: Mapping[str, ChannelRanges],
+    ranges: Ranges,
     form: Form,
 ) -> Tensors:
-    """The linear layers of one layer, by their names within it."""
+    """The linear layers of one layer."""
     weights, biases, tensors = dict(weights), dict(biases), Tensors()
-    evened = {
-        tapped: even_out(
-            ranges[tapped],
-            np.max([np.abs(weights[part]).max(axis=0) for part in READERS[tapped]], axis=0),
-            lift=GELU_LIFT if tapped == AFTER_GELU and form is Form.INT8_ROWS else 0.0,
+    evened = [
+        even_out(
+            ranges[group.names[0]],
+            np.max([np.abs(weights[name]).max(axis=0) for name in group.names], axis=0),
+            lift=LIFTS[group.activation] if group.activation and form is Form.INT8_ROWS else 0.0,
         )
-        for tapped in READERS
-    }
-    # Attention averages values over tokens; so its output is divided where the values are made.
-    weights[VALUE] = weights[VALUE] / evened[PROJECTION].factor[:, None]
-    biases[VALUE] = biases[VALUE] / evened[PROJECTION].factor
-    for tapped, readers in READERS.items():
-        if tapped != PROJECTION:
-            tensors[f"{tapped}.channel_scale"] = 1 / evened[tapped].factor
-        for part in readers:
-            matrix = weights[part] * evened[tapped].factor
+        for group in groups
+    ]
+    for group, even in zip(groups, evened, strict=True):
+        if group.values is not None:
+            # Attention averages values over tokens; so its output is divided where they are made.
+            weights[group.values] = weights[group.values] / even.factor[:, None]
+            biases[group.values] = biases[group.values] / even.factor
+    for group, even in zip(groups, evened, strict=True):
+        if group.values is None:
+            tensors[f"{group.names[0]}.channel_scale"] = 1 / even.factor
+        for name in group.names:
+            matrix = weights[name] * even.factor
             whole, scale = quantise(matrix)
-            tensors[f"{part}.weight"], tensors[f"{part}.scale"] = whole, scale
-            tensors[f"{part}.bias"] = _corrected(
-                biases[part], matrix, whole * scale, evened[tapped]
-            )
+            tensors[f"{name}.weight"], tensors[f"{name}.scale"] = whole, scale
+            tensors[f"{name}.bias"] = _corrected(biases[name], matrix, whole * scale, even)
     return tensors
 
 

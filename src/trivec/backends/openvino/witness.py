@@ -12,15 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trivec.backends.openvino.graph import AFTER_GELU, GELU_LIFT, Encoder, Extra, linear_name
+from trivec.backends.openvino.graph import LIFTS, Extra, build_graph
 from trivec.backends.openvino.packing import pack_row
 from trivec.backends.openvino.pages import mappings_of
 from trivec.backends.openvino.recipe import Form, Recipe
 from trivec.backends.openvino.rows import plan_rows
 from trivec.backends.openvino.session import Session
-from trivec.checkpoints.checkpoint import EncoderConfig
 from trivec.core.errors import StartError
 from trivec.core.types import Batch, Float32Array, Int32Array, Output
+from trivec.models import registry
+from trivec.models.ops import Activation, HeadShape, Index, Linear, ModelConfig, Table, layer_of
 
 PROBE_TOKENS = 8
 COMPILES_MAX = 3
@@ -37,7 +38,7 @@ _erf = np.frompyfunc(math.erf, 1, 1)
 class Plan:
     """All that a session is compiled from."""
 
-    config: EncoderConfig
+    config: ModelConfig
     tensors: Tensors
     recipe: Recipe
     extra: Extra = Extra.NOTHING
@@ -45,7 +46,7 @@ class Plan:
 
 def compiled(plan: Plan, slot_count: int) -> Session:
     """A session as the plugin makes it."""
-    model = Encoder(plan.config, plan.tensors, plan.recipe).build(plan.extra)
+    model = build_graph(plan.config, plan.tensors, plan.recipe, plan.extra)
     mapped = mappings_of(plan.tensors.values())
     return Session(model, plan.recipe, slot_count=slot_count, mapped=mapped)
 
@@ -63,7 +64,7 @@ def open_session(
     vouches for may well be far from it. Raises `StartError` when it comes to no good.
     """
     ids = _probe(plan.config)
-    expected = Witness(plan).hidden(ids)
+    expected = plain_hidden(plan, ids)
     for _ in range(COMPILES_MAX):
         session = compiler(plan, slot_count)
         found = [_hidden(session, plan.config, ids, slot=slot) for slot in range(slot_count)]
@@ -89,92 +90,105 @@ def cosine_min(found: Float32Array, expected: Float32Array) -> float:
     return float(((a * b).sum(axis=1) / np.maximum(norms, 1e-12)).min())
 
 
-class Witness:
-    """One encoder over one text, in float32 and without a plugin."""
+def plain_hidden(plan: Plan, ids: Int32Array) -> Float32Array:
+    """Last hidden states of one text, without a plugin: float32 `[tokens, hidden]`."""
+    return registry.forward(NumpyOps(plan, ids), plan.config)
 
-    def __init__(self, plan: Plan) -> None:
-        self._config = plan.config
-        self._tensors = plan.tensors
-        self._recipe = plan.recipe
 
-    def hidden(self, ids: Int32Array) -> Float32Array:
-        """Last hidden states of one text: float32 `[tokens, hidden]`."""
-        places = np.arange(len(ids)) + self._config.position_offset
-        x = self._words(ids) + self._float32("embeddings.token_type_embeddings.weight")[0]
-        x = x + self._float32("embeddings.position_embeddings.weight")[places]
-        x = self._layer_norm(x, "embeddings.LayerNorm")
-        for layer in range(self._config.layer_count):
-            attended = self._linear(self._attended(x, layer), layer, "attention.output.dense")
-            x = self._layer_norm(x + attended, linear_name(layer, "attention.output.LayerNorm"))
-            inner = self._linear(x, layer, "intermediate.dense")
-            inner = inner * (0.5 * (1 + _erf(inner / math.sqrt(2)).astype(np.float32)))
-            outer = self._linear(inner, layer, AFTER_GELU)
-            x = self._layer_norm(x + outer, linear_name(layer, "output.LayerNorm"))
-        return x
+class NumpyOps:
+    """`models.ops.Ops` over one text in numpy, reading a graph's own tensors, int8 ones too."""
 
-    def _float32(self, name: str) -> Float32Array:
-        return self._tensors[name].astype(np.float32, copy=False)
+    def __init__(self, plan: Plan, ids: Int32Array, at: str = "") -> None:
+        self._plan = plan
+        self._ids = ids
+        self._at = at
 
-    def _words(self, ids: Int32Array) -> Float32Array:
-        table = "embeddings.word_embeddings"
-        if f"{table}.weight" in self._tensors:
-            return self._tensors[f"{table}.weight"][ids].astype(np.float32)
+    def embed(self, table: Table, index: Index) -> Float32Array:
+        name, tensors = self._at + table.name, self._plan.tensors
+        positions = np.arange(len(self._ids), dtype=np.int32) + self._plan.config.position_offset
+        lines = {Index.ID: self._ids, Index.TYPE: 0 * self._ids, Index.POSITION: positions}
+        rows: Int32Array = lines[index]
+        if f"{name}.weight" in tensors:
+            return self._float32(f"{table.name}.weight")[rows]
         high, low, step = (
-            self._tensors[f"{table}.{part}"][ids].astype(np.float32)
-            for part in ("high", "low", "step")
+            tensors[f"{name}.{part}"][rows].astype(np.float32) for part in ("high", "low", "step")
         )
-        words: Float32Array = (high * 256 + low) * step
-        return words
+        looked_up: Float32Array = (high * 256 + low) * step
+        return looked_up
 
-    def _attended(self, x: Float32Array, layer: int) -> Float32Array:
-        """softmax(Q Kᵀ / sqrt(d)) V: float32 `[tokens, hidden]`."""
-        heads, tokens = self._config.head_count, len(x)
-        q, k, v = (
-            self._linear(x, layer, f"attention.self.{part}")
-            .reshape(tokens, heads, -1)
-            .transpose(1, 0, 2)
-            for part in ("query", "key", "value")
-        )
-        scores = q @ k.transpose(0, 2, 1) / np.float32(math.sqrt(q.shape[2]))
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        weights /= weights.sum(axis=-1, keepdims=True)
-        together: Float32Array = (weights @ v).transpose(1, 0, 2).reshape(tokens, -1)
-        return together
+    def add(self, x: Float32Array, y: Float32Array) -> Float32Array:
+        return x + y
 
-    def _linear(self, x: Float32Array, layer: int, part: str) -> Float32Array:
-        """X Wᵀ + b, with the lift and the channel scales that the int8 forms read X through."""
-        name = linear_name(layer, part)
-        form = self._recipe.form_of(layer)
-        if form is Form.INT8_ROWS and part == AFTER_GELU:
-            x = x + np.float32(GELU_LIFT)
-        source = "attention.self.query" if part.startswith("attention.self.") else part
-        scale = self._tensors.get(f"{linear_name(layer, source)}.channel_scale")
-        if form is not Form.FP32 and scale is not None:
-            x = x * scale.astype(np.float32)
-        product = x @ self._float32(f"{name}.weight").T
-        if form is not Form.FP32:
-            product = product * self._float32(f"{name}.scale")[:, 0]
-        total: Float32Array = product + self._float32(f"{name}.bias")
-        return total
-
-    def _layer_norm(self, x: Float32Array, name: str) -> Float32Array:
-        spread = np.sqrt(x.var(axis=1, keepdims=True) + np.float32(self._config.layer_norm_eps))
+    def layer_norm(self, x: Float32Array, name: str, *, eps: float) -> Float32Array:
+        spread = np.sqrt(x.var(axis=1, keepdims=True) + np.float32(eps))
         unit = (x - x.mean(axis=1, keepdims=True)) / spread
         normed: Float32Array = unit * self._float32(f"{name}.weight") + self._float32(
             f"{name}.bias"
         )
         return normed
 
+    def linear(self, x: Float32Array, *layers: Linear) -> tuple[Float32Array, ...]:
+        return self._linear(x, *layers, lift=0.0)
 
-def _probe(config: EncoderConfig) -> Int32Array:
+    def attention(
+        self, q: Float32Array, k: Float32Array, v: Float32Array, heads: HeadShape
+    ) -> Float32Array:
+        q, k, v = (
+            one.reshape(len(one), heads.count, heads.head_dim).transpose(1, 0, 2)
+            for one in (q, k, v)
+        )
+        scores = q @ k.transpose(0, 2, 1) / np.float32(math.sqrt(heads.head_dim))
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        together: Float32Array = (weights @ v).transpose(1, 0, 2).reshape(-1, heads.size)
+        return together
+
+    def mlp(
+        self, x: Float32Array, up: Linear, down: Linear, activation: Activation
+    ) -> Float32Array:
+        (inner,) = self._linear(x, up, lift=0.0)
+        inner = inner * (0.5 * (1 + _erf(inner / math.sqrt(2)).astype(np.float32)))
+        return self._linear(inner, down, lift=LIFTS[activation])[0]
+
+    def keep(self, x: Float32Array) -> Float32Array:
+        return x
+
+    def block(
+        self, function: Callable[..., Float32Array], at: str, *values: object
+    ) -> Float32Array:
+        return function(NumpyOps(self._plan, self._ids, f"{self._at}{at}."), *values)
+
+    def _linear(self, x: Float32Array, *layers: Linear, lift: float) -> tuple[Float32Array, ...]:
+        """X Wᵀ + b, with the lift and the channel scales that the int8 forms read X through."""
+        first = self._at + layers[0].name
+        form = self._plan.recipe.form_of(layer_of(first))
+        if form is Form.INT8_ROWS:
+            x = x + np.float32(lift)
+        scale = self._plan.tensors.get(f"{first}.channel_scale")
+        if form is not Form.FP32 and scale is not None:
+            x = x * scale.astype(np.float32)
+        return tuple(self._product(x, layer.name, form) for layer in layers)
+
+    def _product(self, x: Float32Array, name: str, form: Form) -> Float32Array:
+        product = x @ self._float32(f"{name}.weight").T
+        if form is not Form.FP32:
+            product = product * self._float32(f"{name}.scale")[:, 0]
+        total: Float32Array = product + self._float32(f"{name}.bias")
+        return total
+
+    def _float32(self, name: str) -> Float32Array:
+        return self._plan.tensors[self._at + name].astype(np.float32, copy=False)
+
+
+def _probe(config: ModelConfig) -> Int32Array:
     """Token ids that no text needs to have: int32 `[tokens]`."""
-    room = config.position_count - config.position_offset
+    room = config.token_count_max
     chooser = np.random.default_rng(0)
-    ids = chooser.integers(0, config.vocabulary_size, min(PROBE_TOKENS, room))
+    ids = chooser.integers(0, config.vocab_size, min(PROBE_TOKENS, room))
     return ids.astype(np.int32)
 
 
-def _hidden(session: Session, config: EncoderConfig, ids: Int32Array, *, slot: int) -> Float32Array:
+def _hidden(session: Session, config: ModelConfig, ids: Int32Array, *, slot: int) -> Float32Array:
     """What *slot* makes of the same text."""
     starts = np.array([0, len(ids)], np.int32)
     packed = pack_row(

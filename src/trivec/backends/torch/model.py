@@ -20,8 +20,8 @@ from trivec.backends.torch.heads import DeviceHeads
 from trivec.backends.torch.layout import first_rows_left_out, lay_out, rows_wanting
 from trivec.backends.torch.link import CudaLink, Fetched, Link
 from trivec.backends.torch.tuning import graph_shape
-from trivec.checkpoints.encoder import EncoderConfig
 from trivec.core.types import Batch, Float32Array, Output, Vectors
+from trivec.models.bert import BertConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +32,13 @@ class Parts:
     heads: DeviceHeads
     attention: Attention
     after: AfterAttention  # plain, or compiled
-    config: EncoderConfig
+    config: BertConfig
 
     def refuse(self, batch: Batch) -> None:
         """Stop at what only a mistake of ours sends down: a bad index takes a CUDA device with it."""
         assert np.diff(batch.starts).max() <= self.config.token_count_max, "a text is too long"
         assert batch.token_ids.min() >= 0, "a token id is below the vocabulary"
-        assert batch.token_ids.max() < self.config.vocabulary_size, "a token id is beyond it"
+        assert batch.token_ids.max() < self.config.vocab_size, "a token id is beyond it"
 
     def encode(self, packed: Packed) -> torch.Tensor:
         """Last hidden states: `[tokens, hidden]`."""

@@ -55,9 +55,9 @@ def load_encoder(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.d
             ),
             tuple(
                 _load_layer(upload, f"encoder.layer.{i}", config.layer_norm_eps)
-                for i in range(config.layer_count)
+                for i in range(config.num_hidden_layers)
             ),
-            config.head_count,
+            config.num_attention_heads,
         )
         weights.finish()
     return encoder
@@ -82,7 +82,7 @@ def load_heads(checkpoint: Checkpoint, *, device: torch.device) -> DeviceHeads:
     return DeviceHeads(
         pooling=checkpoint.pooling,
         normalize=checkpoint.normalize,
-        vocabulary_size=checkpoint.config.vocabulary_size,
+        vocabulary_size=checkpoint.config.vocab_size,
         sparse=None
         if heads is None
         else Linear(

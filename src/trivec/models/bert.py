@@ -1,0 +1,131 @@
+"""BERT, RoBERTa and XLM-RoBERTa: encoders with learned positions and LayerNorm after each half-layer.
+
+Devlin et al. 2018, arXiv:1810.04805; Liu et al. 2019, arXiv:1907.11692; Conneau et al. 2020,
+arXiv:1911.02116. The three differ in where positions begin.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from trivec.models.ops import Activation, HeadShape, Index, Linear, ModelConfig, Ops, Table
+
+T = TypeVar("T")
+
+# Bounds that keep a lying config from asking for absurd amounts of memory.
+Count = Annotated[int, Meta(ge=1, le=4096)]
+Width = Annotated[int, Meta(ge=1, le=65_536)]
+Rows = Annotated[int, Meta(ge=1, le=4_000_000)]
+
+MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
+# What stands before the names in a file, by what it was saved from; LANDMARK tells which it is.
+PREFIXES = ("", "bert.", "roberta.", "model.", "auto_model.", "0.auto_model.")
+LANDMARK = "embeddings.word_embeddings.weight"
+# Tensors that files carry and the encoder does not use.
+UNUSED = ("pooler.*", "*.position_ids", "lm_head.*", "cls.*")
+
+
+@dataclass(frozen=True, slots=True)
+class BertConfig(ModelConfig):
+    layer_norm_eps: float
+    type_vocab_size: int
+
+
+class _ConfigFile(msgspec.Struct, frozen=True):
+    """`config.json`; what it leaves out has the default of transformers' own BertConfig."""
+
+    model_type: str
+    hidden_size: Width
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    intermediate_size: Width
+    vocab_size: Rows
+    max_position_embeddings: Rows
+    layer_norm_eps: Annotated[float, Meta(gt=0, lt=1)] = 1e-12
+    type_vocab_size: Count = 2
+    pad_token_id: Annotated[int, Meta(ge=0)] | None = None
+    hidden_act: str = "gelu"
+    position_embedding_type: str | None = "absolute"
+    is_decoder: bool = False
+    add_cross_attention: bool = False
+    pruned_heads: dict[str, Any] | None = None
+
+
+def read_config(config: Mapping[str, object]) -> BertConfig:
+    """The encoder that `config.json` describes. Raises `ValueError`, also msgspec's own."""
+    found = msgspec.convert(config, _ConfigFile)
+    if reason := _why_not(found):
+        raise ValueError(reason)
+    is_bert = found.model_type == "bert"
+    pad_token_id = found.pad_token_id
+    if pad_token_id is None:
+        pad_token_id = 0 if is_bert else 1
+    return BertConfig(
+        family=found.model_type,
+        hidden_size=found.hidden_size,
+        num_hidden_layers=found.num_hidden_layers,
+        num_attention_heads=found.num_attention_heads,
+        intermediate_size=found.intermediate_size,
+        vocab_size=found.vocab_size,
+        max_position_embeddings=found.max_position_embeddings,
+        position_offset=0 if is_bert else pad_token_id + 1,
+        pad_token_id=pad_token_id,
+        layer_norm_eps=found.layer_norm_eps,
+        type_vocab_size=found.type_vocab_size,
+    )
+
+
+def _why_not(found: _ConfigFile) -> str | None:
+    """The first thing in a config that this encoder does not do, or None."""
+    if found.hidden_act != "gelu":
+        return f"hidden_act is {found.hidden_act!r}; understood is 'gelu'"
+    if found.position_embedding_type not in ("absolute", None):
+        return (
+            f"position_embedding_type is {found.position_embedding_type!r}; understood is "
+            "'absolute'"
+        )
+    if found.is_decoder or found.add_cross_attention:
+        return "is_decoder or add_cross_attention is set; served are encoders"
+    if found.pruned_heads:
+        return "pruned_heads is set; pruned attention is not understood"
+    if found.hidden_size % found.num_attention_heads:
+        return (
+            f"hidden_size {found.hidden_size} is no multiple of num_attention_heads "
+            f"{found.num_attention_heads}"
+        )
+    return None
+
+
+def forward(ops: Ops[T], config: BertConfig) -> T:
+    """Last hidden states `[tokens, hidden_size]` of the tokens that are kept."""
+    hidden = config.hidden_size
+    words = Table("embeddings.word_embeddings", config.vocab_size, hidden)
+    types = Table("embeddings.token_type_embeddings", config.type_vocab_size, hidden)
+    places = Table("embeddings.position_embeddings", config.max_position_embeddings, hidden)
+    x = ops.add(ops.embed(words, Index.ID), ops.embed(types, Index.TYPE))
+    x = ops.add(x, ops.embed(places, Index.POSITION))
+    x = ops.layer_norm(x, "embeddings.LayerNorm", eps=config.layer_norm_eps)
+
+    heads = HeadShape(config.num_attention_heads, hidden // config.num_attention_heads)
+    for i in range(config.num_hidden_layers):
+        layer = f"encoder.layer.{i}"
+        names = (f"{layer}.attention.self.{name}" for name in ("query", "key", "value"))
+        q, k, v = ops.linear(x, *(Linear(name, hidden) for name in names))
+        attended = ops.attention(q, k, v, heads)
+        if i == config.num_hidden_layers - 1:
+            x, attended = ops.keep(x), ops.keep(attended)
+        x = ops.block(after_attention, layer, config, x, attended)
+    return x
+
+
+def after_attention(ops: Ops[T], config: BertConfig, x: T, attended: T) -> T:
+    """The rest of a layer: projection and feed-forward network, each with its residual and norm."""
+    hidden, eps = config.hidden_size, config.layer_norm_eps
+    (projected,) = ops.linear(attended, Linear("attention.output.dense", hidden))
+    x = ops.layer_norm(ops.add(projected, x), "attention.output.LayerNorm", eps=eps)
+    up = Linear("intermediate.dense", config.intermediate_size)
+    outer = ops.mlp(x, up, Linear("output.dense", hidden), Activation.GELU)
+    return ops.layer_norm(ops.add(outer, x), "output.LayerNorm", eps=eps)

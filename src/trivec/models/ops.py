@@ -1,0 +1,201 @@
+"""Ops: the vocabulary in which a family's forward pass is written, and its plan of tensors.
+
+An op is a step of a transformer block, not elementwise arithmetic, so that a backend can pack, quantise
+and fuse inside of it. `backends/openvino` emits graph nodes for each, `backends/torch` computes it at
+once, and `Recorder` here follows the shapes alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple, Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class Index(Enum):
+    """By what a table of embeddings is looked up."""
+
+    ID = "id"
+    TYPE = "type"
+    POSITION = "position"  # of a token in its sequence, plus the family's offset
+
+
+class Activation(Enum):
+    """The nonlinearity of a feed-forward network."""
+
+    GELU = "gelu"  # the exact one, x Φ(x) by erf
+
+
+class Table(NamedTuple):
+    """A table of embeddings: the tensor `{name}.weight` of `[rows, width]`."""
+
+    name: str
+    rows: int
+    width: int
+
+
+class Linear(NamedTuple):
+    """A linear layer: the tensors `{name}.weight` of `[out, in]` and `{name}.bias` of `[out]`."""
+
+    name: str
+    out: int
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """How a token's queries, keys and values are divided among attention heads."""
+
+    count: int
+    head_dim: int
+
+    @property
+    def size(self) -> int:
+        """Numbers of one token in all heads."""
+        return self.count * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """What every family's config has, named as in `config.json`."""
+
+    family: str  # model_type
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    position_offset: int  # position of a sequence's first token
+    pad_token_id: int
+
+    @property
+    def token_count_max(self) -> int:
+        """Tokens for which there is a position, special tokens included."""
+        return self.max_position_embeddings - self.position_offset
+
+
+class Ops(Protocol[T]):
+    """A backend's ops on packed tokens. *T* stands for rows `[tokens, width]`.
+
+    Names of tensors are relative to the block that uses them, see `block`.
+    """
+
+    def embed(self, table: Table, index: Index) -> T:
+        """A row of *table* for each token."""
+        ...
+
+    def add(self, x: T, y: T) -> T: ...
+
+    def layer_norm(self, x: T, name: str, *, eps: float) -> T:
+        """(x - mean) / sqrt(variance + eps) * weight + bias over each row."""
+        ...
+
+    def linear(self, x: T, *layers: Linear) -> tuple[T, ...]:
+        """X Wᵀ + b for each of *layers*, which share an input so that it is quantised once."""
+        ...
+
+    def attention(self, q: T, k: T, v: T, heads: HeadShape) -> T:
+        """softmax(Q Kᵀ / sqrt(head_dim)) V within each sequence: `[tokens, heads * head_dim]`."""
+        ...
+
+    def mlp(self, x: T, up: Linear, down: Linear, activation: Activation) -> T:
+        """down(activation(up(x))), both linear."""
+        ...
+
+    def keep(self, x: T) -> T:
+        """The rows of the tokens that somebody asked for; all of them where the backend likes."""
+        ...
+
+    def block(self, function: "Callable[..., T]", at: str, *values: object) -> T:
+        """`function(ops, *values)`, whose names of tensors follow *at* and a dot.
+
+        What lies in one block is free of attention, so a backend may compile it as one.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LinearGroup:
+    """Linear layers that read the same input."""
+
+    names: tuple[str, ...]
+    activation: Activation | None = None  # what made the input
+    values: str | None = None  # the linear layer whose output attention has averaged to the input
+
+    @property
+    def layer(self) -> int:
+        return layer_of(self.names[0])
+
+
+def layer_of(name: str) -> int:
+    """The number of the layer that a tensor or module *name* belongs to."""
+    return next(int(part) for part in name.split(".") if part.isdecimal())
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a forward pass reads: every tensor's shape, and which linear layers share an input."""
+
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # linear weights [out, in]
+    linears: list[LinearGroup] = field(default_factory=list)
+    token_tables: list[str] = field(default_factory=list)  # looked up by token id
+    heads: list[HeadShape] = field(default_factory=list)  # of each attention
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """Rows of which only the width and the origin are known."""
+
+    width: int
+    linear: str | None = None  # the linear layer that made them
+    values: str | None = None  # the one whose values attention averaged
+    activation: Activation | None = None
+
+
+class Recorder:
+    """`Ops` that compute nothing and write a `Plan`."""
+
+    def __init__(self, plan: Plan, at: str = "") -> None:
+        self._plan = plan
+        self._at = at
+
+    def embed(self, table: Table, index: Index) -> Traced:
+        self._plan.shapes[f"{self._at}{table.name}.weight"] = (table.rows, table.width)
+        if index is Index.ID:
+            self._plan.token_tables.append(self._at + table.name)
+        return Traced(table.width)
+
+    def add(self, x: Traced, y: Traced) -> Traced:
+        assert x.width == y.width
+        return Traced(x.width)
+
+    def layer_norm(self, x: Traced, name: str, *, eps: float) -> Traced:
+        for part in ("weight", "bias"):
+            self._plan.shapes[f"{self._at}{name}.{part}"] = (x.width,)
+        return Traced(x.width)
+
+    def linear(self, x: Traced, *layers: Linear) -> tuple[Traced, ...]:
+        names = tuple(self._at + layer.name for layer in layers)
+        for name, layer in zip(names, layers, strict=True):
+            self._plan.shapes[f"{name}.weight"] = (layer.out, x.width)
+            self._plan.shapes[f"{name}.bias"] = (layer.out,)
+        self._plan.linears.append(LinearGroup(names, x.activation, x.values))
+        return tuple(
+            Traced(layer.out, linear=name) for name, layer in zip(names, layers, strict=True)
+        )
+
+    def attention(self, q: Traced, k: Traced, v: Traced, heads: HeadShape) -> Traced:
+        assert q.width == k.width == v.width == heads.size
+        self._plan.heads.append(heads)
+        return Traced(v.width, values=v.linear)
+
+    def mlp(self, x: Traced, up: Linear, down: Linear, activation: Activation) -> Traced:
+        (inner,) = self.linear(x, up)
+        return self.linear(Traced(inner.width, activation=activation), down)[0]
+
+    def keep(self, x: Traced) -> Traced:
+        return x
+
+    def block(self, function: Callable[..., Traced], at: str, *values: object) -> Traced:
+        return function(Recorder(self._plan, f"{self._at}{at}."), *values)

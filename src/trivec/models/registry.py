@@ -1,0 +1,65 @@
+"""Registry: from a config's `model_type` to the family that describes the model."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from trivec.models import bert
+from trivec.models.ops import ModelConfig, Ops, Plan, Recorder, T
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One file of this room, as its users call it."""
+
+    read_config: Callable[[Mapping[str, object]], ModelConfig]
+    forward: Callable[[Any, Any], Any]  # (ops, config) to the last hidden states
+    prefixes: tuple[str, ...]  # what may stand before the tensors' names in a file
+    landmark: str  # a tensor that every model of the family has
+    unused: tuple[str, ...]  # patterns of tensors that files carry and nobody reads
+
+
+BERT = Family(bert.read_config, bert.forward, bert.PREFIXES, bert.LANDMARK, bert.UNUSED)
+FAMILIES: Mapping[str, Family] = dict.fromkeys(bert.MODEL_TYPES, BERT)
+
+
+def read_config(config: Mapping[str, object]) -> ModelConfig:
+    """The model that the content of `config.json` describes. Raises `ValueError` with the reason."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(
+            f"model_type is {model_type!r}; served are encoders of the families "
+            f"{', '.join(FAMILIES)}"
+        )
+    if config.get("auto_map") is not None or config.get("trust_remote_code") is not None:
+        raise ValueError(
+            "auto_map or trust_remote_code asks to run code from the model's folder; none is"
+        )
+    if config.get("quantization_config") is not None:
+        raise ValueError(
+            "quantization_config is set; give the float checkpoint, it is quantised at load"
+        )
+    found = FAMILIES[model_type].read_config(config)
+    if found.token_count_max < 1:
+        raise ValueError("max_position_embeddings leaves no position for a token")
+    return found
+
+
+def forward(ops: Ops[T], config: ModelConfig) -> T:
+    """Last hidden states `[kept tokens, hidden_size]` of the model *config*, by *ops*."""
+    hidden: T = FAMILIES[config.family].forward(ops, config)
+    return hidden
+
+
+@lru_cache(maxsize=16)
+def plan_of(config: ModelConfig) -> Plan:
+    """Every tensor that the model reads, and how its linear layers hang together."""
+    plan = Plan()
+    forward(Recorder(plan), config)
+    return plan
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical name to shape of every tensor of the model; linear weights are `[out, in]`."""
+    return plan_of(config).shapes
