@@ -37,7 +37,7 @@ from trivec.backends.torch.attention import (
     packed_forms,
 )
 from trivec.backends.torch.backend import TorchBackend
-from trivec.backends.torch.encoder import after_attention
+from trivec.backends.torch.encoder import run_block
 from trivec.backends.torch.graphs import unpack
 from trivec.backends.torch.layout import Shape, lay_out
 from trivec.backends.torch.link import HostLink
@@ -213,7 +213,7 @@ def test_a_row_that_is_not_finite_is_handed_up_as_such(tmp_path: Path) -> None:
     backend = TorchBackend.load(tiny.checkpoint, precision="fp32", device="cpu")
     encoder = backend._models[0].parts.encoder
     with torch.inference_mode():
-        encoder.embeddings.words[17] = float("nan")
+        encoder.weights["embeddings.word_embeddings.weight"][17] = float("nan")
     batch = random_batch([6, 6], XLM_ROBERTA)
     batch.token_ids[batch.token_ids == 17] = 18
     batch.token_ids[2] = 17
@@ -232,10 +232,11 @@ def varlen_on_cpu(
 ) -> object:  # fmt: skip
     """What torch's varlen_attn computes, since its kernel is CUDA's only."""
     assert num_splits == 1, "splitting keys would let neighbours in"
-    qkv = torch.stack([query, key, value], 1)
     lengths = torch.diff(starts).tolist()
     assert max(lengths) <= longest
-    return ReferenceAttention().over(Spans(starts, tuple(lengths)))(qkv), "log-sum-exp"
+    return ReferenceAttention().over(Spans(starts, tuple(lengths)))(
+        query, key, value
+    ), "log-sum-exp"
 
 
 @pytest.mark.parametrize(
@@ -250,15 +251,15 @@ def test_every_form_of_attention_equals_the_reference(form: Attention) -> None:
     starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     spans = Spans(starts, lengths)
     qkv = torch.randn(sum(lengths), 3, 4, 16, generator=torch.Generator().manual_seed(3))
-    expected = ReferenceAttention().over(spans)(qkv)
-    torch.testing.assert_close(form.over(spans)(qkv), expected, atol=1e-5, rtol=0)
+    expected = ReferenceAttention().over(spans)(*qkv.unbind(1))
+    torch.testing.assert_close(form.over(spans)(*qkv.unbind(1)), expected, atol=1e-5, rtol=0)
 
 
 def test_attention_reads_its_own_sequence_and_no_other() -> None:
     """The reference itself, against softmax(q k' / sqrt(d)) v written out."""
     qkv = torch.randn(5, 3, 2, 8, generator=torch.Generator().manual_seed(4))
     spans = Spans(torch.tensor([0, 2, 5], dtype=torch.int32), (2, 3))
-    found = ReferenceAttention().over(spans)(qkv)
+    found = ReferenceAttention().over(spans)(*qkv.unbind(1))
     for first, last in ((0, 2), (2, 5)):
         for head in range(2):
             query, key, value = (qkv[first:last, part, head] for part in range(3))
@@ -391,7 +392,7 @@ def test_the_compiled_half_equals_its_eager_twin_at_every_token_count(m3: Tiny) 
         m3.checkpoint, precision="fp32", device="cpu", tuning=Tuning(compiled=True)
     )
     assert backend.notes["compiled"] == "yes"
-    assert backend._models[0].parts.after is not after_attention
+    assert backend._models[0].parts.run is not run_block
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     plain = TorchBackend.load(m3.checkpoint, precision="fp32", device="cpu")
     with torch._dynamo.config.patch(error_on_recompile=True):

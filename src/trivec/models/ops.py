@@ -141,6 +141,7 @@ class Plan:
     linears: list[LinearGroup] = field(default_factory=list)
     token_tables: list[str] = field(default_factory=list)  # looked up by token id
     heads: list[HeadShape] = field(default_factory=list)  # of each attention
+    blocks: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,4 +199,5 @@ class Recorder:
         return x
 
     def block(self, function: Callable[..., Traced], at: str, *values: object) -> Traced:
+        self._plan.blocks.append(self._at + at)
         return function(Recorder(self._plan, f"{self._at}{at}."), *values)

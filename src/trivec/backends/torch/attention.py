@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import scaled_dot_product_attention
 
-Attend: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
-"""From queries, keys, values `[tokens, 3, heads, head_dim]` to `[tokens, heads, head_dim]`."""
+Attend: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""From queries, keys and values to what they come to: each `[tokens, heads, head_dim]`."""
 
 GROUP_STRETCH_MAX = 1.25  # sequences are padded together up to this times the shortest of them
 
@@ -51,20 +51,21 @@ class ReferenceAttention:
     is_capturable = False
 
     def over(self, spans: Spans) -> Attend:
-        def attend(qkv: torch.Tensor) -> torch.Tensor:
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            sequences = zip(*(torch.split(one, spans.lengths) for one in (q, k, v)), strict=True)
             parts = [
-                _softmax_attention(one.float()).to(qkv.dtype)
-                for one in torch.split(qkv, spans.lengths)
-                if len(one)
+                _softmax_attention(*(one.float() for one in sequence)).to(q.dtype)
+                for sequence in sequences
+                if len(sequence[0])
             ]
             return torch.cat(parts)
 
         return attend
 
 
-def _softmax_attention(qkv: torch.Tensor) -> torch.Tensor:
+def _softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """softmax(q k' / sqrt(head_dim)) v of one sequence: `[length, heads, head_dim]`."""
-    query, key, value = qkv.permute(1, 2, 0, 3)  # each [heads, length, head_dim]
+    query, key, value = (one.transpose(0, 1) for one in (q, k, v))  # [heads, length, head_dim]
     return scaled_dot_product_attention(query, key, value).transpose(0, 1)
 
 
@@ -82,10 +83,11 @@ class GroupedAttention:
             _gather_group(group, spans) for group in group_lengths(spans.lengths, GROUP_STRETCH_MAX)
         ]
 
-        def attend(qkv: torch.Tensor) -> torch.Tensor:
-            attended = torch.empty_like(qkv[:, 0])
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            attended = torch.empty(q.shape, dtype=q.dtype, device=q.device)
             for group in groups:
-                query, key, value = qkv[group.places].permute(2, 0, 3, 1, 4)
+                # each [sequences, heads, longest, head_dim]
+                query, key, value = (one[group.places].transpose(1, 2) for one in (q, k, v))
                 rows = scaled_dot_product_attention(query, key, value, attn_mask=group.mask)
                 # [sequences, heads, longest, head_dim] to [sequences * longest, heads, head_dim]
                 attended[group.tokens] = rows.transpose(1, 2).flatten(0, 1)[group.real]
@@ -148,9 +150,8 @@ class PackedAttention:
     def over(self, spans: Spans) -> Attend:
         starts, longest = spans.starts, spans.length_max
 
-        def attend(qkv: torch.Tensor) -> torch.Tensor:
-            query, key, value = qkv.unbind(1)
-            out = self._kernel(query, key, value, starts, starts, longest, longest, **self._options)
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            out = self._kernel(q, k, v, starts, starts, longest, longest, **self._options)
             return out[0] if isinstance(out, tuple) else out
 
         return attend

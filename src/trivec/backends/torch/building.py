@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from trivec.backends.torch.attention import AttentionChoice, ReferenceAttention, choose_attention
-from trivec.backends.torch.encoder import AfterAttention, Encoder, Layer, after_attention
+from trivec.backends.torch.encoder import Block, Encoder, RunBlock, Weights, run_block
 from trivec.backends.torch.graphs import Graphs, rehearsal, unpack
 from trivec.backends.torch.link import CudaLink, HostLink, Link
 from trivec.backends.torch.model import DeviceModel, Parts
@@ -42,12 +42,12 @@ def build(
     with link.entered():
         encoder = load_encoder(checkpoint, device=link.device, dtype=DTYPES[precision])
         attention = _choose_attention(encoder, tuning, precision=precision, link=link)
-        after, compiled_note = _choose_after(encoder, tuning, link=link)
+        run, compiled_note = _choose_run(encoder, tuning, link=link)
         parts = Parts(
             encoder=encoder,
             heads=load_heads(checkpoint, device=link.device),
             attention=attention.attention,
-            after=after,
+            run=run,
             config=checkpoint.config,
         )
         graphs, graphs_note = _capture(parts, tuning, link=link)
@@ -64,8 +64,8 @@ def build_exact(checkpoint: Checkpoint, like: DeviceModel) -> DeviceModel:
 
     Shares the weights of *like* when those are fp32 already.
     """
-    parts = replace(like.parts, attention=ReferenceAttention(), after=after_attention)
-    if parts.encoder.layers[0].qkv.weight.dtype is torch.float32:
+    parts = replace(like.parts, attention=ReferenceAttention(), run=run_block)
+    if parts.encoder.like.dtype is torch.float32:
         return DeviceModel(parts, like.link)
     like.link.trim()  # what is cached for batches counts as taken otherwise
     free_bytes = like.link.free_bytes()
@@ -79,11 +79,7 @@ def build_exact(checkpoint: Checkpoint, like: DeviceModel) -> DeviceModel:
 
 def fp32_bytes(encoder: Encoder) -> int:
     """Bytes of the encoder's weights in fp32."""
-    layer = encoder.layers[0]
-    linears = (layer.qkv, layer.attention_output, layer.inner, layer.output)
-    layer_numbers = sum(one.weight.numel() + one.bias.numel() for one in linears)
-    table_numbers = encoder.embeddings.words.numel() + encoder.embeddings.positions.numel()
-    return 4 * int(layer_numbers * len(encoder.layers) + table_numbers)
+    return sum(4 * int(tensor.numel()) for tensor in encoder.weights.values())
 
 
 def _choose_attention(
@@ -96,33 +92,34 @@ def _choose_attention(
     )
 
 
-def _choose_after(encoder: Encoder, tuning: Tuning, *, link: Link) -> tuple[AfterAttention, str]:
-    """The second half of a layer, compiled where that is asked for or wins, and why."""
+def _choose_run(encoder: Encoder, tuning: Tuning, *, link: Link) -> tuple[RunBlock, str]:
+    """How blocks run, compiled where that is asked for or wins, and why."""
     if tuning.compiled is False:
-        return after_attention, "no: not asked for"
+        return run_block, "no: not asked for"
     if tuning.compiled is None and not isinstance(link, CudaLink):
-        return after_attention, "no: on CPUs the matrix products leave nothing to win"
+        return run_block, "no: on CPUs the matrix products leave nothing to win"
     if isinstance(link, CudaLink) and importlib.util.find_spec("triton") is None:
-        return after_attention, "no: triton is not installed"
-    compiled = _compile_after_attention()
+        return run_block, "no: triton is not installed"
+    compiled = _compiled_run()
     wrong = try_compiled(compiled, encoder)
-    return (after_attention, f"no: {wrong}") if wrong is not None else (compiled, "yes")
+    return (run_block, f"no: {wrong}") if wrong is not None else (compiled, "yes")
 
 
-def _compile_after_attention() -> AfterAttention:
-    """`after_attention` compiled once for any token count and for the model's own widths.
+def _compiled_run() -> RunBlock:
+    """`run_block` compiled once for any token count and for the model's own widths.
 
     With `dynamic=True` the weights' sizes, and LayerNorm's eps, would be variables as well: kernels
     could not know how long the rows are that they sum.
     """
-    compiled = torch.compile(after_attention)
+    compiled = torch.compile(run_block)
 
-    def after(layer: Layer, rows: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        torch._dynamo.maybe_mark_dynamic(rows, 0)
-        torch._dynamo.maybe_mark_dynamic(attended, 0)
-        return compiled(layer, rows, attended)
+    def run(function: Block, weights: Weights, *values: object) -> torch.Tensor:
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                torch._dynamo.maybe_mark_dynamic(value, 0)
+        return compiled(function, weights, *values)
 
-    return after
+    return run
 
 
 def _capture(parts: Parts, tuning: Tuning, *, link: Link) -> tuple[Graphs | None, str]:

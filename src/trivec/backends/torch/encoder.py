@@ -1,18 +1,21 @@
-"""The encoder of the BERT family on packed tokens, as the papers draw it.
+"""A model on torch: `models.ops.Ops` that compute at once, on packed tokens.
 
-Embeddings, then layers of self-attention and a feed-forward half, each followed by its LayerNorm
-(Devlin et al. 2018, arXiv:1810.04805; Liu et al. 2019, arXiv:1907.11692). Everything but attention
-is row by row, so there is no padding. Sums, LayerNorm and embeddings are computed in fp32 whatever
-the matrices' type: residuals of XLM-R leave the range of fp16.
+Everything but attention is row by row, so there is no padding. Sums and norms are computed in fp32
+whatever the matrices' type: residuals of XLM-R leave the range of fp16.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
 from trivec.backends.torch.attention import Attend, Attention, Spans
+from trivec.models import registry
+from trivec.models.ops import Activation, HeadShape, Index, Linear, ModelConfig, Table
+
+Weights = Mapping[str, torch.Tensor]
+Block = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,79 +29,103 @@ class Packed:
     spans: Spans
 
 
-@dataclass(frozen=True, slots=True)
-class Linear:
-    weight: torch.Tensor  # [out, in]
-    bias: torch.Tensor  # [out]
-
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        return functional.linear(rows, self.weight, self.bias)
+RunBlock = Callable[..., torch.Tensor]
+"""Runs a block: (function, its weights by relative name, its values) to rows."""
 
 
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """LayerNorm of a sum, in fp32, handed back in the type of its first term."""
-
-    weight: torch.Tensor  # fp32 [hidden]
-    bias: torch.Tensor  # fp32 [hidden]
-    eps: float
-
-    def __call__(self, rows: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
-        total = rows.float() + more
-        size = self.weight.shape
-        return functional.layer_norm(total, size, self.weight, self.bias, self.eps).to(rows.dtype)
+def run_block(function: Block, weights: Weights, *values: object) -> torch.Tensor:
+    """What `torch.compile` may fuse: rows to rows, without attention."""
+    return function(BlockOps(weights), *values)
 
 
-@dataclass(frozen=True, slots=True)
-class Embeddings:
-    words: torch.Tensor  # [vocabulary, hidden]
-    positions: torch.Tensor  # [positions, hidden]
-    token_types: torch.Tensor  # [token types, hidden]
-    norm: Norm
+class BlockOps:
+    """The ops that work on each row alone; all that a block may use.
 
-    def __call__(self, packed: Packed) -> torch.Tensor:
-        words = functional.embedding(packed.token_ids, self.words)
-        places = functional.embedding(packed.positions, self.positions).float()
-        return self.norm(words, places + functional.embedding(packed.token_types, self.token_types))
+    *weights* holds matrices and tables in the encoder's type, norms in fp32. Layers that share an
+    input are stacked into one product under the name of the first.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x.float() + y
+
+    def layer_norm(self, x: torch.Tensor, name: str, *, eps: float) -> torch.Tensor:
+        """In fp32, handed back in the type of the matrices."""
+        weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
+        normed = functional.layer_norm(x.float(), weight.shape, weight, bias, eps)
+        return normed.to(self._weights[TYPE].dtype)
+
+    def linear(self, x: torch.Tensor, *layers: Linear) -> tuple[torch.Tensor, ...]:
+        first = layers[0].name
+        rows = functional.linear(
+            x, self._weights[f"{first}.weight"], self._weights[f"{first}.bias"]
+        )
+        return tuple(torch.split(rows, [layer.out for layer in layers], dim=-1))
+
+    def mlp(
+        self, x: torch.Tensor, up: Linear, down: Linear, activation: Activation
+    ) -> torch.Tensor:
+        (inner,) = self.linear(x, up)
+        return self.linear(functional.gelu(inner), down)[0]  # the exact one, by erf
+
+    def keep(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
-    qkv: Linear  # queries, keys and values in one product: [3 * hidden, hidden]
-    attention_output: Linear
-    attention_norm: Norm
-    inner: Linear
-    output: Linear
-    output_norm: Norm
-
-
-AfterAttention = Callable[[Layer, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def after_attention(layer: Layer, rows: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-    """All of a layer that follows attention; what `torch.compile` may fuse. `[tokens, hidden]`."""
-    rows = layer.attention_norm(rows, layer.attention_output(attended))
-    inner = functional.gelu(layer.inner(rows))  # the exact one, by erf
-    return layer.output_norm(rows, layer.output(inner))
+TYPE = "dtype"
+"""Among a block's weights: an empty tensor of the encoder's type."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    embeddings: Embeddings
-    layers: tuple[Layer, ...]
-    head_count: int
+    """A model's weights on a device."""
+
+    config: ModelConfig
+    weights: Weights  # by whole name
+    blocks: Mapping[str, Weights]  # by block, then by the name within it
+
+    @property
+    def heads(self) -> HeadShape:
+        return registry.plan_of(self.config).heads[0]
+
+    @property
+    def like(self) -> torch.Tensor:
+        """An empty tensor of the encoder's type on its device."""
+        return self.weights[TYPE]
 
     def __call__(
-        self, packed: Packed, attention: Attention, after: AfterAttention = after_attention
+        self, packed: Packed, attention: Attention, run: RunBlock = run_block
     ) -> torch.Tensor:
         """Last hidden states: `[tokens, hidden]`, in the type of the weights."""
-        attend = attention.over(packed.spans)
-        rows = self.embeddings(packed)
-        for layer in self.layers:
-            rows = after(layer, rows, self._self_attention(layer, rows, attend))
-        return rows
+        return registry.forward(
+            PackedOps(self, packed, attention.over(packed.spans), run), self.config
+        )
 
-    def _self_attention(self, layer: Layer, rows: torch.Tensor, attend: Attend) -> torch.Tensor:
-        tokens, hidden = rows.shape
-        qkv = layer.qkv(rows).view(tokens, 3, self.head_count, hidden // self.head_count)
-        return attend(qkv).reshape(tokens, hidden)
+
+class PackedOps(BlockOps):
+    """All ops over one batch."""
+
+    def __init__(self, encoder: Encoder, packed: Packed, attend: Attend, run: RunBlock) -> None:
+        super().__init__(encoder.weights)
+        self._blocks = encoder.blocks
+        self._attend = attend
+        self._run = run
+        self._lines = {
+            Index.ID: packed.token_ids,
+            Index.TYPE: packed.token_types,
+            Index.POSITION: packed.positions,
+        }
+
+    def embed(self, table: Table, index: Index) -> torch.Tensor:
+        return functional.embedding(self._lines[index], self._weights[f"{table.name}.weight"])
+
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: HeadShape
+    ) -> torch.Tensor:
+        split = (one.unflatten(-1, (heads.count, heads.head_dim)) for one in (q, k, v))
+        return self._attend(*split).flatten(1)
+
+    def block(self, function: Block, at: str, *values: object) -> torch.Tensor:
+        return self._run(function, self._blocks[at], *values)

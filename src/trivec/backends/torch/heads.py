@@ -8,8 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from trivec.backends.torch.encoder import Linear, Packed
-from trivec.checkpoints.checkpoint import Pooling
+from trivec.backends.torch.encoder import Packed
+from trivec.models.pooling import Pooling
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A linear layer on hidden states."""
+
+    weight: torch.Tensor  # [out, in]
+    bias: torch.Tensor  # [out]
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return functional.linear(rows, self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +39,8 @@ class DeviceHeads:
     pooling: Pooling
     normalize: bool
     vocabulary_size: int
-    sparse: Linear | None  # fp32, to 1 column
-    multi: Linear | None  # fp32, to the multi-vectors' columns
+    sparse: Head | None  # fp32, to 1 column
+    multi: Head | None  # fp32, to the multi-vectors' columns
     ignored_token_ids: torch.Tensor | None  # int32: never in a sparse vector
 
     def dense(self, hidden: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:

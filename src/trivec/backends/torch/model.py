@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from trivec.backends.torch.answers import Sent, to_vectors
 from trivec.backends.torch.attention import Attention
-from trivec.backends.torch.encoder import AfterAttention, Encoder, Packed
+from trivec.backends.torch.encoder import Encoder, Packed, RunBlock
 from trivec.backends.torch.graphs import Graphs, unpack
 from trivec.backends.torch.heads import DeviceHeads
 from trivec.backends.torch.layout import first_rows_left_out, lay_out, rows_wanting
 from trivec.backends.torch.link import CudaLink, Fetched, Link
 from trivec.backends.torch.tuning import graph_shape
 from trivec.core.types import Batch, Float32Array, Output, Vectors
-from trivec.models.bert import BertConfig
+from trivec.models.ops import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,8 @@ class Parts:
     encoder: Encoder
     heads: DeviceHeads
     attention: Attention
-    after: AfterAttention  # plain, or compiled
-    config: BertConfig
+    run: RunBlock  # how blocks are run: plain, or compiled
+    config: ModelConfig
 
     def refuse(self, batch: Batch) -> None:
         """Stop at what only a mistake of ours sends down: a bad index takes a CUDA device with it."""
@@ -42,7 +42,7 @@ class Parts:
 
     def encode(self, packed: Packed) -> torch.Tensor:
         """Last hidden states: `[tokens, hidden]`."""
-        return self.encoder(packed, self.attention, self.after)
+        return self.encoder(packed, self.attention, self.run)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 
 from trivec.backends.torch.attention import Attention, ReferenceAttention, Spans
-from trivec.backends.torch.encoder import AfterAttention, Encoder, after_attention
+from trivec.backends.torch.encoder import Encoder, Packed, RunBlock
 
 TRIAL_LENGTHS = (1, 2, 63, 64, 65, 300)  # around the edges of kernels' blocks
 COSINE_MIN = {torch.float32: 0.999999, torch.bfloat16: 0.9995, torch.float16: 0.9995}
@@ -45,28 +45,34 @@ def first_words(error: BaseException) -> str:
 
 def try_attention(form: Attention, encoder: Encoder) -> str | None:
     """What is wrong with *form* on random queries, keys and values of the encoder's shape."""
-    weight = encoder.layers[0].qkv.weight
-    head_dim = weight.shape[1] // encoder.head_count
-    spans = trial_spans(weight.device)
-    shape = (sum(spans.lengths), 3, encoder.head_count, head_dim)
-    qkv = random_rows(shape, weight)
+    spans, heads = trial_spans(encoder.like.device), encoder.heads
+    shape = (sum(spans.lengths), 3, heads.count, heads.head_dim)
+    q, k, v = random_rows(shape, encoder.like).unbind(1)
     return what_is_wrong(
-        lambda: form.over(spans)(qkv), lambda: ReferenceAttention().over(spans)(qkv)
+        lambda: form.over(spans)(q, k, v), lambda: ReferenceAttention().over(spans)(q, k, v)
     )
 
 
-def try_compiled(after: AfterAttention, encoder: Encoder) -> str | None:
-    """What is wrong with a compiled second half on the first layer, at several token counts."""
-    layer = encoder.layers[0]
-    attended = random_rows((1000, layer.qkv.weight.shape[1]), layer.qkv.weight)
-    rows = attended.flip(0)
+def try_compiled(run: RunBlock, encoder: Encoder) -> str | None:
+    """What is wrong with compiled blocks: the whole encoder, at several token counts."""
 
     def wrong_at(token_count: int) -> str | None:
-        fewer = (rows[:token_count], attended[:token_count])
-        return what_is_wrong(lambda: after(layer, *fewer), lambda: after_attention(layer, *fewer))
+        packed = _one_sequence(token_count, encoder)
+        plain = ReferenceAttention()
+        return what_is_wrong(lambda: encoder(packed, plain, run), lambda: encoder(packed, plain))
 
     # The second count shows whether the compiled form takes the count as a variable.
-    return next((wrong for wrong in map(wrong_at, (64, 300, 1000)) if wrong is not None), None)
+    counts = {min(count, encoder.config.token_count_max) for count in (64, 300, 1000)}
+    return next((wrong for wrong in map(wrong_at, sorted(counts)) if wrong is not None), None)
+
+
+def _one_sequence(token_count: int, encoder: Encoder) -> Packed:
+    """Small ids in a row."""
+    places = torch.arange(token_count, dtype=torch.int32, device=encoder.like.device)
+    nothing = torch.zeros_like(places)
+    starts = torch.tensor([0, token_count], dtype=torch.int32, device=places.device)
+    positions = places + encoder.config.position_offset
+    return Packed(places % 5, positions, nothing, nothing, Spans(starts, (token_count,)))
 
 
 def trial_spans(device: torch.device) -> Spans:

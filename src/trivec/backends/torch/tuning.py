@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from trivec.backends.torch.layout import Shape
 from trivec.core.types import BatchBudget
-from trivec.models.bert import BertConfig
+from trivec.models.ops import ModelConfig
 
 # Matrix products of 1,024-wide encoders fill a Hopper from about 8,000 rows on; twice that keeps
 # the launches of a batch well under its own time, and a query never waits longer than 30 ms for it.
@@ -32,7 +32,7 @@ class Tuning:
 
 
 def token_budget(
-    tuning: Tuning, config: BertConfig, *, cuda: bool, free_bytes: int | None
+    tuning: Tuning, config: ModelConfig, *, cuda: bool, free_bytes: int | None
 ) -> BatchBudget:
     """What one batch may hold on a device with *free_bytes* left after the weights."""
     if tuning.tokens_max is not None:
@@ -45,7 +45,7 @@ def token_budget(
     return BatchBudget(tokens_max, max(tokens_max // SHORTEST_TEXT_TOKENS, 1))
 
 
-def token_bytes(config: BertConfig) -> int:
+def token_bytes(config: ModelConfig) -> int:
     """Bytes of activations one token needs at the worst moment of a half-precision pass.
 
     In the feed-forward half: its inner rows before and after GELU (2 bytes each), the rows of the
