@@ -71,10 +71,11 @@ def _parts(query: UsageQuery) -> list[tuple[int, int]]:
     parts = []
     if since_us is not None and first is not None and since_us != first * DAY_US:
         parts.append((since_us, first * DAY_US))
-    if until_us is not None and end is not None and until_us != end * DAY_US:
-        if parts and first is not None and first > end:  # both within one day
-            return [(parts[0][0], until_us)]
-        parts.append((end * DAY_US, until_us))
+    if until_us is not None and end is not None:
+        if first is not None and since_us is not None and first > end:  # both within a day
+            return [(since_us, until_us)]
+        if until_us != end * DAY_US:
+            parts.append((end * DAY_US, until_us))
     return parts
 
 
