@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import socket
+import sqlite3
 import subprocess
 import termios
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from tests.process.server import TRIVEC
 from typer.testing import CliRunner
 
 from trivec.accounts.stores import open_accounts, open_administration
+from trivec.accounts.stores.connect import SQLITE_FILE
 from trivec.cli.db import db_app
 from trivec.cli.keys import keys_app
 from trivec.cli.usage import usage
@@ -73,7 +75,13 @@ def trivec_in_a_new_folder(tmp_path: Path) -> Trivec:
 
 @pytest.mark.parametrize(
     "words",
-    [["keys", "list"], ["usage"], ["keys", "revoke", "t"], ["keys", "create", "--name", "t"]],
+    [
+        ["keys", "list"],
+        ["usage"],
+        ["keys", "revoke", "t"],
+        ["keys", "create", "--name", "t"],
+        ["db", "archive", "--before", "2026-01-01"],
+    ],
 )
 def test_no_command_makes_a_second_store_by_itself(
     trivec_in_a_new_folder: Trivec, tmp_path: Path, words: list[str]
@@ -344,6 +352,34 @@ def test_usage_of_a_time_or_a_key(trivec: Trivec) -> None:
     assert tokens("--until", "1h") == 0
     assert tokens("--key", "idle") == 0
     assert tokens("--key", "busy") == 2000
+
+
+@pytest.mark.usefixtures("used")
+def test_an_archive_of_what_is_old(trivec: Trivec, tmp_path: Path) -> None:
+    said = trivec("db", "archive", "--before", "2026-01-02")
+    assert "no ledger row before 2026-01-02" in said.err
+
+    with sqlite3.connect(tmp_path / SQLITE_FILE) as books:
+        books.execute(
+            "INSERT INTO ledger (time_us, request_id, key_id, input_count, token_count, status, "
+            "duration_us) VALUES (5, 'r1', 'key_a', 1, 7, 200, 9)"
+        )
+    books.close()
+    made = trivec("db", "archive", "--before", "2026-01-02", "--json").json
+    file = tmp_path / "ledger-until-2026-01-02.jsonl.gz"
+    assert made == {
+        "before": "2026-01-02",
+        "rows": 1,
+        "bytes": file.stat().st_size,
+        "file": str(file),
+    }
+    assert "Moved 0 ledger rows" in trivec("db", "archive", "--before", "2026-01-02").err
+
+
+@pytest.mark.parametrize("day", ["2026-13-01", "yesterday", "20260101", "9999-01-01", "1969-12-31"])
+def test_an_archive_of_no_day_or_of_the_future_is_refused(trivec: Trivec, day: str) -> None:
+    with pytest.raises(SettingInvalid, match=f"--before is .?{day}"):
+        trivec("db", "archive", "--before", day)
 
 
 def test_the_schema_is_brought_up_to_date_on_postgres(

@@ -48,21 +48,29 @@ def administration(
     An SQLite store that is not there is made only where *creates*: beside the server's own it would be
     a second one, whose keys open nothing.
     """
-    from trivec.accounts.stores import open_administration, sqlite_file
+    from trivec.accounts.stores import open_administration
     from trivec.core.clock import SystemClock
 
     settings = settings_of(data_dir, config)
-    file = sqlite_file(settings)
-    if file is not None and not file.exists() and not creates:
-        raise StoreRefused(
-            f"there is no store in {settings.data_dir}; name the server's own data folder with "
-            "--data-dir, or start one with: trivec serve"
-        )
+    if not creates:
+        check_store_is_there(settings)
     with (
         telling_what_is_away(settings),
         open_administration(settings, clock=SystemClock()) as books,
     ):
         yield books
+
+
+def check_store_is_there(settings: Settings) -> None:
+    """Raise `StoreRefused` where an SQLite store would have to be made."""
+    from trivec.accounts.stores import sqlite_file
+
+    file = sqlite_file(settings)
+    if file is not None and not file.exists():
+        raise StoreRefused(
+            f"there is no store in {settings.data_dir}; name the server's own data folder with "
+            "--data-dir, or start one with: trivec serve"
+        )
 
 
 @contextmanager
