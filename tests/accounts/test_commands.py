@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import termios
 from collections.abc import Callable
+from contextlib import closing as closing_file
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,6 +216,65 @@ def at_a_terminal(columns: int, *words: str) -> str:
         os.close(screen)
     assert process.returncode == 0
     return re.sub(r"\x1b\[[0-9;]*m", "", said.decode()).replace("\r", "")
+
+
+LONG_NAME = "a-name-as-long-as-one-may-be-" + "x" * 35
+LONG_MODEL = "sentence-transformers/paraphrase-multilingual-mpnet-base-v2-" + "y" * 60
+
+
+@pytest.fixture
+def much_used(trivec: Trivec, tmp_path: Path) -> Path:
+    """The data folder of a key with a long name, used for more than any table was made for."""
+    made = trivec("keys", "create", "--name", LONG_NAME, "--json").json
+    with closing_file(sqlite3.connect(tmp_path / SQLITE_FILE)) as books:
+        books.executemany(
+            "INSERT INTO daily (key_id, model, day, requests, failed, tokens) "
+            "VALUES (?, ?, 20000, 1000000000000, 1000000000000, 1000000000000000)",
+            [(made["id"], LONG_MODEL), (made["id"], "m"), ("fixed", "m")],
+        )
+        books.commit()
+    return tmp_path
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize(
+    ("by", "group", "least", "tokens"),
+    [
+        pytest.param("key", LONG_NAME, 12, "2,000,000,000,000,000", id="key"),
+        pytest.param("model", LONG_MODEL, 12, "1,000,000,000,000,000", id="model"),
+        pytest.param("day", "2024-10-04", 10, "3,000,000,000,000,000", id="day"),
+    ],
+)
+def test_usage_fits_into_a_terminal_with_nothing_cut(
+    much_used: Path, columns: int, by: str, group: str, least: int, tokens: str
+) -> None:
+    shown = at_a_terminal(columns, "usage", "--by", by, "--data-dir", str(much_used))
+
+    lines = shown.splitlines()
+    assert max(len(line) for line in lines) <= columns
+    assert "…" not in shown
+    assert tokens in shown
+    (first,) = [n for n, line in enumerate(lines) if line.strip().startswith(group[:least])]
+    folded = [line.split()[0] for line in lines[first:] if line.strip()]
+    assert "".join(folded).startswith(group)
+
+
+@pytest.mark.process
+def test_usage_leaves_out_the_id_first_and_only_where_it_does_not_fit(much_used: Path) -> None:
+    def heads(columns: int) -> list[str]:
+        shown = at_a_terminal(columns, "usage", "--data-dir", str(much_used))
+        return next(line.split() for line in shown.splitlines() if "NAME" in line)
+
+    assert heads(120) == ["NAME", "KEY", "REQUESTS", "FAILED", "TOKENS", "SHARE"]
+    assert heads(80) == ["NAME", "REQUESTS", "FAILED", "TOKENS"]
+    assert heads(40) == ["NAME", "TOKENS"]
+
+
+@pytest.mark.parametrize("words", [["usage"], ["usage", "--by", "model"], ["keys", "list"]])
+def test_a_pipe_gets_whole_rows(trivec: Trivec, much_used: Path, words: list[str]) -> None:
+    name = LONG_MODEL if "model" in words else LONG_NAME
+    assert name in trivec(*words).out
 
 
 def test_an_empty_list_says_what_to_do_and_prints_nothing(trivec: Trivec) -> None:
