@@ -7,9 +7,11 @@ import os
 import pty
 import re
 import socket
+import sqlite3
 import subprocess
 import termios
 from collections.abc import Callable
+from contextlib import closing as closing_file
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from tests.process.server import TRIVEC
 from typer.testing import CliRunner
 
 from trivec.accounts.stores import open_accounts, open_administration
+from trivec.accounts.stores.connect import SQLITE_FILE
 from trivec.cli.db import db_app
 from trivec.cli.keys import keys_app
 from trivec.cli.usage import usage
@@ -73,7 +76,13 @@ def trivec_in_a_new_folder(tmp_path: Path) -> Trivec:
 
 @pytest.mark.parametrize(
     "words",
-    [["keys", "list"], ["usage"], ["keys", "revoke", "t"], ["keys", "create", "--name", "t"]],
+    [
+        ["keys", "list"],
+        ["usage"],
+        ["keys", "revoke", "t"],
+        ["keys", "create", "--name", "t"],
+        ["db", "archive", "--before", "2026-01-01"],
+    ],
 )
 def test_no_command_makes_a_second_store_by_itself(
     trivec_in_a_new_folder: Trivec, tmp_path: Path, words: list[str]
@@ -207,6 +216,65 @@ def at_a_terminal(columns: int, *words: str) -> str:
         os.close(screen)
     assert process.returncode == 0
     return re.sub(r"\x1b\[[0-9;]*m", "", said.decode()).replace("\r", "")
+
+
+LONG_NAME = "a-name-as-long-as-one-may-be-" + "x" * 35
+LONG_MODEL = "sentence-transformers/paraphrase-multilingual-mpnet-base-v2-" + "y" * 60
+
+
+@pytest.fixture
+def much_used(trivec: Trivec, tmp_path: Path) -> Path:
+    """The data folder of a key with a long name, used for more than any table was made for."""
+    made = trivec("keys", "create", "--name", LONG_NAME, "--json").json
+    with closing_file(sqlite3.connect(tmp_path / SQLITE_FILE)) as books:
+        books.executemany(
+            "INSERT INTO daily (key_id, model, day, requests, failed, tokens) "
+            "VALUES (?, ?, 20000, 1000000000000, 1000000000000, 1000000000000000)",
+            [(made["id"], LONG_MODEL), (made["id"], "m"), ("fixed", "m")],
+        )
+        books.commit()
+    return tmp_path
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize(
+    ("by", "group", "least", "tokens"),
+    [
+        pytest.param("key", LONG_NAME, 12, "2,000,000,000,000,000", id="key"),
+        pytest.param("model", LONG_MODEL, 12, "1,000,000,000,000,000", id="model"),
+        pytest.param("day", "2024-10-04", 10, "3,000,000,000,000,000", id="day"),
+    ],
+)
+def test_usage_fits_into_a_terminal_with_nothing_cut(
+    much_used: Path, columns: int, by: str, group: str, least: int, tokens: str
+) -> None:
+    shown = at_a_terminal(columns, "usage", "--by", by, "--data-dir", str(much_used))
+
+    lines = shown.splitlines()
+    assert max(len(line) for line in lines) <= columns
+    assert "…" not in shown
+    assert tokens in shown
+    (first,) = [n for n, line in enumerate(lines) if line.strip().startswith(group[:least])]
+    folded = [line.split()[0] for line in lines[first:] if line.strip()]
+    assert "".join(folded).startswith(group)
+
+
+@pytest.mark.process
+def test_usage_leaves_out_the_id_first_and_only_where_it_does_not_fit(much_used: Path) -> None:
+    def heads(columns: int) -> list[str]:
+        shown = at_a_terminal(columns, "usage", "--data-dir", str(much_used))
+        return next(line.split() for line in shown.splitlines() if "NAME" in line)
+
+    assert heads(120) == ["NAME", "KEY", "REQUESTS", "FAILED", "TOKENS", "SHARE"]
+    assert heads(80) == ["NAME", "REQUESTS", "FAILED", "TOKENS"]
+    assert heads(40) == ["NAME", "TOKENS"]
+
+
+@pytest.mark.parametrize("words", [["usage"], ["usage", "--by", "model"], ["keys", "list"]])
+def test_a_pipe_gets_whole_rows(trivec: Trivec, much_used: Path, words: list[str]) -> None:
+    name = LONG_MODEL if "model" in words else LONG_NAME
+    assert name in trivec(*words).out
 
 
 def test_an_empty_list_says_what_to_do_and_prints_nothing(trivec: Trivec) -> None:
@@ -344,6 +412,34 @@ def test_usage_of_a_time_or_a_key(trivec: Trivec) -> None:
     assert tokens("--until", "1h") == 0
     assert tokens("--key", "idle") == 0
     assert tokens("--key", "busy") == 2000
+
+
+@pytest.mark.usefixtures("used")
+def test_an_archive_of_what_is_old(trivec: Trivec, tmp_path: Path) -> None:
+    said = trivec("db", "archive", "--before", "2026-01-02")
+    assert "no ledger row before 2026-01-02" in said.err
+
+    with sqlite3.connect(tmp_path / SQLITE_FILE) as books:
+        books.execute(
+            "INSERT INTO ledger (time_us, request_id, key_id, input_count, token_count, status, "
+            "duration_us) VALUES (5, 'r1', 'key_a', 1, 7, 200, 9)"
+        )
+    books.close()
+    made = trivec("db", "archive", "--before", "2026-01-02", "--json").json
+    file = tmp_path / "ledger-until-2026-01-02.jsonl.gz"
+    assert made == {
+        "before": "2026-01-02",
+        "rows": 1,
+        "bytes": file.stat().st_size,
+        "file": str(file),
+    }
+    assert "Moved 0 ledger rows" in trivec("db", "archive", "--before", "2026-01-02").err
+
+
+@pytest.mark.parametrize("day", ["2026-13-01", "yesterday", "20260101", "9999-01-01", "1969-12-31"])
+def test_an_archive_of_no_day_or_of_the_future_is_refused(trivec: Trivec, day: str) -> None:
+    with pytest.raises(SettingInvalid, match=f"--before is .?{day}"):
+        trivec("db", "archive", "--before", day)
 
 
 def test_the_schema_is_brought_up_to_date_on_postgres(

@@ -10,6 +10,7 @@ from benchmarks.soak import (
     poison,
     slow,
     soak,
+    usage_sums,
     workers,
 )
 from benchmarks.soak.report import Report
@@ -68,6 +69,13 @@ def test_a_flood_is_refused_with_a_time_to_return_and_passes(
     # many the probe saw: on a slow machine the clients are what is full.
     timings = ("goodput", "p99", "refusals that were timed")
     assert [one for one in report.failures if not one.says.startswith(timings)] == []
+
+
+def test_sums_over_a_filled_ledger_miss_nothing_beside_good_clients() -> None:
+    """How long the good ones wait is for the long form."""
+    report = usage_sums.run(seconds=1.0, rows=20_000, backend="fake")
+    assert report.checks
+    assert [one for one in report.failures if "p99" not in one.says] == []
 
 
 def test_ordinary_life_leaves_nothing_behind() -> None:

@@ -36,6 +36,7 @@ keys_app = typer.Typer(help="Make, list, show, revoke and rotate API keys.", no_
 WIDE = ("NAME", "ID", "KEY", "SCOPES", "MODELS", "RPM", "TPM", "CREATED (UTC)", "STATE")
 NARROW = ("NAME", "SCOPES", "MODELS", "RPM", "TPM", "STATE")  # 80 columns hold them
 WIDE_COLUMNS_MIN = 130
+SPARE = ("CREATED (UTC)", "ID", "TPM", "RPM", "MODELS")  # left out where even less fits
 
 Reference: TypeAlias = Annotated[
     str, typer.Argument(metavar="KEY", help="Its name, its id, or the key itself.")
@@ -230,7 +231,7 @@ def _print_keys(keys: "list[Key]") -> None:
             "NAME": styled(key.name, "bold"),
             "ID": styled(key.id, "dim"),
             "KEY": "\n".join(_masked(secret) for secret in _live(key)),
-            "SCOPES": " ".join(sorted(key.scopes)),
+            "SCOPES": (" " if columns is WIDE else "\n").join(sorted(key.scopes)),
             "MODELS": _models(key, "\n"),
             "RPM": counted(key.allowance.requests_per_minute) or "[dim]∞[/dim]",
             "TPM": counted(key.allowance.tokens_per_minute) or "[dim]∞[/dim]",
@@ -238,7 +239,7 @@ def _print_keys(keys: "list[Key]") -> None:
             "STATE": _state(key) if columns is WIDE else _state(key).partition("[/")[0] + "[/]",
         }
         rows.add_row(*(cells[column] for column in columns))
-    print_table(rows)
+    print_table(rows, spare=SPARE)
 
 
 def _facts(key: "Key") -> list["tuple[str, str]"]:

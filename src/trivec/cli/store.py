@@ -17,11 +17,12 @@ from trivec.core.errors import SettingInvalid, StoreRefused, StoreUnavailable
 from trivec.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from trivec.accounts.administration import Administration
 
 PIPED_COLUMNS = 200  # where there is no terminal to fit into
+FOLDED_MIN = 12  # what a column of text must have left, or others go
 UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 DataDir: TypeAlias = Annotated[
@@ -48,21 +49,29 @@ def administration(
     An SQLite store that is not there is made only where *creates*: beside the server's own it would be
     a second one, whose keys open nothing.
     """
-    from trivec.accounts.stores import open_administration, sqlite_file
+    from trivec.accounts.stores import open_administration
     from trivec.core.clock import SystemClock
 
     settings = settings_of(data_dir, config)
-    file = sqlite_file(settings)
-    if file is not None and not file.exists() and not creates:
-        raise StoreRefused(
-            f"there is no store in {settings.data_dir}; name the server's own data folder with "
-            "--data-dir, or start one with: trivec serve"
-        )
+    if not creates:
+        check_store_is_there(settings)
     with (
         telling_what_is_away(settings),
         open_administration(settings, clock=SystemClock()) as books,
     ):
         yield books
+
+
+def check_store_is_there(settings: Settings) -> None:
+    """Raise `StoreRefused` where an SQLite store would have to be made."""
+    from trivec.accounts.stores import sqlite_file
+
+    file = sqlite_file(settings)
+    if file is not None and not file.exists():
+        raise StoreRefused(
+            f"there is no store in {settings.data_dir}; name the server's own data folder with "
+            "--data-dir, or start one with: trivec serve"
+        )
 
 
 @contextmanager
@@ -90,11 +99,43 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def print_table(table: "Table") -> None:
-    """As wide as the terminal; a pipe gets whole rows and no colours."""
+def print_table(table: "Table", *, spare: Sequence[str] = ()) -> None:
+    """As wide as the terminal, by folding text; a pipe gets whole rows and no colours.
+
+    Where a terminal has no room for every number and a bit of every text, columns named in *spare*
+    are left out, one after another.
+    """
     from rich.console import Console
 
-    Console(width=columns_to_fill()).print(table)
+    width = columns_to_fill()
+    if not sys.stdout.isatty():
+        width = max(width, _width(table, text_max=None))
+    for name in spare:
+        if _width(table, text_max=FOLDED_MIN) > width:
+            table = _without(table, name)
+    Console(width=width).print(table)
+
+
+def _without(table: "Table", name: str) -> "Table":
+    kept = [column for column in table.columns if column.header != name]
+    made = _empty(*(column.copy() for column in kept), footer=table.show_footer)
+    for cells in zip(*(column.cells for column in kept), strict=True):
+        made.add_row(*cells)
+    return made
+
+
+def _width(table: "Table", *, text_max: int | None) -> int:
+    """How many columns of a terminal *table* takes, where texts are folded to *text_max* each."""
+    from rich.cells import cell_len
+    from rich.text import Text
+
+    widths = []
+    for column in table.columns:
+        cells = [str(cell) for cell in (column.header, *column.cells, column.footer)]
+        lines = [line for cell in cells for line in Text.from_markup(cell).plain.split("\n")]
+        width = max(cell_len(line) for line in lines)
+        widths.append(width if column.no_wrap or text_max is None else min(width, text_max))
+    return sum(widths) + 3 * len(widths)
 
 
 def columns_to_fill() -> int:
@@ -104,10 +145,7 @@ def columns_to_fill() -> int:
 
 def table(columns: Iterable[str], *, numbers: Sequence[str] = (), footer: bool = False) -> "Table":
     """An empty table without frames; the columns named in *numbers* are aligned to the right."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    made = Table(box=SIMPLE_HEAD, show_footer=footer, header_style="bold", pad_edge=False)
+    made = _empty(footer=footer)
     for column in columns:
         of_number = column in numbers
         made.add_column(
@@ -118,6 +156,13 @@ def table(columns: Iterable[str], *, numbers: Sequence[str] = (), footer: bool =
             footer_style="bold",
         )
     return made
+
+
+def _empty(*columns: "Column", footer: bool) -> "Table":
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    return Table(*columns, box=SIMPLE_HEAD, show_footer=footer, header_style="bold", pad_edge=False)
 
 
 def instant(text: str | None, *, option: str, ahead: bool) -> int | None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from trivec.accounts import UsageBy, UsageLine
 
 NUMBERS = ("REQUESTS", "FAILED", "TOKENS", "SHARE")
+SPARE = ("KEY", "SHARE", "FAILED", "REQUESTS")  # left out in a narrow terminal, the first one first
 
 
 def usage(
@@ -110,7 +111,7 @@ def _print_lines(lines: "list[UsageLine]", by: "UsageBy") -> None:
     ]
     for column, footer in zip(rows.columns, footers, strict=True):
         column.footer = footer
-    print_table(rows)
+    print_table(rows, spare=SPARE)
 
 
 def _grouping(by: str) -> "UsageBy":

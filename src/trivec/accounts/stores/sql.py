@@ -12,6 +12,7 @@ from sqlalchemy import (
     Connection,
     Row,
     delete,
+    func,
     insert,
     select,
     update,
@@ -22,7 +23,7 @@ from trivec.accounts.allowance import Bucket
 from trivec.accounts.entries import Committed, Entry, Reserve, Settle
 from trivec.accounts.page import Page, claims_touched, keys_touched
 from trivec.accounts.store import KeyChanges, name_taken, unavailable
-from trivec.accounts.stores import migrate, rows
+from trivec.accounts.stores import migrate, old_rows, rows
 from trivec.accounts.stores.connect import Engines, is_the_stores
 from trivec.accounts.stores.pen import Pen
 from trivec.accounts.stores.quick import QuickStatements
@@ -33,12 +34,16 @@ from trivec.accounts.stores.schema import (
     secrets,
     timelines,
 )
-from trivec.accounts.stores.usage import usage_lines, usage_statements
+from trivec.accounts.stores.usage import check_not_archived, usage_lines, usage_statements
 from trivec.accounts.types import Key, UsageLine, UsageQuery
 from trivec.core.errors import ResourceUnknown, StoreRefused
 
 NEXT_REVISION = (
     update(keyring).values(revision=keyring.c.revision + 1).returning(keyring.c.revision)
+)
+ONE_ARCHIVER = 7_472_697_666  # Postgres' advisory lock, beside that for upgrades
+ALREADY_ARCHIVING = (
+    "another trivec db archive is at work on this store; wait until it has ended, then try again"
 )
 
 
@@ -169,7 +174,58 @@ class SqlStore:
         with self._mapped(letting_go), self._engines.summing.begin() as connection:
             statements = usage_statements(query)
             found = [row for one in statements for row in connection.execute(one)]
+            # Last: Postgres lets a row go between two statements, and then moves the mark with it.
+            check_not_archived(query, before_us=old_rows.archived_before_us(connection))
         return usage_lines(found, query.by)
+
+    @contextmanager
+    def archiving(self) -> Iterator[None]:
+        """The only one that archives this store. Raises `StoreRefused` where another does.
+
+        On SQLite, which one machine uses, whoever calls sees to it.
+        """
+        self._ensure_prepared()
+        if self._engines.writing.dialect.name == "sqlite":
+            yield
+            return
+        with self._mapped(), self._engines.summing.connect() as connection:
+            taken = connection.scalar(select(func.pg_try_advisory_lock(ONE_ARCHIVER)))
+            connection.commit()  # the lock is the session's; an open transaction would hold up vacuum
+            if not taken:
+                raise StoreRefused(ALREADY_ARCHIVING)
+            try:
+                yield
+            finally:
+                connection.invalidate()  # ends the session, and with it the lock
+
+    def oldest_rows(self, *, from_us: int, before_us: int, limit: int) -> list[rows.Values]:
+        """At most *limit* ledger rows of [from_us, before_us), by time and sequence."""
+        with self._reading() as connection:
+            return old_rows.oldest(connection, from_us=from_us, before_us=before_us, limit=limit)
+
+    def rows_numbered(self, sequences: Sequence[int]) -> list[rows.Values]:
+        """Those ledger rows that are there."""
+        with self._reading() as connection:
+            return old_rows.numbered(connection, sequences)
+
+    def drop_rows(self, archived: Sequence[rows.Values]) -> None:
+        """Delete rows that are safe elsewhere, all or none. Raises `StoreRefused` if some are gone."""
+        with self._writing() as connection:
+            if old_rows.drop(connection, archived) != len(archived):
+                raise StoreRefused(ALREADY_ARCHIVING)
+
+    def end_archive(self, before_us: int) -> None:
+        """Nothing before *before_us* may be asked for but whole days: drop its counts, bit by bit."""
+        with self._writing() as connection:
+            old_rows.move_mark(connection, before_us)
+        upto: tuple[object, ...] | None = None
+        while True:
+            with self._reading() as connection:
+                upto = old_rows.next_counts(connection, upto, before_us=before_us)
+            if upto is None:
+                return
+            with self._writing() as connection:
+                old_rows.drop_counts(connection, upto, before_us=before_us)
 
     def interrupt(self) -> None:
         self._engines.interrupt()
