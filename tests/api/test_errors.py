@@ -78,7 +78,6 @@ def test_a_busy_server_says_when_to_come_back(
 
 LIMITS = HttpLimits(
     body_bytes_max=4096,
-    body_s_max=0.3,
     body_chunks_max=4,
     request_tokens_max=100,
     answer_bytes_max=4096,

@@ -221,7 +221,7 @@ def test_a_deadline_that_passes_after_the_first_batch_began_changes_nothing() ->
             rig.clock.move(600)
             await asyncio.sleep(0.01)  # a turn in which timers are looked at, with time to spare
             rig.backend.gate.set()
-            assert len((await request).vectors) == 1
+            assert len((await asyncio.wait_for(request, 60)).vectors) == 1
 
     loop = HandLoop()
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
