@@ -1,4 +1,6 @@
-"""A clock that stands still until a test moves it."""
+"""A clock that stands still until a test moves it, and an event loop that a test moves ahead."""
+
+import asyncio
 
 
 class HandClock:
@@ -22,3 +24,20 @@ class HandClock:
     def set_wall_by(self, seconds: float) -> None:
         """Somebody sets the wall clock; no time goes by."""
         self._wall_s += seconds
+
+
+class HandLoop(asyncio.SelectorEventLoop):
+    """An event loop whose timers come due when a test says so, however long the machine takes.
+
+    Its time goes by, too, so what a test waits for must be far away until `move` brings it near.
+    """
+
+    _ahead_s = 0.0
+
+    def time(self) -> float:
+        return super().time() + self._ahead_s
+
+    def move(self, seconds: float) -> None:
+        """Call it on the loop's own thread."""
+        assert seconds >= 0, "a monotonic clock never runs backwards"
+        self._ahead_s += seconds

@@ -70,7 +70,7 @@ async def test_whoever_leaves_while_the_store_lets_it_in_holds_nothing_afterward
     booking = accounts.book(caller, opening(idempotency_key="k"))
     store.may_go_on.clear()
     task = asyncio.create_task(booking.let_in())
-    await asyncio.to_thread(store.is_at_it.wait, 5)
+    assert await asyncio.to_thread(store.is_at_it.wait, 60)
     for _ in range(times):
         task.cancel()
         await asyncio.sleep(0)
@@ -167,7 +167,7 @@ async def test_whoever_leaves_while_it_is_closed_is_written_down(watched: Watche
     store.is_at_it.clear()
     store.may_go_on.clear()
     task = asyncio.create_task(booking.close(closing(400, tokens=0)))
-    await asyncio.to_thread(store.is_at_it.wait, 5)
+    assert await asyncio.to_thread(store.is_at_it.wait, 60)
     task.cancel()
     await asyncio.sleep(0)
     store.may_go_on.set()

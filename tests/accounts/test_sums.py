@@ -32,7 +32,7 @@ class SlowSums(MemoryStore):
         self.running += 1
         self.running_max = max(self.running_max, self.running)
         self.begun.set()
-        self.may_end.wait(30)
+        assert self.may_end.wait(60)
         self.running -= 1
         return super().usage(query)
 
@@ -43,7 +43,7 @@ async def test_sums_run_one_at_a_time_and_a_crowd_of_them_is_refused() -> None:
     accounts.start()
     try:
         sums = [asyncio.create_task(accounts.usage(BY_KEY)) for _ in range(SUMS_MAX)]
-        await asyncio.to_thread(store.begun.wait, 30)
+        assert await asyncio.to_thread(store.begun.wait, 60)
         with pytest.raises(Overloaded) as refused:
             await accounts.usage(BY_KEY)
         assert refused.value.retry_after_s > 0

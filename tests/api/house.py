@@ -14,16 +14,16 @@ from typing import cast
 import httpx
 import numpy as np
 from starlette.types import ASGIApp
+from tests.hand_clock import HandClock, HandLoop
 
 from trivec.accounts import Accounts, Allowance, KeyPlan, Scope
 from trivec.accounts.stores.memory import MemoryStore
 from trivec.api import ByteBudget, build_app
 from trivec.backends.fake import FakeBackend
-from trivec.core.clock import SystemClock
 from trivec.core.errors import Overloaded, TextTooLong
 from trivec.core.events import Event, RequestServed
 from trivec.core.health import Health
-from trivec.core.ports import Clock, Embedder, Texts, TokenLists
+from trivec.core.ports import Embedder, Texts, TokenLists
 from trivec.core.types import (
     Batch,
     Int32Array,
@@ -168,7 +168,7 @@ class House:
     no_auth: bool = False
     is_loading: bool = False
     memory: ByteBudget = field(default_factory=ByteBudget)
-    clock: Clock = field(default_factory=SystemClock)
+    clock: HandClock = field(default_factory=HandClock)
 
     def __post_init__(self) -> None:
         self.accounts = Accounts(
@@ -229,28 +229,36 @@ class House:
     def close(self) -> None:
         self.accounts.stop()
 
+    def let_pass(self, seconds: float) -> None:
+        """Bring near what the listening app has timed, without waiting for it."""
+        self._loop.call_soon_threadsafe(self._loop.move, seconds)
+
     @contextmanager
     def listening(self) -> Iterator[str]:
         """Serve the app by granian on a free port of the loopback; gives `http://host:port`."""
         listener = listen("127.0.0.1", 0)
         host, port = listener.getsockname()[:2]
         carrier: list[Carrier] = []
-        loops: list[asyncio.AbstractEventLoop] = []
+        loop = HandLoop()
         up = threading.Event()
 
         async def serve() -> None:
-            loops.append(asyncio.get_running_loop())
             carrier.append(Carrier(self.app, listener, limits=self.limits, tls=None))
             up.set()
             await carrier[0].serve()
 
-        thread = threading.Thread(target=lambda: asyncio.run(serve()), name="granian")
+        def run() -> None:
+            with asyncio.Runner(loop_factory=lambda: loop) as runner:
+                runner.run(serve())
+
+        thread = threading.Thread(target=run, name="granian")
         thread.start()
+        self._loop = loop
         try:
             assert up.wait(60), "granian did not start"
             yield f"http://{host}:{port}"
         finally:
             self.open_gates()
-            loops[0].call_soon_threadsafe(carrier[0].stop)
+            loop.call_soon_threadsafe(carrier[0].stop)
             thread.join(60)
             assert not thread.is_alive(), "granian did not stop"

@@ -99,7 +99,7 @@ def gate_address(gate_house: House) -> Iterator[str]:
 def revoked(gate_house: House, gate_address: str) -> str:
     key = gate_house.new_key("revoked", scopes=frozenset(Scope))
     admin = {"authorization": f"Bearer {gate_house.key}"}
-    answer = httpx.post(f"{gate_address}/admin/v1/keys/revoked/revoke", headers=admin)
+    answer = httpx.post(f"{gate_address}/admin/v1/keys/revoked/revoke", headers=admin, timeout=60)
     assert answer.status_code == 200
     return key
 
@@ -108,7 +108,7 @@ def ask(address: str, route: tuple[str, str], headers: dict[str, str]) -> httpx.
     method, path = route
     path = path.replace("{id:path}", MODEL).replace("{id}", "some-key")
     body = BODIES.get(path.rpartition("/")[2]) if method == "POST" else None
-    return httpx.request(method, address + path, json=body, headers=headers)
+    return httpx.request(method, address + path, json=body, headers=headers, timeout=60)
 
 
 @pytest.mark.parametrize("route", KEYED, ids=" ".join)

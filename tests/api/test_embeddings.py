@@ -197,7 +197,7 @@ def test_whose_word_decides_what_becomes_of_a_long_text(
     body = {"model": MODEL, "input": "x" * 62 + "y" * 62, "truncate": request_says}
     with (
         house.listening() as address,
-        httpx.Client(base_url=f"{address}/v1", headers=access) as client,
+        httpx.Client(base_url=f"{address}/v1", headers=access, timeout=60) as client,
     ):
         answer = client.post("/embeddings", json=body).json()
         whole = client.post(

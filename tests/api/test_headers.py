@@ -45,7 +45,7 @@ async def test_a_limited_key_reads_what_is_left_on_successes_and_on_failures(hou
         listed = (await client.get("/models")).headers
     assert good["x-ratelimit-limit-requests"] == "10"
     assert good["x-ratelimit-remaining-requests"] == "9"
-    assert good["x-ratelimit-reset-requests"] in {"5s", "6s"}
+    assert good["x-ratelimit-reset-requests"] == "6s"
     assert good["x-ratelimit-limit-tokens"] == "1000"
     assert good["x-ratelimit-remaining-tokens"] == "993"
     assert good["x-ratelimit-reset-tokens"].endswith("ms")
@@ -106,4 +106,4 @@ async def test_the_engine_hears_how_long_the_client_waits(
         named = {"x-stainless-read-timeout": patience}
         await client.post("/embeddings", json=BODY, headers=named)
     _, _, heard_s = house.model.embedded[0]
-    assert heard_s == pytest.approx(deadline_s, abs=2.0)
+    assert heard_s == pytest.approx(deadline_s)

@@ -99,4 +99,4 @@ def test_its_own_read_timeout_becomes_the_deadline(house: House) -> None:
         client.embeddings.create(model=MODEL, input="a")
         client.close()
     _, _, deadline_s = house.model.embedded[0]
-    assert deadline_s == pytest.approx(12.0, abs=2.0)
+    assert deadline_s == pytest.approx(12.0)

@@ -77,7 +77,7 @@ def test_nodes_fetch_gets_the_refusal(shared_house: House, address: str) -> None
 
 def test_a_client_that_waits_to_be_told_does_not_have_to_send(address: str) -> None:
     url = httpx.URL(address)
-    with socket.create_connection((url.host, url.port or 80), timeout=10) as sent:
+    with socket.create_connection((url.host, url.port or 80), timeout=60) as sent:
         sent.sendall(
             b"POST /v1/embeddings HTTP/1.1\r\nHost: house\r\nContent-Length: 7000000\r\n"
             b"Expect: 100-continue\r\n\r\n"

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from tests.backends.batches import ALL, batch_of, bits
-from tests.backends.conftest import random_ids
+from tests.backends.conftest import SkipUnlessRun, random_ids
 
 from trivec.backends.openvino.certifying import Trial, fp32_tensors, readout_of
 from trivec.backends.openvino.encoding import BatchEncoder
@@ -32,8 +32,11 @@ RECIPES = [FP32, INT8_ROWS_BF16, INT8_ROWS, INT8_GROUPS_128, INT8_GROUPS_32]
 
 
 @pytest.fixture(scope="module", params=RECIPES, ids=lambda recipe: recipe.name)
-def encoder(request: pytest.FixtureRequest, tiny_m3: Checkpoint) -> BatchEncoder:
+def encoder(
+    request: pytest.FixtureRequest, tiny_m3: Checkpoint, skip_unless_run: SkipUnlessRun
+) -> BatchEncoder:
     recipe: Recipe = request.param
+    skip_unless_run(recipe)
     exact = recipe is FP32
     tensors = fp32_tensors(tiny_m3) if exact else Trial(tiny_m3, slot_count=2).tensors(recipe)
     session = Session(build_graph(tiny_m3.config, tensors, recipe), recipe, slot_count=2)

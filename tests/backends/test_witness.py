@@ -5,13 +5,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.backends.conftest import OpenTiny
+from tests.backends.conftest import OpenTiny, SkipUnlessRun
+from tests.backends.silent import silent
 
 from trivec.backends.openvino.certifying import Trial, fp32_tensors
 from trivec.backends.openvino.packing import Buffers, RowInputs
 from trivec.backends.openvino.recipe import FP32, INT8_GROUPS_32, INT8_ROWS, Recipe
 from trivec.backends.openvino.session import Session
-from trivec.backends.openvino.witness import COMPILES_MAX, Plan, compiled, open_session
+from trivec.backends.openvino.witness import (
+    COMPILES_MAX,
+    NothingComputed,
+    Plan,
+    compiled,
+    open_session,
+)
 from trivec.checkpoints.checkpoint import Checkpoint, Pooling
 from trivec.core.errors import StartError
 from trivec.core.types import Float32Array
@@ -51,8 +58,9 @@ def honest(plan: Plan) -> Plan:
 @pytest.mark.parametrize("recipe", [FP32, INT8_ROWS, INT8_GROUPS_32], ids=lambda one: one.name)
 @pytest.mark.parametrize("family", ["bert", "xlm-roberta"])
 def test_an_honest_session_is_taken_at_once(
-    open_tiny: OpenTiny, family: str, recipe: Recipe
+    open_tiny: OpenTiny, skip_unless_run: SkipUnlessRun, family: str, recipe: Recipe
 ) -> None:
+    skip_unless_run(recipe)
     compiler = Compiler(honest)
     plan = plan_of(open_tiny(family, Pooling.CLS), recipe)
     session = open_session(plan, slot_count=2, must_agree=True, compiler=compiler)
@@ -106,3 +114,19 @@ def test_slots_that_differ_stop_the_start_whatever_vouches(tiny_m3: Checkpoint) 
 
     with pytest.raises(StartError, match="wrong vectors"):
         open_session(plan_of(tiny_m3, FP32), slot_count=2, must_agree=False, compiler=split)
+
+
+@pytest.mark.parametrize("must_agree", [True, False], ids=["vouched-for", "nothing-vouches"])
+def test_a_result_of_another_shape_agrees_with_nothing(
+    tiny_m3: Checkpoint, must_agree: bool
+) -> None:
+    calls = list[Plan]()
+
+    def counted(plan: Plan, slot_count: int) -> Session:
+        calls.append(plan)
+        return silent(plan, slot_count)
+
+    plan = plan_of(tiny_m3, INT8_ROWS)
+    with pytest.raises(NothingComputed, match="wrong vectors in int8-rows"):
+        open_session(plan, slot_count=2, must_agree=must_agree, compiler=counted)
+    assert len(calls) == COMPILES_MAX

@@ -4,6 +4,7 @@ import json
 import re
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -134,10 +135,10 @@ def test_what_the_server_says_it_computed_is_kept() -> None:
 def test_bodies_go_round_and_the_key_goes_along() -> None:
     with server(lambda: sized(b"{}")) as served:
         bodies = [b'{"input": 1}', b'{"input": 2}']
-        run_load(Load(served.url, bodies, client_count=1, duration_s=0.05, key="tv_x"))
-    first, second = served.requests[:2]
-    assert (first.endswith(bodies[0]), second.endswith(bodies[1])) == (True, True)
-    assert b"authorization: Bearer tv_x\r\n" in first
+        run_load(Load(served.url, bodies, client_count=3, duration_s=0, key="tv_x"))
+    asked = Counter(one.rpartition(b"\r\n\r\n")[2] for one in served.requests)
+    assert asked == {bodies[0]: 2, bodies[1]: 1}
+    assert all(b"authorization: Bearer tv_x\r\n" in one for one in served.requests)
 
 
 def test_a_body_larger_than_the_socket_takes_arrives_whole() -> None:

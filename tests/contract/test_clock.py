@@ -31,7 +31,7 @@ def test_the_real_clock_moves_by_itself() -> None:
     began_s = clock.now_s()
     while clock.now_s() == began_s:
         pass
-    assert clock.now_s() - began_s < 60
+    assert clock.now_s() > began_s
 
 
 def test_the_hand_moved_clock_moves_both_times_by_what_it_is_told_and_only_then() -> None:

@@ -68,7 +68,7 @@ class Pair(Rig):
         holder = await self.occupy()
         self.asked_clock.asked.clear()
         query = self.send(sequences(4, first=50_000))
-        assert await asyncio.to_thread(self.asked_clock.asked.wait, 5)
+        assert await asyncio.to_thread(self.asked_clock.asked.wait, 60)
         return [holder, query]
 
 

@@ -76,10 +76,13 @@ class Server:
     def ask_again(self) -> None:
         """A second request to stop; one that comes too close to the first counts as its echo."""
         with self._heard:
-            while not any('"phase":"stopped"' in line for line in self.said):
+            for _ in range(600):
+                if any('"phase":"stopped"' in line for line in self.said):
+                    return
                 assert "<end>" not in self.said
                 self.signal(signal.SIGTERM)
-                self._heard.wait(timeout=0.05)
+                self._heard.wait(timeout=0.1)
+        raise AssertionError("asked again and again, and never stopped")
 
     def close(self) -> None:
         self._ear.join(timeout=SETTLE_S)

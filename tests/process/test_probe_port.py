@@ -35,7 +35,7 @@ def test_probes_are_answered_while_half_sent_heads_hold_every_connection(
     with running(tmp_path, *options, environ=environ) as server, ExitStack() as held:
         main = urlsplit(server.url)
         for _ in range(4 * CONNECTIONS_MAX * api_processes):
-            one = socket.create_connection((main.hostname or "", main.port or 0), timeout=10)
+            one = socket.create_connection((main.hostname or "", main.port or 0), timeout=60)
             held.enter_context(one)
             one.sendall(b"GET /livez HTTP/1.1\r\nHost: half")
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as probe:

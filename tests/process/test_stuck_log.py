@@ -49,7 +49,7 @@ def test_a_log_that_nobody_reads_keeps_it_from_nothing(tmp_path: Path, full_pipe
         assert ask(url) == 200
     finally:
         process.kill()
-        process.wait(30)
+        process.wait(60)
 
 
 def ask(url: str) -> int:

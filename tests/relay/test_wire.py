@@ -160,7 +160,7 @@ async def test_an_engine_that_serves_other_models_ends_the_api_process(pair: Pai
     changed = msgspec.structs.replace(hello, models=models)
     after = EngineEnd(changed, [pair.rig.engine], bounds=BOUNDS, api_process_count=2, page=page)
     after.start(pair.far.listener)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         assert "other models" in await pair.far.link.lost()
     await after.stop(5)
 
@@ -172,7 +172,7 @@ async def test_a_connection_that_sends_noise_is_cut_and_no_other(pair: Pair) -> 
     await loop.sock_connect(noisy, str(pair.far.path))
     await loop.sock_sendall(noisy, header(Kind.REPLY, 1, 0, End.WHOLE))
     with suppress(ConnectionResetError):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             assert await loop.sock_recv(noisy, 1) == b""
     noisy.close()
     assert len((await pair.far.embedder.embed(sequences(5), Output.DENSE)).vectors) == 1
@@ -261,7 +261,7 @@ async def test_only_a_process_that_was_known_is_missed(
 
 async def test_an_engine_that_cannot_be_called_ends_the_api_process(pair: Pair) -> None:
     pair.far.path.unlink()
-    async with pair.called_by("api-2") as other, asyncio.timeout(10):
+    async with pair.called_by("api-2") as other, asyncio.timeout(60):
         assert "cannot be called" in await other.lost()
 
 
@@ -295,7 +295,7 @@ async def stranger(path: Path) -> socket.socket:
 async def read_until(caller: socket.socket, kind: Kind | None) -> list[Message]:
     """Messages up to the first of *kind*, or up to the end."""
     reader, found = FrameReader(BOUNDS.downwards()), list[Message]()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while kind not in [message.kind for message in found]:
             piece = await asyncio.get_running_loop().sock_recv(caller, 65_536)
             if not piece:

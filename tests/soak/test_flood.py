@@ -61,7 +61,7 @@ async def flood(
     asking = [asyncio.create_task(client.post("/embeddings", json=body)) for _ in range(FLOOD)]
     for one in asking:
         one.add_done_callback(lambda _: settled.release())
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         for _ in range(FLOOD):
             await settled.acquire()
     return asking

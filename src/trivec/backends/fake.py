@@ -91,7 +91,7 @@ class FakeBackend:
     def close(self) -> None:
         self.closed = True
 
-    def wait_entered(self, count: int, *, within_s: float = 5.0) -> bool:
+    def wait_entered(self, count: int, *, within_s: float = 60.0) -> bool:
         """Block until *count* calls have entered `run` or `run_exact`; False when they did not."""
         with self._entered:
             return self._entered.wait_for(lambda: len(self.ran) >= count, timeout=within_s)

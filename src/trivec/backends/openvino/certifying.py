@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from trivec.backends.heads import Readout
 from trivec.backends.openvino.attention import bf16_pays
-from trivec.backends.openvino.certificate import Certificate, compare
+from trivec.backends.openvino.certificate import Agreement, Certificate, Comparison, compare
 from trivec.backends.openvino.encoding import BatchEncoder
 from trivec.backends.openvino.graph import Extra
 from trivec.backends.openvino.packing import RowInputs, pack_row
@@ -23,12 +23,14 @@ from trivec.backends.openvino.quantise import ChannelRanges, Ranges, int8_tensor
 from trivec.backends.openvino.recipe import FP32, INT8_GROUPS_32, Recipe, int8_ladder
 from trivec.backends.openvino.rows import plan_rows
 from trivec.backends.openvino.session import Session
-from trivec.backends.openvino.witness import Plan, open_session
+from trivec.backends.openvino.witness import NothingComputed, Plan, open_session
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.types import Float32Array, Int32Array, Output, Sequences, Vectors
 from trivec.models.registry import plan_of, tensor_shapes
 
 EXACT_SHARE = 0.25  # of the layers, on the last rung
+
+NO_AGREEMENT = Comparison(Agreement(-1.0, -1.0), None, None)  # of what computes nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class Candidate:
     recipe: Recipe
     certificate: Certificate
     tensors: Mapping[str, NDArray[np.generic]]
+    computes: bool = True  # False: what was compiled gives no vectors at all on this machine
 
 
 def readout_of(checkpoint: Checkpoint) -> Readout:
@@ -63,15 +66,19 @@ def fp32_tensors(checkpoint: Checkpoint) -> dict[str, NDArray[np.generic]]:
 
 
 def best_int8(checkpoint: Checkpoint, *, slot_count: int) -> Candidate:
-    """The first rung that passes, or the last one tried, whose certificate then says so."""
+    """The first rung that passes, or the last one that computes, whose certificate then says so."""
     trial = Trial(checkpoint, slot_count=slot_count)
+    best: Candidate | None = None
     refused: list[str] = []
     for recipe in trial.rungs():
         candidate = trial.attempt(recipe, refused=tuple(refused))
+        if best is None or candidate.computes:
+            best = candidate
         if candidate.certificate.passes:
             break
         refused.append(recipe.name)
-    return candidate
+    assert best is not None, "the ladder has rungs"
+    return best
 
 
 class Trial:
@@ -87,14 +94,22 @@ class Trial:
         """From the fastest arithmetic on; the last one is worked out only when it is reached."""
         heads = plan_of(self._checkpoint.config).heads[0]
         yield from int8_ladder(bf16_pays=bf16_pays(heads))
-        layers = self._most_sensitive_layers(INT8_GROUPS_32)
+        try:
+            layers = self._most_sensitive_layers(INT8_GROUPS_32)
+        except NothingComputed:
+            return  # with some layers in fp32 it would compute as little
         yield replace(INT8_GROUPS_32, exact_layers=layers)
 
     def attempt(self, recipe: Recipe, *, refused: tuple[str, ...]) -> Candidate:
-        """Quantise, compile, run the probes, compare."""
+        """Quantise, compile, run the probes, compare; what computes nothing does not pass."""
         tensors = self.tensors(recipe)
-        session = self._open(tensors, recipe)
-        found = compare(self._reference.vectors, self._vectors(session))
+        computes, found = True, NO_AGREEMENT
+        try:
+            session = self._open(tensors, recipe)
+        except NothingComputed:
+            computes = False
+        else:
+            found = compare(self._reference.vectors, self._vectors(session))
         certificate = Certificate(
             recipe=recipe.name,
             dense=found.dense,
@@ -104,7 +119,7 @@ class Trial:
             script_count=len(read_sentences()),
             refused=refused,
         )
-        return Candidate(recipe, certificate, tensors)
+        return Candidate(recipe, certificate, tensors, computes)
 
     def _measure_fp32(self) -> Reference:
         tensors = fp32_tensors(self._checkpoint)

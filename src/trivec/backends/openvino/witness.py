@@ -30,6 +30,11 @@ COMPILES_MAX = 3
 # activations, which the witness does not. The faults seen were between 0.70 and 0.87.
 COSINE_MIN = {Form.FP32: 0.9999, Form.INT8_ROWS: 0.95, Form.INT8_GROUPS: 0.95}
 
+
+class NothingComputed(StartError):
+    """A compiled model gives no hidden states of the text's shape: its recipe cannot run here."""
+
+
 Tensors = Mapping[str, NDArray[np.generic]]
 _erf = np.frompyfunc(math.erf, 1, 1)
 
@@ -61,7 +66,9 @@ def open_session(
     """Let *compiler* make a session until its slots stand up to the witness, `COMPILES_MAX` times.
 
     Slots must equal each other always, the witness only where *must_agree*: int8 that no certificate
-    vouches for may well be far from it. Raises `StartError` when it comes to no good.
+    vouches for may well be far from it. What has not even the right shape, as the plugin's grouped
+    int8 where oneDNN is kept from the CPU's instructions, agrees with nothing. Raises `StartError`
+    when it comes to no good, and of it `NothingComputed` where the shape was wrong to the last.
     """
     ids = _probe(plan.config)
     expected = plain_hidden(plan, ids)
@@ -69,12 +76,14 @@ def open_session(
         session = compiler(plan, slot_count)
         found = [_hidden(session, plan.config, ids, slot=slot) for slot in range(slot_count)]
         slots_agree = all(np.array_equal(found[0], other) for other in found[1:])
-        agrees = cosine_min(found[0], expected) >= COSINE_MIN[plan.recipe.form]
+        has_shape = all(one.shape == expected.shape for one in found)
+        agrees = has_shape and cosine_min(found[0], expected) >= COSINE_MIN[plan.recipe.form]
         if slots_agree and agrees:
             return session
-    if slots_agree and not must_agree:
+    if slots_agree and has_shape and not must_agree:
         return session
-    raise StartError(
+    kind = StartError if has_shape else NothingComputed
+    raise kind(
         f"The engine computes wrong vectors in {plan.recipe.name}, {COMPILES_MAX} times in a row. "
         "Try --precision fp32, and report it with the CPU's name and the version of openvino."
     )
