@@ -12,10 +12,10 @@ from trivec.backends.openvino.packing import NOT_A_TOKEN
 from trivec.backends.openvino.plugin import open_core
 from trivec.backends.openvino.rows import length_size
 from trivec.core.types import Float32Array
-from trivec.models.ops import HeadShape
+from trivec.models.ops import AttentionSpec
 
-HEADS = HeadShape(count=4, head_dim=32)
-HIDDEN = HEADS.count * HEADS.head_dim
+HEADS = AttentionSpec(heads=4, head_dim=32, kv_heads=4)
+HIDDEN = HEADS.size
 
 
 def compiled(*, bf16: bool) -> ov.CompiledModel:
@@ -44,7 +44,7 @@ def attended(model: ov.CompiledModel, x: Float32Array, *, length: int) -> Float3
 
 def plain(x: Float32Array) -> Float32Array:
     q, k, v = (
-        part.reshape(len(x), HEADS.count, HEADS.head_dim).transpose(1, 0, 2).astype(np.float64)
+        part.reshape(len(x), HEADS.heads, HEADS.head_dim).transpose(1, 0, 2).astype(np.float64)
         for part in (x * HEADS.head_dim**-0.5, x + 0.5, x * -2)
     )
     weights = np.exp(q @ k.transpose(0, 2, 1))

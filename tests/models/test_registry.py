@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from trivec.models import registry
-from trivec.models.ops import Activation, HeadShape
+from trivec.models.ops import Activation, AttentionSpec
 
 CONFIG: dict[str, Any] = {
     "model_type": "xlm-roberta",
@@ -38,7 +38,7 @@ def test_the_plan_says_what_int8_must_know_of_each_input() -> None:
     assert {group.layer for group in (qkv, projection, up, down)} == {1}
     assert projection.values == f"{layer}.attention.self.value"
     assert (up.activation, down.activation) == (None, Activation.GELU)
-    assert plan.heads == [HeadShape(2, 4)] * 2
+    assert plan.attention == [AttentionSpec(2, 4, 2)] * 2
     assert plan.token_tables == ["embeddings.word_embeddings"]
     assert plan.blocks == ["encoder.layer.0", "encoder.layer.1"]
 

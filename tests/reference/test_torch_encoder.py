@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,6 +46,7 @@ from trivec.backends.torch.tuning import Tuning
 from trivec.backends.torch.weights import load_encoder
 from trivec.checkpoints.checkpoint import Pooling
 from trivec.core.types import Batch, Float32Array, Output, Vectors
+from trivec.models.ops import AttentionSpec
 
 pytestmark = pytest.mark.reference
 
@@ -226,17 +228,20 @@ def test_a_row_that_is_not_finite_is_handed_up_as_such(tmp_path: Path) -> None:
     assert np.isfinite(found.dense[1]).all()
 
 
+def spec_of(query: Any) -> AttentionSpec:
+    return AttentionSpec(query.shape[1], query.shape[2], query.shape[1])
+
+
 def varlen_on_cpu(
-    query: object, key: object, value: object, starts: object, _starts: object, longest: int,
+    query: Any, key: Any, value: Any, starts: Any, _starts: Any, longest: int,
     _longest: int, num_splits: int | None = None,
 ) -> object:  # fmt: skip
     """What torch's varlen_attn computes, since its kernel is CUDA's only."""
     assert num_splits == 1, "splitting keys would let neighbours in"
     lengths = torch.diff(starts).tolist()
     assert max(lengths) <= longest
-    return ReferenceAttention().over(Spans(starts, tuple(lengths)))(
-        query, key, value
-    ), "log-sum-exp"
+    attend = ReferenceAttention().over(Spans(starts, tuple(lengths)))
+    return attend(query, key, value, spec_of(query)), "log-sum-exp"
 
 
 @pytest.mark.parametrize(
@@ -251,15 +256,20 @@ def test_every_form_of_attention_equals_the_reference(form: Attention) -> None:
     starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     spans = Spans(starts, lengths)
     qkv = torch.randn(sum(lengths), 3, 4, 16, generator=torch.Generator().manual_seed(3))
-    expected = ReferenceAttention().over(spans)(*qkv.unbind(1))
-    torch.testing.assert_close(form.over(spans)(*qkv.unbind(1)), expected, atol=1e-5, rtol=0)
+    expected = ReferenceAttention().over(spans)(qkv[:, 0], qkv[:, 1], qkv[:, 2], spec_of(qkv[:, 0]))
+    torch.testing.assert_close(
+        form.over(spans)(qkv[:, 0], qkv[:, 1], qkv[:, 2], spec_of(qkv[:, 0])),
+        expected,
+        atol=1e-5,
+        rtol=0,
+    )
 
 
 def test_attention_reads_its_own_sequence_and_no_other() -> None:
     """The reference itself, against softmax(q k' / sqrt(d)) v written out."""
     qkv = torch.randn(5, 3, 2, 8, generator=torch.Generator().manual_seed(4))
     spans = Spans(torch.tensor([0, 2, 5], dtype=torch.int32), (2, 3))
-    found = ReferenceAttention().over(spans)(*qkv.unbind(1))
+    found = ReferenceAttention().over(spans)(qkv[:, 0], qkv[:, 1], qkv[:, 2], spec_of(qkv[:, 0]))
     for first, last in ((0, 2), (2, 5)):
         for head in range(2):
             query, key, value = (qkv[first:last, part, head] for part in range(3))

@@ -36,7 +36,7 @@ class Readout:
 
     def needs_all_tokens(self, outputs: NDArray[np.uint8]) -> NDArray[np.bool_]:
         """Which sequences need more than their first token's hidden state: bool `[sequences]`."""
-        if self.pooling is Pooling.MEAN:
+        if self.pooling is not Pooling.CLS:
             return np.ones(len(outputs), np.bool_)
         wanted: NDArray[np.bool_] = (outputs & np.uint8(Output.SPARSE | Output.MULTI)) != 0
         return wanted
@@ -61,6 +61,8 @@ class Readout:
         first = rows.starts[:-1]
         if self.pooling is Pooling.CLS:
             return rows.hidden[first]
+        if self.pooling is Pooling.LAST:
+            return rows.hidden[rows.starts[1:] - 1]
         lengths = np.diff(rows.starts).astype(np.float32)
         pooled: Float32Array = np.add.reduceat(rows.hidden, first, axis=0)
         pooled /= lengths[:, None]

@@ -181,10 +181,10 @@ def _read_pooling(file: Path, *, hidden_size: int) -> Pooling:
     modes = [mode for mode, chosen in flags.items() if chosen]
     named = found.pooling_mode or []
     modes += [mode for mode in ([named] if isinstance(named, str) else named) if mode not in modes]
-    if modes not in (["cls"], ["mean"]):
+    if modes not in (["cls"], ["mean"], ["lasttoken"]):
         raise CheckpointRefused(
             f"{file}: asks for {' and '.join(modes) or 'no'} pooling; understood is exactly one "
-            "of cls and mean"
+            "of cls, mean and lasttoken"
         )
     return Pooling(modes[0])
 

@@ -5,6 +5,7 @@ canonical names only. It knows names and shapes, not what is computed from them.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from types import TracebackType
 
@@ -30,14 +31,19 @@ class Weights:
         held = _merge(files)
         prefix = find_prefix(held, family)
         where = files[0].file if len(files) == 1 else files[0].file.parent
+        places = _places(shapes, family.fused)
+        stored = _stored_shapes(shapes, places)
         try:
-            refuse_strangers(held, shapes, prefix, family.unused)
-            self._left = {name: (held[prefix + name], prefix + name) for name in shapes}
-            for name, (file, stored) in self._left.items():
-                _check_shape(stored, file.tensors[stored].shape, shapes[name])
+            refuse_strangers(held, stored, prefix, family.unused)
+            for name, shape in stored.items():
+                _check_shape(prefix + name, held[prefix + name].tensors[prefix + name].shape, shape)
         except ValueError as error:
             raise CheckpointRefused(f"{where}: {error}. Is its config.json its own?") from error
         self._where = where
+        self._left = {
+            name: (held[prefix + place.name], replace(place, name=prefix + place.name))
+            for name, place in places.items()
+        }
 
     def take(self, name: str) -> Float32Array:
         """The tensor *name*, float32, in the shape the encoder's config gives it.
@@ -47,8 +53,9 @@ class Weights:
         finite or a stored type that is not a float.
         """
         assert name in self._left, f"{name} was taken before, or is none of this encoder's"
-        file, stored = self._left.pop(name)
-        return file.float32(stored)
+        file, place = self._left.pop(name)
+        whole = file.float32(place.name)
+        return whole if place.rows is None else whole[place.rows]
 
     def finish(self) -> None:
         """Say that all was taken. Raises `CheckpointRefused`, naming what was not."""
@@ -65,6 +72,44 @@ class Weights:
         trace: TracebackType | None,
     ) -> None:
         self._left = {}  # views that are still in use keep their own map alive
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor stands in a file."""
+
+    name: str
+    rows: slice | None = None  # of the stored tensor; None: all of them
+
+
+def _places(
+    shapes: Mapping[str, tuple[int, ...]], fused: Mapping[str, tuple[str, ...]]
+) -> dict[str, Place]:
+    """The place of every tensor of *shapes*, in a matrix of several layers where *fused* says so."""
+    places = {name: Place(name) for name in shapes}
+    for name in shapes:
+        layer, _, part = name.rpartition(".")
+        for whole, parts in fused.items():
+            if not layer.endswith(f".{parts[0]}"):
+                continue
+            at, begin = layer.removesuffix(parts[0]), 0
+            for one in parts:
+                end = begin + shapes[f"{at}{one}.{part}"][0]
+                places[f"{at}{one}.{part}"] = Place(f"{at}{whole}.{part}", slice(begin, end))
+                begin = end
+    return places
+
+
+def _stored_shapes(
+    shapes: Mapping[str, tuple[int, ...]], places: Mapping[str, Place]
+) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a file must have, by the name it has there."""
+    stored: dict[str, tuple[int, ...]] = {}
+    for name, place in places.items():
+        rows = shapes[name][0] if place.rows is None else place.rows.stop
+        before = stored.get(place.name, (0,))[0]
+        stored[place.name] = (max(rows, before), *shapes[name][1:])
+    return stored
 
 
 def find_prefix(names: Mapping[str, object], family: Family) -> str:

@@ -11,14 +11,10 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
-from trivec.models.ops import Activation, HeadShape, Index, Linear, ModelConfig, Ops, Table
+from trivec.models.config import Count, Rows, Width
+from trivec.models.ops import Activation, AttentionSpec, Index, Linear, ModelConfig, Ops, Table
 
 T = TypeVar("T")
-
-# Bounds that keep a lying config from asking for absurd amounts of memory.
-Count = Annotated[int, Meta(ge=1, le=4096)]
-Width = Annotated[int, Meta(ge=1, le=65_536)]
-Rows = Annotated[int, Meta(ge=1, le=4_000_000)]
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
 # What stands before the names in a file, by what it was saved from; LANDMARK tells which it is.
@@ -109,12 +105,13 @@ def forward(ops: Ops[T], config: BertConfig) -> T:
     x = ops.add(x, ops.embed(places, Index.POSITION))
     x = ops.layer_norm(x, "embeddings.LayerNorm", eps=config.layer_norm_eps)
 
-    heads = HeadShape(config.num_attention_heads, hidden // config.num_attention_heads)
+    heads = config.num_attention_heads
+    spec = AttentionSpec(heads, hidden // heads, heads)
     for i in range(config.num_hidden_layers):
         layer = f"encoder.layer.{i}"
         names = (f"{layer}.attention.self.{name}" for name in ("query", "key", "value"))
         q, k, v = ops.linear(x, *(Linear(name, hidden) for name in names))
-        attended = ops.attention(q, k, v, heads)
+        attended = ops.attention(q, k, v, spec)
         if i == config.num_hidden_layers - 1:
             x, attended = ops.keep(x), ops.keep(attended)
         x = ops.block(after_attention, layer, config, x, attended)

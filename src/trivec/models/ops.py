@@ -10,6 +10,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple, Protocol, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from trivec.core.types import Float32Array
+
 T = TypeVar("T")
 
 
@@ -25,6 +30,7 @@ class Activation(Enum):
     """The nonlinearity of a feed-forward network."""
 
     GELU = "gelu"  # the exact one, x Φ(x) by erf
+    SILU = "silu"  # x / (1 + exp(-x))
 
 
 class Table(NamedTuple):
@@ -40,19 +46,56 @@ class Linear(NamedTuple):
 
     name: str
     out: int
+    bias: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class HeadShape:
-    """How a token's queries, keys and values are divided among attention heads."""
+class Rope:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864), the halves of a head rotated together."""
 
-    count: int
+    theta: float
+    positions: int  # for which there is an angle
+
+    def tables(self, head_dim: int) -> tuple[Float32Array, Float32Array]:
+        """Cosines and sines: each float32 `[positions, head_dim / 2]`."""
+        steps = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        frequencies = (1 / np.float32(self.theta) ** steps).astype(np.float32)
+        angles = np.arange(self.positions, dtype=np.float32)[:, None] * frequencies
+        return np.cos(angles), np.sin(angles)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """One kind of attention: heads, positions, and which tokens a token sees."""
+
+    heads: int
     head_dim: int
+    kv_heads: int  # fewer than heads: each is read by heads / kv_heads of them
+    rope: Rope | None = None
+    causal: bool = False  # a token sees itself and those before
+    window: int | None = None  # a token sees at most so many on either side
+
+    def __post_init__(self) -> None:
+        assert self.heads % self.kv_heads == 0
 
     @property
     def size(self) -> int:
         """Numbers of one token in all heads."""
-        return self.count * self.head_dim
+        return self.heads * self.head_dim
+
+    @property
+    def sees_all(self) -> bool:
+        return not self.causal and self.window is None
+
+    def hidden_from(self, length: int) -> NDArray[np.bool_]:
+        """Which key (column) a query (row) does not see: bool `[length, length]`."""
+        distance = np.arange(length)[None, :] - np.arange(length)[:, None]
+        hidden = np.zeros((length, length), np.bool_)
+        if self.causal:
+            hidden |= distance > 0
+        if self.window is not None:
+            hidden |= np.abs(distance) > self.window
+        return hidden
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,20 +130,28 @@ class Ops(Protocol[T]):
 
     def add(self, x: T, y: T) -> T: ...
 
-    def layer_norm(self, x: T, name: str, *, eps: float) -> T:
+    def layer_norm(self, x: T, name: str, *, eps: float, bias: bool = True) -> T:
         """(x - mean) / sqrt(variance + eps) * weight + bias over each row."""
+        ...
+
+    def rms_norm(self, x: T, name: str, *, eps: float, width: int | None = None) -> T:
+        """X / sqrt(mean of squares + eps) * weight over each row, or each *width* numbers of it."""
         ...
 
     def linear(self, x: T, *layers: Linear) -> tuple[T, ...]:
         """X Wᵀ + b for each of *layers*, which share an input so that it is quantised once."""
         ...
 
-    def attention(self, q: T, k: T, v: T, heads: HeadShape) -> T:
+    def attention(self, q: T, k: T, v: T, spec: AttentionSpec) -> T:
         """softmax(Q Kᵀ / sqrt(head_dim)) V within each sequence: `[tokens, heads * head_dim]`."""
         ...
 
     def mlp(self, x: T, up: Linear, down: Linear, activation: Activation) -> T:
         """down(activation(up(x))), both linear."""
+        ...
+
+    def gated_mlp(self, x: T, gate: Linear, up: Linear, down: Linear, activation: Activation) -> T:
+        """down(activation(gate(x)) * up(x)), all linear."""
         ...
 
     def keep(self, x: T) -> T:
@@ -121,7 +172,8 @@ class LinearGroup:
 
     names: tuple[str, ...]
     activation: Activation | None = None  # what made the input
-    values: str | None = None  # the linear layer whose output attention has averaged to the input
+    # The linear layer whose output attention has averaged to the input, channel by channel.
+    values: str | None = None
 
     @property
     def layer(self) -> int:
@@ -140,7 +192,7 @@ class Plan:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # linear weights [out, in]
     linears: list[LinearGroup] = field(default_factory=list)
     token_tables: list[str] = field(default_factory=list)  # looked up by token id
-    heads: list[HeadShape] = field(default_factory=list)  # of each attention
+    attention: list[AttentionSpec] = field(default_factory=list)  # of each layer
     blocks: list[str] = field(default_factory=list)
 
 
@@ -171,29 +223,41 @@ class Recorder:
         assert x.width == y.width
         return Traced(x.width)
 
-    def layer_norm(self, x: Traced, name: str, *, eps: float) -> Traced:
-        for part in ("weight", "bias"):
+    def layer_norm(self, x: Traced, name: str, *, eps: float, bias: bool = True) -> Traced:
+        for part in ("weight", "bias") if bias else ("weight",):
             self._plan.shapes[f"{self._at}{name}.{part}"] = (x.width,)
+        return Traced(x.width)
+
+    def rms_norm(self, x: Traced, name: str, *, eps: float, width: int | None = None) -> Traced:
+        self._plan.shapes[f"{self._at}{name}.weight"] = (width or x.width,)
         return Traced(x.width)
 
     def linear(self, x: Traced, *layers: Linear) -> tuple[Traced, ...]:
         names = tuple(self._at + layer.name for layer in layers)
         for name, layer in zip(names, layers, strict=True):
             self._plan.shapes[f"{name}.weight"] = (layer.out, x.width)
-            self._plan.shapes[f"{name}.bias"] = (layer.out,)
+            if layer.bias:
+                self._plan.shapes[f"{name}.bias"] = (layer.out,)
         self._plan.linears.append(LinearGroup(names, x.activation, x.values))
         return tuple(
             Traced(layer.out, linear=name) for name, layer in zip(names, layers, strict=True)
         )
 
-    def attention(self, q: Traced, k: Traced, v: Traced, heads: HeadShape) -> Traced:
-        assert q.width == k.width == v.width == heads.size
-        self._plan.heads.append(heads)
-        return Traced(v.width, values=v.linear)
+    def attention(self, q: Traced, k: Traced, v: Traced, spec: AttentionSpec) -> Traced:
+        assert q.width == spec.size
+        assert k.width == v.width == spec.kv_heads * spec.head_dim
+        self._plan.attention.append(spec)
+        return Traced(spec.size, values=v.linear if spec.heads == spec.kv_heads else None)
 
     def mlp(self, x: Traced, up: Linear, down: Linear, activation: Activation) -> Traced:
         (inner,) = self.linear(x, up)
         return self.linear(Traced(inner.width, activation=activation), down)[0]
+
+    def gated_mlp(
+        self, x: Traced, gate: Linear, up: Linear, down: Linear, activation: Activation
+    ) -> Traced:
+        inner, _ = self.linear(x, gate, up)
+        return self.linear(Traced(inner.width), down)[0]
 
     def keep(self, x: Traced) -> Traced:
         return x

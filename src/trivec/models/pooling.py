@@ -8,3 +8,4 @@ class Pooling(Enum):
 
     CLS = "cls"  # the first token's
     MEAN = "mean"  # the mean over all tokens
+    LAST = "lasttoken"  # the last token's

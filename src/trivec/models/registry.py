@@ -1,11 +1,11 @@
 """Registry: from a config's `model_type` to the family that describes the model."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from trivec.models import bert
+from trivec.models import bert, modernbert, qwen3
 from trivec.models.ops import ModelConfig, Ops, Plan, Recorder, T
 
 
@@ -18,10 +18,25 @@ class Family:
     prefixes: tuple[str, ...]  # what may stand before the tensors' names in a file
     landmark: str  # a tensor that every model of the family has
     unused: tuple[str, ...]  # patterns of tensors that files carry and nobody reads
+    # Matrices of a file that hold several layers, and whose rows are whose: names within a block.
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 BERT = Family(bert.read_config, bert.forward, bert.PREFIXES, bert.LANDMARK, bert.UNUSED)
-FAMILIES: Mapping[str, Family] = dict.fromkeys(bert.MODEL_TYPES, BERT)
+MODERN_BERT = Family(
+    modernbert.read_config,
+    modernbert.forward,
+    modernbert.PREFIXES,
+    modernbert.LANDMARK,
+    modernbert.UNUSED,
+    modernbert.FUSED,
+)
+QWEN3 = Family(qwen3.read_config, qwen3.forward, qwen3.PREFIXES, qwen3.LANDMARK, qwen3.UNUSED)
+FAMILIES: Mapping[str, Family] = {
+    **dict.fromkeys(bert.MODEL_TYPES, BERT),
+    **dict.fromkeys(modernbert.MODEL_TYPES, MODERN_BERT),
+    **dict.fromkeys(qwen3.MODEL_TYPES, QWEN3),
+}
 
 
 def read_config(config: Mapping[str, object]) -> ModelConfig:
@@ -29,8 +44,7 @@ def read_config(config: Mapping[str, object]) -> ModelConfig:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"model_type is {model_type!r}; served are encoders of the families "
-            f"{', '.join(FAMILIES)}"
+            f"model_type is {model_type!r}; served are models of the families {', '.join(FAMILIES)}"
         )
     if config.get("auto_map") is not None or config.get("trust_remote_code") is not None:
         raise ValueError(

@@ -14,7 +14,7 @@ from openvino import opset15 as op
 
 from trivec.backends.openvino.plugin import open_core
 from trivec.core.types import Float32Array
-from trivec.models.ops import HeadShape
+from trivec.models.ops import AttentionSpec
 
 TRIAL_TOKENS = 512  # where attention is a quarter of the time of BGE-M3
 TRIAL_REPEATS = 5
@@ -32,24 +32,31 @@ class Attention:
     multiple of 16, which all of `rows` are.
     """
 
-    heads: HeadShape
+    spec: AttentionSpec
     bf16: bool
 
     def gathered(self, x: Node, places: Node) -> Node:
         """*x* `[tokens, hidden]` at *places* `[sequences, length]`, as `[s, heads, length, width]`."""
         axis = op.constant(np.int64(0))
         gathered = op.gather(self._typed(x), places, axis)
-        split = op.constant(np.array([0, 0, self.heads.count, self.heads.head_dim]))
+        split = op.constant(np.array([0, 0, -1, self.spec.head_dim]))
         return op.transpose(op.reshape(gathered, split, True), op.constant(BY_HEAD))
 
     def attended(self, q: Node, k: Node, v: Node, bias: Node) -> Node:
-        """Float32 `[sequences * length, hidden]`, of what `gathered` made and *bias* `[s, 1, 1, l]`."""
+        """Float32 `[sequences * length, hidden]`, of what `gathered` made and *bias* `[s, 1, 1 or l, l]`."""
+        if self.spec.kv_heads < self.spec.heads:
+            k, v = (self._repeated(one) for one in (k, v))
         scores = op.add(op.matmul(q, k, False, True), self._typed(bias))
         mixed = op.matmul(op.softmax(scores, -1), v, False, False)
-        hidden = self.heads.size
+        hidden = self.spec.size
         together = op.transpose(mixed, op.constant(BY_HEAD))
         flat = op.reshape(together, op.constant(np.array([-1, hidden])), False)
         return op.convert(flat, "f32") if self.bf16 else flat
+
+    def _repeated(self, x: Node) -> Node:
+        """Each head as often as there are heads of queries that read it."""
+        owners = np.repeat(np.arange(self.spec.kv_heads), self.spec.heads // self.spec.kv_heads)
+        return op.gather(x, op.constant(owners), op.constant(np.int64(1)))
 
     def _typed(self, x: Node) -> Node:
         return op.convert(x, "bf16") if self.bf16 else x
@@ -60,7 +67,7 @@ def has_bf16() -> bool:
     return "BF16" in open_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def bf16_pays(heads: HeadShape, *, tokens: int = TRIAL_TOKENS) -> bool:
+def bf16_pays(spec: AttentionSpec, *, tokens: int = TRIAL_TOKENS) -> bool:
     """Whether bf16 is clearly faster for a text of *tokens*: tried on this machine, for 0.2 s.
 
     Having the instructions says little: on AMD Zen 5 bf16 products are four times as fast as
@@ -68,7 +75,7 @@ def bf16_pays(heads: HeadShape, *, tokens: int = TRIAL_TOKENS) -> bool:
     """
     if not has_bf16():
         return False
-    requests = [_alone(Attention(heads, bf16), tokens) for bf16 in (False, True)]
+    requests = [_alone(Attention(spec, bf16), tokens) for bf16 in (False, True)]
     turns = [[_time_s(request) for request in requests] for _ in range(TRIAL_REPEATS)]
     fp32_s, bf16_s = np.array(turns).min(axis=0).tolist()
     return bool(bf16_s <= BF16_SHARE_MAX * fp32_s)
@@ -76,7 +83,7 @@ def bf16_pays(heads: HeadShape, *, tokens: int = TRIAL_TOKENS) -> bool:
 
 def _alone(attention: Attention, tokens: int) -> ov.InferRequest:
     """One attention over a text of *tokens*, compiled for one thread and run once."""
-    hidden = attention.heads.size
+    hidden = attention.spec.size
     x = op.parameter([-1, hidden], np.float32)
     places = op.parameter([-1, -1], np.int32)
     bias = op.parameter([-1, 1, 1, -1], np.float32)

@@ -92,8 +92,8 @@ class Trial:
 
     def rungs(self) -> Iterator[Recipe]:
         """From the fastest arithmetic on; the last one is worked out only when it is reached."""
-        heads = plan_of(self._checkpoint.config).heads[0]
-        yield from int8_ladder(bf16_pays=bf16_pays(heads))
+        spec = plan_of(self._checkpoint.config).attention[0]
+        yield from int8_ladder(bf16_pays=bf16_pays(spec))
         try:
             layers = self._most_sensitive_layers(INT8_GROUPS_32)
         except NothingComputed:

@@ -25,11 +25,22 @@ from trivec.backends.openvino.linear import (
 )
 from trivec.backends.openvino.recipe import Recipe
 from trivec.models import registry
-from trivec.models.ops import Activation, HeadShape, Index, Linear, ModelConfig, Table, layer_of
+from trivec.models.ops import (
+    Activation,
+    AttentionSpec,
+    Index,
+    Linear,
+    ModelConfig,
+    Rope,
+    Table,
+    layer_of,
+)
 
 # The lines of the input "tokens".
 TOKEN_ID, TOKEN_TYPE, POSITION, PLACE = range(4)
 LINES = {Index.ID: TOKEN_ID, Index.TYPE: TOKEN_TYPE, Index.POSITION: POSITION}
+
+UNSEEN = -1e9  # added to a score, it leaves exactly no weight after softmax
 
 LIFTS = {Activation.GELU: 0.17}  # no GELU is below -0.16998
 
@@ -92,6 +103,8 @@ class GraphOps:
     at: str = ""
     ranges: list[Node] = field(default_factory=list)
     blocks: list[Node] = field(default_factory=list)  # what each layer so far came to
+    angles: dict[Rope, tuple[Node, Node]] = field(default_factory=dict)
+    biases: dict[tuple[bool, int | None], Node] = field(default_factory=dict)
 
     def embed(self, table: Table, index: Index) -> Rows:
         name = self.at + table.name
@@ -106,29 +119,46 @@ class GraphOps:
     def add(self, x: Rows, y: Rows) -> Rows:
         return op.add(self._rows(x), self._rows(y))
 
-    def layer_norm(self, x: Rows, name: str, *, eps: float) -> Rows:
+    def layer_norm(self, x: Rows, name: str, *, eps: float, bias: bool = True) -> Rows:
         unit = op.mvn(self._rows(x), op.constant(np.array([-1])), True, eps, "inside_sqrt")
-        weight, bias = (self.tensors[f"{self.at}{name}.{part}"] for part in ("weight", "bias"))
-        return op.add(op.multiply(unit, constant(weight)), constant(bias))
+        scaled = op.multiply(unit, constant(self.tensors[f"{self.at}{name}.weight"]))
+        return op.add(scaled, constant(self.tensors[f"{self.at}{name}.bias"])) if bias else scaled
+
+    def rms_norm(self, x: Rows, name: str, *, eps: float, width: int | None = None) -> Rows:
+        weight = constant(self.tensors[f"{self.at}{name}.weight"])
+        rows = self._rows(x) if width is None else _in_heads(self._rows(x), width)
+        last = op.constant(np.array([-1]))
+        mean = op.reduce_mean(op.multiply(rows, rows), last, True)
+        scaled = op.multiply(op.divide(rows, op.sqrt(op.add(mean, number(eps)))), weight)
+        return scaled if width is None else _flat(scaled)
 
     def linear(self, x: Rows, *layers: Linear) -> tuple[Rows, ...]:
         source = self._input(self._rows(x), layers[0], lift=0.0)
         return tuple(linear(source, self.tensors, self.at + layer.name) for layer in layers)
 
-    def attention(self, q: Rows, k: Rows, v: Rows, heads: HeadShape) -> Rows:
-        attention = Attention(heads, self.recipe.has_bf16_attention(len(self.blocks)))
-        scaled = op.multiply(self._rows(q), number(heads.head_dim**-0.5))
+    def attention(self, q: Rows, k: Rows, v: Rows, spec: AttentionSpec) -> Rows:
+        attention = Attention(spec, self.recipe.has_bf16_attention(len(self.blocks)))
+        q, k = (self._rotated(self._rows(one), spec) for one in (q, k))
+        scaled = op.multiply(q, number(spec.head_dim**-0.5))
         gathered_q, gathered_k, gathered_v = (
-            attention.gathered(rows, self.inputs.gather)
-            for rows in (scaled, self._rows(k), self._rows(v))
+            attention.gathered(rows, self.inputs.gather) for rows in (scaled, k, self._rows(v))
         )
-        return Padded(attention.attended(gathered_q, gathered_k, gathered_v, self.inputs.bias))
+        bias = self._bias(spec)
+        return Padded(attention.attended(gathered_q, gathered_k, gathered_v, bias))
 
     def mlp(self, x: Rows, up: Linear, down: Linear, activation: Activation) -> Rows:
         (inner,) = self.linear(x, up)
         inner = op.gelu(self._rows(inner), "erf")
         source = self._input(inner, down, lift=LIFTS[activation])
         return linear(source, self.tensors, self.at + down.name)
+
+    def gated_mlp(
+        self, x: Rows, gate: Linear, up: Linear, down: Linear, activation: Activation
+    ) -> Rows:
+        gates, inner = self.linear(x, gate, up)
+        function = {Activation.GELU: lambda x: op.gelu(x, "erf"), Activation.SILU: op.swish}
+        gated = op.multiply(function[activation](self._rows(gates)), self._rows(inner))
+        return self.linear(gated, down)[0]
 
     def keep(self, x: Rows) -> Rows:
         """Gather the kept tokens; of what attention made, from its padded places at once."""
@@ -140,6 +170,56 @@ class GraphOps:
         rows = function(replace(self, at=f"{self.at}{at}."), *values)
         self.blocks.append(_node(rows))
         return rows
+
+    def _rotated(self, x: Node, spec: AttentionSpec) -> Node:
+        """*x* `[tokens, heads * head_dim]` turned by its tokens' positions."""
+        if spec.rope is None:
+            return x
+        cosine, sine = self._angles(spec.rope, spec.head_dim)
+        half = op.constant(np.array([spec.head_dim // 2, spec.head_dim // 2]))
+        last = op.constant(np.int64(-1))
+        left, right = op.variadic_split(_in_heads(x, spec.head_dim), last, half).outputs()
+        turned = (
+            op.subtract(op.multiply(left, cosine), op.multiply(right, sine)),
+            op.add(op.multiply(right, cosine), op.multiply(left, sine)),
+        )
+        return _flat(op.concat(list(turned), -1))
+
+    def _angles(self, rope: Rope, head_dim: int) -> tuple[Node, Node]:
+        """Cosines and sines of every token, once for all layers: each `[tokens, 1, head_dim / 2]`."""
+        if rope not in self.angles:
+            places = self._line(self.inputs.tokens, POSITION)
+            cosine, sine = (
+                op.unsqueeze(
+                    op.gather(constant(table), places, self._axis()), op.constant(np.int64(1))
+                )
+                for table in rope.tables(head_dim)
+            )
+            self.angles[rope] = (cosine, sine)
+        return self.angles[rope]
+
+    def _bias(self, spec: AttentionSpec) -> Node:
+        """The padding's bias, and -1e9 where a token sees no other: `[sequences, 1, 1 or l, l]`."""
+        if spec.sees_all:
+            return self.inputs.bias
+        key = (spec.causal, spec.window)
+        if key not in self.biases:
+            shape = op.shape_of(self.inputs.gather, "i32")
+            length = op.squeeze(op.gather(shape, op.constant(np.array([1])), self._axis()))
+            places = op.range(op.constant(np.int32(0)), length, op.constant(np.int32(1)), "i32")
+            column = op.unsqueeze(places, op.constant(np.int64(1)))
+            distance = op.subtract(op.unsqueeze(places, op.constant(np.int64(0))), column)
+            seen: list[Node] = []
+            if spec.causal:
+                seen.append(op.less_equal(distance, op.constant(np.int32(0))))
+            if spec.window is not None:
+                seen.append(
+                    op.less_equal(op.absolute(distance), op.constant(np.int32(spec.window)))
+                )
+            both = seen[0] if len(seen) == 1 else op.logical_and(*seen)
+            hidden = op.select(both, number(0.0), number(UNSEEN))
+            self.biases[key] = op.add(self.inputs.bias, hidden)
+        return self.biases[key]
 
     def _input(self, x: Node, layer: Linear, *, lift: float) -> LinearInput:
         """*x* made ready for the linear layer *layer*, and for those that share its input."""
@@ -170,3 +250,16 @@ class GraphOps:
 def _node(x: Rows) -> Node:
     assert not isinstance(x, Padded), "a block ends with packed rows"
     return x
+
+
+def _in_heads(x: Node, head_dim: int) -> Node:
+    """*x* `[tokens, heads * head_dim]` as `[tokens, heads, head_dim]`."""
+    return op.reshape(x, op.constant(np.array([0, -1, head_dim])), True)
+
+
+def _flat(x: Node) -> Node:
+    """*x* `[tokens, heads, head_dim]` as `[tokens, heads * head_dim]`."""
+    width = int(
+        np.prod([int(size.get_length()) for size in list(x.get_output_partial_shape(0))[1:]])
+    )
+    return op.reshape(x, op.constant(np.array([-1, width])), False)

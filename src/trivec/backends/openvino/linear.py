@@ -83,8 +83,8 @@ def linear_input(
 
 
 def linear(x: LinearInput, tensors: Tensors, name: str) -> Node:
-    """X Wᵀ + b for the layer *name*: float32 `[rows, out]`."""
-    weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+    """X Wᵀ + b for the layer *name*, where it has a bias: float32 `[rows, out]`."""
+    weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
     if x.form is Form.FP32:
         matrix = constant(weight)
     else:
@@ -93,4 +93,4 @@ def linear(x: LinearInput, tensors: Tensors, name: str) -> Node:
     product = op.matmul(x.values, matrix, False, True)
     if x.row_scale is not None:
         product = op.multiply(product, x.row_scale)
-    return op.add(product, constant(bias))
+    return product if bias is None else op.add(product, constant(bias))

@@ -60,7 +60,7 @@ def int8_tensors(take: Take, config: ModelConfig, recipe: Recipe, ranges: Ranges
         groups = list(group)
         names = [name for group in groups for name in group.names]
         weights = {name: take(f"{name}.weight") for name in names}
-        biases = {name: take(f"{name}.bias") for name in names}
+        biases = {name: take(f"{name}.bias") for name in names if f"{name}.bias" in plan.shapes}
         if recipe.form_of(layer) is not Form.FP32:
             tensors |= _int8_layer(groups, weights, biases, ranges, recipe.form_of(layer))
         else:
@@ -102,7 +102,8 @@ def _int8_layer(
         if group.values is not None:
             # Attention averages values over tokens; so its output is divided where they are made.
             weights[group.values] = weights[group.values] / even.factor[:, None]
-            biases[group.values] = biases[group.values] / even.factor
+            if group.values in biases:
+                biases[group.values] = biases[group.values] / even.factor
     for group, even in zip(groups, evened, strict=True):
         if group.values is None:
             tensors[f"{group.names[0]}.channel_scale"] = 1 / even.factor
@@ -110,7 +111,9 @@ def _int8_layer(
             matrix = weights[name] * even.factor
             whole, scale = quantise(matrix)
             tensors[f"{name}.weight"], tensors[f"{name}.scale"] = whole, scale
-            tensors[f"{name}.bias"] = _corrected(biases[name], matrix, whole * scale, even)
+            tensors[f"{name}.bias"] = _corrected(
+                biases.get(name, np.float32(0)), matrix, whole * scale, even
+            )
     return tensors
 
 
@@ -126,7 +129,7 @@ def even_out(ranges: ChannelRanges, columns: Float32Array, *, lift: float) -> Ev
 
 
 def _corrected(
-    bias: Float32Array, matrix: Float32Array, stored: Float32Array, evened: Evened
+    bias: Float32Array | np.float32, matrix: Float32Array, stored: Float32Array, evened: Evened
 ) -> Float32Array:
     """The bias that undoes the lift, and what rounding the weights does to the mean input."""
     lifted = stored @ (np.float32(evened.lift) / evened.factor)

@@ -21,7 +21,7 @@ from trivec.backends.openvino.session import Session
 from trivec.core.errors import StartError
 from trivec.core.types import Batch, Float32Array, Int32Array, Output
 from trivec.models import registry
-from trivec.models.ops import Activation, HeadShape, Index, Linear, ModelConfig, Table, layer_of
+from trivec.models.ops import Activation, AttentionSpec, Index, Linear, ModelConfig, Table, layer_of
 
 PROBE_TOKENS = 8
 COMPILES_MAX = 3
@@ -128,36 +128,51 @@ class NumpyOps:
     def add(self, x: Float32Array, y: Float32Array) -> Float32Array:
         return x + y
 
-    def layer_norm(self, x: Float32Array, name: str, *, eps: float) -> Float32Array:
+    def layer_norm(
+        self, x: Float32Array, name: str, *, eps: float, bias: bool = True
+    ) -> Float32Array:
         spread = np.sqrt(x.var(axis=1, keepdims=True) + np.float32(eps))
         unit = (x - x.mean(axis=1, keepdims=True)) / spread
-        normed: Float32Array = unit * self._float32(f"{name}.weight") + self._float32(
-            f"{name}.bias"
-        )
+        normed: Float32Array = unit * self._float32(f"{name}.weight")
+        return normed + self._float32(f"{name}.bias") if bias else normed
+
+    def rms_norm(
+        self, x: Float32Array, name: str, *, eps: float, width: int | None = None
+    ) -> Float32Array:
+        rows = x.reshape(len(x), -1, width or x.shape[1])
+        size = np.sqrt((rows * rows).mean(axis=-1, keepdims=True) + np.float32(eps))
+        normed: Float32Array = (rows / size * self._float32(f"{name}.weight")).reshape(x.shape)
         return normed
 
     def linear(self, x: Float32Array, *layers: Linear) -> tuple[Float32Array, ...]:
         return self._linear(x, *layers, lift=0.0)
 
     def attention(
-        self, q: Float32Array, k: Float32Array, v: Float32Array, heads: HeadShape
+        self, q: Float32Array, k: Float32Array, v: Float32Array, spec: AttentionSpec
     ) -> Float32Array:
-        q, k, v = (
-            one.reshape(len(one), heads.count, heads.head_dim).transpose(1, 0, 2)
-            for one in (q, k, v)
-        )
-        scores = q @ k.transpose(0, 2, 1) / np.float32(math.sqrt(heads.head_dim))
+        q, k, v = (one.reshape(len(one), -1, spec.head_dim).transpose(1, 0, 2) for one in (q, k, v))
+        if spec.rope is not None:
+            cosine, sine = (table[: q.shape[1]] for table in spec.rope.tables(spec.head_dim))
+            q, k = (_rotated(one, cosine, sine) for one in (q, k))
+        k, v = (np.repeat(one, spec.heads // spec.kv_heads, axis=0) for one in (k, v))
+        scores = q @ k.transpose(0, 2, 1) / np.float32(math.sqrt(spec.head_dim))
+        scores[:, spec.hidden_from(q.shape[1])] = -np.inf
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
-        together: Float32Array = (weights @ v).transpose(1, 0, 2).reshape(-1, heads.size)
+        together: Float32Array = (weights @ v).transpose(1, 0, 2).reshape(-1, spec.size)
         return together
 
     def mlp(
         self, x: Float32Array, up: Linear, down: Linear, activation: Activation
     ) -> Float32Array:
         (inner,) = self._linear(x, up, lift=0.0)
-        inner = inner * (0.5 * (1 + _erf(inner / math.sqrt(2)).astype(np.float32)))
-        return self._linear(inner, down, lift=LIFTS[activation])[0]
+        return self._linear(_activated(inner, activation), down, lift=LIFTS[activation])[0]
+
+    def gated_mlp(
+        self, x: Float32Array, gate: Linear, up: Linear, down: Linear, activation: Activation
+    ) -> Float32Array:
+        gates, inner = self.linear(x, gate, up)
+        return self.linear(_activated(gates, activation) * inner, down)[0]
 
     def keep(self, x: Float32Array) -> Float32Array:
         return x
@@ -182,11 +197,29 @@ class NumpyOps:
         product = x @ self._float32(f"{name}.weight").T
         if form is not Form.FP32:
             product = product * self._float32(f"{name}.scale")[:, 0]
-        total: Float32Array = product + self._float32(f"{name}.bias")
-        return total
+        if f"{self._at}{name}.bias" in self._plan.tensors:
+            product = product + self._float32(f"{name}.bias")
+        return product
 
     def _float32(self, name: str) -> Float32Array:
         return self._plan.tensors[self._at + name].astype(np.float32, copy=False)
+
+
+def _rotated(x: Float32Array, cosine: Float32Array, sine: Float32Array) -> Float32Array:
+    """*x* `[heads, tokens, head_dim]` turned by its tokens' positions."""
+    left, right = np.split(x, 2, axis=-1)
+    turned: Float32Array = np.concatenate(
+        [left * cosine - right * sine, right * cosine + left * sine], axis=-1
+    )
+    return turned
+
+
+def _activated(x: Float32Array, activation: Activation) -> Float32Array:
+    if activation is Activation.SILU:
+        silu: Float32Array = x / (1 + np.exp(-x))
+        return silu
+    gelu: Float32Array = x * (0.5 * (1 + _erf(x / math.sqrt(2)).astype(np.float32)))
+    return gelu
 
 
 def _probe(config: ModelConfig) -> Int32Array:

@@ -15,8 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import scaled_dot_product_attention
 
-Attend: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""From queries, keys and values to what they come to: each `[tokens, heads, head_dim]`."""
+from trivec.models.ops import AttentionSpec
+
+Attend: TypeAlias = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, AttentionSpec], torch.Tensor
+]
+"""From queries `[tokens, heads, head_dim]`, and keys and values `[tokens, kv_heads, head_dim]`, to
+`[tokens, heads, head_dim]`. Positions are in them already."""
 
 GROUP_STRETCH_MAX = 1.25  # sequences are padded together up to this times the shortest of them
 
@@ -51,10 +56,12 @@ class ReferenceAttention:
     is_capturable = False
 
     def over(self, spans: Spans) -> Attend:
-        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attend(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec
+        ) -> torch.Tensor:
             sequences = zip(*(torch.split(one, spans.lengths) for one in (q, k, v)), strict=True)
             parts = [
-                _softmax_attention(*(one.float() for one in sequence)).to(q.dtype)
+                _softmax_attention(*(one.float() for one in sequence), spec=spec).to(q.dtype)
                 for sequence in sequences
                 if len(sequence[0])
             ]
@@ -63,10 +70,29 @@ class ReferenceAttention:
         return attend
 
 
-def _softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _softmax_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, spec: AttentionSpec
+) -> torch.Tensor:
     """softmax(q k' / sqrt(head_dim)) v of one sequence: `[length, heads, head_dim]`."""
     query, key, value = (one.transpose(0, 1) for one in (q, k, v))  # [heads, length, head_dim]
-    return scaled_dot_product_attention(query, key, value).transpose(0, 1)
+    attended = scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=_seen(len(q), spec, q.device),
+        enable_gqa=spec.kv_heads < spec.heads,
+    )
+    return attended.transpose(0, 1)
+
+
+def _seen(length: int, spec: AttentionSpec, device: torch.device) -> torch.Tensor | None:
+    """Which key (column) a query (row) sees: bool `[length, length]`; None: each sees all."""
+    if spec.sees_all:
+        return None
+    places = torch.arange(length, device=device)
+    distance = places[None, :] - places[:, None]
+    seen = distance <= 0 if spec.causal else torch.ones_like(distance, dtype=torch.bool)
+    return seen if spec.window is None else seen & (distance.abs() <= spec.window)
 
 
 class GroupedAttention:
@@ -83,12 +109,22 @@ class GroupedAttention:
             _gather_group(group, spans) for group in group_lengths(spans.lengths, GROUP_STRETCH_MAX)
         ]
 
-        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attend(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec
+        ) -> torch.Tensor:
             attended = torch.empty(q.shape, dtype=q.dtype, device=q.device)
             for group in groups:
                 # each [sequences, heads, longest, head_dim]
                 query, key, value = (one[group.places].transpose(1, 2) for one in (q, k, v))
-                rows = scaled_dot_product_attention(query, key, value, attn_mask=group.mask)
+                seen = _seen(group.places.shape[1], spec, q.device)
+                if seen is None or group.mask is None:
+                    mask = group.mask if seen is None else seen
+                else:
+                    # Padding sees what a token in its place would: rows without a key are NaN.
+                    mask = seen & (group.mask | ~group.mask.transpose(-1, -2))
+                rows = scaled_dot_product_attention(
+                    query, key, value, attn_mask=mask, enable_gqa=spec.kv_heads < spec.heads
+                )
                 # [sequences, heads, longest, head_dim] to [sequences * longest, heads, head_dim]
                 attended[group.tokens] = rows.transpose(1, 2).flatten(0, 1)[group.real]
             return attended
@@ -137,7 +173,8 @@ class PackedAttention:
 
     *kernel* takes (query, key, value, starts, starts, length_max, length_max), as torch's
     `varlen_attn` and flash-attn's `flash_attn_varlen_func` both do; both return `[tokens, heads,
-    head_dim]`, some versions as the first of several.
+    head_dim]`, some versions as the first of several. Both take `window_size`, and fewer heads of
+    keys and values, torch's only when told so.
     """
 
     is_capturable = True
@@ -146,15 +183,28 @@ class PackedAttention:
         self.name = name
         self._kernel = kernel
         self._options = options
+        self._is_torch = name.startswith("varlen")
 
     def over(self, spans: Spans) -> Attend:
         starts, longest = spans.starts, spans.length_max
 
-        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            out = self._kernel(q, k, v, starts, starts, longest, longest, **self._options)
+        def attend(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec
+        ) -> torch.Tensor:
+            options = {**self._options, **self._options_of(spec)}
+            out = self._kernel(q, k, v, starts, starts, longest, longest, **options)
             return out[0] if isinstance(out, tuple) else out
 
         return attend
+
+    def _options_of(self, spec: AttentionSpec) -> dict[str, object]:
+        options: dict[str, object] = {}
+        if not spec.sees_all:
+            side = -1 if spec.window is None else spec.window
+            options["window_size"] = (side, 0 if spec.causal else side)
+        if spec.kv_heads < spec.heads and self._is_torch:
+            options["enable_gqa"] = True
+        return options
 
 
 PACKED_KERNELS = {

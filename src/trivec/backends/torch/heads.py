@@ -47,6 +47,8 @@ class DeviceHeads:
         """One row a sequence: fp32 `[sequences, hidden]`."""
         if self.pooling is Pooling.CLS:
             pooled = hidden[starts[:-1]].float()
+        elif self.pooling is Pooling.LAST:
+            pooled = hidden[starts[1:] - 1].float()
         else:
             # `unsafe` leaves out a check of the offsets that would wait for the device.
             pooled = torch.segment_reduce(

@@ -11,6 +11,7 @@ import torch
 
 from trivec.backends.torch.attention import Attention, ReferenceAttention, Spans
 from trivec.backends.torch.encoder import Encoder, Packed, RunBlock
+from trivec.models.ops import AttentionSpec
 
 TRIAL_LENGTHS = (1, 2, 63, 64, 65, 300)  # around the edges of kernels' blocks
 COSINE_MIN = {torch.float32: 0.999999, torch.bfloat16: 0.9995, torch.float16: 0.9995}
@@ -44,12 +45,19 @@ def first_words(error: BaseException) -> str:
 
 
 def try_attention(form: Attention, encoder: Encoder) -> str | None:
-    """What is wrong with *form* on random queries, keys and values of the encoder's shape."""
-    spans, heads = trial_spans(encoder.like.device), encoder.heads
-    shape = (sum(spans.lengths), 3, heads.count, heads.head_dim)
-    q, k, v = random_rows(shape, encoder.like).unbind(1)
+    """What is wrong with *form* on random queries, keys and values of the encoder's shapes."""
+    wrongs = (_wrong_for(form, spec, encoder.like) for spec in encoder.attention)
+    return next((wrong for wrong in wrongs if wrong is not None), None)
+
+
+def _wrong_for(form: Attention, spec: AttentionSpec, like: torch.Tensor) -> str | None:
+    spans = trial_spans(like.device)
+    heads = spec.heads + 2 * spec.kv_heads
+    rows = random_rows((sum(spans.lengths), heads, spec.head_dim), like)
+    q, k, v = rows.split([spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
     return what_is_wrong(
-        lambda: form.over(spans)(q, k, v), lambda: ReferenceAttention().over(spans)(q, k, v)
+        lambda: form.over(spans)(q, k, v, spec),
+        lambda: ReferenceAttention().over(spans)(q, k, v, spec),
     )
 
 

@@ -19,7 +19,8 @@ def load_encoder(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.d
     loaded = {TYPE: torch.empty(0, dtype=dtype, device=device)}
     with checkpoint.weights() as weights:
         for group in plan.linears:
-            for part in ("weight", "bias"):
+            has_bias = f"{group.names[0]}.bias" in plan.shapes
+            for part in ("weight", "bias") if has_bias else ("weight",):
                 stacked = np.concatenate([weights.take(f"{name}.{part}") for name in group.names])
                 loaded[f"{group.names[0]}.{part}"] = place(stacked, device, dtype)
         linear = {name for group in plan.linears for name in group.names}
@@ -39,7 +40,13 @@ def load_encoder(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.d
         }
         for at in plan.blocks
     }
-    return Encoder(checkpoint.config, loaded, blocks)
+    rope = {
+        spec.rope: (place(cosine, device, torch.float32), place(sine, device, torch.float32))
+        for spec in dict.fromkeys(plan.attention)
+        if spec.rope is not None
+        for cosine, sine in [spec.rope.tables(spec.head_dim)]
+    }
+    return Encoder(checkpoint.config, loaded, blocks, rope)
 
 
 def load_heads(checkpoint: Checkpoint, *, device: torch.device) -> DeviceHeads:

@@ -1,0 +1,152 @@
+# ruff: noqa: E402 - what is imported below needs what is asked for above it
+"""Each family against transformers' own code: a small seeded checkpoint, as transformers saves it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the torch backend needs torch")
+pytest.importorskip("transformers", reason="the reference is transformers")
+
+import transformers
+from tests.checkpoints.tiny import write_tiny
+
+from trivec.backends.openvino import OpenVinoBackend
+from trivec.backends.torch.backend import TorchBackend
+from trivec.checkpoints.checkpoint import Checkpoint, Pooling
+from trivec.checkpoints.opening import open_checkpoint
+from trivec.core.types import Batch, Float32Array, Output, Sequences
+
+pytestmark = pytest.mark.reference
+
+VOCABULARY_SIZE, HIDDEN = 500, 64
+LENGTHS = (1, 2, 7, 16, 17, 40, 65, 150, 300)
+MODERN_BERT = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "local_attention": 16,
+    "global_attn_every_n_layers": 3,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "cls_token_id": 0,
+    "sep_token_id": 2,
+    "initializer_range": 0.3,
+    "initializer_cutoff_factor": 2.0,
+}
+QWEN3 = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "rope_theta": 1_000_000.0,
+    "pad_token_id": 1,
+    "initializer_range": 0.3,
+}
+BIASES = {"norm_bias": True, "attention_bias": True, "mlp_bias": True}
+FAMILIES = {
+    "modernbert-mean": ("ModernBert", MODERN_BERT, Pooling.MEAN),
+    "modernbert-cls": ("ModernBert", MODERN_BERT, Pooling.CLS),
+    "modernbert-with-biases": ("ModernBert", MODERN_BERT | BIASES, Pooling.CLS),
+    "qwen3": ("Qwen3", QWEN3, Pooling.LAST),
+    "qwen3-without-groups": ("Qwen3", QWEN3 | {"num_key_value_heads": 4}, Pooling.LAST),
+    "qwen3-with-biases": ("Qwen3", QWEN3 | {"attention_bias": True}, Pooling.LAST),
+}
+
+
+class Saved:
+    """A model of transformers, and the same one opened by us from the files it wrote."""
+
+    def __init__(self, folder: Path, name: str, config: dict[str, Any], pooling: Pooling) -> None:
+        torch.manual_seed(3)
+        config_type = getattr(transformers, f"{name}Config")
+        self.model = getattr(transformers, f"{name}Model")(
+            config_type(**config, attn_implementation="eager")
+        ).eval()
+        with torch.no_grad():
+            for weight in self.model.parameters():
+                if weight.ndim == 1:  # norms and biases, which start at one and at zero
+                    weight.add_(0.2 * torch.randn_like(weight))
+        self.pooling = pooling
+        write_tiny(
+            folder / "model",
+            hidden=HIDDEN,
+            vocabulary_size=VOCABULARY_SIZE,
+            pooling=Pooling.CLS,
+            heads=False,
+        )
+        self.model.save_pretrained(folder / "model")
+        opened = open_checkpoint(str(folder / "model"), cache_dir=folder / "cache")
+        self.checkpoint: Checkpoint = replace(opened, pooling=pooling)
+
+    def expected(self, batch: Batch) -> Float32Array:
+        """Unit vectors of transformers, each text alone: `[sequences, hidden]`."""
+        rows = []
+        for ids in np.split(batch.token_ids, batch.starts[1:-1]):
+            with torch.inference_mode():
+                hidden = self.model(input_ids=torch.from_numpy(ids.astype(np.int64))[None])
+            states = hidden.last_hidden_state[0]
+            pooled = {
+                Pooling.CLS: states[0],
+                Pooling.MEAN: states.mean(0),
+                Pooling.LAST: states[-1],
+            }[self.pooling]
+            rows.append(torch.nn.functional.normalize(pooled, dim=-1).numpy())
+        return np.array(rows, np.float32)
+
+
+def batch_of(*lengths: int) -> Batch:
+    draw = np.random.default_rng(11)
+    ids = [draw.integers(5, VOCABULARY_SIZE, length, dtype=np.int32) for length in lengths]
+    packed = Sequences.pack(ids)
+    return Batch(packed.token_ids, packed.starts, np.full(len(ids), Output.DENSE, np.uint8))
+
+
+@pytest.fixture(params=list(FAMILIES))
+def saved(tmp_path: Path, request: pytest.FixtureRequest) -> Saved:
+    name, config, pooling = FAMILIES[request.param]
+    return Saved(tmp_path, name, config, pooling)
+
+
+def test_torch_equals_transformers(saved: Saved) -> None:
+    batch = batch_of(*LENGTHS)
+    backend = TorchBackend.load(saved.checkpoint, precision="fp32", device="cpu")
+    np.testing.assert_allclose(backend.run(batch, slot=0).dense, saved.expected(batch), atol=1e-4)
+    exact = backend.run_exact(batch, slot=0).dense  # the plain form of attention
+    np.testing.assert_allclose(exact, saved.expected(batch), atol=1e-4)
+
+
+def test_openvino_equals_transformers(saved: Saved, tmp_path: Path) -> None:
+    batch = batch_of(*LENGTHS)
+    backend = OpenVinoBackend.load(
+        saved.checkpoint, precision="fp32", cores=1, cache_dir=tmp_path / "kept"
+    )
+    found = backend.run(batch, slot=0).dense
+    np.testing.assert_allclose(found, saved.expected(batch), atol=1e-4)
+    for i in range(len(batch)):  # the same bits alone and beside others
+        ids = batch.token_ids[batch.starts[i] : batch.starts[i + 1]]
+        starts = np.array([0, len(ids)], np.int32)
+        alone = backend.run(Batch(ids, starts, batch.outputs[:1]), slot=0).dense
+        np.testing.assert_array_equal(alone[0], found[i])
+
+
+def test_int8_is_near_fp32(saved: Saved, tmp_path: Path) -> None:
+    batch = batch_of(*LENGTHS)
+    backend = OpenVinoBackend.load(
+        saved.checkpoint, precision="int8", cores=1, cache_dir=tmp_path / "kept"
+    )
+    assert backend.precision == "int8"
+    cosines = (backend.run(batch, slot=0).dense * saved.expected(batch)).sum(axis=1)
+    assert cosines.min() > 0.97
+    assert cosines.mean() > 0.99
