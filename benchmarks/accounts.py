@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 
-from trivec.accounts import Accounts, Allowance, Closing, KeyPlan, Opening
+from trivec.accounts import Accounts, KeyPlan, RateLimits, RequestMeta, RequestUsage
 from trivec.accounts.stores import open_accounts
 from trivec.core.clock import SystemClock
 from trivec.settings import Settings
@@ -46,11 +46,11 @@ def request_of(accounts: Accounts, bearer: str) -> Request:
 
     async def request() -> None:
         caller = await accounts.identify(bearer)
-        opening = Opening(f"bench-{os.getpid()}-{next(_numbers)}", "m", None, b"")
-        booking = accounts.book(caller, opening)
-        await booking.let_in(tokens_follow=True)
+        opening = RequestMeta(f"bench-{os.getpid()}-{next(_numbers)}", "m", None, b"")
+        booking = accounts.reserve(caller, opening)
+        await booking.acquire(tokens_follow=True)
         await booking.reserve_tokens(TOKENS)
-        await booking.close(Closing(200, 1, TOKENS, duration_s=0.001))
+        await booking.close(RequestUsage(200, 1, TOKENS, duration_s=0.001))
 
     return request
 
@@ -115,7 +115,7 @@ async def measure(folder: Path, *, seconds: float) -> dict[str, float]:
     accounts = open_accounts(Settings(data_dir=folder), clock=SystemClock())
     accounts.start()
     free = await accounts.create_key(KeyPlan("free"))
-    limited = await accounts.create_key(KeyPlan("limited", allowance=Allowance(PLENTY, PLENTY)))
+    limited = await accounts.create_key(KeyPlan("limited", allowance=RateLimits(PLENTY, PLENTY)))
     cores = len(os.sched_getaffinity(0))
     device = Device(cores)
     figures: dict[str, float] = {"cores": cores}

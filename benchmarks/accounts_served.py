@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from trivec.accounts import Allowance, KeyPlan
+from trivec.accounts import KeyPlan, RateLimits
 from trivec.accounts.stores import open_administration
 from trivec.cli.bench.figures import Provenance, Spread, ratio
 from trivec.cli.bench.server import Shape, Target, measure, own_server
@@ -62,7 +62,7 @@ def tree_cpu_s(pid: int) -> float:
 @contextmanager
 def targets(model: str, folder: Path) -> Iterator[dict[str, Target]]:
     """A server without accounts, and two keys of one with them."""
-    keys = {"free": Allowance(), "limited": Allowance(PLENTY, PLENTY)}
+    keys = {"free": RateLimits(), "limited": RateLimits(PLENTY, PLENTY)}
     with open_administration(Settings(data_dir=folder), clock=SystemClock()) as books:
         plain = {
             name: books.create_key(KeyPlan(name, allowance=allowance)).plain

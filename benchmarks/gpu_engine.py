@@ -129,10 +129,12 @@ def cut(packed: Sequences, budget: BatchBudget) -> list[Batch]:
     first = 0
     while first < len(packed):
         last = int(
-            np.searchsorted(packed.starts, packed.starts[first] + budget.tokens_max, "right")
+            np.searchsorted(
+                packed.cu_seqlens, packed.cu_seqlens[first] + budget.tokens_max, "right"
+            )
         )
         last = min(max(last - 1, first + 1), first + budget.sequences_max, len(packed))
-        starts = packed.starts[first : last + 1]
+        starts = packed.cu_seqlens[first : last + 1]
         outputs = np.full(last - first, Output.DENSE, np.uint8)
         batches.append(Batch(packed.token_ids[starts[0] : starts[-1]], starts - starts[0], outputs))
         first = last

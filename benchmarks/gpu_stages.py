@@ -48,7 +48,7 @@ def stage_rates(
     ids = [one.ids for one in tokenizer.encode_batch_fast(texts)]
     packed = Sequences.pack(ids)
     tokens, rows = packed.token_count, len(packed)
-    batch = Batch(packed.token_ids, packed.starts, np.full(rows, Output.DENSE, np.uint8))
+    batch = Batch(packed.token_ids, packed.cu_seqlens, np.full(rows, Output.DENSE, np.uint8))
     width = config.hidden_size
     dense = np.random.default_rng(0).standard_normal((rows, width), np.float32)
     sent = Sent(dense, None, None, None)

@@ -5,14 +5,13 @@ It knows how a device can fail; what the engine makes of it is for the forms to 
 
 import threading
 from collections.abc import Mapping
-from dataclasses import replace
 from enum import Enum, auto
 
 import numpy as np
 
 from trivec.core.errors import DeviceLost
 from trivec.core.ports import Backend
-from trivec.core.types import Batch, BatchBudget, Vectors
+from trivec.core.types import Batch, BatchBudget, Output, Vectors
 
 
 class Fault(Enum):
@@ -90,8 +89,8 @@ class Faulty:
     def _spoil(self, batch: Batch, vectors: Vectors, unsound: tuple[Fault, ...]) -> Vectors:
         dense = vectors.dense  # [sequences, dimensions]
         for row in range(len(batch)):
-            ids = batch.token_ids[batch.starts[row] : batch.starts[row + 1]]
+            ids = batch.token_ids[batch.cu_seqlens[row] : batch.cu_seqlens[row + 1]]
             if any(one in ids for one, fault in self._faults.items() if fault in unsound):
                 dense = dense.copy() if dense is vectors.dense else dense
                 dense[row, 0] = np.nan
-        return replace(vectors, dense=dense)
+        return Vectors({**vectors.rows, Output.DENSE: dense})

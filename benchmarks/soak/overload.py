@@ -44,9 +44,9 @@ PROBES = 5
 PROBE_EVERY_S = 0.1
 LINE_S_MAX = 2.0  # of work in line: short, so that a form of seconds reaches the end of it
 ENVIRON = {
-    "TRIVEC_LINE__WAIT_S_MAX": str(LINE_S_MAX),
-    "TRIVEC_LINE__ALWAYS_REQUESTS": "1",  # nor is a short queue let grow past it
-    "TRIVEC_LINE__ALWAYS_TOKENS": "1",
+    "TRIVEC_QUEUE__WAIT_S_MAX": str(LINE_S_MAX),
+    "TRIVEC_QUEUE__ALWAYS_REQUESTS": "1",  # nor is a short queue let grow past it
+    "TRIVEC_QUEUE__ALWAYS_TOKENS": "1",
 }
 
 

@@ -19,8 +19,8 @@ from benchmarks.soak.faulty import Fault, Faulty
 from trivec.accounts import Accounts, KeyPlan, NewKey
 from trivec.accounts.stores.memory import MemoryStore
 from trivec.api import build_app
-from trivec.assemble import Choice, LoadedModel, load_model, model_card
 from trivec.backends.fake import FakeBackend
+from trivec.build import Choice, LoadedModel, load_model, model_card
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.checkpoints.opening import open_checkpoint
 from trivec.core.clock import SystemClock
@@ -117,7 +117,7 @@ class Service:
             ),
             backend=self.faulty,
             workers=self.workers,
-            bound=self.settings.line,
+            bound=self.settings.queue,
             clock=clock,
             observer=self.ears,
         )

@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.soak.faulty import Fault
 from benchmarks.soak.service import device, faulty_model, opened
 
-from trivec.assemble import Choice, Front, Models, Running, make_tokenizers, set_up
+from trivec.build import Choice, Front, Models, Running, make_tokenizers, set_up
 from trivec.cli.greeting import Greeting
 from trivec.engine import heartbeat
 from trivec.server.crew import Crew, Post

@@ -123,7 +123,7 @@ async def _run(times: int) -> Report:
                     if after != 200 or not {*statuses} <= {200, 500}:
                         unanswered.append(f"{stage.name}: {after} after {statuses}")
             left = slot_threads() - threads
-            replaced = service.ears.counts.get("WorkerReplaced", 0)
+            replaced = service.ears.counts.get("WorkerRestarted", 0)
     report.at_most("stages that were never reached", len(unbroken), 0)
     report.at_most("times that somebody was not answered", len(unanswered), 0)
     report.at_most("seconds until all were, at worst", max(longest.values()), ANSWER_S_MAX)

@@ -33,6 +33,9 @@ API_KEY_CHARS_MAX = 1024  # longer bearers are refused unread
 ENVIRONMENT_PREFIX = "TRIVEC_"
 NESTING = "__"
 OTHER_NAMES = {"TRIVEC_MODEL": "models", "TRIVEC_CONFIG": "config"}
+# Names of the first edition, read for one release with a warning.
+RENAMED_SECTIONS: Mapping[str, str] = {"line": "queue"}
+REMOVED: Mapping[tuple[str, ...], str] = {}
 
 
 def _split_at_commas(value: object) -> object:
@@ -107,7 +110,7 @@ class HttpLimits(Section):
     """Seconds a connection may be silent between requests, or take to send a request's head."""
 
 
-class LineBound(Section):
+class QueueLimits(Section):
     """What may wait for the engine."""
 
     tokens_max: int = Field(1_200_000, ge=1)
@@ -193,7 +196,7 @@ class Settings(Section):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe message that is logged; info has one line a request, but for probes."""
     http: HttpLimits = HttpLimits()
-    line: LineBound = LineBound()
+    queue: QueueLimits = QueueLimits()
     life: Life = Life()
     telemetry: Telemetry = Telemetry()
 
@@ -267,13 +270,29 @@ def load_settings(
         ("on the command line", given.items()),
     )
     for origin, leaves in layers:
-        for path, value in leaves:
-            _put(merged, path, value)
-            origins[path] = origin
+        for named, value in leaves:
+            path = _current_path(named, origin, warn)
+            if path is not None:
+                _put(merged, path, value)
+                origins[path] = origin
     try:
         return Settings.model_validate(merged)
     except ValidationError as refused:
         raise SettingInvalid(_sentence(refused.errors()[0], origins)) from None
+
+
+def _current_path(
+    path: tuple[str, ...], origin: str, warn: Callable[[str], None]
+) -> tuple[str, ...] | None:
+    """Where the setting at *path* is now; None where it is no longer read. Warns of old names."""
+    if path in REMOVED:
+        warn(f"{'.'.join(path)} {origin} is no longer read: {REMOVED[path]}")
+        return None
+    if path[0] not in RENAMED_SECTIONS or len(path) == 1:
+        return path
+    current = (RENAMED_SECTIONS[path[0]], *path[1:])
+    warn(f"{'.'.join(path)} {origin} is now called {'.'.join(current)}; please rename it")
+    return current
 
 
 def setting_paths(section: type[BaseModel] = Settings) -> Iterator[tuple[str, ...]]:
@@ -291,6 +310,13 @@ def _variables(
 ) -> Iterator[tuple[tuple[str, ...], str]]:
     known = {variable_name(path): path for path in setting_paths()}
     known |= {name: (setting,) for name, setting in OTHER_NAMES.items()}
+    for old, new in RENAMED_SECTIONS.items():
+        known |= {
+            variable_name((old, *path[1:])): (old, *path[1:])
+            for path in setting_paths()
+            if path[0] == new
+        }
+    known |= {variable_name(path): path for path in REMOVED}
     for name, value in sorted(environ.items()):
         if not name.startswith(ENVIRONMENT_PREFIX):
             continue

@@ -104,7 +104,7 @@ class Tokenizer:
         is_small = id_count <= JOB_CHARACTERS_MAX
         return await self._do(partial(self._adopt, lists, long_text), inline=is_small)
 
-    def spell(self, token_ids: Int32Array) -> list[str]:
+    def token_strings(self, token_ids: Int32Array) -> list[str]:
         """The vocabulary's own strings; empty for an id that the vocabulary leaves out."""
         with panics_are_faults("tokenizer"):
             return [self._codec.id_to_token(token_id) or "" for token_id in token_ids.tolist()]
@@ -217,7 +217,7 @@ class Tokenizer:
         """Say of texts that are kept which are over the byte bound: no embedding reads them whole."""
         counts = whole.lengths().tolist()
         marks = {i: Truncated(counts[i], min(counts[i], self.token_count_max)) for i in over}
-        return Sequences(whole.token_ids, whole.starts, marks)
+        return Sequences(whole.token_ids, whole.cu_seqlens, marks)
 
     def _adopt(self, lists: TokenLists, long_text: LongText) -> Sequences:
         """The client's own ids, checked, and wrapped in special tokens unless they already are."""
@@ -227,15 +227,15 @@ class Tokenizer:
         assert lengths.all(), "the route refuses an empty array"
         is_bare = ~(
             (lengths >= 2)
-            & (given.token_ids[given.starts[:-1]] == self._opening)
-            & (given.token_ids[given.starts[1:] - 1] == self._closing)
+            & (given.token_ids[given.cu_seqlens[:-1]] == self._opening)
+            & (given.token_ids[given.cu_seqlens[1:] - 1] == self._closing)
         )
-        starts = np.zeros_like(given.starts)
+        starts = np.zeros_like(given.cu_seqlens)
         np.cumsum(lengths + 2 * is_bare, out=starts[1:])
         token_ids = np.empty(int(starts[-1]), np.int32)
         token_ids[starts[:-1]] = self._opening
         token_ids[starts[1:] - 1] = self._closing
-        moved = np.repeat(starts[:-1] - given.starts[:-1] + is_bare, lengths)  # [given tokens]
+        moved = np.repeat(starts[:-1] - given.cu_seqlens[:-1] + is_bare, lengths)  # [given tokens]
         token_ids[np.arange(given.token_count) + moved] = given.token_ids
         return self._settle(Sequences(token_ids, starts), 0, long_text, frozenset())
 
@@ -249,7 +249,7 @@ class Tokenizer:
         if not is_unknown.any():
             return
         at = int(is_unknown.argmax())
-        sequence = int(np.searchsorted(given.starts, at, side="right")) - 1
+        sequence = int(np.searchsorted(given.cu_seqlens, at, side="right")) - 1
         raise TokenIdUnknown(
             token_id=int(given.token_ids[at]),
             vocabulary_size=self.vocabulary_size,
@@ -274,7 +274,7 @@ class Tokenizer:
                 token_count_max=self.token_count_max,
                 index=first + long[0],
             )
-        ids = np.split(whole.token_ids, whole.starts[1:-1])
+        ids = np.split(whole.token_ids, whole.cu_seqlens[1:-1])
         truncated = {}
         for i in sorted({*long, *cut}):
             original = None if i in cut else len(ids[i])

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 from pydantic import SecretStr
-from tests.accounts.requests import let_in, record
+from tests.accounts.requests import acquire, record
 
-from trivec.accounts import FIXED, Accounts, Closing, Opening
+from trivec.accounts import FIXED, Accounts, RequestMeta, RequestUsage
 from trivec.accounts.stores import open_accounts
 from trivec.core.clock import SystemClock
 from trivec.core.errors import StoreUnavailable
@@ -26,20 +26,20 @@ FIXED_KEY = "a-fixed-key-of-the-tests"
 
 async def serve_one(accounts: Accounts, request_id: str, tokens: int) -> int:
     """The status a client would see."""
-    closing = Closing(200, 1, tokens, duration_s=0.001)
+    closing = RequestUsage(200, 1, tokens, duration_s=0.001)
     try:
         caller = await accounts.identify(FIXED_KEY)
-        booking = await let_in(accounts, caller, Opening(request_id, "m", None, b""))
+        booking = await acquire(accounts, caller, RequestMeta(request_id, "m", None, b""))
         await booking.reserve_tokens(tokens)
         await booking.close(closing)
     except StoreUnavailable:
-        await record(accounts, FIXED, Opening(f"{request_id}-503", "m", None, b""), refused())
+        await record(accounts, FIXED, RequestMeta(f"{request_id}-503", "m", None, b""), refused())
         return 503
     return 200
 
 
-def refused() -> Closing:
-    return Closing(503, 1, 0, duration_s=0.001)
+def refused() -> RequestUsage:
+    return RequestUsage(503, 1, 0, duration_s=0.001)
 
 
 async def load(accounts: Accounts, seed: str) -> None:

@@ -5,35 +5,35 @@ from itertools import count as numbers
 
 from trivec.accounts import (
     Accounts,
-    Allowance,
-    AllowanceState,
-    Booking,
     Caller,
-    Closing,
     KeyPlan,
-    Opening,
+    RateLimits,
+    RateLimitState,
+    RequestMeta,
+    RequestUsage,
+    Reservation,
 )
 from trivec.accounts.stores.memory import MemoryStore
 
 _numbers = numbers()
-WIDE = Allowance(requests_per_minute=1_000_000, tokens_per_minute=1_000_000_000)
+WIDE = RateLimits(requests_per_minute=1_000_000, tokens_per_minute=1_000_000_000)
 """Limits that nobody meets, with all the reserving and giving back that limits bring."""
 
 
 def opening(
     request_id: str | None = None, *, idempotency_key: str | None = None, body: bytes = b"body"
-) -> Opening:
+) -> RequestMeta:
     """A request for the model `m`."""
-    return Opening(request_id or f"req_{next(_numbers)}", "m", idempotency_key, body)
+    return RequestMeta(request_id or f"req_{next(_numbers)}", "m", idempotency_key, body)
 
 
-def closing(status: int = 200, tokens: int = 7, *, user: str | None = None) -> Closing:
-    return Closing(status, input_count=1, token_count=tokens, duration_s=0.25, user=user)
+def closing(status: int = 200, tokens: int = 7, *, user: str | None = None) -> RequestUsage:
+    return RequestUsage(status, input_count=1, token_count=tokens, duration_s=0.25, user=user)
 
 
 def plan_of(number: int) -> KeyPlan:
     """A key; every second one has limits, wide ones."""
-    return KeyPlan(f"k{number}", allowance=WIDE if number % 2 else Allowance())
+    return KeyPlan(f"k{number}", allowance=WIDE if number % 2 else RateLimits())
 
 
 def statuses(store: MemoryStore) -> list[int]:
@@ -44,24 +44,24 @@ def statuses(store: MemoryStore) -> list[int]:
     return sorted([row.status for row in store.rows] + list(counted.elements()))
 
 
-async def let_in(
-    accounts: Accounts, caller: Caller, opening: Opening, *, tokens_follow: bool = False
-) -> Booking:
+async def acquire(
+    accounts: Accounts, caller: Caller, opening: RequestMeta, *, tokens_follow: bool = False
+) -> Reservation:
     """The booking of a request that was let in."""
-    booking = accounts.book(caller, opening)
-    await booking.let_in(tokens_follow=tokens_follow)
+    booking = accounts.reserve(caller, opening)
+    await booking.acquire(tokens_follow=tokens_follow)
     return booking
 
 
 async def record(
-    accounts: Accounts, caller: Caller, opening: Opening, closing: Closing
-) -> AllowanceState | None:
+    accounts: Accounts, caller: Caller, opening: RequestMeta, closing: RequestUsage
+) -> RateLimitState | None:
     """Write down a request that failed before it was let in; what its key has left."""
-    booking = accounts.book(caller, opening)
+    booking = accounts.reserve(caller, opening)
     await booking.close(closing)
     return booking.state
 
 
-async def caller_with(accounts: Accounts, limits: Allowance) -> Caller:
+async def caller_with(accounts: Accounts, limits: RateLimits) -> Caller:
     new = await accounts.create_key(KeyPlan("t", allowance=limits))
     return await accounts.identify(new.plain)

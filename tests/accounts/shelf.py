@@ -10,7 +10,7 @@ from trivec.accounts.store import Store
 from trivec.accounts.stores.connect import SQLITE_FILE, postgres_engines, sqlite_engines
 from trivec.accounts.stores.memory import MemoryStore
 from trivec.accounts.stores.sql import SqlStore
-from trivec.accounts.types import Allowance, Key, Scope, Secret
+from trivec.accounts.types import Key, RateLimits, Scope, Secret
 
 SECOND_US = 1_000_000
 NOON_US = 1_700_000_000 * SECOND_US
@@ -55,7 +55,7 @@ def upgraded(url: str) -> str:
     return url
 
 
-def a_key(name: str, allowance: Allowance | None = None) -> Key:
+def a_key(name: str, allowance: RateLimits | None = None) -> Key:
     """A key named *name*, whose id is its name."""
     secret = Secret(name.encode().ljust(32, b"-"), "tv_AAAAA", "zzzz", created_us=NOON_US)
     return Key(
@@ -63,7 +63,7 @@ def a_key(name: str, allowance: Allowance | None = None) -> Key:
         name,
         frozenset({Scope.EMBED}),
         None,
-        allowance or Allowance(),
+        allowance or RateLimits(),
         created_us=NOON_US,
         secrets=(secret,),
     )
@@ -91,7 +91,7 @@ def a_claim(name: str = "n1", *, body: str = "body", owner: str = "us") -> Claim
     return ClaimRequest(ClaimName("key_a", digest), body.encode(), owner)
 
 
-def ask(allowance: Allowance | None = None, **parts: object) -> Reserve:
+def ask(allowance: RateLimits | None = None, **parts: object) -> Reserve:
     """A wish for one request of `key_a`."""
     values: dict[str, object] = {"cost": Cost(requests=1), "claim": None}
     return Reserve("key_a", allowance, **(values | parts))  # type: ignore[arg-type]

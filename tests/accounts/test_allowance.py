@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from trivec.accounts import allowance as arithmetic
 from trivec.accounts.allowance import LIMIT_MAX, MINUTE_US, SECOND_US, Bucket, Cost, Shortage
-from trivec.accounts.types import Allowance
+from trivec.accounts.types import RateLimits
 
 ONE = Cost(requests=1)
 limits_a_minute = st.integers(1, LIMIT_MAX)
@@ -17,7 +17,7 @@ instants_us = st.integers(0, 2**52)
 
 @pytest.mark.parametrize("limit", [1, 7, 60, 600, 999, 6_000])
 def test_ten_times_the_limit_for_a_minute_after_the_burst_admits_the_limit(limit: int) -> None:
-    allowed = Allowance(requests_per_minute=limit)
+    allowed = RateLimits(requests_per_minute=limit)
     bucket = Bucket()
     for _ in range(limit):
         spent = arithmetic.reserve(bucket, allowed, ONE, now_us=0)
@@ -38,7 +38,7 @@ def test_ten_times_the_limit_for_a_minute_after_the_burst_admits_the_limit(limit
 def test_whoever_waits_as_long_as_told_is_let_in_and_not_a_microsecond_before(
     limit: int, tokens: int, now_us: int
 ) -> None:
-    allowed = Allowance(tokens_per_minute=limit)
+    allowed = RateLimits(tokens_per_minute=limit)
     tokens = min(tokens, limit)
     full = Bucket(tokens_debt=limit * MINUTE_US, at_us=now_us)
 
@@ -63,7 +63,7 @@ def test_whoever_waits_as_long_as_told_is_let_in_and_not_a_microsecond_before(
 def test_no_stretch_of_time_admits_more_than_its_share_and_the_burst(
     limit: int, steps: list[tuple[int, int]]
 ) -> None:
-    allowed = Allowance(tokens_per_minute=limit)
+    allowed = RateLimits(tokens_per_minute=limit)
     bucket, now_us, taken = Bucket(), 0, 0
     for pause_us, tokens in steps:
         now_us += pause_us
@@ -79,7 +79,7 @@ def test_no_stretch_of_time_admits_more_than_its_share_and_the_burst(
     times_us=st.lists(instants_us, min_size=2, max_size=20),
 )
 def test_a_clock_that_runs_backwards_refills_nothing(limit: int, times_us: list[int]) -> None:
-    allowed = Allowance(requests_per_minute=limit)
+    allowed = RateLimits(requests_per_minute=limit)
     bucket = Bucket(requests_debt=limit * MINUTE_US, at_us=max(times_us))
     for now_us in times_us:
         later = arithmetic.paid_off(bucket, allowed, now_us=now_us)
@@ -88,7 +88,7 @@ def test_a_clock_that_runs_backwards_refills_nothing(limit: int, times_us: list[
 
 @given(limit=limits_a_minute, times_us=st.lists(instants_us, min_size=2, max_size=20))
 def test_looking_more_often_changes_nothing(limit: int, times_us: list[int]) -> None:
-    allowed = Allowance(requests_per_minute=limit)
+    allowed = RateLimits(requests_per_minute=limit)
     times_us.sort()
     start = Bucket(requests_debt=limit * MINUTE_US, at_us=times_us[0])
     often = start
@@ -99,7 +99,7 @@ def test_looking_more_often_changes_nothing(limit: int, times_us: list[int]) -> 
 
 
 def test_requests_and_tokens_are_taken_together_or_not_at_all() -> None:
-    allowed = Allowance(requests_per_minute=5, tokens_per_minute=10)
+    allowed = RateLimits(requests_per_minute=5, tokens_per_minute=10)
 
     short = arithmetic.reserve(Bucket(), allowed, Cost(requests=1, tokens=11), now_us=0)
     taken = arithmetic.reserve(Bucket(), allowed, Cost(requests=1, tokens=10), now_us=0)
@@ -109,7 +109,7 @@ def test_requests_and_tokens_are_taken_together_or_not_at_all() -> None:
 
 
 def test_what_has_no_limit_owes_nothing() -> None:
-    allowed = Allowance(requests_per_minute=5)
+    allowed = RateLimits(requests_per_minute=5)
 
     taken = arithmetic.reserve(Bucket(), allowed, Cost(requests=1, tokens=10**12), now_us=0)
 
@@ -117,7 +117,7 @@ def test_what_has_no_limit_owes_nothing() -> None:
 
 
 def test_giving_back_never_makes_more_than_a_full_allowance() -> None:
-    allowed = Allowance(tokens_per_minute=10)
+    allowed = RateLimits(tokens_per_minute=10)
     bucket = Bucket(tokens_debt=2 * MINUTE_US, at_us=0)
 
     assert arithmetic.give_back(bucket, allowed, Cost(tokens=9), now_us=0).tokens_debt == 0
@@ -125,7 +125,7 @@ def test_giving_back_never_makes_more_than_a_full_allowance() -> None:
 
 def test_a_lowered_limit_forgives_what_it_could_never_have_lent() -> None:
     owing = Bucket(requests_debt=100 * MINUTE_US, at_us=0)
-    lowered = Allowance(requests_per_minute=10)
+    lowered = RateLimits(requests_per_minute=10)
 
     after = arithmetic.reserve(owing, lowered, ONE, now_us=6 * SECOND_US)
 
@@ -133,7 +133,7 @@ def test_a_lowered_limit_forgives_what_it_could_never_have_lent() -> None:
 
 
 def test_the_state_says_what_is_left_and_when_all_of_it_is_back() -> None:
-    allowed = Allowance(requests_per_minute=60, tokens_per_minute=1000)
+    allowed = RateLimits(requests_per_minute=60, tokens_per_minute=1000)
     bucket = Bucket(requests_debt=3 * MINUTE_US, tokens_debt=500 * MINUTE_US, at_us=0)
 
     state = arithmetic.state(bucket, allowed, now_us=500_000)
@@ -143,7 +143,7 @@ def test_the_state_says_what_is_left_and_when_all_of_it_is_back() -> None:
 
 
 def test_the_state_is_silent_where_there_is_no_limit() -> None:
-    state = arithmetic.state(Bucket(), Allowance(tokens_per_minute=5), now_us=0)
+    state = arithmetic.state(Bucket(), RateLimits(tokens_per_minute=5), now_us=0)
 
     assert (state.limit_requests, state.remaining_requests, state.reset_requests_s) == (None,) * 3
     assert (state.limit_tokens, state.remaining_tokens, state.reset_tokens_s) == (5, 5, 0.0)

@@ -5,16 +5,16 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from tests.accounts.requests import caller_with, closing, let_in, opening, record, statuses
+from tests.accounts.requests import acquire, caller_with, closing, opening, record, statuses
 from tests.hand_clock import HandClock
 
-from trivec.accounts import ANONYMOUS, FIXED, Accounts, Allowance, UsageBy
+from trivec.accounts import ANONYMOUS, FIXED, Accounts, RateLimits, UsageBy
 from trivec.accounts.stores.memory import MemoryStore
 from trivec.accounts.types import UsageLine, UsageQuery
 from trivec.core.errors import (
-    AllowanceExhausted,
     IdempotencyInProgress,
     IdempotencyKeyReused,
+    RateLimitExceeded,
     RequestTooLarge,
     StoreUnavailable,
 )
@@ -25,7 +25,7 @@ Process = Callable[..., Accounts]
 async def test_a_served_request_has_one_row_with_what_it_was(
     accounts: Accounts, store: MemoryStore, clock: HandClock
 ) -> None:
-    booking = await let_in(accounts, FIXED, opening("r1"))
+    booking = await acquire(accounts, FIXED, opening("r1"))
     await booking.reserve_tokens(7)
     await booking.close(closing(tokens=7, user="ada"))
 
@@ -41,7 +41,7 @@ async def test_a_served_request_has_one_row_with_what_it_was(
 async def test_the_row_is_there_before_close_returns(
     accounts: Accounts, store: MemoryStore
 ) -> None:
-    bookings = [await let_in(accounts, FIXED, opening()) for _ in range(50)]
+    bookings = [await acquire(accounts, FIXED, opening()) for _ in range(50)]
 
     async def close(n: int) -> None:
         await bookings[n].close(closing(tokens=n + 1))
@@ -55,7 +55,7 @@ async def test_the_row_is_there_before_close_returns(
 async def test_a_failed_request_is_written_down_and_billed_nothing(
     accounts: Accounts, store: MemoryStore, status: int
 ) -> None:
-    booking = await let_in(accounts, FIXED, opening())
+    booking = await acquire(accounts, FIXED, opening())
     await booking.close(closing(status, tokens=7))
 
     assert not store.rows
@@ -65,7 +65,7 @@ async def test_a_failed_request_is_written_down_and_billed_nothing(
 async def test_a_request_that_was_never_opened_is_written_down_too(
     accounts: Accounts, store: MemoryStore
 ) -> None:
-    caller = await caller_with(accounts, Allowance(requests_per_minute=3))
+    caller = await caller_with(accounts, RateLimits(requests_per_minute=3))
 
     state = await record(accounts, caller, opening("r1"), closing(400, tokens=7))
 
@@ -77,7 +77,7 @@ async def test_a_request_that_was_never_opened_is_written_down_too(
 
 async def test_an_anonymous_request_leaves_nothing(process: Process, store: MemoryStore) -> None:
     accounts = process(no_auth=True)
-    booking = await let_in(accounts, ANONYMOUS, opening(idempotency_key="k"))
+    booking = await acquire(accounts, ANONYMOUS, opening(idempotency_key="k"))
     await booking.reserve_tokens(10**9)
     await booking.close(closing())
     await record(accounts, ANONYMOUS, opening(), closing(400))
@@ -87,7 +87,7 @@ async def test_an_anonymous_request_leaves_nothing(process: Process, store: Memo
 
 
 async def test_closing_twice_bills_once(accounts: Accounts, store: MemoryStore) -> None:
-    booking = await let_in(accounts, FIXED, opening())
+    booking = await acquire(accounts, FIXED, opening())
     await booking.close(closing())
     await booking.close(closing(500))
 
@@ -97,35 +97,35 @@ async def test_closing_twice_bills_once(accounts: Accounts, store: MemoryStore) 
 async def test_a_spent_allowance_refuses_and_says_which_and_until_when(
     accounts: Accounts, clock: HandClock
 ) -> None:
-    caller = await caller_with(accounts, Allowance(requests_per_minute=2))
+    caller = await caller_with(accounts, RateLimits(requests_per_minute=2))
     for _ in range(2):
-        await let_in(accounts, caller, opening())
+        await acquire(accounts, caller, opening())
 
-    with pytest.raises(AllowanceExhausted) as refusal:
-        await let_in(accounts, caller, opening())
+    with pytest.raises(RateLimitExceeded) as refusal:
+        await acquire(accounts, caller, opening())
 
     assert (refusal.value.kind, refusal.value.retry_after_s) == ("requests", 30.0)
     clock.move(30)
-    await let_in(accounts, caller, opening())
+    await acquire(accounts, caller, opening())
 
 
 async def test_exact_tokens_are_reserved_before_the_work(accounts: Accounts) -> None:
-    caller = await caller_with(accounts, Allowance(tokens_per_minute=100))
-    booking = await let_in(accounts, caller, opening())
+    caller = await caller_with(accounts, RateLimits(tokens_per_minute=100))
+    booking = await acquire(accounts, caller, opening())
 
     await booking.reserve_tokens(60)
 
     assert booking.state is not None
     assert booking.state.remaining_tokens == 40
-    with pytest.raises(AllowanceExhausted, match="tokens"):
-        await (await let_in(accounts, caller, opening())).reserve_tokens(41)
+    with pytest.raises(RateLimitExceeded, match="tokens"):
+        await (await acquire(accounts, caller, opening())).reserve_tokens(41)
 
 
 async def test_a_request_no_full_allowance_would_hold_must_be_made_smaller(
     accounts: Accounts,
 ) -> None:
-    caller = await caller_with(accounts, Allowance(tokens_per_minute=100))
-    booking = await let_in(accounts, caller, opening())
+    caller = await caller_with(accounts, RateLimits(tokens_per_minute=100))
+    booking = await acquire(accounts, caller, opening())
 
     with pytest.raises(RequestTooLarge, match="101 tokens, max 100"):
         await booking.reserve_tokens(101)
@@ -142,8 +142,8 @@ async def test_a_request_no_full_allowance_would_hold_must_be_made_smaller(
 async def test_settling(
     accounts: Accounts, status: int, remaining_requests: int, remaining_tokens: int
 ) -> None:
-    caller = await caller_with(accounts, Allowance(10, 100))
-    booking = await let_in(accounts, caller, opening())
+    caller = await caller_with(accounts, RateLimits(10, 100))
+    booking = await acquire(accounts, caller, opening())
     await booking.reserve_tokens(50)
 
     await booking.close(closing(status, tokens=7))
@@ -161,31 +161,31 @@ async def test_moving_the_wall_clock_neither_refills_nor_starves(
     process: Process, clock: HandClock, moved_s: float
 ) -> None:
     before = process()
-    caller = await caller_with(before, Allowance(requests_per_minute=10))
+    caller = await caller_with(before, RateLimits(requests_per_minute=10))
     for _ in range(10):
-        await let_in(before, caller, opening())
+        await acquire(before, caller, opening())
 
     clock.set_wall_by(moved_s)
     after = process()  # a restart, on top of it
 
     for accounts in (before, after):
-        with pytest.raises(AllowanceExhausted):
-            await let_in(accounts, caller, opening())
+        with pytest.raises(RateLimitExceeded):
+            await acquire(accounts, caller, opening())
     clock.move(6)
-    await let_in(after, caller, opening())
+    await acquire(after, caller, opening())
     clock.move(6)
-    await let_in(before, caller, opening())
+    await acquire(before, caller, opening())
 
 
 async def test_a_replay_is_computed_again_and_billed_nothing(
     accounts: Accounts, store: MemoryStore
 ) -> None:
-    caller = await caller_with(accounts, Allowance(10, 100))
-    first = await let_in(accounts, caller, opening(idempotency_key="k"))
+    caller = await caller_with(accounts, RateLimits(10, 100))
+    first = await acquire(accounts, caller, opening(idempotency_key="k"))
     await first.reserve_tokens(7)
     await first.close(closing(tokens=7))
 
-    again = await let_in(accounts, caller, opening(idempotency_key="k"))
+    again = await acquire(accounts, caller, opening(idempotency_key="k"))
     await again.reserve_tokens(7)
     await again.close(closing(tokens=7))
 
@@ -196,10 +196,10 @@ async def test_a_replay_is_computed_again_and_billed_nothing(
 
 
 async def test_an_idempotency_key_is_scoped_to_its_api_key(accounts: Accounts) -> None:
-    mine = await let_in(accounts, FIXED, opening(idempotency_key="k", body=b"mine"))
+    mine = await acquire(accounts, FIXED, opening(idempotency_key="k", body=b"mine"))
     other = replace(FIXED, key_id="key_other")
 
-    theirs = await let_in(accounts, other, opening(idempotency_key="k", body=b"theirs"))
+    theirs = await acquire(accounts, other, opening(idempotency_key="k", body=b"theirs"))
 
     assert (mine.replayed, theirs.replayed) == (False, False)
 
@@ -207,28 +207,28 @@ async def test_an_idempotency_key_is_scoped_to_its_api_key(accounts: Accounts) -
 async def test_while_the_first_runs_a_second_waits_and_another_body_never_passes(
     accounts: Accounts,
 ) -> None:
-    first = await let_in(accounts, FIXED, opening(idempotency_key="k"))
+    first = await acquire(accounts, FIXED, opening(idempotency_key="k"))
 
     with pytest.raises(IdempotencyInProgress):
-        await let_in(accounts, FIXED, opening(idempotency_key="k"))
+        await acquire(accounts, FIXED, opening(idempotency_key="k"))
     with pytest.raises(IdempotencyKeyReused):
-        await let_in(accounts, FIXED, opening(idempotency_key="k", body=b"else"))
+        await acquire(accounts, FIXED, opening(idempotency_key="k", body=b"else"))
     await first.close(closing())
-    assert (await let_in(accounts, FIXED, opening(idempotency_key="k"))).replayed
+    assert (await acquire(accounts, FIXED, opening(idempotency_key="k"))).replayed
 
 
 async def test_a_request_that_is_refused_tokens_can_be_sent_again_under_its_name(
     accounts: Accounts, clock: HandClock
 ) -> None:
-    caller = await caller_with(accounts, Allowance(tokens_per_minute=100))
-    await (await let_in(accounts, caller, opening())).reserve_tokens(100)
-    booking = await let_in(accounts, caller, opening(idempotency_key="k"))
-    with pytest.raises(AllowanceExhausted):
+    caller = await caller_with(accounts, RateLimits(tokens_per_minute=100))
+    await (await acquire(accounts, caller, opening())).reserve_tokens(100)
+    booking = await acquire(accounts, caller, opening(idempotency_key="k"))
+    with pytest.raises(RateLimitExceeded):
         await booking.reserve_tokens(100)
     await booking.close(closing(429))
 
     clock.move(60)
-    again = await let_in(accounts, caller, opening(idempotency_key="k"))
+    again = await acquire(accounts, caller, opening(idempotency_key="k"))
 
     assert not again.replayed
     await again.reserve_tokens(100)
@@ -237,7 +237,7 @@ async def test_a_request_that_is_refused_tokens_can_be_sent_again_under_its_name
 async def test_nothing_is_let_in_while_the_ledger_cannot_be_written(
     accounts: Accounts, store: MemoryStore
 ) -> None:
-    booking = await let_in(accounts, FIXED, opening())
+    booking = await acquire(accounts, FIXED, opening())
     store.broken = True
 
     with pytest.raises(StoreUnavailable):
@@ -246,7 +246,7 @@ async def test_nothing_is_let_in_while_the_ledger_cannot_be_written(
     assert not accounts.writable()
     assert "broken on purpose" in accounts.health().reason
     with pytest.raises(StoreUnavailable):
-        await let_in(accounts, FIXED, opening())
+        await acquire(accounts, FIXED, opening())
     assert store.rows == []
 
 
@@ -263,7 +263,7 @@ async def test_a_failure_stays_that_failure_when_it_cannot_be_written_down(
 async def test_a_client_that_leaves_while_its_row_is_written_does_not_lose_it(
     accounts: Accounts, store: MemoryStore
 ) -> None:
-    booking = await let_in(accounts, FIXED, opening())
+    booking = await acquire(accounts, FIXED, opening())
     task = asyncio.create_task(booking.close(closing()))
     await asyncio.sleep(0)
     task.cancel()
@@ -279,7 +279,7 @@ async def test_stopping_writes_what_was_handed_over(store: MemoryStore, clock: H
     accounts = Accounts(store, clock=clock, secret=b"s" * 32)
     accounts.start()
     closings = [
-        asyncio.create_task((await let_in(accounts, FIXED, opening())).close(closing()))
+        asyncio.create_task((await acquire(accounts, FIXED, opening())).close(closing()))
         for _ in range(20)
     ]
     await asyncio.sleep(0)
@@ -291,9 +291,9 @@ async def test_stopping_writes_what_was_handed_over(store: MemoryStore, clock: H
 
 
 async def test_usage_names_the_keys(accounts: Accounts) -> None:
-    caller = await caller_with(accounts, Allowance())
+    caller = await caller_with(accounts, RateLimits())
     for someone in (caller, FIXED):
-        await (await let_in(accounts, someone, opening())).close(closing())
+        await (await acquire(accounts, someone, opening())).close(closing())
 
     lines = await accounts.usage(UsageQuery(UsageBy.KEY))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 from tests.accounts.processes import long_or_short
-from tests.accounts.requests import closing, let_in, opening
+from tests.accounts.requests import acquire, closing, opening
 
 from trivec.accounts import FIXED, Accounts, KeyPlan
 from trivec.accounts.stores import open_accounts
@@ -46,7 +46,7 @@ async def use(accounts: Accounts, canary: str) -> str:
     """A key is made, used well and badly; the client names itself. Returns the plain key."""
     new = await accounts.create_key(KeyPlan(f"name-{secrets.token_hex(4)}"))
     caller = await accounts.identify(new.plain)
-    booking = await let_in(accounts, caller, opening(idempotency_key=canary))
+    booking = await acquire(accounts, caller, opening(idempotency_key=canary))
     await booking.close(closing(user=canary))
     with pytest.raises(KeyInvalid):
         await accounts.identify(canary)

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import typer
 from tests.accounts.postgres import PostgresServer
-from tests.accounts.requests import closing, let_in, opening
+from tests.accounts.requests import acquire, closing, opening
 from tests.process.server import TRIVEC
 from typer.testing import CliRunner
 
@@ -368,7 +368,7 @@ async def used(trivec: Trivec, tmp_path: Path) -> list[str]:
     accounts.start()
     for made, status, tokens in [(busy, 200, 1500), (busy, 200, 500), (idle, 400, 0)]:
         caller = await accounts.identify(made["key"])
-        await (await let_in(accounts, caller, opening())).close(closing(status, tokens))
+        await (await acquire(accounts, caller, opening())).close(closing(status, tokens))
     accounts.stop()
     return [busy["id"], idle["id"]]
 

@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import event
 from tests.accounts.postgres import PostgresServer, binaries, postgres_server
 from tests.accounts.processes import driver
-from tests.accounts.requests import closing, let_in, opening, record
+from tests.accounts.requests import acquire, closing, opening, record
 from tests.accounts.shelf import NOON_US, a_row, upgraded
 from tests.hand_clock import HandClock
 
@@ -42,7 +42,7 @@ async def accounts_over(engines: Engines, *, upgrades_itself: bool) -> AsyncIter
 
 
 async def serve(accounts: Accounts) -> None:
-    await (await let_in(accounts, FIXED, opening())).close(closing())
+    await (await acquire(accounts, FIXED, opening())).close(closing())
 
 
 async def served_until_refused(accounts: Accounts) -> int:
@@ -331,8 +331,8 @@ async def test_a_commit_that_hangs_is_503_for_all_who_wait(clock: HandClock, bre
     accounts = Accounts(store, clock=clock, secret=b"s" * 32)
     accounts.start()
     await serve(accounts)
-    first = await let_in(accounts, FIXED, opening())
-    second = await let_in(accounts, FIXED, opening())
+    first = await acquire(accounts, FIXED, opening())
+    second = await acquire(accounts, FIXED, opening())
     store.hangs = True
     closings = [asyncio.create_task(first.close(closing()))]
     await asyncio.to_thread(store.begun.wait)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from tests.hand_clock import HandClock
 
-from trivec.accounts import ANONYMOUS, FIXED, Accounts, Allowance, KeyPlan, Scope, keys
+from trivec.accounts import ANONYMOUS, FIXED, Accounts, KeyPlan, RateLimits, Scope, keys
 from trivec.accounts import keyring as keyring_module
 from trivec.accounts.keyring import STALE_S
 from trivec.accounts.store import KeyChanges
@@ -22,14 +22,14 @@ Process = Callable[..., Accounts]
 async def test_a_key_is_known_with_everything_that_was_decided_about_it(
     accounts: Accounts,
 ) -> None:
-    plan = KeyPlan("t", frozenset({Scope.ADMIN}), frozenset({"m"}), Allowance(5, None))
+    plan = KeyPlan("t", frozenset({Scope.ADMIN}), frozenset({"m"}), RateLimits(5, None))
     new = await accounts.create_key(plan)
 
     caller = await accounts.identify(new.plain)
 
     assert (caller.key_id, caller.name) == (new.key.id, "t")
     assert (caller.scopes, caller.models) == (frozenset({Scope.ADMIN}), frozenset({"m"}))
-    assert caller.allowance == Allowance(5, None)
+    assert caller.allowance == RateLimits(5, None)
 
 
 async def test_no_header_is_another_refusal_than_a_wrong_key(accounts: Accounts) -> None:

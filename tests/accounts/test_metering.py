@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 from tests.accounts.processes import long_or_short
-from tests.accounts.requests import closing, let_in, opening, plan_of
+from tests.accounts.requests import acquire, closing, opening, plan_of
 from tests.accounts.shelf import Shelf, postgres_shelf, sqlite_shelf
 
 from trivec.accounts import Accounts, Caller, KeyPlan, UsageBy, UsageQuery
@@ -60,7 +60,7 @@ class Client:
         """Whether the answer was a 200 that was billed."""
         process = self._dice.choice(self._processes)
         asked = opening(idempotency_key=name, body=text.encode())
-        booking = await let_in(process, caller, asked, tokens_follow=self._dice.random() < 0.5)
+        booking = await acquire(process, caller, asked, tokens_follow=self._dice.random() < 0.5)
         await booking.reserve_tokens(tokenized(text))
         await booking.close(closing(status, tokens=tokenized(text)))
         return status == 200 and not booking.replayed
@@ -109,7 +109,7 @@ async def test_of_many_with_one_idempotency_key_at_once_exactly_one_is_billed(
 
     async def send(process: Accounts) -> str:
         try:
-            booking = await let_in(process, caller, opening(idempotency_key="one"))
+            booking = await acquire(process, caller, opening(idempotency_key="one"))
         except IdempotencyInProgress:
             return "in progress"
         await booking.close(closing(tokens=7))

@@ -9,15 +9,15 @@ from pathlib import Path
 import httpx
 import pytest
 from tests.accounts.processes import long_or_short
-from tests.accounts.requests import closing, let_in, opening
+from tests.accounts.requests import acquire, closing, opening
 from tests.accounts.shelf import sqlite_shelf
 from tests.hand_clock import HandClock
 from tests.process.server import Server, started
 
-from trivec.accounts import Accounts, Allowance, Caller, KeyPlan
+from trivec.accounts import Accounts, Caller, KeyPlan, RateLimits
 from trivec.accounts.stores import open_administration
 from trivec.core.clock import SystemClock
-from trivec.core.errors import AllowanceExhausted
+from trivec.core.errors import RateLimitExceeded
 from trivec.settings import Settings
 
 LIMIT = 300
@@ -27,8 +27,8 @@ SECONDS = 60
 
 async def is_let_in(accounts: Accounts, caller: Caller) -> bool:
     try:
-        booking = await let_in(accounts, caller, opening())
-    except AllowanceExhausted:
+        booking = await acquire(accounts, caller, opening())
+    except RateLimitExceeded:
         return False
     await booking.close(closing())
     return True
@@ -43,22 +43,22 @@ async def test_two_processes_share_a_limit_that_no_restart_refills(tmp_path: Pat
         return accounts
 
     processes = [started(), started()]
-    new = await processes[0].create_key(KeyPlan("k", allowance=Allowance(LIMIT)))
+    new = await processes[0].create_key(KeyPlan("k", allowance=RateLimits(LIMIT)))
     caller = await processes[0].identify(new.plain)
     burst = [await is_let_in(processes[n % 2], caller) for n in range(LIMIT + 10)]
     processes[1].stop()
     processes[1] = started()
 
-    let_in = 0
+    acquire = 0
     for number in range(LIMIT * TIMES_OVER):
-        let_in += await is_let_in(processes[number % 2], caller)
+        acquire += await is_let_in(processes[number % 2], caller)
         clock.move(SECONDS / LIMIT / TIMES_OVER)
 
     for accounts in processes:
         accounts.stop()
     shelf.close()
     assert burst == [True] * LIMIT + [False] * 10
-    assert abs(let_in - LIMIT) <= LIMIT // 100
+    assert abs(acquire - LIMIT) <= LIMIT // 100
 
 
 class HandTime:
@@ -103,7 +103,7 @@ def test_two_servers_admit_what_the_limit_allows_at_ten_times_the_limit(
     both, time = servers
     seconds = long_or_short(long=SECONDS, short=8)
     with open_administration(Settings(data_dir=tmp_path / "data"), clock=SystemClock()) as books:
-        key = books.create_key(KeyPlan("k", allowance=Allowance(LIMIT))).plain
+        key = books.create_key(KeyPlan("k", allowance=RateLimits(LIMIT))).plain
     access = {"Authorization": f"Bearer {key}"}
     with (
         httpx.Client(base_url=both[0].url, headers=access, timeout=60) as one,
@@ -113,11 +113,11 @@ def test_two_servers_admit_what_the_limit_allows_at_ten_times_the_limit(
         burst = 0
         while burst <= LIMIT and is_let_in_by(one):
             burst += 1
-        let_in = 0
+        acquire = 0
         for _ in range(LIMIT * TIMES_OVER * seconds // SECONDS // 2):
             time.move(2 * SECONDS / LIMIT / TIMES_OVER)
-            let_in += sum(threads.map(is_let_in_by, [one, other]))
+            acquire += sum(threads.map(is_let_in_by, [one, other]))
 
     assert burst == LIMIT
     expected = LIMIT * seconds // SECONDS
-    assert abs(let_in - expected) <= max(1, expected // 100)
+    assert abs(acquire - expected) <= max(1, expected // 100)

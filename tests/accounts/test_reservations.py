@@ -6,14 +6,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
-from tests.accounts.requests import caller_with, closing, let_in, opening, statuses
+from tests.accounts.requests import acquire, caller_with, closing, opening, statuses
 from tests.hand_clock import HandClock
 
-from trivec.accounts import FIXED, Accounts, Allowance, Booking, Caller
+from trivec.accounts import FIXED, Accounts, Caller, RateLimits, Reservation
 from trivec.accounts.allowance import Cost
 from trivec.accounts.entries import Committed, Entry, Reserve, Settle
 from trivec.accounts.stores.memory import MemoryStore
-from trivec.core.errors import AllowanceExhausted
+from trivec.core.errors import RateLimitExceeded
 
 Process = Callable[..., Accounts]
 
@@ -66,10 +66,10 @@ async def test_whoever_leaves_while_the_store_lets_it_in_holds_nothing_afterward
     watched: Watched, times: int
 ) -> None:
     store, accounts = watched
-    caller = await caller_with(accounts, Allowance(requests_per_minute=1))
-    booking = accounts.book(caller, opening(idempotency_key="k"))
+    caller = await caller_with(accounts, RateLimits(requests_per_minute=1))
+    booking = accounts.reserve(caller, opening(idempotency_key="k"))
     store.may_go_on.clear()
-    task = asyncio.create_task(booking.let_in())
+    task = asyncio.create_task(booking.acquire())
     assert await asyncio.to_thread(store.is_at_it.wait, 60)
     for _ in range(times):
         task.cancel()
@@ -80,15 +80,15 @@ async def test_whoever_leaves_while_the_store_lets_it_in_holds_nothing_afterward
         await task
     await booking.close(closing(503))
 
-    again = await let_in(accounts, caller, opening(idempotency_key="k"))
+    again = await acquire(accounts, caller, opening(idempotency_key="k"))
 
     assert not again.replayed
     assert statuses(store) == [503]
 
 
-async def open_with_tokens(accounts: Accounts, caller: Caller, count: int) -> Booking:
-    booking = accounts.book(caller, opening())
-    await booking.let_in(tokens_follow=True)
+async def open_with_tokens(accounts: Accounts, caller: Caller, count: int) -> Reservation:
+    booking = accounts.reserve(caller, opening())
+    await booking.acquire(tokens_follow=True)
     await booking.reserve_tokens(count)
     return booking
 
@@ -97,7 +97,7 @@ async def test_a_key_with_plenty_left_has_its_request_and_tokens_taken_in_one_co
     watched: Watched,
 ) -> None:
     store, accounts = watched
-    caller = await caller_with(accounts, Allowance(10, 100))
+    caller = await caller_with(accounts, RateLimits(10, 100))
     await (await open_with_tokens(accounts, caller, 7)).close(closing(tokens=7))
     store.reserved.clear()
 
@@ -113,13 +113,13 @@ async def test_a_key_with_little_left_is_refused_before_its_tokens_are_counted(
     watched: Watched,
 ) -> None:
     store, accounts = watched
-    caller = await caller_with(accounts, Allowance(2, 100))
+    caller = await caller_with(accounts, RateLimits(2, 100))
     for _ in range(2):
         await open_with_tokens(accounts, caller, 7)
     store.reserved.clear()
 
-    with pytest.raises(AllowanceExhausted, match="requests"):
-        await accounts.book(caller, opening()).let_in(tokens_follow=True)
+    with pytest.raises(RateLimitExceeded, match="requests"):
+        await accounts.reserve(caller, opening()).acquire(tokens_follow=True)
 
     assert store.reserved == [Cost(requests=1)]
 
@@ -128,12 +128,12 @@ async def test_what_another_process_took_meanwhile_is_not_there_to_be_taken(
     process: Process,
 ) -> None:
     one, other = process(), process()
-    caller = await caller_with(one, Allowance(10, 100))
+    caller = await caller_with(one, RateLimits(10, 100))
     await open_with_tokens(one, caller, 7)
     for _ in range(9):
-        await let_in(other, caller, opening())
+        await acquire(other, caller, opening())
 
-    with pytest.raises(AllowanceExhausted, match="requests"):
+    with pytest.raises(RateLimitExceeded, match="requests"):
         await open_with_tokens(one, caller, 7)
 
 
@@ -147,10 +147,10 @@ async def test_what_another_process_took_meanwhile_is_not_there_to_be_taken(
 async def test_a_request_that_fails_before_its_tokens_are_counted(
     accounts: Accounts, status: int, remaining: int
 ) -> None:
-    caller = await caller_with(accounts, Allowance(10, 100))
+    caller = await caller_with(accounts, RateLimits(10, 100))
     await open_with_tokens(accounts, caller, 7)
-    booking = accounts.book(caller, opening())
-    await booking.let_in(tokens_follow=True)
+    booking = accounts.reserve(caller, opening())
+    await booking.acquire(tokens_follow=True)
 
     await booking.close(closing(status, tokens=0))
 
@@ -160,10 +160,10 @@ async def test_a_request_that_fails_before_its_tokens_are_counted(
 
 async def test_whoever_leaves_while_it_is_closed_is_written_down(watched: Watched) -> None:
     store, accounts = watched
-    caller = await caller_with(accounts, Allowance(10, 100))
+    caller = await caller_with(accounts, RateLimits(10, 100))
     await open_with_tokens(accounts, caller, 7)
-    booking = accounts.book(caller, opening())
-    await booking.let_in(tokens_follow=True)
+    booking = accounts.reserve(caller, opening())
+    await booking.acquire(tokens_follow=True)
     store.is_at_it.clear()
     store.may_go_on.clear()
     task = asyncio.create_task(booking.close(closing(400, tokens=0)))
@@ -184,11 +184,11 @@ async def test_tokens_of_a_name_that_another_process_took_over_are_given_back(
 ) -> None:
     monkeypatch.setattr("trivec.accounts.writer.UPKEEP_S", 3_600.0)  # no sign of life by itself
     slow, quick = process(), process()
-    caller = await caller_with(slow, Allowance(10, 100))
-    first = await let_in(slow, caller, opening(idempotency_key="k"))
+    caller = await caller_with(slow, RateLimits(10, 100))
+    first = await acquire(slow, caller, opening(idempotency_key="k"))
     await first.reserve_tokens(90)
     clock.move(16)  # longer than a claim is held without a sign of life
-    second = await let_in(quick, caller, opening(idempotency_key="k"))
+    second = await acquire(quick, caller, opening(idempotency_key="k"))
     await second.reserve_tokens(20)
     await second.close(closing(tokens=20))
 
@@ -204,7 +204,7 @@ async def test_our_refusal_waits_for_no_disk_and_is_written_down(clock: HandCloc
     accounts = Accounts(store, clock=clock, secret=b"s" * 32)
     accounts.start()
 
-    await asyncio.wait_for(accounts.book(FIXED, opening()).close(closing(503)), 60)
+    await asyncio.wait_for(accounts.reserve(FIXED, opening()).close(closing(503)), 60)
 
     assert not statuses(store)
     store.may_go_on.set()
@@ -233,7 +233,7 @@ async def test_those_who_come_together_are_committed_together(
         return commit(entries, now_us=now_us)
 
     monkeypatch.setattr(store, "commit", counted)
-    bookings = [await let_in(accounts, FIXED, opening()) for _ in range(200)]
+    bookings = [await acquire(accounts, FIXED, opening()) for _ in range(200)]
 
     await asyncio.gather(*(booking.close(closing()) for booking in bookings))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from sqlalchemy import func, select
 from tests.api.house import MODEL, House
 
-from trivec.accounts import Allowance, UsageBy, UsageQuery
+from trivec.accounts import RateLimits, UsageBy, UsageQuery
 from trivec.accounts.stores.connect import SQLITE_FILE, sqlite_engines
 from trivec.accounts.stores.schema import counts, ledger
 from trivec.accounts.stores.sql import SqlStore
@@ -36,7 +36,7 @@ def test_a_key_of_one_request_a_minute_cannot_fill_the_disk(tmp_path: Path) -> N
 async def ask_for_nothing(house: House) -> int:
     """One good request, whose tokens it returns, and many that cost none."""
     json = {"content-type": "application/json"}
-    key = await house.new_key_async("one", Allowance(requests_per_minute=1))
+    key = await house.new_key_async("one", RateLimits(requests_per_minute=1))
     async with house.client(key) as client:
         good = await client.post("/embeddings", json={"model": MODEL, "input": "a"})
         assert good.status_code == 200

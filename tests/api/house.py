@@ -16,7 +16,7 @@ import numpy as np
 from starlette.types import ASGIApp
 from tests.hand_clock import HandClock, HandLoop
 
-from trivec.accounts import Accounts, Allowance, KeyPlan, Scope
+from trivec.accounts import Accounts, KeyPlan, RateLimits, Scope
 from trivec.accounts.stores.memory import MemoryStore
 from trivec.api import ByteBudget, build_app
 from trivec.backends.fake import FakeBackend
@@ -72,7 +72,7 @@ class StandIn:
     def __init__(self, card: ModelCard = CARD) -> None:
         self.card = card
         self.fault: BaseException | None = None  # raised by `embed`
-        self.room_tokens = float("inf")  # a request of more is refused by `check_room`
+        self.room_tokens = float("inf")  # a request of more is refused by `check_admission`
         self.gate = threading.Event()  # holds `embed` while it is cleared
         self.gate.set()
         self.entered = threading.Event()
@@ -119,14 +119,14 @@ class StandIn:
         if self.fault is not None:
             raise self.fault
         flags = np.full(len(sequences), int(outputs), np.uint8)
-        batch = Batch(sequences.token_ids, sequences.starts, flags)
+        batch = Batch(sequences.token_ids, sequences.cu_seqlens, flags)
         return Reply(self._backend.run(batch, slot=0), queue_s=0.002, compute_s=0.003)
 
-    def check_room(self, token_count: int, *, tokens_ahead: int = 0) -> None:
+    def check_admission(self, token_count: int, *, tokens_ahead: int = 0) -> None:
         if token_count + tokens_ahead > self.room_tokens:
             raise Overloaded("The line is full.", retry_after_s=1.5)
 
-    def spell(self, token_ids: Int32Array) -> list[str]:
+    def token_strings(self, token_ids: Int32Array) -> list[str]:
         return [f"‹{token_id}›" for token_id in token_ids.tolist()]
 
 
@@ -203,14 +203,14 @@ class House:
         *,
         scopes: frozenset[Scope] = frozenset({Scope.EMBED}),
         models: frozenset[str] | None = None,
-        allowance: Allowance = Allowance(),  # noqa: B008 # frozen
+        allowance: RateLimits = RateLimits(),  # noqa: B008 # frozen
         truncate: str | None = None,
     ) -> str:
         """A plain key."""
         plan = KeyPlan(name, scopes, models, allowance, truncate=truncate)
         return asyncio.run(self.accounts.create_key(plan)).plain
 
-    async def new_key_async(self, name: str, allowance: Allowance) -> str:
+    async def new_key_async(self, name: str, allowance: RateLimits) -> str:
         """A plain key, made on the running loop."""
         return (await self.accounts.create_key(KeyPlan(name, allowance=allowance))).plain
 

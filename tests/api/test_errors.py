@@ -9,25 +9,25 @@ import pytest
 from tests.accounts.requests import statuses
 from tests.api.house import MODEL, PLAIN_MODEL, House
 
-from trivec.accounts import Allowance, Scope
+from trivec.accounts import RateLimits, Scope
 from trivec.api.errors import TABLE, answer_to
 from trivec.core import errors as e
 from trivec.core.errors import (
     AccessError,
-    AllowanceError,
     BusyError,
     DeadlineExceeded,
     Draining,
     EngineFault,
     Loading,
     Overloaded,
+    RateLimitError,
     RequestError,
     ServiceError,
 )
 from trivec.core.health import Health
 from trivec.settings import HttpLimits
 
-FAMILIES = {ServiceError, RequestError, AccessError, AllowanceError, BusyError}
+FAMILIES = {ServiceError, RequestError, AccessError, RateLimitError, BusyError}
 
 
 def kinds(of: type[ServiceError]) -> set[type[ServiceError]]:
@@ -295,8 +295,8 @@ def test_what_the_engine_raises_has_its_exact_shape(
 def test_a_key_is_held_to_its_scope_its_models_and_its_allowance(house: House) -> None:
     only_plain = house.new_key("plain", models=frozenset({PLAIN_MODEL}))
     only_admin = house.new_key("admin", scopes=frozenset({Scope.ADMIN}))
-    few = house.new_key("few", allowance=Allowance(requests_per_minute=1))
-    tiny = house.new_key("tiny", allowance=Allowance(tokens_per_minute=10))
+    few = house.new_key("few", allowance=RateLimits(requests_per_minute=1))
+    tiny = house.new_key("tiny", allowance=RateLimits(tokens_per_minute=10))
     with house.listening() as address:
         denied = embeddings(address, only_plain)
         assert_is_error(denied, 403, INVALID, "model", "model_access_denied")

@@ -3,7 +3,7 @@
 import pytest
 from tests.api.house import MODEL, House
 
-from trivec.accounts import Allowance
+from trivec.accounts import RateLimits
 from trivec.api.headers import duration
 from trivec.core.health import Health
 
@@ -38,7 +38,7 @@ async def test_an_answer_says_where_its_time_went(house: House) -> None:
 
 
 async def test_a_limited_key_reads_what_is_left_on_successes_and_on_failures(house: House) -> None:
-    allowance = Allowance(requests_per_minute=10, tokens_per_minute=1000)
+    allowance = RateLimits(requests_per_minute=10, tokens_per_minute=1000)
     async with house.client(await house.new_key_async("limited", allowance)) as client:
         good = (await client.post("/embeddings", json=BODY)).headers
         bad = (await client.post("/embeddings", json=BODY | {"input": ""})).headers

@@ -14,7 +14,7 @@ import pytest
 from starlette.types import Message
 from tests.api.house import MODEL, House
 
-from trivec.accounts import Allowance
+from trivec.accounts import RateLimits
 from trivec.api.visit import VISIT
 from trivec.core.errors import EngineFault
 
@@ -140,13 +140,13 @@ async def test_whatever_it_came_to_its_body_is_let_go(
 @pytest.mark.parametrize(
     ("allowance", "served"),
     [
-        pytest.param(Allowance(requests_per_minute=1), 1, id="no-request-left"),
-        pytest.param(Allowance(tokens_per_minute=7), 1, id="no-tokens-left"),
-        pytest.param(Allowance(100, 14), 2, id="no-tokens-left-for-both-at-once"),
+        pytest.param(RateLimits(requests_per_minute=1), 1, id="no-request-left"),
+        pytest.param(RateLimits(tokens_per_minute=7), 1, id="no-tokens-left"),
+        pytest.param(RateLimits(100, 14), 2, id="no-tokens-left-for-both-at-once"),
     ],
 )
 async def test_a_refused_allowance_holds_no_body(
-    house: House, allowance: Allowance, served: int
+    house: House, allowance: RateLimits, served: int
 ) -> None:
     key = await house.new_key_async("limited", allowance)
     for _ in range(served):

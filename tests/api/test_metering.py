@@ -12,7 +12,7 @@ import pytest
 from tests.accounts.requests import statuses
 from tests.api.house import MODEL, House
 
-from trivec.accounts import Allowance
+from trivec.accounts import RateLimits
 from trivec.accounts.entries import Committed, Count, Entry, LedgerRow, Reserve
 from trivec.accounts.stores.memory import MemoryStore
 from trivec.core.errors import EngineFault
@@ -79,7 +79,7 @@ async def test_what_is_not_computed_is_written_down_and_costs_no_tokens(
 async def test_a_request_that_our_fault_ends_costs_nothing_of_the_allowance(house: House) -> None:
     house.model.fault = EngineFault("lost")
     key = await house.new_key_async(
-        "limited", Allowance(requests_per_minute=2, tokens_per_minute=99)
+        "limited", RateLimits(requests_per_minute=2, tokens_per_minute=99)
     )
     async with house.client(key) as client:
         response = await client.post("/embeddings", json=BODY)
@@ -102,7 +102,7 @@ async def test_a_failure_after_the_vectors_were_computed_costs_nothing(
 
 
 async def test_a_refused_allowance_is_written_down(house: House) -> None:
-    key = await house.new_key_async("one", Allowance(requests_per_minute=1))
+    key = await house.new_key_async("one", RateLimits(requests_per_minute=1))
     async with house.client(key) as client:
         told = [(await client.post("/embeddings", json=BODY)).status_code for _ in range(2)]
     assert told == [200, 429]
@@ -110,7 +110,7 @@ async def test_a_refused_allowance_is_written_down(house: House) -> None:
 
 
 async def test_tokens_over_the_allowance_never_reach_the_model(house: House) -> None:
-    key = await house.new_key_async("small", Allowance(tokens_per_minute=TOKENS - 1))
+    key = await house.new_key_async("small", RateLimits(tokens_per_minute=TOKENS - 1))
     async with house.client(key) as client:
         response = await client.post("/embeddings", json=BODY)
     assert response.status_code == 400
@@ -228,7 +228,7 @@ async def test_a_client_that_leaves_while_its_tokens_are_reserved_gets_them_back
 ) -> None:
     store = held_house.store
     assert isinstance(store, HeldStore)
-    key = await held_house.new_key_async("limited", Allowance(tokens_per_minute=2 * TOKENS))
+    key = await held_house.new_key_async("limited", RateLimits(tokens_per_minute=2 * TOKENS))
     store.is_held = lambda entry: entry.cost.tokens > 0
     async with held_house.client(key) as client:
         await leave_while_held(client, store, {})
@@ -270,7 +270,7 @@ async def test_requests_that_cost_no_tokens_have_a_rate_of_their_own(house: Hous
     clock = house.clock
     house.limits = HttpLimits(unpaid_requests_per_minute=3)
     house.serve()
-    other = await house.new_key_async("other", Allowance())
+    other = await house.new_key_async("other", RateLimits())
     async with house.client() as client, house.client(other) as theirs:
         for _ in range(5):  # what is paid is not counted
             assert (await client.post("/embeddings", json=BODY)).status_code == 200
@@ -296,7 +296,7 @@ async def test_our_faults_and_refusals_of_an_allowance_are_not_held_against_a_ke
 ) -> None:
     house.limits = HttpLimits(unpaid_requests_per_minute=1)
     house.serve()
-    key = await house.new_key_async("one", Allowance(requests_per_minute=1))
+    key = await house.new_key_async("one", RateLimits(requests_per_minute=1))
     async with house.client() as client, house.client(key) as limited:
         house.model.fault = EngineFault("lost")
         for _ in range(3):

@@ -6,7 +6,7 @@ import openai
 import pytest
 from tests.api.house import MODEL, PLAIN_MODEL, House
 
-from trivec.accounts import Allowance
+from trivec.accounts import RateLimits
 from trivec.api.routing import PREFIXES
 
 
@@ -80,7 +80,7 @@ def test_failures_are_its_own_typed_exceptions(
 
 
 def test_a_used_up_allowance_is_a_rate_limit_that_it_can_wait_out(house: House) -> None:
-    key = house.new_key("one", allowance=Allowance(requests_per_minute=1))
+    key = house.new_key("one", allowance=RateLimits(requests_per_minute=1))
     with house.listening() as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0)
         client.embeddings.create(model=MODEL, input="a")

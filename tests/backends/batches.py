@@ -13,7 +13,7 @@ def batch_of(ids: Sequence[list[int]], outputs: Output | Sequence[Output] = Outp
     """The texts *ids*, all asking for *outputs*, or each for its own."""
     packed = Sequences.pack(ids)
     flags = [outputs] * len(ids) if isinstance(outputs, Output) else outputs
-    return Batch(packed.token_ids, packed.starts, np.array([int(o) for o in flags], np.uint8))
+    return Batch(packed.token_ids, packed.cu_seqlens, np.array([int(o) for o in flags], np.uint8))
 
 
 def bits(vectors: Vectors, i: int) -> tuple[bytes, bytes, bytes, bytes]:

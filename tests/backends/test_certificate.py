@@ -45,7 +45,7 @@ def ladder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 
 
 def vectors_of(dense: np.ndarray) -> Vectors:
-    return Vectors(dense.astype(np.float32), (None,) * len(dense), (None,) * len(dense))
+    return Vectors.of(dense.astype(np.float32), (None,) * len(dense), (None,) * len(dense))
 
 
 def test_probes_cover_twenty_scripts_and_lengths_from_3_to_512(tiny_m3: Checkpoint) -> None:
@@ -92,7 +92,7 @@ def test_sparse_cosine_counts_ids_that_only_one_side_has() -> None:
     a = SparseVector(np.array([5, 9], np.int32), np.array([3.0, 4.0], np.float32))
     b = SparseVector(np.array([5, 7], np.int32), np.array([3.0, 4.0], np.float32))
     one = np.ones((1, 2), np.float32)
-    found = compare(Vectors(one, (a,), (None,)), Vectors(one, (b,), (None,))).sparse
+    found = compare(Vectors.of(one, (a,), (None,)), Vectors.of(one, (b,), (None,))).sparse
     assert found is not None
     assert found.minimum == pytest.approx(9 / 25)
 

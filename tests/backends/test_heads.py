@@ -34,7 +34,7 @@ def rows_of(lengths: list[int], outputs: list[Output], *, vocabulary: int = 9) -
 
 def lexical_weights(head: Heads, rows: HiddenRows, i: int) -> dict[int, float]:
     found: dict[int, float] = {}
-    for place in range(rows.starts[i], rows.starts[i + 1]):
+    for place in range(rows.cu_seqlens[i], rows.cu_seqlens[i + 1]):
         token = int(rows.token_ids[place])
         weight = float(rows.hidden[place] @ head.sparse_weight[0] + head.sparse_bias[0])
         if token not in IGNORED and weight > 0:
@@ -64,7 +64,7 @@ def test_multi_drops_the_first_token_and_has_rows_of_length_one() -> None:
     found = Readout(Pooling.CLS, True, heads()).vectors(rows).multi
     assert found[0] is None
     for i, count in ((1, 1), (2, 8)):
-        own = rows.hidden[rows.starts[i] + 1 : rows.starts[i + 1]]
+        own = rows.hidden[rows.cu_seqlens[i] + 1 : rows.cu_seqlens[i + 1]]
         expected = own @ heads().multi_weight.T + heads().multi_bias
         expected /= np.linalg.norm(expected, axis=1, keepdims=True)
         multi = found[i]
@@ -86,7 +86,7 @@ def test_dense_pools_each_text_alone(pooling: Pooling, normalize: bool) -> None:
     rows = rows_of([5, 1, 12], [Output.DENSE] * 3)
     found = Readout(pooling, normalize, None).vectors(rows).dense
     for i in range(3):
-        own = rows.hidden[rows.starts[i] : rows.starts[i + 1]].astype(np.float64)
+        own = rows.hidden[rows.cu_seqlens[i] : rows.cu_seqlens[i + 1]].astype(np.float64)
         expected = own.mean(axis=0) if pooling is Pooling.MEAN else own[0]
         expected = expected / np.linalg.norm(expected) if normalize else expected
         np.testing.assert_allclose(found[i], expected, rtol=0, atol=1e-6)

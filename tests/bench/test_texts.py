@@ -30,7 +30,7 @@ def test_mixed_lengths_stay_within_what_the_model_reads() -> None:
 
 def test_ids_are_packed_by_the_lengths_and_inside_the_vocabulary() -> None:
     sequences = Workload("any", (3, 5, 4)).sequences(vocabulary_size=100)
-    assert sequences.starts.tolist() == [0, 3, 8, 12]
+    assert sequences.cu_seqlens.tolist() == [0, 3, 8, 12]
     assert sequences.token_ids.min() >= 0
     assert sequences.token_ids.max() < 100
 

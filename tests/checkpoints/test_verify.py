@@ -30,7 +30,7 @@ def _bge_m3(*, change: float = 0.0) -> Callable[[Sequence[str], Output], Vectors
     def embed(texts: Sequence[str], outputs: Output) -> Vectors:
         weights = [known.get(text, {"5": 0.5}) for text in texts]
         multi = np.eye(4, dtype=np.float32)
-        return Vectors(
+        return Vectors.of(
             dense=np.eye(len(texts), 4, dtype=np.float32),
             sparse=tuple(_sparse(one, change=change) for one in weights),
             multi=tuple(multi if outputs & Output.MULTI else None for _ in texts),
@@ -57,7 +57,7 @@ def test_scores_are_those_of_the_reference() -> None:
         rows = np.array([[1, 0], [0, 1]] if query else [[0.6, 0.8], [0.2, 0.1]], np.float32)
         sparse = _sparse({"7": 0.5, "9": 2.0} if query else {"8": 1.0, "9": 0.25})
         count = len(texts)
-        return Vectors(np.tile(rows[:1], (count, 1)), (sparse,) * count, (rows,) * count)
+        return Vectors.of(np.tile(rows[:1], (count, 1)), (sparse,) * count, (rows,) * count)
 
     found = {figure.name: figure.found for figure in verify("baai/bge-m3", embed)}
     assert found["dense query 1 · passage 2"] == pytest.approx(0.6)

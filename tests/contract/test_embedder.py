@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tokenizers
 from tests.engine.rig import ALL, Listener
-from tests.relay.rig import relayed
+from tests.ipc.rig import relayed
 from tokenizers import models, pre_tokenizers, processors
 
 from trivec.backends.fake import FakeBackend
@@ -22,7 +22,7 @@ from trivec.core.errors import DeadlineExceeded, Overloaded, TextTooLong, TokenI
 from trivec.core.ports import Embedder
 from trivec.core.types import LongText, ModelCard, Output, Sequences
 from trivec.engine import Engine, Workers
-from trivec.settings import LineBound
+from trivec.settings import QueueLimits
 from trivec.tokenizer import Tokenizer
 
 TOKEN_COUNT_MAX = 12
@@ -66,7 +66,7 @@ async def local_engine(folder: Path, backend: FakeBackend) -> AsyncIterator[Embe
             ),
             backend=backend,
             workers=workers,
-            bound=LineBound(),
+            bound=QueueLimits(),
             clock=clock,
             observer=listener,
         )
@@ -112,8 +112,17 @@ async def test_texts_and_their_own_ids_are_the_same_sequences(embedder: Embedder
     ids = [np.array([4, 5, 6], np.int32), np.array([0, 12, 1], np.int32)]
     lists = await embedder.tokenize(ids, long_text=LongText.REFUSE)
     np.testing.assert_array_equal(texts.token_ids, lists.token_ids)
-    np.testing.assert_array_equal(texts.starts, lists.starts)
-    assert embedder.spell(texts.token_ids) == ["<s>", "w1", "w2", "w3", "</s>", "<s>", "w9", "</s>"]
+    np.testing.assert_array_equal(texts.cu_seqlens, lists.cu_seqlens)
+    assert embedder.token_strings(texts.token_ids) == [
+        "<s>",
+        "w1",
+        "w2",
+        "w3",
+        "</s>",
+        "<s>",
+        "w9",
+        "</s>",
+    ]
 
 
 async def test_what_cannot_be_read_is_refused_by_its_place(embedder: Embedder) -> None:
@@ -168,8 +177,8 @@ async def test_a_deadline_that_has_passed_is_refused_with_a_time_to_return(
 async def test_a_line_with_room_lets_the_smallest_and_the_largest_through(
     embedder: Embedder,
 ) -> None:
-    embedder.check_room(2)
-    embedder.check_room(300_000)
+    embedder.check_admission(2)
+    embedder.check_admission(300_000)
 
 
 async def test_what_has_room_is_not_refused_and_what_has_none_would_be_refused_anyway(
@@ -182,14 +191,14 @@ async def test_what_has_room_is_not_refused_and_what_has_none_would_be_refused_a
     done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
     assert any(isinstance(call.exception(), Overloaded) for call in done)
     with pytest.raises(Overloaded) as early:
-        embedder.check_room(sequences.token_count)
+        embedder.check_admission(sequences.token_count)
     with pytest.raises(Overloaded):
         await embedder.embed(sequences, Output.DENSE)
     assert early.value.retry_after_s > 0
     for call in calls:
         call.cancel()
     await asyncio.wait(calls)
-    embedder.check_room(sequences.token_count)
+    embedder.check_admission(sequences.token_count)
 
 
 async def test_a_cancelled_call_leaves_the_others_be(embedder: Embedder) -> None:

@@ -10,11 +10,11 @@ from tests.telemetry.events import batch, loaded, request
 
 from trivec.core.events import (
     Event,
-    LineChanged,
     PhaseChanged,
+    QueueChanged,
     RequestServed,
     RowNotFinite,
-    WorkerReplaced,
+    WorkerRestarted,
 )
 from trivec.core.ports import Observer
 from trivec.telemetry import Metrics, Observers, RequestLog, Tracing, configure_log
@@ -25,8 +25,8 @@ EVENTS: tuple[Event, ...] = (
     request(route="nowhere", method="BREW", status=999, traceparent="not a trace"),
     batch(),
     batch(failed=True, tokens=9000),
-    LineChanged("m", 0, 0),
-    WorkerReplaced(0, "reason"),
+    QueueChanged("m", 0, 0),
+    WorkerRestarted(0, "reason"),
     RowNotFinite("m", recovered=False),
     loaded(),
     loaded(),

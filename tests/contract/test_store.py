@@ -19,18 +19,18 @@ from tests.accounts.shelf import (
 from trivec.accounts.allowance import Cost
 from trivec.accounts.entries import Granted, Outcome, Reserve, Settle, Upkeep
 from trivec.accounts.store import Store
-from trivec.accounts.types import Allowance, UsageBy, UsageLine, UsageQuery
+from trivec.accounts.types import RateLimits, UsageBy, UsageLine, UsageQuery
 from trivec.accounts.utc import DAY_US
 from trivec.core.errors import (
-    AllowanceExhausted,
     FieldInvalid,
     IdempotencyInProgress,
     IdempotencyKeyReused,
+    RateLimitExceeded,
     ResourceUnknown,
     StoreUnavailable,
 )
 
-TEN_A_MINUTE = Allowance(requests_per_minute=10)
+TEN_A_MINUTE = RateLimits(requests_per_minute=10)
 DAY_S = 24 * 3600
 
 
@@ -51,22 +51,22 @@ def test_an_allowance_is_spent_and_refilled_with_time(shelf: Shelf) -> None:
 
     burst = store.commit([ask(TEN_A_MINUTE)] * 11, now_us=NOON_US).outcomes
 
-    assert [type(outcome) for outcome in burst] == [Granted] * 10 + [AllowanceExhausted]
-    assert isinstance(one(store, ask(TEN_A_MINUTE), at_s=5.999), AllowanceExhausted)
+    assert [type(outcome) for outcome in burst] == [Granted] * 10 + [RateLimitExceeded]
+    assert isinstance(one(store, ask(TEN_A_MINUTE), at_s=5.999), RateLimitExceeded)
     assert isinstance(one(store, ask(TEN_A_MINUTE), at_s=6), Granted)
-    assert isinstance(one(store, ask(TEN_A_MINUTE), at_s=6), AllowanceExhausted)
+    assert isinstance(one(store, ask(TEN_A_MINUTE), at_s=6), RateLimitExceeded)
 
 
 def test_a_refused_reservation_takes_neither_requests_nor_its_claim(shelf: Shelf) -> None:
     store = shelf.open()
-    limits = Allowance(requests_per_minute=10, tokens_per_minute=100)
+    limits = RateLimits(requests_per_minute=10, tokens_per_minute=100)
     store.add_key(a_key("a", limits))
     too_much = ask(limits, cost=Cost(requests=1, tokens=101), claim=a_claim())
 
     refused = one(store, too_much)
     granted = one(store, ask(limits, cost=Cost(requests=1, tokens=100), claim=a_claim()))
 
-    assert isinstance(refused, AllowanceExhausted)
+    assert isinstance(refused, RateLimitExceeded)
     assert refused.kind == "tokens"
     assert isinstance(granted, Granted)
     assert granted.state is not None
@@ -76,7 +76,7 @@ def test_a_refused_reservation_takes_neither_requests_nor_its_claim(shelf: Shelf
 
 def test_what_was_not_used_is_given_back(shelf: Shelf) -> None:
     store = shelf.open()
-    limits = Allowance(tokens_per_minute=100)
+    limits = RateLimits(tokens_per_minute=100)
     store.add_key(a_key("a", limits))
     one(store, ask(limits, cost=Cost(tokens=100)))
 
@@ -92,11 +92,11 @@ def test_a_restart_does_not_refill(shelf: Shelf) -> None:
     store.add_key(a_key("a", TEN_A_MINUTE))
     store.commit([ask(TEN_A_MINUTE)] * 10, now_us=NOON_US)
 
-    assert isinstance(one(shelf.open(), ask(TEN_A_MINUTE)), AllowanceExhausted)
+    assert isinstance(one(shelf.open(), ask(TEN_A_MINUTE)), RateLimitExceeded)
 
 
 def test_processes_share_an_allowance_to_the_last_request(shelf: Shelf) -> None:
-    limits = Allowance(requests_per_minute=150)
+    limits = RateLimits(requests_per_minute=150)
     stores = [shelf.open() for _ in range(4)]
     stores[0].add_key(a_key("a", limits))
 
@@ -117,7 +117,7 @@ def test_a_machine_whose_clock_is_behind_goes_on_from_the_last_instant(shelf: Sh
     behind = shelf.open().commit([ask(TEN_A_MINUTE)], now_us=NOON_US - 3600 * SECOND_US)
 
     assert behind.now_us == NOON_US
-    assert isinstance(behind.outcomes[0], AllowanceExhausted)
+    assert isinstance(behind.outcomes[0], RateLimitExceeded)
 
 
 def test_a_request_in_progress_is_refused_until_it_is_done_then_replayed(shelf: Shelf) -> None:
@@ -301,7 +301,7 @@ def test_what_costs_no_tokens_is_counted_by_the_minute(shelf: Shelf) -> None:
 
 def test_a_group_is_written_whole_when_some_of_it_is_refused(shelf: Shelf) -> None:
     store = shelf.open()
-    limits = Allowance(requests_per_minute=1)
+    limits = RateLimits(requests_per_minute=1)
     store.add_key(a_key("a", limits))
 
     committed = store.commit(
@@ -309,7 +309,7 @@ def test_a_group_is_written_whole_when_some_of_it_is_refused(shelf: Shelf) -> No
     )
 
     kinds = [type(outcome) for outcome in committed.outcomes]
-    assert kinds == [Granted, Granted, AllowanceExhausted, Granted]
+    assert kinds == [Granted, Granted, RateLimitExceeded, Granted]
     assert used(store)[0].requests == 2
 
 

@@ -12,7 +12,7 @@ from trivec.backends.fake import FakeBackend
 from trivec.core.events import Event
 from trivec.core.types import Batch, ModelCard, Output, Reply, Sequences
 from trivec.engine import Engine, Workers
-from trivec.settings import LineBound
+from trivec.settings import QueueLimits
 
 NO_FLOOR = {"always_requests": 0, "always_tokens": 0}  # the bounds hold in a short queue, too
 ALL = Output.DENSE | Output.SPARSE | Output.MULTI
@@ -60,7 +60,7 @@ class Rig:
     """`async with Rig(...) as rig` starts the workers, and stops them at the end."""
 
     backend: FakeBackend = field(default_factory=lambda: FakeBackend(dimensions=8, outputs=ALL))
-    bound: LineBound = field(default_factory=LineBound)
+    bound: QueueLimits = field(default_factory=QueueLimits)
     clock: HandClock = field(default_factory=HandClock)
     listener: Listener = field(default_factory=Listener)
     slot_count: int | None = None
@@ -120,11 +120,11 @@ class Rig:
 
 
 def lengths(batch: Batch) -> list[int]:
-    return [int(length) for length in np.diff(batch.starts)]
+    return [int(length) for length in np.diff(batch.cu_seqlens)]
 
 
 def alone(what: Sequences, i: int, outputs: Output = Output.DENSE) -> Any:
     """What the fake device makes of one sequence by itself."""
-    ids = what.token_ids[what.starts[i] : what.starts[i + 1]]
+    ids = what.token_ids[what.cu_seqlens[i] : what.cu_seqlens[i + 1]]
     batch = Batch(ids, np.array([0, len(ids)], np.int32), np.array([outputs], np.uint8))
     return FakeBackend(dimensions=8, outputs=ALL).run(batch, slot=0)

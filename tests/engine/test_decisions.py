@@ -10,9 +10,9 @@ from trivec.engine.admission import Full, LineLoad, refusal
 from trivec.engine.heartbeat import Calls
 from trivec.engine.pace import START_TOKENS_PER_S, Pace, work
 from trivec.engine.reply import Part, assemble, unsound_rows
-from trivec.settings import LineBound
+from trivec.settings import QueueLimits
 
-BOUND = LineBound(tokens_max=100_000, wait_s_max=10, always_requests=0)
+BOUND = QueueLimits(tokens_max=100_000, wait_s_max=10, always_requests=0)
 
 
 @pytest.mark.parametrize(
@@ -50,11 +50,11 @@ def test_below_64_requests_and_32768_tokens_nothing_is_refused_however_slow_the_
     requests: int, tokens: int, full: bool
 ) -> None:
     load = LineLoad(requests, tokens, tokens_before=tokens, tokens_per_s=200)
-    found = refusal(800, load, LineBound())
+    found = refusal(800, load, QueueLimits())
     assert isinstance(found, Full) is full
     if found is not None:
         assert "about 164 s" in found.reason
-        assert "line.wait_s_max, 60 s" in found.reason
+        assert "queue.wait_s_max, 60 s" in found.reason
 
 
 @pytest.mark.parametrize("wait_s", [0, 1, 5, 30, 59, 60, 10_000])
@@ -64,9 +64,9 @@ def test_whoever_is_refused_comes_back_after_5_to_60_s_and_not_all_at_once(wait_
 
 
 def test_a_wait_that_is_admitted_is_not_cut_short() -> None:
-    assert LineBound().first_batch_s_max >= 32_768 / 200
+    assert QueueLimits().first_batch_s_max >= 32_768 / 200
     with pytest.raises(ValueError, match="first_batch_s_max is 30 s, below wait_s_max, 60 s"):
-        LineBound(first_batch_s_max=30)
+        QueueLimits(first_batch_s_max=30)
 
 
 def ran(pace: Pace, tokens: int, duration_s: float, fill: float = 1.0) -> Pace:
@@ -104,7 +104,7 @@ def test_one_long_text_is_expected_to_take_longer_than_as_many_tokens_of_short_o
 
 def vectors(*rows: float) -> Vectors:
     dense = np.array(rows, np.float32)[:, None] * np.ones((1, 4), np.float32)
-    return Vectors(dense, (None,) * len(rows), (None,) * len(rows))
+    return Vectors.of(dense, (None,) * len(rows), (None,) * len(rows))
 
 
 def test_parts_come_together_in_the_order_of_the_request() -> None:
@@ -125,7 +125,7 @@ def test_a_row_is_unsound_by_any_of_its_vectors(bad: float) -> None:
     weights = [np.array([1, value], np.float32) for value in (1, 1, bad, 1, 1)]
     sparse = tuple(SparseVector(np.array([5, 6], np.int32), one) for one in weights)
     multi = tuple(np.full((2, 4), value, np.float32) for value in (1, 1, 1, 1, bad))
-    assert unsound_rows(Vectors(dense, sparse, multi)) == [1, 2, 4]
+    assert unsound_rows(Vectors.of(dense, sparse, multi)) == [1, 2, 4]
 
 
 def test_the_next_look_comes_when_a_call_could_be_late_first() -> None:

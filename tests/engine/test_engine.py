@@ -9,10 +9,10 @@ from tests.hand_clock import HandClock, HandLoop
 
 from trivec.backends.fake import FakeBackend
 from trivec.core.errors import DeadlineExceeded, Overloaded
-from trivec.core.events import BatchRan, LineChanged
+from trivec.core.events import BatchRan, QueueChanged
 from trivec.core.types import Batch, BatchBudget, Output, Vectors
 from trivec.engine.pace import Pace
-from trivec.settings import LineBound
+from trivec.settings import QueueLimits
 
 
 async def test_answers_are_in_the_order_of_the_texts_whatever_the_packing() -> None:
@@ -91,7 +91,7 @@ async def test_queue_and_compute_times_meet_at_the_first_batch() -> None:
 
 
 async def test_a_full_line_refuses_at_once_and_says_when_to_return() -> None:
-    bound = LineBound(wait_s_max=10, **NO_FLOOR)
+    bound = QueueLimits(wait_s_max=10, **NO_FLOOR)
     async with Rig(bound=bound) as rig:
         holder = await rig.occupy()  # nothing measured yet: 1,000 tokens a second
         big = [rig.send(sequences(*[500] * 10)) for _ in range(3)]
@@ -115,7 +115,7 @@ async def test_eight_clients_of_a_slow_model_are_all_served() -> None:
         lists = [rig.send(sequences(133, 133, 133, 133, 134, 134)) for _ in range(8)]
         await rig.queued(*lists)
         assert lane.line.token_count == 8 * 800
-        rig.engine.check_room(800, tokens_ahead=8 * 800)  # as before a ninth is tokenised
+        rig.engine.check_admission(800, tokens_ahead=8 * 800)  # as before a ninth is tokenised
         rig.clock.move(59)  # the last of them waits half a minute for its first batch
         rig.backend.gate.set()
         assert [len((await one).vectors) for one in lists] == [6] * 8
@@ -127,14 +127,14 @@ async def test_a_refusal_names_the_estimate_the_setting_and_when_to_come_back() 
         (lane,) = rig.workers.desk.lanes
         lane.pace = Pace(1).after(tokens=2_000, work=2_000, duration_s=10, fill=1)
         with pytest.raises(Overloaded) as early:
-            rig.engine.check_room(40_000, tokens_ahead=40_000)
+            rig.engine.check_admission(40_000, tokens_ahead=40_000)
     assert "40000 tokens" in str(early.value)
-    assert "about 200 s, more than line.wait_s_max, 60 s" in str(early.value)
+    assert "about 200 s, more than queue.wait_s_max, 60 s" in str(early.value)
     assert 5 <= early.value.retry_after_s <= 60
 
 
 async def test_an_empty_line_admits_what_is_larger_than_its_bound() -> None:
-    async with Rig(bound=LineBound(tokens_max=100, wait_s_max=0.1, **NO_FLOOR)) as rig:
+    async with Rig(bound=QueueLimits(tokens_max=100, wait_s_max=0.1, **NO_FLOOR)) as rig:
         holder = await rig.occupy()
         huge = rig.send(sequences(500, 500))
         await rig.queued(huge)
@@ -146,7 +146,7 @@ async def test_an_empty_line_admits_what_is_larger_than_its_bound() -> None:
 
 
 async def test_a_caller_that_leaves_frees_its_tokens_at_once_and_never_runs() -> None:
-    async with Rig(bound=LineBound(tokens_max=1_000, **NO_FLOOR)) as rig:
+    async with Rig(bound=QueueLimits(tokens_max=1_000, **NO_FLOOR)) as rig:
         holder = await rig.occupy()
         leaver = rig.send(sequences(900))
         await rig.queued(leaver)
@@ -186,7 +186,7 @@ async def test_a_deadline_that_passes_in_line_is_answered_while_the_device_is_bu
 
 
 async def test_whoever_is_late_when_a_slot_frees_is_dropped_before_the_choice() -> None:
-    async with Rig(bound=LineBound(wait_s_max=30, first_batch_s_max=30)) as rig:
+    async with Rig(bound=QueueLimits(wait_s_max=30, first_batch_s_max=30)) as rig:
         holder = await rig.occupy()
         late = rig.send(sequences(9))
         await rig.queued(late)
@@ -290,7 +290,7 @@ async def test_each_batch_and_a_line_that_grows_are_told() -> None:
         holder = await rig.occupy()
         waiting = rig.send(sequences(60, 50))
         await rig.queued(waiting)
-        assert rig.listener.heard(LineChanged)[-1] == LineChanged("fake", 1, 110)
+        assert rig.listener.heard(QueueChanged)[-1] == QueueChanged("fake", 1, 110)
         rig.backend.gate.set()
         await asyncio.gather(holder, waiting)
     runs = rig.listener.heard(BatchRan)
@@ -299,20 +299,20 @@ async def test_each_batch_and_a_line_that_grows_are_told() -> None:
         (1, 60, False),
         (1, 50, False),
     ]
-    assert rig.listener.heard(LineChanged)[-1] == LineChanged("fake", 0, 0)
+    assert rig.listener.heard(QueueChanged)[-1] == QueueChanged("fake", 0, 0)
 
 
 async def test_what_is_on_its_way_counts_for_a_query_no_more_than_turns_do() -> None:
     """Beside a bulk request that nearly fills the line: fair turns serve a query long before it."""
-    bound = LineBound(
+    bound = QueueLimits(
         wait_s_max=10, **NO_FLOOR
     )  # at 1,000 tokens/s, as every device is taken for at first
     async with Rig(bound=bound) as rig:
         holder = await rig.occupy()
         bulk = rig.send(sequences(*[99] * 100))
         await rig.queued(bulk)
-        rig.engine.check_room(10, tokens_ahead=110)
+        rig.engine.check_admission(10, tokens_ahead=110)
         with pytest.raises(Overloaded):
-            rig.engine.check_room(10, tokens_ahead=10_000)
+            rig.engine.check_admission(10, tokens_ahead=10_000)
         rig.backend.gate.set()
         await asyncio.gather(holder, bulk)

@@ -10,7 +10,7 @@ from tests.hand_clock import HandClock
 
 from trivec.backends.fake import FakeBackend, Poison
 from trivec.core.errors import DeviceLost, Draining, EngineFault
-from trivec.core.events import BatchRan, Event, RowNotFinite, WorkerReplaced
+from trivec.core.events import BatchRan, Event, RowNotFinite, WorkerRestarted
 from trivec.core.types import Batch, BatchBudget, Output, Reply, Vectors
 from trivec.engine import worker
 from trivec.engine.pace import Pace
@@ -163,13 +163,13 @@ class Upset:
 
     def __init__(self, times: int) -> None:
         self.times = times
-        self.replaced: list[WorkerReplaced] = []
+        self.replaced: list[WorkerRestarted] = []
 
     def observe(self, event: Event) -> None:
         if isinstance(event, BatchRan) and self.times > 0:
             self.times -= 1
             raise SystemError("the observer broke")
-        if isinstance(event, WorkerReplaced):
+        if isinstance(event, WorkerRestarted):
             self.replaced.append(event)
 
 

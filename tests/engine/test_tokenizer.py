@@ -62,7 +62,7 @@ def saved(codec: tokenizers.Tokenizer, folder: Path, pool: Executor, **options: 
 
 
 def ids_of(sequences: Sequences) -> list[list[int]]:
-    parts = np.split(sequences.token_ids, sequences.starts[1:-1])
+    parts = np.split(sequences.token_ids, sequences.cu_seqlens[1:-1])
     return [part.tolist() for part in parts]
 
 
@@ -73,7 +73,7 @@ def text_of(*numbers: int) -> str:
 async def test_texts_become_ids_between_special_tokens_in_their_order(words: Tokenizer) -> None:
     found = await words.tokenize(["w0 W1", "w2", " "], long_text=LongText.REFUSE)
     assert ids_of(found) == [[0, 4, 5, 2], [0, 6, 2], [0, 2]]
-    assert found.token_ids.dtype == found.starts.dtype == np.int32
+    assert found.token_ids.dtype == found.cu_seqlens.dtype == np.int32
     assert not found.truncated
 
 
@@ -249,7 +249,7 @@ async def test_a_lone_surrogate_is_refused_by_its_place(words: Tokenizer) -> Non
 
 
 def test_ids_are_spelt_as_the_vocabulary_does(words: Tokenizer) -> None:
-    assert words.spell(np.array([4, 19, 2], np.int32)) == ["w0", "w15", "</s>"]
+    assert words.token_strings(np.array([4, 19, 2], np.int32)) == ["w0", "w15", "</s>"]
 
 
 def test_a_file_that_is_no_tokenizer_is_refused_by_name(
@@ -331,7 +331,7 @@ async def test_the_same_texts_have_the_same_ids_on_any_thread(words: Tokenizer) 
     )
     for one, other in zip(alone, together, strict=True):
         np.testing.assert_array_equal(one.token_ids, other.token_ids)
-        np.testing.assert_array_equal(one.starts, other.starts)
+        np.testing.assert_array_equal(one.cu_seqlens, other.cu_seqlens)
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,9 @@
 import os
 import sys
 
-from trivec import assemble
-from trivec.assemble import (
+from trivec import build
+from trivec.backends.fake import FakeBackend
+from trivec.build import (
     Choice,
     LoadedModel,
     Models,
@@ -13,7 +14,6 @@ from trivec.assemble import (
     model_card,
     set_up,
 )
-from trivec.backends.fake import FakeBackend
 from trivec.checkpoints.opening import open_checkpoint
 from trivec.cli.serve import run
 from trivec.core.errors import DeviceLost
@@ -42,7 +42,7 @@ def load(settings: Settings, front: Surroundings, *, cores: int, hears_text: boo
 
 def main(data_dir: str, api_processes: str) -> None:
     """Run the whole command, whose processes are forks of this one, with another `load_models`."""
-    assemble.load_models = load
+    build.load_models = load
     chosen = {"data_dir": data_dir, "port": 0, "api_processes": api_processes}
     os._exit(run(load_settings(chosen, {})))
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from trivec.accounts import Allowance, Key, NewKey, Scope
+from trivec.accounts import Key, NewKey, RateLimits, Scope
 from trivec.cli.greeting import Greeting
 from trivec.settings import Settings
 
 PLAIN = "tv_" + "x" * 49
-NEW = NewKey(Key("key_1", "first", frozenset(Scope), None, Allowance(), created_us=0), PLAIN)
+NEW = NewKey(Key("key_1", "first", frozenset(Scope), None, RateLimits(), created_us=0), PLAIN)
 
 
 def told(data_dir: Path) -> str:

@@ -54,7 +54,7 @@ from trivec.core.clock import SystemClock
 from trivec.core.errors import CheckpointRefused, DeviceLost, SettingInvalid
 from trivec.core.types import Batch, BatchBudget, Output, Sequences, Vectors
 from trivec.engine import Engine, Workers
-from trivec.settings import LineBound
+from trivec.settings import QueueLimits
 
 pytestmark = pytest.mark.reference
 
@@ -136,13 +136,13 @@ async def test_a_request_that_does_not_fit_at_once_is_answered_whole(
         tokenizer=None,  # this test begins with ids
         backend=backend,
         workers=workers,
-        bound=LineBound(),
+        bound=QueueLimits(),
         clock=clock,
         observer=listener,
     )
     workers.start()
     try:
-        reply = await engine.embed(Sequences(batch.token_ids, batch.starts), Output.DENSE)
+        reply = await engine.embed(Sequences(batch.token_ids, batch.cu_seqlens), Output.DENSE)
     finally:
         await workers.stop(1.0)
     assert max(ran) > 60, "the whole of it was tried first"
@@ -453,7 +453,7 @@ def test_rows_are_those_of_the_sequences_that_ask() -> None:
     batch = random_batch([2, 3, 1], XLM_ROBERTA, [Output.MULTI, Output.DENSE, Output.MULTI])
     rows = rows_wanting(batch, Output.MULTI)
     assert rows.tolist() == [0, 1, 5]
-    assert first_rows_left_out(rows, batch.starts).tolist() == [1]
+    assert first_rows_left_out(rows, batch.cu_seqlens).tolist() == [1]
 
 
 @pytest.mark.parametrize("tokens", range(1, 2049, 13))

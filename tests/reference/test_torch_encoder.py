@@ -94,7 +94,7 @@ def expected_from_transformers(tiny: Tiny, batch: Batch) -> Vectors:
             )
         )
         multi.append(unit(hidden[1:] @ heads.multi_weight.T + heads.multi_bias))
-    return Vectors(np.stack(dense), tuple(sparse), tuple(multi))
+    return Vectors.of(np.stack(dense), tuple(sparse), tuple(multi))
 
 
 def assert_close(found: Vectors, expected: Vectors, atol: float) -> None:
@@ -158,7 +158,7 @@ def test_a_text_gets_the_same_vectors_alone_and_beside_others(backend: TorchBack
     together = backend.run(batch, slot=0)
     for i in range(len(batch)):
         by_itself = backend.run(alone(batch, i), slot=0)
-        one = Vectors(
+        one = Vectors.of(
             together.dense[i : i + 1], together.sparse[i : i + 1], together.multi[i : i + 1]
         )
         assert_close(one, by_itself, 1e-5)
@@ -193,7 +193,7 @@ def test_each_sequence_gets_what_it_asked_for_and_no_more(backend: TorchBackend)
     everything = backend.run(random_batch(lengths, XLM_ROBERTA, ALL), slot=0)
     assert [one is not None for one in mixed.sparse] == [Output.SPARSE in one for one in asked]
     assert [one is not None for one in mixed.multi] == [Output.MULTI in one for one in asked]
-    masked = Vectors(
+    masked = Vectors.of(
         everything.dense,
         tuple(
             one if Output.SPARSE in wanted else None
@@ -295,7 +295,7 @@ def test_the_heads_on_the_device_equal_their_numpy_twin(tmp_path: Path, pooling:
     with torch.inference_mode():
         packed = unpack(torch.from_numpy(layout.words), layout.shape, layout.lengths)
         hidden = parts.encode(packed).numpy()
-    rows = HiddenRows(hidden, batch.token_ids, batch.starts, batch.outputs)
+    rows = HiddenRows(hidden, batch.token_ids, batch.cu_seqlens, batch.outputs)
     twin = Readout(checkpoint.pooling, checkpoint.normalize, checkpoint.heads)
     assert_close(backend.run(batch, slot=0), twin.vectors(rows), 1e-6)
 

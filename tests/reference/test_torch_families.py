@@ -93,7 +93,7 @@ class Saved:
     def expected(self, batch: Batch) -> Float32Array:
         """Unit vectors of transformers, each text alone: `[sequences, hidden]`."""
         rows = []
-        for ids in np.split(batch.token_ids, batch.starts[1:-1]):
+        for ids in np.split(batch.token_ids, batch.cu_seqlens[1:-1]):
             with torch.inference_mode():
                 hidden = self.model(input_ids=torch.from_numpy(ids.astype(np.int64))[None])
             states = hidden.last_hidden_state[0]
@@ -110,7 +110,7 @@ def batch_of(*lengths: int) -> Batch:
     draw = np.random.default_rng(11)
     ids = [draw.integers(5, VOCABULARY_SIZE, length, dtype=np.int32) for length in lengths]
     packed = Sequences.pack(ids)
-    return Batch(packed.token_ids, packed.starts, np.full(len(ids), Output.DENSE, np.uint8))
+    return Batch(packed.token_ids, packed.cu_seqlens, np.full(len(ids), Output.DENSE, np.uint8))
 
 
 @pytest.fixture(params=list(FAMILIES))
@@ -135,7 +135,7 @@ def test_openvino_equals_transformers(saved: Saved, tmp_path: Path) -> None:
     found = backend.run(batch, slot=0).dense
     np.testing.assert_allclose(found, saved.expected(batch), atol=1e-4)
     for i in range(len(batch)):  # the same bits alone and beside others
-        ids = batch.token_ids[batch.starts[i] : batch.starts[i + 1]]
+        ids = batch.token_ids[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]]
         starts = np.array([0, len(ids)], np.int32)
         alone = backend.run(Batch(ids, starts, batch.outputs[:1]), slot=0).dense
         np.testing.assert_array_equal(alone[0], found[i])

@@ -36,7 +36,7 @@ def batch_for(checkpoint: Checkpoint) -> Batch:
         [draw.integers(4, vocabulary_size, length, dtype=np.int32) for length in LENGTHS]
     )
     outputs = np.full(len(LENGTHS), checkpoint.outputs, np.uint8)
-    return Batch(packed.token_ids, packed.starts, outputs)
+    return Batch(packed.token_ids, packed.cu_seqlens, outputs)
 
 
 @pytest.mark.parametrize(

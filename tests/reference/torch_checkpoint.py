@@ -145,16 +145,18 @@ def random_batch(
         sequences.append(ids.astype(np.int32))
     packed = Sequences.pack(sequences)
     wanted = outputs if isinstance(outputs, list) else [outputs] * len(lengths)
-    return Batch(packed.token_ids, packed.starts, np.array([int(one) for one in wanted], np.uint8))
+    return Batch(
+        packed.token_ids, packed.cu_seqlens, np.array([int(one) for one in wanted], np.uint8)
+    )
 
 
 def alone(batch: Batch, i: int) -> Batch:
     """Sequence *i* of *batch* in a batch of its own."""
-    token_ids = batch.token_ids[batch.starts[i] : batch.starts[i + 1]]
+    token_ids = batch.token_ids[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]]
     types = batch.token_types
     return Batch(
         token_ids,
         np.array([0, len(token_ids)], np.int32),
         batch.outputs[i : i + 1],
-        None if types is None else types[batch.starts[i] : batch.starts[i + 1]],
+        None if types is None else types[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]],
     )

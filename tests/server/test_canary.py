@@ -54,12 +54,12 @@ class Singer:
         self.asked += 1
         if isinstance(self.next, ServiceError):
             raise self.next
-        return Reply(Vectors(self.next[np.newaxis], (None,), (None,)), 0.0, 0.0)
+        return Reply(Vectors.of(self.next[np.newaxis], (None,), (None,)), 0.0, 0.0)
 
-    def check_room(self, token_count: int, *, tokens_ahead: int = 0) -> None:
+    def check_admission(self, token_count: int, *, tokens_ahead: int = 0) -> None:
         raise NotImplementedError
 
-    def spell(self, token_ids: Int32Array) -> list[str]:
+    def token_strings(self, token_ids: Int32Array) -> list[str]:
         return []
 
 

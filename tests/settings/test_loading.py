@@ -168,3 +168,19 @@ def test_the_home_folder_is_spelt_out() -> None:
 def test_no_auth_is_a_truth_or_anywhere(given: str, read: object) -> None:
     variables = {"TRIVEC_NO_AUTH": given, "TRIVEC_HOST": "::1" if read is True else "0.0.0.0"}
     assert load_settings({}, variables).no_auth == read
+
+
+def test_settings_of_an_older_name_are_read_under_the_new_one_with_a_warning(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "trivec.toml"
+    file.write_text("[line]\nwait_s_max = 7\n")
+    warnings: list[str] = []
+    settings = load_settings(
+        {"config": str(file)}, {"TRIVEC_LINE__TOKENS_MAX": "900"}, warn=warnings.append
+    )
+    assert (settings.queue.wait_s_max, settings.queue.tokens_max) == (7, 900)
+    assert [warning.split(";")[0] for warning in warnings] == [
+        f"line.wait_s_max in {file} is now called queue.wait_s_max",
+        "line.tokens_max in the environment is now called queue.tokens_max",
+    ]

@@ -14,7 +14,7 @@ from benchmarks.soak.service import MODEL, Service
 from tests.accounts.requests import statuses as written_down
 
 from trivec.engine.waiter import Waiter
-from trivec.settings import LineBound, Settings
+from trivec.settings import QueueLimits, Settings
 from trivec.tokenizer import Tokenizer
 
 LINE_TOKENS_MAX = 5_000
@@ -22,7 +22,7 @@ FLOOD = 200
 TEXTS = ["a few words that are always the same"] * 40
 TOKENS = 40 * 10  # eight words and two special tokens a text
 SETTINGS = Settings(
-    line=LineBound(
+    queue=QueueLimits(
         tokens_max=LINE_TOKENS_MAX,
         wait_s_max=1e6,
         first_batch_s_max=1e6,

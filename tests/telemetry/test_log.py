@@ -12,10 +12,10 @@ from tests.telemetry.events import batch, loaded, request
 
 from trivec.core.events import (
     Event,
-    LineChanged,
     PhaseChanged,
+    QueueChanged,
     RowNotFinite,
-    WorkerReplaced,
+    WorkerRestarted,
 )
 from trivec.telemetry import RequestLog, configure_log
 
@@ -118,7 +118,7 @@ def test_a_line_cannot_be_broken_by_what_a_client_sends() -> None:
     [
         pytest.param(batch(failed=True), "batch_failed", "warning", id="a-failed-batch"),
         pytest.param(
-            WorkerReplaced(1, "ValueError"), "worker_replaced", "error", id="a-dead-worker"
+            WorkerRestarted(1, "ValueError"), "worker_replaced", "error", id="a-dead-worker"
         ),
         pytest.param(
             RowNotFinite("m", recovered=True), "row_not_finite", "warning", id="a-bad-row"
@@ -139,7 +139,7 @@ def test_a_loaded_models_line_shows_its_certificate() -> None:
 
 
 def test_batches_and_line_depths_are_metrics_and_no_lines() -> None:
-    assert lines(batch(), LineChanged("m", 1, 2)) == []
+    assert lines(batch(), QueueChanged("m", 1, 2)) == []
 
 
 def test_other_libraries_speak_json_too() -> None:
@@ -181,7 +181,7 @@ def test_lines_below_the_level_are_not_written() -> None:
     out = io.StringIO()
     configure_log("json", stream=out, level="warning")
     RequestLog().observe(request())
-    RequestLog().observe(WorkerReplaced(0, "ValueError"))
+    RequestLog().observe(WorkerRestarted(0, "ValueError"))
     assert [json.loads(line)["event"] for line in out.getvalue().splitlines()] == [
         "worker_replaced"
     ]

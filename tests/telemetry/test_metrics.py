@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.telemetry.events import batch, loaded, request
 
-from trivec.core.events import Event, LineChanged, PhaseChanged, RowNotFinite, WorkerReplaced
+from trivec.core.events import Event, PhaseChanged, QueueChanged, RowNotFinite, WorkerRestarted
 from trivec.telemetry import Metrics
 from trivec.telemetry.metrics import route_and_method, status_class
 from trivec.telemetry.table import PROCESS_SERIES_MAX, SERIES_MAX, TABLE
@@ -76,12 +76,12 @@ M = 'model="baai/bge-m3"'
             id="a-failed-batch-is-told-from-a-good-one",
         ),
         pytest.param(
-            LineChanged("baai/bge-m3", requests=7, tokens=900),
-            {f"trivec_line_requests{{{M}}}": 7, f"trivec_line_tokens{{{M}}}": 900},
+            QueueChanged("baai/bge-m3", requests=7, tokens=900),
+            {f"trivec_queue_requests{{{M}}}": 7, f"trivec_queue_tokens{{{M}}}": 900},
             id="the-line-has-its-depth",
         ),
         pytest.param(
-            WorkerReplaced(0, "ValueError"),
+            WorkerRestarted(0, "ValueError"),
             {"trivec_worker_restarts_total": 1},
             id="a-replaced-worker-is-counted",
         ),
@@ -143,9 +143,9 @@ def test_ten_thousand_of_everything_a_client_can_send_stay_within_the_series_bou
                 )
             )
         metrics.observe(batch(model=model, failed=i % 3 == 0))
-        metrics.observe(LineChanged(model, i, i))
+        metrics.observe(QueueChanged(model, i, i))
         metrics.observe(RowNotFinite(model, recovered=i % 3 == 0))
-        metrics.observe(WorkerReplaced(i, f"reason {i}"))
+        metrics.observe(WorkerRestarted(i, f"reason {i}"))
         metrics.observe(PhaseChanged(("ready", f"phase {i}")[i % 2], f"reason {i}"))
     page = metrics.page().decode()
     assert len(series(metrics)) <= SERIES_MAX

@@ -2,14 +2,14 @@
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from trivec.core.events import WorkerReplaced
+from trivec.core.events import WorkerRestarted
 from trivec.telemetry import Metrics, merged_pages
 from trivec.telemetry.table import WORKERS_REPLACED
 
 
 def test_every_series_says_whose_it_is_and_every_family_stands_once() -> None:
     one, other = Metrics(), Metrics()
-    other.observe(WorkerReplaced(slot=0, reason="a test"))
+    other.observe(WorkerRestarted(slot=0, reason="a test"))
     page = merged_pages({"api-1": one.page(), "engine": other.page()}).decode()
     families = list(text_string_to_metric_families(page))
     assert len({family.name for family in families}) == len(families)

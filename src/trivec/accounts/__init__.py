@@ -5,16 +5,16 @@ usage is appended, never edited.
 """
 
 from trivec.accounts.accounts import ANONYMOUS, FIXED, Accounts
-from trivec.accounts.booking import Booking
+from trivec.accounts.booking import Reservation
 from trivec.accounts.types import (
-    Allowance,
-    AllowanceState,
     Caller,
-    Closing,
     Key,
     KeyPlan,
     NewKey,
-    Opening,
+    RateLimits,
+    RateLimitState,
+    RequestMeta,
+    RequestUsage,
     Scope,
     Secret,
     StoreHealth,
@@ -27,15 +27,15 @@ __all__ = [
     "ANONYMOUS",
     "FIXED",
     "Accounts",
-    "Allowance",
-    "AllowanceState",
-    "Booking",
     "Caller",
-    "Closing",
     "Key",
     "KeyPlan",
     "NewKey",
-    "Opening",
+    "RateLimitState",
+    "RateLimits",
+    "RequestMeta",
+    "RequestUsage",
+    "Reservation",
     "Scope",
     "Secret",
     "StoreHealth",

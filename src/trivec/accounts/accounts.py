@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from trivec.accounts import keys
 from trivec.accounts.administration import FIXED_KEY_ID, OVERLAP_S, Administration
-from trivec.accounts.booking import Booking, MeteredBooking
+from trivec.accounts.booking import MeteredReservation, Reservation
 from trivec.accounts.desk import Desk
 from trivec.accounts.keyring import Keyring
 from trivec.accounts.secret import check_secret
@@ -23,7 +23,7 @@ from trivec.accounts.types import (
     Key,
     KeyPlan,
     NewKey,
-    Opening,
+    RequestMeta,
     Scope,
     StoreHealth,
     UsageLine,
@@ -110,11 +110,11 @@ class Accounts:
             raise unavailable()  # at once: it would wait for a read that does not come back
         return await self._keyring.find(bearer)
 
-    def book(self, caller: Caller, opening: Opening) -> Booking:
+    def reserve(self, caller: Caller, opening: RequestMeta) -> Reservation:
         """A booking for one request, which holds nothing yet; to be closed whatever happens."""
         if caller is ANONYMOUS:
-            return Booking()
-        return MeteredBooking(caller, opening, desk=self._desk)
+            return Reservation()
+        return MeteredReservation(caller, opening, desk=self._desk)
 
     async def create_first_key(self) -> NewKey | None:
         """The key to print at the first start; None where there is one, or none is needed.

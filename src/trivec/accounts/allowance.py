@@ -8,7 +8,7 @@ L of debt a microsecond. Nothing is ever rounded; with L <= 10**9 the debt stays
 
 from dataclasses import dataclass, replace
 
-from trivec.accounts.types import Allowance, AllowanceState
+from trivec.accounts.types import RateLimits, RateLimitState
 
 MINUTE_US = 60_000_000
 LIMIT_MAX = 1_000_000_000
@@ -48,7 +48,7 @@ class Shortage:
     retry_after_us: int
 
 
-def paid_off(bucket: Bucket, allowance: Allowance, *, now_us: int) -> Bucket:
+def paid_off(bucket: Bucket, allowance: RateLimits, *, now_us: int) -> Bucket:
     """*bucket* as of *now_us*. Time never runs backwards here: an earlier *now_us* changes nothing."""
     elapsed_us = max(0, now_us - bucket.at_us)
     return Bucket(
@@ -58,7 +58,7 @@ def paid_off(bucket: Bucket, allowance: Allowance, *, now_us: int) -> Bucket:
     )
 
 
-def reserve(bucket: Bucket, allowance: Allowance, cost: Cost, *, now_us: int) -> Bucket | Shortage:
+def reserve(bucket: Bucket, allowance: RateLimits, cost: Cost, *, now_us: int) -> Bucket | Shortage:
     """Take all of *cost* or nothing."""
     bucket = paid_off(bucket, allowance, now_us=now_us)
     shortage = _shortage(
@@ -73,7 +73,7 @@ def reserve(bucket: Bucket, allowance: Allowance, cost: Cost, *, now_us: int) ->
     )
 
 
-def give_back(bucket: Bucket, allowance: Allowance, cost: Cost, *, now_us: int) -> Bucket:
+def give_back(bucket: Bucket, allowance: RateLimits, cost: Cost, *, now_us: int) -> Bucket:
     """Undo a reservation; never more than what is still owed."""
     bucket = paid_off(bucket, allowance, now_us=now_us)
     return replace(
@@ -83,11 +83,11 @@ def give_back(bucket: Bucket, allowance: Allowance, cost: Cost, *, now_us: int) 
     )
 
 
-def state(bucket: Bucket, allowance: Allowance, *, now_us: int) -> AllowanceState:
+def state(bucket: Bucket, allowance: RateLimits, *, now_us: int) -> RateLimitState:
     """What is left, and how long until all of it is there again."""
     bucket = paid_off(bucket, allowance, now_us=now_us)
     requests, tokens = allowance.requests_per_minute, allowance.tokens_per_minute
-    return AllowanceState(
+    return RateLimitState(
         requests,
         _left(bucket.requests_debt, requests),
         _full_again_s(bucket.requests_debt, requests),

@@ -6,7 +6,7 @@ from trivec.accounts.allowance import NOTHING, Cost
 from trivec.accounts.desk import Desk
 from trivec.accounts.entries import ClaimRequest, Reserve, Settle
 from trivec.accounts.page import SUCCESS_BELOW
-from trivec.accounts.types import AllowanceState, Caller, Closing, Opening
+from trivec.accounts.types import Caller, RateLimitState, RequestMeta, RequestUsage
 from trivec.accounts.writer import Promise
 from trivec.core.errors import RequestTooLarge, StoreUnavailable
 
@@ -14,7 +14,7 @@ OUR_FAULT_FROM = 500
 ONE_REQUEST = Cost(requests=1)
 
 
-class Booking:
+class Reservation:
     """One request. Whoever made it closes it, whatever happens, whether it was let in or not.
 
     A call that is cancelled while the store is at it ends when the store is done: what it took is
@@ -23,26 +23,26 @@ class Booking:
     """
 
     def __init__(self) -> None:
-        self.state: AllowanceState | None = None  # None: the key has no limits, or nobody asked yet
+        self.state: RateLimitState | None = None  # None: the key has no limits, or nobody asked yet
         self.replayed = False  # already billed under its idempotency key: compute, do not bill
 
-    async def let_in(self, *, tokens_follow: bool = False) -> None:
+    async def acquire(self, *, tokens_follow: bool = False) -> None:
         """Take one request out of the allowance, and claim the idempotency key.
 
         *tokens_follow*: `reserve_tokens` will be called before any work is done, and may take the
-        request with them, in one commit. Raises `AllowanceExhausted`, `IdempotencyKeyReused`,
+        request with them, in one commit. Raises `RateLimitExceeded`, `IdempotencyKeyReused`,
         `IdempotencyInProgress` and `StoreUnavailable`.
         """
 
     async def reserve_tokens(self, count: int) -> None:
         """Take *count* tokens out of the allowance, before any work is done on them.
 
-        Where `let_in` left the request to be taken too, both or neither. Raises
-        `AllowanceExhausted`; `RequestTooLarge` when a full allowance would not hold them;
+        Where `acquire` left the request to be taken too, both or neither. Raises
+        `RateLimitExceeded`; `RequestTooLarge` when a full allowance would not hold them;
         `StoreUnavailable`.
         """
 
-    async def close(self, closing: Closing) -> None:
+    async def close(self, closing: RequestUsage) -> None:
         """Bill the request: its ledger row is durable when this returns. A failure is billed zero.
 
         Where we refused a request of a key without limits, its row is on its way. Raises
@@ -51,10 +51,10 @@ class Booking:
         """
 
 
-class MeteredBooking(Booking):
+class MeteredReservation(Reservation):
     """The booking of a caller that has a key."""
 
-    def __init__(self, caller: Caller, opening: Opening, *, desk: Desk) -> None:
+    def __init__(self, caller: Caller, opening: RequestMeta, *, desk: Desk) -> None:
         super().__init__()
         self._caller = caller
         self._opening = opening
@@ -65,7 +65,7 @@ class MeteredBooking(Booking):
         self._claim: ClaimRequest | None = None
         self._closed = False
 
-    async def let_in(self, *, tokens_follow: bool = False) -> None:
+    async def acquire(self, *, tokens_follow: bool = False) -> None:
         self._desk.check_writable()
         claim = self._desk.claim(self._caller, self._opening)
         if claim is not None or self._caller.allowance is not None:
@@ -86,7 +86,7 @@ class MeteredBooking(Booking):
         if cost != NOTHING:
             await self._reserve(cost)
 
-    async def close(self, closing: Closing) -> None:
+    async def close(self, closing: RequestUsage) -> None:
         if self._closed:
             return
         self._closed = True

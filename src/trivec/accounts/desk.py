@@ -4,7 +4,7 @@ from trivec.accounts import keys
 from trivec.accounts.entries import ClaimName, ClaimRequest, LedgerRow, Reserve, Settle
 from trivec.accounts.page import SUCCESS_BELOW
 from trivec.accounts.store import unavailable
-from trivec.accounts.types import AllowanceState, Caller, Closing, Opening
+from trivec.accounts.types import Caller, RateLimitState, RequestMeta, RequestUsage
 from trivec.accounts.writer import Promise, Writer
 from trivec.core.ports import Clock
 
@@ -18,7 +18,7 @@ class Desk:
         self._writer = writer
         self._clock = clock
         self._secret = secret
-        self._seen: dict[str, AllowanceState] = {}  # by key id: what it had left when last asked
+        self._seen: dict[str, RateLimitState] = {}  # by key id: what it had left when last asked
 
     @property
     def is_writable(self) -> bool:
@@ -34,7 +34,7 @@ class Desk:
         """May raise, when awaited, what `Writer.submit` says."""
         return self._writer.submit(entry)
 
-    def remember(self, key_id: str, state: AllowanceState) -> None:
+    def remember(self, key_id: str, state: RateLimitState) -> None:
         self._seen[key_id] = state
 
     def has_plenty(self, key_id: str) -> bool:
@@ -48,14 +48,14 @@ class Desk:
         limit, remaining = seen.limit_requests, seen.remaining_requests
         return limit is None or remaining is None or remaining > limit * PLENTY_SHARE
 
-    def claim(self, caller: Caller, opening: Opening) -> ClaimRequest | None:
+    def claim(self, caller: Caller, opening: RequestMeta) -> ClaimRequest | None:
         if opening.idempotency_key is None:
             return None
         digest = self._pseudonym(opening.idempotency_key, purpose="idempotency")
         name = ClaimName(caller.key_id, digest)
         return ClaimRequest(name, opening.body_digest, self._writer.owner)
 
-    def row(self, caller: Caller, opening: Opening, closing: Closing) -> LedgerRow:
+    def row(self, caller: Caller, opening: RequestMeta, closing: RequestUsage) -> LedgerRow:
         """The row of a request that is billed what it computed, or nothing if it failed."""
         user = closing.user
         return LedgerRow(

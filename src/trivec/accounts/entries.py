@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 from trivec.accounts.allowance import NOTHING, Cost
-from trivec.accounts.types import Allowance, AllowanceState
-from trivec.core.errors import AllowanceError
+from trivec.accounts.types import RateLimits, RateLimitState
+from trivec.core.errors import RateLimitError
 
 
 class ClaimName(NamedTuple):
@@ -49,7 +49,7 @@ class Reserve:
     """Take *cost* out of a key's allowance, and the claim, or refuse both."""
 
     key_id: str
-    allowance: Allowance | None
+    allowance: RateLimits | None
     cost: Cost
     claim: ClaimRequest | None = None
 
@@ -89,7 +89,7 @@ class Settle:
     """Write a request down, give back what it did not use, and finish or drop its claim."""
 
     row: LedgerRow
-    allowance: Allowance | None = None
+    allowance: RateLimits | None = None
     unused: Cost = NOTHING
     claim: ClaimRequest | None = None
 
@@ -112,11 +112,11 @@ Entry: TypeAlias = Reserve | Settle | Upkeep
 class Granted:
     """What was asked for is written."""
 
-    state: AllowanceState | None = None
+    state: RateLimitState | None = None
     replayed: bool = False  # this request was already billed under its idempotency key
 
 
-Outcome: TypeAlias = Granted | AllowanceError
+Outcome: TypeAlias = Granted | RateLimitError
 
 
 @dataclass(frozen=True, slots=True)

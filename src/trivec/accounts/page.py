@@ -24,9 +24,9 @@ from trivec.accounts.entries import (
     Settle,
     Upkeep,
 )
-from trivec.accounts.types import Allowance, AllowanceState
+from trivec.accounts.types import RateLimits, RateLimitState
 from trivec.accounts.utc import DAY_US
-from trivec.core.errors import AllowanceExhausted, IdempotencyInProgress, IdempotencyKeyReused
+from trivec.core.errors import IdempotencyInProgress, IdempotencyKeyReused, RateLimitExceeded
 
 CLAIM_HELD_US = 15 * SECOND_US  # without a sign of life from its process
 CLAIM_KEPT_US = 24 * 3600 * SECOND_US
@@ -151,7 +151,7 @@ class Page:
             expires_us=self.now_us + CLAIM_KEPT_US,
         )
 
-    def _put_bucket(self, key_id: str, bucket: Bucket, limits: Allowance) -> AllowanceState:
+    def _put_bucket(self, key_id: str, bucket: Bucket, limits: RateLimits) -> RateLimitState:
         self._buckets[key_id] = self.buckets_changed[key_id] = bucket
         return arithmetic.state(bucket, limits, now_us=self.now_us)
 
@@ -198,8 +198,8 @@ def claims_touched(entries: Iterable[Entry]) -> list[ClaimName]:
     return sorted({claim.name for claim in claims if claim is not None})
 
 
-def _exhausted(shortage: Shortage) -> AllowanceExhausted:
-    return AllowanceExhausted(
+def _exhausted(shortage: Shortage) -> RateLimitExceeded:
+    return RateLimitExceeded(
         kind=shortage.kind,
         limit=shortage.limit,
         requested=shortage.requested,

@@ -19,7 +19,7 @@ class Scope(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Allowance:
+class RateLimits:
     """What a key may spend a minute, refilled continuously; the burst is one minute's worth."""
 
     requests_per_minute: int | None = None  # None: no limit
@@ -34,7 +34,7 @@ class Caller:
     name: str
     scopes: frozenset[Scope]
     models: frozenset[str] | None = None  # None: every model
-    allowance: Allowance | None = None  # None: no limit
+    allowance: RateLimits | None = None  # None: no limit
     expires_us: int | None = None
     truncate: str | None = None  # as in a request: none, end or start; None: as the server does
 
@@ -61,7 +61,7 @@ class Caller:
             other.models is not None and other.models <= self.models
         ):
             raise GrantDenied(param="models", most=", ".join(sorted(self.models)))
-        own = self.allowance or Allowance()
+        own = self.allowance or RateLimits()
         for param in ("requests_per_minute", "tokens_per_minute"):
             most, asked = getattr(own, param), getattr(other.allowance, param)
             if most is not None and (asked is None or asked > most):
@@ -73,7 +73,7 @@ class Caller:
 
 
 @dataclass(frozen=True, slots=True)
-class AllowanceState:
+class RateLimitState:
     """What the `x-ratelimit-*` headers say. Each is None where the key has no such limit."""
 
     limit_requests: int | None
@@ -85,7 +85,7 @@ class AllowanceState:
 
 
 @dataclass(frozen=True, slots=True)
-class Opening:
+class RequestMeta:
     """What is known of a request before any work is done for it."""
 
     request_id: str  # ours, unique for ever
@@ -95,7 +95,7 @@ class Opening:
 
 
 @dataclass(frozen=True, slots=True)
-class Closing:
+class RequestUsage:
     """What a request came to."""
 
     status: int  # the HTTP status that was answered; below 400 is a success
@@ -127,7 +127,7 @@ class Key:
     name: str
     scopes: frozenset[Scope]
     models: frozenset[str] | None
-    allowance: Allowance
+    allowance: RateLimits
     created_us: int
     expires_us: int | None = None
     revoked_us: int | None = None
@@ -138,7 +138,7 @@ class Key:
         return self.revoked_us is None and (self.expires_us is None or now_us < self.expires_us)
 
     def caller(self) -> Caller:
-        limited = self.allowance != Allowance()
+        limited = self.allowance != RateLimits()
         allowance = self.allowance if limited else None
         return Caller(
             self.id,
@@ -166,7 +166,7 @@ class KeyPlan:
     name: str
     scopes: frozenset[Scope] = frozenset({Scope.EMBED})
     models: frozenset[str] | None = None
-    allowance: Allowance = Allowance()
+    allowance: RateLimits = RateLimits()
     expires_us: int | None = None
     truncate: str | None = None
 

@@ -117,7 +117,7 @@ class Writer:
     def submit(self, entry: Entry) -> Promise:
         """Have *entry* committed; called on an event loop, which is woken once for a whole group.
 
-        The promise may raise `AllowanceError` or `StoreUnavailable`.
+        The promise may raise `RateLimitError` or `StoreUnavailable`.
         """
         loop = asyncio.get_running_loop()
         promise = Promise(loop=loop)

@@ -9,11 +9,11 @@ from msgspec import UNSET, UnsetType, structs
 from trivec.accounts import (
     FIXED,
     Accounts,
-    Allowance,
     Caller,
     Key,
     KeyPlan,
     NewKey,
+    RateLimits,
     Scope,
     UsageBy,
     UsageLine,
@@ -57,7 +57,7 @@ class Admin:
             name=asked.name,
             scopes=frozenset(Scope(word) for word in asked.scopes or ["embed"]),
             models=None if asked.models is None else frozenset(asked.models),
-            allowance=Allowance(asked.requests_per_minute, asked.tokens_per_minute),
+            allowance=RateLimits(asked.requests_per_minute, asked.tokens_per_minute),
             expires_us=_expiry_us(asked.expires),
             truncate=asked.truncate,
         )

@@ -94,7 +94,7 @@ async def _gather(visit: Visit, limits: HttpLimits, *, counts_pieces: bool) -> b
 async def drop_rest_of_body(visit: Visit, limits: HttpLimits) -> None:
     """Read and drop what is left of the body of a request that has been answered.
 
-    Closing a connection with bytes unread resets it, and the client loses the answer that it has
+    RequestUsage a connection with bytes unread resets it, and the client loses the answer that it has
     not read yet: most send all of a body before they look. Bounded in bytes, in seconds, and in
     seconds without a byte; whoever sends on after that is cut off.
     """

@@ -42,7 +42,7 @@ class Embeddings:
 
     async def __call__(self, visit: Visit) -> Answer:
         body = await read_json_body(visit, self._limits)
-        self._shelf.check_room()  # after reading: a connection with an unread body is lost
+        self._shelf.check_admission()  # after reading: a connection with an unread body is lost
         question = embeddings_question(body, self._limits)
         visit.user, visit.input_count = question.user, len(question.inputs)
         embedder = self._shelf.find(question.model, visit)
@@ -53,7 +53,7 @@ class Embeddings:
         likely = min(
             guess.tokens_of(question.inputs, embedder.card), self._limits.request_tokens_max
         )
-        embedder.check_room(likely, tokens_ahead=guess.tokens_ahead(likely))
+        embedder.check_admission(likely, tokens_ahead=guess.tokens_ahead(likely))
         visit.watch()
         await self._meter.open(visit, body, tokens_follow=True)
         del body
@@ -119,6 +119,6 @@ async def _spell(vectors: Sequence[SparseVector | None], embedder: Embedder) -> 
     spelled = []
     for vector in vectors:
         assert vector is not None, "strings are spelled only where sparse vectors were asked for"
-        spelled.append(embedder.spell(vector.token_ids))
+        spelled.append(embedder.token_strings(vector.token_ids))
         await asyncio.sleep(0)
     return spelled

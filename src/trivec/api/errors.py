@@ -51,7 +51,7 @@ TABLE: Mapping[type[ServiceError], Row] = MappingProxyType(
         e.BodyTooLarge: Row(413),
         e.MediaTypeUnsupported: Row(415),
         e.IdempotencyKeyReused: Row(422, "idempotency_key_reused"),
-        e.AllowanceExhausted: Row(429, "rate_limit_exceeded", "tokens"),  # or "requests"
+        e.RateLimitExceeded: Row(429, "rate_limit_exceeded", "tokens"),  # or "requests"
         e.EngineFault: Row(500, "internal_error", "server_error"),
         e.Overloaded: Row(503, "overloaded", "server_error"),
         e.Draining: Row(503, "draining", "server_error"),
@@ -81,7 +81,7 @@ def problem_of(error: ServiceError, *, request_id: str) -> Problem:
         )
     return Problem(
         message=message,
-        type=error.kind if isinstance(error, e.AllowanceExhausted) else row.type,
+        type=error.kind if isinstance(error, e.RateLimitExceeded) else row.type,
         param=_param_of(error),
         code=row.code,
     )

@@ -2,7 +2,7 @@
 
 from math import ceil
 
-from trivec.accounts import AllowanceState
+from trivec.accounts import RateLimitState
 from trivec.api.visit import Timings, Visit
 
 HeaderList = list[tuple[bytes, bytes]]
@@ -34,7 +34,7 @@ def server_timing(timings: Timings) -> bytes:
     )
 
 
-def ratelimit_headers(state: AllowanceState) -> HeaderList:
+def ratelimit_headers(state: RateLimitState) -> HeaderList:
     """OpenAI's six, of which those without a limit are left out."""
     headers: HeaderList = []
     for kind, limit, remaining, reset_s in (

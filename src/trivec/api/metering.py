@@ -7,11 +7,11 @@ import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from trivec.accounts import Accounts, Allowance, Caller, Closing, Opening
+from trivec.accounts import Accounts, Caller, RateLimits, RequestMeta, RequestUsage
 from trivec.accounts.allowance import Bucket, Cost, Shortage, reserve
 from trivec.api.errors import status_of
 from trivec.api.visit import Visit
-from trivec.core.errors import AllowanceExhausted, FieldInvalid
+from trivec.core.errors import FieldInvalid, RateLimitExceeded
 from trivec.core.ports import Clock
 from trivec.settings import HttpLimits
 
@@ -31,7 +31,7 @@ class Meter:
     async def open(self, visit: Visit, body: bytes, *, tokens_follow: bool = False) -> None:
         """Book the request: from here on its key has one request less.
 
-        With *tokens_follow*, `reserve_tokens` may be what takes it. Raises `AllowanceExhausted`,
+        With *tokens_follow*, `reserve_tokens` may be what takes it. Raises `RateLimitExceeded`,
         `IdempotencyKeyReused`, `IdempotencyInProgress`, `StoreUnavailable`, and `FieldInvalid` for
         an `Idempotency-Key` that cannot be one.
         """
@@ -42,14 +42,14 @@ class Meter:
                 f"{IDEMPOTENCY_KEY_CHARS_MAX}."
             )
         digest = b"" if key is None else _digest(visit, body)
-        opening = Opening(visit.request_id, visit.model, key, digest)
-        visit.booking = self._accounts.book(_caller(visit), opening)
-        await visit.booking.let_in(tokens_follow=tokens_follow)
+        opening = RequestMeta(visit.request_id, visit.model, key, digest)
+        visit.booking = self._accounts.reserve(_caller(visit), opening)
+        await visit.booking.acquire(tokens_follow=tokens_follow)
 
     async def reserve_tokens(self, visit: Visit, count: int) -> None:
         """Take *count* tokens out of the allowance of a request that is booked.
 
-        Raises `AllowanceExhausted`, `RequestTooLarge`, `StoreUnavailable`.
+        Raises `RateLimitExceeded`, `RequestTooLarge`, `StoreUnavailable`.
         """
         assert visit.booking is not None
         await visit.booking.reserve_tokens(count)
@@ -58,7 +58,7 @@ class Meter:
     async def row(self, visit: Visit) -> AsyncIterator[None]:
         """Write the request's row when the block ends, before the answer leaves.
 
-        Raises `AllowanceExhausted` for a key that sent too many requests which cost no tokens.
+        Raises `RateLimitExceeded` for a key that sent too many requests which cost no tokens.
         A block that raises costs its key no tokens; one that ends before it was booked, as with a
         malformed body, costs it nothing. Raises `StoreUnavailable` rather than lose a success.
         Cancelling it while it writes does not undo the row: the accounts room sees to that.
@@ -72,7 +72,7 @@ class Meter:
         await self._close(visit, 200)
 
     async def _close(self, visit: Visit, status: int) -> None:
-        closing = Closing(
+        closing = RequestUsage(
             status=status,
             input_count=visit.input_count,
             token_count=visit.tokens_served(status),
@@ -81,8 +81,8 @@ class Meter:
         )
         booking = visit.booking
         if booking is None:
-            opening = Opening(visit.request_id, visit.model, None, b"")
-            booking = self._accounts.book(_caller(visit), opening)
+            opening = RequestMeta(visit.request_id, visit.model, None, b"")
+            booking = self._accounts.reserve(_caller(visit), opening)
         if closing.token_count == 0 and status < OUR_FAULT_FROM and status != TOO_MANY:
             self._unpaid.charge(_caller(visit), now_s=self._clock.now_s())
         await booking.close(closing)
@@ -97,14 +97,14 @@ class UnpaidRate:
     """
 
     def __init__(self, requests_per_minute: int) -> None:
-        self._allowance = Allowance(requests_per_minute=requests_per_minute)
+        self._allowance = RateLimits(requests_per_minute=requests_per_minute)
         self._buckets: dict[str, Bucket] = {}
 
     def check(self, caller: Caller, *, now_s: float) -> None:
-        """Raise `AllowanceExhausted` while *caller* has used up its minute."""
+        """Raise `RateLimitExceeded` while *caller* has used up its minute."""
         found = self._reserve(caller, now_s)
         if isinstance(found, Shortage):
-            raise AllowanceExhausted(
+            raise RateLimitExceeded(
                 kind=found.kind,
                 limit=found.limit,
                 requested=found.requested,

@@ -29,12 +29,12 @@ class Shelf:
         visit.caller.require_model(embedder.card.names)
         return embedder
 
-    def check_room(self) -> None:
+    def check_admission(self) -> None:
         """Raise `Overloaded` when no model has room for even the smallest request there is."""
         refusal: BusyError | None = None
         for embedder in self._embedders.values():
             try:
-                embedder.check_room(TOKENS_MIN)
+                embedder.check_admission(TOKENS_MIN)
             except BusyError as busy:
                 refusal = busy
             else:

@@ -120,7 +120,7 @@ class Tokenize:
 def _tokenized(
     index: int, question: TokenizeQuestion, sequences: Sequences, embedder: Embedder
 ) -> TokenizedText:
-    start, end = sequences.starts[index : index + 2].tolist()
+    start, end = sequences.cu_seqlens[index : index + 2].tolist()
     token_ids = sequences.token_ids[start:end]
     return TokenizedText(
         object="tokens",
@@ -128,5 +128,5 @@ def _tokenized(
         token_ids=token_ids.tolist(),
         token_count=end - start,
         fits=end - start <= embedder.card.token_count_max and index not in sequences.truncated,
-        tokens=embedder.spell(token_ids) if question.return_tokens else None,
+        tokens=embedder.token_strings(token_ids) if question.return_tokens else None,
     )

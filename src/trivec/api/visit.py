@@ -11,7 +11,7 @@ from typing import Protocol
 
 from starlette.types import Receive, Scope
 
-from trivec.accounts import AllowanceState, Booking, Caller
+from trivec.accounts import Caller, RateLimitState, Reservation
 from trivec.api.memory import Held
 
 VISIT = "trivec.visit"  # where a visit lies in the ASGI scope
@@ -56,8 +56,8 @@ class Visit:
     path_params: Mapping[str, str] = field(default_factory=dict)
     route: str = "other"
     caller: Caller | None = None
-    booking: Booking | None = None
-    allowance: AllowanceState | None = None
+    booking: Reservation | None = None
+    allowance: RateLimitState | None = None
     user: str | None = None  # the client's word for its user, on its way to be hashed
     code: str | None = None  # of the error it is answered with
     message: str | None = None  # likewise, where the client is at fault

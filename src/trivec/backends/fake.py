@@ -109,14 +109,14 @@ class FakeBackend:
         sparse: list[SparseVector | None] = []
         multi: list[Float32Array | None] = []
         for i in range(len(batch)):
-            ids = batch.token_ids[batch.starts[i] : batch.starts[i + 1]]
+            ids = batch.token_ids[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]]
             wanted = Output(int(batch.outputs[i])) & self.outputs
             row_count = len(ids) if Output.MULTI in wanted else 1
             rows = _unit_rows(ids, row_count, self.dimensions)
             dense[i] = rows[0] * self._soundness(ids, exact=call.exact)
             sparse.append(_sparse(ids) if Output.SPARSE in wanted else None)
             multi.append(rows[1:] if Output.MULTI in wanted else None)
-        return Vectors(dense, tuple(sparse), tuple(multi))
+        return Vectors.of(dense, tuple(sparse), tuple(multi))
 
     def _soundness(self, ids: Int32Array, *, exact: bool) -> float:
         """1, or NaN where a poisoned token says so; raises where it says that."""

@@ -22,7 +22,9 @@ class HiddenRows:
 
     hidden: Float32Array  # [rows, hidden]
     token_ids: Int32Array  # [rows]
-    starts: Int32Array  # [sequences + 1]; with CLS pooling a sequence may have its first row only
+    cu_seqlens: (
+        Int32Array  # [sequences + 1]; with CLS pooling a sequence may have its first row only
+    )
     outputs: NDArray[np.uint8]  # [sequences]; Output flags
 
 
@@ -55,15 +57,15 @@ class Readout:
         if self.heads is not None:
             _fill_sparse(self.heads, rows, sparse)
             _fill_multi(self.heads, rows, multi)
-        return Vectors(dense, tuple(sparse), tuple(multi))
+        return Vectors.of(dense, tuple(sparse), tuple(multi))
 
     def _pool(self, rows: HiddenRows) -> Float32Array:
-        first = rows.starts[:-1]
+        first = rows.cu_seqlens[:-1]
         if self.pooling is Pooling.CLS:
             return rows.hidden[first]
         if self.pooling is Pooling.LAST:
-            return rows.hidden[rows.starts[1:] - 1]
-        lengths = np.diff(rows.starts).astype(np.float32)
+            return rows.hidden[rows.cu_seqlens[1:] - 1]
+        lengths = np.diff(rows.cu_seqlens).astype(np.float32)
         pooled: Float32Array = np.add.reduceat(rows.hidden, first, axis=0)
         pooled /= lengths[:, None]
         return pooled
@@ -86,7 +88,7 @@ def _fill_sparse(heads: Heads, rows: HiddenRows, sparse: list[SparseVector | Non
     asked = _asked(rows, Output.SPARSE)
     if not len(asked):
         return
-    lengths = np.diff(rows.starts)
+    lengths = np.diff(rows.cu_seqlens)
     wanted = np.repeat((rows.outputs & np.uint8(Output.SPARSE)) != 0, lengths)  # [rows]
     wanted &= ~np.isin(rows.token_ids, heads.ignored_token_ids)
     places = np.flatnonzero(wanted)
@@ -113,5 +115,5 @@ def _fill_sparse(heads: Heads, rows: HiddenRows, sparse: list[SparseVector | Non
 def _fill_multi(heads: Heads, rows: HiddenRows, multi: list[Float32Array | None]) -> None:
     """Token vectors of those who asked: `<s>` dropped, `</s>` kept."""
     for i in _asked(rows, Output.MULTI).tolist():
-        own = rows.hidden[rows.starts[i] + 1 : rows.starts[i + 1]]  # [tokens - 1, hidden]
+        own = rows.hidden[rows.cu_seqlens[i] + 1 : rows.cu_seqlens[i + 1]]  # [tokens - 1, hidden]
         multi[i] = _unit(own @ heads.multi_weight.T + heads.multi_bias)

@@ -60,7 +60,7 @@ class Roles:
         """Be the engine process."""
 
         def life() -> int:
-            from trivec.assemble import check_models, load_models
+            from trivec.build import check_models, load_models
             from trivec.server.engine_process import live_as_engine
             from trivec.server.machine import usable_cores
 
@@ -74,8 +74,8 @@ class Roles:
         """Be an API process."""
 
         def life() -> int:
-            from trivec.assemble import Running
-            from trivec.assemble_several import DistantModels, call_engine
+            from trivec.build import Running
+            from trivec.build_several import DistantModels, call_engine
             from trivec.cli.greeting import Greeting
             from trivec.server.machine import usable_cores
             from trivec.server.serving import live

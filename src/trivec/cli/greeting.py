@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trivec import __version__
 from trivec.accounts import NewKey
-from trivec.assemble import Running, Served
+from trivec.build import Running, Served
 from trivec.settings import Settings
 
 FIRST_KEY_FILE = "first-key"  # in the data folder

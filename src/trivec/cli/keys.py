@@ -74,13 +74,13 @@ def create(
     as_json: AsJson = False,
 ) -> None:
     """Make a key and print it; it is never shown again."""
-    from trivec.accounts import Allowance, KeyPlan
+    from trivec.accounts import KeyPlan, RateLimits
 
     plan = KeyPlan(
         name,
         scopes=_scopes(scopes or ["embed"]),
         models=frozenset(models) if models else None,
-        allowance=Allowance(requests_per_minute, tokens_per_minute),
+        allowance=RateLimits(requests_per_minute, tokens_per_minute),
         expires_us=instant(expires, option="--expires", ahead=True),
         truncate=_truncate(truncate),
     )

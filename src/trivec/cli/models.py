@@ -204,7 +204,7 @@ def _verify_prepared(cache_dir: Path, *, as_json: bool) -> None:
 
 def _embedding(settings: Settings) -> Embed:
     """Load the one model of *settings*; a function from texts to its vectors, text by text."""
-    from trivec.assemble import choose, load_model
+    from trivec.build import choose, load_model
     from trivec.server.machine import usable_cores
     from trivec.tokenizer import Tokenizer
 
@@ -224,8 +224,8 @@ def _embedding(settings: Settings) -> Embed:
         for text in texts:
             one = asyncio.run(tokenizer.tokenize([text], long_text=LongText.REFUSE))
             flags = np.array([outputs & checkpoint.outputs], np.uint8)
-            rows.append(model.backend.run(Batch(one.token_ids, one.starts, flags), slot=0))
-        return Vectors(
+            rows.append(model.backend.run(Batch(one.token_ids, one.cu_seqlens, flags), slot=0))
+        return Vectors.of(
             dense=np.concatenate([row.dense for row in rows]),
             sparse=tuple(sparse for row in rows for sparse in row.sparse),
             multi=tuple(multi for row in rows for multi in row.multi),

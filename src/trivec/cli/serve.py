@@ -106,7 +106,7 @@ def _live(settings: Settings, listener: socket.socket, heart: Heart | None) -> i
     """The serving process, whole."""
 
     def life() -> int:
-        from trivec.assemble import check_models, load_models
+        from trivec.build import check_models, load_models
         from trivec.cli.greeting import Greeting
         from trivec.server.machine import usable_cores
         from trivec.server.serving import live

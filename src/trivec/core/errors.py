@@ -13,8 +13,8 @@ TrivecError
     │   └── RouteUnknown · MethodNotAllowed · ResourceUnknown
     ├── AccessError            the key must change
     │   └── KeyMissing · KeyInvalid · ModelDenied · ScopeMissing · GrantDenied
-    ├── AllowanceError         the client must wait, or mend its idempotency key
-    │   └── AllowanceExhausted · IdempotencyKeyReused · IdempotencyInProgress
+    ├── RateLimitError         the client must wait, or mend its idempotency key
+    │   └── RateLimitExceeded · IdempotencyKeyReused · IdempotencyInProgress
     ├── BusyError              we must recover; every one carries when to try again
     │   └── Overloaded · Draining · Loading · DeadlineExceeded · StoreUnavailable
     └── EngineFault            our mistake; the message is only for the log
@@ -236,11 +236,11 @@ class GrantDenied(AccessError):
         self.param = param
 
 
-class AllowanceError(ServiceError):
+class RateLimitError(ServiceError):
     """The client must wait, or mend its idempotency key."""
 
 
-class AllowanceExhausted(AllowanceError):
+class RateLimitExceeded(RateLimitError):
     """The key's own allowance is used up for now."""
 
     def __init__(
@@ -261,7 +261,7 @@ class AllowanceExhausted(AllowanceError):
         )
 
 
-class IdempotencyKeyReused(AllowanceError):
+class IdempotencyKeyReused(RateLimitError):
     """The same `Idempotency-Key` came with another body."""
 
     def __init__(self) -> None:
@@ -270,7 +270,7 @@ class IdempotencyKeyReused(AllowanceError):
         )
 
 
-class IdempotencyInProgress(AllowanceError):
+class IdempotencyInProgress(RateLimitError):
     """The first request with this `Idempotency-Key` is still running."""
 
     retry_after_s = 1.0

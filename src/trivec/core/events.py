@@ -45,7 +45,7 @@ class BatchRan:
 
 
 @dataclass(frozen=True, slots=True)
-class LineChanged:
+class QueueChanged:
     """The waiting line of one model grew or shrank."""
 
     model: str
@@ -54,7 +54,7 @@ class LineChanged:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerReplaced:
+class WorkerRestarted:
     """A worker's thread died of an exception and another took its slot."""
 
     slot: int
@@ -90,8 +90,8 @@ class PhaseChanged:
 Event: TypeAlias = (
     RequestServed
     | BatchRan
-    | LineChanged
-    | WorkerReplaced
+    | QueueChanged
+    | WorkerRestarted
     | RowNotFinite
     | ModelLoaded
     | PhaseChanged

@@ -50,7 +50,7 @@ class Embedder(Protocol):
         """
         ...
 
-    def check_room(self, token_count: int, *, tokens_ahead: int = 0) -> None:
+    def check_admission(self, token_count: int, *, tokens_ahead: int = 0) -> None:
         """Raise what `embed` would raise at once for *token_count* tokens or more: `Overloaded`.
 
         It is for refusing before there is anything to embed, and cheap. It reserves nothing, so a
@@ -59,7 +59,7 @@ class Embedder(Protocol):
         """
         ...
 
-    def spell(self, token_ids: Int32Array) -> list[str]:
+    def token_strings(self, token_ids: Int32Array) -> list[str]:
         """The vocabulary's own strings for *token_ids*."""
         ...
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntFlag
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,17 +50,17 @@ class Sequences:
     """Tokenised texts end to end, in the order the client gave them."""
 
     token_ids: Int32Array  # [tokens]
-    starts: Int32Array  # [sequences + 1]; sequence i is token_ids[starts[i]:starts[i + 1]]
+    cu_seqlens: Int32Array  # [sequences + 1]; sequence i is token_ids[starts[i]:starts[i + 1]]
     truncated: Mapping[int, Truncated] = field(  # by sequence index
         default_factory=lambda: NOTHING_TRUNCATED
     )
 
     def __post_init__(self) -> None:
-        assert self.starts[0] == 0
-        assert self.starts[-1] == len(self.token_ids)
+        assert self.cu_seqlens[0] == 0
+        assert self.cu_seqlens[-1] == len(self.token_ids)
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return len(self.cu_seqlens) - 1
 
     @property
     def token_count(self) -> int:
@@ -68,7 +68,7 @@ class Sequences:
 
     def lengths(self) -> Int32Array:
         """Tokens of each sequence, special tokens included: int32 `[sequences]`."""
-        return np.diff(self.starts)
+        return np.diff(self.cu_seqlens)
 
     @classmethod
     def pack(
@@ -96,17 +96,17 @@ class Batch:
     """
 
     token_ids: Int32Array  # [tokens]
-    starts: Int32Array  # [sequences + 1]
+    cu_seqlens: Int32Array  # [sequences + 1]
     outputs: NDArray[np.uint8]  # [sequences]; Output flags
     token_types: Int32Array | None = None  # [tokens]; None: all zero
 
     def __post_init__(self) -> None:
-        assert self.starts[0] == 0
-        assert self.starts[-1] == len(self.token_ids)
-        assert len(self.outputs) == len(self.starts) - 1
+        assert self.cu_seqlens[0] == 0
+        assert self.cu_seqlens[-1] == len(self.token_ids)
+        assert len(self.outputs) == len(self.cu_seqlens) - 1
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return len(self.cu_seqlens) - 1
 
     @property
     def token_count(self) -> int:
@@ -121,22 +121,60 @@ class SparseVector:
     weights: Float32Array  # [terms]
 
 
+Row: TypeAlias = Float32Array | SparseVector
+# Of one output, a row a sequence: one array where every sequence has a row of the same shape, else
+# a tuple with None where a sequence did not ask.
+Rows: TypeAlias = Float32Array | tuple[Row | None, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Vectors:
-    """One row a sequence, in the order given, float32 on the host.
+    """What a forward pass yielded: rows by output, one a sequence, in the order given.
 
-    `dense` is always filled. `sparse[i]` and `multi[i]` are None where they were not asked for.
+    Everything is float32 on the host. An output that no sequence asked for has no entry.
+    DENSE: `[sequences, dimensions]`, of length 1 where the model normalises; always there.
+    SPARSE: a `SparseVector` or None. MULTI: `[tokens - 1, dimensions]` or None.
     """
 
-    dense: Float32Array  # [sequences, dimensions], rows of length 1 where the model normalises
-    sparse: tuple[SparseVector | None, ...]  # [sequences]
-    multi: tuple[Float32Array | None, ...]  # [sequences] of [tokens - 1, dimensions]
+    rows: Mapping[Output, Rows]
 
     def __post_init__(self) -> None:
-        assert len(self.dense) == len(self.sparse) == len(self.multi)
+        assert Output.DENSE in self.rows
+        assert len({len(rows) for rows in self.rows.values()}) == 1
+
+    @classmethod
+    def of(
+        cls,
+        dense: Float32Array,
+        sparse: Sequence[SparseVector | None] = (),
+        multi: Sequence[Float32Array | None] = (),
+    ) -> "Vectors":
+        """From the rows of each output; those of nothing but None are left out."""
+        rows: dict[Output, Rows] = {Output.DENSE: dense}
+        for output, given in ((Output.SPARSE, sparse), (Output.MULTI, multi)):
+            if any(row is not None for row in given):
+                rows[output] = tuple(given)
+        return cls(rows)
 
     def __len__(self) -> int:
         return len(self.dense)
+
+    def __getitem__(self, output: Output) -> Rows:
+        """The rows of *output*, where any sequence asked for it; None for each otherwise."""
+        found = self.rows.get(output)
+        return (None,) * len(self) if found is None else found
+
+    @property
+    def dense(self) -> Float32Array:
+        return cast("Float32Array", self.rows[Output.DENSE])
+
+    @property
+    def sparse(self) -> tuple[SparseVector | None, ...]:
+        return cast("tuple[SparseVector | None, ...]", self[Output.SPARSE])
+
+    @property
+    def multi(self) -> tuple[Float32Array | None, ...]:
+        return cast("tuple[Float32Array | None, ...]", self[Output.MULTI])
 
 
 @dataclass(frozen=True, slots=True)

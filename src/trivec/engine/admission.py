@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trivec.settings import LineBound
+from trivec.settings import QueueLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Full:
     room_in_s: float
 
 
-def refusal(token_count: int, load: LineLoad, bound: LineBound) -> Full | None:
+def refusal(token_count: int, load: LineLoad, bound: QueueLimits) -> Full | None:
     """Why a request of *token_count* may not join; None when it may.
 
     A short queue admits everything however slow the device is: a client that waits a minute is
@@ -36,21 +36,21 @@ def refusal(token_count: int, load: LineLoad, bound: LineBound) -> Full | None:
     wait_s = load.tokens_before / load.tokens_per_s
     if wait_s > bound.wait_s_max:
         return Full(
-            f"this request would wait about {wait_s:.0f} s, more than line.wait_s_max, "
+            f"this request would wait about {wait_s:.0f} s, more than queue.wait_s_max, "
             f"{bound.wait_s_max:g} s",
             max(wait_s - bound.wait_s_max, _token_room_in_s(token_count, load, bound)),
         )
     room_in_s = _token_room_in_s(token_count, load, bound)
     if room_in_s > 0:
         return Full(
-            f"with this request's {token_count} they would be more than line.tokens_max, "
+            f"with this request's {token_count} they would be more than queue.tokens_max, "
             f"{bound.tokens_max}; there is room in about {room_in_s:.0f} s",
             room_in_s,
         )
     return None
 
 
-def _token_room_in_s(token_count: int, load: LineLoad, bound: LineBound) -> float:
+def _token_room_in_s(token_count: int, load: LineLoad, bound: QueueLimits) -> float:
     """Seconds until the queue's tokens leave room for *token_count*; at most 0 when they do."""
     if load.requests_waiting == 0:
         return 0.0

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from trivec.core.errors import Draining, EngineFault
-from trivec.core.events import LineChanged
+from trivec.core.events import QueueChanged
 from trivec.core.ports import Clock, Observer
 from trivec.engine.batcher import Share
 from trivec.engine.lane import Lane, next_lane
@@ -76,11 +76,11 @@ class Desk:
             lanes, self._lanes = self._lanes, ()
         return lanes
 
-    def check_room(self, lane: Lane, token_count: int, tokens_ahead: int) -> None:
+    def check_admission(self, lane: Lane, token_count: int, tokens_ahead: int) -> None:
         """Raise what `join` would for a request of *token_count*, or of more."""
         with self._changed:
             self._check_open()
-            lane.check_room(token_count, tokens_ahead)
+            lane.check_admission(token_count, tokens_ahead)
 
     def join(self, lane: Lane, waiter: Waiter) -> None:
         """Put *waiter* in *lane*'s line. Raises `Overloaded`, or `Draining` when stopping."""
@@ -233,7 +233,7 @@ class Desk:
             self.leave(lane, waiters)
             deliver([Answer(one, Draining(message, retry_after_s=RESTART_S)) for one in waiters])
 
-    def _tell(self, news: LineChanged | None) -> None:
+    def _tell(self, news: QueueChanged | None) -> None:
         if news is not None:
             self._observer.observe(news)
 

@@ -14,7 +14,7 @@ from trivec.engine.pace import Pace
 from trivec.engine.runner import Runner
 from trivec.engine.waiter import Waiter
 from trivec.engine.worker import Workers
-from trivec.settings import LineBound
+from trivec.settings import QueueLimits
 from trivec.tokenizer import Tokenizer
 
 
@@ -28,7 +28,7 @@ class Engine:
         tokenizer: Tokenizer | None,
         backend: Backend,
         workers: Workers,
-        bound: LineBound,
+        bound: QueueLimits,
         clock: Clock,
         observer: Observer,
     ) -> None:
@@ -58,12 +58,12 @@ class Engine:
         assert self._tokenizer is not None, "asked with text, and made for ids"
         return await self._tokenizer.tokenize(inputs, long_text=long_text, are_own=are_own)
 
-    def check_room(self, token_count: int, *, tokens_ahead: int = 0) -> None:
-        self._desk.check_room(self._lane, token_count, tokens_ahead)
+    def check_admission(self, token_count: int, *, tokens_ahead: int = 0) -> None:
+        self._desk.check_admission(self._lane, token_count, tokens_ahead)
 
-    def spell(self, token_ids: Int32Array) -> list[str]:
+    def token_strings(self, token_ids: Int32Array) -> list[str]:
         assert self._tokenizer is not None, "asked with text, and made for ids"
-        return self._tokenizer.spell(token_ids)
+        return self._tokenizer.token_strings(token_ids)
 
     async def embed(
         self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from trivec.core.errors import DeadlineExceeded, Overloaded
-from trivec.core.events import LineChanged
+from trivec.core.events import QueueChanged
 from trivec.core.ports import Backend
 from trivec.core.retry import spread_retry_s
 from trivec.core.types import BatchBudget
@@ -19,7 +19,7 @@ from trivec.engine.line import Line
 from trivec.engine.pace import Pace
 from trivec.engine.runner import Outcome, Runner
 from trivec.engine.waiter import Waiter
-from trivec.settings import LineBound
+from trivec.settings import QueueLimits
 
 # Free slots share what waits, but not into rows too short to be worth their overhead.
 SPLIT_MAX = 4
@@ -31,7 +31,7 @@ class Lane:
 
     model: str
     backend: Backend
-    bound: LineBound
+    bound: QueueLimits
     runner: Runner
     pace: Pace
     budget: BatchBudget
@@ -39,15 +39,15 @@ class Lane:
     line: Line[Waiter] = field(default_factory=Line)
     open: set[Waiter] = field(default_factory=set)  # unanswered; touched on the loop alone
     device_s: float = 0.0  # spent on it, by which lanes share the slots
-    requests_told: int = 0  # what the last LineChanged said
+    requests_told: int = 0  # what the last QueueChanged said
     jitter: Callable[[], float] = random.random  # in [0, 1), for Retry-After
 
     def admit(self, waiter: Waiter) -> None:
         """Put *waiter* in line, or raise `Overloaded`."""
-        self.check_room(waiter.tokens_left)
+        self.check_admission(waiter.tokens_left)
         self.line.join(waiter)
 
-    def check_room(self, token_count: int, tokens_ahead: int = 0) -> None:
+    def check_admission(self, token_count: int, tokens_ahead: int = 0) -> None:
         """Raise `Overloaded` unless a request of *token_count* may join after *tokens_ahead*.
 
         What is refused to a request is refused to every larger one.
@@ -133,12 +133,12 @@ class Lane:
         tokens_max = max(floor, min(self.budget.tokens_max, starved_tokens // 2))
         self.budget = BatchBudget(tokens_max, self.budget.sequences_max)
 
-    def news(self) -> LineChanged | None:
+    def news(self) -> QueueChanged | None:
         """The line's depth, if it differs from what was last told."""
         if len(self.line) == self.requests_told:
             return None
         self.requests_told = len(self.line)
-        return LineChanged(self.model, len(self.line), self.line.token_count)
+        return QueueChanged(self.model, len(self.line), self.line.token_count)
 
 
 def next_lane(lanes: Sequence[Lane]) -> Lane | None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trivec.core.types import Float32Array, SparseVector, Vectors
+from trivec.core.types import Float32Array, Output, Row, Rows, SparseVector, Vectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Part:
 
 def slice_rows(vectors: Vectors, begin: int, end: int) -> Vectors:
     """Rows *begin* to *end*, as views."""
-    return Vectors(vectors.dense[begin:end], vectors.sparse[begin:end], vectors.multi[begin:end])
+    return Vectors({output: rows[begin:end] for output, rows in vectors.rows.items()})
 
 
 def assemble(parts: Sequence[Part], sequence_count: int) -> Vectors:
@@ -26,24 +26,33 @@ def assemble(parts: Sequence[Part], sequence_count: int) -> Vectors:
     first = parts[0]
     if len(parts) == 1 and first.indices == list(range(sequence_count)):
         return first.vectors
-    dimensions = first.vectors.dense.shape[1]
-    dense: Float32Array = np.empty((sequence_count, dimensions), np.float32)
-    sparse: list[SparseVector | None] = [None] * sequence_count
-    multi: list[Float32Array | None] = [None] * sequence_count
-    for part in parts:
-        dense[part.indices] = part.vectors.dense
-        for row, i in enumerate(part.indices):
-            sparse[i] = part.vectors.sparse[row]
-            multi[i] = part.vectors.multi[row]
-    return Vectors(dense, tuple(sparse), tuple(multi))
+    gathered: dict[Output, Rows] = {}
+    for output in {output for part in parts for output in part.vectors.rows}:
+        rows = first.vectors[output]
+        if isinstance(rows, np.ndarray):
+            array: Float32Array = np.empty((sequence_count, *rows.shape[1:]), np.float32)
+            for part in parts:
+                array[part.indices] = np.asarray(part.vectors[output])
+            gathered[output] = array
+            continue
+        listed: list[Row | None] = [None] * sequence_count
+        for part in parts:
+            for i, row in zip(part.indices, part.vectors[output], strict=True):
+                listed[i] = row
+        gathered[output] = tuple(listed)
+    return Vectors(gathered)
 
 
 def unsound_rows(vectors: Vectors) -> list[int]:
     """Rows that hold NaN or infinity in any of their vectors."""
-    unsound = set(np.flatnonzero(~np.isfinite(vectors.dense).all(axis=1)).tolist())
-    for row, (sparse, multi) in enumerate(zip(vectors.sparse, vectors.multi, strict=True)):
-        if sparse is not None and not np.isfinite(sparse.weights).all():
-            unsound.add(row)
-        if multi is not None and not np.isfinite(multi).all():
-            unsound.add(row)
+    unsound: set[int] = set()
+    for rows in vectors.rows.values():
+        if isinstance(rows, np.ndarray):
+            is_finite = np.isfinite(rows).reshape(len(rows), -1).all(axis=1)
+            unsound.update(np.flatnonzero(~is_finite).tolist())
+            continue
+        for i, row in enumerate(rows):
+            numbers = row.weights if isinstance(row, SparseVector) else row
+            if numbers is not None and not np.isfinite(numbers).all():
+                unsound.add(i)
     return sorted(unsound)

@@ -53,11 +53,11 @@ def pack(shares: Sequence[Share[R]]) -> Batch:
     if len(shares) == 1 and len(shares[0].request.order) == 1:  # a lone text: nothing to copy
         alone = shares[0].request
         outputs = np.array([alone.outputs], np.uint8)
-        return Batch(alone.sequences.token_ids, alone.sequences.starts, outputs)
+        return Batch(alone.sequences.token_ids, alone.sequences.cu_seqlens, outputs)
     pieces = []
     flags: list[int] = []
     for share in shares:
-        token_ids, starts = share.request.sequences.token_ids, share.request.sequences.starts
+        token_ids, starts = share.request.sequences.token_ids, share.request.sequences.cu_seqlens
         pieces += [token_ids[starts[i] : starts[i + 1]] for i in share.indices]
         flags += [share.request.outputs] * len(share.indices)
     starts = np.zeros(len(pieces) + 1, np.int32)
@@ -109,7 +109,7 @@ class Runner:
         return outcome
 
     def _call(self, batch: Batch, slot: int, pace: Pace, outcome: Outcome[R]) -> Vectors:
-        cost = work(np.diff(batch.starts).tolist())
+        cost = work(np.diff(batch.cu_seqlens).tolist())
         self._calls.began(slot, self._model, pace.expected_s(cost))
         began_s = self._clock.now_s()
         failed = True

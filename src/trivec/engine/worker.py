@@ -8,7 +8,7 @@ import asyncio
 import threading
 
 from trivec.core.errors import DeviceLost
-from trivec.core.events import BatchRan, WorkerReplaced
+from trivec.core.events import BatchRan, WorkerRestarted
 from trivec.core.ports import Clock, Observer
 from trivec.engine.desk import Desk, Job
 from trivec.engine.heartbeat import Calls, Heartbeat
@@ -130,7 +130,7 @@ class Workers:
             self._report_loss(slot, f"{self._deaths[slot]} threads died in a row: {exc!r}")
             return
         try:
-            self._observer.observe(WorkerReplaced(slot, reason=repr(exc)))
+            self._observer.observe(WorkerRestarted(slot, reason=repr(exc)))
         finally:
             self._start_thread(slot, inherited)
 

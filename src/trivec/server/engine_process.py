@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from trivec.assemble import Models, loaded_event
-from trivec.assemble_several import Backroom, engine_end, open_backroom
+from trivec.build import Models, loaded_event
+from trivec.build_several import Backroom, engine_end, open_backroom
 from trivec.core.events import PhaseChanged
 from trivec.core.health import Phase
 from trivec.server.collecting import spare_what_stays

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from trivec.accounts import NewKey
-from trivec.assemble import Front, Running, loaded_event, open_front
+from trivec.build import Front, Running, loaded_event, open_front
 from trivec.core.errors import SettingInvalid, StoreUnavailable
 from trivec.core.events import PhaseChanged
 from trivec.core.health import Health

@@ -15,12 +15,12 @@ import structlog
 from trivec.core.events import (
     BatchRan,
     Event,
-    LineChanged,
     ModelLoaded,
     PhaseChanged,
+    QueueChanged,
     RequestServed,
     RowNotFinite,
-    WorkerReplaced,
+    WorkerRestarted,
 )
 from trivec.telemetry.outlet import Outlet
 
@@ -119,9 +119,9 @@ class RequestLog:
                 tell("request", **request_fields(event), message=event.message)
             case BatchRan(failed=True):
                 self._log.warning("batch_failed", **_fields(event))
-            case BatchRan() | LineChanged():
+            case BatchRan() | QueueChanged():
                 pass
-            case WorkerReplaced():
+            case WorkerRestarted():
                 self._log.error("worker_replaced", **_fields(event))
             case RowNotFinite():
                 self._log.warning("row_not_finite", **_fields(event))
@@ -173,7 +173,7 @@ def model_fields(event: ModelLoaded) -> dict[str, object]:
     }
 
 
-def _fields(event: BatchRan | WorkerReplaced | RowNotFinite) -> Mapping[str, object]:
+def _fields(event: BatchRan | WorkerRestarted | RowNotFinite) -> Mapping[str, object]:
     return {name: getattr(event, name) for name in event.__slots__}
 
 

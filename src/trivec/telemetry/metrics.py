@@ -16,12 +16,12 @@ from trivec import __version__
 from trivec.core.events import (
     BatchRan,
     Event,
-    LineChanged,
     ModelLoaded,
     PhaseChanged,
+    QueueChanged,
     RequestServed,
     RowNotFinite,
-    WorkerReplaced,
+    WorkerRestarted,
 )
 from trivec.telemetry import table
 from trivec.telemetry.table import OTHER
@@ -60,8 +60,8 @@ class Metrics:
         self._hear: dict[type[Event], Callable[[Any], None]] = {
             RequestServed: self._request,
             BatchRan: self._batch,
-            LineChanged: self._line,
-            WorkerReplaced: self._worker,
+            QueueChanged: self._line,
+            WorkerRestarted: self._worker,
             RowNotFinite: self._row,
             ModelLoaded: self._model_loaded,
             PhaseChanged: self._phase,
@@ -118,12 +118,12 @@ class Metrics:
         tally.count(table.BATCH_TOKENS, model, by=event.tokens)
         tally.count(table.BATCH_SECONDS, model, by=event.duration_s)
 
-    def _line(self, event: LineChanged) -> None:
+    def _line(self, event: QueueChanged) -> None:
         model = self._model(event.model)
-        self._tally.set(table.LINE_REQUESTS, model, to=event.requests)
-        self._tally.set(table.LINE_TOKENS, model, to=event.tokens)
+        self._tally.set(table.QUEUE_REQUESTS, model, to=event.requests)
+        self._tally.set(table.QUEUE_TOKENS, model, to=event.tokens)
 
-    def _worker(self, event: WorkerReplaced) -> None:
+    def _worker(self, event: WorkerRestarted) -> None:
         self._tally.count(table.WORKERS_REPLACED)
 
     def _row(self, event: RowNotFinite) -> None:

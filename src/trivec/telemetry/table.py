@@ -184,15 +184,15 @@ BATCH_SECONDS = Metric(
     ("model",),
     _PER_MODEL,
 )
-LINE_REQUESTS = Metric(
-    "trivec_line_requests",
+QUEUE_REQUESTS = Metric(
+    "trivec_queue_requests",
     Kind.GAUGE,
     "Requests in the line now.",
     ("model",),
     _PER_MODEL,
 )
-LINE_TOKENS = Metric(
-    "trivec_line_tokens", Kind.GAUGE, "Tokens in the line now.", ("model",), _PER_MODEL
+QUEUE_TOKENS = Metric(
+    "trivec_queue_tokens", Kind.GAUGE, "Tokens in the line now.", ("model",), _PER_MODEL
 )
 WORKERS_REPLACED = Metric(
     "trivec_worker_restarts_total",
@@ -248,8 +248,8 @@ TABLE = (
     BATCH_FILL,
     BATCH_TOKENS,
     BATCH_SECONDS,
-    LINE_REQUESTS,
-    LINE_TOKENS,
+    QUEUE_REQUESTS,
+    QUEUE_TOKENS,
     WORKERS_REPLACED,
     LOG_LINES_DROPPED,
     ROWS_NOT_FINITE,

@@ -11,7 +11,7 @@ from sqlalchemy import Row
 from trivec.accounts.allowance import Bucket
 from trivec.accounts.entries import Claim, ClaimName, Count, LedgerRow
 from trivec.accounts.page import DayOf, Total
-from trivec.accounts.types import Allowance, Key, Scope, Secret
+from trivec.accounts.types import Key, RateLimits, Scope, Secret
 
 Values = dict[str, Any]  # the columns of one row, by name
 
@@ -52,7 +52,7 @@ def key_of(row: Row[Any], secrets: Iterable[Row[Any]]) -> Key:
         row.name,
         frozenset(Scope(scope) for scope in row.scopes.split()),
         None if row.models is None else frozenset(json.loads(row.models)),
-        Allowance(row.requests_per_minute, row.tokens_per_minute),
+        RateLimits(row.requests_per_minute, row.tokens_per_minute),
         row.created_us,
         row.expires_us,
         row.revoked_us,

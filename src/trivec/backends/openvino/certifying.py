@@ -209,7 +209,7 @@ class Trial:
                     lambda slot: encoder.run(batches[slot], slot=slot), range(self._slot_count)
                 )
             )
-        return Vectors(
+        return Vectors.of(
             dense=np.concatenate([part.dense for part in parts]),
             sparse=tuple(one for part in parts for one in part.sparse),
             multi=tuple(one for part in parts for one in part.multi),
@@ -217,4 +217,4 @@ class Trial:
 
 
 def _unpack(sequences: Sequences) -> list[Int32Array]:
-    return np.split(sequences.token_ids, sequences.starts[1:-1])
+    return np.split(sequences.token_ids, sequences.cu_seqlens[1:-1])

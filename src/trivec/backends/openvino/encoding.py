@@ -24,7 +24,7 @@ class BatchEncoder:
     def run(self, batch: Batch, *, slot: int) -> Vectors:
         """Vectors of *batch*, one entry a sequence; on the thread that owns *slot*."""
         whole = self._readout.needs_all_tokens(batch.outputs)  # [sequences]
-        rows = plan_rows(np.diff(batch.starts))
+        rows = plan_rows(np.diff(batch.cu_seqlens))
         parts = []
         for row in rows:
             packed = pack_row(
@@ -43,7 +43,7 @@ class BatchEncoder:
             HiddenRows(
                 hidden=hidden[: len(packed.kept_token_ids)],
                 token_ids=packed.kept_token_ids,
-                starts=packed.kept_starts,
+                cu_seqlens=packed.kept_starts,
                 outputs=batch.outputs[row.members],
             )
         )
@@ -61,4 +61,4 @@ def _in_order(rows: list[Row], parts: list[Vectors]) -> Vectors:
         for place, i in enumerate(row.members.tolist()):
             sparse[i] = part.sparse[place]
             multi[i] = part.multi[place]
-    return Vectors(dense, tuple(sparse), tuple(multi))
+    return Vectors.of(dense, tuple(sparse), tuple(multi))

@@ -66,12 +66,12 @@ def pack_row(
     *whole* (bool `[sequences of the batch]`) says whose tokens are all wanted back; of the others
     only the first token's hidden state is.
     """
-    lengths = batch.starts[row.members + 1] - batch.starts[row.members]  # [sequences]
+    lengths = batch.cu_seqlens[row.members + 1] - batch.cu_seqlens[row.members]  # [sequences]
     starts = np.zeros(len(lengths) + 1, np.int32)
     np.cumsum(lengths, out=starts[1:])
     tokens = np.arange(row.token_count, dtype=np.int32)
     offset = tokens - np.repeat(starts[:-1], lengths)  # [tokens]; within the sequence
-    source = offset + np.repeat(batch.starts[row.members], lengths)  # [tokens]; in the batch
+    source = offset + np.repeat(batch.cu_seqlens[row.members], lengths)  # [tokens]; in the batch
     place = offset + np.repeat(np.arange(len(lengths), dtype=np.int32) * row.length_size, lengths)
 
     lines = buffers.int32("tokens", 4, row.token_size)

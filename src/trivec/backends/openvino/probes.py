@@ -59,4 +59,4 @@ def _with_lengths(sentences: list[list[int]], token_count_max: int) -> list[list
 def as_batch(sequences: Sequences, outputs: Output) -> Batch:
     """*sequences* with the same *outputs* for each."""
     flags = np.full(len(sequences), int(outputs), np.uint8)
-    return Batch(sequences.token_ids, sequences.starts, flags)
+    return Batch(sequences.token_ids, sequences.cu_seqlens, flags)

@@ -31,10 +31,10 @@ def to_vectors(sent: Sent, batch: Batch, vocabulary_size: int) -> Vectors:
     multi: tuple[Float32Array | None, ...] = nothing
     if sent.multi is not None:
         wants = _wants(batch, Output.MULTI)
-        row_counts = np.where(wants, np.diff(batch.starts) - 1, 0)
+        row_counts = np.where(wants, np.diff(batch.cu_seqlens) - 1, 0)
         rows = np.split(sent.multi, np.cumsum(row_counts)[:-1])
         multi = tuple(row if wanted else None for row, wanted in zip(rows, wants, strict=True))
-    return Vectors(sent.dense, sparse, multi)
+    return Vectors.of(sent.dense, sparse, multi)
 
 
 def _wants(batch: Batch, output: Output) -> NDArray[np.bool_]:

@@ -30,7 +30,7 @@ GROUP_STRETCH_MAX = 1.25  # sequences are padded together up to this times the s
 class Spans:
     """Where the sequences of a batch lie, on the device and as the host knows it."""
 
-    starts: torch.Tensor  # int32 [sequences + 1]
+    cu_seqlens: torch.Tensor  # int32 [sequences + 1]
     lengths: tuple[int, ...]  # [sequences]
 
     @property
@@ -148,7 +148,7 @@ def _gather_group(sequences: Sequence[int], spans: Spans) -> _Group:
     places = starts[list(sequences), None] + np.where(is_real, columns, 0)
 
     def up(array: NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(array).to(spans.starts.device)
+        return torch.from_numpy(array).to(spans.cu_seqlens.device)
 
     mask = None if is_real.all() else up(is_real[:, None, None, :])
     return _Group(up(places), mask, up(np.flatnonzero(is_real)), up(places[is_real]))
@@ -186,7 +186,7 @@ class PackedAttention:
         self._is_torch = name.startswith("varlen")
 
     def over(self, spans: Spans) -> Attend:
-        starts, longest = spans.starts, spans.length_max
+        starts, longest = spans.cu_seqlens, spans.length_max
 
         def attend(
             q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec

@@ -48,7 +48,7 @@ def lay_out(batch: Batch, *, position_offset: int, shape: Shape | None = None) -
     assert shape.sequence_count >= sequences + (filler > 0), "filler is a sequence of its own"
 
     starts = np.full(shape.sequence_count + 1, shape.token_count, np.int32)
-    starts[: sequences + 1] = batch.starts
+    starts[: sequences + 1] = batch.cu_seqlens
     lengths = np.diff(starts)
     owners = np.repeat(np.arange(shape.sequence_count, dtype=np.int32), lengths)  # [tokens]
     words = np.zeros(ROWS * shape.token_count + len(starts), np.int32)
@@ -65,12 +65,12 @@ def lay_out(batch: Batch, *, position_offset: int, shape: Shape | None = None) -
 def rows_wanting(batch: Batch, output: Output) -> NDArray[np.int32]:
     """Indices of the tokens whose sequence asks for *output*: int32 `[rows]`, ascending."""
     wants = (batch.outputs & output.value) != 0  # [sequences]
-    return np.flatnonzero(np.repeat(wants, np.diff(batch.starts))).astype(np.int32)
+    return np.flatnonzero(np.repeat(wants, np.diff(batch.cu_seqlens))).astype(np.int32)
 
 
-def first_rows_left_out(rows: Int32Array, starts: Int32Array) -> Int32Array:
+def first_rows_left_out(rows: Int32Array, cu_seqlens: Int32Array) -> Int32Array:
     """*rows* without the first token of each sequence: what the multi-vectors are made of."""
-    return rows[~np.isin(rows, starts[:-1], assume_unique=True)]
+    return rows[~np.isin(rows, cu_seqlens[:-1], assume_unique=True)]
 
 
 def uniform_batch(length: int, budget: BatchBudget, outputs: Output) -> Batch:
@@ -78,6 +78,6 @@ def uniform_batch(length: int, budget: BatchBudget, outputs: Output) -> Batch:
     count = max(min(budget.tokens_max // length, budget.sequences_max), 1)
     return Batch(
         token_ids=np.zeros(count * length, np.int32),
-        starts=np.arange(count + 1, dtype=np.int32) * length,
+        cu_seqlens=np.arange(count + 1, dtype=np.int32) * length,
         outputs=np.full(count, outputs, np.uint8),
     )

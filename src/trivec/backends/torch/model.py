@@ -36,7 +36,7 @@ class Parts:
 
     def refuse(self, batch: Batch) -> None:
         """Stop at what only a mistake of ours sends down: a bad index takes a CUDA device with it."""
-        assert np.diff(batch.starts).max() <= self.config.token_count_max, "a text is too long"
+        assert np.diff(batch.cu_seqlens).max() <= self.config.token_count_max, "a text is too long"
         assert batch.token_ids.min() >= 0, "a token id is below the vocabulary"
         assert batch.token_ids.max() < self.config.vocab_size, "a token id is beyond it"
 
@@ -83,14 +83,14 @@ class DeviceModel:
         packed, hidden = self._encode(batch)
         heads = self.parts.heads
         # A replayed graph's layout ends in filler; the heads read the real sequences only.
-        tensors = [heads.dense(hidden, packed.spans.starts[: len(batch) + 1])]
+        tensors = [heads.dense(hidden, packed.spans.cu_seqlens[: len(batch) + 1])]
         sparse_rows = rows_wanting(batch, Output.SPARSE)
         if has_sparse := heads.sparse is not None and len(sparse_rows) > 0:
             best = heads.best_weights(hidden, packed, self.link.up(sparse_rows))
             tensors += [best.keys, best.weights]
         multi_rows = rows_wanting(batch, Output.MULTI)
         if has_multi := heads.multi is not None and len(multi_rows) > 0:
-            multi_rows = first_rows_left_out(multi_rows, batch.starts)
+            multi_rows = first_rows_left_out(multi_rows, batch.cu_seqlens)
             tensors.append(heads.token_vectors(hidden, self.link.up(multi_rows)))
         return _OnTheWay(self.link.down(tensors), has_sparse, has_multi)
 

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from trivec.assemble import Models, load_models, open_front
+from trivec.build import Models, load_models, open_front
 from trivec.cli.bench.texts import Workload
 from trivec.core.ports import Embedder
 from trivec.core.types import LongText, Output, Sequences
@@ -74,7 +74,7 @@ def deal(whole: Sequences, hands: int) -> list[Sequences]:
     """*whole* as up to *hands* requests, sequences dealt in turn so that each has every length."""
     ids = [
         whole.token_ids[start:end]
-        for start, end in zip(whole.starts[:-1], whole.starts[1:], strict=True)
+        for start, end in zip(whole.cu_seqlens[:-1], whole.cu_seqlens[1:], strict=True)
     ]
     return [Sequences.pack(ids[hand::hands]) for hand in range(min(hands, len(ids)))]
 

@@ -24,7 +24,7 @@ from trivec.core.errors import (
     ServiceError,
 )
 from trivec.core.types import ModelCard, Output, Reply, Sequences, SparseVector, Vectors
-from trivec.relay.frames import WireBroken
+from trivec.ipc.frames import WireBroken
 
 _ASK = struct.Struct("<HHII4xd")  # model, outputs, sequences, tokens, deadline in seconds
 _REPLY = struct.Struct("<IIIIdd")  # sequences, dense width, multi width, kinds, queue, compute
@@ -88,7 +88,7 @@ def write_ask(ask: Ask) -> list[memoryview]:
     deadline_s = math.inf if ask.deadline_s is None else ask.deadline_s
     counts = (len(sequences), sequences.token_count)
     head = _ASK.pack(ask.model, ask.outputs, *counts, deadline_s)
-    return [memoryview(head), _raw(sequences.starts), _raw(sequences.token_ids)]
+    return [memoryview(head), _raw(sequences.cu_seqlens), _raw(sequences.token_ids)]
 
 
 def read_ask(body: bytes | bytearray, cards: Sequence[ModelCard]) -> Ask:
@@ -156,7 +156,7 @@ def read_reply(body: bytes | bytearray) -> Reply:
         rows = cursor.take(np.float32, int(bounds[-1]) * multi_width)
         multi = tuple(np.split(rows.reshape(int(bounds[-1]), multi_width), bounds[:-1]))
     cursor.finish()
-    return Reply(Vectors(dense, sparse, multi), queue_s, compute_s)
+    return Reply(Vectors.of(dense, sparse, multi), queue_s, compute_s)
 
 
 def write_refusal(error: ServiceError) -> bytes:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from trivec.relay.frames import FrameReader, Kind, Message, WireBroken, frames_of, void
+from trivec.ipc.frames import FrameReader, Kind, Message, WireBroken, frames_of, void
 
 # Beyond it, whoever has more to send waits; each frame may pass it once, by its own length.
 UNSENT_BYTES_MAX = 1024 * 1024

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trivec import __version__
-from trivec.assemble import Certificate, Choice, Front, Models, by_name
+from trivec.build import Certificate, Choice, Front, Models, by_name
 from trivec.core.clock import SystemClock
 from trivec.core.ports import Clock, Embedder, Observer
 from trivec.core.types import ModelCard
-from trivec.relay.api_end import EngineLink, first_hello
-from trivec.relay.engine_end import EngineEnd
-from trivec.relay.messages import Hello, ModelHello
-from trivec.relay.remote import RemoteEmbedder
-from trivec.relay.wire import WireBounds
+from trivec.ipc.api_end import EngineLink, first_hello
+from trivec.ipc.engine_end import EngineEnd
+from trivec.ipc.messages import Hello, ModelHello
+from trivec.ipc.remote import RemoteEmbedder
+from trivec.ipc.wire import WireBounds
 from trivec.settings import HttpLimits, Settings
 from trivec.telemetry import Metrics, Observers, RequestLog, lines_dropped, merged_pages
 from trivec.tokenizer import Tokenizer

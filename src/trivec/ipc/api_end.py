@@ -17,8 +17,8 @@ from pathlib import Path
 from trivec.core.errors import Draining, Overloaded
 from trivec.core.retry import spread_retry_s
 from trivec.core.types import Reply
-from trivec.relay.frames import Kind, Message, WireBroken
-from trivec.relay.messages import (
+from trivec.ipc.frames import Kind, Message, WireBroken
+from trivec.ipc.messages import (
     Ask,
     Hello,
     read_hello,
@@ -27,13 +27,13 @@ from trivec.relay.messages import (
     read_reply,
     write_ask,
 )
-from trivec.relay.wire import ASKS_MAX, PAGES_EVERY_S, Wire, WireBounds
+from trivec.ipc.wire import ASKS_MAX, PAGES_EVERY_S, Wire, WireBounds
 
 RETURN_S = 5.0  # after which a client should find the engine process started again
 AWAY = "The engine process is away and is being started again. Please try again."
 STOPPING = "The server is stopping. Please try again."
 
-_log = logging.getLogger("trivec.relay")
+_log = logging.getLogger("trivec.ipc")
 
 
 class EngineLink:

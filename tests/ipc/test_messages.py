@@ -20,8 +20,8 @@ from trivec.core.errors import (
     ServiceError,
 )
 from trivec.core.types import Output, Reply, SparseVector, Vectors
-from trivec.relay.frames import WireBroken
-from trivec.relay.messages import (
+from trivec.ipc.frames import WireBroken
+from trivec.ipc.messages import (
     Ask,
     Hello,
     ModelHello,
@@ -54,7 +54,7 @@ def vectors(outputs: Output, *row_counts: int) -> Vectors:
     ]
     multi = [draw.standard_normal((count, 4), np.float32) for count in row_counts]
     nothing = (None,) * len(row_counts)
-    return Vectors(
+    return Vectors.of(
         dense,
         tuple(sparse) if Output.SPARSE in outputs else nothing,
         tuple(multi) if Output.MULTI in outputs else nothing,
@@ -66,7 +66,7 @@ def test_a_request_arrives_as_it_was_sent(deadline_s: float | None) -> None:
     found = read_ask(joined(write_ask(replace(ASK, deadline_s=deadline_s))), CARDS)
     assert (found.model, found.outputs, found.deadline_s) == (1, ASK.outputs, deadline_s)
     np.testing.assert_array_equal(found.sequences.token_ids, ASK.sequences.token_ids)
-    np.testing.assert_array_equal(found.sequences.starts, ASK.sequences.starts)
+    np.testing.assert_array_equal(found.sequences.cu_seqlens, ASK.sequences.cu_seqlens)
 
 
 @pytest.mark.parametrize("outputs", [Output.DENSE, ALL, Output.MULTI, Output.SPARSE], ids=str)

@@ -13,8 +13,8 @@ from functools import partial
 
 from trivec.core.errors import EngineFault, ServiceError
 from trivec.core.ports import Embedder
-from trivec.relay.frames import Kind, Message, WireBroken
-from trivec.relay.messages import (
+from trivec.ipc.frames import Kind, Message, WireBroken
+from trivec.ipc.messages import (
     Ask,
     Hello,
     read_ask,
@@ -23,11 +23,11 @@ from trivec.relay.messages import (
     write_refusal,
     write_reply,
 )
-from trivec.relay.wire import ASKS_MAX, PAGES_EVERY_S, Wire, WireBounds
+from trivec.ipc.wire import ASKS_MAX, PAGES_EVERY_S, Wire, WireBounds
 
 ENGINE = "engine"
 
-_log = logging.getLogger("trivec.relay")
+_log = logging.getLogger("trivec.ipc")
 
 
 class EngineEnd:

@@ -277,7 +277,7 @@ def set_up(
             tokenizer=tokenizer,
             backend=model.backend,
             workers=workers,
-            bound=front.settings.line,
+            bound=front.settings.queue,
             clock=front.clock,
             observer=front.observer,
         )

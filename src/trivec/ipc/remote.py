@@ -8,8 +8,8 @@ from trivec.core.errors import Overloaded, ServiceError
 from trivec.core.ports import Clock, Texts, TokenLists
 from trivec.core.retry import spread_retry_s
 from trivec.core.types import Int32Array, LongText, ModelCard, Output, Reply, Sequences
-from trivec.relay.api_end import EngineLink
-from trivec.relay.messages import Ask, ModelHello
+from trivec.ipc.api_end import EngineLink
+from trivec.ipc.messages import Ask, ModelHello
 from trivec.tokenizer import Tokenizer
 
 FULL_S_MAX = 0.1  # how long a refusal speaks for requests that were not asked
@@ -47,8 +47,8 @@ class RemoteEmbedder:
     ) -> Sequences:
         return await self._tokenizer.tokenize(inputs, long_text=long_text, are_own=are_own)
 
-    def spell(self, token_ids: Int32Array) -> list[str]:
-        return self._tokenizer.spell(token_ids)
+    def token_strings(self, token_ids: Int32Array) -> list[str]:
+        return self._tokenizer.token_strings(token_ids)
 
     async def embed(
         self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
@@ -67,7 +67,7 @@ class RemoteEmbedder:
         self._refused = None
         return reply
 
-    def check_room(self, token_count: int, *, tokens_ahead: int = 0) -> None:
+    def check_admission(self, token_count: int, *, tokens_ahead: int = 0) -> None:
         """Refuse whatever is at least as large as what the engine refused a moment ago.
 
         What is refused to a request is refused to every larger one; and until one of ours has left

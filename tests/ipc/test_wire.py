@@ -13,15 +13,15 @@ import pytest
 from tests.contract.test_embedder import tokenizer_file
 from tests.engine.rig import ALL, NO_FLOOR, Rig, sequences
 from tests.hand_clock import HandClock
-from tests.relay.rig import BOUNDS, Relayed, hello_of, page, relayed
+from tests.ipc.rig import BOUNDS, Relayed, hello_of, page, relayed
 
 from trivec.backends.fake import FakeBackend
 from trivec.core.errors import Draining, Overloaded
 from trivec.core.types import Output
-from trivec.relay import api_end, engine_end
-from trivec.relay.api_end import EngineLink, first_hello
-from trivec.relay.engine_end import EngineEnd
-from trivec.relay.frames import (
+from trivec.ipc import api_end, engine_end
+from trivec.ipc.api_end import EngineLink, first_hello
+from trivec.ipc.engine_end import EngineEnd
+from trivec.ipc.frames import (
     FRAME_BYTES_MAX,
     End,
     FrameReader,
@@ -30,10 +30,10 @@ from trivec.relay.frames import (
     frames_of,
     header,
 )
-from trivec.relay.messages import Ask, write_ask
-from trivec.relay.remote import FULL_S_MAX, RemoteEmbedder
-from trivec.relay.wire import UNSENT_BYTES_MAX, Wire
-from trivec.settings import LineBound
+from trivec.ipc.messages import Ask, write_ask
+from trivec.ipc.remote import FULL_S_MAX, RemoteEmbedder
+from trivec.ipc.wire import UNSENT_BYTES_MAX, Wire
+from trivec.settings import QueueLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ async def pair(tmp_path: Path) -> AsyncIterator[Pair]:
     tokenizer_file(tmp_path)
     backend = FakeBackend(dimensions=1024, outputs=ALL)
     async with (
-        Rig(backend=backend, bound=LineBound(tokens_max=100, **NO_FLOOR)) as rig,
+        Rig(backend=backend, bound=QueueLimits(tokens_max=100, **NO_FLOOR)) as rig,
         relayed(rig.engine, tmp_path, api_process_count=2) as far,
     ):
         yield Pair(rig, far, tmp_path)
@@ -136,7 +136,7 @@ async def test_without_an_engine_everybody_is_refused_until_the_next_one_answers
     assert away.value.retry_after_s > 0
     assert far.link.troubles == ("the engine process is away",)
     with pytest.raises(Draining):
-        far.embedder.check_room(2)
+        far.embedder.check_admission(2)
     with pytest.raises(Draining):
         await far.embedder.embed(sequences(5), Output.DENSE)
 
@@ -191,21 +191,21 @@ async def test_a_refusal_speaks_for_as_many_tokens_until_one_of_ours_has_left(pa
     holder = await pair.rig.occupy()
     first = asyncio.create_task(embedder.embed(sequences(80), Output.DENSE))
     await until(lambda: pair.waiting_tokens == 80)
-    embedder.check_room(50)
+    embedder.check_admission(50)
     with pytest.raises(Overloaded):
         await embedder.embed(sequences(50), Output.DENSE)
     for refused in (50, 99):
         with pytest.raises(Overloaded) as early:
-            embedder.check_room(refused)
+            embedder.check_admission(refused)
         assert early.value.retry_after_s > 0
-    embedder.check_room(49)
+    embedder.check_admission(49)
     clock.move(FULL_S_MAX)
-    embedder.check_room(50)
+    embedder.check_admission(50)
     with pytest.raises(Overloaded):
         await embedder.embed(sequences(50), Output.DENSE)
     pair.rig.backend.gate.set()
     await asyncio.gather(holder, first)
-    embedder.check_room(50)
+    embedder.check_admission(50)
 
 
 async def test_requests_under_way_are_bounded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

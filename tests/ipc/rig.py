@@ -10,11 +10,11 @@ from pathlib import Path
 
 from trivec.core.clock import SystemClock
 from trivec.core.ports import Embedder
-from trivec.relay.api_end import EngineLink, first_hello
-from trivec.relay.engine_end import EngineEnd
-from trivec.relay.messages import Hello, ModelHello
-from trivec.relay.remote import RemoteEmbedder
-from trivec.relay.wire import WireBounds
+from trivec.ipc.api_end import EngineLink, first_hello
+from trivec.ipc.engine_end import EngineEnd
+from trivec.ipc.messages import Hello, ModelHello
+from trivec.ipc.remote import RemoteEmbedder
+from trivec.ipc.wire import WireBounds
 from trivec.tokenizer import Tokenizer
 
 BOUNDS = WireBounds(ask_bytes_max=4_000_000, reply_bytes_max=64_000_000)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trivec.relay.frames import (
+from trivec.ipc.frames import (
     FRAME_BYTES_MAX,
     PARTS_MAX,
     End,
