@@ -9,7 +9,8 @@ from tests.backends.conftest import OpenTiny, random_ids
 from tests.backends.twin import Twin
 
 from trivec.backends.openvino import OpenVinoBackend
-from trivec.checkpoints.checkpoint import Checkpoint, Pooling
+from trivec.checkpoints.checkpoint import Checkpoint
+from trivec.models.pooling import Pooling
 
 LENGTHS = [2, 3, 16, 17, 40, 40, 129, 300, 513, 600]
 

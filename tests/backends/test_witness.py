@@ -19,9 +19,10 @@ from trivec.backends.openvino.witness import (
     compiled,
     open_session,
 )
-from trivec.checkpoints.checkpoint import Checkpoint, Pooling
+from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.errors import StartError
 from trivec.core.types import Float32Array
+from trivec.models.pooling import Pooling
 
 QUERY, INNER = "encoder.layer.0.attention.self.query.weight", "encoder.layer.1.output.dense.weight"
 

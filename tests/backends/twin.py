@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trivec.checkpoints.checkpoint import Checkpoint, Pooling
+from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.models.bert import BertConfig
+from trivec.models.pooling import Pooling
 from trivec.models.registry import tensor_shapes
 
 Floats = NDArray[np.float64]

@@ -13,11 +13,11 @@ from safetensors.numpy import load_file
 from tests.checkpoints.changing import rewrite, take_all
 from tests.checkpoints.tiny import write_tiny
 
-from trivec.checkpoints.checkpoint import Pooling
 from trivec.checkpoints.opening import open_checkpoint
 from trivec.checkpoints.tensors import StoredType
 from trivec.core.errors import CheckpointRefused
 from trivec.core.types import Output
+from trivec.models.pooling import Pooling
 from trivec.models.registry import tensor_shapes
 
 

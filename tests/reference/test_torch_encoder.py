@@ -26,7 +26,6 @@ from tests.reference.torch_checkpoint import (
     write_tiny,
 )
 
-from trivec.backends.heads import HiddenRows, Readout
 from trivec.backends.torch.attention import (
     Attention,
     GroupedAttention,
@@ -44,9 +43,9 @@ from trivec.backends.torch.layout import Shape, lay_out
 from trivec.backends.torch.link import HostLink
 from trivec.backends.torch.tuning import Tuning
 from trivec.backends.torch.weights import load_encoder
-from trivec.checkpoints.checkpoint import Pooling
 from trivec.core.types import Batch, Float32Array, Output, Vectors
 from trivec.models.ops import AttentionSpec
+from trivec.models.pooling import HiddenRows, Pooling, Readout
 
 pytestmark = pytest.mark.reference
 
@@ -285,7 +284,7 @@ def test_groups_hold_like_lengths_and_every_sequence_once() -> None:
 
 @pytest.mark.parametrize("pooling", list(Pooling), ids=lambda one: f"{one.value}-pooling")
 def test_the_heads_on_the_device_equal_their_numpy_twin(tmp_path: Path, pooling: Pooling) -> None:
-    """The same hidden states through `backends/heads.py` and through the device's heads."""
+    """The same hidden states through `models/pooling.py` and through the device's heads."""
     checkpoint = write_tiny(tmp_path, XLM_ROBERTA, pooling=pooling).checkpoint
     asked = [ALL, Output.DENSE, Output.SPARSE, Output.MULTI, ALL, ALL]
     batch = random_batch([40, 5, 33, 7, 1, 2], XLM_ROBERTA, asked)

@@ -16,9 +16,10 @@ from tests.checkpoints.tiny import write_tiny
 
 from trivec.backends.openvino import OpenVinoBackend
 from trivec.backends.torch.backend import TorchBackend
-from trivec.checkpoints.checkpoint import Checkpoint, Pooling
+from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.checkpoints.opening import open_checkpoint
 from trivec.core.types import Batch, Float32Array, Output, Sequences
+from trivec.models.pooling import Pooling
 
 pytestmark = pytest.mark.reference
 

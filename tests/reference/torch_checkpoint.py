@@ -9,10 +9,11 @@ from safetensors.numpy import save_file
 from transformers import BertConfig as TheirConfig
 from transformers import BertModel, XLMRobertaConfig, XLMRobertaModel
 
-from trivec.checkpoints.checkpoint import Checkpoint, Heads, Pooling
+from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.checkpoints.hashes import HashedFile
 from trivec.core.types import Batch, Float32Array, Int32Array, Output, Sequences
 from trivec.models.bert import BertConfig
+from trivec.models.pooling import Heads, Pooling
 from trivec.models.registry import tensor_shapes
 
 ALL = Output.DENSE | Output.SPARSE | Output.MULTI

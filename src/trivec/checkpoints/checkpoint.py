@@ -7,23 +7,10 @@ from trivec.checkpoints.convert import converted
 from trivec.checkpoints.hashes import HashedFile
 from trivec.checkpoints.safetensors_file import open_safetensors
 from trivec.checkpoints.weights import Weights
-from trivec.core.types import Float32Array, Output
+from trivec.core.types import Output
 from trivec.models.ops import ModelConfig
-from trivec.models.pooling import Pooling
+from trivec.models.pooling import Heads, Pooling
 from trivec.models.registry import FAMILIES, tensor_shapes
-
-__all__ = ["Checkpoint", "Heads", "Pooling"]
-
-
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """BGE-M3's two linear layers on the last hidden states, and what never is a lexical weight."""
-
-    sparse_weight: Float32Array  # [1, hidden]
-    sparse_bias: Float32Array  # [1]
-    multi_weight: Float32Array  # [multi_dimensions, hidden]
-    multi_bias: Float32Array  # [multi_dimensions]
-    ignored_token_ids: tuple[int, ...]  # cls, eos, pad and unk
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,12 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from trivec.checkpoints.checkpoint import Heads
 from trivec.checkpoints.folder import read_json
 from trivec.checkpoints.safetensors_file import open_safetensors
 from trivec.checkpoints.torch_file import open_torch_file
 from trivec.core.errors import CheckpointRefused
 from trivec.core.types import Float32Array
+from trivec.models.pooling import Heads
 
 SPARSE = "sparse_linear"
 MULTI = "colbert_linear"

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from trivec.backends.heads import Readout
 from trivec.backends.openvino.attention import bf16_pays
 from trivec.backends.openvino.certificate import Agreement, Certificate, Comparison, compare
 from trivec.backends.openvino.encoding import BatchEncoder
@@ -26,6 +25,7 @@ from trivec.backends.openvino.session import Session
 from trivec.backends.openvino.witness import NothingComputed, Plan, open_session
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.types import Float32Array, Int32Array, Output, Sequences, Vectors
+from trivec.models.pooling import Readout
 from trivec.models.registry import plan_of, tensor_shapes
 
 EXACT_SHARE = 0.25  # of the layers, on the last rung

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from trivec.backends.heads import HiddenRows, Readout
 from trivec.backends.openvino.packing import PackedRow, pack_row
 from trivec.backends.openvino.rows import Row, plan_rows
 from trivec.backends.openvino.session import Session
 from trivec.core.types import Batch, Float32Array, SparseVector, Vectors
+from trivec.models.pooling import HiddenRows, Readout
 
 
 class BatchEncoder:

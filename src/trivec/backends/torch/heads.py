@@ -1,4 +1,4 @@
-"""From hidden states to vectors on the device, in fp32: what `backends/heads.py` does in numpy.
+"""From hidden states to vectors on the device, in fp32: what `models/pooling.py` does in numpy.
 
 Nothing here waits for the device: every shape is known on the host before a kernel is launched.
 """

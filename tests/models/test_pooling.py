@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from tests.backends.batches import ALL
 
-from trivec.backends.heads import HiddenRows, Readout
-from trivec.checkpoints.checkpoint import Heads, Pooling
 from trivec.core.types import Output
+from trivec.models.pooling import Heads, HiddenRows, Pooling, Readout
 
 HIDDEN, DIMENSIONS = 32, 24
 IGNORED = (0, 1, 2, 3)
