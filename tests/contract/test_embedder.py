@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tokenizers
 from tests.engine.rig import ALL, Listener
-from tests.ipc.rig import relayed
+from tests.ipc.rig import several
 from tokenizers import models, pre_tokenizers, processors
 
 from trivec.backends.fake import FakeBackend
@@ -77,8 +77,11 @@ async def local_engine(folder: Path, backend: FakeBackend) -> AsyncIterator[Embe
 
 @asynccontextmanager
 async def engine_at_a_distance(folder: Path, backend: FakeBackend) -> AsyncIterator[Embedder]:
-    """The same engine behind a wire, as an API process sees it."""
-    async with local_engine(folder, backend) as engine, relayed(engine, folder) as remote:
+    """The same engine in another process, as an API process sees it."""
+    async with (
+        local_engine(folder, backend) as engine,
+        several(engine, folder / "tokenizer.json") as remote,
+    ):
         yield remote.embedder
 
 

@@ -1,6 +1,5 @@
-"""An embedder behind a wire, both ends in one event loop, the socket a real one."""
+"""An embedder behind a socket, both ends in one event loop, the socket a real one."""
 
-import socket
 import tempfile
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,78 +8,69 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trivec.core.clock import SystemClock
-from trivec.core.ports import Embedder
-from trivec.ipc.api_end import EngineLink, first_hello
-from trivec.ipc.engine_end import EngineEnd
-from trivec.ipc.messages import Hello, ModelHello
-from trivec.ipc.remote import RemoteEmbedder
-from trivec.ipc.wire import WireBounds
+from trivec.core.ports import Clock, Embedder
+from trivec.ipc.client import EngineClient, RemoteEmbedder
+from trivec.ipc.folder import Served, ServedModel, SharedFolder
+from trivec.ipc.server import EngineServer
 from trivec.tokenizer import Tokenizer
 
-BOUNDS = WireBounds(ask_bytes_max=4_000_000, reply_bytes_max=64_000_000)
+
+def served(embedder: Embedder, tokenizer_file: Path) -> Served:
+    model = ServedModel(embedder.card, str(tokenizer_file), None, None, None)
+    return Served("1", "fake", "cpu", "a test", 1, (model,))
 
 
-@dataclass(frozen=True, slots=True)
-class Relayed:
-    """What a test may look at or pull at."""
+@dataclass(slots=True)
+class Several:
+    """An engine process and the API process "api-1", as far as the socket goes."""
 
+    engine: Embedder
+    folder: SharedFolder
+    tokenizer: Tokenizer
+    server: EngineServer
+    client: EngineClient
     embedder: RemoteEmbedder
-    link: EngineLink
-    end: EngineEnd
-    listener: socket.socket
-    path: Path
 
+    def start_engine_process(self, served: Served) -> None:
+        """The next one, when the one before has stopped."""
+        self.folder.write_served(served)
+        self.server = EngineServer([self.engine])
+        self.server.start(self.folder.endpoint)
 
-def unix_listener(folder: str) -> tuple[socket.socket, Path]:
-    path = Path(folder) / "engine"
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(path))
-    listener.listen()
-    listener.setblocking(False)
-    return listener, path
+    def remote(self, client: EngineClient, clock: Clock | None = None) -> RemoteEmbedder:
+        return RemoteEmbedder(0, self.engine.card, self.tokenizer, client, clock or SystemClock())
 
-
-def hello_of(embedder: Embedder, tokenizer_file: Path) -> Hello:
-    model = ModelHello(embedder.card, str(tokenizer_file), None, None, None)
-    return Hello("1", "fake", "cpu", "a test", 1, (model,))
-
-
-def page() -> bytes:
-    return b""
+    @asynccontextmanager
+    async def connected(self, name: str) -> AsyncIterator[EngineClient]:
+        """Another API process."""
+        what = self.folder.read_served()
+        client = EngineClient(self.folder, name, served=what, metrics=name.encode)
+        client.start()
+        yield client
+        await client.stop(0)
 
 
 @asynccontextmanager
-async def relayed(
-    embedder: Embedder, folder: Path, *, api_process_count: int = 1
-) -> AsyncIterator[Relayed]:
+async def several(embedder: Embedder, tokenizer_file: Path) -> AsyncIterator[Several]:
     """*embedder* served over a socket, and called from the other end of it."""
-    file = folder / "tokenizer.json"
-    end = EngineEnd(
-        hello_of(embedder, file),
-        [embedder],
-        bounds=BOUNDS,
-        api_process_count=api_process_count,
-        page=page,
-    )
     with tempfile.TemporaryDirectory() as short, ThreadPoolExecutor(2) as pool:
-        listener, path = unix_listener(short)
-        end.start(listener)
-        hello = await first_hello(path, bounds=BOUNDS)
-        link = EngineLink(path, "api-1", hello=hello, bounds=BOUNDS, page=page)
-        link.start()
-        card = hello.models[0].card
+        folder = SharedFolder(Path(short))
+        what = served(embedder, tokenizer_file)
+        client = EngineClient(folder, "api-1", served=what, metrics=lambda: b"api-1")
         tokenizer = Tokenizer(
-            Path(hello.models[0].tokenizer_file),
-            token_count_max=card.token_count_max,
-            vocabulary_size=card.vocabulary_size,
+            tokenizer_file,
+            token_count_max=embedder.card.token_count_max,
+            vocabulary_size=embedder.card.vocabulary_size,
             pool=pool,
         )
-        remote = RemoteEmbedder(
-            0, hello.models[0], tokenizer=tokenizer, link=link, clock=SystemClock()
-        )
+        remote = RemoteEmbedder(0, embedder.card, tokenizer, client, SystemClock())
+        folder.write_served(what)
+        server = EngineServer([embedder])
+        server.start(folder.endpoint)
+        client.start()
+        both = Several(embedder, folder, tokenizer, server, client, remote)
         try:
-            yield Relayed(remote, link, end, listener, path)
+            yield both
         finally:
-            await link.stop(0)
-            await end.stop(5)
-            listener.close()
+            await client.stop(0)
+            await both.server.stop(5)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 
 from trivec.core.errors import StartError
-from trivec.server.crew import INTERRUPTED
+from trivec.server.processes import INTERRUPTED
 from trivec.server.supervisor import START_REFUSED
 from trivec.settings import Settings
 

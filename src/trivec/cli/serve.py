@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from trivec.cli.outermost import whole_life
-from trivec.server.crew import Crew, Post, ignore_early
+from trivec.server.processes import ignore_early_signals
 from trivec.server.supervisor import Heart
 from trivec.settings import HttpLimits, Settings, load_settings
 
@@ -84,22 +84,19 @@ def serve(
 
 def run(settings: Settings) -> int:
     """Listen, then serve, in a supervised child unless the settings say otherwise."""
-    from trivec.cli.crew import run_crew
+    from trivec.cli.several import serve_several
     from trivec.server.listening import check_certificate, listen
     from trivec.server.machine import raise_file_limit
 
-    ignore_early()
+    ignore_early_signals()
     raise_file_limit()
 
     if settings.tls_cert and settings.tls_key:
         check_certificate(settings.tls_cert, settings.tls_key)
     if settings.api_processes > 1:
-        return run_crew(settings, say=_say)
+        return serve_several(settings, say=_say)
     listener = listen(settings.host, settings.port)
-    if not settings.life.supervised:
-        return _live(settings, listener, None)
-    server = Post("server", partial(_live, settings, listener), listener)
-    return Crew([server], heartbeat_s_max=settings.life.heartbeat_s_max, say=_say).run()
+    return _live(settings, listener, None)
 
 
 def _live(settings: Settings, listener: socket.socket, heart: Heart | None) -> int:

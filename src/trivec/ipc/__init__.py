@@ -1,5 +1,1 @@
-"""The wire between API processes and the one engine process: an `Embedder` at a distance.
-
-It knows frames, and the values of `core` that they carry; not who asks over HTTP, what batches are
-made of, or which process starts which.
-"""
+"""Requests of several API processes to the one engine process, over ZeroMQ on this machine."""

@@ -22,11 +22,11 @@ from trivec.core.health import Health
 from trivec.server.canary import Canary
 from trivec.server.carrier import Carrier
 from trivec.server.collecting import spare_what_stays
-from trivec.server.crew import IGNORED, INTERRUPTED, STOPS
 from trivec.server.door import Door, ProbesOnly
 from trivec.server.life import REFUSAL_S_MAX, Happening, Life, Stage, health, stage_s_max
 from trivec.server.listening import check_certificate, listen
 from trivec.server.machine import usable_memory_bytes
+from trivec.server.processes import IGNORED, INTERRUPTED, STOPS
 from trivec.server.supervisor import BEAT_EVERY_S, SAME_REQUEST_S, Heart
 from trivec.settings import Settings
 
