@@ -31,8 +31,7 @@ from trivec.tokenizer import Tokenizer
 
 RETURN_S = 5.0  # after which a client should find the engine process started again
 FULL_S_MAX = 0.1  # how long a refusal speaks for requests that were not sent
-AWAY = "The engine process is away and is being started again. Please try again."
-STOPPING = "The server is stopping. Please try again."
+AWAY = "The engine process is away. Please try again."
 
 _log = logging.getLogger("trivec.ipc")
 
@@ -51,7 +50,6 @@ class EngineClient:
         self._name = name
         self._metrics = metrics
         self._served = served
-        self._refusal = AWAY
         self._is_connected = False
         self._was_connected = asyncio.Event()
         self._is_changed = asyncio.Event()
@@ -85,22 +83,22 @@ class EngineClient:
         return "the engine process serves other models now"
 
     async def stop(self, within_s: float) -> None:
-        """Send no more; wait *within_s* for what was sent, then cancel the rest."""
-        self._refusal, self._is_connected = STOPPING, False
+        """Wait *within_s* for what is open, then cancel the rest."""
+        self._is_connected = False
         if self._open:
             await asyncio.wait(list(self._open.values()), timeout=within_s)
+        for task in self._tasks:
+            task.cancel()
         for request_id in self._open:
             self._send(Cancel(request_id))
         self._refuse_all()
-        for task in self._tasks:
-            task.cancel()
         self._socket.disable_monitor()
         await asyncio.to_thread(self._context.destroy, linger=100)
 
     def check_connected(self) -> None:
         """Raise `Draining` while nobody could answer."""
         if self._was_connected.is_set() and not self._is_connected:
-            raise Draining(self._refusal, retry_after_s=RETURN_S)
+            raise Draining(AWAY, retry_after_s=RETURN_S)
 
     async def embed(
         self, model: int, sequences: Sequences, outputs: Output, deadline_s: float | None
@@ -138,7 +136,7 @@ class EngineClient:
                 self._refuse_all()
             elif self._folder.read_served().is_same_service(self._served):
                 self._send(Hello())
-                self._is_connected = self._refusal is AWAY
+                self._is_connected = True
                 self._was_connected.set()
             else:
                 self._is_changed.set()
@@ -146,7 +144,7 @@ class EngineClient:
     def _refuse_all(self) -> None:
         for future in self._open.values():
             if not future.done():
-                future.set_exception(Draining(self._refusal, retry_after_s=RETURN_S))
+                future.set_exception(Draining(AWAY, retry_after_s=RETURN_S))
 
     async def _receive_forever(self) -> None:
         while True:

@@ -13,10 +13,6 @@ from numpy.typing import NDArray
 from trivec.core import errors
 from trivec.core.types import Output, Reply, Sequences, SparseVector, Vectors
 
-BUSY = {
-    error.__name__: error
-    for error in (errors.Overloaded, errors.Draining, errors.Loading, errors.DeadlineExceeded)
-}
 ARRAY = 1  # MessagePack's extension type of an array
 
 
@@ -79,10 +75,10 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
     def exception(self) -> errors.ServiceError:
         """The same error again; what is no `BusyError` is an `EngineFault`."""
-        busy = BUSY.get(self.error)
-        if busy is None:
-            return errors.EngineFault(self.message)
-        return busy(self.message, retry_after_s=self.retry_after_s)
+        kind: type[errors.ServiceError] = getattr(errors, self.error)
+        if issubclass(kind, errors.BusyError):
+            return kind(self.message, retry_after_s=self.retry_after_s)
+        return errors.EngineFault(self.message)
 
 
 Message: TypeAlias = Hello | EmbedRequest | Cancel | Embedded | Refused
