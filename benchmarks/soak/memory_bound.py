@@ -223,7 +223,7 @@ def run(
         running(Path(folder), "--backend", backend, environ=environ) as server,
     ):
         good_rate(server, min(SETTLE_S, seconds))
-        memory = Memory(server.child())
+        memory = Memory(server.process.pid)
         idle_mib = memory.now_mib()
         report.figures["idle_mib"] = round(idle_mib, 1)
         try:

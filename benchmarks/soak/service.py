@@ -28,8 +28,8 @@ from trivec.core.events import Event
 from trivec.core.health import Health
 from trivec.core.ports import Backend
 from trivec.engine import Engine, Workers
-from trivec.server.carrier import Carrier
-from trivec.server.listening import listen
+from trivec.server.granian_server import GranianServer
+from trivec.server.machine import listen
 from trivec.settings import Settings
 from trivec.tokenizer import Tokenizer
 
@@ -160,12 +160,14 @@ class Service:
         listener = listen("127.0.0.1", 0)
         host, port = listener.getsockname()[:2]
         up = threading.Event()
-        carriers: list[Carrier] = []
+        carriers: list[GranianServer] = []
         self.loop = asyncio.new_event_loop()
 
         async def serve() -> None:
             async with self:
-                carriers.append(Carrier(self.app, listener, limits=self.settings.http, tls=None))
+                carriers.append(
+                    GranianServer(self.app, listener, limits=self.settings.http, tls=None)
+                )
                 up.set()
                 await carriers[0].serve()
 

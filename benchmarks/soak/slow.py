@@ -120,7 +120,7 @@ def good_p99_s(server: Server, duration_s: float) -> float:
 
 def files_open(server: Server, *, asked_before: int) -> int:
     """What the serving process holds open."""
-    os.kill(server.child(), signal.SIGUSR1)
+    os.kill(server.process.pid, signal.SIGUSR1)
     return int(server.wait_until_it_says(COUNTED.pattern, times=asked_before + 1)[3])
 
 

@@ -107,7 +107,7 @@ class Life:
 
 
 def sample(server: Server, count: int) -> Sample:
-    os.kill(server.child(), signal.SIGUSR1)
+    os.kill(server.process.pid, signal.SIGUSR1)
     found = server.wait_until_it_says(COUNTED.pattern, times=count + 1)
     tasks, threads, files, kib = map(int, found.groups())
     return Sample(time.monotonic(), tasks, threads, files, kib / 1024)

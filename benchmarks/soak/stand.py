@@ -1,8 +1,8 @@
-"""A whole server, supervised, whose device is of a fixed rate and obeys certain words.
+"""A whole server whose device is of a fixed rate and obeys certain words.
 
 Run by the forms as `python -m benchmarks.soak.stand DATA_DIR [--tokens-per-s R] [--backend KIND]
-[--call-s-min S]`; settings come from the environment as for `trivec serve`. SIGUSR1 makes the serving
-process say how many tasks, threads and files it has.
+[--call-s-min S]`; settings come from the environment as for `trivec serve`. SIGUSR1 makes it say how
+many tasks, threads and files it has.
 """
 
 import argparse
@@ -17,15 +17,20 @@ from pathlib import Path
 from benchmarks.soak.faulty import Fault
 from benchmarks.soak.service import device, faulty_model, opened
 
-from trivec.build import Choice, Front, Models, Running, make_tokenizers, set_up
+from trivec.build import (
+    Choice,
+    Models,
+    ServedModels,
+    ServerParts,
+    make_tokenizers,
+    set_up,
+)
 from trivec.cli.greeting import Greeting
 from trivec.engine import heartbeat
-from trivec.server.crew import Crew, Post
-from trivec.server.listening import listen
-from trivec.server.serving import live
-from trivec.server.supervisor import Heart
+from trivec.server.machine import listen
+from trivec.server.processes import exit_code_of
+from trivec.server.server import serve_http
 from trivec.settings import Settings, load_settings
-from trivec.telemetry import configure_log, finish_log
 
 WORDS = {"hang": Fault.HANG, "lost": Fault.LOSE, "poison": Fault.RAISE, "dies": Fault.DIE}
 SEND_BUFFER_BYTES = 64 * 1024  # so that a slow reader of a modest answer is soon felt
@@ -48,31 +53,30 @@ def count_when_asked(loop: asyncio.AbstractEventLoop) -> None:
     loop.add_signal_handler(signal.SIGUSR1, count)
 
 
-def serve(
-    settings: Settings, listener: socket.socket, heart: Heart, given: argparse.Namespace
-) -> int:
-    configure_log("json", level=settings.log_level)
+def serve(settings: Settings, listener: socket.socket, given: argparse.Namespace) -> int:
     heartbeat.CALL_S_MIN = given.call_s_min
 
-    def load(front: Front) -> Models:
+    def load(parts: ServerParts) -> Models:
         checkpoint = opened(given.data_dir)
         inner = device(checkpoint, given.backend, given.data_dir, tokens_per_s=given.tokens_per_s)
         model = faulty_model(checkpoint, inner, WORDS)
         choice = Choice(given.backend, "cpu", "a soak")
-        tokenizers = make_tokenizers([checkpoint], front=front, cores=2)
-        return set_up([model], choice, front=front, tokenizers=tokenizers)
+        tokenizers = make_tokenizers([checkpoint], context=parts, cores=2)
+        return set_up([model], choice, context=parts, tokenizers=tokenizers)
 
     class Counting(Greeting):
-        def ready(self, models: Running) -> None:
+        def ready(self, models: ServedModels) -> None:
             count_when_asked(asyncio.get_running_loop())
             super().ready(models)
 
-    herald = Counting(settings, port=listener.getsockname()[1], say=say)
-
-    try:
-        return live(settings, listener, load=load, heart=heart, herald=herald)
-    finally:
-        finish_log()
+    greeting = Counting(settings, port=listener.getsockname()[1], say=say)
+    return serve_http(
+        settings,
+        listener,
+        load=load,
+        on_first_key=greeting.first_key,
+        on_ready=greeting.ready,
+    )
 
 
 def main() -> None:
@@ -85,8 +89,7 @@ def main() -> None:
     settings = load_settings({"data_dir": str(given.data_dir), "port": 0}, os.environ)
     listener = listen(settings.host, settings.port)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-    server = Post("server", lambda heart: serve(settings, listener, heart, given), listener)
-    os._exit(Crew([server], heartbeat_s_max=settings.life.heartbeat_s_max, say=say).run())
+    os._exit(exit_code_of(lambda: serve(settings, listener, given), settings, say=say))
 
 
 main()

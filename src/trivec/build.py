@@ -1,16 +1,15 @@
-"""The only composition root: Settings in, the parts of a running service out.
+"""Composition root: from Settings to the parts of a running service.
 
-It knows every constructor and no algorithm; its only choices are which implementation to build.
-Heavy rooms are imported by the function that needs them.
+The only file where classes of several rooms meet. It chooses implementations and computes nothing;
+rooms that are slow to import are imported by the function that needs them.
 """
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from starlette.types import ASGIApp
 
@@ -31,12 +30,18 @@ from trivec.settings import Settings
 from trivec.telemetry import Metrics, Observers, RequestLog, Tracing, lines_dropped
 from trivec.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from trivec.ipc.client import EngineClient
+
 DEFAULT_MODEL = "all-minilm-l6-v2"
+# Reading a vocabulary of 250,000 takes a second, and all that time the GIL: it had better be the
+# second in which compiling does without.
+COMPILING_AFTER_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Front:
-    """What stands before any model is loaded, and after the last is gone."""
+class ServerParts:
+    """Everything an HTTP process has before its models are loaded."""
 
     settings: Settings
     clock: Clock
@@ -51,9 +56,9 @@ class Front:
         embedders: Mapping[str, Embedder],
         health: Callable[[], Health],
         *,
-        page: Callable[[], bytes] | None = None,
+        metrics_page: Callable[[], bytes] | None = None,
     ) -> ASGIApp:
-        """The HTTP surface over *embedders*, none while loading; *page*: the metrics of more than us."""
+        """HTTP surface of *embedders*, none while loading; *metrics_page*: None for our own."""
         return build_app(
             embedders=embedders,
             accounts=self.accounts,
@@ -61,7 +66,7 @@ class Front:
             clock=self.clock,
             limits=self.settings.http,
             health=health,
-            metrics=page or self.metrics.page,
+            metrics=metrics_page or self.metrics.page,
             metrics_open=self.settings.metrics_open,
             memory=self.memory,
         )
@@ -73,8 +78,8 @@ class Front:
             self.tracing.close()
 
 
-class Surroundings(Protocol):
-    """What models need around them."""
+class ModelContext(Protocol):
+    """What models need of their process: `ServerParts`, or less where there is no HTTP."""
 
     @property
     def settings(self) -> Settings: ...
@@ -84,14 +89,9 @@ class Surroundings(Protocol):
     def observer(self) -> Observer: ...
 
 
-# Reading a vocabulary of 250,000 takes a second, and all that time the GIL: the second to take is
-# one that compiling takes without it.
-COMPILING_AFTER_S = 0.5
-
-
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which engine runs on which device, and why, in words for the operator."""
+    """Which backend runs on which device, and why, in words for the operator."""
 
     backend: str
     device: str
@@ -109,7 +109,7 @@ class Certificate:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """One model in memory."""
+    """One model in this process's memory."""
 
     checkpoint: Checkpoint
     backend: Backend
@@ -117,76 +117,41 @@ class LoadedModel:
     certificate: Certificate | None
 
 
-@dataclass(frozen=True, slots=True)
-class Models:
-    """Every served model, ready to run on the workers that they share."""
-
-    choice: Choice
-    loaded: tuple[LoadedModel, ...]
-    embedders: Mapping[str, Embedder]  # by id and by alias
-    workers: Workers
-    slot_count: int
-    page: Callable[[], bytes] | None = None  # the front's own is all there is
-    troubles: tuple[str, ...] = ()
-    makes_first_key: bool = True
-
-
-class Served(Protocol):
-    """A model as the log and the greeting know it, wherever it runs."""
-
-    @property
-    def card(self) -> ModelCard: ...
-    @property
-    def certificate(self) -> Certificate | None: ...
-
-
-class Drivers(Protocol):
-    """What runs the models: threads of this process, or another process."""
-
-    def start(self) -> None: ...
-    async def stop(self, within_s: float) -> None: ...
-    async def lost(self) -> str: ...
-
-
-class Running(Protocol):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModels:
     """Every served model, wherever it runs."""
 
-    @property
-    def choice(self) -> Choice: ...
-    @property
-    def loaded(self) -> Sequence[Served]: ...
-    @property
-    def embedders(self) -> Mapping[str, Embedder]: ...
-    @property
-    def workers(self) -> Drivers: ...
-    @property
-    def slot_count(self) -> int: ...
-    @property
-    def page(self) -> Callable[[], bytes] | None:
-        """The metrics of all processes, where there are several."""
-
-    @property
-    def troubles(self) -> tuple[str, ...]:
-        """Why nothing can run for now."""
-
-    @property
-    def makes_first_key(self) -> bool:
-        """Whether this process is the one that makes a new store's first key, and shows it."""
+    choice: Choice
+    cards: Sequence[ModelCard]
+    certificates: Mapping[str, Certificate]  # by model id; none where the arithmetic is fp32
+    embedders: Mapping[str, Embedder]  # by id and by alias
+    workers: "Workers | EngineClient"  # what runs them: threads here, or another process
+    slot_count: int
+    metrics_page: Callable[[], bytes] | None = None  # of all processes, where there are several
+    problems: Callable[[], Sequence[str]] = tuple  # why nothing can run for now
+    makes_first_key: bool = True  # this process makes a new store's first key, and shows it
 
 
-def open_front(settings: Settings, *, machine_bytes: int = 1 << 31) -> Front:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models(ServedModels):
+    """Every served model, where they run in this process."""
+
+    loaded: tuple[LoadedModel, ...] = field(repr=False)
+
+
+def open_server_parts(settings: Settings, *, machine_bytes: int = 1 << 31) -> ServerParts:
     """Everything but the models, on a machine of so much memory; quick. Raises `StartError`."""
     clock = SystemClock()
     metrics = Metrics(lines_dropped=lines_dropped)
     endpoint = settings.telemetry.trace_endpoint
     tracing = Tracing.to(endpoint) if endpoint else None
-    heard: list[Observer] = [metrics, RequestLog(), *([tracing] if tracing else [])]
-    return Front(
+    observers: list[Observer] = [metrics, RequestLog(), *([tracing] if tracing else [])]
+    return ServerParts(
         settings=settings,
         clock=clock,
         accounts=open_accounts(settings, clock=clock),
         metrics=metrics,
-        observer=Observers(*heard),
+        observer=Observers(*observers),
         tracing=tracing,
         memory=ByteBudget(
             budget_bytes(settings, machine_bytes=machine_bytes),
@@ -196,98 +161,43 @@ def open_front(settings: Settings, *, machine_bytes: int = 1 << 31) -> Front:
 
 
 def check_models(settings: Settings) -> None:
-    """Refuse what names no model before anything is begun. Raises `CheckpointRefused`."""
+    """Raise `CheckpointRefused` for a name of no model, before anything is begun."""
     for reference in settings.models:
         if reference not in CATALOGUE:
             find_folder(reference)
 
 
 def load_models(
-    settings: Settings, front: Surroundings, *, cores: int, hears_text: bool = True
+    settings: Settings, context: ModelContext, *, cores: int, takes_text: bool = True
 ) -> Models:
     """Load every model of *settings*; blocks for seconds. Raises `StartError`.
 
-    *hears_text*: texts come to this process; to one that only gets token ids, tokenisers are waste.
+    *takes_text*: requests bring texts; one that brings only token ids needs no tokeniser.
     """
     choice = choose(settings)
     checkpoints = [
         open_checkpoint(reference, cache_dir=settings.data_dir / "models")
         for reference in settings.models or (DEFAULT_MODEL,)
     ]
-    heard = list(checkpoints) if hears_text else []
-    is_over = threading.Event()
+    has_compiled = threading.Event()
 
     def read_vocabularies() -> list[Tokenizer]:
-        is_over.wait(COMPILING_AFTER_S)
-        return make_tokenizers(heard, front=front, cores=cores)
+        has_compiled.wait(COMPILING_AFTER_S)
+        return make_tokenizers(checkpoints, context=context, cores=cores) if takes_text else []
 
-    with ThreadPoolExecutor(1) as beside:
-        reading = beside.submit(read_vocabularies)
-        try:
-            loaded = [
-                load_onto(choice, checkpoint, settings=settings, cores=cores)
-                for checkpoint in checkpoints
-            ]
-        except BaseException:
-            heard.clear()  # the refusal need not wait for them
-            raise
-        finally:
-            is_over.set()
-    return set_up(loaded, choice, front=front, tokenizers=reading.result())
-
-
-def make_tokenizers(
-    checkpoints: Sequence[Checkpoint], *, front: Surroundings, cores: int
-) -> list[Tokenizer]:
-    """A tokeniser for each of *checkpoints*, over threads that they share."""
-    pool = ThreadPoolExecutor(cores, thread_name_prefix="trivec-tokenizer")
-    return [
-        Tokenizer(
-            checkpoint.tokenizer_file,
-            token_count_max=checkpoint.token_count_max,
-            vocabulary_size=checkpoint.config.vocab_size,
-            pool=pool,
-            request_tokens_max=front.settings.http.request_tokens_max,
-        )
+    # Not a `with`: a refusal need not wait for the vocabularies.
+    reading = (pool := ThreadPoolExecutor(1)).submit(read_vocabularies)
+    pool.shutdown(wait=False)
+    loaded = [
+        load_checkpoint(checkpoint, choice, settings=settings, cores=cores)
         for checkpoint in checkpoints
     ]
-
-
-def set_up(
-    loaded: Sequence[LoadedModel],
-    choice: Choice,
-    *,
-    front: Surroundings,
-    tokenizers: Sequence[Tokenizer] = (),
-) -> Models:
-    """Give *loaded* models an engine each, and the workers that they share.
-
-    *tokenizers*: one each, or none where every request brings token ids.
-    """
-    slot_count = min(model.backend.slot_count for model in loaded)
-    workers = Workers(
-        slot_count,
-        spares_core=choice.device == "cpu",
-        clock=front.clock,
-        observer=front.observer,
-    )
-    engines = [
-        Engine(
-            model.card,
-            tokenizer=tokenizer,
-            backend=model.backend,
-            workers=workers,
-            bound=front.settings.queue,
-            clock=front.clock,
-            observer=front.observer,
-        )
-        for model, tokenizer in zip(loaded, tokenizers or (None,) * len(loaded), strict=True)
-    ]
-    return Models(choice, tuple(loaded), by_name(engines), workers, slot_count)
+    has_compiled.set()
+    return set_up(loaded, choice, context=context, tokenizers=reading.result())
 
 
 def choose(settings: Settings) -> Choice:
-    """Decide what runs where. Raises `SettingInvalid` where that cannot be."""
+    """Which backend and device *settings* ask for. Raises `SettingInvalid` if they cannot be."""
     backend, device = settings.backend, settings.device
     if backend == "fake":
         return Choice("fake", "cpu", "--backend fake was asked for")
@@ -306,22 +216,33 @@ def choose(settings: Settings) -> Choice:
 def load_model(reference: str, *, settings: Settings, choice: Choice, cores: int) -> LoadedModel:
     """Open, check and load one model. Raises `CheckpointRefused`, `SettingInvalid`."""
     checkpoint = open_checkpoint(reference, cache_dir=settings.data_dir / "models")
-    return load_onto(choice, checkpoint, settings=settings, cores=cores)
+    return load_checkpoint(checkpoint, choice, settings=settings, cores=cores)
 
 
-def load_onto(
-    choice: Choice, checkpoint: Checkpoint, *, settings: Settings, cores: int
+def load_checkpoint(
+    checkpoint: Checkpoint, choice: Choice, *, settings: Settings, cores: int
 ) -> LoadedModel:
-    """Load *checkpoint* where *choice* says. Raises `CheckpointRefused`, `SettingInvalid`."""
-    load = {"openvino": _load_openvino, "torch": _load_torch, "fake": _load_fake}[choice.backend]
-    return load(checkpoint, settings, cores=cores, cache_dir=settings.data_dir / "models")
+    """Load *checkpoint* on its backend. Raises `CheckpointRefused`, `SettingInvalid`."""
+    if choice.backend == "fake":
+        from trivec.backends.fake import FakeBackend
 
+        fake = FakeBackend(
+            dimensions=checkpoint.config.hidden_size, outputs=checkpoint.outputs, slot_count=cores
+        )
+        return LoadedModel(checkpoint, fake, model_card(checkpoint, "fake"), None)
 
-def _load_openvino(
-    checkpoint: Checkpoint, settings: Settings, *, cores: int, cache_dir: Path
-) -> LoadedModel:
+    if choice.backend == "torch":
+        from trivec.backends.torch.backend import TorchBackend
+
+        on_torch = TorchBackend.load(
+            checkpoint, precision=settings.precision, device=settings.device
+        )
+        card = model_card(checkpoint, on_torch.precision, notes=on_torch.notes)
+        return LoadedModel(checkpoint, on_torch, card, None)
+
     from trivec.backends.openvino import OpenVinoBackend
 
+    cache_dir = settings.data_dir / "models"
     backend = OpenVinoBackend.load(
         checkpoint, precision=settings.precision, cores=cores, cache_dir=cache_dir
     )
@@ -332,27 +253,6 @@ def _load_openvino(
     certificate = Certificate(earned.dense.minimum, earned.dense.mean, earned.summary)
     card = replace(card, notes={"certificate": earned.summary})
     return LoadedModel(checkpoint, backend, card, certificate)
-
-
-def _load_torch(
-    checkpoint: Checkpoint, settings: Settings, *, cores: int, cache_dir: Path
-) -> LoadedModel:
-    from trivec.backends.torch.backend import TorchBackend
-
-    backend = TorchBackend.load(checkpoint, precision=settings.precision, device=settings.device)
-    card = model_card(checkpoint, backend.precision, notes=backend.notes)
-    return LoadedModel(checkpoint, backend, card, None)
-
-
-def _load_fake(
-    checkpoint: Checkpoint, settings: Settings, *, cores: int, cache_dir: Path
-) -> LoadedModel:
-    from trivec.backends.fake import FakeBackend
-
-    backend = FakeBackend(
-        dimensions=checkpoint.config.hidden_size, outputs=checkpoint.outputs, slot_count=cores
-    )
-    return LoadedModel(checkpoint, backend, model_card(checkpoint, "fake"), None)
 
 
 def model_card(
@@ -375,24 +275,79 @@ def model_card(
     )
 
 
-def loaded_event(model: Served, *, load_s: float) -> ModelLoaded:
-    """That *model* is ready, for the observer."""
-    certificate = model.certificate
-    return ModelLoaded(
-        card=model.card,
-        load_s=load_s,
-        cosine_min=certificate.cosine_min if certificate else None,
-        cosine_mean=certificate.cosine_mean if certificate else None,
+def make_tokenizers(
+    checkpoints: Sequence[Checkpoint], *, context: ModelContext, cores: int
+) -> list[Tokenizer]:
+    """A tokeniser for each of *checkpoints*, on threads that they share."""
+    pool = ThreadPoolExecutor(cores, thread_name_prefix="trivec-tokenizer")
+    return [
+        Tokenizer(
+            checkpoint.tokenizer_file,
+            token_count_max=checkpoint.token_count_max,
+            vocabulary_size=checkpoint.config.vocab_size,
+            pool=pool,
+            request_tokens_max=context.settings.http.request_tokens_max,
+        )
+        for checkpoint in checkpoints
+    ]
+
+
+def set_up(
+    loaded: Sequence[LoadedModel],
+    choice: Choice,
+    *,
+    context: ModelContext,
+    tokenizers: Sequence[Tokenizer] = (),
+) -> Models:
+    """Give *loaded* models an engine each, and the workers that they share.
+
+    *tokenizers*: one each, or none where every request brings token ids.
+    """
+    clock, observer = context.clock, context.observer
+    slot_count = min(model.backend.slot_count for model in loaded)
+    workers = Workers(
+        slot_count, spares_core=choice.device == "cpu", clock=clock, observer=observer
+    )
+    engines = [
+        Engine(
+            model.card,
+            tokenizer=tokenizer,
+            backend=model.backend,
+            workers=workers,
+            bound=context.settings.queue,
+            clock=clock,
+            observer=observer,
+        )
+        for model, tokenizer in zip(loaded, tokenizers or (None,) * len(loaded), strict=True)
+    ]
+    return Models(
+        choice=choice,
+        cards=[model.card for model in loaded],
+        certificates={one.card.id: one.certificate for one in loaded if one.certificate},
+        embedders=by_name(engines),
+        workers=workers,
+        slot_count=slot_count,
+        loaded=tuple(loaded),
     )
 
 
-def by_name(engines: Sequence[Embedder]) -> Mapping[str, Embedder]:
-    """*engines* by id and alias. Raises `SettingInvalid` where two would share a name."""
+def by_name(embedders: Sequence[Embedder]) -> Mapping[str, Embedder]:
+    """*embedders* by id and alias. Raises `SettingInvalid` where two would share a name."""
     named: dict[str, Embedder] = {}
-    for engine in engines:
-        for name in (engine.card.id, *engine.card.aliases):
-            if named.setdefault(name, engine) is not engine:
+    for embedder in embedders:
+        for name in (embedder.card.id, *embedder.card.aliases):
+            if named.setdefault(name, embedder) is not embedder:
                 raise SettingInvalid(
                     f"two models are called {name}; serve one of them as ANOTHER_ID=FOLDER"
                 )
     return MappingProxyType(named)
+
+
+def loaded_event(card: ModelCard, certificate: Certificate | None, *, load_s: float) -> ModelLoaded:
+    """That a model is ready, for the observer."""
+    return ModelLoaded(
+        card=card,
+        load_s=load_s,
+        cosine_min=certificate.cosine_min if certificate else None,
+        cosine_mean=certificate.cosine_mean if certificate else None,
+    )

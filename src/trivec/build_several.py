@@ -3,16 +3,14 @@
 The engine process has models and no HTTP; an API process has HTTP, and its models at a distance.
 """
 
-from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from trivec import __version__
-from trivec.build import Certificate, Choice, Front, Models, by_name
+from trivec.build import Certificate, Choice, Models, ServedModels, ServerParts, by_name
 from trivec.core.clock import SystemClock
-from trivec.core.ports import Clock, Embedder, Observer
-from trivec.core.types import ModelCard
+from trivec.core.ports import Clock, Observer
 from trivec.ipc.client import EngineClient, RemoteEmbedder
 from trivec.ipc.folder import Served, ServedModel, SharedFolder
 from trivec.settings import Settings
@@ -30,31 +28,6 @@ class EngineParts:
     clock: Clock
     metrics: Metrics
     observer: Observer
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteModel:
-    """A model of the engine process, as an API process knows it."""
-
-    card: ModelCard
-    certificate: Certificate | None
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteModels:
-    """Every model of the engine process, as `Models` are those of this one."""
-
-    choice: Choice
-    loaded: Sequence[RemoteModel]
-    embedders: Mapping[str, Embedder]
-    workers: EngineClient
-    slot_count: int
-    page: Callable[[], bytes]  # the metrics of all processes
-    makes_first_key: bool
-
-    @property
-    def troubles(self) -> tuple[str, ...]:
-        return self.workers.troubles
 
 
 def open_engine_parts(settings: Settings) -> EngineParts:
@@ -84,10 +57,12 @@ def served(models: Models) -> Served:
     )
 
 
-def connect_models(front: Front, *, folder: SharedFolder, name: str, cores: int) -> RemoteModels:
+def connect_models(
+    parts: ServerParts, *, folder: SharedFolder, name: str, cores: int
+) -> ServedModels:
     """The engine process's models for API process *name*; blocks until that has loaded them."""
     what = folder.read_served()
-    client = EngineClient(folder, name, served=what, metrics=front.metrics.page)
+    client = EngineClient(folder, name, served=what, metrics=parts.metrics.page)
     pool = ThreadPoolExecutor(cores, thread_name_prefix="trivec-tokenizer")
     embedders = [
         RemoteEmbedder(
@@ -98,25 +73,27 @@ def connect_models(front: Front, *, folder: SharedFolder, name: str, cores: int)
                 token_count_max=model.card.token_count_max,
                 vocabulary_size=model.card.vocabulary_size,
                 pool=pool,
-                request_tokens_max=front.settings.http.request_tokens_max,
+                request_tokens_max=parts.settings.http.request_tokens_max,
             ),
             client,
-            front.clock,
+            parts.clock,
         )
         for index, model in enumerate(what.models)
     ]
-    return RemoteModels(
+    return ServedModels(
         choice=Choice(what.backend, what.device, what.reason),
-        loaded=[RemoteModel(model.card, _certificate(model)) for model in what.models],
+        cards=[model.card for model in what.models],
+        certificates={
+            model.card.id: Certificate(model.cosine_min, model.cosine_mean, model.certificate)
+            for model in what.models
+            if model.certificate is not None
+            and model.cosine_min is not None
+            and model.cosine_mean is not None
+        },
         embedders=by_name(embedders),
         workers=client,
         slot_count=what.slot_count,
-        page=lambda: merged_pages({**folder.read_metrics(), name: front.metrics.page()}),
+        metrics_page=lambda: merged_pages({**folder.read_metrics(), name: parts.metrics.page()}),
+        problems=lambda: client.troubles,
         makes_first_key=name == FIRST_API,
     )
-
-
-def _certificate(model: ServedModel) -> Certificate | None:
-    if model.certificate is None or model.cosine_min is None or model.cosine_mean is None:
-        return None
-    return Certificate(model.cosine_min, model.cosine_mean, model.certificate)

@@ -35,7 +35,11 @@ NESTING = "__"
 OTHER_NAMES = {"TRIVEC_MODEL": "models", "TRIVEC_CONFIG": "config"}
 # Names of the first edition, read for one release with a warning.
 RENAMED_SECTIONS: Mapping[str, str] = {"line": "queue"}
-REMOVED: Mapping[tuple[str, ...], str] = {}
+_RESTARTS = "systemd, Compose or Kubernetes starts the server again; deploy/ has their files"
+REMOVED: Mapping[tuple[str, ...], str] = {
+    ("life", "supervised"): _RESTARTS,
+    ("life", "heartbeat_s_max"): _RESTARTS,
+}
 
 
 def _split_at_commas(value: object) -> object:
@@ -143,10 +147,6 @@ class Life(Section):
     """Seconds in which accepted requests must finish after that."""
     canary_every_s: float = Field(30.0, gt=0)
     """Seconds between two embeddings of the canary text, which must not change."""
-    supervised: bool = True
-    """Run the server in a child process that is started again after a crash or a hang."""
-    heartbeat_s_max: float = Field(15.0, gt=0)
-    """The child is killed and started again when its heart has not beaten for this long."""
 
 
 class Telemetry(Section):
@@ -214,8 +214,6 @@ class Settings(Section):
                 f"no_auth is only for a loopback address, and host is {self.host}; set host to "
                 "127.0.0.1, or say --no-auth=anywhere if all who reach that address may use it"
             )
-        if self.api_processes > 1 and not self.life.supervised:
-            raise ValueError("api_processes above 1 are supervised; leave life.supervised true")
         if self.api_key is not None:
             _check_api_key(self.api_key.get_secret_value())
         return self

@@ -48,7 +48,6 @@ def books(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Books]:
     environ = {
         "TRIVEC_API_KEY": FIXED_KEY,
         "TRIVEC_LIFE__DRAIN_GRACE_S": "0",
-        "TRIVEC_LIFE__SUPERVISED": "false",
         "TRIVEC_LOG_LEVEL": "error",  # else a line a request, which waiting for one reads again
     }
     if request.param == "sqlite":

@@ -34,8 +34,8 @@ from trivec.core.types import (
     Sequences,
     Truncated,
 )
-from trivec.server.carrier import Carrier
-from trivec.server.listening import listen
+from trivec.server.granian_server import GranianServer
+from trivec.server.machine import listen
 from trivec.settings import HttpLimits
 
 MODEL = "baai/bge-m3"
@@ -238,12 +238,12 @@ class House:
         """Serve the app by granian on a free port of the loopback; gives `http://host:port`."""
         listener = listen("127.0.0.1", 0)
         host, port = listener.getsockname()[:2]
-        carrier: list[Carrier] = []
+        carrier: list[GranianServer] = []
         loop = HandLoop()
         up = threading.Event()
 
         async def serve() -> None:
-            carrier.append(Carrier(self.app, listener, limits=self.limits, tls=None))
+            carrier.append(GranianServer(self.app, listener, limits=self.limits, tls=None))
             up.set()
             await carrier[0].serve()
 

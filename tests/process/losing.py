@@ -8,8 +8,8 @@ from trivec.backends.fake import FakeBackend
 from trivec.build import (
     Choice,
     LoadedModel,
+    ModelContext,
     Models,
-    Surroundings,
     make_tokenizers,
     model_card,
     set_up,
@@ -32,12 +32,16 @@ class LosingBackend(FakeBackend):
         return super().run(batch, slot=slot)
 
 
-def load(settings: Settings, front: Surroundings, *, cores: int, hears_text: bool = True) -> Models:
+def load(
+    settings: Settings, context: ModelContext, *, cores: int, takes_text: bool = True
+) -> Models:
     checkpoint = open_checkpoint("all-minilm-l6-v2", cache_dir=settings.data_dir / "models")
     backend = LosingBackend(dimensions=checkpoint.config.hidden_size)
     loaded = LoadedModel(checkpoint, backend, model_card(checkpoint, "fake"), None)
-    tokenizers = make_tokenizers([loaded.checkpoint], front=front, cores=1) if hears_text else ()
-    return set_up([loaded], Choice("fake", "cpu", "a test"), front=front, tokenizers=tokenizers)
+    tokenizers = (
+        make_tokenizers([loaded.checkpoint], context=context, cores=1) if takes_text else ()
+    )
+    return set_up([loaded], Choice("fake", "cpu", "a test"), context=context, tokenizers=tokenizers)
 
 
 def main(data_dir: str, api_processes: str) -> None:

@@ -68,11 +68,6 @@ class Server:
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    def child(self) -> int:
-        """The process that serves, below the one that supervises."""
-        me = self.process.pid
-        return int(Path(f"/proc/{me}/task/{me}/children").read_text().split()[0])
-
     def ask_again(self) -> None:
         """A second request to stop; one that comes too close to the first counts as its echo."""
         with self._heard:

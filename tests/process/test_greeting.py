@@ -15,7 +15,7 @@ NEW = NewKey(Key("key_1", "first", frozenset(Scope), None, RateLimits(), created
 
 def told(data_dir: Path) -> str:
     said: list[str] = []
-    Greeting(Settings(data_dir=data_dir), port=8000, say=said.append).key(NEW)
+    Greeting(Settings(data_dir=data_dir), port=8000, say=said.append).first_key(NEW)
     return "\n".join(said)
 
 

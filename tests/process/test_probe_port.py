@@ -59,6 +59,6 @@ def test_the_server_may_open_as_many_files_as_it_is_allowed(tmp_path: Path) -> N
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with running(tmp_path, "--backend", "fake") as server:
         assert server.url
-        limits = Path(f"/proc/{server.child()}/limits").read_text()
+        limits = Path(f"/proc/{server.process.pid}/limits").read_text()
     (files,) = [line.split() for line in limits.splitlines() if line.startswith("Max open files")]
     assert files[3] == files[4] == (str(hard) if hard >= 0 else "unlimited")

@@ -1,8 +1,8 @@
-"""`trivec serve`: flags to settings, settings to a supervised server process."""
+"""`trivec serve`: flags to settings, settings to a server process."""
 
 import os
 import select
-import socket
+import signal
 import sys
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal, TextIO, get_args, get_origin
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Literal, TextIO, get_args, get_orig
 import typer
 from typer.core import TyperCommand
 
-from trivec.cli.outermost import whole_life
-from trivec.server.processes import ignore_early_signals
-from trivec.server.supervisor import Heart
+from trivec.cli.greeting import Greeting
+from trivec.cli.several import serve_several
+from trivec.server.machine import check_certificate, listen, raise_file_limit, usable_cores
+from trivec.server.processes import STOPS, exit_code_of, ignore_early_signals
 from trivec.settings import HttpLimits, Settings, load_settings
 
 if TYPE_CHECKING:
@@ -79,16 +80,19 @@ def serve(
     flags = {name: value for name, value in locals().items() if value is not None}
     flags["http"] = {"truncate": flags.pop("truncate", None)}
     settings = load_settings(flags, os.environ, warn=_say)
-    _leave(run(settings))
+    exit_code = run(settings)
+    # At the interpreter's orderly end granian's own threads abort the process.
+    sys.stdout.flush()
+    if _takes_a_line(sys.stderr):  # else the log's thread is stuck in it, and holds its lock
+        sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def run(settings: Settings) -> int:
-    """Listen, then serve, in a supervised child unless the settings say otherwise."""
-    from trivec.cli.several import serve_several
-    from trivec.server.listening import check_certificate, listen
-    from trivec.server.machine import raise_file_limit
-
+    """Listen, then serve until the end; the exit code. Raises `SettingInvalid`."""
     ignore_early_signals()
+    for number in STOPS:  # until there are other handlers nothing was accepted; PID 1 needs one
+        signal.signal(number, lambda _number, _frame: os._exit(0))
     raise_file_limit()
 
     if settings.tls_cert and settings.tls_key:
@@ -96,28 +100,26 @@ def run(settings: Settings) -> int:
     if settings.api_processes > 1:
         return serve_several(settings, say=_say)
     listener = listen(settings.host, settings.port)
-    return _live(settings, listener, None)
 
-
-def _live(settings: Settings, listener: socket.socket, heart: Heart | None) -> int:
-    """The serving process, whole."""
-
-    def life() -> int:
+    def main() -> int:
         from trivec.build import check_models, load_models
-        from trivec.cli.greeting import Greeting
-        from trivec.server.machine import usable_cores
-        from trivec.server.serving import live
+        from trivec.server.server import serve_http
 
         check_models(settings)
-        load = partial(load_models, settings, cores=usable_cores())
-        herald = Greeting(settings, port=listener.getsockname()[1], say=_say)
-        return live(settings, listener, load=load, heart=heart, herald=herald)
+        greeting = Greeting(settings, port=listener.getsockname()[1], say=_say)
+        return serve_http(
+            settings,
+            listener,
+            load=partial(load_models, settings, cores=usable_cores()),
+            on_first_key=greeting.first_key,
+            on_ready=greeting.ready,
+        )
 
-    return whole_life(settings, life, say=_say)
+    return exit_code_of(main, settings, say=_say)
 
 
 def _say(line: str) -> None:
-    """To standard error, unless whoever reads it is stuck: the parent must go on."""
+    """Print to standard error, unless its reader is stuck: serving must go on."""
     if _takes_a_line(sys.stderr):
         print(line, file=sys.stderr, flush=True)
 
@@ -127,11 +129,3 @@ def _takes_a_line(stream: TextIO) -> bool:
         return bool(select.select((), (stream,), (), 0)[1])
     except (OSError, ValueError):  # no file of the system's, as under a test's runner
         return True
-
-
-def _leave(exit_code: int) -> None:
-    """End now: granian's own threads do not survive the interpreter's orderly end (they abort)."""
-    sys.stdout.flush()
-    if _takes_a_line(sys.stderr):  # else the log's thread is stuck in it, and holds its lock
-        sys.stderr.flush()
-    os._exit(exit_code)

@@ -8,11 +8,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from trivec.cli.outermost import whole_life
 from trivec.core.errors import SettingInvalid
 from trivec.ipc.folder import SharedFolder
-from trivec.server.listening import listen_shared
-from trivec.server.processes import Member, Processes
+from trivec.server.machine import listen_shared, usable_cores
+from trivec.server.processes import Member, Processes, exit_code_of
 from trivec.settings import Settings
 
 SOCKET_PATH_MAX = 100  # bytes of a Unix socket's path that every system takes, less its name
@@ -51,13 +50,12 @@ def _serve_engine(settings: Settings, folder: SharedFolder, say: Callable[[str],
     def life() -> int:
         from trivec.build import check_models, load_models
         from trivec.server.engine_process import run_engine
-        from trivec.server.machine import usable_cores
 
         check_models(settings)
-        load = partial(load_models, settings, cores=usable_cores(), hears_text=False)
+        load = partial(load_models, settings, cores=usable_cores(), takes_text=False)
         return run_engine(settings, folder, load=load)
 
-    return whole_life(settings, life, say=say, process="engine")
+    return exit_code_of(life, settings, say=say, process="engine")
 
 
 def _serve_api(
@@ -68,32 +66,27 @@ def _serve_api(
     say: Callable[[str], None],
 ) -> int:
     def life() -> int:
-        from trivec.build import Running
+        from trivec.build import ServedModels
         from trivec.build_several import connect_models
         from trivec.cli.greeting import Greeting
-        from trivec.server.machine import usable_cores
-        from trivec.server.serving import live
+        from trivec.server.server import serve_http
 
-        class GreetingForAll(Greeting):
-            """Of a key at once, since a process may die before all of them are ready."""
+        greeting = Greeting(settings, port=listener.getsockname()[1], say=say)
+        tasks = set[asyncio.Task[None]]()
 
-            def ready(self, models: Running) -> None:
-                greets = super().ready
-
-                async def greet_when_all_serve() -> None:
-                    await folder.all_serving(name, count=settings.api_processes)
-                    if models.makes_first_key:
-                        greets(models)
-
-                self.greeting = asyncio.create_task(greet_when_all_serve())
+        async def greet_when_all_serve(models: ServedModels) -> None:
+            """The key was shown before: a process may die before all of them are ready."""
+            await folder.all_serving(name, count=settings.api_processes)
+            if models.makes_first_key:
+                greeting.ready(models)
 
         cores = max(1, usable_cores() // settings.api_processes)
-        return live(
+        return serve_http(
             settings,
             listener,
             load=partial(connect_models, folder=folder, name=name, cores=cores),
-            heart=None,
-            herald=GreetingForAll(settings, port=listener.getsockname()[1], say=say),
+            on_first_key=greeting.first_key,
+            on_ready=lambda models: tasks.add(asyncio.create_task(greet_when_all_serve(models))),
         )
 
-    return whole_life(settings, life, say=say, process=name)
+    return exit_code_of(life, settings, say=say, process=name)

@@ -1,5 +1,4 @@
-"""The life of the process: listen, load, serve, drain, leave; and a parent that starts it again.
+"""Server process: sockets, signals, the embedded granian, draining and exit codes.
 
-Knows sockets, signals and exit codes. It is handed apps and engines by `assemble` and must not
-know how any of them works.
+It is handed apps and models by `build`, and knows nothing of how they work.
 """

@@ -15,12 +15,12 @@ from trivec.core.events import PhaseChanged
 from trivec.core.health import Phase
 from trivec.ipc.folder import SharedFolder
 from trivec.ipc.server import EngineServer
-from trivec.server.collecting import spare_what_stays
-from trivec.server.life import REFUSAL_S_MAX
+from trivec.server.machine import freeze_garbage_collector
 from trivec.server.processes import BROKEN, IGNORED, STOPS
 from trivec.settings import Settings
 
 ENGINE = "engine"  # the process's name
+REFUSAL_S_MAX = 2.0  # for sending what was answered, before leaving all the same
 LEAVE_S_MAX = 5.0  # for the workers to end, before leaving all the same
 
 
@@ -54,8 +54,9 @@ async def _run(
         return 0
     models = loading.result()
     for model in models.loaded:
-        parts.observer.observe(loaded_event(model, load_s=time.monotonic() - began_s))
-    spare_what_stays()
+        load_s = time.monotonic() - began_s
+        parts.observer.observe(loaded_event(model.card, model.certificate, load_s=load_s))
+    freeze_garbage_collector()
     models.workers.start()
     server = EngineServer([models.embedders[model.card.id] for model in models.loaded])
     folder.write_served(served(models))

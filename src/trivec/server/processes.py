@@ -1,4 +1,4 @@
-"""Several processes for one service: the parent that starts each, and again when it has died.
+"""Exit codes, and several processes for one service: the parent that starts each, and again when it has died.
 
 The parent imports no engine and serves nothing. It holds every listening socket, so that connections
 wait through a restart instead of being refused. A process that hangs is for those outside to find:
@@ -6,6 +6,7 @@ wait through a restart instead of being refused. A process that hangs is for tho
 """
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -19,11 +20,15 @@ from multiprocessing.connection import wait
 from multiprocessing.context import ForkProcess
 from types import FrameType
 
+from trivec.core.errors import StartError
+from trivec.settings import Settings
+
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 IGNORED = (signal.SIGUSR1, signal.SIGUSR2)  # their default would kill with all that is in flight
 INTERRUPTED = 128 + signal.SIGINT  # the exit code after a second Ctrl-C
 SAME_REQUEST_S = 0.1  # a signal sent to a whole process group may reach us twice, this close
 BROKEN = 70  # EX_SOFTWARE: systemd or a container's runtime should start the service again
+FAILED = 1  # an exception that no code expects
 START_REFUSED = 2  # a setting or a model that cannot work, and will not after a restart
 RESTARTS_MAX, RESTARTS_WITHIN_S = 5, 60.0  # more than that is no accident any more
 RESTART_AFTER_S = 1.0
@@ -47,6 +52,29 @@ class Member:
         if self.process is not None and self.process.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process.pid, number)
+
+
+def exit_code_of(
+    main: Callable[[], int],
+    settings: Settings,
+    *,
+    say: Callable[[str], None],
+    process: str | None = None,
+) -> int:
+    """Run *main* with a log; its exit code, whatever it raises. *process*: its name among several."""
+    from trivec.telemetry import configure_log, finish_log  # slow to import, as the parent need not
+
+    try:
+        configure_log(settings.telemetry.log_format, level=settings.log_level, process=process)
+        return main()
+    except StartError as refusal:
+        say(f"trivec: {refusal}")
+        return START_REFUSED
+    except BaseException:  # the outermost loop of the process; a library's panic is no Exception
+        logging.getLogger("trivec").exception("the server process failed")
+        return FAILED
+    finally:
+        finish_log()
 
 
 def ignore_early_signals() -> None:

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from trivec.build import Models, load_models, open_front
+from trivec.build import Models, load_models, open_server_parts
 from trivec.cli.bench.texts import Workload
 from trivec.core.ports import Embedder
 from trivec.core.types import LongText, Output, Sequences
@@ -95,7 +95,7 @@ def quiet_settings(model: str, *, precision: str, data_dir: Path | None = None) 
 @asynccontextmanager
 async def engine_on_trial(settings: Settings, *, cores: int) -> AsyncIterator[EngineOnTrial]:
     """Load the first model of *settings* and run its workers meanwhile. Raises `StartError`."""
-    front = open_front(settings)
+    front = open_server_parts(settings)
     front.accounts.start()
     started_s = time.perf_counter()
     models = load_models(settings, front, cores=cores)

@@ -1,4 +1,4 @@
-"""The canary: a changed vector is a trouble, a full line is none, and a cured model sings again."""
+"""The self-test: a changed vector is a problem, a full queue is none, and a cure ends it."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from trivec.core.types import (
     Sequences,
     Vectors,
 )
-from trivec.server.canary import Canary
+from trivec.server.server import SelfTest
 
 FIRST = np.array([1, 0, 0], np.float32)
 NEARLY = np.array([1, 0.001, 0], np.float32)
@@ -23,7 +23,7 @@ OTHER = np.array([1, 0.1, 0], np.float32)
 BROKEN = np.array([np.nan, 0, 0], np.float32)
 
 
-class Singer:
+class StubEmbedder:
     """An embedder that answers with what it is told to."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Singer:
     @property
     def card(self) -> ModelCard:
         return ModelCard(
-            id="singer",
+            id="stub",
             token_count_max=8,
             vocabulary_size=8,
             dimensions=3,
@@ -63,35 +63,39 @@ class Singer:
         return []
 
 
-async def after(*answers: Float32Array | ServiceError) -> Canary:
-    singer: Singer = Singer()
-    embedder: Embedder = singer
-    canary = Canary([embedder])
-    await canary.learn()
+async def after(*answers: Float32Array | ServiceError) -> SelfTest:
+    stub = StubEmbedder()
+    embedder: Embedder = stub
+    self_test = SelfTest([embedder])
+    await self_test.start()
     for answer in answers:
-        singer.next = answer
-        await canary.check()
-    return canary
+        stub.next = answer
+        await self_test.check()
+    return self_test
 
 
 @pytest.mark.parametrize(
-    ("answers", "in_trouble"),
+    ("answers", "has_problem"),
     [
         pytest.param([FIRST], False, id="the-same"),
         pytest.param([NEARLY], False, id="nearly-the-same"),
         pytest.param([OTHER], True, id="another-vector"),
         pytest.param([BROKEN], True, id="not-a-number"),
         pytest.param([EngineFault("broken")], True, id="a-fault"),
-        pytest.param([Overloaded("full", retry_after_s=1)], False, id="a-full-line-proves-nothing"),
+        pytest.param(
+            [Overloaded("full", retry_after_s=1)], False, id="a-full-queue-proves-nothing"
+        ),
         pytest.param([OTHER, Overloaded("full", retry_after_s=1)], True, id="and-cures-nothing"),
         pytest.param([OTHER, FIRST], False, id="cured"),
     ],
 )
-async def test_what_troubles(answers: list[Float32Array | ServiceError], in_trouble: bool) -> None:
-    assert bool((await after(*answers)).troubles) == in_trouble
+async def test_what_is_a_problem(
+    answers: list[Float32Array | ServiceError], has_problem: bool
+) -> None:
+    assert bool((await after(*answers)).problems) == has_problem
 
 
-async def test_a_model_with_an_alias_sings_once() -> None:
-    singer = Singer()
-    await Canary([singer, singer]).learn()
-    assert singer.asked == 1
+async def test_a_model_with_an_alias_is_tested_once() -> None:
+    stub = StubEmbedder()
+    await SelfTest([stub, stub]).start()
+    assert stub.asked == 1

@@ -1,0 +1,362 @@
+"""HTTP server process: it listens, loads the models, serves, drains, and ends with an exit code."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from contextlib import suppress
+
+import numpy as np
+
+from trivec.accounts import NewKey
+from trivec.build import ServedModels, ServerParts, loaded_event, open_server_parts
+from trivec.core.errors import BusyError, EngineFault, SettingInvalid, StoreUnavailable
+from trivec.core.events import PhaseChanged
+from trivec.core.health import Health, Phase
+from trivec.core.ports import Embedder
+from trivec.core.types import Float32Array, LongText, Output
+from trivec.server.granian_server import GranianServer, SwappableApp, probes_only
+from trivec.server.machine import (
+    check_certificate,
+    freeze_garbage_collector,
+    listen,
+    usable_memory_bytes,
+)
+from trivec.server.processes import BROKEN, IGNORED, INTERRUPTED, SAME_REQUEST_S, STOPS
+from trivec.settings import Settings
+
+PROBE_CONNECTIONS_MAX = 64
+PROBE_IDLE_S_MAX = 5
+REFUSAL_S_MAX = 2.0  # for answering 503 to all that still wait, before leaving all the same
+ENGINE_REFUSAL_S = 0.5  # of that, for the engine's own refusals to be recorded and sent
+LEAVE_S_MAX = 5.0  # for the ledger and the workers to end, before leaving all the same
+
+SELF_TEST = "The canary sings the same three notes every half minute: 一、二、三 · один, два, три."
+SELF_TEST_COSINE_MIN = 0.9999
+
+HEALTHY = Health("ready", alive=True, ready=True, reason="ok")
+
+_log = logging.getLogger("trivec.server")
+
+
+class SelfTest:
+    """A fixed text embedded again and again, whose vector must stay the same for each model."""
+
+    def __init__(self, embedders: Iterable[Embedder]) -> None:
+        by_id = {embedder.card.id: embedder for embedder in embedders}  # an alias is the same model
+        self._embedders = tuple(by_id.values())
+        self._first: dict[str, Float32Array] = {}  # by model, [dimensions]
+        self._problems: dict[str, str] = {}
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What the last check found wrong, a sentence a model."""
+        return tuple(self._problems.values())
+
+    async def start(self) -> None:
+        """Keep each model's first vector; this warms the models up, too."""
+        for embedder in self._embedders:
+            self._first[embedder.card.id] = await self._embed(embedder)
+
+    async def check(self) -> None:
+        """Embed the text again and compare. A full queue proves nothing and changes nothing."""
+        for embedder in self._embedders:
+            model = embedder.card.id
+            try:
+                now, first = await self._embed(embedder), self._first[model]
+            except BusyError:
+                continue
+            except EngineFault as fault:
+                self._problems[model] = f"the self-test of {model} failed: {fault}"
+                continue
+            with np.errstate(invalid="ignore", divide="ignore"):  # NaN is below every bound
+                cosine = np.dot(now, first) / (np.linalg.norm(now) * np.linalg.norm(first))
+            if cosine >= SELF_TEST_COSINE_MIN:
+                self._problems.pop(model, None)
+            else:
+                self._problems[model] = (
+                    f"the self-test of {model} changed: cosine {cosine:.6f} to its first vector, "
+                    f"at least {SELF_TEST_COSINE_MIN} expected"
+                )
+
+    async def _embed(self, embedder: Embedder) -> Float32Array:
+        sequences = await embedder.tokenize([SELF_TEST], long_text=LongText.CUT_END)
+        reply = await embedder.embed(sequences, Output.DENSE)
+        vector: Float32Array = reply.vectors.dense[0]  # [dimensions]
+        return vector
+
+
+class HttpServer:
+    """One life of the process, from its first connection to its exit code, on one event loop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        listener: socket.socket,
+        *,
+        load: Callable[[ServerParts], ServedModels],
+        on_first_key: Callable[[NewKey], None],
+        on_ready: Callable[[ServedModels], None],
+    ) -> None:
+        self._settings = settings
+        self._load = load
+        self._on_first_key = on_first_key
+        self._on_ready = on_ready
+        self._parts = open_server_parts(settings, machine_bytes=usable_memory_bytes())
+        self._phase: Phase | None = None
+        self._models: ServedModels | None = None
+        self._self_test = SelfTest(())
+        self._tasks: set[asyncio.Task[None]] = set()  # cancelled at the end
+
+        loop = asyncio.get_running_loop()
+        self._stop_asked: asyncio.Future[None] = loop.create_future()
+        self._stop_asked_again: asyncio.Future[None] = loop.create_future()
+        self._lost: asyncio.Future[str] = loop.create_future()  # why no model can run any more
+        self._closed: asyncio.Future[None] = loop.create_future()  # the last connection is closed
+        self._last_signal_s = float("-inf")
+        self._was_interrupted = False
+        self._skips_grace = False
+
+        self._app = SwappableApp(self._parts.app({}, self.health))
+        self._listener = listener
+        self._is_listening = True
+        self._granian = self._new_granian()
+        self._granian_tasks: set[asyncio.Task[None]] = set()
+        self._probes = self._new_probes() if settings.probe_port is not None else None
+
+    def _new_granian(self) -> GranianServer:
+        cert, key = self._settings.tls_cert, self._settings.tls_key
+        tls = (cert, key) if cert and key else None
+        # With TLS the next one, for a new certificate, takes the same socket.
+        listener = self._listener.dup() if tls else self._listener
+        return GranianServer(self._app, listener, limits=self._settings.http, tls=tls)
+
+    def _new_probes(self) -> GranianServer:
+        """Connections that clients cannot use up; answered until the process ends."""
+        settings, port = self._settings, self._settings.probe_port
+        assert port is not None
+        several = settings.api_processes > 1
+        listener = listen(settings.host, port, shared=several, flag="--probe-port")
+        limits = settings.http.model_copy(
+            update={"connections_max": PROBE_CONNECTIONS_MAX, "idle_s_max": PROBE_IDLE_S_MAX}
+        )
+        return GranianServer(probes_only(self._app), listener, limits=limits, tls=None)
+
+    def _start_granian(self) -> None:
+        granian = self._granian
+        task = asyncio.create_task(granian.serve(), name="granian")
+        self._granian_tasks.add(task)
+
+        def ended(task: "asyncio.Task[None]") -> None:
+            self._granian_tasks.discard(task)
+            if granian is self._granian:
+                self._closed.set_result(None)
+            else:
+                _log.warning("the certificate was read again")
+
+        task.add_done_callback(ended)
+
+    def _stop_listening(self) -> None:
+        self._is_listening = False
+        self._granian.stop()
+        self._listener.close()
+
+    def health(self) -> Health:
+        """What probes and every request see; reads results and computes nothing."""
+        is_lost = self._lost.done()
+        reasons = [self._lost.result()] if is_lost else []
+        if self._phase == "loading":
+            reasons.append(f"loading: {', '.join(self._settings.models) or 'the default model'}")
+        elif self._phase == "draining":
+            reasons.append("draining: asked to stop")
+        elif self._phase == "stopped":
+            reasons.append("draining: about to leave")
+        reasons += self._self_test.problems
+        if not self._parts.accounts.health().writable:
+            # Probes need no key, and the store's own words name hosts: those are in the log.
+            reasons.append("the store cannot be written; the log says why")
+        if self._models is not None:
+            reasons += self._models.problems()
+        if not reasons:
+            return HEALTHY
+        assert self._phase is not None
+        return Health(self._phase, alive=not is_lost, ready=False, reason="; ".join(reasons))
+
+    async def run(self) -> int:
+        """Serve until the end; the exit code. Raises what loading raised."""
+        loop = asyncio.get_running_loop()
+        for number in STOPS:
+            loop.add_signal_handler(number, self._stop_signal, number)
+        for number in IGNORED:
+            loop.add_signal_handler(number, _log.warning, "%s is ignored", number.name)
+        loop.add_signal_handler(signal.SIGHUP, self._reload_certificate)
+        self._parts.accounts.start()
+        self._enter("loading")
+        self._start_granian()
+        if self._probes is not None:
+            self._start(self._probes.serve(), "probes")
+        loading = asyncio.create_task(self._load_models(), name="loading")
+        try:
+            await _first(loading, self._stop_asked, self._closed)
+            if loading.done():
+                loading.result()
+                await self._serve_and_drain()
+            failure = self._failure()
+            if failure is not None:
+                _log.critical("cannot go on: %s; leaving with exit code %d", failure, BROKEN)
+            self._enter("stopped")
+            return 0 if failure is None else BROKEN
+        finally:
+            await self._leave()
+
+    async def _load_models(self) -> None:
+        began_s = time.monotonic()
+        models = await asyncio.to_thread(self._load, self._parts)
+        models.workers.start()
+        self._self_test = SelfTest(models.embedders.values())
+        await self._self_test.start()
+        if models.makes_first_key:
+            with suppress(StoreUnavailable):  # another start will make it
+                new_key = await self._parts.accounts.create_first_key()
+                if new_key is not None:
+                    self._on_first_key(new_key)
+        for card in models.cards:
+            load_s = time.monotonic() - began_s
+            event = loaded_event(card, models.certificates.get(card.id), load_s=load_s)
+            self._parts.observer.observe(event)
+        self._models = models
+        self._app.app = self._parts.app(
+            models.embedders, self.health, metrics_page=models.metrics_page
+        )
+        self._start(self._self_test_forever(), "self-test")
+        self._start(self._watch(models), "watch")
+
+    async def _self_test_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.life.canary_every_s)
+            await self._self_test.check()
+
+    async def _watch(self, models: ServedModels) -> None:
+        self._lost.set_result(await models.workers.lost())
+
+    async def _serve_and_drain(self) -> None:
+        models, life = self._models, self._settings.life
+        assert models is not None
+        freeze_garbage_collector()
+        self._enter("ready")
+        self._on_ready(models)
+        await _first(self._stop_asked, self._lost, self._closed)
+
+        hurries = (self._stop_asked_again, self._lost, self._closed)
+        if self._failure() is None:
+            self._enter("draining")
+            if not self._skips_grace:
+                await _first(*hurries, timeout_s=life.drain_grace_s)
+        if not any(one.done() for one in hurries):
+            self._stop_listening()
+            await _first(*hurries, timeout_s=life.drain_s_max)
+
+        if not self._closed.done():  # every request still in flight is answered 503
+            self._enter("stopped")
+            self._stop_listening()
+            self._start(self._app.cancel_requests(after_s=ENGINE_REFUSAL_S), "cancel requests")
+            if not self._lost.done():
+                self._start(models.workers.stop(0), "stop workers")
+            await _first(self._closed, timeout_s=REFUSAL_S_MAX)
+
+    def _failure(self) -> str | None:
+        """Why this process must end and another be started; None if it need not."""
+        if self._lost.done():
+            return self._lost.result()
+        if self._closed.done() and self._is_listening:
+            return "the HTTP server ended by itself"
+        return None
+
+    async def _leave(self) -> None:
+        """Stop the background tasks, then let the ledger finish its writes."""
+        for task in self._tasks:
+            task.cancel()
+        self._stop_listening()
+        if self._granian_tasks:
+            await asyncio.wait(self._granian_tasks, timeout=REFUSAL_S_MAX)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LEAVE_S_MAX):
+                if self._models is not None and not self._lost.done():
+                    await self._models.workers.stop(0)
+                await asyncio.to_thread(self._parts.close)
+
+    def _enter(self, phase: Phase) -> None:
+        if phase != self._phase:
+            self._phase = phase
+            self._parts.observer.observe(PhaseChanged(phase, self.health().reason))
+
+    def _start(self, work: Coroutine[None, None, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _stop_signal(self, number: signal.Signals) -> None:
+        """Drain; a second signal cuts that short, a second Ctrl-C ends the process at once."""
+        now_s = time.monotonic()
+        if now_s - self._last_signal_s < SAME_REQUEST_S:
+            return
+        self._last_signal_s = now_s
+        if number is signal.SIGINT:
+            if self._was_interrupted:  # every answered request is in the ledger
+                os._exit(INTERRUPTED)
+            self._was_interrupted = True
+            self._skips_grace = self._phase == "ready" and self._app.is_idle
+        if not self._stop_asked.done():
+            self._stop_asked.set_result(None)
+        elif not self._stop_asked_again.done():
+            self._stop_asked_again.set_result(None)
+
+    def _reload_certificate(self) -> None:
+        """Take new connections with the certificate as its files are now; finish the old ones."""
+        cert, key = self._settings.tls_cert, self._settings.tls_key
+        if not (cert and key) or self._phase not in ("loading", "ready"):
+            _log.warning("SIGHUP is ignored: there is no certificate to read again")
+            return
+        try:
+            check_certificate(cert, key)
+            granian = self._new_granian()
+        except (SettingInvalid, OSError) as fault:
+            _log.error("the certificate is still the old one: %s", fault)
+            return
+        former, self._granian = self._granian, granian
+        self._start_granian()
+        former.stop()
+
+
+async def _first(
+    *futures: "asyncio.Future[None] | asyncio.Future[str]", timeout_s: float | None = None
+) -> None:
+    """Wait until one of *futures* is done, at most *timeout_s*."""
+    await asyncio.wait(futures, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+
+
+def serve_http(
+    settings: Settings,
+    listener: socket.socket,
+    *,
+    load: Callable[[ServerParts], ServedModels],
+    on_first_key: Callable[[NewKey], None],
+    on_ready: Callable[[ServedModels], None],
+) -> int:
+    """Serve until the end; the exit code. Raises `StartError` where serving cannot begin.
+
+    *load* loads the models in a thread, while the server already listens and answers 503;
+    *on_first_key* gets the key that a new store begins with, which is never shown again.
+    """
+
+    async def run() -> int:
+        server = HttpServer(
+            settings, listener, load=load, on_first_key=on_first_key, on_ready=on_ready
+        )
+        return await server.run()
+
+    # Not asyncio.run: it would wait for the thread that loads a model, and we leave the process.
+    return asyncio.new_event_loop().run_until_complete(run())
