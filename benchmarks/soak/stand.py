@@ -20,7 +20,6 @@ from benchmarks.soak.service import device, faulty_model, opened
 from trivec.build import (
     Choice,
     Models,
-    ServedModels,
     ServerParts,
     make_tokenizers,
     set_up,
@@ -65,7 +64,7 @@ def serve(settings: Settings, listener: socket.socket, given: argparse.Namespace
         return set_up([model], choice, context=parts, tokenizers=tokenizers)
 
     class Counting(Greeting):
-        def ready(self, models: ServedModels) -> None:
+        def ready(self, models: Models) -> None:
             count_when_asked(asyncio.get_running_loop())
             super().ready(models)
 

@@ -5,9 +5,9 @@ rooms that are slow to import are imported by the function that needs them.
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
@@ -118,8 +118,8 @@ class LoadedModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServedModels:
-    """Every served model, wherever it runs."""
+class Models:
+    """Every served model, in this process or in the engine process."""
 
     choice: Choice
     cards: Sequence[ModelCard]
@@ -127,16 +127,21 @@ class ServedModels:
     embedders: Mapping[str, Embedder]  # by id and by alias
     workers: "Workers | EngineClient"  # what runs them: threads here, or another process
     slot_count: int
+    loaded: tuple[LoadedModel, ...] = ()  # those in this process
     metrics_page: Callable[[], bytes] | None = None  # of all processes, where there are several
     problems: Callable[[], Sequence[str]] = tuple  # why nothing can run for now
     makes_first_key: bool = True  # this process makes a new store's first key, and shows it
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Models(ServedModels):
-    """Every served model, where they run in this process."""
-
-    loaded: tuple[LoadedModel, ...] = field(repr=False)
+    def loaded_events(self, *, load_s: float) -> Iterator[ModelLoaded]:
+        """That each model is ready, for the observer."""
+        for card in self.cards:
+            certificate = self.certificates.get(card.id)
+            yield ModelLoaded(
+                card=card,
+                load_s=load_s,
+                cosine_min=certificate.cosine_min if certificate else None,
+                cosine_mean=certificate.cosine_mean if certificate else None,
+            )
 
 
 def open_server_parts(settings: Settings, *, machine_bytes: int = 1 << 31) -> ServerParts:
@@ -341,13 +346,3 @@ def by_name(embedders: Sequence[Embedder]) -> Mapping[str, Embedder]:
                     f"two models are called {name}; serve one of them as ANOTHER_ID=FOLDER"
                 )
     return MappingProxyType(named)
-
-
-def loaded_event(card: ModelCard, certificate: Certificate | None, *, load_s: float) -> ModelLoaded:
-    """That a model is ready, for the observer."""
-    return ModelLoaded(
-        card=card,
-        load_s=load_s,
-        cosine_min=certificate.cosine_min if certificate else None,
-        cosine_mean=certificate.cosine_mean if certificate else None,
-    )

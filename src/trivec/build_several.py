@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trivec import __version__
-from trivec.build import Certificate, Choice, Models, ServedModels, ServerParts, by_name
+from trivec.build import Certificate, Choice, Models, ServerParts, by_name
 from trivec.core.clock import SystemClock
 from trivec.core.ports import Clock, Observer
 from trivec.ipc.client import EngineClient, RemoteEmbedder
@@ -57,9 +57,7 @@ def served(models: Models) -> Served:
     )
 
 
-def connect_models(
-    parts: ServerParts, *, folder: SharedFolder, name: str, cores: int
-) -> ServedModels:
+def connect_models(parts: ServerParts, *, folder: SharedFolder, name: str, cores: int) -> Models:
     """The engine process's models for API process *name*; blocks until that has loaded them."""
     what = folder.read_served()
     client = EngineClient(folder, name, served=what, metrics=parts.metrics.page)
@@ -80,7 +78,7 @@ def connect_models(
         )
         for index, model in enumerate(what.models)
     ]
-    return ServedModels(
+    return Models(
         choice=Choice(what.backend, what.device, what.reason),
         cards=[model.card for model in what.models],
         certificates={

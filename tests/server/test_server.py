@@ -14,7 +14,7 @@ from tests.server.test_self_test import OTHER, StubEmbedder
 
 from trivec.accounts import Accounts
 from trivec.accounts.types import StoreHealth
-from trivec.build import Choice, ServedModels
+from trivec.build import Choice, Models
 from trivec.core.errors import CheckpointRefused
 from trivec.core.types import LongText, Output, Reply, Sequences
 from trivec.engine import Workers
@@ -94,9 +94,9 @@ class Rig:
         self.port = listener.getsockname()[1]
         loop = asyncio.get_running_loop()
 
-        def load(_parts: object) -> ServedModels:
+        def load(_parts: object) -> Models:
             asyncio.run_coroutine_threadsafe(self._loaded(), loop).result()
-            return ServedModels(
+            return Models(
                 choice=Choice("fake", "cpu", "a test"),
                 cards=[self.embedder.card],
                 certificates={},

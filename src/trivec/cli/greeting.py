@@ -13,7 +13,7 @@ from trivec.settings import Settings
 
 if TYPE_CHECKING:
     from trivec.accounts import NewKey
-    from trivec.build import ServedModels
+    from trivec.build import Models
 
 FIRST_KEY_FILE = "first-key"  # in the data folder
 
@@ -54,7 +54,7 @@ class Greeting:
         self._say_fact("key", f"in {file}")
         self._say_fact("", "that only this user can read; keep the key and remove the file")
 
-    def ready(self, models: "ServedModels") -> None:
+    def ready(self, models: "Models") -> None:
         settings, choice = self._settings, models.choice
         self._say(f"Trivec {__version__} is ready.")
         for card in models.cards:

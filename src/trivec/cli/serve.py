@@ -11,7 +11,6 @@ import typer
 from typer.core import TyperCommand
 
 from trivec.cli.greeting import Greeting
-from trivec.cli.several import serve_several
 from trivec.server.machine import check_certificate, listen, raise_file_limit, usable_cores
 from trivec.server.processes import STOPS, exit_code_of, ignore_early_signals
 from trivec.settings import HttpLimits, Settings, load_settings
@@ -98,6 +97,8 @@ def run(settings: Settings) -> int:
     if settings.tls_cert and settings.tls_key:
         check_certificate(settings.tls_cert, settings.tls_key)
     if settings.api_processes > 1:
+        from trivec.cli.several import serve_several
+
         return serve_several(settings, say=_say)
     listener = listen(settings.host, settings.port)
 

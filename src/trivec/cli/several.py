@@ -66,7 +66,7 @@ def _serve_api(
     say: Callable[[str], None],
 ) -> int:
     def life() -> int:
-        from trivec.build import ServedModels
+        from trivec.build import Models
         from trivec.build_several import connect_models
         from trivec.cli.greeting import Greeting
         from trivec.server.server import serve_http
@@ -74,7 +74,7 @@ def _serve_api(
         greeting = Greeting(settings, port=listener.getsockname()[1], say=say)
         tasks = set[asyncio.Task[None]]()
 
-        async def greet_when_all_serve(models: ServedModels) -> None:
+        async def greet_when_all_serve(models: Models) -> None:
             """The key was shown before: a process may die before all of them are ready."""
             await folder.all_serving(name, count=settings.api_processes)
             if models.makes_first_key:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from trivec.build import Models, loaded_event
+from trivec.build import Models
 from trivec.build_several import EngineParts, open_engine_parts, served
 from trivec.core.events import PhaseChanged
 from trivec.core.health import Phase
@@ -53,9 +53,8 @@ async def _run(
     if not loading.done():
         return 0
     models = loading.result()
-    for model in models.loaded:
-        load_s = time.monotonic() - began_s
-        parts.observer.observe(loaded_event(model.card, model.certificate, load_s=load_s))
+    for event in models.loaded_events(load_s=time.monotonic() - began_s):
+        parts.observer.observe(event)
     freeze_garbage_collector()
     models.workers.start()
     server = EngineServer([models.embedders[model.card.id] for model in models.loaded])

@@ -1,4 +1,4 @@
-"""Exit codes, and several processes for one service: the parent that starts each, and again when it has died.
+"""Exit codes, and the parent of several processes: it starts each, and again when it has died.
 
 The parent imports no engine and serves nothing. It holds every listening socket, so that connections
 wait through a restart instead of being refused. A process that hangs is for those outside to find:

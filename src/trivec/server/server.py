@@ -12,7 +12,7 @@ from contextlib import suppress
 import numpy as np
 
 from trivec.accounts import NewKey
-from trivec.build import ServedModels, ServerParts, loaded_event, open_server_parts
+from trivec.build import Models, ServerParts, open_server_parts
 from trivec.core.errors import BusyError, EngineFault, SettingInvalid, StoreUnavailable
 from trivec.core.events import PhaseChanged
 from trivec.core.health import Health, Phase
@@ -97,9 +97,9 @@ class HttpServer:
         settings: Settings,
         listener: socket.socket,
         *,
-        load: Callable[[ServerParts], ServedModels],
+        load: Callable[[ServerParts], Models],
         on_first_key: Callable[[NewKey], None],
-        on_ready: Callable[[ServedModels], None],
+        on_ready: Callable[[Models], None],
     ) -> None:
         self._settings = settings
         self._load = load
@@ -107,7 +107,7 @@ class HttpServer:
         self._on_ready = on_ready
         self._parts = open_server_parts(settings, machine_bytes=usable_memory_bytes())
         self._phase: Phase | None = None
-        self._models: ServedModels | None = None
+        self._models: Models | None = None
         self._self_test = SelfTest(())
         self._tasks: set[asyncio.Task[None]] = set()  # cancelled at the end
 
@@ -223,9 +223,7 @@ class HttpServer:
                 new_key = await self._parts.accounts.create_first_key()
                 if new_key is not None:
                     self._on_first_key(new_key)
-        for card in models.cards:
-            load_s = time.monotonic() - began_s
-            event = loaded_event(card, models.certificates.get(card.id), load_s=load_s)
+        for event in models.loaded_events(load_s=time.monotonic() - began_s):
             self._parts.observer.observe(event)
         self._models = models
         self._app.app = self._parts.app(
@@ -239,7 +237,7 @@ class HttpServer:
             await asyncio.sleep(self._settings.life.canary_every_s)
             await self._self_test.check()
 
-    async def _watch(self, models: ServedModels) -> None:
+    async def _watch(self, models: Models) -> None:
         self._lost.set_result(await models.workers.lost())
 
     async def _serve_and_drain(self) -> None:
@@ -342,9 +340,9 @@ def serve_http(
     settings: Settings,
     listener: socket.socket,
     *,
-    load: Callable[[ServerParts], ServedModels],
+    load: Callable[[ServerParts], Models],
     on_first_key: Callable[[NewKey], None],
-    on_ready: Callable[[ServedModels], None],
+    on_ready: Callable[[Models], None],
 ) -> int:
     """Serve until the end; the exit code. Raises `StartError` where serving cannot begin.
 
