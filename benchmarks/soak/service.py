@@ -160,16 +160,16 @@ class Service:
         listener = listen("127.0.0.1", 0)
         host, port = listener.getsockname()[:2]
         up = threading.Event()
-        carriers: list[GranianServer] = []
+        servers: list[GranianServer] = []
         self.loop = asyncio.new_event_loop()
 
         async def serve() -> None:
             async with self:
-                carriers.append(
+                servers.append(
                     GranianServer(self.app, listener, limits=self.settings.http, tls=None)
                 )
                 up.set()
-                await carriers[0].serve()
+                await servers[0].serve()
 
         thread = threading.Thread(target=lambda: self.loop.run_until_complete(serve()))
         thread.start()
@@ -178,7 +178,7 @@ class Service:
             yield host, port
         finally:
             self.faulty.gate.set()
-            self.loop.call_soon_threadsafe(carriers[0].stop)
+            self.loop.call_soon_threadsafe(servers[0].stop)
             thread.join(30)
             assert not thread.is_alive(), "the service did not stop"
             self.loop.close()

@@ -226,12 +226,3 @@ def test_the_first_key_is_shown_only_once(tmp_path: Path) -> None:
             f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}, timeout=60
         )
         assert models.status_code == 200
-
-
-@pytest.mark.parametrize("name", ["SUPERVISED", "HEARTBEAT_S_MAX"])
-def test_a_setting_of_the_former_supervisor_is_warned_about_and_ignored(
-    tmp_path: Path, name: str
-) -> None:
-    with running(tmp_path, *FAKE, environ={**NO_GRACE, f"TRIVEC_LIFE__{name}": "1"}) as server:
-        server.wait_until_it_says(f"life.{name.lower()} in the environment is no longer read")
-        server.wait_until_it_says("is ready")

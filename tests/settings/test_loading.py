@@ -184,3 +184,18 @@ def test_settings_of_an_older_name_are_read_under_the_new_one_with_a_warning(
         f"line.wait_s_max in {file} is now called queue.wait_s_max",
         "line.tokens_max in the environment is now called queue.tokens_max",
     ]
+
+
+def test_a_setting_that_is_gone_is_ignored_with_a_warning(tmp_path: Path) -> None:
+    file = tmp_path / "trivec.toml"
+    file.write_text("[life]\nsupervised = false\n")
+    warned: list[str] = []
+    settings = load_settings(
+        {"config": str(file)}, {"TRIVEC_LIFE__HEARTBEAT_S_MAX": "soon"}, warn=warned.append
+    )
+    assert settings == Settings()
+    assert [line.partition(":")[0] for line in warned] == [
+        f"life.supervised in {file} is no longer read",
+        "life.heartbeat_s_max in the environment is no longer read",
+    ]
+    assert all("deploy/" in line for line in warned)

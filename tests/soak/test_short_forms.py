@@ -51,7 +51,7 @@ def test_stops_under_load_lose_nothing_that_was_accepted() -> None:
     assert_passed(drain.run(times=2))
 
 
-def test_killed_stopped_or_hung_it_is_back_and_never_ready_while_dead() -> None:
+def test_killed_or_hung_it_ends_and_the_next_is_never_ready_while_dead() -> None:
     assert_passed(kills.run(times=1))
 
 
