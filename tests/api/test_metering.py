@@ -92,7 +92,7 @@ async def test_a_request_that_our_fault_ends_costs_nothing_of_the_allowance(hous
 async def test_a_failure_after_the_vectors_were_computed_costs_nothing(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(house.model, "spell", lambda token_ids: 1 / 0)
+    monkeypatch.setattr(house.model, "token_strings", lambda token_ids: 1 / 0)
     async with house.client() as client:
         spelled = {"output_type": "sparse", "return_tokens": True}
         response = await client.post("/embeddings", json=BODY | spelled)
