@@ -5,21 +5,21 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from tests.checkpoints.hub import COMMIT, Hub, serve_hub
 from tests.checkpoints.tiny import write_tiny
 
-from trivec.checkpoints.catalogue import BGE_M3, CatalogueEntry
+from trivec.checkpoints import open_own
+from trivec.checkpoints.catalogue import CatalogueEntry, Pin, entry_of
 from trivec.checkpoints.hashes import Hashes
 from trivec.checkpoints.hub import PINS_FILE, pull, pulled_folder
-from trivec.checkpoints.opening import open_own
-from trivec.checkpoints.pins import Pin
 from trivec.core.errors import CheckpointRefused
 
 WEIGHTS = "pytorch_model.bin"
+BGE_M3 = entry_of("baai/bge-m3")
 
 
 @pytest.fixture(scope="module")
@@ -176,11 +176,11 @@ def test_two_pulls_of_one_model_do_not_share_a_part_file(
 PULL_BGE_M3 = """
 import sys
 from pathlib import Path
-from trivec.checkpoints.catalogue import BGE_M3
+from trivec.checkpoints.catalogue import entry_of
 from trivec.checkpoints.hub import pull
 from trivec.core.errors import CheckpointRefused
 try:
-    pull(BGE_M3, cache_dir=Path(sys.argv[1]))
+    pull(entry_of("baai/bge-m3"), cache_dir=Path(sys.argv[1]))
 except CheckpointRefused as refusal:
     print(refusal)
 """

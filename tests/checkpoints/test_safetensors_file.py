@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from trivec.checkpoints.safetensors_file import open_safetensors, write_safetensors
-from trivec.checkpoints.tensors import StoredType, all_finite
+from trivec.checkpoints.tensor_files import all_finite, open_tensor_file, write_safetensors
 from trivec.core.errors import CheckpointRefused
 
 SHAPES = {
-    "a": (StoredType.F32, (2, 3)),
-    "b": (StoredType.F16, (5,)),
-    "none": (StoredType.F32, (0,)),
+    "a": ("F32", (2, 3)),
+    "b": ("F16", (5,)),
+    "none": ("F32", (0,)),
 }
 ARRAYS = {
     "a": np.arange(6, dtype="<f4").reshape(2, 3),
@@ -42,14 +41,14 @@ def test_what_is_written_is_what_the_library_reads(tmp_path: Path) -> None:
 
 def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
     save_file(ARRAYS, tmp_path / "x.safetensors", metadata={"format": "pt"})
-    tensors = open_safetensors(tmp_path / "x.safetensors")
+    tensors = open_tensor_file(tmp_path / "x.safetensors")
     assert all(np.array_equal(tensors.float32(name), ARRAYS[name]) for name in ARRAYS)
 
 
 def test_a_view_outlives_its_file_and_never_changes_it(tmp_path: Path) -> None:
     file = _write(tmp_path / "x.safetensors")
     before = file.read_bytes()
-    array = open_safetensors(file).float32("a")
+    array = open_tensor_file(file).float32("a")
     array[:] = 7
     assert file.read_bytes() == before
     file.unlink()
@@ -107,7 +106,7 @@ def test_a_header_that_lies_is_refused(header: object, reason: str, tmp_path: Pa
     file = tmp_path / "x.safetensors"
     file.write_bytes(_raw(json.dumps(header).encode()))
     with pytest.raises(CheckpointRefused, match=reason):
-        open_safetensors(file)
+        open_tensor_file(file)
 
 
 RAW: dict[str, tuple[bytes, str]] = {
@@ -137,7 +136,7 @@ def test_a_file_that_is_not_safetensors_is_refused(
     file = tmp_path / "x.safetensors"
     file.write_bytes(content)
     with pytest.raises(CheckpointRefused, match=reason):
-        open_safetensors(file)
+        open_tensor_file(file)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +153,7 @@ def test_a_file_of_another_length_is_refused(
     file = _write(tmp_path / "x.safetensors")
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(CheckpointRefused, match=r"its header (says|claims|is)"):
-        open_safetensors(file)
+        open_tensor_file(file)
 
 
 @given(st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), min_size=1, max_size=50))

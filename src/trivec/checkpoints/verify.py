@@ -1,9 +1,6 @@
-"""Whether a model says what it should: published figures beside what was computed here.
+"""Golden comparison: a model's published figures beside what was computed here."""
 
-It is given a function from texts to vectors and knows nothing of what computes them.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import TypeAlias
@@ -12,7 +9,7 @@ import msgspec
 import numpy as np
 
 from trivec.core.errors import CheckpointRefused
-from trivec.core.types import Float32Array, Output, SparseVector, Vectors
+from trivec.core.types import Output, SparseVector, Vectors
 
 Embed: TypeAlias = Callable[[Sequence[str], Output], Vectors]
 
@@ -40,7 +37,7 @@ class Figure:
 
 class _Lexical(msgspec.Struct, frozen=True):
     text: str
-    weights: dict[str, float]  # decimal token id to weight
+    weights: dict[int, float]  # by token id
 
 
 class _Golden(msgspec.Struct, frozen=True):
@@ -56,7 +53,10 @@ class _Golden(msgspec.Struct, frozen=True):
 
 
 def verify(model_id: str, embed: Embed) -> list[Figure]:
-    """Every figure that is known of *model_id*. Raises `CheckpointRefused` where none are."""
+    """Every figure that is known of *model_id*, computed by *embed*, which maps texts to vectors.
+
+    Raises `CheckpointRefused` where none are known.
+    """
     name = GOLDEN_FILES.get(model_id)
     if name is None:
         raise CheckpointRefused(
@@ -67,67 +67,56 @@ def verify(model_id: str, embed: Embed) -> list[Figure]:
     outputs = Output.DENSE
     if golden.sparse:
         outputs |= Output.SPARSE | Output.MULTI
-    queries = embed(golden.queries, outputs)
-    passages = embed(golden.passages, outputs)
-    figures = _scores("dense", golden.dense, queries.dense @ passages.dense.T)
-    for i, numbers in enumerate(golden.first_numbers):
-        pairs = zip(numbers, queries.dense[i].tolist(), strict=False)
+    queries, passages = embed(golden.queries, outputs), embed(golden.passages, outputs)
+    figures: list[Figure] = []
+    for kind, expected, score in (
+        ("dense", golden.dense, _dense_score),
+        ("sparse", golden.sparse, _sparse_score),
+        ("multi", golden.multi, _multi_score),
+    ):
         figures += [
-            Figure(f"dense number {j} of query {i + 1}", *pair) for j, pair in enumerate(pairs)
+            Figure(f"{kind} query {i + 1} · passage {j + 1}", value, score(queries, i, passages, j))
+            for i, row in enumerate(expected)
+            for j, value in enumerate(row)
         ]
-    if golden.sparse:
-        figures += _scores("sparse", golden.sparse, _sparse_scores(queries, passages))
-        figures += _scores("multi", golden.multi, _multi_scores(queries, passages))
+    for i, numbers in enumerate(golden.first_numbers):
+        found = queries.dense[i].tolist()
+        figures += [
+            Figure(f"dense number {j} of query {i + 1}", number, found[j])
+            for j, number in enumerate(numbers)
+        ]
     if golden.lexical:
         vectors = embed([one.text for one in golden.lexical], Output.DENSE | Output.SPARSE)
         for one, vector in zip(golden.lexical, vectors.sparse, strict=True):
-            assert vector is not None
-            figures.append(_lexical_figure(one, vector))
+            found_weights = _by_id(vector)
+            ids = sorted(one.weights.keys() | found_weights.keys())
+            pairs = {i: (one.weights.get(i, 0.0), found_weights.get(i, 0.0)) for i in ids}
+            # The weight that is furthest off, so that one line a text says all.
+            worst = max(ids, key=lambda i, pairs=pairs: abs(pairs[i][0] - pairs[i][1]))
+            name = f"lexical weight of id {worst} in “{one.text[:24].strip()}…”"
+            figures.append(Figure(name, *pairs[worst]))
     return figures
 
 
-def _scores(kind: str, expected: list[list[float]], found: Float32Array) -> list[Figure]:
-    """*found* `[queries, passages]`, score by score."""
-    return [
-        Figure(f"{kind} query {i + 1} · passage {j + 1}", score, float(found[i, j]))
-        for i, row in enumerate(expected)
-        for j, score in enumerate(row)
-    ]
+def _dense_score(queries: Vectors, i: int, passages: Vectors, j: int) -> float:
+    return float(queries.dense[i] @ passages.dense[j])
 
 
-def _sparse_scores(queries: Vectors, passages: Vectors) -> Float32Array:
-    """Sum over shared ids of the products of their weights: `[queries, passages]`."""
-    scores = [
-        [sum(weight * passage.get(i, 0.0) for i, weight in query.items()) for passage in columns]
-        for columns in [[_as_dict(sparse) for sparse in passages.sparse]]
-        for query in map(_as_dict, queries.sparse)
-    ]
-    return np.array(scores, np.float32)
+def _sparse_score(queries: Vectors, i: int, passages: Vectors, j: int) -> float:
+    """Sum over shared ids of the products of their weights."""
+    passage = _by_id(passages.sparse[j])
+    shared = _by_id(queries.sparse[i]).items()
+    return float(np.float32(sum(weight * passage.get(id_, 0.0) for id_, weight in shared)))
 
 
-def _multi_scores(queries: Vectors, passages: Vectors) -> Float32Array:
-    """Mean over a query's rows of the best dot product with a passage's: `[queries, passages]`."""
-    scores = [
-        [(query @ passage.T).max(axis=1).mean() for passage in _rows(passages)]
-        for query in _rows(queries)
-    ]
-    return np.array(scores, np.float32)
+def _multi_score(queries: Vectors, i: int, passages: Vectors, j: int) -> float:
+    """Mean over the query's rows of the best dot product with the passage's."""
+    query, passage = queries.multi[i], passages.multi[j]
+    assert query is not None
+    assert passage is not None
+    return float((query @ passage.T).max(axis=1).mean())
 
 
-def _rows(vectors: Vectors) -> list[Float32Array]:
-    return [rows for rows in vectors.multi if rows is not None]
-
-
-def _as_dict(sparse: SparseVector | None) -> Mapping[int, float]:
+def _by_id(sparse: SparseVector | None) -> dict[int, float]:
     assert sparse is not None
     return dict(zip(sparse.token_ids.tolist(), sparse.weights.tolist(), strict=True))
-
-
-def _lexical_figure(expected: _Lexical, vector: SparseVector) -> Figure:
-    """The weight of one text that is furthest off, so that one line a text says all."""
-    found = _as_dict(vector)
-    wanted = {int(token_id): weight for token_id, weight in expected.weights.items()}
-    ids = sorted(wanted.keys() | found.keys())
-    worst = max(ids, key=lambda i: abs(wanted.get(i, 0.0) - found.get(i, 0.0)))
-    name = f"lexical weight of id {worst} in “{expected.text[:24].strip()}…”"
-    return Figure(name, wanted.get(worst, 0.0), found.get(worst, 0.0))

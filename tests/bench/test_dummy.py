@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from benchmarks.dummy import blueprint_of, write_dummy
+from benchmarks.dummy.weights import RandomWeights
 from tests.checkpoints.changing import take_all
 from tests.checkpoints.tiny import write_tiny
 
-from trivec.checkpoints.dummy import blueprint_of, write_dummy
-from trivec.checkpoints.dummy_weights import RandomWeights
-from trivec.checkpoints.opening import open_checkpoint
-from trivec.checkpoints.tensors import StoredType
+from trivec.checkpoints import open_checkpoint
 from trivec.core.errors import CheckpointRefused
 from trivec.models.registry import tensor_shapes
 
@@ -80,7 +79,7 @@ def test_memory_stays_far_below_what_is_written(tmp_path: Path) -> None:
     """Two layers of the full width: 1.1 GB in one table, written by a process of its own."""
     script = (
         "import resource, sys; from pathlib import Path\n"
-        "from trivec.checkpoints.dummy import blueprint_of, write_dummy\n"
+        "from benchmarks.dummy import blueprint_of, write_dummy\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "before = peak()\n"
         "write_dummy(Path(sys.argv[1]), blueprint_of('all-minilm-l6-v2'))\n"
@@ -135,7 +134,7 @@ def test_no_tensor_depends_on_the_pieces_it_is_written_in(
 ) -> None:
     whole = take_all(open_checkpoint(str(write_tiny(tmp_path / "one")), cache_dir=tmp_path / "c"))
     expected = {name: array.copy() for name, array in whole.items()}
-    monkeypatch.setattr("trivec.checkpoints.dummy_weights.PIECE_ELEMENTS", 100)
+    monkeypatch.setattr("benchmarks.dummy.weights.PIECE_ELEMENTS", 100)
     again = take_all(open_checkpoint(str(write_tiny(tmp_path / "two")), cache_dir=tmp_path / "c"))
     assert all(np.array_equal(again[name], expected[name]) for name in expected)
 
@@ -145,7 +144,7 @@ def test_six_channels_of_1024_are_outliers_from_the_second_layer_up() -> None:
     assert len(weights.outliers) == 6
 
     def vector(name: str) -> np.ndarray:
-        (piece,) = weights.pieces(name, (1024,), stored_type=StoredType.F32)
+        (piece,) = weights.pieces(name, (1024,), stored_type="F32")
         return np.frombuffer(piece, "<f4")
 
     for layer, has_outliers in ((0, False), (1, True), (2, True)):

@@ -1,0 +1,594 @@
+"""Tensor files: safetensors and torch's zip files, mapped into memory, never read whole and never run.
+
+Both readers end in a `TensorFile`, so that the rest of the program never learns the format.
+
+* safetensors: 8 bytes of header length (little-endian), a JSON header, then the tensors end to end
+  (https://huggingface.co/docs/safetensors). The safetensors package reads whole tensors into
+  memory and knows no bfloat16 under numpy; this reader gives views of the mapped file.
+* torch (`.bin`, `.pt`): a zip archive of uncompressed entries, `NAME/data.pkl`, which says what
+  tensors there are, and `NAME/data/0`, `1`, … with their bytes. Other archives are refused.
+
+The pickle is a program for a stack machine that may import and call anything. `_StateDictUnpickler`
+gives it two dozen opcodes and no object that can be called (docs/decisions/0020).
+"""
+
+import hashlib
+import io
+import json
+import mmap
+import os
+import pickle
+import pickletools
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from reprlib import Repr
+from typing import IO, Any, ClassVar, NamedTuple, TypeGuard, cast
+
+import msgspec
+import numpy as np
+
+from trivec.checkpoints.hashes import HashedFile, Hashes
+from trivec.core.errors import CheckpointRefused
+from trivec.core.types import Float32Array
+
+# Bytes of an element, by the type's name in safetensors.
+ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+STORAGE_TYPES = {
+    "torch.DoubleStorage": "F64",
+    "torch.FloatStorage": "F32",
+    "torch.HalfStorage": "F16",
+    "torch.BFloat16Storage": "BF16",
+    "torch.LongStorage": "I64",
+    "torch.IntStorage": "I32",
+    "torch.ShortStorage": "I16",
+    "torch.CharStorage": "I8",
+    "torch.ByteStorage": "U8",
+    "torch.BoolStorage": "BOOL",
+}
+DIMENSIONS_MAX = 8
+HEADER_BYTES_MAX = 16 * 1024 * 1024  # of a safetensors header and of a zip directory
+PICKLE_BYTES_MAX = 4 * 1024 * 1024  # BGE-M3's 391 tensors take 60 kB
+CHUNK_BYTES = 16 * 1024 * 1024  # read at a time where a whole file is read
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor in a file, row-major and little-endian."""
+
+    dtype: str  # a key of ITEM_BYTES
+    shape: tuple[int, ...]
+    offset_bytes: int  # from the start of the file
+
+    @property
+    def byte_count(self) -> int:
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+class TensorFile:
+    """A mapped file and the tensors in it. Any thread may read.
+
+    Views keep the map alive, so dropping this object is always safe.
+    """
+
+    def __init__(self, file: Path, mapped: mmap.mmap, tensors: Mapping[str, StoredTensor]) -> None:
+        self.file = file
+        self.tensors = tensors
+        self._mapped = mapped
+
+    def raw(self, name: str) -> memoryview:
+        """The stored bytes of *name*, without a copy."""
+        tensor = self.tensors[name]
+        end = tensor.offset_bytes + tensor.byte_count
+        return memoryview(self._mapped)[tensor.offset_bytes : end]
+
+    def float32(self, name: str) -> Float32Array:
+        """Tensor *name* as float32 in its own shape: a view where the file holds float32.
+
+        Raises `CheckpointRefused` for a type that is not a float of at most 32 bits, and for a
+        value that is not finite.
+        """
+        tensor, raw = self.tensors[name], self.raw(name)
+        if tensor.dtype == "F32":
+            array = np.frombuffer(raw, "<f4").astype(np.float32, copy=False)
+        elif tensor.dtype == "F16":
+            array = np.frombuffer(raw, "<f2").astype(np.float32)
+        elif tensor.dtype == "BF16":  # the upper half of a float32
+            array = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+        else:
+            raise CheckpointRefused(
+                f"{self.file}: {name} is stored as {tensor.dtype}; weights are read from "
+                "F32, F16 or BF16. Convert the checkpoint to one of these."
+            )
+        if not all_finite(array):
+            raise CheckpointRefused(
+                f"{self.file}: {name} holds a value that is not finite (NaN or infinity). "
+                "The file is damaged or its training diverged; fetch it again."
+            )
+        return array.reshape(tensor.shape)
+
+
+def all_finite(array: Float32Array) -> bool:
+    """Whether *array* holds neither NaN nor infinity, without a temporary of its size.
+
+    A finite sum proves it, since neither NaN nor infinity can be added away; only a sum that
+    overflowed needs the slow look.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = array.sum(dtype=np.float32)
+    return bool(np.isfinite(total)) or bool(np.isfinite(array).all())
+
+
+def open_tensor_file(file: Path) -> TensorFile:
+    """Map *file*, a torch file if it ends in `.bin` or `.pt` and safetensors otherwise.
+
+    Of a safetensors file the header is read; a torch file is read once, about 1 GB/s, to compare
+    the archive's checksums. Raises `CheckpointRefused`, which names what is wrong.
+    """
+    try:
+        with file.open("rb") as opened:
+            # A private map: arrays over it are writable, as OpenVINO and torch want them to be
+            # before they share memory, and nothing written would ever reach the file.
+            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        raise CheckpointRefused(f"{file}: cannot be read: {error}") from error
+    try:
+        if is_torch_file(file):
+            return TensorFile(file, mapped, _read_archive(mapped))
+        return TensorFile(file, mapped, _read_header(mapped))
+    except (ValueError, zipfile.BadZipFile, NotImplementedError, struct.error) as error:
+        problem = f"{file}: not a sound safetensors file: {error}. Fetch the file again."
+        if is_torch_file(file):
+            problem = (
+                f"{file}: refused: {error}. Take a copy of the model in safetensors, or from a "
+                "source you trust."
+            )
+        raise CheckpointRefused(problem) from error
+
+
+def is_torch_file(file: Path) -> bool:
+    """Whether *file* is named as a torch file, which holds a pickle."""
+    return file.suffix in (".bin", ".pt")
+
+
+def convert_torch_file(source: HashedFile, *, cache_dir: Path) -> Path:
+    """The safetensors form of the torch file *source*, from the cache or made now.
+
+    A copy in the cache counts only while it has the hash it was written with; a damaged one is
+    made again. Memory: what the kernel maps of *source*, and one chunk.
+    Raises `CheckpointRefused` when *source* is not a plain state dict.
+    """
+    folder = cache_dir / "converted" / source.sha256
+    file, note = folder / "model.safetensors", folder / "sha256"
+    hashes = Hashes(cache_dir / "hashes")
+    if file.is_file() and note.is_file() and hashes.of(file).sha256 == note.read_text():
+        return file
+    opened = open_tensor_file(source.path)
+    note.unlink(missing_ok=True)
+    raws = map(opened.raw, opened.tensors)
+    sha256 = write_safetensors(
+        file,
+        {name: (tensor.dtype, tensor.shape) for name, tensor in opened.tensors.items()},
+        ((raw[at : at + CHUNK_BYTES] for at in range(0, len(raw), CHUNK_BYTES)) for raw in raws),
+    )
+    note.write_text(sha256)
+    hashes.remember(file, sha256)
+    return file
+
+
+# safetensors
+
+
+class _Entry(msgspec.Struct, forbid_unknown_fields=True):
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
+def _read_header(mapped: mmap.mmap) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file: each inside the file, none overlapping, no holes."""
+    header_bytes = int.from_bytes(mapped[:8], "little")
+    begin_at = 8 + header_bytes
+    if len(mapped) < 8 or header_bytes > HEADER_BYTES_MAX or begin_at > len(mapped):
+        raise ValueError(
+            f"its header claims {header_bytes:,} bytes of a file of {len(mapped):,} "
+            f"(at most {HEADER_BYTES_MAX:,} are read)"
+        )
+    try:
+        header = json.loads(mapped[8:begin_at], object_pairs_hook=_unique)
+        if isinstance(header, dict):
+            header.pop("__metadata__", None)
+        entries = msgspec.convert(header, dict[str, _Entry])
+    except (UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
+        raise ValueError(f"its header is not JSON ({error})") from error
+    except msgspec.ValidationError as error:
+        raise ValueError(f"its header is malformed ({error})") from error
+    tensors: dict[str, StoredTensor] = {}
+    expected_at = begin_at
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        if entry.dtype not in ITEM_BYTES:
+            raise ValueError(f"{name} has the unknown type {entry.dtype!r}")
+        if not _is_shape(entry.shape):
+            raise ValueError(f"{name} has the impossible shape {entry.shape}")
+        begin, end = entry.data_offsets
+        tensor = StoredTensor(entry.dtype, tuple(entry.shape), begin_at + begin)
+        if begin < 0 or end - begin != tensor.byte_count:
+            raise ValueError(
+                f"{name} of shape {entry.shape} takes {tensor.byte_count:,} bytes, "
+                f"its offsets say {end - begin:,}"
+            )
+        if tensor.offset_bytes != expected_at and tensor.byte_count:
+            raise ValueError(f"{name} overlaps another tensor or leaves a hole")
+        expected_at += tensor.byte_count
+        tensors[name] = tensor
+    if expected_at != len(mapped):
+        raise ValueError(f"it holds {len(mapped):,} bytes where its header says {expected_at:,}")
+    return tensors
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object of *pairs*, none of whose names may occur twice."""
+    if len(names := dict(pairs)) != len(pairs):
+        raise ValueError("its header names something twice")
+    return names
+
+
+def write_safetensors(
+    file: Path,
+    shapes: Mapping[str, tuple[str, tuple[int, ...]]],  # type and shape by name
+    tensors: Iterable[Iterable[memoryview | bytes]],
+) -> str:
+    """Write *file* in one pass, one piece in memory at a time; returns its sha256.
+
+    *tensors* yields, for each name of *shapes* in order, the little-endian bytes of it in pieces.
+    The file is moved into place at the end: a reader never sees half of it.
+    """
+    entries: dict[str, _Entry] = {}
+    offset = 0
+    for name, (dtype, shape) in shapes.items():
+        end = offset + prod(shape) * ITEM_BYTES[dtype]
+        entries[name] = _Entry(dtype, list(shape), (offset, end))
+        offset = end
+    encoded = msgspec.json.encode({"__metadata__": {"format": "pt"}, **entries})
+    encoded += b" " * (-len(encoded) % 8)  # so that the tensors begin at a multiple of eight
+    head = len(encoded).to_bytes(8, "little") + encoded
+    sha256 = hashlib.sha256(head)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        with unfinished.open("wb") as out:
+            out.write(head)
+            for entry, pieces in zip(entries.values(), tensors, strict=True):
+                for piece in pieces:
+                    sha256.update(piece)
+                    out.write(piece)
+                assert out.tell() == len(head) + entry.data_offsets[1]
+            out.flush()
+            os.fsync(out.fileno())
+        unfinished.replace(file)
+        return sha256.hexdigest()
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+# torch's zip files
+
+PARTS = re.compile(
+    r"(?P<top>[^/\\]+)/(?P<part>data\.pkl|data/\d+|version|byteorder|\.format_version"
+    r"|\.storage_alignment|\.data/serialization_id)"
+)
+LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+
+
+class _Part(NamedTuple):
+    """Where an entry's bytes are, in the mapped file."""
+
+    begin: int
+    end: int
+    crc: int
+
+
+class _BoundedReader:
+    """The mapped file as zipfile reads it, bounded: a forged directory could ask for all of memory."""
+
+    def __init__(self, mapped: mmap.mmap) -> None:
+        self._mapped = mapped
+        self.seek, self.tell = mapped.seek, mapped.tell
+
+    def read(self, size: int = -1) -> bytes:
+        left = len(self._mapped) - self._mapped.tell()
+        wanted = left if size < 0 else min(size, left)
+        if wanted > HEADER_BYTES_MAX:
+            raise ValueError(f"its directory claims {wanted:,} bytes")
+        return self._mapped.read(wanted)
+
+    def seekable(self) -> bool:
+        return True
+
+
+def _read_archive(mapped: mmap.mmap) -> dict[str, StoredTensor]:
+    """The tensors of a torch file, whose every part is where it says and undamaged."""
+    if mapped[:1] == b"\x80":
+        raise ValueError(
+            "it is a bare pickle, torch's legacy format from before 1.6, which cannot be read "
+            "without running it"
+        )
+    if mapped[:4] != b"PK\x03\x04":
+        raise ValueError("it is not a zip archive, which torch files are")
+    parts = _locate_parts(mapped)
+    if (part := parts.get("byteorder")) is not None:
+        order = mapped[part.begin : min(part.end, part.begin + 16)]
+        if order.strip() != b"little":
+            raise ValueError(f"its byte order is {order!r}; read is little-endian")
+    begin, end, _ = parts["data.pkl"]
+    if end - begin > PICKLE_BYTES_MAX:
+        raise ValueError(f"its data.pkl has more than {PICKLE_BYTES_MAX:,} bytes")
+    tensors: dict[str, StoredTensor] = {}
+    for name, (storage, offset, shape) in read_state_dict(mapped[begin:end]).items():
+        part = parts.get(f"data/{storage.key}")
+        if part is None:
+            raise ValueError(f"{name} lies in storage {storage.key!r:.40}, which is not there")
+        item_bytes = ITEM_BYTES[storage.dtype]
+        if storage.element_count * item_bytes != part.end - part.begin:
+            raise ValueError(
+                f"storage {storage.key} has {part.end - part.begin:,} bytes, its pickle says "
+                f"{storage.element_count * item_bytes:,}"
+            )
+        if offset + prod(shape) > storage.element_count:
+            raise ValueError(f"{name} of shape {list(shape)} reaches outside its storage")
+        tensors[name] = StoredTensor(storage.dtype, shape, part.begin + offset * item_bytes)
+    # A small file must not become a large one when it is converted.
+    storages = [part for name, part in parts.items() if name.startswith("data/")]
+    stored_bytes = sum(part.end - part.begin for part in storages)
+    if sum(tensor.byte_count for tensor in tensors.values()) > 2 * stored_bytes:
+        raise ValueError("its tensors share their storage until they are more than twice its size")
+    with memoryview(mapped) as whole:
+        for name, part in parts.items():
+            crc = 0
+            for at in range(part.begin, part.end, CHUNK_BYTES):
+                crc = zlib.crc32(whole[at : min(at + CHUNK_BYTES, part.end)], crc)
+            if crc != part.crc:
+                raise ValueError(f"its entry {name} is damaged: its checksum does not match")
+    return tensors
+
+
+def _locate_parts(mapped: mmap.mmap) -> dict[str, _Part]:
+    """The archive's entries by what follows their one top folder; uncompressed, none overlapping."""
+    with zipfile.ZipFile(cast("IO[bytes]", _BoundedReader(mapped))) as archive:
+        listed = archive.infolist()
+    parts: dict[str, _Part] = {}
+    tops: set[str] = set()
+    for info in listed:
+        name = f"{info.orig_filename!r:.120}"
+        match = PARTS.fullmatch(info.filename)
+        if match is None or info.filename != info.orig_filename or match["top"] in (".", ".."):
+            raise ValueError(f"its entry {name} is none of a state dict's")
+        if match["part"] in parts:
+            raise ValueError(f"its entry {name} is there twice")
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+            raise ValueError(f"its entry {name} is compressed; torch stores entries as they are")
+        if info.flag_bits & 0x1:
+            raise ValueError(f"its entry {name} is encrypted")
+        # The directory does not say how long the entry's own header is.
+        name_at = info.header_offset + LOCAL_HEADER.size
+        fields = LOCAL_HEADER.unpack(mapped[info.header_offset : name_at])
+        signature, name_bytes, extra_bytes = fields[0], fields[9], fields[10]
+        stored_name = mapped[name_at : name_at + name_bytes]
+        if signature != b"PK\x03\x04" or stored_name != info.orig_filename.encode():
+            raise ValueError(f"its directory and its entry {name} disagree")
+        begin = name_at + name_bytes + extra_bytes
+        parts[match["part"]] = _Part(begin, begin + info.file_size, info.CRC)
+        tops.add(match["top"])
+    if len(tops) != 1 or "data.pkl" not in parts:
+        raise ValueError("it holds no data.pkl in one folder, so no state dict")
+    end = 0
+    for name, part in sorted(parts.items(), key=lambda item: item[1]):
+        if part.begin < end or part.end > len(mapped):
+            raise ValueError(f"its entry {name} overlaps another or ends outside the file")
+        end = part.end
+    return parts
+
+
+# the pickle of a state dict
+
+
+class Storage(NamedTuple):
+    """A run of elements, kept in the archive under `data/KEY`."""
+
+    dtype: str
+    key: str
+    element_count: int
+
+
+class StorageSlice(NamedTuple):
+    """A tensor: a row-major part of a storage."""
+
+    storage: Storage
+    offset: int  # in elements
+    shape: tuple[int, ...]
+
+
+class _Global(str):
+    """A name that a pickle asked for: compared, never looked up."""
+
+    __slots__ = ()
+
+
+class _StateDict(dict[str, object]):
+    """A dict with text for keys: hashing a tuple nested 300,000 times would end the process."""
+
+    def __setitem__(self, key: object, value: object) -> None:
+        if type(key) is not str or not key.isprintable():
+            raise ValueError(f"its pickle has {_described(key)} for a name")
+        if key in self:
+            raise ValueError(f"its pickle names {key!r} twice")
+        super().__setitem__(key, value)
+
+
+class _Opcodes(dict[int, Callable[[Any], None]]):
+    """What each opcode does; none but these are known."""
+
+    def __missing__(self, code: int) -> Callable[[Any], None]:
+        opcode = pickletools.code2op.get(chr(code))
+        name = opcode.name if opcode else f"{code:#x}"
+        raise ValueError(f"its pickle uses the opcode {name}, which a state dict does not need")
+
+
+ORDERED_DICT = "collections.OrderedDict"
+REBUILD_TENSOR = "torch._utils._rebuild_tensor_v2"
+REBUILD_PARAMETER = "torch._utils._rebuild_parameter"
+ALLOWED_GLOBALS = frozenset({ORDERED_DICT, REBUILD_TENSOR, REBUILD_PARAMETER, *STORAGE_TYPES})
+# Opcodes that put values on the stack, take them together, or keep them for later.
+ALLOWED_OPCODES = (
+    pickle.MARK, pickle.STOP, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE,
+    pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINUNICODE,
+    pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3,
+    pickle.SETITEM, pickle.SETITEMS, pickle.GLOBAL, pickle.BINPERSID,
+    pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET,
+)  # fmt: skip
+
+
+class _StateDictUnpickler(pickle._Unpickler):
+    """The standard library's unpickler in Python, cut down to what a state dict needs.
+
+    Not `pickle.Unpickler`, which is in C: its dicts hash any key and its memo is an array of the
+    size that the pickle asks for, so a few bytes end the process or take gigabytes; nor can it
+    refuse an opcode.
+    """
+
+    stack: list[object]
+    metastack: list[list[object]]
+    read: Callable[[int], bytes]
+
+    def find_class(self, module: str, name: str) -> _Global:
+        if f"{module}.{name}" not in ALLOWED_GLOBALS:
+            raise ValueError(
+                f"its pickle asks for {f'{module}.{name}'!r}, which a state dict does not need"
+            )
+        return _Global(f"{module}.{name}")
+
+    def persistent_load(self, pid: object) -> Storage:
+        """What a persistent id stands for: ("storage", type, key, device, element count)."""
+        if isinstance(pid, tuple) and len(pid) == 5:
+            word, kind, key, _, count = pid
+            if word == "storage" and isinstance(kind, _Global) and kind in STORAGE_TYPES:
+                if isinstance(key, str) and _is_count(count):
+                    return Storage(STORAGE_TYPES[kind], key, count)
+        raise ValueError(f"its pickle refers to {_described(pid)}, which is no storage")
+
+    def _load_protocol(self) -> None:
+        version = ord(self.read(1))
+        if version != 2:
+            raise ValueError(f"its pickle is of protocol {version}; torch writes 2")
+
+    def _load_empty_dict(self) -> None:
+        self.stack.append(_StateDict())
+
+    def _load_reduce(self) -> None:
+        arguments, called = self.stack.pop(), self.stack.pop()
+        given = arguments if isinstance(arguments, tuple) and isinstance(called, _Global) else None
+        if called == ORDERED_DICT and given == ():
+            self.stack.append(_StateDict())
+        elif called == REBUILD_TENSOR and given is not None:
+            self.stack.append(_rebuild_tensor(given))
+        elif called == REBUILD_PARAMETER and given is not None and len(given) == 3:
+            self.stack.append(given[0])
+        else:
+            raise ValueError(f"its pickle calls {_described(called)} with {_described(arguments)}")
+
+    def _load_build(self) -> None:
+        """Modules leave version numbers on their state dict, as its attribute `_metadata`."""
+        state, held = self.stack.pop(), self.stack[-1]
+        if not (isinstance(held, _StateDict) and isinstance(state, _StateDict)) or [*state] != [
+            "_metadata"
+        ]:
+            raise ValueError(f"its pickle sets attributes of {_described(held)}")
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = _Opcodes(
+        {code[0]: pickle._Unpickler.dispatch[code[0]] for code in ALLOWED_OPCODES}
+        | {
+            pickle.PROTO[0]: _load_protocol,
+            pickle.EMPTY_DICT[0]: _load_empty_dict,
+            pickle.REDUCE[0]: _load_reduce,
+            pickle.BUILD[0]: _load_build,
+        }
+    )
+
+
+def read_state_dict(pickled: bytes) -> dict[str, StorageSlice]:
+    """Name to tensor, as *pickled* says. Nothing of it is executed.
+
+    Raises `ValueError`, which names the opcode, global or value that a state dict does not have.
+    """
+    unpickler = _StateDictUnpickler(io.BytesIO(pickled))
+    if not pickled.endswith(pickle.STOP):
+        raise ValueError("its pickle is no complete one")
+    try:
+        found = unpickler.load()
+    except (EOFError, IndexError, TypeError, struct.error, pickle.UnpicklingError) as error:
+        raise ValueError(f"its pickle is damaged ({error})") from error
+    if unpickler.stack or unpickler.metastack:
+        raise ValueError("its pickle does not end in one value")
+    if not isinstance(found, _StateDict):
+        raise ValueError(f"its pickle holds {_described(found)} where a state dict is expected")
+    for name, tensor in found.items():
+        if not isinstance(tensor, StorageSlice):
+            raise ValueError(
+                f"its pickle maps {name!r} to {_described(tensor)}, not a name to a tensor"
+            )
+    return cast("dict[str, StorageSlice]", found)
+
+
+def _rebuild_tensor(arguments: tuple[object, ...]) -> StorageSlice:
+    """`_rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks)`, row-major only."""
+    if len(arguments) != 6:
+        raise ValueError(f"its pickle rebuilds a tensor from {len(arguments)} values, not 6")
+    storage, offset, shape, strides = arguments[:4]
+    if not isinstance(storage, Storage):
+        raise ValueError(f"its pickle rebuilds a tensor from {_described(storage)}")
+    if not _is_shape(shape):
+        raise ValueError(f"its pickle has a tensor of the impossible shape {_brief.repr(shape)}")
+    # The stride of an axis of length one says nothing.
+    expected = [prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    if not (_is_shape(strides) and len(strides) == len(shape)) or any(
+        size != 1 and stride != right
+        for size, stride, right in zip(shape, strides, expected, strict=True)
+    ):
+        raise ValueError(
+            f"its pickle has a tensor of shape {_brief.repr(shape)} with strides "
+            f"{_brief.repr(strides)}, not row-major"
+        )
+    if not _is_count(offset):
+        raise ValueError(f"its pickle has a tensor at the impossible offset {_brief.repr(offset)}")
+    return StorageSlice(storage, offset, tuple(shape))
+
+
+def _is_shape(sizes: object) -> TypeGuard[tuple[int, ...]]:
+    return (
+        isinstance(sizes, tuple | list)
+        and len(sizes) <= DIMENSIONS_MAX
+        and all(_is_count(size) for size in sizes)
+    )
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 2**48
+
+
+_brief = Repr()
+_brief.maxlevel = 2
+
+
+def _described(value: object) -> str:
+    """A value of the pickle's in few words: a small pickle can nest one tuple into an endless one."""
+    if isinstance(value, _Global):
+        return str(value)
+    return f"{type(value).__name__.strip('_').lower()} {_brief.repr(value)}"
