@@ -11,14 +11,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 
-from trivec.checkpoints.tensor_files import ORDERED_DICT, REBUILD_TENSOR, STORAGE_TYPES
-
 TOP = "archive"
 ALIGNMENT_BYTES = 64
 LOCAL_HEADER_BYTES = 30
 PADDING_FIELD = 0x4246  # "FB", the extra field that torch pads with
 DATE = (1980, 1, 1, 0, 0, 0)  # the same bytes whenever they are written
-STORAGE_NAMES = {dtype: name for name, dtype in STORAGE_TYPES.items()}
+ORDERED_DICT = "collections.OrderedDict"
+REBUILD_TENSOR = "torch._utils._rebuild_tensor_v2"
+STORAGE_NAMES = {
+    "F32": "torch.FloatStorage",
+    "F16": "torch.HalfStorage",
+    "BF16": "torch.BFloat16Storage",
+}
 
 
 def write_torch_file(

@@ -81,7 +81,7 @@ CODE: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "text-persistent-id": (lambda canary: b"\x80\x02Pstorage\n.", "opcode PERSID"),
     "a-storage-type-called": (
         lambda canary: b"\x80\x02ctorch\nFloatStorage\n)R.",
-        "calls torch.FloatStorage",
+        "'str' object is not callable",
     ),
     "a-global-of-torch-itself": (
         lambda canary: b"\x80\x02ctorch.serialization\nload\n" + text(str(canary)) + b"\x85R.",
@@ -99,7 +99,23 @@ CODE: dict[str, tuple[Callable[[Path], bytes], str]] = {
     ),
     "arguments-to-an-ordered-dict": (
         lambda canary: b"\x80\x02ccollections\nOrderedDict\n" + text("a") + b"\x85R.",
-        "calls collections.OrderedDict",
+        "takes 1 positional argument",
+    ),
+    "a-dict-called": (lambda canary: b"\x80\x02})R.", "object is not callable"),
+    "attributes-set-on-a-function": (
+        lambda canary: (
+            b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}" + text("__doc__") + number(1) + b"sb."
+        ),
+        "sets attributes of function",
+    ),
+    "attributes-set-through-slots": (
+        lambda canary: (
+            b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}"
+            + text("__doc__")
+            + number(1)
+            + b"s\x86b."
+        ),
+        "sets attributes of function",
     ),
 }
 
@@ -133,14 +149,17 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     "two-values": (b"\x80\x02}}.", "does not end in one value"),
     "names-that-are-numbers": (b"\x80\x02}" + number(1) + number(2) + b"s.", "for a name"),
     "a-value-that-is-no-tensor": (b"\x80\x02}" + text("a") + number(2) + b"s.", "not a name to a"),
-    "the-same-name-twice": (pickle_of([("a", (6,)), ("a", (6,))]), "names 'a' twice"),
+    "the-same-name-twice": (pickle_of([("a", (6,)), ("a", (6,))], key="0"), "names 'a' twice"),
     "recalls-what-was-never-made": (b"\x80\x02h\x07.", "Memo value not found at index 7"),
     "pops-an-empty-stack": (b"\x80\x02\x85.", "is damaged"),
     "no-mark": (b"\x80\x02}t.", "is damaged"),
     "negative-strides": (pickle_of({"a": (6,)}, strides=(-1,)), "strides"),
     "transposed": (pickle_of({"a": (2, 3)}, strides=(1, 2)), "not row-major"),
     "overlapping-rows": (pickle_of({"a": (2, 3)}, strides=(1, 1)), "not row-major"),
-    "repeated-by-a-zero-stride": (pickle_of({"a": (1000,)}, strides=(0,)), "not row-major"),
+    "repeated-by-a-zero-stride": (
+        pickle_of({"a": (1000,)}, strides=(0,), element_count=6),
+        "not row-major",
+    ),
     "strides-of-another-rank": (pickle_of({"a": (6,)}, strides=(3, 1)), "strides"),
     "a-negative-offset": (pickle_of({"a": (6,)}, offset=-1), "impossible offset"),
     "outside-its-storage": (pickle_of({"a": (6,)}, offset=1), "outside its storage"),

@@ -11,6 +11,7 @@ from trivec.checkpoints.catalogue import CATALOGUE, CatalogueEntry, Pin, Wheel, 
 from trivec.checkpoints.hashes import HashedFile, Hashes
 from trivec.checkpoints.hub import pull, pulled_folder, pulled_pins
 from trivec.checkpoints.layout import (
+    HEADS,
     LAYOUT_FILES,
     TOKENIZER_FILE,
     WEIGHT_FILES,
@@ -68,13 +69,14 @@ class Checkpoint:
         A torch file is converted first, once: seconds and as much disk under `cache_dir` again.
         Raises `CheckpointRefused`.
         """
-        files = [
-            convert_torch_file(file, cache_dir=self.cache_dir)
-            if is_torch_file(file.path)
-            else file.path
+        opened = [
+            open_tensor_file(
+                convert_torch_file(file, cache_dir=self.cache_dir)
+                if is_torch_file(file.path)
+                else file.path
+            )
             for file in self.weight_files
         ]
-        opened = [open_tensor_file(file) for file in files]
         return Weights(opened, tensor_shapes(self.config), FAMILIES[self.config.family])
 
 
@@ -187,7 +189,7 @@ def _open(found: Location, cache_dir: Path) -> Checkpoint:
             "sentence-transformers, or give it the id of the model it is a copy of (ID=DIR)."
         )
     lengths = (layout.token_count_max, read_tokenizer_length(folder, names))
-    heads = head_files(names)
+    heads = [name for name in hashed if Path(name).stem in HEADS]
     weight_files = tuple(file for name, file in hashed.items() if name in WEIGHT_FILES)
     lines = sorted(f"{file.sha256} {name}\n" for name, file in hashed.items())
     return Checkpoint(
@@ -201,7 +203,7 @@ def _open(found: Location, cache_dir: Path) -> Checkpoint:
         tokenizer_file=folder / TOKENIZER_FILE,
         heads=read_heads(folder, heads, hidden_size=config.hidden_size) if heads else None,
         digest=hashlib.sha256("".join(lines).encode()).hexdigest(),
-        verified=is_pinned and _first_difference(found, hashed) is None,
+        verified=is_pinned and _as_pins(hashed) == found.pins,
         source=found.source,
         created=entry.created if entry else int(weight_files[0].path.stat().st_mtime),
         owned_by=entry.owned_by if entry else "local",
@@ -244,21 +246,20 @@ def _hash_files(found: Location, names: frozenset[str], hashes: Hashes) -> Mappi
             raise CheckpointRefused(
                 f"{folder / name}: has {size:,} bytes, expected are {pin.byte_count:,}. {again}"
             )
+    if missing := [name for name in pins if name not in used]:
+        raise CheckpointRefused(f"{folder / missing[0]}: is missing. {again}")
     hashed = {name: hashes.of(folder / name) for name in used}
-    name = _first_difference(found, hashed)
-    if name is not None and name not in hashed:
-        raise CheckpointRefused(f"{folder / name}: is missing. {again}")
-    if name is not None:
+    for name, file in hashed.items():
         pin = pins.get(name)
-        expected = f"expected is {pin.sha256}" if pin else "it is not among the model's known files"
-        raise CheckpointRefused(
-            f"{folder / name}: has sha256 {hashed[name].sha256}, {expected}. {again}"
-        )
+        if pin is None or file.sha256 != pin.sha256:
+            expected = (
+                f"expected is {pin.sha256}" if pin else "it is not among the model's known files"
+            )
+            raise CheckpointRefused(
+                f"{folder / name}: has sha256 {file.sha256}, {expected}. {again}"
+            )
     return hashed
 
 
-def _first_difference(found: Location, hashed: Mapping[str, HashedFile]) -> str | None:
-    """The first file that is missing, unknown, or not as its pin says."""
-    known = {name: Pin(file.byte_count, file.sha256) for name, file in hashed.items()}
-    names = [*(name for name in found.pins if name not in known), *known]
-    return next((name for name in names if found.pins.get(name) != known.get(name)), None)
+def _as_pins(hashed: Mapping[str, HashedFile]) -> dict[str, Pin]:
+    return {name: Pin(file.byte_count, file.sha256) for name, file in hashed.items()}

@@ -30,7 +30,7 @@ class HashedFile:
     sha256: str
 
 
-class _Cached(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _CachedHash(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     path: str
     stamp: tuple[int, int, int, int, int]  # device, inode, size, mtime_ns, ctime_ns
     sha256: str
@@ -70,13 +70,13 @@ class Hashes:
         with suppress(OSError):
             note.parent.mkdir(parents=True, exist_ok=True)
             unfinished = note.with_name(f".{note.name}.{os.getpid()}.part")
-            entry = _Cached(str(file.resolve()), _stamp(file), sha256)
+            entry = _CachedHash(str(file.resolve()), _stamp(file), sha256)
             unfinished.write_bytes(msgspec.json.encode(entry))
             unfinished.replace(note)
 
     def _cached(self, file: Path, stamp: tuple[int, ...]) -> str | None:
         try:
-            found = msgspec.json.decode(self._note(file).read_bytes(), type=_Cached)
+            found = msgspec.json.decode(self._note(file).read_bytes(), type=_CachedHash)
         except (OSError, msgspec.MsgspecError):
             return None
         return found.sha256 if (found.path, found.stamp) == (str(file.resolve()), stamp) else None

@@ -5,6 +5,7 @@ would change the result and is not understood is refused, with the reason and a 
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,12 @@ IGNORED_TOKENS = {
     "pad_token": "<pad>",
     "unk_token": "<unk>",
 }
+# Settings of transformers that override a BERT normalizer: its own name and default of each.
+NORMALIZER_SETTINGS: Mapping[str, tuple[str, bool | None]] = {
+    "do_lower_case": ("lowercase", True),
+    "strip_accents": ("strip_accents", None),
+    "tokenize_chinese_chars": ("handle_chinese_chars", True),
+}
 
 
 class _Module(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -97,22 +104,6 @@ class _ModelFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     truncate_dim: int | None = None
 
 
-class _TokenizerConfigFile(msgspec.Struct, frozen=True):
-    """What `tokenizer_config.json` may say otherwise than `tokenizer.json`, which is what runs."""
-
-    model_max_length: Any = None
-    do_lower_case: bool | msgspec.UnsetType = msgspec.UNSET
-    strip_accents: bool | msgspec.UnsetType | None = msgspec.UNSET
-    tokenize_chinese_chars: bool | msgspec.UnsetType = msgspec.UNSET
-
-
-class _Normalizer(msgspec.Struct, frozen=True):
-    type: str
-    lowercase: bool = True
-    strip_accents: bool | None = None
-    handle_chinese_chars: bool = True
-
-
 class _AddedToken(msgspec.Struct, frozen=True):
     content: str
     id: int = -1
@@ -121,7 +112,7 @@ class _AddedToken(msgspec.Struct, frozen=True):
 class _TokenizerFile(msgspec.Struct, frozen=True):
     """The only parts of `tokenizer.json` that are read here; the rest is skipped, not built."""
 
-    normalizer: _Normalizer | None = None
+    normalizer: dict[str, Any] | None = None
     added_tokens: list[_AddedToken] = []
 
 
@@ -284,16 +275,12 @@ def _read_pooling(file: Path, hidden_size: int) -> Pooling:
         raise CheckpointRefused(
             f"{file}: pools vectors of {width} numbers, the encoder's have {hidden_size}"
         )
-    flags = {
-        "cls": found.pooling_mode_cls_token,
-        "mean": found.pooling_mode_mean_tokens,
-        "max": found.pooling_mode_max_tokens,
-        "mean_sqrt_len": found.pooling_mode_mean_sqrt_len_tokens,
-        "weightedmean": found.pooling_mode_weightedmean_tokens,
-        "lasttoken": found.pooling_mode_lasttoken,
-    }
     named = found.pooling_mode or []
-    modes = [mode for mode, chosen in flags.items() if chosen]
+    modes = [
+        re.sub(r"^pooling_mode_|_tokens?$", "", name)
+        for name, value in msgspec.structs.asdict(found).items()
+        if name.startswith("pooling_mode_") and value
+    ]
     modes += [mode for mode in ([named] if isinstance(named, str) else named) if mode not in modes]
     if modes not in (["cls"], ["mean"], ["lasttoken"]):
         raise CheckpointRefused(
@@ -326,26 +313,19 @@ def read_tokenizer_length(folder: Path, names: frozenset[str]) -> int | None:
     if "tokenizer_config.json" not in names:
         return None
     file = folder / "tokenizer_config.json"
-    found = read_json(file, _TokenizerConfigFile)
-    overrides = {
-        name: (value, in_tokenizer)
-        for name, value, in_tokenizer in (
-            ("do_lower_case", found.do_lower_case, "lowercase"),
-            ("strip_accents", found.strip_accents, "strip_accents"),
-            ("tokenize_chinese_chars", found.tokenize_chinese_chars, "handle_chinese_chars"),
-        )
-        if value is not msgspec.UNSET
-    }
-    normalizer = _read_tokenizer(folder).normalizer if overrides else None
-    if normalizer is not None and normalizer.type == "BertNormalizer":
-        for name, (value, in_tokenizer) in overrides.items():
-            other = getattr(normalizer, in_tokenizer)
-            if value != other:
+    found = read_json(file, dict[str, Any])
+    settings = [name for name in NORMALIZER_SETTINGS if name in found]
+    normalizer = _read_tokenizer(folder).normalizer if settings else None
+    if normalizer is not None and normalizer.get("type") == "BertNormalizer":
+        for name in settings:
+            own_name, default = NORMALIZER_SETTINGS[name]
+            own = normalizer.get(own_name, default)
+            if found[name] != own:
                 raise CheckpointRefused(
-                    f"{file}: {name} = {value!r}, but {TOKENIZER_FILE} has {in_tokenizer} = "
-                    f"{other!r}. Save the tokenizer again, so that both say the same."
+                    f"{file}: {name} = {found[name]!r}, but {TOKENIZER_FILE} has {own_name} = "
+                    f"{own!r}. Save the tokenizer again, so that both say the same."
                 )
-    return _token_count(file, "model_max_length", found.model_max_length)
+    return _token_count(file, "model_max_length", found.get("model_max_length"))
 
 
 def _token_count(file: Path, name: str, value: object) -> int | None:

@@ -1,7 +1,5 @@
 """Tensor files: safetensors and torch's zip files, mapped into memory, never read whole and never run.
 
-Both readers end in a `TensorFile`, so that the rest of the program never learns the format.
-
 * safetensors: 8 bytes of header length (little-endian), a JSON header, then the tensors end to end
   (https://huggingface.co/docs/safetensors). The safetensors package reads whole tensors into
   memory and knows no bfloat16 under numpy; this reader gives views of the mapped file.
@@ -9,7 +7,7 @@ Both readers end in a `TensorFile`, so that the rest of the program never learns
   tensors there are, and `NAME/data/0`, `1`, … with their bytes. Other archives are refused.
 
 The pickle is a program for a stack machine that may import and call anything. `_StateDictUnpickler`
-gives it two dozen opcodes and no object that can be called (docs/decisions/0020).
+gives it two dozen opcodes and three callables, which make a state dict (docs/decisions/0020).
 """
 
 import hashlib
@@ -42,22 +40,14 @@ ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
-STORAGE_TYPES = {
-    "torch.DoubleStorage": "F64",
-    "torch.FloatStorage": "F32",
-    "torch.HalfStorage": "F16",
-    "torch.BFloat16Storage": "BF16",
-    "torch.LongStorage": "I64",
-    "torch.IntStorage": "I32",
-    "torch.ShortStorage": "I16",
-    "torch.CharStorage": "I8",
-    "torch.ByteStorage": "U8",
-    "torch.BoolStorage": "BOOL",
-}
 DIMENSIONS_MAX = 8
-HEADER_BYTES_MAX = 16 * 1024 * 1024  # of a safetensors header and of a zip directory
+HEADER_BYTES_MAX = 16 * 1024 * 1024
 PICKLE_BYTES_MAX = 4 * 1024 * 1024  # BGE-M3's 391 tensors take 60 kB
 CHUNK_BYTES = 16 * 1024 * 1024  # read at a time where a whole file is read
+
+
+class _Malformed(ValueError):
+    """A file does not hold what its format says; the message names what it holds instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +64,7 @@ class StoredTensor:
 
 
 class TensorFile:
-    """A mapped file and the tensors in it. Any thread may read.
+    """A mapped file and the tensors in it, whatever its format. Any thread may read.
 
     Views keep the map alive, so dropping this object is always safe.
     """
@@ -140,18 +130,17 @@ def open_tensor_file(file: Path) -> TensorFile:
             mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise CheckpointRefused(f"{file}: cannot be read: {error}") from error
+    problem = "{}: not a sound safetensors file: {}. Fetch the file again."
+    read = _read_header
+    if is_torch_file(file):
+        read = _read_archive
+        problem = (
+            "{}: refused: {}. Take a copy of the model in safetensors, or from a source you trust."
+        )
     try:
-        if is_torch_file(file):
-            return TensorFile(file, mapped, _read_archive(mapped))
-        return TensorFile(file, mapped, _read_header(mapped))
+        return TensorFile(file, mapped, read(mapped))
     except (ValueError, zipfile.BadZipFile, NotImplementedError, struct.error) as error:
-        problem = f"{file}: not a sound safetensors file: {error}. Fetch the file again."
-        if is_torch_file(file):
-            problem = (
-                f"{file}: refused: {error}. Take a copy of the model in safetensors, or from a "
-                "source you trust."
-            )
-        raise CheckpointRefused(problem) from error
+        raise CheckpointRefused(problem.format(file, error)) from error
 
 
 def is_torch_file(file: Path) -> bool:
@@ -173,12 +162,12 @@ def convert_torch_file(source: HashedFile, *, cache_dir: Path) -> Path:
         return file
     opened = open_tensor_file(source.path)
     note.unlink(missing_ok=True)
+    shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in opened.tensors.items()}
     raws = map(opened.raw, opened.tensors)
-    sha256 = write_safetensors(
-        file,
-        {name: (tensor.dtype, tensor.shape) for name, tensor in opened.tensors.items()},
-        ((raw[at : at + CHUNK_BYTES] for at in range(0, len(raw), CHUNK_BYTES)) for raw in raws),
+    chunks = (
+        (raw[at : at + CHUNK_BYTES] for at in range(0, len(raw), CHUNK_BYTES)) for raw in raws
     )
+    sha256 = write_safetensors(file, shapes, chunks)
     note.write_text(sha256)
     hashes.remember(file, sha256)
     return file
@@ -187,7 +176,7 @@ def convert_torch_file(source: HashedFile, *, cache_dir: Path) -> Path:
 # safetensors
 
 
-class _Entry(msgspec.Struct, forbid_unknown_fields=True):
+class _HeaderEntry(msgspec.Struct, forbid_unknown_fields=True):
     dtype: str
     shape: list[int]
     data_offsets: tuple[int, int]
@@ -195,50 +184,49 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
 
 def _read_header(mapped: mmap.mmap) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file: each inside the file, none overlapping, no holes."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        if len(names := dict(pairs)) != len(pairs):
+            raise _Malformed("its header names something twice")
+        return names
+
     header_bytes = int.from_bytes(mapped[:8], "little")
     begin_at = 8 + header_bytes
     if len(mapped) < 8 or header_bytes > HEADER_BYTES_MAX or begin_at > len(mapped):
-        raise ValueError(
+        raise _Malformed(
             f"its header claims {header_bytes:,} bytes of a file of {len(mapped):,} "
             f"(at most {HEADER_BYTES_MAX:,} are read)"
         )
     try:
-        header = json.loads(mapped[8:begin_at], object_pairs_hook=_unique)
+        header = json.loads(mapped[8:begin_at], object_pairs_hook=unique)
         if isinstance(header, dict):
             header.pop("__metadata__", None)
-        entries = msgspec.convert(header, dict[str, _Entry])
+        entries = msgspec.convert(header, dict[str, _HeaderEntry])
     except (UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
-        raise ValueError(f"its header is not JSON ({error})") from error
+        raise _Malformed(f"its header is not JSON ({error})") from error
     except msgspec.ValidationError as error:
-        raise ValueError(f"its header is malformed ({error})") from error
+        raise _Malformed(f"its header is malformed ({error})") from error
     tensors: dict[str, StoredTensor] = {}
     expected_at = begin_at
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         if entry.dtype not in ITEM_BYTES:
-            raise ValueError(f"{name} has the unknown type {entry.dtype!r}")
+            raise _Malformed(f"{name} has the unknown type {entry.dtype!r}")
         if not _is_shape(entry.shape):
-            raise ValueError(f"{name} has the impossible shape {entry.shape}")
+            raise _Malformed(f"{name} has the impossible shape {entry.shape}")
         begin, end = entry.data_offsets
         tensor = StoredTensor(entry.dtype, tuple(entry.shape), begin_at + begin)
         if begin < 0 or end - begin != tensor.byte_count:
-            raise ValueError(
+            raise _Malformed(
                 f"{name} of shape {entry.shape} takes {tensor.byte_count:,} bytes, "
                 f"its offsets say {end - begin:,}"
             )
         if tensor.offset_bytes != expected_at and tensor.byte_count:
-            raise ValueError(f"{name} overlaps another tensor or leaves a hole")
+            raise _Malformed(f"{name} overlaps another tensor or leaves a hole")
         expected_at += tensor.byte_count
         tensors[name] = tensor
     if expected_at != len(mapped):
-        raise ValueError(f"it holds {len(mapped):,} bytes where its header says {expected_at:,}")
+        raise _Malformed(f"it holds {len(mapped):,} bytes where its header says {expected_at:,}")
     return tensors
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object of *pairs*, none of whose names may occur twice."""
-    if len(names := dict(pairs)) != len(pairs):
-        raise ValueError("its header names something twice")
-    return names
 
 
 def write_safetensors(
@@ -251,11 +239,11 @@ def write_safetensors(
     *tensors* yields, for each name of *shapes* in order, the little-endian bytes of it in pieces.
     The file is moved into place at the end: a reader never sees half of it.
     """
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, _HeaderEntry] = {}
     offset = 0
     for name, (dtype, shape) in shapes.items():
         end = offset + prod(shape) * ITEM_BYTES[dtype]
-        entries[name] = _Entry(dtype, list(shape), (offset, end))
+        entries[name] = _HeaderEntry(dtype, list(shape), (offset, end))
         offset = end
     encoded = msgspec.json.encode({"__metadata__": {"format": "pt"}, **entries})
     encoded += b" " * (-len(encoded) % 8)  # so that the tensors begin at a multiple of eight
@@ -296,73 +284,42 @@ class _Part(NamedTuple):
     crc: int
 
 
-class _BoundedReader:
-    """The mapped file as zipfile reads it, bounded: a forged directory could ask for all of memory."""
-
-    def __init__(self, mapped: mmap.mmap) -> None:
-        self._mapped = mapped
-        self.seek, self.tell = mapped.seek, mapped.tell
-
-    def read(self, size: int = -1) -> bytes:
-        left = len(self._mapped) - self._mapped.tell()
-        wanted = left if size < 0 else min(size, left)
-        if wanted > HEADER_BYTES_MAX:
-            raise ValueError(f"its directory claims {wanted:,} bytes")
-        return self._mapped.read(wanted)
-
-    def seekable(self) -> bool:
-        return True
-
-
 def _read_archive(mapped: mmap.mmap) -> dict[str, StoredTensor]:
     """The tensors of a torch file, whose every part is where it says and undamaged."""
     if mapped[:1] == b"\x80":
-        raise ValueError(
+        raise _Malformed(
             "it is a bare pickle, torch's legacy format from before 1.6, which cannot be read "
             "without running it"
         )
     if mapped[:4] != b"PK\x03\x04":
-        raise ValueError("it is not a zip archive, which torch files are")
+        raise _Malformed("it is not a zip archive, which torch files are")
     parts = _locate_parts(mapped)
     if (part := parts.get("byteorder")) is not None:
         order = mapped[part.begin : min(part.end, part.begin + 16)]
         if order.strip() != b"little":
-            raise ValueError(f"its byte order is {order!r}; read is little-endian")
+            raise _Malformed(f"its byte order is {order!r}; read is little-endian")
     begin, end, _ = parts["data.pkl"]
     if end - begin > PICKLE_BYTES_MAX:
-        raise ValueError(f"its data.pkl has more than {PICKLE_BYTES_MAX:,} bytes")
-    tensors: dict[str, StoredTensor] = {}
-    for name, (storage, offset, shape) in read_state_dict(mapped[begin:end]).items():
-        part = parts.get(f"data/{storage.key}")
-        if part is None:
-            raise ValueError(f"{name} lies in storage {storage.key!r:.40}, which is not there")
-        item_bytes = ITEM_BYTES[storage.dtype]
-        if storage.element_count * item_bytes != part.end - part.begin:
-            raise ValueError(
-                f"storage {storage.key} has {part.end - part.begin:,} bytes, its pickle says "
-                f"{storage.element_count * item_bytes:,}"
-            )
-        if offset + prod(shape) > storage.element_count:
-            raise ValueError(f"{name} of shape {list(shape)} reaches outside its storage")
-        tensors[name] = StoredTensor(storage.dtype, shape, part.begin + offset * item_bytes)
+        raise _Malformed(f"its data.pkl has more than {PICKLE_BYTES_MAX:,} bytes")
+    storages = {name[5:]: part for name, part in parts.items() if name.startswith("data/")}
+    tensors = _read_state_dict(mapped[begin:end], storages)
     # A small file must not become a large one when it is converted.
-    storages = [part for name, part in parts.items() if name.startswith("data/")]
-    stored_bytes = sum(part.end - part.begin for part in storages)
+    stored_bytes = sum(part.end - part.begin for part in storages.values())
     if sum(tensor.byte_count for tensor in tensors.values()) > 2 * stored_bytes:
-        raise ValueError("its tensors share their storage until they are more than twice its size")
+        raise _Malformed("its tensors share their storage until they are more than twice its size")
     with memoryview(mapped) as whole:
         for name, part in parts.items():
             crc = 0
             for at in range(part.begin, part.end, CHUNK_BYTES):
                 crc = zlib.crc32(whole[at : min(at + CHUNK_BYTES, part.end)], crc)
             if crc != part.crc:
-                raise ValueError(f"its entry {name} is damaged: its checksum does not match")
+                raise _Malformed(f"its entry {name} is damaged: its checksum does not match")
     return tensors
 
 
 def _locate_parts(mapped: mmap.mmap) -> dict[str, _Part]:
     """The archive's entries by what follows their one top folder; uncompressed, none overlapping."""
-    with zipfile.ZipFile(cast("IO[bytes]", _BoundedReader(mapped))) as archive:
+    with zipfile.ZipFile(cast("IO[bytes]", mapped)) as archive:
         listed = archive.infolist()
     parts: dict[str, _Part] = {}
     tops: set[str] = set()
@@ -370,29 +327,29 @@ def _locate_parts(mapped: mmap.mmap) -> dict[str, _Part]:
         name = f"{info.orig_filename!r:.120}"
         match = PARTS.fullmatch(info.filename)
         if match is None or info.filename != info.orig_filename or match["top"] in (".", ".."):
-            raise ValueError(f"its entry {name} is none of a state dict's")
+            raise _Malformed(f"its entry {name} is none of a state dict's")
         if match["part"] in parts:
-            raise ValueError(f"its entry {name} is there twice")
+            raise _Malformed(f"its entry {name} is there twice")
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-            raise ValueError(f"its entry {name} is compressed; torch stores entries as they are")
+            raise _Malformed(f"its entry {name} is compressed; torch stores entries as they are")
         if info.flag_bits & 0x1:
-            raise ValueError(f"its entry {name} is encrypted")
+            raise _Malformed(f"its entry {name} is encrypted")
         # The directory does not say how long the entry's own header is.
         name_at = info.header_offset + LOCAL_HEADER.size
         fields = LOCAL_HEADER.unpack(mapped[info.header_offset : name_at])
         signature, name_bytes, extra_bytes = fields[0], fields[9], fields[10]
         stored_name = mapped[name_at : name_at + name_bytes]
         if signature != b"PK\x03\x04" or stored_name != info.orig_filename.encode():
-            raise ValueError(f"its directory and its entry {name} disagree")
+            raise _Malformed(f"its directory and its entry {name} disagree")
         begin = name_at + name_bytes + extra_bytes
         parts[match["part"]] = _Part(begin, begin + info.file_size, info.CRC)
         tops.add(match["top"])
     if len(tops) != 1 or "data.pkl" not in parts:
-        raise ValueError("it holds no data.pkl in one folder, so no state dict")
+        raise _Malformed("it holds no data.pkl in one folder, so no state dict")
     end = 0
     for name, part in sorted(parts.items(), key=lambda item: item[1]):
         if part.begin < end or part.end > len(mapped):
-            raise ValueError(f"its entry {name} overlaps another or ends outside the file")
+            raise _Malformed(f"its entry {name} overlaps another or ends outside the file")
         end = part.end
     return parts
 
@@ -400,60 +357,83 @@ def _locate_parts(mapped: mmap.mmap) -> dict[str, _Part]:
 # the pickle of a state dict
 
 
-class Storage(NamedTuple):
-    """A run of elements, kept in the archive under `data/KEY`."""
-
-    dtype: str
-    key: str
-    element_count: int
-
-
-class StorageSlice(NamedTuple):
-    """A tensor: a row-major part of a storage."""
-
-    storage: Storage
-    offset: int  # in elements
-    shape: tuple[int, ...]
-
-
-class _Global(str):
-    """A name that a pickle asked for: compared, never looked up."""
-
-    __slots__ = ()
-
-
 class _StateDict(dict[str, object]):
     """A dict with text for keys: hashing a tuple nested 300,000 times would end the process."""
 
+    def __init__(self) -> None:  # so that it is made of nothing, whatever a pickle calls it with
+        super().__init__()
+
     def __setitem__(self, key: object, value: object) -> None:
         if type(key) is not str or not key.isprintable():
-            raise ValueError(f"its pickle has {_described(key)} for a name")
+            raise _Malformed(f"its pickle has {_brief(key)} for a name")
         if key in self:
-            raise ValueError(f"its pickle names {key!r} twice")
+            raise _Malformed(f"its pickle names {key!r} twice")
         super().__setitem__(key, value)
+
+
+def _rebuild_tensor(
+    storage: object, offset: object, shape: object, strides: object, *_: object
+) -> StoredTensor:
+    """The tensor that torch's function of this name makes; offset and strides are in elements."""
+    if not isinstance(storage, StoredTensor):
+        raise _Malformed(f"its pickle rebuilds a tensor from {_brief(storage)}")
+    if not _is_shape(shape):
+        raise _Malformed(f"its pickle has a tensor of the impossible shape {_brief(shape)}")
+    expected = [prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    # The stride of an axis of length one says nothing.
+    if not (_is_shape(strides) and len(strides) == len(shape)) or any(
+        size != 1 and stride != right
+        for size, stride, right in zip(shape, strides, expected, strict=True)
+    ):
+        raise _Malformed(
+            f"its pickle has a tensor of shape {_brief(shape)} with strides {_brief(strides)}, "
+            "not row-major"
+        )
+    if not _is_count(offset):
+        raise _Malformed(f"its pickle has a tensor at the impossible offset {_brief(offset)}")
+    if offset + prod(shape) > prod(storage.shape):
+        raise _Malformed(f"its tensor of shape {list(shape)} reaches outside its storage")
+    begin = storage.offset_bytes + offset * ITEM_BYTES[storage.dtype]
+    return StoredTensor(storage.dtype, tuple(shape), begin)
+
+
+def _rebuild_parameter(tensor: object, requires_grad: object, hooks: object) -> object:
+    return tensor
+
+
+# What the names in a pickle stand for; a storage's type is a key of ITEM_BYTES.
+GLOBALS: Mapping[str, object] = {
+    "collections.OrderedDict": _StateDict,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch.DoubleStorage": "F64",
+    "torch.FloatStorage": "F32",
+    "torch.HalfStorage": "F16",
+    "torch.BFloat16Storage": "BF16",
+    "torch.LongStorage": "I64",
+    "torch.IntStorage": "I32",
+    "torch.ShortStorage": "I16",
+    "torch.CharStorage": "I8",
+    "torch.ByteStorage": "U8",
+    "torch.BoolStorage": "BOOL",
+}
+# Opcodes that put values on the stack, take them together, keep them for later or call a global.
+ALLOWED_OPCODES = (
+    pickle.MARK, pickle.STOP, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE,
+    pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINUNICODE,
+    pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3,
+    pickle.SETITEM, pickle.SETITEMS, pickle.GLOBAL, pickle.BINPERSID, pickle.REDUCE,
+    pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET,
+)  # fmt: skip
 
 
 class _Opcodes(dict[int, Callable[[Any], None]]):
     """What each opcode does; none but these are known."""
 
     def __missing__(self, code: int) -> Callable[[Any], None]:
-        opcode = pickletools.code2op.get(chr(code))
-        name = opcode.name if opcode else f"{code:#x}"
-        raise ValueError(f"its pickle uses the opcode {name}, which a state dict does not need")
-
-
-ORDERED_DICT = "collections.OrderedDict"
-REBUILD_TENSOR = "torch._utils._rebuild_tensor_v2"
-REBUILD_PARAMETER = "torch._utils._rebuild_parameter"
-ALLOWED_GLOBALS = frozenset({ORDERED_DICT, REBUILD_TENSOR, REBUILD_PARAMETER, *STORAGE_TYPES})
-# Opcodes that put values on the stack, take them together, or keep them for later.
-ALLOWED_OPCODES = (
-    pickle.MARK, pickle.STOP, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE,
-    pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINUNICODE,
-    pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3,
-    pickle.SETITEM, pickle.SETITEMS, pickle.GLOBAL, pickle.BINPERSID,
-    pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET,
-)  # fmt: skip
+        names = {opcode.code: opcode.name for opcode in pickletools.opcodes}
+        name = names.get(chr(code), f"{code:#x}")
+        raise _Malformed(f"its pickle uses the opcode {name}, which a state dict does not need")
 
 
 class _StateDictUnpickler(pickle._Unpickler):
@@ -468,107 +448,78 @@ class _StateDictUnpickler(pickle._Unpickler):
     metastack: list[list[object]]
     read: Callable[[int], bytes]
 
-    def find_class(self, module: str, name: str) -> _Global:
-        if f"{module}.{name}" not in ALLOWED_GLOBALS:
-            raise ValueError(
-                f"its pickle asks for {f'{module}.{name}'!r}, which a state dict does not need"
-            )
-        return _Global(f"{module}.{name}")
+    def __init__(self, pickled: bytes, storages: Mapping[str, _Part]) -> None:
+        super().__init__(io.BytesIO(pickled))
+        self._storages = storages
 
-    def persistent_load(self, pid: object) -> Storage:
-        """What a persistent id stands for: ("storage", type, key, device, element count)."""
-        if isinstance(pid, tuple) and len(pid) == 5:
-            word, kind, key, _, count = pid
-            if word == "storage" and isinstance(kind, _Global) and kind in STORAGE_TYPES:
-                if isinstance(key, str) and _is_count(count):
-                    return Storage(STORAGE_TYPES[kind], key, count)
-        raise ValueError(f"its pickle refers to {_described(pid)}, which is no storage")
+    def find_class(self, module: str, name: str) -> object:
+        name = f"{module}.{name}"
+        if name not in GLOBALS:
+            raise _Malformed(f"its pickle asks for {name!r}, which a state dict does not need")
+        return GLOBALS[name]
+
+    def persistent_load(self, pid: object) -> StoredTensor:
+        """The storage, as one flat tensor, of ("storage", type, key, device, element count)."""
+        match pid:
+            case ("storage", str(dtype), str(key), _, int(count)) if dtype in ITEM_BYTES:
+                part = self._storages.get(key)
+            case _:
+                raise _Malformed(f"its pickle refers to {_brief(pid)}, which is no storage")
+        if part is None:
+            raise _Malformed(f"its pickle refers to storage {key!r:.40}, which is not there")
+        said, found = count * ITEM_BYTES[dtype], part.end - part.begin
+        if said != found:
+            raise _Malformed(f"storage {key} has {found:,} bytes, its pickle says {said:,}")
+        return StoredTensor(dtype, (count,), part.begin)
 
     def _load_protocol(self) -> None:
         version = ord(self.read(1))
         if version != 2:
-            raise ValueError(f"its pickle is of protocol {version}; torch writes 2")
+            raise _Malformed(f"its pickle is of protocol {version}; torch writes 2")
 
     def _load_empty_dict(self) -> None:
         self.stack.append(_StateDict())
 
-    def _load_reduce(self) -> None:
-        arguments, called = self.stack.pop(), self.stack.pop()
-        given = arguments if isinstance(arguments, tuple) and isinstance(called, _Global) else None
-        if called == ORDERED_DICT and given == ():
-            self.stack.append(_StateDict())
-        elif called == REBUILD_TENSOR and given is not None:
-            self.stack.append(_rebuild_tensor(given))
-        elif called == REBUILD_PARAMETER and given is not None and len(given) == 3:
-            self.stack.append(given[0])
-        else:
-            raise ValueError(f"its pickle calls {_described(called)} with {_described(arguments)}")
-
     def _load_build(self) -> None:
         """Modules leave version numbers on their state dict, as its attribute `_metadata`."""
         state, held = self.stack.pop(), self.stack[-1]
-        if not (isinstance(held, _StateDict) and isinstance(state, _StateDict)) or [*state] != [
-            "_metadata"
-        ]:
-            raise ValueError(f"its pickle sets attributes of {_described(held)}")
+        if not (type(held) is type(state) is _StateDict and [*state] == ["_metadata"]):
+            raise _Malformed(f"its pickle sets attributes of {_brief(held)}")
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = _Opcodes(
         {code[0]: pickle._Unpickler.dispatch[code[0]] for code in ALLOWED_OPCODES}
         | {
             pickle.PROTO[0]: _load_protocol,
             pickle.EMPTY_DICT[0]: _load_empty_dict,
-            pickle.REDUCE[0]: _load_reduce,
             pickle.BUILD[0]: _load_build,
         }
     )
 
 
-def read_state_dict(pickled: bytes) -> dict[str, StorageSlice]:
-    """Name to tensor, as *pickled* says. Nothing of it is executed.
+def _read_state_dict(pickled: bytes, storages: Mapping[str, _Part]) -> dict[str, StoredTensor]:
+    """Name to tensor, as *pickled* says, in *storages* (key to place). No code of it is run.
 
     Raises `ValueError`, which names the opcode, global or value that a state dict does not have.
     """
-    unpickler = _StateDictUnpickler(io.BytesIO(pickled))
+    unpickler = _StateDictUnpickler(pickled, storages)
     if not pickled.endswith(pickle.STOP):
-        raise ValueError("its pickle is no complete one")
+        raise _Malformed("its pickle is no complete one")
     try:
         found = unpickler.load()
     except (EOFError, IndexError, TypeError, struct.error, pickle.UnpicklingError) as error:
-        raise ValueError(f"its pickle is damaged ({error})") from error
+        raise _Malformed(f"its pickle is damaged ({error})") from error
     if unpickler.stack or unpickler.metastack:
-        raise ValueError("its pickle does not end in one value")
+        raise _Malformed("its pickle does not end in one value")
     if not isinstance(found, _StateDict):
-        raise ValueError(f"its pickle holds {_described(found)} where a state dict is expected")
+        raise _Malformed(f"its pickle holds {_brief(found)} where a state dict is expected")
+    tensors: dict[str, StoredTensor] = {}
     for name, tensor in found.items():
-        if not isinstance(tensor, StorageSlice):
-            raise ValueError(
-                f"its pickle maps {name!r} to {_described(tensor)}, not a name to a tensor"
+        if not isinstance(tensor, StoredTensor):
+            raise _Malformed(
+                f"its pickle maps {name!r} to {_brief(tensor)}, not a name to a tensor"
             )
-    return cast("dict[str, StorageSlice]", found)
-
-
-def _rebuild_tensor(arguments: tuple[object, ...]) -> StorageSlice:
-    """`_rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks)`, row-major only."""
-    if len(arguments) != 6:
-        raise ValueError(f"its pickle rebuilds a tensor from {len(arguments)} values, not 6")
-    storage, offset, shape, strides = arguments[:4]
-    if not isinstance(storage, Storage):
-        raise ValueError(f"its pickle rebuilds a tensor from {_described(storage)}")
-    if not _is_shape(shape):
-        raise ValueError(f"its pickle has a tensor of the impossible shape {_brief.repr(shape)}")
-    # The stride of an axis of length one says nothing.
-    expected = [prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    if not (_is_shape(strides) and len(strides) == len(shape)) or any(
-        size != 1 and stride != right
-        for size, stride, right in zip(shape, strides, expected, strict=True)
-    ):
-        raise ValueError(
-            f"its pickle has a tensor of shape {_brief.repr(shape)} with strides "
-            f"{_brief.repr(strides)}, not row-major"
-        )
-    if not _is_count(offset):
-        raise ValueError(f"its pickle has a tensor at the impossible offset {_brief.repr(offset)}")
-    return StorageSlice(storage, offset, tuple(shape))
+        tensors[name] = tensor
+    return tensors
 
 
 def _is_shape(sizes: object) -> TypeGuard[tuple[int, ...]]:
@@ -583,12 +534,8 @@ def _is_count(value: object) -> TypeGuard[int]:
     return type(value) is int and 0 <= value < 2**48
 
 
-_brief = Repr()
-_brief.maxlevel = 2
-
-
-def _described(value: object) -> str:
+def _brief(value: object) -> str:
     """A value of the pickle's in few words: a small pickle can nest one tuple into an endless one."""
-    if isinstance(value, _Global):
-        return str(value)
-    return f"{type(value).__name__.strip('_').lower()} {_brief.repr(value)}"
+    shortened = Repr()
+    shortened.maxlevel = 2
+    return f"{type(value).__name__.strip('_').lower()} {shortened.repr(value)}"

@@ -57,12 +57,12 @@ def verify(model_id: str, embed: Embed) -> list[Figure]:
 
     Raises `CheckpointRefused` where none are known.
     """
-    name = GOLDEN_FILES.get(model_id)
-    if name is None:
+    file = GOLDEN_FILES.get(model_id)
+    if file is None:
         raise CheckpointRefused(
             f"no figures are known of {model_id}; there are some of {', '.join(GOLDEN_FILES)}"
         )
-    content = resources.files("trivec.checkpoints").joinpath("golden", name).read_bytes()
+    content = resources.files("trivec.checkpoints").joinpath("golden", file).read_bytes()
     golden = msgspec.json.decode(content, type=_Golden)
     outputs = Output.DENSE
     if golden.sparse:
@@ -88,13 +88,18 @@ def verify(model_id: str, embed: Embed) -> list[Figure]:
     if golden.lexical:
         vectors = embed([one.text for one in golden.lexical], Output.DENSE | Output.SPARSE)
         for one, vector in zip(golden.lexical, vectors.sparse, strict=True):
-            found_weights = _by_id(vector)
-            ids = sorted(one.weights.keys() | found_weights.keys())
-            pairs = {i: (one.weights.get(i, 0.0), found_weights.get(i, 0.0)) for i in ids}
+            weights = _by_id(vector)
+            text = one.text[:24].strip()
+            compared = [
+                Figure(
+                    name=f"lexical weight of id {id_} in “{text}…”",
+                    expected=one.weights.get(id_, 0.0),
+                    found=weights.get(id_, 0.0),
+                )
+                for id_ in sorted(one.weights.keys() | weights.keys())
+            ]
             # The weight that is furthest off, so that one line a text says all.
-            worst = max(ids, key=lambda i, pairs=pairs: abs(pairs[i][0] - pairs[i][1]))
-            name = f"lexical weight of id {worst} in “{one.text[:24].strip()}…”"
-            figures.append(Figure(name, *pairs[worst]))
+            figures.append(max(compared, key=lambda figure: figure.difference))
     return figures
 
 

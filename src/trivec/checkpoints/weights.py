@@ -7,7 +7,6 @@ sees the family's names only.
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
-from typing import NamedTuple
 
 from trivec.checkpoints.tensor_files import TensorFile
 from trivec.core.errors import CheckpointRefused
@@ -15,21 +14,11 @@ from trivec.core.types import Float32Array
 from trivec.models.registry import Family
 
 
-class Place(NamedTuple):
-    """Where a tensor of the model stands in a file."""
-
-    name: str
-    rows: slice = slice(None)  # of the stored tensor
-
-
 class Weights(AbstractContextManager["Weights"]):
     """Checked weights, each to be taken exactly once. One thread at a time."""
 
     def __init__(
-        self,
-        files: Sequence[TensorFile],
-        shapes: Mapping[str, tuple[int, ...]],
-        family: Family,
+        self, files: Sequence[TensorFile], shapes: Mapping[str, tuple[int, ...]], family: Family
     ) -> None:
         """Match *files* to *shapes* (the family's name to shape) by their headers alone.
 
@@ -64,10 +53,8 @@ class Weights(AbstractContextManager["Weights"]):
                 raise self._refusal(
                     f"{name} has shape {list(found)} where {list(shape)} is expected"
                 )
-        self._left = {
-            name: (holders[prefix + place.name], prefix + place.name, place.rows)
-            for name, place in places.items()
-        }
+        self._holders = holders
+        self._left = {name: (prefix + stored, rows) for name, (stored, rows) in places.items()}
 
     def take(self, name: str) -> Float32Array:
         """The tensor *name*, float32, in the shape the model's config gives it.
@@ -77,8 +64,8 @@ class Weights(AbstractContextManager["Weights"]):
         `CheckpointRefused` for a value that is not finite or a stored type that is not a float.
         """
         assert name in self._left, f"{name} was taken before, or is none of this encoder's"
-        file, stored_name, rows = self._left.pop(name)
-        return file.float32(stored_name)[rows]
+        stored, rows = self._left.pop(name)
+        return self._holders[stored].float32(stored)[rows]
 
     def finish(self) -> None:
         """Say that all was taken. Raises `CheckpointRefused`, naming what was not."""
@@ -86,7 +73,7 @@ class Weights(AbstractContextManager["Weights"]):
             raise CheckpointRefused(f"{self._where}: nothing used {_first_of([*self._left])}")
 
     def __exit__(self, *_: object) -> None:
-        self._left = {}  # views that are still in use keep their own map alive
+        self._left, self._holders = {}, {}  # views that are still in use keep their own map alive
 
     def _refusal(self, problem: str) -> CheckpointRefused:
         return CheckpointRefused(f"{self._where}: {problem}. Is its config.json its own?")
@@ -94,12 +81,12 @@ class Weights(AbstractContextManager["Weights"]):
 
 def _stored(
     shapes: Mapping[str, tuple[int, ...]], fused: Mapping[str, tuple[str, ...]]
-) -> tuple[dict[str, Place], dict[str, tuple[int, ...]]]:
-    """The place of every tensor of *shapes*, and the shapes that a file's tensors must have.
+) -> tuple[dict[str, tuple[str, slice]], dict[str, tuple[int, ...]]]:
+    """Where each tensor of *shapes* stands in a file (name, rows), and the shapes stored there.
 
     Where *fused* says so, the rows of several layers stand in one matrix, in its order.
     """
-    places, stored = {name: Place(name) for name in shapes}, dict(shapes)
+    places, stored = {name: (name, slice(None)) for name in shapes}, dict(shapes)
     for name in shapes:
         layer, _, kind = name.rpartition(".")
         for whole, parts in fused.items():
@@ -109,7 +96,7 @@ def _stored(
             for part in parts:
                 rows, *rest = stored.pop(f"{block}{part}.{kind}")
                 span = slice(begin, begin + rows)
-                places[f"{block}{part}.{kind}"] = Place(f"{block}{whole}.{kind}", span)
+                places[f"{block}{part}.{kind}"] = (f"{block}{whole}.{kind}", span)
                 begin += rows
             stored[f"{block}{whole}.{kind}"] = (begin, *rest)
     return places, stored
