@@ -43,12 +43,14 @@ class TokenOrigin:
 
     def __init__(self, codec: tokenizers.Tokenizer) -> None:
         self._codec = codec
-        opening, closing = codec.encode("").ids
-        added = codec.get_added_tokens_decoder()
-        self._ends = {opening, closing}
+        probe = codec.encode("a")
+        text_at = [i for i, text in enumerate(probe.sequence_ids) if text is not None]
+        prefix, suffix = probe.ids[: text_at[0]], probe.ids[text_at[-1] + 1 :]
+        self._prefix_count, self._suffix_count = len(prefix), len(suffix)
+        self._ends = {*prefix, *suffix}
         # A closing token separates the texts of a pair; unknown words are ordinary.
-        special = {i for i, token in added.items() if token.special}
-        self._impossible = special - {closing} - {codec.token_to_id(word) for word in _UNKNOWN}
+        special = {i for i, token in codec.get_added_tokens_decoder().items() if token.special}
+        self._impossible = special - {*suffix} - {codec.token_to_id(word) for word in _UNKNOWN}
         self._is_word_piece = isinstance(codec.model, tokenizers.models.WordPiece)
         self._piece = lru_cache(maxsize=65_536)(self._scripts_of)
 
@@ -62,10 +64,10 @@ class TokenOrigin:
     def _is_foreign(self, array: Int32Array) -> bool | None:
         """None where *array* says too little."""
         ids = [int(token_id) for token_id in array[:IDS_MAX]]
-        if ids and ids[0] in self._ends:
-            ids = ids[1:]
-        if ids and ids[-1] in self._ends:
-            ids = ids[:-1]
+        for _ in range(self._prefix_count):
+            ids = ids[1:] if ids and ids[0] in self._ends else ids
+        for _ in range(self._suffix_count):
+            ids = ids[:-1] if ids and ids[-1] in self._ends else ids
         if any(i in self._impossible or self._is_unused(i) for i in ids):
             return True
         ids = self._without_half_a_word(ids)
@@ -106,7 +108,9 @@ class TokenOrigin:
     def _scripts_of(self, token_id: int) -> tuple[bool, tuple[str, ...]]:
         """Whether a piece begins a word, and the scripts of its letters, in their order."""
         piece = self._codec.id_to_token(token_id) or ""
-        begins_word = not piece.startswith("##") if self._is_word_piece else piece.startswith("▁")
+        begins_word = (
+            not piece.startswith("##") if self._is_word_piece else piece.startswith(("▁", "Ġ"))
+        )
         found = (_script(character) for character in piece if character.isalpha())
         return begins_word, tuple(found)
 
