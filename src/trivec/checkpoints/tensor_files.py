@@ -20,13 +20,12 @@ import pickletools
 import re
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from reprlib import Repr
-from typing import IO, Any, ClassVar, NamedTuple, TypeGuard, cast
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import msgspec
 import numpy as np
@@ -130,17 +129,18 @@ def open_tensor_file(file: Path) -> TensorFile:
             mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise CheckpointRefused(f"{file}: cannot be read: {error}") from error
-    problem = "{}: not a sound safetensors file: {}. Fetch the file again."
-    read = _read_header
-    if is_torch_file(file):
-        read = _read_archive
-        problem = (
-            "{}: refused: {}. Take a copy of the model in safetensors, or from a source you trust."
-        )
     try:
-        return TensorFile(file, mapped, read(mapped))
-    except (ValueError, zipfile.BadZipFile, NotImplementedError, struct.error) as error:
-        raise CheckpointRefused(problem.format(file, error)) from error
+        if is_torch_file(file):
+            return TensorFile(file, mapped, _read_archive(file, mapped))
+        return TensorFile(file, mapped, _read_header(mapped))
+    except (ValueError, zipfile.BadZipFile, RuntimeError, struct.error) as error:
+        problem = f"{file}: not a sound safetensors file: {error}. Fetch the file again."
+        if is_torch_file(file):
+            problem = (
+                f"{file}: refused: {error}. Take a copy of the model in safetensors, or from a "
+                "source you trust."
+            )
+        raise CheckpointRefused(problem) from error
 
 
 def is_torch_file(file: Path) -> bool:
@@ -273,7 +273,6 @@ PARTS = re.compile(
     r"(?P<top>[^/\\]+)/(?P<part>data\.pkl|data/\d+|version|byteorder|\.format_version"
     r"|\.storage_alignment|\.data/serialization_id)"
 )
-LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
 
 class _Part(NamedTuple):
@@ -281,10 +280,9 @@ class _Part(NamedTuple):
 
     begin: int
     end: int
-    crc: int
 
 
-def _read_archive(mapped: mmap.mmap) -> dict[str, StoredTensor]:
+def _read_archive(file: Path, mapped: mmap.mmap) -> dict[str, StoredTensor]:
     """The tensors of a torch file, whose every part is where it says and undamaged."""
     if mapped[:1] == b"\x80":
         raise _Malformed(
@@ -293,12 +291,16 @@ def _read_archive(mapped: mmap.mmap) -> dict[str, StoredTensor]:
         )
     if mapped[:4] != b"PK\x03\x04":
         raise _Malformed("it is not a zip archive, which torch files are")
-    parts = _locate_parts(mapped)
+    with zipfile.ZipFile(file) as archive:
+        parts = _locate_parts(mapped, archive.infolist())
+        # Each entry's own header and its checksum, which the file is read once for.
+        if (damaged := archive.testzip()) is not None:
+            raise _Malformed(f"its entry {damaged} is damaged: its checksum does not match")
     if (part := parts.get("byteorder")) is not None:
         order = mapped[part.begin : min(part.end, part.begin + 16)]
         if order.strip() != b"little":
             raise _Malformed(f"its byte order is {order!r}; read is little-endian")
-    begin, end, _ = parts["data.pkl"]
+    begin, end = parts["data.pkl"]
     if end - begin > PICKLE_BYTES_MAX:
         raise _Malformed(f"its data.pkl has more than {PICKLE_BYTES_MAX:,} bytes")
     storages = {name[5:]: part for name, part in parts.items() if name.startswith("data/")}
@@ -307,20 +309,11 @@ def _read_archive(mapped: mmap.mmap) -> dict[str, StoredTensor]:
     stored_bytes = sum(part.end - part.begin for part in storages.values())
     if sum(tensor.byte_count for tensor in tensors.values()) > 2 * stored_bytes:
         raise _Malformed("its tensors share their storage until they are more than twice its size")
-    with memoryview(mapped) as whole:
-        for name, part in parts.items():
-            crc = 0
-            for at in range(part.begin, part.end, CHUNK_BYTES):
-                crc = zlib.crc32(whole[at : min(at + CHUNK_BYTES, part.end)], crc)
-            if crc != part.crc:
-                raise _Malformed(f"its entry {name} is damaged: its checksum does not match")
     return tensors
 
 
-def _locate_parts(mapped: mmap.mmap) -> dict[str, _Part]:
+def _locate_parts(mapped: mmap.mmap, listed: list[zipfile.ZipInfo]) -> dict[str, _Part]:
     """The archive's entries by what follows their one top folder; uncompressed, none overlapping."""
-    with zipfile.ZipFile(cast("IO[bytes]", mapped)) as archive:
-        listed = archive.infolist()
     parts: dict[str, _Part] = {}
     tops: set[str] = set()
     for info in listed:
@@ -332,17 +325,10 @@ def _locate_parts(mapped: mmap.mmap) -> dict[str, _Part]:
             raise _Malformed(f"its entry {name} is there twice")
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
             raise _Malformed(f"its entry {name} is compressed; torch stores entries as they are")
-        if info.flag_bits & 0x1:
-            raise _Malformed(f"its entry {name} is encrypted")
-        # The directory does not say how long the entry's own header is.
-        name_at = info.header_offset + LOCAL_HEADER.size
-        fields = LOCAL_HEADER.unpack(mapped[info.header_offset : name_at])
-        signature, name_bytes, extra_bytes = fields[0], fields[9], fields[10]
-        stored_name = mapped[name_at : name_at + name_bytes]
-        if signature != b"PK\x03\x04" or stored_name != info.orig_filename.encode():
-            raise _Malformed(f"its directory and its entry {name} disagree")
-        begin = name_at + name_bytes + extra_bytes
-        parts[match["part"]] = _Part(begin, begin + info.file_size, info.CRC)
+        # Only the entry's own header says how long its name and its extra field are.
+        name_bytes, extra_bytes = struct.unpack_from("<2H", mapped, info.header_offset + 26)
+        begin = info.header_offset + 30 + name_bytes + extra_bytes
+        parts[match["part"]] = _Part(begin, begin + info.file_size)
         tops.add(match["top"])
     if len(tops) != 1 or "data.pkl" not in parts:
         raise _Malformed("it holds no data.pkl in one folder, so no state dict")
