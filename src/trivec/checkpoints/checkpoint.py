@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -12,11 +12,10 @@ from trivec.checkpoints.hashes import HashedFile, Hashes
 from trivec.checkpoints.hub import pull, pulled_folder, pulled_pins
 from trivec.checkpoints.layout import (
     HEADS,
-    LAYOUT_FILES,
     TOKENIZER_FILE,
     WEIGHT_FILES,
     Layout,
-    head_files,
+    model_files,
     read_config,
     read_heads,
     read_layout,
@@ -159,8 +158,6 @@ def find_folder(reference: str) -> Location:
         raise CheckpointRefused(
             f"{text!r} is neither a folder nor a known model. Known: {known}"
         ) from error
-    if not (folder / "config.json").is_file():
-        raise CheckpointRefused(f"{folder}: holds no config.json, so it is no model's folder")
     if not is_named and not MODEL_ID.fullmatch(folder.name):
         raise CheckpointRefused(
             f"{reference}: {folder.name!r} cannot be a model's id; give one as ID={reference}"
@@ -175,8 +172,16 @@ def _open(found: Location, cache_dir: Path) -> Checkpoint:
     """Hash the files and compare them; then read the small ones."""
     folder, entry = found.folder, found.entry
     names = scan(folder)
-    hashed = _hash_files(found, names, Hashes(cache_dir / "hashes"))
-    is_pinned = entry is not None and entry.is_pinned
+    try:
+        used = model_files(names, known=found.pins)
+    except ValueError as error:
+        raise CheckpointRefused(f"{folder}: {error}") from error
+    hashes = Hashes(cache_dir / "hashes")
+    if entry is not None and found.source != "folder":
+        _refuse_other_files(found, used, hashes)
+    hashed = {name: hashes.of(folder / name) for name in used}
+    sha256s = {name: file.sha256 for name, file in hashed.items()}
+    is_known = sha256s == {name: pin.sha256 for name, pin in found.pins.items()}
 
     config = read_config(folder)
     if "modules.json" in names:
@@ -191,7 +196,7 @@ def _open(found: Location, cache_dir: Path) -> Checkpoint:
     lengths = (layout.token_count_max, read_tokenizer_length(folder, names))
     heads = [name for name in hashed if Path(name).stem in HEADS]
     weight_files = tuple(file for name, file in hashed.items() if name in WEIGHT_FILES)
-    lines = sorted(f"{file.sha256} {name}\n" for name, file in hashed.items())
+    lines = sorted(f"{sha256} {name}\n" for name, sha256 in sha256s.items())
     return Checkpoint(
         id=found.id,
         aliases=entry.aliases if entry else (),
@@ -203,7 +208,7 @@ def _open(found: Location, cache_dir: Path) -> Checkpoint:
         tokenizer_file=folder / TOKENIZER_FILE,
         heads=read_heads(folder, heads, hidden_size=config.hidden_size) if heads else None,
         digest=hashlib.sha256("".join(lines).encode()).hexdigest(),
-        verified=is_pinned and _as_pins(hashed) == found.pins,
+        verified=is_known and entry is not None and entry.is_pinned,
         source=found.source,
         created=entry.created if entry else int(weight_files[0].path.stat().st_mtime),
         owned_by=entry.owned_by if entry else "local",
@@ -213,53 +218,20 @@ def _open(found: Location, cache_dir: Path) -> Checkpoint:
     )
 
 
-def _hash_files(found: Location, names: frozenset[str], hashes: Hashes) -> Mapping[str, HashedFile]:
-    """The files that the model is made of, each with its hash, which must be the pinned one.
-
-    The sizes are compared first, before gigabytes are hashed. Raises `CheckpointRefused`.
-    """
-    folder, entry, pins = found.folder, found.entry, found.pins
-    if TOKENIZER_FILE not in names:
-        raise CheckpointRefused(
-            f"{folder}: holds no {TOKENIZER_FILE}; save the model's fast tokenizer there"
-        )
-    pinned = [name for name in WEIGHT_FILES if name in pins]
-    weights = [name for name in (*pinned, *WEIGHT_FILES) if name in names]
-    if not weights:
-        raise CheckpointRefused(f"{folder}: holds none of {', '.join(WEIGHT_FILES)}")
-    try:
-        heads = head_files(names)
-    except ValueError as error:
-        raise CheckpointRefused(f"{folder}: {error}") from error
-    layout = [name for name in LAYOUT_FILES if name in names]
-    used = [*layout, TOKENIZER_FILE, weights[0], *heads]
-    if entry is None or found.source == "folder":
-        return {name: hashes.of(folder / name) for name in used}
-
-    again = (
-        f"Fetch it again, or serve the copy as it is with {entry.id}={folder} "
-        "(shown as verified: false)."
-    )
-    for name in used:
-        size, pin = (folder / name).stat().st_size, pins.get(name)
-        if pin is not None and size != pin.byte_count:
+def _refuse_other_files(found: Location, used: Sequence[str], hashes: Hashes) -> None:
+    """Raise `CheckpointRefused` unless the *used* files are those that are known, and all of them."""
+    for name in dict.fromkeys((*used, *found.pins)):
+        file, pin, problem = found.folder / name, found.pins.get(name), None
+        if name not in used:
+            problem = "is missing"
+        elif pin is None:
+            problem = "is not among the model's known files"
+        elif (byte_count := file.stat().st_size) != pin.byte_count:
+            problem = f"has {byte_count:,} bytes, expected are {pin.byte_count:,}"
+        elif (sha256 := hashes.of(file).sha256) != pin.sha256:
+            problem = f"has sha256 {sha256}, expected is {pin.sha256}"
+        if problem is not None:
             raise CheckpointRefused(
-                f"{folder / name}: has {size:,} bytes, expected are {pin.byte_count:,}. {again}"
+                f"{file}: {problem}. Fetch it again, or serve the copy as it is with "
+                f"{found.id}={found.folder} (shown as verified: false)."
             )
-    if missing := [name for name in pins if name not in used]:
-        raise CheckpointRefused(f"{folder / missing[0]}: is missing. {again}")
-    hashed = {name: hashes.of(folder / name) for name in used}
-    for name, file in hashed.items():
-        pin = pins.get(name)
-        if pin is None or file.sha256 != pin.sha256:
-            expected = (
-                f"expected is {pin.sha256}" if pin else "it is not among the model's known files"
-            )
-            raise CheckpointRefused(
-                f"{folder / name}: has sha256 {file.sha256}, {expected}. {again}"
-            )
-    return hashed
-
-
-def _as_pins(hashed: Mapping[str, HashedFile]) -> dict[str, Pin]:
-    return {name: Pin(file.byte_count, file.sha256) for name, file in hashed.items()}

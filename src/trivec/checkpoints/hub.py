@@ -8,14 +8,15 @@ ours (docs/decisions/0022). HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN are the cli
 import fcntl
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from trivec.checkpoints.catalogue import CatalogueEntry, Pin
 from trivec.checkpoints.hashes import Hashes
-from trivec.checkpoints.layout import LAYOUT_FILES, WEIGHT_FILES, head_files, read_json
+from trivec.checkpoints.layout import HEADS, model_files, read_json
 from trivec.core.errors import CheckpointRefused
 
 PINS_FILE = "trivec-pins.json"
@@ -76,8 +77,15 @@ def pull(entry: CatalogueEntry, *, cache_dir: Path, endpoint: str | None = None)
             raise CheckpointRefused(
                 f"{folder}: another pull of this model is running; wait for it"
             ) from error
+        fetch = partial(
+            _fetch, entry, folder=folder, hashes=Hashes(cache_dir / "hashes"), endpoint=endpoint
+        )
         try:
-            _pull(entry, folder, Hashes(cache_dir / "hashes"), endpoint)
+            if entry.is_pinned:
+                for name, pin in entry.pins.items():
+                    fetch(name, entry.revision or "main", pin)
+            else:
+                _pull_unpinned(entry, folder, fetch, endpoint)
         except OfflineModeIsEnabled as error:
             raise CheckpointRefused(
                 f"{entry.id} is not on this machine and HF_HUB_OFFLINE is set. Unset it, or: {instead}"
@@ -94,32 +102,26 @@ def pull(entry: CatalogueEntry, *, cache_dir: Path, endpoint: str | None = None)
     return folder
 
 
-def _pull(entry: CatalogueEntry, folder: Path, hashes: Hashes, endpoint: str | None) -> None:
-    if entry.is_pinned:
-        for name, pin in entry.pins.items():
-            _fetch(entry, name, entry.revision or "main", pin, folder, hashes, endpoint)
-        return
-    # Believe the hub this once, and write down what came.
+def _pull_unpinned(
+    entry: CatalogueEntry,
+    folder: Path,
+    fetch: Callable[[str, str, None], Pin],
+    endpoint: str | None,
+) -> None:
+    """Believe the hub this once, and write down what came."""
     from huggingface_hub import HfApi
 
     listed = HfApi(endpoint=endpoint).model_info(entry.hub_id, revision=entry.revision)
-    names = frozenset(sibling.rfilename for sibling in listed.siblings or [])
-    weights = [name for name in WEIGHT_FILES if name in names][:1]
-    needed = ["config.json", "tokenizer.json", *weights]
-    if not weights or not names.issuperset(needed) or listed.sha is None:
-        raise CheckpointRefused(
-            f"{entry.hub_id} on the hub lacks config.json, tokenizer.json or weights; it cannot "
-            "be served"
-        )
+    names = {sibling.rfilename for sibling in listed.siblings or []}
+    if not entry.has_heads:
+        names = {name for name in names if Path(name).stem not in HEADS}
     try:
-        heads = head_files(names) if entry.has_heads else []
+        used = model_files(frozenset(names))
+        if listed.sha is None:
+            raise ValueError("has no revision")
     except ValueError as error:
         raise CheckpointRefused(f"{entry.hub_id} on the hub {error}") from error
-    layout = sorted(names.intersection(LAYOUT_FILES) - {"config.json"})
-    pins = {
-        name: _fetch(entry, name, listed.sha, None, folder, hashes, endpoint)
-        for name in (*layout, *needed, *heads)
-    }
+    pins = {name: fetch(name, listed.sha, None) for name in used}
     content = msgspec.json.encode(FirstPull(entry.hub_id, listed.sha, pins))
     (folder / PINS_FILE).write_bytes(msgspec.json.format(content))
 
@@ -129,6 +131,7 @@ def _fetch(
     name: str,
     revision: str,
     pin: Pin | None,
+    *,
     folder: Path,
     hashes: Hashes,
     endpoint: str | None,

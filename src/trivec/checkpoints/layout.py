@@ -6,7 +6,7 @@ would change the result and is not understood is refused, with the reason and a 
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -176,19 +176,31 @@ def read_json(file: Path, kind: type[T], *, bytes_max: int = JSON_BYTES_MAX) -> 
         raise CheckpointRefused(f"{file}: not understood: {error}") from error
 
 
-def head_files(names: frozenset[str]) -> list[str]:
-    """The head files among a folder's *names*: none or two.
+def model_files(names: frozenset[str], *, known: Collection[str] = ()) -> list[str]:
+    """The files among *names* that a model is made of: small ones, weights, then heads.
 
-    Raises `ValueError` when one head is there without the other.
+    Of several weight files the first *known* one is taken. Raises `ValueError` saying what lacks.
     """
-    chosen = [
-        [head + suffix for suffix in HEAD_SUFFIXES if head + suffix in names][:1] for head in HEADS
+    if "config.json" not in names:
+        raise ValueError("holds no config.json, so it is no model's folder")
+    if TOKENIZER_FILE not in names:
+        raise ValueError(f"holds no {TOKENIZER_FILE}; save the model's fast tokenizer there")
+    weights = sorted(
+        names.intersection(WEIGHT_FILES),
+        key=lambda name: (name not in known, WEIGHT_FILES.index(name)),
+    )
+    if not weights:
+        raise ValueError(f"holds none of {', '.join(WEIGHT_FILES)}")
+    heads = [
+        next((head + suffix for suffix in HEAD_SUFFIXES if head + suffix in names), None)
+        for head in HEADS
     ]
-    found = [file for files in chosen for file in files]
+    found = [file for file in heads if file is not None]
     if len(found) == 1:
-        lacking = next(head for head, files in zip(HEADS, chosen, strict=True) if not files)
+        lacking = HEADS[heads.index(None)]
         raise ValueError(f"holds {found[0]} but no {lacking}.pt; copy both heads, or neither")
-    return found
+    layout = [name for name in LAYOUT_FILES if name in names]
+    return [*layout, TOKENIZER_FILE, weights[0], *found]
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -343,7 +355,7 @@ def _read_tokenizer(folder: Path) -> _TokenizerFile:
 
 
 def read_heads(folder: Path, files: list[str], *, hidden_size: int) -> Heads:
-    """Both heads, widened to float32. *files* as `head_files` gives them. Raises `CheckpointRefused`."""
+    """Both heads, widened to float32. *files*: sparse, then multi. Raises `CheckpointRefused`."""
     sparse_weight, sparse_bias = _read_linear(folder / files[0], hidden_size)
     multi_weight, multi_bias = _read_linear(folder / files[1], hidden_size)
     if len(sparse_bias) != 1:

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
 
 from trivec.core.errors import CheckpointRefused
-from trivec.core.types import Output, SparseVector, Vectors
+from trivec.core.types import Output, Vectors
 
 Embed: TypeAlias = Callable[[Sequence[str], Output], Vectors]
 
@@ -69,13 +69,17 @@ def verify(model_id: str, embed: Embed) -> list[Figure]:
         outputs |= Output.SPARSE | Output.MULTI
     queries, passages = embed(golden.queries, outputs), embed(golden.passages, outputs)
     figures: list[Figure] = []
-    for kind, expected, score in (
-        ("dense", golden.dense, _dense_score),
-        ("sparse", golden.sparse, _sparse_score),
-        ("multi", golden.multi, _multi_score),
+    for kind, output, expected, score in (
+        ("dense", Output.DENSE, golden.dense, _dense_score),
+        ("sparse", Output.SPARSE, golden.sparse, _sparse_score),
+        ("multi", Output.MULTI, golden.multi, _multi_score),
     ):
         figures += [
-            Figure(f"{kind} query {i + 1} · passage {j + 1}", value, score(queries, i, passages, j))
+            Figure(
+                name=f"{kind} query {i + 1} · passage {j + 1}",
+                expected=value,
+                found=score(queries[output][i], passages[output][j]),
+            )
             for i, row in enumerate(expected)
             for j, value in enumerate(row)
         ]
@@ -88,7 +92,8 @@ def verify(model_id: str, embed: Embed) -> list[Figure]:
     if golden.lexical:
         vectors = embed([one.text for one in golden.lexical], Output.DENSE | Output.SPARSE)
         for one, vector in zip(golden.lexical, vectors.sparse, strict=True):
-            weights = _by_id(vector)
+            assert vector is not None
+            weights = dict(zip(vector.token_ids.tolist(), vector.weights.tolist(), strict=True))
             text = one.text[:24].strip()
             compared = [
                 Figure(
@@ -103,25 +108,16 @@ def verify(model_id: str, embed: Embed) -> list[Figure]:
     return figures
 
 
-def _dense_score(queries: Vectors, i: int, passages: Vectors, j: int) -> float:
-    return float(queries.dense[i] @ passages.dense[j])
+def _dense_score(query: Any, passage: Any) -> float:
+    return float(query @ passage)
 
 
-def _sparse_score(queries: Vectors, i: int, passages: Vectors, j: int) -> float:
-    """Sum over shared ids of the products of their weights."""
-    passage = _by_id(passages.sparse[j])
-    shared = _by_id(queries.sparse[i]).items()
-    return float(np.float32(sum(weight * passage.get(id_, 0.0) for id_, weight in shared)))
+def _sparse_score(query: Any, passage: Any) -> float:
+    """Sum over shared ids of the products of two `SparseVector`s' weights."""
+    _, at, other_at = np.intersect1d(query.token_ids, passage.token_ids, return_indices=True)
+    return float(query.weights[at] @ passage.weights[other_at])
 
 
-def _multi_score(queries: Vectors, i: int, passages: Vectors, j: int) -> float:
+def _multi_score(query: Any, passage: Any) -> float:
     """Mean over the query's rows of the best dot product with the passage's."""
-    query, passage = queries.multi[i], passages.multi[j]
-    assert query is not None
-    assert passage is not None
     return float((query @ passage.T).max(axis=1).mean())
-
-
-def _by_id(sparse: SparseVector | None) -> dict[int, float]:
-    assert sparse is not None
-    return dict(zip(sparse.token_ids.tolist(), sparse.weights.tolist(), strict=True))
