@@ -176,9 +176,9 @@ class Tokenizer:
         ids at its cuts may differ from those of the whole.
         """
         text, is_over = await self._do(partial(self._shorten, text, LongText.KEEP))
-        ids = [self._prefix]
+        ids, first = [self._prefix], sum(map(len, done))
         for piece in _pieces(text):
-            part = await self._do(partial(self._encode, [piece], LongText.KEEP))
+            part = await self._do(partial(self._encode, [piece], LongText.KEEP, first=first))
             ids.append(self._bare(part.token_ids))
             so_far = Sequences.pack([np.concatenate(ids)])
             self._refuse_too_many([*done, so_far], text_count=text_count + 1)
@@ -303,6 +303,7 @@ class Tokenizer:
         """A sequence for each of *queries* (without special tokens) with its document."""
         before, between, after = self._pair_specials
         special_count = len(before) + len(between) + len(after)
+        ones = [[1] * len(specials) for specials in self._pair_specials]
         ids: list[Int32Array] = []
         widths: list[int] = []  # tokens of each type of the template, pair after pair
         truncated: dict[int, Truncated] = {}
@@ -324,8 +325,7 @@ class Tokenizer:
             ids.append(np.concatenate((before, query, between, document, after)))
             if is_long or cut is not None:
                 truncated[i] = Truncated(original, min(len(ids[i]), self.token_count_max))
-            widths += [*(1 for _ in before), len(query), *(1 for _ in between), len(document)]
-            widths += [1 for _ in after]
+            widths += [*ones[0], len(query), *ones[1], len(document), *ones[2]]
         joined = Sequences.pack(ids, truncated)
         if self._pair_types is None:
             return joined

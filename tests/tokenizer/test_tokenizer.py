@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 import tokenizers
+from benchmarks.dummy.tokenizer import write_tokenizer
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from trivec import tokenizer as module
@@ -246,6 +247,9 @@ async def test_a_lone_surrogate_is_refused_by_its_place(words: Tokenizer) -> Non
     assert refusal.value.param == "input[1]"
     with pytest.raises(FieldInvalid):
         await words.tokenize(["\udfff" * 90], long_text=LongText.REFUSE)
+    with pytest.raises(FieldInvalid) as refusal:  # in a text that is counted a piece a turn
+        await words.tokenize(["w0", "w1 " * 60_000 + "\ud800"], long_text=LongText.KEEP)
+    assert refusal.value.param == "input[1]"
 
 
 def test_ids_are_spelt_as_the_vocabulary_does(words: Tokenizer) -> None:
@@ -305,6 +309,24 @@ async def test_special_tokens_are_those_of_the_files_post_processor(
             assert found.truncated == {1: Truncated(original_tokens=original, kept_tokens=8)}
     counted = await words.tokenize([text_of(*[1] * 60_000)], long_text=LongText.KEEP)
     assert ids_of(counted) == [[*before, *[5] * 60_000, *after]]
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta", "modernbert", "qwen3"])
+async def test_each_familys_ids_are_the_librarys(
+    family: str, tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    file = tmp_path / "tokenizer.json"
+    write_tokenizer(file, family=family, vocabulary_size=2_000)
+    codec = tokenizers.Tokenizer.from_file(str(file))
+    texts = ["The rain in the north", "der Bäcker öffnet um sechs", ""]
+    expected = [codec.encode(text).ids for text in texts]
+    tokenizer = Tokenizer(file, token_count_max=64, vocabulary_size=2_000, pool=pool)
+    assert ids_of(await tokenizer.tokenize(texts, long_text=LongText.REFUSE)) == expected
+    bare = [codec.encode(text, add_special_tokens=False).ids for text in texts[:2]]
+    for given in (expected[:2], bare):
+        arrays = [np.array(ids, np.int32) for ids in given]
+        found = await tokenizer.tokenize(arrays, long_text=LongText.REFUSE, are_own=True)
+        assert ids_of(found) == expected[:2]
 
 
 async def test_a_text_of_no_token_is_refused_where_none_is_added(
