@@ -78,6 +78,37 @@ def test_only_the_files_a_model_is_made_of_are_fetched(
     assert any(one.path.endswith("sparse_linear.pt") for one in hub.downloads())
 
 
+def test_heads_are_not_fetched_for_a_model_that_has_none(
+    hub: Hub, unpinned: CatalogueEntry, tmp_path: Path
+) -> None:
+    pull(replace(unpinned, has_heads=False), cache_dir=tmp_path, endpoint=hub.endpoint)
+    assert not any("linear" in one.path for one in hub.asked)
+
+
+def test_the_hubs_token_is_not_sent_to_a_storage_host(
+    hub: Hub, pinned: CatalogueEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.storage_host = "localhost"
+    pull(pinned, cache_dir=tmp_path, endpoint=hub.endpoint)
+    assert open_own(pinned, cache_dir=tmp_path) is not None
+    sent = {one.path.startswith("/storage/"): one.authorization for one in hub.asked}
+    assert sent == {False: "Bearer hf_secret", True: None}
+
+
+def test_a_file_that_is_not_the_models_is_refused_or_passed_over(
+    hub: Hub, pinned: CatalogueEntry, tmp_path: Path
+) -> None:
+    folder = pull(pinned, cache_dir=tmp_path, endpoint=hub.endpoint)
+    (folder / "model.safetensors").write_bytes(b"weights that nobody vouched for")
+    found = open_own(pinned, cache_dir=tmp_path)
+    assert found is not None
+    assert [file.path.name for file in found.weight_files] == [WEIGHTS]
+    (folder / "config_sentence_transformers.json").write_text("{}")
+    with pytest.raises(CheckpointRefused, match="is not among the model's known files"):
+        open_own(pinned, cache_dir=tmp_path)
+
+
 def test_a_second_pull_fetches_nothing(hub: Hub, pinned: CatalogueEntry, tmp_path: Path) -> None:
     pull(pinned, cache_dir=tmp_path, endpoint=hub.endpoint)
     hub.asked.clear()
