@@ -162,6 +162,10 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     ),
     "strides-of-another-rank": (pickle_of({"a": (6,)}, strides=(3, 1)), "strides"),
     "a-negative-offset": (pickle_of({"a": (6,)}, offset=-1), "impossible offset"),
+    "a-bit-that-negates-a-tensor": (
+        pickle_of({"a": (6,)}).replace(b")RtR", b")R}" + text("neg") + b"\x88stR"),
+        "takes 6 positional arguments but 7 were given",
+    ),
     "outside-its-storage": (pickle_of({"a": (6,)}, offset=1), "outside its storage"),
     "a-huge-shape": (pickle_of({"a": (2**30, 2**30)}, element_count=6), "outside its storage"),
     "an-impossible-shape": (pickle_of({"a": (-6,)}, element_count=6), "impossible shape"),

@@ -324,8 +324,8 @@ class _StateDict(dict[str, object]):
         super().__setitem__(key, value)
 
 
-def _rebuild_tensor(
-    storage: object, offset: object, shape: object, strides: object, *_: object
+def _rebuild_tensor(  # of six values: a seventh may say that the stored ones are negated
+    storage: object, offset: object, shape: object, strides: object, _grad: object, _hooks: object
 ) -> StoredTensor:
     """The tensor that torch's function of this name makes; offset and strides are in elements."""
     if not isinstance(storage, StoredTensor):
