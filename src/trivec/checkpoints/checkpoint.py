@@ -14,11 +14,11 @@ from trivec.checkpoints.layout import (
     HEADS,
     TOKENIZER_FILE,
     WEIGHT_FILES,
-    Layout,
+    SentenceSettings,
     model_files,
     read_config,
     read_heads,
-    read_layout,
+    read_sentence_settings,
     read_tokenizer_length,
     scan,
 )
@@ -185,15 +185,15 @@ def _open(found: Location, cache_dir: Path) -> Checkpoint:
 
     config = read_config(folder)
     if "modules.json" in names:
-        layout = read_layout(folder, names, hidden_size=config.hidden_size)
+        settings = read_sentence_settings(folder, names, hidden_size=config.hidden_size)
     elif entry is not None:
-        layout = Layout(entry.pooling, entry.normalize, entry.token_count_max)
+        settings = SentenceSettings(entry.pooling, entry.normalize, entry.token_count_max)
     else:
         raise CheckpointRefused(
             f"{folder}: holds no modules.json, so its pooling is not known. Save it with "
             "sentence-transformers, or give it the id of the model it is a copy of (ID=DIR)."
         )
-    lengths = (layout.token_count_max, read_tokenizer_length(folder, names))
+    lengths = (settings.token_count_max, read_tokenizer_length(folder, names))
     heads = [name for name in hashed if Path(name).stem in HEADS]
     weight_files = tuple(file for name, file in hashed.items() if name in WEIGHT_FILES)
     lines = sorted(f"{sha256} {name}\n" for name, sha256 in sha256s.items())
@@ -202,8 +202,8 @@ def _open(found: Location, cache_dir: Path) -> Checkpoint:
         aliases=entry.aliases if entry else (),
         folder=folder,
         config=config,
-        pooling=layout.pooling,
-        normalize=layout.normalize,
+        pooling=settings.pooling,
+        normalize=settings.normalize,
         token_count_max=min([config.token_count_max, *(one for one in lengths if one)]),
         tokenizer_file=folder / TOKENIZER_FILE,
         heads=read_heads(folder, heads, hidden_size=config.hidden_size) if heads else None,

@@ -117,8 +117,8 @@ class _TokenizerFile(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """From last hidden states to a dense vector, and how many tokens are read."""
+class SentenceSettings:
+    """What sentence-transformers' files say: how hidden states become a vector, how many are read."""
 
     pooling: Pooling
     normalize: bool
@@ -214,7 +214,9 @@ def read_config(folder: Path) -> ModelConfig:
         raise CheckpointRefused(f"{file}: {error}") from error
 
 
-def read_layout(folder: Path, names: frozenset[str], *, hidden_size: int) -> Layout:
+def read_sentence_settings(
+    folder: Path, names: frozenset[str], *, hidden_size: int
+) -> SentenceSettings:
     """What `modules.json` and the files it leads to say. Raises `CheckpointRefused`.
 
     *names* are the folder's files as `scan` lists them; `modules.json` must be among them.
@@ -248,7 +250,7 @@ def read_layout(folder: Path, names: frozenset[str], *, hidden_size: int) -> Lay
                 f"{folder / name}: {normalize!r} is not understood; normalised is the "
                 "sentence_embedding"
             )
-    return Layout(
+    return SentenceSettings(
         pooling=_read_pooling(folder / POOLING_FILE, hidden_size),
         normalize=len(kinds) == 3,
         token_count_max=_read_length(folder, names),
