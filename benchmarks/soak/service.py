@@ -21,8 +21,8 @@ from trivec.accounts.stores.memory import MemoryStore
 from trivec.api import build_app
 from trivec.backends.fake import FakeBackend
 from trivec.build import Choice, LoadedModel, load_model, model_card
+from trivec.checkpoints import open_checkpoint
 from trivec.checkpoints.checkpoint import Checkpoint
-from trivec.checkpoints.opening import open_checkpoint
 from trivec.core.clock import SystemClock
 from trivec.core.events import Event
 from trivec.core.health import Health

@@ -16,9 +16,8 @@ from starlette.types import ASGIApp
 from trivec.accounts import Accounts
 from trivec.accounts.stores import open_accounts
 from trivec.api import ByteBudget, budget_bytes, build_app
+from trivec.checkpoints import Checkpoint, find_folder, open_checkpoint
 from trivec.checkpoints.catalogue import CATALOGUE
-from trivec.checkpoints.checkpoint import Checkpoint
-from trivec.checkpoints.opening import find_folder, open_checkpoint
 from trivec.core.clock import SystemClock
 from trivec.core.errors import SettingInvalid
 from trivec.core.events import ModelLoaded

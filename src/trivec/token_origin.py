@@ -43,12 +43,14 @@ class TokenOrigin:
 
     def __init__(self, codec: tokenizers.Tokenizer) -> None:
         self._codec = codec
-        opening, closing = codec.encode("").ids
-        added = codec.get_added_tokens_decoder()
-        self._ends = {opening, closing}
+        probe = codec.encode("a")
+        text_at = [i for i, text in enumerate(probe.sequence_ids) if text is not None]
+        prefix, suffix = probe.ids[: text_at[0]], probe.ids[text_at[-1] + 1 :]
+        self._prefix_count, self._suffix_count = len(prefix), len(suffix)
+        self._ends = {*prefix, *suffix}
         # A closing token separates the texts of a pair; unknown words are ordinary.
-        special = {i for i, token in added.items() if token.special}
-        self._impossible = special - {closing} - {codec.token_to_id(word) for word in _UNKNOWN}
+        special = {i for i, token in codec.get_added_tokens_decoder().items() if token.special}
+        self._impossible = special - {*suffix} - {codec.token_to_id(word) for word in _UNKNOWN}
         self._is_word_piece = isinstance(codec.model, tokenizers.models.WordPiece)
         self._piece = lru_cache(maxsize=65_536)(self._scripts_of)
 
@@ -60,35 +62,26 @@ class TokenOrigin:
         return sum(told) > 0 and 2 * sum(told) >= len(told)
 
     def _is_foreign(self, array: Int32Array) -> bool | None:
-        """None where *array* says too little."""
-        ids = [int(token_id) for token_id in array[:IDS_MAX]]
-        if ids and ids[0] in self._ends:
-            ids = ids[1:]
-        if ids and ids[-1] in self._ends:
-            ids = ids[:-1]
-        if any(i in self._impossible or self._is_unused(i) for i in ids):
+        """Whether another tokenizer made *array*; None where it says too little."""
+        codec, ids = self._codec, [int(token_id) for token_id in array[:IDS_MAX]]
+        for _ in range(self._prefix_count):
+            ids = ids[1:] if ids and ids[0] in self._ends else ids
+        for _ in range(self._suffix_count):
+            ids = ids[:-1] if ids and ids[-1] in self._ends else ids
+        if any(i in self._impossible or _UNUSED.fullmatch(codec.id_to_token(i) or "") for i in ids):
             return True
-        ids = self._without_half_a_word(ids)
+        # An array cut anywhere may begin within a word, whose rest is another word's pieces.
+        begins_word = [self._piece(token_id)[0] for token_id in ids[:HALF_A_WORD_IDS_MAX]]
+        ids = ids[begins_word.index(True) if True in begins_word else 0 :]
         if len(ids) < IDS_MIN:
             return None
-        bar = SURVIVORS_MIN_SHORT if len(ids) < SHORT_IDS else SURVIVORS_MIN
-        return self._mixes_scripts(ids) or self._survivors(ids) < bar
-
-    def _is_unused(self, token_id: int) -> bool:
-        return _UNUSED.fullmatch(self._codec.id_to_token(token_id) or "") is not None
-
-    def _without_half_a_word(self, ids: list[int]) -> list[int]:
-        """An array cut anywhere may begin within a word, whose rest is another word's pieces."""
-        starts = (
-            i for i, token_id in enumerate(ids[:HALF_A_WORD_IDS_MAX]) if self._piece(token_id)[0]
-        )
-        return ids[next(starts, 0) :]
-
-    def _survivors(self, ids: Sequence[int]) -> float:
-        """The share of *ids* that are found again, wherever, when their text is tokenised."""
-        text = self._codec.decode(ids, skip_special_tokens=False)
-        again = Counter(self._codec.encode(text, add_special_tokens=False).ids)
-        return sum((Counter(ids) & again).values()) / len(ids)
+        if self._mixes_scripts(ids):
+            return True
+        # The share of ids that are found again, wherever, when their text is tokenised.
+        text = codec.decode(ids, skip_special_tokens=False)
+        again = Counter(codec.encode(text, add_special_tokens=False).ids)
+        survivors = (Counter(ids) & again).total() / len(ids)
+        return survivors < (SURVIVORS_MIN_SHORT if len(ids) < SHORT_IDS else SURVIVORS_MIN)
 
     def _mixes_scripts(self, ids: Sequence[int]) -> bool:
         scripts: set[str] = set()
@@ -106,7 +99,9 @@ class TokenOrigin:
     def _scripts_of(self, token_id: int) -> tuple[bool, tuple[str, ...]]:
         """Whether a piece begins a word, and the scripts of its letters, in their order."""
         piece = self._codec.id_to_token(token_id) or ""
-        begins_word = not piece.startswith("##") if self._is_word_piece else piece.startswith("▁")
+        begins_word = (
+            not piece.startswith("##") if self._is_word_piece else piece.startswith(("▁", "Ġ"))
+        )
         found = (_script(character) for character in piece if character.isalpha())
         return begins_word, tuple(found)
 

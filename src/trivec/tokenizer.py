@@ -1,15 +1,15 @@
-"""Text to token ids and back, by the checkpoint's own `tokenizer.json`, and what to do with long texts.
+"""Tokenizer: texts, pairs of texts and clients' own ids to token ids, by a checkpoint's `tokenizer.json`.
 
-It knows texts, ids and one length; not batches, keys or devices. The same text has the same ids on
-any thread. Two oddities of the hub's pipelines are kept for parity with other hosts: trailing
-blanks become a bare "▁", and a literal `</s>` in a text becomes the special id.
+The same text has the same ids on any thread. Two oddities of the hub's pipelines are kept for
+parity with other hosts: trailing blanks become a bare "▁", and a literal `</s>` in a text becomes
+the special id. Special tokens are what the file's post-processor adds: on both sides of a text
+(BERT), after it (Qwen3), several, or none.
 """
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
@@ -47,14 +47,6 @@ JOB_CHARACTERS_MAX = 64 * 1024
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """Neighbouring texts of one request, encoded in one call."""
-
-    first: int  # index of texts[0] in the request
-    texts: Sequence[str]
-
-
 class Tokenizer:
     """One model's tokenizer. Loading reads the file; every other call is thread safe."""
 
@@ -66,17 +58,42 @@ class Tokenizer:
         vocabulary_size: int,
         pool: Executor,
         request_tokens_max: int | None = None,
+        token_type_count: int = 2,
     ) -> None:
-        """*request_tokens_max*: of all texts of a call."""
+        """*request_tokens_max*: of all texts of a call. *token_type_count*: rows of the model's
+        table of token types; a pair has no types where it would need more, as in XLM-R.
+        """
         self.token_count_max = token_count_max
         self.request_tokens_max = request_tokens_max
         self.vocabulary_size = vocabulary_size
+        self._text_bytes_max = TEXT_BYTES_A_TOKEN * token_count_max
         self._pool = pool
-        self._codec = _load(file)
-        self._opening, self._closing = _special_ids(self._codec, file)
-        self._origin = TokenOrigin(self._codec)
-        self._blanks = _blank_runs(self._codec)
-        _refuse_foreign_ids(self._codec, file, vocabulary_size)
+        try:
+            self._codec = codec = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as exc:  # the library raises nothing narrower
+            raise CheckpointRefused(
+                f"{file} cannot be read as a tokenizer: {exc}. Fetch the model again."
+            ) from exc
+        codec.no_padding()
+        codec.no_truncation()
+        added = codec.get_added_tokens_decoder()
+        id_count = max([codec.get_vocab_size(with_added_tokens=False), *(i + 1 for i in added)])
+        if id_count > vocabulary_size:  # ids that the embedding table does not hold
+            raise CheckpointRefused(
+                f"{file} has token ids up to {id_count - 1}, but the model's vocabulary has "
+                f"{vocabulary_size}. Take the tokenizer.json that belongs to this model."
+            )
+        specials, _ = _template(codec.encode("a"))
+        self._pair_specials, types = _template(codec.encode("a", "a"))
+        if (len(specials), len(self._pair_specials)) != (2, 3):
+            raise CheckpointRefused(
+                f"{file} makes no token of the text 'a'. Take the tokenizer.json that belongs to "
+                "this model."
+            )
+        self._prefix, self._suffix = specials
+        self._pair_types = types if 0 < max(types) < token_type_count else None
+        self._origin = TokenOrigin(codec)
+        self._blanks = _blank_runs(codec)
 
     async def tokenize(
         self, inputs: Texts | TokenLists, *, long_text: LongText, are_own: bool = False
@@ -89,59 +106,43 @@ class Tokenizer:
         """
         assert inputs, "a request has at least one input"
         with panics_are_faults("tokenizer"):
-            return await self._tokenize_any(inputs, long_text, are_own=are_own)
+            if isinstance(inputs[0], str):
+                return await self._encode_texts(cast(Texts, inputs), long_text)
+            lists = cast(TokenLists, inputs)
+            # Adopting ids is array work; judging them asks the library about each.
+            inline_max = JOB_CHARACTERS_MAX if are_own else INLINE_CHARACTERS_MAX
+            adopt = partial(self._adopt, lists, long_text, are_own=are_own)
+            return await self._do(adopt, inline=sum(map(len, lists)) <= inline_max)
 
-    async def _tokenize_any(
-        self, inputs: Texts | TokenLists, long_text: LongText, *, are_own: bool
+    async def encode_pairs(
+        self, pairs: Sequence[tuple[str, str]], *, long_text: LongText
     ) -> Sequences:
-        if isinstance(inputs[0], str):
-            return await self._tokenize_texts(cast(Texts, inputs), long_text)
-        lists = cast(TokenLists, inputs)
-        id_count = sum(map(len, lists))
-        if not are_own:
-            is_small = id_count <= INLINE_CHARACTERS_MAX
-            await self._do(partial(self._refuse_foreign, lists), inline=is_small)
-        is_small = id_count <= JOB_CHARACTERS_MAX
-        return await self._do(partial(self._adopt, lists, long_text), inline=is_small)
+        """Ids and token types of (query, document) *pairs*, as a cross-encoder reads them.
+
+        Of a pair that is too long only the document is cut. Raises as `tokenize` does, and
+        `TextTooLong` where a query leaves no room for its document.
+        """
+        assert pairs, "a request has at least one pair"
+        with panics_are_faults("tokenizer"):
+            texts = list(dict.fromkeys(query for query, _ in pairs))
+            encoded = await self._encode_texts(texts, LongText.KEEP)
+            query_ids = dict(zip(texts, map(self._bare, _split(encoded)), strict=True))
+            queries = [query_ids[query] for query, _ in pairs]
+            documents = await self._encode_texts([text for _, text in pairs], long_text)
+            join = partial(self._join_pairs, queries, documents, long_text)
+            joined = await self._do(join, inline=documents.token_count <= INLINE_CHARACTERS_MAX)
+            self._refuse_too_many([joined], text_count=len(pairs))
+            return joined
 
     def token_strings(self, token_ids: Int32Array) -> list[str]:
         """The vocabulary's own strings; empty for an id that the vocabulary leaves out."""
         with panics_are_faults("tokenizer"):
             return [self._codec.id_to_token(token_id) or "" for token_id in token_ids.tolist()]
 
-    async def _tokenize_texts(self, texts: Texts, long_text: LongText) -> Sequences:
-        sizes = list(map(len, texts))
-        if sum(sizes) <= INLINE_CHARACTERS_MAX:
-            return self._encode(Job(0, texts), long_text)
-        done: list[Sequences] = []
-        for job in _jobs(texts, sizes):
-            if long_text is LongText.KEEP and self._is_huge(job):
-                done.append(await self._count(job, done, text_count=len(texts)))
-            else:
-                done.append(await self._do(partial(self._encode, job, long_text)))
-            self._refuse_too_many(done, text_count=len(texts))
-        return done[0] if len(done) == 1 else _join(done)
-
-    def _is_huge(self, job: Job) -> bool:
-        """Whether *job* is one text, over the byte bound and over what is tokenised in one turn."""
-        text = job.texts[0]
-        return len(text) > JOB_CHARACTERS_MAX and _exceeds(text, self._text_bytes_max)
-
-    async def _count(self, job: Job, done: Sequence[Sequences], *, text_count: int) -> Sequences:
-        """The ids of a huge text, tokenised a piece a turn and no further than the request's bound.
-
-        Pieces are cut at blanks, where words are cut anyway; in a word of more than a piece the
-        ids at its cuts may differ from those of the whole.
-        """
-        text, is_within = await self._do(partial(self._shorten, job.texts[0], LongText.KEEP))
-        ids = [np.array([self._opening], np.int32)]
-        for piece in _pieces(text):
-            part = await self._do(partial(self._encode, Job(job.first, [piece]), LongText.KEEP))
-            ids.append(part.token_ids[1:-1])
-            so_far = Sequences.pack([np.concatenate(ids)])
-            self._refuse_too_many([*done, so_far], text_count=text_count + 1)
-        whole = Sequences.pack([np.concatenate([*ids, [self._closing]])])
-        return whole if is_within else self._mark_over(whole, frozenset({0}))
+    async def _do(self, work: Callable[[], T], *, inline: bool = False) -> T:
+        if inline:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def _refuse_too_many(self, done: Sequence[Sequences], *, text_count: int) -> None:
         token_count = sum(part.token_count for part in done)
@@ -152,50 +153,67 @@ class Tokenizer:
                 is_counted_out=sum(map(len, done)) == text_count,
             )
 
-    async def _do(self, work: Callable[[], T], *, inline: bool = False) -> T:
-        if inline:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+    async def _encode_texts(self, texts: Texts, long_text: LongText) -> Sequences:
+        sizes = list(map(len, texts))
+        if sum(sizes) <= INLINE_CHARACTERS_MAX:
+            return self._encode(texts, long_text)
+        done: list[Sequences] = []
+        first = 0
+        for job in _jobs(texts, sizes):
+            is_huge = len(job[0]) > JOB_CHARACTERS_MAX and _exceeds(job[0], self._text_bytes_max)
+            if long_text is LongText.KEEP and is_huge:
+                done.append(await self._count(job[0], done, text_count=len(texts)))
+            else:
+                done.append(await self._do(partial(self._encode, job, long_text, first=first)))
+            self._refuse_too_many(done, text_count=len(texts))
+            first += len(job)
+        return done[0] if len(done) == 1 else _join(done)
 
-    def _encode(self, job: Job, long_text: LongText) -> Sequences:
-        texts, cut = self._bound_bytes(job, long_text)
-        try:
-            # Releases the GIL; no offsets, which nobody reads.
-            encodings = self._codec.encode_batch_fast(texts)
-        except TypeError as exc:  # how the library reports a str that is not Unicode
-            raise _lone_surrogate(job) from exc
-        ids = [encoding.ids for encoding in encodings]
-        return self._settle(Sequences.pack(ids), job.first, long_text, cut)
+    async def _count(self, text: str, done: Sequence[Sequences], *, text_count: int) -> Sequences:
+        """The ids of a huge text, tokenised a piece a turn and no further than the request's bound.
 
-    @property
-    def _text_bytes_max(self) -> int:
-        return TEXT_BYTES_A_TOKEN * self.token_count_max
+        Pieces are cut at blanks, where words are cut anyway; in a word of more than a piece the
+        ids at its cuts may differ from those of the whole.
+        """
+        text, is_over = await self._do(partial(self._shorten, text, LongText.KEEP))
+        ids, first = [self._prefix], sum(map(len, done))
+        for piece in _pieces(text):
+            part = await self._do(partial(self._encode, [piece], LongText.KEEP, first=first))
+            ids.append(self._bare(part.token_ids))
+            so_far = Sequences.pack([np.concatenate(ids)])
+            self._refuse_too_many([*done, so_far], text_count=text_count + 1)
+        whole = Sequences.pack([np.concatenate([*ids, self._suffix])])
+        return self._settle(whole, LongText.KEEP, over={0} if is_over else set())
 
-    def _bound_bytes(self, job: Job, long_text: LongText) -> tuple[Sequence[str], frozenset[int]]:
-        """The job's texts, and which are over the byte bound, and cut to it unless they are kept."""
-        huge = [i for i, text in enumerate(job.texts) if _exceeds(text, self._text_bytes_max)]
-        if not huge:
-            return job.texts, frozenset()
-        texts, over = list(job.texts), set()
-        for i in huge:
-            texts[i], is_within = self._shorten(texts[i], long_text)
-            if is_within:
+    def _encode(self, texts: Texts, long_text: LongText, *, first: int = 0) -> Sequences:
+        """The ids of neighbouring *texts*, of which one is number *first* of its request."""
+        read, over = list(texts), set[int]()
+        for i, text in enumerate(texts):
+            if not _exceeds(text, self._text_bytes_max):
                 continue
-            if long_text is LongText.REFUSE:
+            read[i], is_over = self._shorten(text, long_text)
+            if is_over and long_text is LongText.REFUSE:
                 raise TextTooLong(
                     token_count=None,
                     token_count_max=self.token_count_max,
-                    index=job.first + i,
+                    index=first + i,
                     bytes_max=self._text_bytes_max,
                 )
-            over.add(i)
-        return texts, frozenset(over)
+            if is_over:
+                over.add(i)
+        try:
+            # Releases the GIL; no offsets, which nobody reads.
+            encodings = self._codec.encode_batch_fast(read)
+        except TypeError as exc:  # how the library reports a str that is not Unicode
+            raise _lone_surrogate(texts, first) from exc
+        whole = Sequences.pack([encoding.ids for encoding in encodings])
+        return self._settle(whole, long_text, first=first, over=over)
 
     def _shorten(self, text: str, long_text: LongText) -> tuple[str, bool]:
-        """*text* with each run of blanks as one, and whether it is within the byte bound so.
+        """*text* with each run of blanks as one, and whether it is over the byte bound even so.
 
-        Otherwise it is cut to the bound unless it is to be kept. Where blanks make tokens each
-        counts. It is read a piece at a time: one call for megabytes would hold the interpreter.
+        It is then cut to the bound unless it is to be kept. Where blanks make tokens each counts.
+        It is read a piece at a time: one call for megabytes would hold the interpreter.
         """
         from_start = long_text is LongText.CUT_START
         starts = range(0, len(text), JOB_CHARACTERS_MAX)
@@ -208,122 +226,137 @@ class Tokenizer:
                 break
         joined = "".join(reversed(parts) if from_start else parts)
         if size <= bytes_max or long_text is LongText.KEEP:
-            return joined, size <= bytes_max
+            return joined, size > bytes_max
         encoded = joined.encode("utf-8", "replace")
         kept = encoded[-bytes_max:] if from_start else encoded[:bytes_max]
-        return kept.decode("utf-8", "ignore"), False  # a character cut in two is dropped
+        return kept.decode("utf-8", "ignore"), True  # a character cut in two is dropped
 
-    def _mark_over(self, whole: Sequences, over: frozenset[int]) -> Sequences:
-        """Say of texts that are kept which are over the byte bound: no embedding reads them whole."""
-        counts = whole.lengths().tolist()
-        marks = {i: Truncated(counts[i], min(counts[i], self.token_count_max)) for i in over}
-        return Sequences(whole.token_ids, whole.cu_seqlens, marks)
-
-    def _adopt(self, lists: TokenLists, long_text: LongText) -> Sequences:
-        """The client's own ids, checked, and wrapped in special tokens unless they already are."""
+    def _adopt(self, lists: TokenLists, long_text: LongText, *, are_own: bool) -> Sequences:
+        """The client's own ids, checked, and put between special tokens unless they already are."""
         given = Sequences.pack(lists)
-        self._refuse_unknown(given)
-        lengths = given.lengths()  # [sequences]
-        assert lengths.all(), "the route refuses an empty array"
-        is_bare = ~(
-            (lengths >= 2)
-            & (given.token_ids[given.cu_seqlens[:-1]] == self._opening)
-            & (given.token_ids[given.cu_seqlens[1:] - 1] == self._closing)
-        )
-        starts = np.zeros_like(given.cu_seqlens)
-        np.cumsum(lengths + 2 * is_bare, out=starts[1:])
-        token_ids = np.empty(int(starts[-1]), np.int32)
-        token_ids[starts[:-1]] = self._opening
-        token_ids[starts[1:] - 1] = self._closing
-        moved = np.repeat(starts[:-1] - given.cu_seqlens[:-1] + is_bare, lengths)  # [given tokens]
-        token_ids[np.arange(given.token_count) + moved] = given.token_ids
-        return self._settle(Sequences(token_ids, starts), 0, long_text, frozenset())
-
-    def _refuse_foreign(self, lists: TokenLists) -> None:
-        self._refuse_unknown(Sequences.pack(lists))
-        if self._origin.looks_foreign(lists):
-            raise TokenIdsForeign
-
-    def _refuse_unknown(self, given: Sequences) -> None:
         is_unknown = (given.token_ids < 0) | (given.token_ids >= self.vocabulary_size)
-        if not is_unknown.any():
-            return
-        at = int(is_unknown.argmax())
-        sequence = int(np.searchsorted(given.cu_seqlens, at, side="right")) - 1
-        raise TokenIdUnknown(
-            token_id=int(given.token_ids[at]),
-            vocabulary_size=self.vocabulary_size,
-            param=f"input[{sequence}]",
-        )
+        if is_unknown.any():
+            at = int(is_unknown.argmax())
+            sequence = int(np.searchsorted(given.cu_seqlens, at, side="right")) - 1
+            raise TokenIdUnknown(
+                token_id=int(given.token_ids[at]),
+                vocabulary_size=self.vocabulary_size,
+                param=f"input[{sequence}]",
+            )
+        if not are_own and self._origin.looks_foreign(lists):
+            raise TokenIdsForeign
+        begin, end, lengths = given.cu_seqlens[:-1], given.cu_seqlens[1:], given.lengths()
+        assert lengths.all(), "the route refuses an empty array"
+        special_count = len(self._prefix) + len(self._suffix)
+        is_bare = lengths < special_count  # [sequences]
+        for i, special in enumerate(self._prefix):
+            is_bare |= given.token_ids[np.minimum(begin + i, end - 1)] != special
+        for i, special in enumerate(self._suffix[::-1], 1):
+            is_bare |= given.token_ids[np.maximum(end - i, begin)] != special
+        starts = np.zeros_like(given.cu_seqlens)
+        np.cumsum(lengths + special_count * is_bare, out=starts[1:])
+        token_ids = np.empty(int(starts[-1]), np.int32)
+        for i, special in enumerate(self._prefix):
+            token_ids[starts[:-1] + i] = special
+        for i, special in enumerate(self._suffix[::-1], 1):
+            token_ids[starts[1:] - i] = special
+        moved = np.repeat(starts[:-1] - begin + len(self._prefix) * is_bare, lengths)
+        token_ids[np.arange(given.token_count) + moved] = given.token_ids
+        return self._settle(Sequences(token_ids, starts), long_text)
 
     def _settle(
-        self, whole: Sequences, first: int, long_text: LongText, cut: frozenset[int]
+        self, whole: Sequences, long_text: LongText, *, first: int = 0, over: Set[int] = frozenset()
     ) -> Sequences:
-        """Refuse, cut or keep what is longer than the model reads. *cut*: texts over the byte bound."""
-        if not cut and whole.token_count <= self.token_count_max:
-            return whole  # so none of them is longer
+        """Refuse, cut or keep what is longer than the model reads. *over*: texts over the byte bound."""
+        count_max, special_count = self.token_count_max, len(self._prefix) + len(self._suffix)
+        if not over and whole.token_count <= count_max and special_count:
+            return whole  # so none of them is longer, and none is empty
         lengths = whole.lengths()
-        long = np.flatnonzero(lengths > self.token_count_max).tolist()
-        if not long and not cut:
+        if not lengths.all():
+            param = f"input[{first + int(lengths.argmin())}]"
+            raise FieldInvalid(f"{param} makes no token, and this model adds none.", param=param)
+        is_kept = long_text is LongText.KEEP  # then only what no embedding would read is marked
+        changed = set(over) if is_kept else {*np.flatnonzero(lengths > count_max).tolist(), *over}
+        if not changed:
             return whole
-        if long_text is LongText.KEEP:
-            return self._mark_over(whole, cut)
         if long_text is LongText.REFUSE:
+            i = min(changed)
             raise TextTooLong(
-                token_count=int(lengths[long[0]]),
-                token_count_max=self.token_count_max,
-                index=first + long[0],
+                token_count=int(lengths[i]), token_count_max=count_max, index=first + i
             )
-        ids = np.split(whole.token_ids, whole.cu_seqlens[1:-1])
-        truncated = {}
-        for i in sorted({*long, *cut}):
-            original = None if i in cut else len(ids[i])
-            ids[i] = self._cut(ids[i], from_start=long_text is LongText.CUT_START)
-            truncated[i] = Truncated(original_tokens=original, kept_tokens=len(ids[i]))
+        ids, truncated = _split(whole), {}
+        for i in sorted(changed):
+            original = None if i in over and not is_kept else len(ids[i])
+            if not is_kept:
+                text = _cut(self._bare(ids[i]), count_max - special_count, long_text)
+                ids[i] = np.concatenate((self._prefix, text, self._suffix))
+            truncated[i] = Truncated(original, min(len(ids[i]), count_max))
         return Sequences.pack(ids, truncated)
 
-    def _cut(self, ids: Int32Array, *, from_start: bool) -> Int32Array:
-        """At most `token_count_max` of *ids*, both special tokens still in their places."""
-        kept = self.token_count_max
-        if len(ids) <= kept:
-            return ids
-        if from_start:
-            return np.concatenate(([self._opening], ids[len(ids) - kept + 1 :])).astype(np.int32)
-        return np.concatenate((ids[: kept - 1], [self._closing])).astype(np.int32)
+    def _bare(self, ids: Int32Array) -> Int32Array:
+        """The ids of a text without its special tokens."""
+        return ids[len(self._prefix) : len(ids) - len(self._suffix)]
+
+    def _join_pairs(
+        self, queries: Sequence[Int32Array], documents: Sequences, long_text: LongText
+    ) -> Sequences:
+        """A sequence for each of *queries* (without special tokens) with its document."""
+        before, between, after = self._pair_specials
+        special_count = len(before) + len(between) + len(after)
+        ones = [[1] * len(specials) for specials in self._pair_specials]
+        ids: list[Int32Array] = []
+        widths: list[int] = []  # tokens of each type of the template, pair after pair
+        truncated: dict[int, Truncated] = {}
+        for i, (query, whole) in enumerate(zip(queries, _split(documents), strict=True)):
+            document, cut = self._bare(whole), documents.truncated.get(i)
+            original = len(whole) if cut is None else cut.original_tokens
+            if original is not None:
+                original += len(document) - len(whole) + special_count + len(query)
+            room = self.token_count_max - special_count - len(query)
+            is_long = len(document) > room and long_text is not LongText.KEEP
+            if is_long and (long_text is LongText.REFUSE or room < 1):
+                raise TextTooLong(
+                    token_count=original or special_count + len(query) + len(document),
+                    token_count_max=self.token_count_max,
+                    index=i,
+                )
+            if is_long:
+                document = _cut(document, room, long_text)
+            ids.append(np.concatenate((before, query, between, document, after)))
+            if is_long or cut is not None:
+                truncated[i] = Truncated(original, min(len(ids[i]), self.token_count_max))
+            widths += [*ones[0], len(query), *ones[1], len(document), *ones[2]]
+        joined = Sequences.pack(ids, truncated)
+        if self._pair_types is None:
+            return joined
+        types = np.repeat(np.tile(np.array(self._pair_types, np.int32), len(ids)), widths)
+        return Sequences(joined.token_ids, joined.cu_seqlens, truncated, types)
 
 
-def _load(file: Path) -> tokenizers.Tokenizer:
-    try:
-        codec = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as exc:  # the library raises nothing narrower
-        raise CheckpointRefused(
-            f"{file} cannot be read as a tokenizer: {exc}. Fetch the model again."
-        ) from exc
-    codec.no_padding()
-    codec.no_truncation()
-    return codec
+def _template(encoding: tokenizers.Encoding) -> tuple[list[Int32Array], list[int]]:
+    """Special tokens before, between and after the texts; types of special tokens and texts."""
+    gaps: list[list[int]] = [[]]
+    types = []
+    for token_id, token_type, text in zip(
+        encoding.ids, encoding.type_ids, encoding.sequence_ids, strict=True
+    ):
+        if text is None:
+            gaps[-1].append(token_id)
+        elif text == len(gaps) - 1:
+            gaps.append([])
+        else:  # another token of the same text
+            continue
+        types.append(token_type)
+    return [np.array(gap, np.int32) for gap in gaps], types
 
 
-def _special_ids(codec: tokenizers.Tokenizer, file: Path) -> tuple[int, int]:
-    """The ids around every text; the BERT family has exactly one on each side."""
-    empty = codec.encode("").ids
-    if len(empty) != 2:
-        raise CheckpointRefused(
-            f"{file} puts {len(empty)} special tokens around a text; only one before and one "
-            "after it is understood. Take the tokenizer.json that belongs to this model."
-        )
-    return empty[0], empty[1]
+def _split(sequences: Sequences) -> list[Int32Array]:
+    return np.split(sequences.token_ids, sequences.cu_seqlens[1:-1])
 
 
-def _refuse_foreign_ids(codec: tokenizers.Tokenizer, file: Path, vocabulary_size: int) -> None:
-    """Ids that the embedding table does not hold would be read outside of it."""
-    added = codec.get_added_tokens_decoder()
-    id_count = max([codec.get_vocab_size(with_added_tokens=False), *(i + 1 for i in added)])
-    if id_count > vocabulary_size:
-        raise CheckpointRefused(
-            f"{file} has token ids up to {id_count - 1}, but the model's vocabulary has "
-            f"{vocabulary_size}. Take the tokenizer.json that belongs to this model."
-        )
+def _cut(text_ids: Int32Array, room: int, long_text: LongText) -> Int32Array:
+    from_start = long_text is LongText.CUT_START
+    return text_ids[max(0, len(text_ids) - room) :] if from_start else text_ids[:room]
 
 
 def _exceeds(text: str, bytes_max: int) -> bool:
@@ -358,28 +391,15 @@ def _pieces(text: str) -> Iterator[str]:
         start = end
 
 
-def _lone_surrogate(job: Job) -> Exception:
-    for i, text in enumerate(job.texts):
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            return FieldInvalid(
-                f"input[{job.first + i}] holds half of a surrogate pair, which is no character. "
-                "Send well-formed Unicode.",
-                param=f"input[{job.first + i}]",
-            )
-    return EngineFault("the tokenizer refused a text that is well-formed Unicode")
-
-
-def _jobs(texts: Texts, sizes: Sequence[int]) -> Iterator[Job]:
+def _jobs(texts: Texts, sizes: Sequence[int]) -> Iterator[Texts]:
     """*texts* cut into neighbours of at most `JOB_CHARACTERS_MAX`; a longer text goes alone."""
     first, characters = 0, 0
     for i, size in enumerate(sizes):
         if characters and characters + size > JOB_CHARACTERS_MAX:
-            yield Job(first, texts[first:i])
+            yield texts[first:i]
             first, characters = i, 0
         characters += size
-    yield Job(first, texts[first:])
+    yield texts[first:]
 
 
 def _join(parts: Sequence[Sequences]) -> Sequences:
@@ -393,3 +413,16 @@ def _join(parts: Sequence[Sequences]) -> Sequences:
         truncated.update({first + i: cut for i, cut in part.truncated.items()})
         first += len(part)
     return Sequences(token_ids, starts, truncated)
+
+
+def _lone_surrogate(texts: Texts, first: int) -> Exception:
+    for i, text in enumerate(texts, first):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return FieldInvalid(
+                f"input[{i}] holds half of a surrogate pair, which is no character. "
+                "Send well-formed Unicode.",
+                param=f"input[{i}]",
+            )
+    return EngineFault("the tokenizer refused a text that is well-formed Unicode")

@@ -11,8 +11,8 @@ from tests.checkpoints.tiny import write_tiny
 from trivec.backends.openvino.certifying import Trial
 from trivec.backends.openvino.recipe import FP32, Recipe
 from trivec.backends.openvino.witness import NothingComputed, Plan, open_session
+from trivec.checkpoints import open_checkpoint
 from trivec.checkpoints.checkpoint import Checkpoint
-from trivec.checkpoints.opening import open_checkpoint
 from trivec.models.pooling import Pooling
 
 OpenTiny = Callable[[str, Pooling], Checkpoint]

@@ -29,9 +29,9 @@ from trivec.backends.openvino.recipe import (
     int8_ladder,
     int8_named,
 )
+from trivec.checkpoints import open_checkpoint
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.checkpoints.hashes import Hashes
-from trivec.checkpoints.opening import open_checkpoint
 from trivec.core.errors import SettingInvalid
 from trivec.core.types import SparseVector, Vectors
 

@@ -1,9 +1,9 @@
 """What is measured with: the same on every run, of the lengths that the names say."""
 
 import numpy as np
+from benchmarks.dummy import BLUEPRINTS
 from benchmarks.engine import Arithmetic
 
-from trivec.checkpoints.dummy import BLUEPRINTS
 from trivec.cli.bench.engine import deal
 from trivec.cli.bench.server import in_parts
 from trivec.cli.bench.texts import Workload, mixed, sentences, uniform

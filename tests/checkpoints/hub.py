@@ -1,7 +1,8 @@
 """A hub on loopback: enough of its protocol for the real huggingface_hub client to pull from.
 
 What it speaks: `GET /api/models/ID/revision/REV`, `HEAD` and `GET` of `/ID/resolve/REV/FILE` with
-`x-repo-commit`, `etag`, `x-linked-etag` and byte ranges. It counts what was asked of it.
+`x-repo-commit`, `etag`, `x-linked-etag` and byte ranges, and where *storage_host* is set a redirect to
+`/storage/FILE` there. It counts what was asked of it.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ class Asked:
     method: str
     path: str
     first_byte: int  # where a byte range began; 0 without one
+    authorization: str | None = None
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Hub:
     asked: list[Asked] = field(default_factory=list)
     dies_after_bytes: int | None = None  # a longer body ends there, and nothing is answered after
     is_dead: bool = False
+    storage_host: str | None = None  # another name of this machine, to which files are redirected
 
     def files(self) -> list[str]:
         """What the repository holds."""
@@ -80,7 +83,8 @@ def _handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def _answer(self, *, with_body: bool) -> None:
             first_byte = int(self.headers.get("range", "bytes=0-")[6:].split("-")[0])
-            hub.asked.append(Asked(self.command, self.path, first_byte))
+            sent = self.headers.get("authorization")
+            hub.asked.append(Asked(self.command, self.path, first_byte, sent))
             if hub.is_dead:
                 self._send(410, b"", {})
                 return
@@ -89,6 +93,10 @@ def _handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 siblings = [{"rfilename": name} for name in hub.files()]
                 listing = {"id": hub.model_id, "sha": COMMIT, "siblings": siblings}
                 self._send(200, json.dumps(listing).encode(), {"content-type": "application/json"})
+            elif self.path.startswith("/storage/"):
+                self._send_file(
+                    self.path.removeprefix("/storage/"), first_byte, with_body=with_body
+                )
             elif not before and name.partition("/")[2] in hub.files():
                 self._send_file(name.partition("/")[2], first_byte, with_body=with_body)
             else:
@@ -99,6 +107,12 @@ def _handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
             content = (hub.folder / name).read_bytes()
             etag = f'"{hashlib.sha256(content).hexdigest()}"'
             headers = {"x-repo-commit": COMMIT, "etag": etag, "accept-ranges": "bytes"}
+            if hub.storage_host and not self.path.startswith("/storage/"):
+                port = hub.endpoint.rpartition(":")[2]
+                headers["location"] = f"http://{hub.storage_host}:{port}/storage/{name}"
+                linked = {"x-linked-etag": etag, "x-linked-size": str(len(content))}
+                self._send(302, b"", headers | linked)
+                return
             if first_byte:
                 headers["content-range"] = f"bytes {first_byte}-{len(content) - 1}/{len(content)}"
             self._send(

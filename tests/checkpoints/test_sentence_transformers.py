@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tests.checkpoints.tiny import write_tiny
 
-from trivec.checkpoints.opening import open_checkpoint
+from trivec.checkpoints import open_checkpoint
 from trivec.core.errors import CheckpointRefused
 from trivec.models.pooling import Pooling
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from trivec.checkpoints.dummy import Blueprint, write_dummy
-from trivec.checkpoints.tensors import StoredType
+from benchmarks.dummy import Blueprint, write_dummy
+
 from trivec.models.bert import BertConfig
 from trivec.models.pooling import Pooling
 
@@ -20,7 +20,7 @@ def write_tiny(
     pooling: Pooling = Pooling.CLS,
     heads: bool = True,
     torch_files: bool = False,
-    stored_type: StoredType = StoredType.F32,
+    stored_type: str = "F32",
     seed: int = 0,
 ) -> Path:
     """Write a model in the sentence-transformers layout into *folder*, and return *folder*.

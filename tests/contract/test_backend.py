@@ -10,8 +10,8 @@ from tests.backends.batches import ALL, batch_of, bits
 from tests.checkpoints.tiny import write_tiny
 
 from trivec.backends.fake import FakeBackend
+from trivec.checkpoints import open_checkpoint
 from trivec.checkpoints.checkpoint import Checkpoint
-from trivec.checkpoints.opening import open_checkpoint
 from trivec.core.ports import Backend
 from trivec.core.types import Output
 

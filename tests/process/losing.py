@@ -14,7 +14,7 @@ from trivec.build import (
     model_card,
     set_up,
 )
-from trivec.checkpoints.opening import open_checkpoint
+from trivec.checkpoints import open_checkpoint
 from trivec.cli.serve import run
 from trivec.core.errors import DeviceLost
 from trivec.core.types import Batch, Vectors

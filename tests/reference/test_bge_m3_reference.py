@@ -18,6 +18,8 @@ torch = pytest.importorskip("torch", reason="the reference runs on torch")
 flag = pytest.importorskip("FlagEmbedding", reason="the reference is FlagEmbedding")
 transformers = pytest.importorskip("transformers", reason="the reference is transformers")
 
+from benchmarks.dummy import blueprint_of, write_dummy
+
 from trivec.backends.openvino import OpenVinoBackend
 from trivec.backends.openvino.certifying import fp32_tensors
 from trivec.backends.openvino.graph import build_graph
@@ -26,9 +28,8 @@ from trivec.backends.openvino.probes import as_batch, read_sentences
 from trivec.backends.openvino.recipe import FP32
 from trivec.backends.openvino.rows import plan_rows
 from trivec.backends.openvino.session import Session
+from trivec.checkpoints import open_checkpoint
 from trivec.checkpoints.checkpoint import Checkpoint
-from trivec.checkpoints.dummy import blueprint_of, write_dummy
-from trivec.checkpoints.opening import open_checkpoint
 from trivec.core.types import Float32Array, Sequences, Vectors
 
 pytestmark = pytest.mark.reference

@@ -7,9 +7,8 @@ import pytest
 from tests.checkpoints.changing import take_all
 from tests.checkpoints.tiny import write_tiny
 
-from trivec.checkpoints.opening import open_checkpoint
-from trivec.checkpoints.tensors import StoredType
-from trivec.checkpoints.torch_file import open_torch_file
+from trivec.checkpoints import open_checkpoint
+from trivec.checkpoints.tensor_files import open_tensor_file
 
 torch = pytest.importorskip("torch", reason="torch is for the reference suite only")
 transformers = pytest.importorskip("transformers", reason="for the reference suite only")
@@ -17,14 +16,12 @@ transformers = pytest.importorskip("transformers", reason="for the reference sui
 pytestmark = pytest.mark.reference
 
 
-@pytest.mark.parametrize("stored_type", [StoredType.F32, StoredType.F16, StoredType.BF16])
+@pytest.mark.parametrize("stored_type", ["F32", "F16", "BF16"])
 @pytest.mark.parametrize("is_mapped", [False, True], ids=["read", "mapped"])
-def test_torch_reads_what_we_write(
-    stored_type: StoredType, is_mapped: bool, tmp_path: Path
-) -> None:
+def test_torch_reads_what_we_write(stored_type: str, is_mapped: bool, tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "tiny", torch_files=True, stored_type=stored_type)
     theirs = torch.load(folder / "pytorch_model.bin", weights_only=True, mmap=is_mapped)
-    ours = open_torch_file(folder / "pytorch_model.bin")
+    ours = open_tensor_file(folder / "pytorch_model.bin")
     assert set(theirs) == set(ours.tensors)
     for name, tensor in theirs.items():
         assert np.array_equal(tensor.float().numpy(), ours.float32(name))
@@ -53,6 +50,6 @@ def test_we_read_what_torch_writes(kind: str, tmp_path: Path) -> None:
         "shared": {"weight": linear.weight.data, "bias": linear.weight.data[1]},
     }[kind]
     torch.save(saved, tmp_path / "head.pt")
-    ours = open_torch_file(tmp_path / "head.pt")
+    ours = open_tensor_file(tmp_path / "head.pt")
     for name, tensor in saved.items():
         assert np.array_equal(ours.float32(name), tensor.detach().float().numpy())

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 
 from trivec.backends.openvino import OpenVinoBackend
 from trivec.backends.openvino.probes import as_batch
+from trivec.checkpoints import open_checkpoint
 from trivec.checkpoints.checkpoint import Checkpoint
-from trivec.checkpoints.opening import open_checkpoint
 from trivec.core.types import Float32Array, Output, Sequences
 
 pytestmark = pytest.mark.reference

@@ -12,8 +12,8 @@ from tests.checkpoints.tiny import write_tiny
 
 from trivec.backends.openvino import OpenVinoBackend
 from trivec.backends.torch.backend import TorchBackend
+from trivec.checkpoints import open_checkpoint
 from trivec.checkpoints.checkpoint import Checkpoint
-from trivec.checkpoints.opening import open_checkpoint
 from trivec.core.types import Batch, Sequences
 from trivec.models.pooling import Pooling
 

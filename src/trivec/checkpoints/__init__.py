@@ -1,5 +1,16 @@
-"""From a model's name to verified arrays: catalogue, hub or folder, file formats, hashes.
+"""Checkpoints: from a model's name to verified arrays.
 
-It knows files, formats, hashes and the names of weights; not layers, devices or who calls.
-Nothing is opened before its hash is known; every weight is used once or is on the ignore list.
+This room knows files, formats, hashes and the names of weights; not layers, devices or its
+callers. Nothing is opened before its hash is known; every weight is used once or is on the
+family's list of unused ones.
 """
+
+from trivec.checkpoints.checkpoint import (
+    Checkpoint,
+    find_folder,
+    find_own,
+    open_checkpoint,
+    open_own,
+)
+
+__all__ = ["Checkpoint", "find_folder", "find_own", "open_checkpoint", "open_own"]

@@ -1,16 +1,36 @@
-"""What a model is once its files are understood: plain values, and the way to its weights."""
+"""Checkpoint: a model's files found, hashed, compared with what is known, and only then read."""
 
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
-from trivec.checkpoints.convert import converted
-from trivec.checkpoints.hashes import HashedFile
-from trivec.checkpoints.safetensors_file import open_safetensors
+from trivec.checkpoints.catalogue import CATALOGUE, CatalogueEntry, Pin, Wheel, entries
+from trivec.checkpoints.hashes import HashedFile, Hashes
+from trivec.checkpoints.hub import pull, pulled_folder, pulled_pins
+from trivec.checkpoints.layout import (
+    HEADS,
+    TOKENIZER_FILE,
+    WEIGHT_FILES,
+    SentenceSettings,
+    model_files,
+    read_config,
+    read_heads,
+    read_sentence_settings,
+    read_tokenizer_length,
+    scan,
+)
+from trivec.checkpoints.tensor_files import convert_torch_file, is_torch_file, open_tensor_file
 from trivec.checkpoints.weights import Weights
+from trivec.core.errors import CheckpointRefused
 from trivec.core.types import Output
 from trivec.models.ops import ModelConfig
 from trivec.models.pooling import Heads, Pooling
 from trivec.models.registry import FAMILIES, tensor_shapes
+
+MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +68,170 @@ class Checkpoint:
         A torch file is converted first, once: seconds and as much disk under `cache_dir` again.
         Raises `CheckpointRefused`.
         """
-        files = [
-            converted(file, cache_dir=self.cache_dir) if file.path.suffix == ".bin" else file.path
+        opened = [
+            open_tensor_file(
+                convert_torch_file(file, cache_dir=self.cache_dir)
+                if is_torch_file(file.path)
+                else file.path
+            )
             for file in self.weight_files
         ]
-        opened = [open_safetensors(file) for file in files]
         return Weights(opened, tensor_shapes(self.config), FAMILIES[self.config.family])
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where a reference leads."""
+
+    id: str
+    entry: CatalogueEntry | None
+    folder: Path
+    source: str  # "wheel", "hub" or "folder"
+    pins: Mapping[str, Pin]  # what is known of the files; they must be so unless it is a "folder"
+
+
+def open_checkpoint(reference: str, *, cache_dir: Path) -> Checkpoint:
+    """Open the model that *reference* names: `ID`, `DIR` or `ID=DIR`.
+
+    A catalogue id's own files must have the catalogue's hashes; a folder given by the user need
+    not, and is `verified` where it has. An id whose files are not on this machine is pulled from
+    the hub, unless they come in a wheel. Blocks for as long as hashing takes when the files are
+    new (about 1.5 GB/s); hashes are cached under *cache_dir*. Raises `CheckpointRefused` for
+    anything missing, damaged, unsafe or not understood.
+    """
+    entry = CATALOGUE.get(reference)
+    if entry is None:
+        return _open(find_folder(reference), cache_dir)
+    found = find_own(entry, cache_dir=cache_dir)
+    if found is None:
+        if entry.wheel is not None:
+            wheel = f"{entry.wheel.distribution}=={entry.wheel.version}"
+            raise CheckpointRefused(
+                f"the files of {entry.id} are not on this machine. Run `trivec models pull "
+                f"{entry.id}`, or install them beside Trivec: `pip install --no-deps {wheel}`, with "
+                f"pipx `pipx inject trivec {wheel}`, with uv `uv tool install --with {wheel} trivec`."
+            )
+        pull(entry, cache_dir=cache_dir)
+        found = find_own(entry, cache_dir=cache_dir)
+        assert found is not None, "a pull that raises nothing is complete"
+    return _open(found, cache_dir)
+
+
+def open_own(entry: CatalogueEntry, *, cache_dir: Path) -> Checkpoint | None:
+    """The catalogue's own copy of *entry* if it is on this machine. Never touches the network.
+
+    Raises `CheckpointRefused` where the copy is damaged.
+    """
+    found = find_own(entry, cache_dir=cache_dir)
+    return None if found is None else _open(found, cache_dir)
+
+
+def find_own(entry: CatalogueEntry, *, cache_dir: Path) -> Location | None:
+    """Where the catalogue's own files of *entry* are: its installed wheel, or a finished pull."""
+    if entry.wheel is not None and (folder := wheel_folder(entry.wheel)) is not None:
+        return Location(entry.id, entry, folder, "wheel", entry.pins)
+    if (pins := pulled_pins(entry, cache_dir)) is not None:
+        return Location(entry.id, entry, pulled_folder(entry, cache_dir).resolve(), "hub", pins)
+    return None
+
+
+def wheel_folder(wheel: Wheel) -> Path | None:
+    """Where *wheel* is installed, read from its metadata; the package is not imported."""
+    try:
+        installed = metadata.distribution(wheel.distribution)
+    except metadata.PackageNotFoundError:
+        return None
+    folder = Path(str(installed.locate_file(wheel.folder))).resolve()
+    return folder if (folder / "config.json").is_file() else None
+
+
+def find_folder(reference: str) -> Location:
+    """The user's own folder that `DIR` or `ID=DIR` names. Raises `CheckpointRefused`."""
+    name, is_named, path = reference.partition("=")
+    if is_named and not MODEL_ID.fullmatch(name):
+        raise CheckpointRefused(f"{name!r} cannot be a model's id; use letters, digits and ._-/")
+    text = path if is_named else reference
+    try:
+        folder = Path(text).expanduser().resolve(strict=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        known = ", ".join(entry.id for entry in entries())
+        raise CheckpointRefused(
+            f"{text!r} is neither a folder nor a known model. Known: {known}"
+        ) from error
+    if not is_named and not MODEL_ID.fullmatch(folder.name):
+        raise CheckpointRefused(
+            f"{reference}: {folder.name!r} cannot be a model's id; give one as ID={reference}"
+        )
+    entry = CATALOGUE.get(name) if is_named else None
+    if entry is None:
+        return Location(name if is_named else folder.name, None, folder, "folder", {})
+    return Location(entry.id, entry, folder, "folder", entry.pins)
+
+
+def _open(found: Location, cache_dir: Path) -> Checkpoint:
+    """Hash the files and compare them; then read the small ones."""
+    folder, entry = found.folder, found.entry
+    names = scan(folder)
+    try:
+        used = model_files(names, known=found.pins)
+    except ValueError as error:
+        raise CheckpointRefused(f"{folder}: {error}") from error
+    hashes = Hashes(cache_dir / "hashes")
+    if entry is not None and found.source != "folder":
+        _refuse_other_files(found, used, hashes)
+    hashed = {name: hashes.of(folder / name) for name in used}
+    sha256s = {name: file.sha256 for name, file in hashed.items()}
+    is_known = sha256s == {name: pin.sha256 for name, pin in found.pins.items()}
+
+    config = read_config(folder)
+    if "modules.json" in names:
+        settings = read_sentence_settings(folder, names, hidden_size=config.hidden_size)
+    elif entry is not None:
+        settings = SentenceSettings(entry.pooling, entry.normalize, entry.token_count_max)
+    else:
+        raise CheckpointRefused(
+            f"{folder}: holds no modules.json, so its pooling is not known. Save it with "
+            "sentence-transformers, or give it the id of the model it is a copy of (ID=DIR)."
+        )
+    lengths = (settings.token_count_max, read_tokenizer_length(folder, names))
+    heads = [name for name in hashed if Path(name).stem in HEADS]
+    weight_files = tuple(file for name, file in hashed.items() if name in WEIGHT_FILES)
+    lines = sorted(f"{sha256} {name}\n" for name, sha256 in sha256s.items())
+    return Checkpoint(
+        id=found.id,
+        aliases=entry.aliases if entry else (),
+        folder=folder,
+        config=config,
+        pooling=settings.pooling,
+        normalize=settings.normalize,
+        token_count_max=min([config.token_count_max, *(one for one in lengths if one)]),
+        tokenizer_file=folder / TOKENIZER_FILE,
+        heads=read_heads(folder, heads, hidden_size=config.hidden_size) if heads else None,
+        digest=hashlib.sha256("".join(lines).encode()).hexdigest(),
+        verified=is_known and entry is not None and entry.is_pinned,
+        source=found.source,
+        created=entry.created if entry else int(weight_files[0].path.stat().st_mtime),
+        owned_by=entry.owned_by if entry else "local",
+        dimensions_selectable=entry is not None and entry.dimensions_selectable,
+        weight_files=weight_files,
+        cache_dir=cache_dir,
+    )
+
+
+def _refuse_other_files(found: Location, used: Sequence[str], hashes: Hashes) -> None:
+    """Raise `CheckpointRefused` unless the *used* files are those that are known, and all of them."""
+    for name in dict.fromkeys((*used, *found.pins)):
+        file, pin, problem = found.folder / name, found.pins.get(name), None
+        if name not in used:
+            problem = "is missing"
+        elif pin is None:
+            problem = "is not among the model's known files"
+        elif (byte_count := file.stat().st_size) != pin.byte_count:
+            problem = f"has {byte_count:,} bytes, expected are {pin.byte_count:,}"
+        elif (sha256 := hashes.of(file).sha256) != pin.sha256:
+            problem = f"has sha256 {sha256}, expected is {pin.sha256}"
+        if problem is not None:
+            raise CheckpointRefused(
+                f"{file}: {problem}. Fetch it again, or serve the copy as it is with "
+                f"{found.id}={found.folder} (shown as verified: false)."
+            )

@@ -1,8 +1,8 @@
-"""The sha256 of files, remembered so that a warm start does not read 2.3 GB again.
+"""Hash cache: the sha256 of files, so that a warm start does not read 2.3 GB again.
 
-A remembered hash counts only while the file's device, inode, size, modification time and change
-time are what they were. The change time cannot be set by a program, so replacing or editing the
-file in any ordinary way is noticed; a disk that rots silently is not (docs/decisions/0021).
+A cached hash counts only while the file's device, inode, size, modification time and change time
+are what they were. A program cannot set the change time, so replacing or editing the file in any
+ordinary way is noticed; a disk that rots silently is not (docs/decisions/0021).
 """
 
 import hashlib
@@ -30,14 +30,14 @@ class HashedFile:
     sha256: str
 
 
-class _Remembered(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _CachedHash(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     path: str
     stamp: tuple[int, int, int, int, int]  # device, inode, size, mtime_ns, ctime_ns
     sha256: str
 
 
 class Hashes:
-    """Hashes files, and keeps what it found under *folder*. Several processes may share it."""
+    """Hashes files and caches the results under *folder*. Several processes may share it."""
 
     def __init__(self, folder: Path, *, wall_s: Callable[[], float] = time.time) -> None:
         self._folder = folder
@@ -45,12 +45,10 @@ class Hashes:
 
     def of(self, file: Path, *, fresh: bool = False) -> HashedFile:
         """The hash of *file*, read anew when *fresh*. Raises `CheckpointRefused` if unreadable."""
-        file = file.resolve()
         try:
             before = _stamp(file)
-            remembered = None if fresh else self._recall(file)
-            if remembered is not None and remembered.stamp == before:
-                return HashedFile(file, before[2], remembered.sha256)
+            if not fresh and (sha256 := self._cached(file, before)) is not None:
+                return HashedFile(file, before[2], sha256)
             begun_s = self._wall_s()
             with file.open("rb") as opened:
                 sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
@@ -61,32 +59,30 @@ class Hashes:
             raise CheckpointRefused(
                 f"{file}: changed while it was read; try again when it is still"
             )
-        settled = begun_s - after[4] / 1e9 > SETTLED_S
-        if settled and after[2] >= REMEMBERED_BYTES_MIN:
+        if after[2] >= REMEMBERED_BYTES_MIN and begun_s - after[4] / 1e9 > SETTLED_S:
             self.remember(file, sha256)
         return HashedFile(file, after[2], sha256)
 
     def remember(self, file: Path, sha256: str) -> None:
-        """Note the hash of a *file* that the caller has just written or read in full."""
-        file = file.resolve()
+        """Cache the hash of a *file* that the caller has just written or read in full."""
         note = self._note(file)
         # A cache that cannot be written costs time at the next start, and nothing else.
         with suppress(OSError):
             note.parent.mkdir(parents=True, exist_ok=True)
             unfinished = note.with_name(f".{note.name}.{os.getpid()}.part")
-            entry = _Remembered(str(file), _stamp(file), sha256)
+            entry = _CachedHash(str(file.resolve()), _stamp(file), sha256)
             unfinished.write_bytes(msgspec.json.encode(entry))
             unfinished.replace(note)
 
-    def _recall(self, file: Path) -> _Remembered | None:
+    def _cached(self, file: Path, stamp: tuple[int, ...]) -> str | None:
         try:
-            found = msgspec.json.decode(self._note(file).read_bytes(), type=_Remembered)
+            found = msgspec.json.decode(self._note(file).read_bytes(), type=_CachedHash)
         except (OSError, msgspec.MsgspecError):
             return None
-        return found if found.path == str(file) else None
+        return found.sha256 if (found.path, found.stamp) == (str(file.resolve()), stamp) else None
 
     def _note(self, file: Path) -> Path:
-        return self._folder / f"{hashlib.sha256(os.fsencode(file)).hexdigest()[:32]}.json"
+        return self._folder / f"{hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:32]}.json"
 
 
 def _stamp(file: Path) -> tuple[int, int, int, int, int]:

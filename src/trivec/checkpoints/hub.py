@@ -1,32 +1,27 @@
-"""Pulling a catalogue model from the hub, once: resumed where it stopped, checked, then kept.
+"""Pulls from the Hugging Face hub: a catalogue model's files, resumed, checked, then kept.
 
 After a pull nothing touches the network. The hub client's own downloads begin a file anew after
-a stop; with 2.3 GB that is a long way back, so the pieces it is made of are used here with part
-files of ours (docs/decisions/0022). HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN are the client's.
+a stop, which with 2.3 GB loses much, so the parts it is made of are used here with part files of
+ours (docs/decisions/0022). HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN are the client's.
 """
 
 import fcntl
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from trivec.checkpoints.catalogue import CatalogueEntry
-from trivec.checkpoints.folder import read_json
+from trivec.checkpoints.catalogue import CatalogueEntry, Pin
 from trivec.checkpoints.hashes import Hashes
-from trivec.checkpoints.heads import head_files
-from trivec.checkpoints.layout import LAYOUT_FILES
-from trivec.checkpoints.pins import Pin
+from trivec.checkpoints.layout import HEADS, model_files, read_json
 from trivec.core.errors import CheckpointRefused
 
 PINS_FILE = "trivec-pins.json"
 LOCK_FILE = ".pull.lock"
 SHA256 = re.compile(r"[0-9a-f]{64}")
-OPTIONAL_FILES = frozenset(LAYOUT_FILES) - {"config.json"}
 
 
 class FirstPull(msgspec.Struct, frozen=True):
@@ -34,21 +29,7 @@ class FirstPull(msgspec.Struct, frozen=True):
 
     hub_id: str
     revision: str
-    files: dict[str, tuple[int, str]]  # name to bytes and sha256
-
-    @property
-    def pins(self) -> dict[str, Pin]:
-        return {name: Pin(*pin) for name, pin in self.files.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class _Remote:
-    """A file as the hub describes it."""
-
-    url: str
-    etag: str
-    byte_count: int
-    headers: dict[str, str]
+    files: dict[str, Pin]
 
 
 def pulled_folder(entry: CatalogueEntry, cache_dir: Path) -> Path:
@@ -62,7 +43,7 @@ def pulled_pins(entry: CatalogueEntry, cache_dir: Path) -> Mapping[str, Pin] | N
     if entry.is_pinned:
         pins = entry.pins
     elif (folder / PINS_FILE).is_file():
-        pins = read_json(folder / PINS_FILE, FirstPull).pins
+        pins = read_json(folder / PINS_FILE, FirstPull).files
     else:
         return None
     return pins if all((folder / name).is_file() for name in pins) else None
@@ -76,70 +57,91 @@ def pull(entry: CatalogueEntry, *, cache_dir: Path, endpoint: str | None = None)
     cannot be reached, has other files than the catalogue, or another pull of this model runs.
     """
     from huggingface_hub import constants
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
+        HfHubHTTPError,
+        HTTPError,
+        OfflineModeIsEnabled,
+    )
 
     constants.HF_HUB_DISABLE_TELEMETRY = True  # a pull tells the hub what it wants, no more
     folder = pulled_folder(entry, cache_dir)
-    with _alone(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    instead = (
+        "Copy the model's folder from a machine that has it and serve it with "
+        f"--model {entry.id}=DIR."
+    )
+    with (folder / LOCK_FILE).open("w") as lock:
         try:
-            return _pull(entry, folder, Hashes(cache_dir / "hashes"), endpoint)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # part files have one writer
+        except BlockingIOError as error:
+            raise CheckpointRefused(
+                f"{folder}: another pull of this model is running; wait for it"
+            ) from error
+        fetch = partial(
+            _fetch, entry, folder=folder, hashes=Hashes(cache_dir / "hashes"), endpoint=endpoint
+        )
+        try:
+            if entry.is_pinned:
+                for name, pin in entry.pins.items():
+                    fetch(name, entry.revision or "main", pin)
+            else:
+                _pull_unpinned(entry, folder, fetch, endpoint)
+        except OfflineModeIsEnabled as error:
+            raise CheckpointRefused(
+                f"{entry.id} is not on this machine and HF_HUB_OFFLINE is set. Unset it, or: {instead}"
+            ) from error
         except (HTTPError, OSError) as error:
-            raise CheckpointRefused(_unreachable(entry, error)) from error
-
-
-def _pull(entry: CatalogueEntry, folder: Path, hashes: Hashes, endpoint: str | None) -> Path:
-    if entry.is_pinned:
-        revision, pins = entry.revision or "main", entry.pins
-        for name, pin in pins.items():
-            _fetch(entry, folder / name, _ask(entry, name, revision, endpoint), pin, hashes)
-        return folder
-    return _pull_unpinned(entry, folder, hashes, endpoint)
-
-
-def _pull_unpinned(
-    entry: CatalogueEntry, folder: Path, hashes: Hashes, endpoint: str | None
-) -> Path:
-    """Believe the hub this once, and write down what came."""
-    revision, names = _list_files(entry, endpoint)
-    found: dict[str, tuple[int, str]] = {}
-    for name in names:
-        remote = _ask(entry, name, revision, endpoint)
-        pin = Pin(remote.byte_count, remote.etag) if SHA256.fullmatch(remote.etag) else None
-        _fetch(entry, folder / name, remote, pin, hashes)
-        hashed = hashes.of(folder / name)
-        found[name] = (hashed.byte_count, hashed.sha256)
-    content = msgspec.json.encode(FirstPull(entry.hub_id, revision, found))
-    (folder / PINS_FILE).write_bytes(msgspec.json.format(content))
+            reason = str(error).partition("\n")[0][:200] or type(error).__name__
+            problem = (
+                f"the files of {entry.hub_id} could not be fetched: {reason}. Try again (it "
+                f"resumes), set HF_ENDPOINT to a mirror, or: {instead}"
+            )
+            if isinstance(error, HfHubHTTPError):
+                problem = f"the hub does not give the files of {entry.hub_id}: {reason} {instead}"
+            raise CheckpointRefused(problem) from error
     return folder
 
 
-def _list_files(entry: CatalogueEntry, endpoint: str | None) -> tuple[str, list[str]]:
-    """The commit that the hub's main branch is at, and which of its files the model is made of."""
+def _pull_unpinned(
+    entry: CatalogueEntry,
+    folder: Path,
+    fetch: Callable[[str, str, None], Pin],
+    endpoint: str | None,
+) -> None:
+    """Believe the hub this once, and write down what came."""
     from huggingface_hub import HfApi
 
     listed = HfApi(endpoint=endpoint).model_info(entry.hub_id, revision=entry.revision)
     names = {sibling.rfilename for sibling in listed.siblings or []}
-    weights = [name for name in ("model.safetensors", "pytorch_model.bin") if name in names]
-    needed = ["config.json", "tokenizer.json", *weights[:1]]
-    if not weights or not names.issuperset(needed) or listed.sha is None:
-        raise CheckpointRefused(
-            f"{entry.hub_id} on the hub lacks config.json, tokenizer.json or weights; it cannot "
-            "be served"
-        )
-    return listed.sha, [*sorted(OPTIONAL_FILES & names), *needed, *_heads(entry, names)]
-
-
-def _heads(entry: CatalogueEntry, names: set[str]) -> list[str]:
     if not entry.has_heads:
-        return []
+        names = {name for name in names if Path(name).stem not in HEADS}
     try:
-        return head_files(frozenset(names))
+        used = model_files(frozenset(names))
+        if listed.sha is None:
+            raise ValueError("has no revision")
     except ValueError as error:
         raise CheckpointRefused(f"{entry.hub_id} on the hub {error}") from error
+    pins = {name: fetch(name, listed.sha, None) for name in used}
+    content = msgspec.json.encode(FirstPull(entry.hub_id, listed.sha, pins))
+    (folder / PINS_FILE).write_bytes(msgspec.json.format(content))
 
 
-def _ask(entry: CatalogueEntry, name: str, revision: str, endpoint: str | None) -> _Remote:
+def _fetch(
+    entry: CatalogueEntry,
+    name: str,
+    revision: str,
+    pin: Pin | None,
+    *,
+    folder: Path,
+    hashes: Hashes,
+    endpoint: str | None,
+) -> Pin:
+    """Have the file *name* in *folder* as the hub has it, and as *pin* demands; what it is then.
+
+    Without a pin the hub's own sha256 is demanded, which it gives for large files.
+    """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     url = hf_hub_url(entry.hub_id, name, revision=revision, endpoint=endpoint)
@@ -149,90 +151,43 @@ def _ask(entry: CatalogueEntry, name: str, revision: str, endpoint: str | None) 
         raise CheckpointRefused(f"{url}: the hub tells neither size nor version of this file")
     if found.location != url:  # a storage host, which the hub's token is not meant for
         headers.pop("authorization", None)
-    return _Remote(found.location, found.etag, found.size, headers)
-
-
-def _fetch(
-    entry: CatalogueEntry, file: Path, remote: _Remote, pin: Pin | None, hashes: Hashes
-) -> None:
-    """Have *file* on disk as *remote* describes it and *pin* demands it."""
-    if pin is not None and remote.byte_count != pin.byte_count:
+    if pin is None and SHA256.fullmatch(found.etag):
+        pin = Pin(found.size, found.etag)
+    if pin is not None and found.size != pin.byte_count:
         raise CheckpointRefused(
-            f"{remote.url}: has {remote.byte_count:,} bytes, expected are {pin.byte_count:,}; the "
+            f"{found.location}: has {found.size:,} bytes, expected are {pin.byte_count:,}; the "
             f"hub's file is not the one known as {entry.id}"
         )
-    if file.is_file() and file.stat().st_size == remote.byte_count:
-        if pin is None or hashes.of(file).sha256 == pin.sha256:
-            return
+
+    file = folder / name
+    if file.is_file() and file.stat().st_size == found.size:
+        hashed = hashes.of(file)
+        if pin is None or hashed.sha256 == pin.sha256:
+            return Pin(hashed.byte_count, hashed.sha256)
         file.unlink()
-    part = _part(file, entry, remote)
-    _download(part, remote, shown_as=file.name)
+    # Another version of the file has another part file.
+    version = hashlib.sha256(f"{entry.hub_id} {file.name} {found.etag}".encode()).hexdigest()
+    part = file.parent / f".{file.name}.{version[:16]}.part"
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with part.open("ab") as out:
+        if out.tell() > found.size:
+            out.truncate(0)
+        http_get(
+            found.location,
+            out,
+            resume_size=out.tell(),
+            headers=headers,
+            expected_size=found.size,
+            displayed_filename=file.name,
+        )
     with part.open("rb") as opened:
         sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
     if pin is not None and sha256 != pin.sha256:
         part.unlink()
         raise CheckpointRefused(
-            f"{remote.url}: has sha256 {sha256}, expected is {pin.sha256}; what arrived was "
+            f"{found.location}: has sha256 {sha256}, expected is {pin.sha256}; what arrived was "
             "thrown away. Pull again; if it stays so, the hub's file was changed."
         )
-    file.parent.mkdir(parents=True, exist_ok=True)
     part.replace(file)
     hashes.remember(file, sha256)
-
-
-def _part(file: Path, entry: CatalogueEntry, remote: _Remote) -> Path:
-    """Where the first bytes of a download wait; another version of the file has another."""
-    version = hashlib.sha256(f"{entry.hub_id} {file.name} {remote.etag}".encode()).hexdigest()
-    return file.parent / f".{file.name}.{version[:16]}.part"
-
-
-def _download(part: Path, remote: _Remote, *, shown_as: str) -> None:
-    from huggingface_hub.file_download import http_get
-
-    part.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("ab") as out:
-        if out.tell() > remote.byte_count:
-            out.truncate(0)
-        http_get(
-            remote.url,
-            out,
-            resume_size=out.tell(),
-            headers=remote.headers,
-            expected_size=remote.byte_count,
-            displayed_filename=shown_as,
-        )
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep a second pull from writing into the same part files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointRefused(
-                f"{folder}: another pull of this model is running; wait for it"
-            ) from error
-        yield
-
-
-def _unreachable(entry: CatalogueEntry, error: Exception) -> str:
-    """One line that says what to do instead."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    instead = (
-        "Copy the model's folder from a machine that has it and serve it with "
-        f"--model {entry.id}=DIR."
-    )
-    if isinstance(error, OfflineModeIsEnabled):
-        return (
-            f"{entry.id} is not on this machine and HF_HUB_OFFLINE is set. Unset it, or: {instead}"
-        )
-    reason = str(error).partition("\n")[0][:200] or type(error).__name__
-    if isinstance(error, HfHubHTTPError):
-        return f"the hub does not give the files of {entry.hub_id}: {reason} {instead}"
-    return (
-        f"the files of {entry.hub_id} could not be fetched: {reason}. Try again (it resumes), set "
-        f"HF_ENDPOINT to a mirror, or: {instead}"
-    )
+    return Pin(found.size, sha256)

@@ -1,35 +1,50 @@
-"""The sentence-transformers layout: what a folder's small JSON files say of its model.
+"""Layout of a model's folder: which files it may hold, and what the small ones say of the model.
 
 Strict, because a setting that is passed over makes wrong vectors without a sound: a part that
 would change the result and is not understood is refused, with the reason and a next step.
 """
 
+import os
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 
-from trivec.checkpoints.folder import read_json
+from trivec.checkpoints.tensor_files import open_tensor_file
 from trivec.core.errors import CheckpointRefused
+from trivec.core.types import Float32Array
 from trivec.models import registry
 from trivec.models.ops import ModelConfig
-from trivec.models.pooling import Pooling
+from trivec.models.pooling import Heads, Pooling
 
+T = TypeVar("T")
+
+FILES_MAX = 10_000  # in a folder
+JSON_BYTES_MAX = 1024 * 1024
+TOKENIZER_BYTES_MAX = 256 * 1024 * 1024
+TOKENS_MAX = 4_000_000  # a larger maximum is transformers' way to say that there is none
+
+TOKENIZER_FILE = "tokenizer.json"
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first one there is read
+HEADS = ("sparse_linear", "colbert_linear")  # files of BGE-M3's heads, with either suffix
+HEAD_SUFFIXES = (".safetensors", ".pt")
 POOLING_FILE = "1_Pooling/config.json"
-NORMALIZE_FILE = "2_Normalize/config.json"
 LAYOUT_FILES = (
     "config.json",
     "modules.json",
     POOLING_FILE,
-    NORMALIZE_FILE,
+    "2_Normalize/config.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
     "special_tokens_map.json",
     "tokenizer_config.json",
 )
 # What sentence-transformers 5 writes beside the length for an ordinary text encoder.
-SENTENCE_CONFIG_USUAL: dict[str, object] = {
+SENTENCE_CONFIG_USUAL: Mapping[str, object] = {
     "do_lower_case": False,
     "transformer_task": "feature-extraction",
     "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
@@ -38,12 +53,24 @@ SENTENCE_CONFIG_USUAL: dict[str, object] = {
     "document_length": None,
     "query_expansion": None,
 }
-# What 6.x writes for the vectors of a text; others' output is normalised before it is pooled.
+# What 6.x writes for the vectors of a text; otherwise the output is normalised before it is pooled.
 NORMALIZE_USUAL = {
     "module_input_name": "sentence_embedding",
     "module_output_name": "sentence_embedding",
 }
-TOKENS_MAX = 4_000_000  # a larger maximum is transformers' way to say that there is none
+# What never is a lexical weight, with the names XLM-R's tokenizer gives by default.
+IGNORED_TOKENS = {
+    "cls_token": "<s>",
+    "eos_token": "</s>",
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+}
+# Settings of transformers that override a BERT normalizer: its own name and default of each.
+NORMALIZER_SETTINGS: Mapping[str, tuple[str, bool | None]] = {
+    "do_lower_case": ("lowercase", True),
+    "strip_accents": ("strip_accents", None),
+    "tokenize_chinese_chars": ("handle_chinese_chars", True),
+}
 
 
 class _Module(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -77,35 +104,103 @@ class _ModelFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     truncate_dim: int | None = None
 
 
-class _TokenizerConfigFile(msgspec.Struct, frozen=True):
-    """What `tokenizer_config.json` may say otherwise than `tokenizer.json`, which is what runs."""
-
-    model_max_length: Any = None
-    do_lower_case: bool | msgspec.UnsetType = msgspec.UNSET
-    strip_accents: bool | msgspec.UnsetType | None = msgspec.UNSET
-    tokenize_chinese_chars: bool | msgspec.UnsetType = msgspec.UNSET
-
-
-class _Normalizer(msgspec.Struct, frozen=True):
-    type: str
-    lowercase: bool = True
-    strip_accents: bool | None = None
-    handle_chinese_chars: bool = True
+class _AddedToken(msgspec.Struct, frozen=True):
+    content: str
+    id: int = -1
 
 
 class _TokenizerFile(msgspec.Struct, frozen=True):
-    """The only part of `tokenizer.json` that is read here; the rest is skipped, not built."""
+    """The only parts of `tokenizer.json` that are read here; the rest is skipped, not built."""
 
-    normalizer: _Normalizer | None = None
+    normalizer: dict[str, Any] | None = None
+    added_tokens: list[_AddedToken] = []
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """From last hidden states to a dense vector, and how many tokens are read."""
+class SentenceSettings:
+    """What sentence-transformers' files say: how hidden states become a vector, how many are read."""
 
     pooling: Pooling
     normalize: bool
-    token_count_max: int | None  # None: as many as the tokenizer and the positions allow
+    token_count_max: int | None  # None: as many as the positions allow
+
+
+def scan(folder: Path) -> frozenset[str]:
+    """Names of all files under *folder*, with `/` between parts; none of them is opened.
+
+    Raises `CheckpointRefused` for a link that leads out of the folder (of the model's own part of
+    a hub cache, where *folder* is a snapshot in one), for Python code, for more than FILES_MAX
+    files, and for anything that is neither a file nor a folder.
+    """
+    snapshots = folder.parent
+    is_cached = snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
+    link_root = snapshots.parent if is_cached else folder
+
+    def refuse_unreadable(error: OSError) -> None:
+        raise CheckpointRefused(f"{error.filename}: cannot be read: {error}") from error
+
+    names: set[str] = set()
+    # Links to folders are listed but not entered.
+    for parent, folders, files in os.walk(folder, onerror=refuse_unreadable):
+        for entry in (Path(parent, name) for name in sorted(folders + files)):
+            if len(names) >= FILES_MAX:
+                raise CheckpointRefused(
+                    f"{folder}: more than {FILES_MAX:,} files; this is no model's folder"
+                )
+            if entry.is_symlink() and not entry.resolve().is_relative_to(link_root):
+                raise CheckpointRefused(
+                    f"{entry}: is a link that leads out of {link_root}. Put the file itself there."
+                )
+            if entry.is_dir():
+                continue
+            if not entry.is_file():
+                raise CheckpointRefused(f"{entry}: is not an ordinary file. Remove it.")
+            if entry.suffix in (".py", ".pyc", ".so"):
+                raise CheckpointRefused(
+                    f"{entry}: is code, and no model's code is ever run. If the model works without "
+                    "it, remove it."
+                )
+            names.add(entry.relative_to(folder).as_posix())
+    return frozenset(names)
+
+
+def read_json(file: Path, kind: type[T], *, bytes_max: int = JSON_BYTES_MAX) -> T:
+    """The JSON in *file* as a *kind*. Raises `CheckpointRefused`, naming the field at fault."""
+    try:
+        with file.open("rb") as opened:
+            content = opened.read(bytes_max + 1)
+        if len(content) > bytes_max:
+            raise CheckpointRefused(f"{file}: larger than {bytes_max:,} bytes")
+        return msgspec.json.decode(content, type=kind)
+    except (OSError, RecursionError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise CheckpointRefused(f"{file}: not understood: {error}") from error
+
+
+def model_files(names: frozenset[str], *, known: Collection[str] = ()) -> list[str]:
+    """The files among *names* that a model is made of: small ones, weights, then heads.
+
+    Of several weight files the first *known* one is taken. Raises `ValueError` saying what lacks.
+    """
+    if "config.json" not in names:
+        raise ValueError("holds no config.json, so it is no model's folder")
+    if TOKENIZER_FILE not in names:
+        raise ValueError(f"holds no {TOKENIZER_FILE}; save the model's fast tokenizer there")
+    weights = sorted(
+        names.intersection(WEIGHT_FILES),
+        key=lambda name: (name not in known, WEIGHT_FILES.index(name)),
+    )
+    if not weights:
+        raise ValueError(f"holds none of {', '.join(WEIGHT_FILES)}")
+    heads = [
+        next((head + suffix for suffix in HEAD_SUFFIXES if head + suffix in names), None)
+        for head in HEADS
+    ]
+    found = [file for file in heads if file is not None]
+    if len(found) == 1:
+        lacking = HEADS[heads.index(None)]
+        raise ValueError(f"holds {found[0]} but no {lacking}.pt; copy both heads, or neither")
+    layout = [name for name in LAYOUT_FILES if name in names]
+    return [*layout, TOKENIZER_FILE, weights[0], *found]
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -119,46 +214,70 @@ def read_config(folder: Path) -> ModelConfig:
         raise CheckpointRefused(f"{file}: {error}") from error
 
 
-def read_recipe(folder: Path, names: frozenset[str], *, hidden_size: int) -> Recipe:
+def read_sentence_settings(
+    folder: Path, names: frozenset[str], *, hidden_size: int
+) -> SentenceSettings:
     """What `modules.json` and the files it leads to say. Raises `CheckpointRefused`.
 
-    *names* are the folder's files as `survey` lists them; `modules.json` must be among them.
+    *names* are the folder's files as `scan` lists them; `modules.json` must be among them.
     """
-    modules = read_json(folder / "modules.json", list[_Module])
-    kinds = [_kind(folder, module) for module in modules]
+    file = folder / "modules.json"
+    modules = read_json(file, list[_Module])
+    for module in modules:
+        if module.type.partition(".")[0] != "sentence_transformers":
+            raise CheckpointRefused(
+                f"{file}: module type {module.type!r} is code of the model's own; none is run"
+            )
+    kinds = [module.type.rpartition(".")[2] for module in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise CheckpointRefused(
-            f"{folder / 'modules.json'}: names the modules {', '.join(kinds) or 'none'}; "
-            "understood are Transformer, Pooling and an optional Normalize, in this order"
+            f"{file}: names the modules {', '.join(kinds) or 'none'}; understood are Transformer, "
+            "Pooling and an optional Normalize, in this order"
         )
     if modules[0].path != "" or modules[1].path != "1_Pooling":
         raise CheckpointRefused(
-            f"{folder / 'modules.json'}: keeps its modules in {modules[0].path or '.'} and "
-            f"{modules[1].path}; understood are the folder itself and 1_Pooling"
+            f"{file}: keeps its modules in {modules[0].path or '.'} and {modules[1].path}; "
+            "understood are the folder itself and 1_Pooling"
         )
     if POOLING_FILE not in names:
         raise CheckpointRefused(f"{folder / POOLING_FILE}: is missing; copy the whole model")
-    _refuse_model_settings(folder, names, hidden_size=hidden_size)
-    if len(kinds) == 3:
-        _refuse_other_normalize(folder, f"{modules[2].path}/config.json", names)
-    return Recipe(
-        pooling=_read_pooling(folder / POOLING_FILE, hidden_size=hidden_size),
+    if "config_sentence_transformers.json" in names:
+        _check_model_settings(folder / "config_sentence_transformers.json", hidden_size)
+    if len(kinds) == 3 and (name := f"{modules[2].path}/config.json") in names:
+        normalize = read_json(folder / name, dict[str, Any])
+        if normalize != NORMALIZE_USUAL:
+            raise CheckpointRefused(
+                f"{folder / name}: {normalize!r} is not understood; normalised is the "
+                "sentence_embedding"
+            )
+    return SentenceSettings(
+        pooling=_read_pooling(folder / POOLING_FILE, hidden_size),
         normalize=len(kinds) == 3,
         token_count_max=_read_length(folder, names),
     )
 
 
-def _kind(folder: Path, module: _Module) -> str:
-    package, _, kind = module.type.partition(".")[0], None, module.type.rpartition(".")[2]
-    if package != "sentence_transformers":
+def _check_model_settings(file: Path, hidden_size: int) -> None:
+    """Refuse what `config_sentence_transformers.json` would do to a text or its vector."""
+    found = read_json(file, _ModelFile)
+    if found.default_prompt_name:
         raise CheckpointRefused(
-            f"{folder / 'modules.json'}: module type {module.type!r} is code of the model's own; "
-            "none is run"
+            f"{file}: default_prompt_name = {found.default_prompt_name!r} puts a prompt before "
+            "every text. Set it to null and let the client send the prompt with its text."
         )
-    return kind
+    if found.truncate_dim is not None and found.truncate_dim < hidden_size:
+        raise CheckpointRefused(
+            f"{file}: truncate_dim = {found.truncate_dim} keeps only the first numbers of each "
+            f"vector, which is not done here. Remove it to serve whole vectors of {hidden_size} "
+            "numbers, and cut them where they are used."
+        )
+    if found.model_type not in (None, "SentenceTransformer"):
+        raise CheckpointRefused(
+            f"{file}: model_type is {found.model_type!r}; understood is 'SentenceTransformer'"
+        )
 
 
-def _read_pooling(file: Path, *, hidden_size: int) -> Pooling:
+def _read_pooling(file: Path, hidden_size: int) -> Pooling:
     found = read_json(file, _PoolingFile)
     if not found.include_prompt:
         raise CheckpointRefused(
@@ -170,16 +289,12 @@ def _read_pooling(file: Path, *, hidden_size: int) -> Pooling:
         raise CheckpointRefused(
             f"{file}: pools vectors of {width} numbers, the encoder's have {hidden_size}"
         )
-    flags = {
-        "cls": found.pooling_mode_cls_token,
-        "mean": found.pooling_mode_mean_tokens,
-        "max": found.pooling_mode_max_tokens,
-        "mean_sqrt_len": found.pooling_mode_mean_sqrt_len_tokens,
-        "weightedmean": found.pooling_mode_weightedmean_tokens,
-        "lasttoken": found.pooling_mode_lasttoken,
-    }
-    modes = [mode for mode, chosen in flags.items() if chosen]
     named = found.pooling_mode or []
+    modes = [
+        re.sub(r"^pooling_mode_|_tokens?$", "", name)
+        for name, value in msgspec.structs.asdict(found).items()
+        if name.startswith("pooling_mode_") and value
+    ]
     modes += [mode for mode in ([named] if isinstance(named, str) else named) if mode not in modes]
     if modes not in (["cls"], ["mean"], ["lasttoken"]):
         raise CheckpointRefused(
@@ -206,13 +321,25 @@ def read_tokenizer_length(folder: Path, names: frozenset[str]) -> int | None:
     """The tokenizer's own `model_max_length`, or None where it has none. Raises `CheckpointRefused`.
 
     It is the only place where sentence-transformers 5.4 and later keep a model's maximum length.
+    In transformers other settings of this file override a BERT tokenizer's normalizer; here what
+    would override it is refused.
     """
     if "tokenizer_config.json" not in names:
         return None
     file = folder / "tokenizer_config.json"
-    found = read_json(file, _TokenizerConfigFile)
-    _refuse_other_normalizer(file, found)
-    return _token_count(file, "model_max_length", found.model_max_length)
+    found = read_json(file, dict[str, Any])
+    settings = [name for name in NORMALIZER_SETTINGS if name in found]
+    normalizer = _read_tokenizer(folder).normalizer if settings else None
+    if normalizer is not None and normalizer.get("type") == "BertNormalizer":
+        for name in settings:
+            own_name, default = NORMALIZER_SETTINGS[name]
+            own = normalizer.get(own_name, default)
+            if found[name] != own:
+                raise CheckpointRefused(
+                    f"{file}: {name} = {found[name]!r}, but {TOKENIZER_FILE} has {own_name} = "
+                    f"{own!r}. Save the tokenizer again, so that both say the same."
+                )
+    return _token_count(file, "model_max_length", found.get("model_max_length"))
 
 
 def _token_count(file: Path, name: str, value: object) -> int | None:
@@ -225,58 +352,60 @@ def _token_count(file: Path, name: str, value: object) -> int | None:
     return value
 
 
-def _refuse_other_normalizer(file: Path, said: _TokenizerConfigFile) -> None:
-    """In transformers these settings override a BERT tokenizer's normalizer; here it stays."""
-    tokenizer_file = file.parent / "tokenizer.json"
-    pairs = {
-        "do_lower_case": (said.do_lower_case, "lowercase"),
-        "strip_accents": (said.strip_accents, "strip_accents"),
-        "tokenize_chinese_chars": (said.tokenize_chinese_chars, "handle_chinese_chars"),
-    }
-    if all(value is msgspec.UNSET for value, _ in pairs.values()):
-        return
-    try:
-        normalizer = msgspec.json.decode(
-            tokenizer_file.read_bytes(), type=_TokenizerFile
-        ).normalizer
-    except (OSError, RecursionError, msgspec.MsgspecError) as error:
-        raise CheckpointRefused(f"{tokenizer_file}: not understood: {error}") from error
-    if normalizer is None or normalizer.type != "BertNormalizer":
-        return
-    for name, (value, other_name) in pairs.items():
-        other = getattr(normalizer, other_name)
-        if value is not msgspec.UNSET and value != other:
+def _read_tokenizer(folder: Path) -> _TokenizerFile:
+    return read_json(folder / TOKENIZER_FILE, _TokenizerFile, bytes_max=TOKENIZER_BYTES_MAX)
+
+
+def read_heads(folder: Path, files: list[str], *, hidden_size: int) -> Heads:
+    """Both heads, widened to float32. *files*: sparse, then multi. Raises `CheckpointRefused`."""
+    sparse_weight, sparse_bias = _read_linear(folder / files[0], hidden_size)
+    multi_weight, multi_bias = _read_linear(folder / files[1], hidden_size)
+    if len(sparse_bias) != 1:
+        raise CheckpointRefused(
+            f"{folder / files[0]}: has {len(sparse_bias)} outputs; a lexical weight is one number"
+        )
+    return Heads(sparse_weight, sparse_bias, multi_weight, multi_bias, _ignored_token_ids(folder))
+
+
+def _read_linear(file: Path, hidden_size: int) -> tuple[Float32Array, Float32Array]:
+    """Weight `[out, hidden]` and bias `[out]`, in memory of their own."""
+    opened = open_tensor_file(file)
+    if set(opened.tensors) != {"weight", "bias"}:
+        raise CheckpointRefused(
+            f"{file}: holds {', '.join(sorted(opened.tensors)[:4]) or 'nothing'}; a head is "
+            "weight and bias"
+        )
+    weight, bias = opened.float32("weight"), opened.float32("bias")
+    if weight.ndim != 2 or bias.ndim != 1 or weight.shape != (len(bias), hidden_size):
+        raise CheckpointRefused(
+            f"{file}: weight has shape {list(weight.shape)} and bias {list(bias.shape)}; expected "
+            f"are [outputs, {hidden_size}] and [outputs]"
+        )
+    return np.array(weight), np.array(bias)
+
+
+def _ignored_token_ids(folder: Path) -> tuple[int, ...]:
+    """Ids of the special tokens, by the names that the tokenizer's small files give them."""
+    tokens = dict(IGNORED_TOKENS)
+    for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+        if not file.is_file():
+            continue
+        found = read_json(file, dict[str, Any])
+        for name in IGNORED_TOKENS:
+            # BERT's files call the closing token sep, and may have no eos.
+            written = name if name in found or name != "eos_token" else "sep_token"
+            if written not in found:
+                continue
+            try:
+                token = msgspec.convert(found[written], str | _AddedToken)
+            except msgspec.ValidationError as error:
+                raise CheckpointRefused(f"{file}: not understood: {error}") from error
+            tokens[name] = token if isinstance(token, str) else token.content
+    added = {token.content: token.id for token in _read_tokenizer(folder).added_tokens}
+    for name, content in tokens.items():
+        if content not in added:
             raise CheckpointRefused(
-                f"{file}: {name} = {value!r}, but {tokenizer_file.name} has {other_name} = "
-                f"{other!r}. Save the tokenizer again, so that both say the same."
+                f"{folder / TOKENIZER_FILE}: its {name} {content!r} is no added token, so it "
+                "cannot be kept out of sparse vectors"
             )
-
-
-def _refuse_other_normalize(folder: Path, name: str, names: frozenset[str]) -> None:
-    if name in names and (found := read_json(folder / name, dict[str, Any])) != NORMALIZE_USUAL:
-        raise CheckpointRefused(
-            f"{folder / name}: {found!r} is not understood; normalised is the sentence_embedding"
-        )
-
-
-def _refuse_model_settings(folder: Path, names: frozenset[str], *, hidden_size: int) -> None:
-    """Refuse what `config_sentence_transformers.json` would do to a text or its vector."""
-    if "config_sentence_transformers.json" not in names:
-        return
-    file = folder / "config_sentence_transformers.json"
-    found = read_json(file, _ModelFile)
-    if found.default_prompt_name:
-        raise CheckpointRefused(
-            f"{file}: default_prompt_name = {found.default_prompt_name!r} puts a prompt before "
-            "every text. Set it to null and let the client send the prompt with its text."
-        )
-    if found.truncate_dim is not None and found.truncate_dim < hidden_size:
-        raise CheckpointRefused(
-            f"{file}: truncate_dim = {found.truncate_dim} keeps only the first numbers of each "
-            f"vector, which is not done here. Remove it to serve whole vectors of {hidden_size} "
-            "numbers, and cut them where they are used."
-        )
-    if found.model_type not in (None, "SentenceTransformer"):
-        raise CheckpointRefused(
-            f"{file}: model_type is {found.model_type!r}; understood is 'SentenceTransformer'"
-        )
+    return tuple(sorted({added[content] for content in tokens.values()}))

@@ -1,18 +1,15 @@
-"""Whether a model says what it should: published figures beside what was computed here.
+"""Golden comparison: a model's published figures beside what was computed here."""
 
-It is given a function from texts to vectors and knows nothing of what computes them.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
 
 from trivec.core.errors import CheckpointRefused
-from trivec.core.types import Float32Array, Output, SparseVector, Vectors
+from trivec.core.types import Output, Vectors
 
 Embed: TypeAlias = Callable[[Sequence[str], Output], Vectors]
 
@@ -40,7 +37,7 @@ class Figure:
 
 class _Lexical(msgspec.Struct, frozen=True):
     text: str
-    weights: dict[str, float]  # decimal token id to weight
+    weights: dict[int, float]  # by token id
 
 
 class _Golden(msgspec.Struct, frozen=True):
@@ -56,78 +53,71 @@ class _Golden(msgspec.Struct, frozen=True):
 
 
 def verify(model_id: str, embed: Embed) -> list[Figure]:
-    """Every figure that is known of *model_id*. Raises `CheckpointRefused` where none are."""
-    name = GOLDEN_FILES.get(model_id)
-    if name is None:
+    """Every figure that is known of *model_id*, computed by *embed*, which maps texts to vectors.
+
+    Raises `CheckpointRefused` where none are known.
+    """
+    file = GOLDEN_FILES.get(model_id)
+    if file is None:
         raise CheckpointRefused(
             f"no figures are known of {model_id}; there are some of {', '.join(GOLDEN_FILES)}"
         )
-    content = resources.files("trivec.checkpoints").joinpath("golden", name).read_bytes()
+    content = resources.files("trivec.checkpoints").joinpath("golden", file).read_bytes()
     golden = msgspec.json.decode(content, type=_Golden)
     outputs = Output.DENSE
     if golden.sparse:
         outputs |= Output.SPARSE | Output.MULTI
-    queries = embed(golden.queries, outputs)
-    passages = embed(golden.passages, outputs)
-    figures = _scores("dense", golden.dense, queries.dense @ passages.dense.T)
-    for i, numbers in enumerate(golden.first_numbers):
-        pairs = zip(numbers, queries.dense[i].tolist(), strict=False)
+    queries, passages = embed(golden.queries, outputs), embed(golden.passages, outputs)
+    figures: list[Figure] = []
+    for kind, output, expected, score in (
+        ("dense", Output.DENSE, golden.dense, _dense_score),
+        ("sparse", Output.SPARSE, golden.sparse, _sparse_score),
+        ("multi", Output.MULTI, golden.multi, _multi_score),
+    ):
         figures += [
-            Figure(f"dense number {j} of query {i + 1}", *pair) for j, pair in enumerate(pairs)
+            Figure(
+                name=f"{kind} query {i + 1} · passage {j + 1}",
+                expected=value,
+                found=score(queries[output][i], passages[output][j]),
+            )
+            for i, row in enumerate(expected)
+            for j, value in enumerate(row)
         ]
-    if golden.sparse:
-        figures += _scores("sparse", golden.sparse, _sparse_scores(queries, passages))
-        figures += _scores("multi", golden.multi, _multi_scores(queries, passages))
+    for i, numbers in enumerate(golden.first_numbers):
+        found = queries.dense[i].tolist()
+        figures += [
+            Figure(f"dense number {j} of query {i + 1}", number, found[j])
+            for j, number in enumerate(numbers)
+        ]
     if golden.lexical:
         vectors = embed([one.text for one in golden.lexical], Output.DENSE | Output.SPARSE)
         for one, vector in zip(golden.lexical, vectors.sparse, strict=True):
             assert vector is not None
-            figures.append(_lexical_figure(one, vector))
+            weights = dict(zip(vector.token_ids.tolist(), vector.weights.tolist(), strict=True))
+            text = one.text[:24].strip()
+            compared = [
+                Figure(
+                    name=f"lexical weight of id {id_} in “{text}…”",
+                    expected=one.weights.get(id_, 0.0),
+                    found=weights.get(id_, 0.0),
+                )
+                for id_ in sorted(one.weights.keys() | weights.keys())
+            ]
+            # The weight that is furthest off, so that one line a text says all.
+            figures.append(max(compared, key=lambda figure: figure.difference))
     return figures
 
 
-def _scores(kind: str, expected: list[list[float]], found: Float32Array) -> list[Figure]:
-    """*found* `[queries, passages]`, score by score."""
-    return [
-        Figure(f"{kind} query {i + 1} · passage {j + 1}", score, float(found[i, j]))
-        for i, row in enumerate(expected)
-        for j, score in enumerate(row)
-    ]
+def _dense_score(query: Any, passage: Any) -> float:
+    return float(query @ passage)
 
 
-def _sparse_scores(queries: Vectors, passages: Vectors) -> Float32Array:
-    """Sum over shared ids of the products of their weights: `[queries, passages]`."""
-    scores = [
-        [sum(weight * passage.get(i, 0.0) for i, weight in query.items()) for passage in columns]
-        for columns in [[_as_dict(sparse) for sparse in passages.sparse]]
-        for query in map(_as_dict, queries.sparse)
-    ]
-    return np.array(scores, np.float32)
+def _sparse_score(query: Any, passage: Any) -> float:
+    """Sum over shared ids of the products of two `SparseVector`s' weights."""
+    _, at, other_at = np.intersect1d(query.token_ids, passage.token_ids, return_indices=True)
+    return float(query.weights[at] @ passage.weights[other_at])
 
 
-def _multi_scores(queries: Vectors, passages: Vectors) -> Float32Array:
-    """Mean over a query's rows of the best dot product with a passage's: `[queries, passages]`."""
-    scores = [
-        [(query @ passage.T).max(axis=1).mean() for passage in _rows(passages)]
-        for query in _rows(queries)
-    ]
-    return np.array(scores, np.float32)
-
-
-def _rows(vectors: Vectors) -> list[Float32Array]:
-    return [rows for rows in vectors.multi if rows is not None]
-
-
-def _as_dict(sparse: SparseVector | None) -> Mapping[int, float]:
-    assert sparse is not None
-    return dict(zip(sparse.token_ids.tolist(), sparse.weights.tolist(), strict=True))
-
-
-def _lexical_figure(expected: _Lexical, vector: SparseVector) -> Figure:
-    """The weight of one text that is furthest off, so that one line a text says all."""
-    found = _as_dict(vector)
-    wanted = {int(token_id): weight for token_id, weight in expected.weights.items()}
-    ids = sorted(wanted.keys() | found.keys())
-    worst = max(ids, key=lambda i: abs(wanted.get(i, 0.0) - found.get(i, 0.0)))
-    name = f"lexical weight of id {worst} in “{expected.text[:24].strip()}…”"
-    return Figure(name, wanted.get(worst, 0.0), found.get(worst, 0.0))
+def _multi_score(query: Any, passage: Any) -> float:
+    """Mean over the query's rows of the best dot product with the passage's."""
+    return float((query @ passage.T).max(axis=1).mean())

@@ -1,4 +1,4 @@
-"""`trivec models`: what is known and what is here, pulling, checking, and dummies.
+"""`trivec models`: what is known and what is here, pulling and checking.
 
 It parses and prints; the work is the checkpoints room's. Tables go to standard output.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import typer
 
 from trivec.checkpoints.catalogue import CatalogueEntry, entries, entry_of
-from trivec.checkpoints.checkpoint import Checkpoint
+from trivec.checkpoints.checkpoint import Checkpoint, open_own
 from trivec.checkpoints.verify import Embed
 from trivec.cli.store import AsJson, DataDir, print_json, print_table, say, table
 from trivec.core.errors import CheckpointRefused
@@ -23,9 +23,7 @@ from trivec.settings import Settings, load_settings
 
 MISSED_EXIT_CODE = 1
 
-models_app = typer.Typer(
-    help="Pull, list and check models, or write a dummy one.", no_args_is_help=True
-)
+models_app = typer.Typer(help="Pull, list and check models.", no_args_is_help=True)
 
 
 @models_app.command("list")
@@ -59,8 +57,6 @@ LISTED = {
 
 def _listed(entry: CatalogueEntry, cache_dir: Path) -> dict[str, object]:
     """What one line of the list says. A model that is here is opened, which checks its hashes."""
-    from trivec.checkpoints.opening import open_own
-
     problem: str | None = None
     checkpoint: Checkpoint | None = None
     try:
@@ -95,7 +91,6 @@ def pull(
 ) -> None:
     """Fetch a model from the hub into the data folder; resumes where it stopped."""
     from trivec.checkpoints.hub import pull as fetch
-    from trivec.checkpoints.opening import open_own
 
     entry, cache_dir = entry_of(model), _cache_dir(data_dir)
     fetch(entry, cache_dir=cache_dir)
@@ -106,31 +101,6 @@ def pull(
             f"{entry.id} has no known hashes; what came was noted, and later starts compare with it"
         )
     print(checkpoint.folder)
-
-
-@models_app.command()
-def dummy(
-    model: Annotated[str, typer.Argument(help="The model to imitate: baai/bge-m3.")],
-    folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
-    layers: Annotated[
-        int | None, typer.Option(min=1, max=200, help="Layers of the encoder.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")] = 0,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True, dir_okay=False, help="A tokenizer.json; a tiny one is made without."
-        ),
-    ] = None,
-) -> None:
-    """Write a complete checkpoint of random weights in the model's own layout."""
-    from trivec.checkpoints.dummy import blueprint_of, write_dummy
-
-    blueprint = blueprint_of(model)
-    if layers is not None:
-        blueprint = blueprint.with_layers(layers)
-    write_dummy(folder, blueprint, seed=seed, tokenizer_file=tokenizer)
-    print(folder)
 
 
 @models_app.command()

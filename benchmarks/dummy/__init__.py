@@ -6,41 +6,54 @@ size of what is written, and the same blueprint and seed give the same bytes eve
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 
-from trivec.checkpoints.dummy_tokenizer import SPECIALS, write_tokenizer
-from trivec.checkpoints.dummy_weights import RandomWeights
-from trivec.checkpoints.safetensors_file import write_safetensors
-from trivec.checkpoints.tensors import StoredType
-from trivec.checkpoints.torch_writer import write_torch_file
+from benchmarks.dummy.tokenizer import special_token_names, write_tokenizer
+from benchmarks.dummy.torch_writer import write_torch_file
+from benchmarks.dummy.weights import RandomWeights
+
+from trivec.checkpoints.tensor_files import write_safetensors
 from trivec.core.errors import CheckpointRefused
 from trivec.models.bert import BertConfig
+from trivec.models.modernbert import ModernBertConfig
+from trivec.models.ops import ModelConfig
 from trivec.models.pooling import Pooling
-from trivec.models.registry import tensor_shapes
+from trivec.models.qwen3 import Qwen3Config
+from trivec.models.registry import FAMILIES, tensor_shapes
 
-Shapes = Mapping[str, tuple[StoredType, tuple[int, ...]]]
-
-ARCHITECTURES = {"bert": "BertModel", "roberta": "RobertaModel", "xlm-roberta": "XLMRobertaModel"}
+ARCHITECTURES = {
+    "bert": "BertModel",
+    "roberta": "RobertaModel",
+    "xlm-roberta": "XLMRobertaModel",
+    "modernbert": "ModernBertModel",
+    "qwen3": "Qwen3Model",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
     """What a dummy looks like from outside."""
 
-    config: BertConfig
+    config: ModelConfig
     pooling: Pooling
     normalize: bool
     token_count_max: int
     multi_dimensions: int | None  # None: no sparse and multi-vector heads
     torch_files: bool  # `.bin` and `.pt` as BGE-M3 ships, or safetensors
-    stored_type: StoredType = StoredType.F32  # of the encoder; heads are float16
+    stored_type: str = "F32"  # of the encoder; heads are float16
 
     def with_layers(self, layer_count: int) -> "Blueprint":
         """The same model with another number of layers."""
-        return replace(self, config=replace(self.config, num_hidden_layers=layer_count))
+        config = self.config
+        if isinstance(config, ModernBertConfig):
+            types = config.layer_types
+            types = tuple(types[i % len(types)] for i in range(layer_count))
+            config = replace(config, layer_types=types)
+        return replace(self, config=replace(config, num_hidden_layers=layer_count))
 
 
 BLUEPRINTS: Mapping[str, Blueprint] = MappingProxyType(
@@ -128,42 +141,63 @@ def write_dummy(
 
 
 def _write_encoder(folder: Path, blueprint: Blueprint, weights: RandomWeights) -> None:
-    hidden = blueprint.config.hidden_size
-    pooler = {"pooler.dense.weight": (hidden, hidden), "pooler.dense.bias": (hidden,)}
-    shapes = {
-        name: (blueprint.stored_type, shape)
-        for name, shape in (tensor_shapes(blueprint.config) | pooler).items()
-    }
-    name = "pytorch_model.bin" if blueprint.torch_files else "model.safetensors"
-    _write_tensors(folder / name, shapes, weights, prefix="")
+    """Write every tensor as the family's files have it: several layers in one matrix where fused."""
+    config = blueprint.config
+    shapes = tensor_shapes(config)
+    if isinstance(config, BertConfig):
+        hidden = config.hidden_size
+        shapes = shapes | {"pooler.dense.weight": (hidden, hidden), "pooler.dense.bias": (hidden,)}
+    stored: dict[str, list[str]] = {}  # name in the file to names of the model
+    for name in shapes:
+        layer, _, kind = name.rpartition(".")
+        at = layer
+        for whole, parts in FAMILIES[config.family].fused.items():
+            at = next((layer.removesuffix(one) + whole for one in parts if layer.endswith(one)), at)
+        stored.setdefault(f"{at}.{kind}", []).append(name)
+    _write_tensors(
+        folder / ("pytorch_model.bin" if blueprint.torch_files else "model.safetensors"),
+        {
+            whole: (sum(shapes[part][0] for part in parts), *shapes[parts[0]][1:])
+            for whole, parts in stored.items()
+        },
+        (
+            chain.from_iterable(
+                weights.pieces(part, shapes[part], stored_type=blueprint.stored_type)
+                for part in parts
+            )
+            for parts in stored.values()
+        ),
+        stored_type=blueprint.stored_type,
+    )
 
 
 def _write_head(stem: Path, blueprint: Blueprint, weights: RandomWeights, *, outputs: int) -> None:
-    shapes = {
-        "weight": (StoredType.F16, (outputs, blueprint.config.hidden_size)),
-        "bias": (StoredType.F16, (outputs,)),
-    }
-    file = stem.with_suffix(".pt" if blueprint.torch_files else ".safetensors")
-    _write_tensors(file, shapes, weights, prefix=f"{stem.name}.")
-
-
-def _write_tensors(file: Path, shapes: Shapes, weights: RandomWeights, *, prefix: str) -> None:
+    shapes = {"weight": (outputs, blueprint.config.hidden_size), "bias": (outputs,)}
     pieces = (
-        weights.pieces(prefix + name, shape, stored_type=dtype)
-        for name, (dtype, shape) in shapes.items()
+        weights.pieces(f"{stem.name}.{name}", shape, stored_type="F16")
+        for name, shape in shapes.items()
     )
+    file = stem.with_suffix(".pt" if blueprint.torch_files else ".safetensors")
+    _write_tensors(file, shapes, pieces, stored_type="F16")
+
+
+def _write_tensors(
+    file: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[Iterable[bytes]],
+    *,
+    stored_type: str,
+) -> None:
+    typed = {name: (stored_type, shape) for name, shape in shapes.items()}
     if file.suffix == ".safetensors":
-        write_safetensors(file, shapes, pieces)
+        write_safetensors(file, typed, tensors)
     else:
-        write_torch_file(file, shapes, pieces)
+        write_torch_file(file, typed, tensors)
 
 
 def _write_layout(folder: Path, blueprint: Blueprint) -> None:
     config = blueprint.config
-    cls, pad, sep, unk, mask = SPECIALS[config.family]
-    names = {"cls_token": cls, "pad_token": pad, "sep_token": sep, "unk_token": unk}
-    if config.family != "bert":
-        names |= {"bos_token": cls, "eos_token": sep}
+    names = special_token_names(config.family)
     kinds = ["Transformer", "Pooling"] + ["Normalize"] * blueprint.normalize
     files: dict[str, object] = {
         "config.json": _config_file(config),
@@ -182,15 +216,15 @@ def _write_layout(folder: Path, blueprint: Blueprint) -> None:
             "pooling_mode_mean_tokens": blueprint.pooling is Pooling.MEAN,
             "pooling_mode_max_tokens": False,
             "pooling_mode_mean_sqrt_len_tokens": False,
+            **({"pooling_mode_lasttoken": True} if blueprint.pooling is Pooling.LAST else {}),
         },
         "sentence_bert_config.json": {
             "max_seq_length": blueprint.token_count_max,
             "do_lower_case": False,
         },
-        "special_tokens_map.json": names | {"mask_token": mask},
+        "special_tokens_map.json": names,
         "tokenizer_config.json": names
         | {
-            "mask_token": mask,
             "model_max_length": blueprint.token_count_max,
             "tokenizer_class": "PreTrainedTokenizerFast",
         },
@@ -201,25 +235,50 @@ def _write_layout(folder: Path, blueprint: Blueprint) -> None:
         file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _config_file(config: BertConfig) -> dict[str, object]:
-    return {
+def _config_file(config: ModelConfig) -> dict[str, object]:
+    shared: dict[str, object] = {
         "architectures": [ARCHITECTURES[config.family]],
-        "attention_probs_dropout_prob": 0.1,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.1,
         "hidden_size": config.hidden_size,
         "initializer_range": 0.02,
         "intermediate_size": config.intermediate_size,
-        "layer_norm_eps": config.layer_norm_eps,
         "max_position_embeddings": config.max_position_embeddings,
         "model_type": config.family,
         "num_attention_heads": config.num_attention_heads,
         "num_hidden_layers": config.num_hidden_layers,
         "pad_token_id": config.pad_token_id,
-        "position_embedding_type": "absolute",
         "torch_dtype": "float32",
-        "type_vocab_size": config.type_vocab_size,
         "vocab_size": config.vocab_size,
     }
+    own: dict[str, object] = {}
+    if isinstance(config, BertConfig):
+        own = {
+            "attention_probs_dropout_prob": 0.1,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "hidden_act": "gelu",
+            "hidden_dropout_prob": 0.1,
+            "layer_norm_eps": config.layer_norm_eps,
+            "position_embedding_type": "absolute",
+            "type_vocab_size": config.type_vocab_size,
+        }
+    elif isinstance(config, ModernBertConfig):
+        own = {
+            "norm_eps": config.norm_eps,
+            "layer_types": list(config.layer_types),
+            "local_attention": 2 * config.sliding_window,
+            "global_rope_theta": config.rope_thetas[0],
+            "local_rope_theta": config.rope_thetas[1],
+            "norm_bias": config.norm_bias,
+            "attention_bias": config.attention_bias,
+            "mlp_bias": config.mlp_bias,
+        }
+    elif isinstance(config, Qwen3Config):
+        own = {
+            "num_key_value_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "rms_norm_eps": config.rms_norm_eps,
+            "rope_theta": config.rope_theta,
+            "attention_bias": config.attention_bias,
+            "use_bidirectional_attention": not config.is_causal,
+        }
+    return dict(sorted((shared | own).items()))

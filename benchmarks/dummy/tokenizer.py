@@ -26,7 +26,9 @@ SPECIALS = {
     "bert": ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"),
     "roberta": ("<s>", "<pad>", "</s>", "<unk>", "<mask>"),
     "xlm-roberta": ("<s>", "<pad>", "</s>", "<unk>", "<mask>"),
+    "modernbert": ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"),
 }
+END_OF_TEXT = "<|endoftext|>"  # Qwen3's one special token: it ends a text, and pads
 SENTENCES = """
 the harbour is quiet before the first boat leaves and the water is like glass
 what does a model know of a word it has seen only once
@@ -55,11 +57,36 @@ SCRIPTS = (
 )  # fmt: skip
 
 
+def special_token_names(family: str) -> dict[str, str]:
+    """Which special token is which, as the tokenizer's small files say."""
+    if family == "qwen3":
+        return {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
+    cls, pad, sep, unk, mask = SPECIALS[family]
+    names = {"cls_token": cls, "pad_token": pad, "sep_token": sep, "unk_token": unk}
+    if "roberta" in family:
+        names |= {"bos_token": cls, "eos_token": sep}
+    return names | {"mask_token": mask}
+
+
 def write_tokenizer(file: Path, *, family: str, vocabulary_size: int) -> None:
     """Write a `tokenizer.json` whose ids are all below *vocabulary_size*."""
-    make = {"bert": _word_piece, "roberta": _byte_level, "xlm-roberta": _unigram}[family]
-    tokenizer = make(vocabulary_size)
+    if family == "qwen3":
+        tokenizer = _byte_level(vocabulary_size, [END_OF_TEXT], None)
+        tokenizer.add_special_tokens([END_OF_TEXT])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"$A {END_OF_TEXT}",
+            pair=f"$A {END_OF_TEXT} $B:1 {END_OF_TEXT}:1",
+            special_tokens=[(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))],
+        )
+        tokenizer.save(str(file), pretty=False)
+        return
     cls, pad, sep, unk, mask = SPECIALS[family]
+    if family == "bert":
+        tokenizer = _word_piece(vocabulary_size)
+    elif family == "xlm-roberta":
+        tokenizer = _unigram(vocabulary_size)
+    else:
+        tokenizer = _byte_level(vocabulary_size, [cls, pad, sep, unk], mask)
     tokenizer.add_special_tokens([cls, pad, sep, unk, AddedToken(mask, lstrip=True, special=True)])
     ids = {token: tokenizer.token_to_id(token) for token in (cls, sep)}
     between = f"{sep} {sep}" if family != "bert" else sep
@@ -108,13 +135,12 @@ def _word_piece(vocabulary_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _byte_level(vocabulary_size: int) -> Tokenizer:
-    """RoBERTa's, without a merge: one token a byte."""
-    cls, pad, sep, unk, mask = SPECIALS["roberta"]
-    tokens = [cls, pad, sep, unk, *sorted(pre_tokenizers.ByteLevel.alphabet()), mask]
+def _byte_level(vocabulary_size: int, specials: list[str], mask: str | None) -> Tokenizer:
+    """RoBERTa's and Qwen3's, without a merge: one token a byte, after *specials*."""
+    tokens = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet()), *([mask] if mask else [])]
     assert len(tokens) <= vocabulary_size, "a byte-level vocabulary needs all bytes"
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=unk))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=specials[-1]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

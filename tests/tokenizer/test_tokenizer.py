@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 import tokenizers
+from benchmarks.dummy.tokenizer import write_tokenizer
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from trivec import tokenizer as module
@@ -246,6 +247,9 @@ async def test_a_lone_surrogate_is_refused_by_its_place(words: Tokenizer) -> Non
     assert refusal.value.param == "input[1]"
     with pytest.raises(FieldInvalid):
         await words.tokenize(["\udfff" * 90], long_text=LongText.REFUSE)
+    with pytest.raises(FieldInvalid) as refusal:  # in a text that is counted a piece a turn
+        await words.tokenize(["w0", "w1 " * 60_000 + "\ud800"], long_text=LongText.KEEP)
+    assert refusal.value.param == "input[1]"
 
 
 def test_ids_are_spelt_as_the_vocabulary_does(words: Tokenizer) -> None:
@@ -272,13 +276,76 @@ def test_a_tokenizer_larger_than_the_embedding_table_is_refused(
         saved(grown, tmp_path, pool)
 
 
-def test_a_tokenizer_without_special_tokens_is_refused(
+SPECIALS = {
+    "before-and-after": ("<s> $A </s>", [0], [2]),
+    "after-only": ("$A </s>", [], [2]),
+    "before-only": ("<s> $A", [0], []),
+    "several": ("<s> <unk> $A <pad> </s>", [0, 3], [1, 2]),
+    "none": ("$A", [], []),
+}
+
+
+@pytest.mark.parametrize(("single", "before", "after"), SPECIALS.values(), ids=SPECIALS.keys())
+async def test_special_tokens_are_those_of_the_files_post_processor(
+    single: str, before: list[int], after: list[int], tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    codec = word_codec()
+    special_tokens = [(word, i) for i, word in enumerate(WORDS[:4])]
+    codec.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=special_tokens
+    )
+    words = saved(codec, tmp_path, pool, token_count_max=8)
+    room = 8 - len(before) - len(after)
+    long = [4 + i for i in range(9)]
+    texts = ["w0 w1", text_of(*range(9))]
+    for long_text, kept in ((LongText.CUT_END, long[:room]), (LongText.CUT_START, long[-room:])):
+        expected = [[*before, 4, 5, *after], [*before, *kept, *after]]
+        assert ids_of(await words.tokenize(texts, long_text=long_text)) == expected
+        for given in ([[4, 5], long], [[*before, 4, 5, *after], [*before, *long, *after]]):
+            arrays = [np.array(ids, np.int32) for ids in given]
+            found = await words.tokenize(arrays, long_text=long_text)
+            assert ids_of(found) == expected
+            original = len(before) + 9 + len(after)
+            assert found.truncated == {1: Truncated(original_tokens=original, kept_tokens=8)}
+    counted = await words.tokenize([text_of(*[1] * 60_000)], long_text=LongText.KEEP)
+    assert ids_of(counted) == [[*before, *[5] * 60_000, *after]]
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta", "modernbert", "qwen3"])
+async def test_each_familys_ids_are_the_librarys(
+    family: str, tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    file = tmp_path / "tokenizer.json"
+    write_tokenizer(file, family=family, vocabulary_size=2_000)
+    codec = tokenizers.Tokenizer.from_file(str(file))
+    texts = ["The rain in the north", "der Bäcker öffnet um sechs", ""]
+    expected = [codec.encode(text).ids for text in texts]
+    tokenizer = Tokenizer(file, token_count_max=64, vocabulary_size=2_000, pool=pool)
+    assert ids_of(await tokenizer.tokenize(texts, long_text=LongText.REFUSE)) == expected
+    bare = [codec.encode(text, add_special_tokens=False).ids for text in texts[:2]]
+    for given in (expected[:2], bare):
+        arrays = [np.array(ids, np.int32) for ids in given]
+        found = await tokenizer.tokenize(arrays, long_text=LongText.REFUSE, are_own=True)
+        assert ids_of(found) == expected[:2]
+
+
+async def test_a_text_of_no_token_is_refused_where_none_is_added(
     tmp_path: Path, pool: ThreadPoolExecutor
 ) -> None:
-    bare = word_codec()
-    bare.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
-    with pytest.raises(CheckpointRefused, match="0 special tokens"):
-        saved(bare, tmp_path, pool)
+    codec = word_codec()
+    codec.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    with pytest.raises(FieldInvalid, match="makes no token") as refusal:
+        await saved(codec, tmp_path, pool).tokenize(["w0", " "], long_text=LongText.CUT_END)
+    assert refusal.value.param == "input[1]"
+
+
+def test_a_tokenizer_that_makes_no_token_is_refused(
+    tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    codec = word_codec()
+    codec.normalizer = normalizers.Replace(tokenizers.Regex("."), "")
+    with pytest.raises(CheckpointRefused, match="makes no token of the text 'a'"):
+        saved(codec, tmp_path, pool)
 
 
 class CountingPool(ThreadPoolExecutor):

@@ -1,6 +1,8 @@
 """Dummy checkpoints: complete, seeded, streamed, and scaled so that vectors mean something."""
 
 import hashlib
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from benchmarks.dummy import blueprint_of, write_dummy
+from benchmarks.dummy.weights import RandomWeights
 from tests.checkpoints.changing import take_all
 from tests.checkpoints.tiny import write_tiny
 
-from trivec.checkpoints.dummy import blueprint_of, write_dummy
-from trivec.checkpoints.dummy_weights import RandomWeights
-from trivec.checkpoints.opening import open_checkpoint
-from trivec.checkpoints.tensors import StoredType
+from trivec.checkpoints import open_checkpoint
 from trivec.core.errors import CheckpointRefused
 from trivec.models.registry import tensor_shapes
 
@@ -37,6 +38,61 @@ def test_the_same_seed_gives_the_same_bytes(torch_files: bool, tmp_path: Path) -
     assert one != other
 
 
+@pytest.mark.parametrize(
+    ("torch_files", "recorded"),
+    [
+        pytest.param(
+            False,
+            "c5b2fe9287b00a5426c7ee4b1d004117759157d754aa11281aa53f8faea8abba",
+            id="safetensors",
+        ),
+        pytest.param(
+            True,
+            "980746c3bffc562b85879cc56bdc287d5039eafa6eebf4e3d7cf80930f972d54",
+            id="torch-files",
+        ),
+    ],
+)
+def test_the_bytes_are_those_that_were_recorded(
+    torch_files: bool, recorded: str, tmp_path: Path
+) -> None:
+    """Without `tokenizer.json`, whose form is its library's. Figures of the past stay comparable."""
+    folder = write_tiny(
+        tmp_path / "tiny",
+        hidden=16,
+        vocabulary_size=300,
+        position_count=20,
+        torch_files=torch_files,
+        stored_type="F16",
+        seed=5,
+    )
+    hashes = _hash_all(folder)
+    del hashes["tokenizer.json"]
+    lines = sorted(f"{sha256} {name}\n" for name, sha256 in hashes.items())
+    assert hashlib.sha256("".join(lines).encode()).hexdigest() == recorded
+
+
+def test_the_command_writes_as_many_layers_as_were_asked_for(tmp_path: Path) -> None:
+    folder = tmp_path / "dummy"
+    done = _run("all-minilm-l6-v2", str(folder), "--layers", "1")
+    assert (done.returncode, done.stdout.strip()) == (0, str(folder))
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 1
+    again = _run("all-minilm-l6-v2", str(folder))
+    assert again.returncode == 1
+    assert "is not empty" in again.stderr
+
+
+def _run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.dummy", *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
 def test_it_has_the_hubs_own_files(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "tiny", torch_files=True)
     assert set(_hash_all(folder)) == {
@@ -55,8 +111,6 @@ def test_it_has_the_hubs_own_files(tmp_path: Path) -> None:
 
 def test_the_blueprint_of_bge_m3_is_the_hubs_checkpoint(shared_data: Path) -> None:
     """Names and shapes of all 391 tensors, from the header of the published file."""
-    import json
-
     header = json.loads((shared_data / "bge-m3" / "bge_m3_safetensors_header.json").read_text())
     published = {name: tuple(entry["shape"]) for name, entry in header.items() if "shape" in entry}
     ours = tensor_shapes(blueprint_of("baai/bge-m3").config)
@@ -80,7 +134,7 @@ def test_memory_stays_far_below_what_is_written(tmp_path: Path) -> None:
     """Two layers of the full width: 1.1 GB in one table, written by a process of its own."""
     script = (
         "import resource, sys; from pathlib import Path\n"
-        "from trivec.checkpoints.dummy import blueprint_of, write_dummy\n"
+        "from benchmarks.dummy import blueprint_of, write_dummy\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "before = peak()\n"
         "write_dummy(Path(sys.argv[1]), blueprint_of('all-minilm-l6-v2'))\n"
@@ -135,7 +189,7 @@ def test_no_tensor_depends_on_the_pieces_it_is_written_in(
 ) -> None:
     whole = take_all(open_checkpoint(str(write_tiny(tmp_path / "one")), cache_dir=tmp_path / "c"))
     expected = {name: array.copy() for name, array in whole.items()}
-    monkeypatch.setattr("trivec.checkpoints.dummy_weights.PIECE_ELEMENTS", 100)
+    monkeypatch.setattr("benchmarks.dummy.weights.PIECE_ELEMENTS", 100)
     again = take_all(open_checkpoint(str(write_tiny(tmp_path / "two")), cache_dir=tmp_path / "c"))
     assert all(np.array_equal(again[name], expected[name]) for name in expected)
 
@@ -145,7 +199,7 @@ def test_six_channels_of_1024_are_outliers_from_the_second_layer_up() -> None:
     assert len(weights.outliers) == 6
 
     def vector(name: str) -> np.ndarray:
-        (piece,) = weights.pieces(name, (1024,), stored_type=StoredType.F32)
+        (piece,) = weights.pieces(name, (1024,), stored_type="F32")
         return np.frombuffer(piece, "<f4")
 
     for layer, has_outliers in ((0, False), (1, True), (2, True)):

@@ -1,4 +1,4 @@
-"""Seeded random weights, scaled so that a deep random encoder still tells texts and tokens apart.
+"""Seeded random weights of any family, scaled so that a deep model still tells texts and tokens apart.
 
 Three things go wrong with plain random weights. Vectors collapse: each layer mixes all tokens
 until every text looks alike. Where attention is made sharp against that, rounding errors grow
@@ -13,9 +13,9 @@ from zlib import crc32
 
 import numpy as np
 
-from trivec.checkpoints.tensors import StoredType
 from trivec.core.types import Float32Array
 from trivec.models.bert import BertConfig
+from trivec.models.ops import ModelConfig, layer_of
 
 PIECE_ELEMENTS = 2**20
 # The first layer's attention writes the text into every token, the first one's included; what
@@ -28,23 +28,34 @@ POSITION_GAIN = 0.3
 SPARSE_BIAS, SPARSE_GAIN = 0.2, 0.06  # lexical weights as BGE-M3's: most between 0.05 and 0.35
 OUTLIERS_PER_1024 = 6
 OUTLIER_SIZE = 12.5  # with what is added to it, twenty times the median magnitude
+# What a matrix is, by how its layer's name ends in BERT, ModernBERT and Qwen3.
+QUERIES_AND_KEYS = (".query", ".key", ".attn.q", ".attn.k", ".q_proj", ".k_proj")
+ATTENTION_OUTPUTS = (".attention.output.dense", ".attn.Wo", ".o_proj")
+FEED_FORWARD_OUTPUTS = (".output.dense", ".mlp.Wo", ".down_proj")
+EMBEDDING_GAINS = {
+    "embeddings.position_embeddings.weight": POSITION_GAIN,
+    "embeddings.token_type_embeddings.weight": 0.1,
+}
 
 
 class RandomWeights:
-    """Every tensor of one encoder and its heads, the same for the same config and seed."""
+    """Every tensor of one model and its heads, the same for the same config and seed.
 
-    def __init__(self, config: BertConfig, *, seed: int) -> None:
+    Outlier channels are made in the BERT family only.
+    """
+
+    def __init__(self, config: ModelConfig, *, seed: int) -> None:
         self._config = config
         self._seed = seed
         outlier_count = config.hidden_size * OUTLIERS_PER_1024 // 1024
+        if not isinstance(config, BertConfig):
+            outlier_count = 0
         chosen = np.random.default_rng([seed, 1]).choice(
             config.hidden_size, outlier_count, replace=False
         )
         self.outliers = np.sort(chosen)  # [outliers]; channels of the hidden states
 
-    def pieces(
-        self, name: str, shape: tuple[int, ...], *, stored_type: StoredType
-    ) -> Iterator[bytes]:
+    def pieces(self, name: str, shape: tuple[int, ...], *, stored_type: str) -> Iterator[bytes]:
         """The little-endian bytes of tensor *name*, a few rows at a time."""
         if len(shape) == 1:
             yield encode(self._vector(name, shape[0]), stored_type)
@@ -81,7 +92,7 @@ class RandomWeights:
         """Biases and LayerNorms: `[size]`."""
         if name == "sparse_linear.bias":
             return np.full(size, SPARSE_BIAS, np.float32)
-        if "LayerNorm" not in name:
+        if "norm" not in name.lower():
             return self._rng(name).standard_normal(size, np.float32) * np.float32(0.02)
         vector = np.full(size, float(name.endswith("weight")), np.float32)
         if self._has_outliers(name):
@@ -99,27 +110,26 @@ class RandomWeights:
 
 def _gain(name: str, columns: int, layer_count: int) -> float:
     """Standard deviation of a weight matrix with *columns* inputs."""
-    if name.startswith("embeddings."):
-        return {"word": 1.0, "posi": POSITION_GAIN, "toke": 0.1}[name[11:15]]
-    gain = 1.0
-    if ".query." in name or ".key." in name:
+    layer, gain = name.removesuffix(".weight"), 1.0
+    if "embed" in name:
+        return EMBEDDING_GAINS.get(name, gain)
+    if layer.endswith(QUERIES_AND_KEYS):
         gain = ATTENTION_SHARPNESS
-    elif name.startswith("encoder.layer.0.attention.output."):
-        gain = FIRST_ATTENTION_GAIN
-    elif ".attention.output." in name:
-        gain = ATTENTION_SHARE / sqrt(layer_count)
-    elif ".output." in name:
+    elif layer.endswith(ATTENTION_OUTPUTS):
+        share = ATTENTION_SHARE / sqrt(layer_count)
+        gain = FIRST_ATTENTION_GAIN if layer_of(name) == 0 else share
+    elif layer.endswith(FEED_FORWARD_OUTPUTS):
         gain = FEED_FORWARD_SHARE / sqrt(layer_count)
     elif name.startswith("sparse_linear"):
         gain = SPARSE_GAIN
     return gain / sqrt(columns)
 
 
-def encode(array: Float32Array, stored_type: StoredType) -> bytes:
+def encode(array: Float32Array, stored_type: str) -> bytes:
     """*array* as little-endian float32, float16 or bfloat16 (rounded to nearest)."""
-    if stored_type is StoredType.F16:
+    if stored_type == "F16":
         return array.astype("<f2").tobytes()
-    if stored_type is StoredType.BF16:
+    if stored_type == "BF16":
         return ((array.view(np.uint32) + 0x8000) >> 16).astype("<u2").tobytes()
-    assert stored_type is StoredType.F32
+    assert stored_type == "F32"
     return array.astype("<f4", copy=False).tobytes()

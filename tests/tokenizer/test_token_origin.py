@@ -18,6 +18,7 @@ TEXTS = (
     "def read(self, size: int = -1) -> bytes:\n    return self._buffer[:size]",
     "硬い帽子をかぶった男が踊っている。",
     "Молодой человек играет на гитаре.",
+    "Donaudampfschifffahrtsgesellschaftskapitän Müller kommt",
 )
 # cl100k_base's ids of the first text, and of one about the stock market.
 CL100K = [32, 3995, 1716, 374, 20427, 264, 15580, 1555, 279, 2115, 13]
@@ -64,6 +65,12 @@ async def test_a_models_own_arrays_are_taken_wherever_they_are_cut(
 async def test_own_arrays_of_many_languages_in_one_request_are_taken(model: Tokenizer) -> None:
     arrays = [await own(model, text) for text in TEXTS]
     assert await take(model, arrays) == len(TEXTS)
+
+
+async def test_a_pair_of_texts_in_one_array_is_taken(model: Tokenizer) -> None:
+    """A closing token in the middle separates them."""
+    one, other = await own(model, TEXTS[0]), await own(model, TEXTS[1])
+    assert await take(model, [np.concatenate((one, other[1:]))]) == 1
 
 
 @pytest.mark.parametrize("ids", [CL100K, CL100K_2], ids=["a sentence", "another"])

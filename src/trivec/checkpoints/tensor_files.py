@@ -1,0 +1,494 @@
+"""Tensor files: safetensors and torch's zip files, mapped into memory, never read whole and never run.
+
+* safetensors: 8 bytes of header length (little-endian), a JSON header, then the tensors end to end
+  (https://huggingface.co/docs/safetensors). The safetensors package checks the header; it reads
+  whole tensors into memory and knows no bfloat16 under numpy, so the file is mapped here.
+* torch (`.bin`, `.pt`): a zip archive of uncompressed entries, `NAME/data.pkl`, which says what
+  tensors there are, and `NAME/data/0`, `1`, … with their bytes. Other archives are refused.
+
+The pickle is a program for a stack machine that may import and call anything. `_StateDictUnpickler`
+gives it two dozen opcodes and three callables, which make a state dict (docs/decisions/0020).
+"""
+
+import hashlib
+import io
+import mmap
+import os
+import pickle
+import pickletools
+import re
+import struct
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from reprlib import Repr
+from typing import Any, ClassVar, NamedTuple, TypeGuard
+
+import msgspec
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from trivec.checkpoints.hashes import HashedFile, Hashes
+from trivec.core.errors import CheckpointRefused
+from trivec.core.types import Float32Array
+
+# Bytes of an element, by the type's name in safetensors.
+ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+DIMENSIONS_MAX = 8
+PICKLE_BYTES_MAX = 4 * 1024 * 1024  # BGE-M3's 391 tensors take 60 kB
+CHUNK_BYTES = 16 * 1024 * 1024  # read at a time where a whole file is read
+
+
+class _Malformed(ValueError):
+    """A file does not hold what its format says; the message names what it holds instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor in a file, row-major and little-endian."""
+
+    dtype: str  # a key of ITEM_BYTES
+    shape: tuple[int, ...]
+    offset_bytes: int  # from the start of the file
+
+    @property
+    def byte_count(self) -> int:
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+class TensorFile:
+    """A mapped file and the tensors in it, whatever its format. Any thread may read.
+
+    Views keep the map alive, so dropping this object is always safe.
+    """
+
+    def __init__(self, file: Path, mapped: mmap.mmap, tensors: Mapping[str, StoredTensor]) -> None:
+        self.file = file
+        self.tensors = tensors
+        self._mapped = mapped
+
+    def raw(self, name: str) -> memoryview:
+        """The stored bytes of *name*, without a copy."""
+        tensor = self.tensors[name]
+        end = tensor.offset_bytes + tensor.byte_count
+        return memoryview(self._mapped)[tensor.offset_bytes : end]
+
+    def float32(self, name: str) -> Float32Array:
+        """Tensor *name* as float32 in its own shape: a view where the file holds float32.
+
+        Raises `CheckpointRefused` for a type that is not a float of at most 32 bits, and for a
+        value that is not finite.
+        """
+        tensor, raw = self.tensors[name], self.raw(name)
+        if tensor.dtype == "F32":
+            array = np.frombuffer(raw, "<f4").astype(np.float32, copy=False)
+        elif tensor.dtype == "F16":
+            array = np.frombuffer(raw, "<f2").astype(np.float32)
+        elif tensor.dtype == "BF16":  # the upper half of a float32
+            array = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+        else:
+            raise CheckpointRefused(
+                f"{self.file}: {name} is stored as {tensor.dtype}; weights are read from "
+                "F32, F16 or BF16. Convert the checkpoint to one of these."
+            )
+        if not all_finite(array):
+            raise CheckpointRefused(
+                f"{self.file}: {name} holds a value that is not finite (NaN or infinity). "
+                "The file is damaged or its training diverged; fetch it again."
+            )
+        return array.reshape(tensor.shape)
+
+
+def all_finite(array: Float32Array) -> bool:
+    """Whether *array* holds neither NaN nor infinity, without a temporary of its size.
+
+    A finite sum proves it, since neither NaN nor infinity can be added away; only a sum that
+    overflowed needs the slow look.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = array.sum(dtype=np.float32)
+    return bool(np.isfinite(total)) or bool(np.isfinite(array).all())
+
+
+def open_tensor_file(file: Path) -> TensorFile:
+    """Map *file*, a torch file if it ends in `.bin` or `.pt` and safetensors otherwise.
+
+    Of a safetensors file the header is read; a torch file is read once, about 1 GB/s, to compare
+    the archive's checksums. Raises `CheckpointRefused`, which names what is wrong.
+    """
+    try:
+        with file.open("rb") as opened:
+            # A private map: arrays over it are writable, as OpenVINO and torch want them to be
+            # before they share memory, and nothing written would ever reach the file.
+            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        raise CheckpointRefused(f"{file}: cannot be read: {error}") from error
+    try:
+        if is_torch_file(file):
+            return TensorFile(file, mapped, _read_archive(file, mapped))
+        return TensorFile(file, mapped, _read_header(file, mapped))
+    except (ValueError, SafetensorError, zipfile.BadZipFile, RuntimeError, struct.error) as error:
+        problem = f"{file}: not a sound safetensors file: {error}. Fetch the file again."
+        if is_torch_file(file):
+            problem = (
+                f"{file}: refused: {error}. Take a copy of the model in safetensors, or from a "
+                "source you trust."
+            )
+        raise CheckpointRefused(problem) from error
+
+
+def is_torch_file(file: Path) -> bool:
+    """Whether *file* is named as a torch file, which holds a pickle."""
+    return file.suffix in (".bin", ".pt")
+
+
+def convert_torch_file(source: HashedFile, *, cache_dir: Path) -> Path:
+    """The safetensors form of the torch file *source*, from the cache or made now.
+
+    A copy in the cache counts only while it has the hash it was written with; a damaged one is
+    made again. Memory: what the kernel maps of *source*, and one chunk.
+    Raises `CheckpointRefused` when *source* is not a plain state dict.
+    """
+    folder = cache_dir / "converted" / source.sha256
+    file, note = folder / "model.safetensors", folder / "sha256"
+    hashes = Hashes(cache_dir / "hashes")
+    if file.is_file() and note.is_file() and hashes.of(file).sha256 == note.read_text():
+        return file
+    opened = open_tensor_file(source.path)
+    note.unlink(missing_ok=True)
+    shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in opened.tensors.items()}
+    raws = map(opened.raw, opened.tensors)
+    chunks = (
+        (raw[at : at + CHUNK_BYTES] for at in range(0, len(raw), CHUNK_BYTES)) for raw in raws
+    )
+    sha256 = write_safetensors(file, shapes, chunks)
+    note.write_text(sha256)
+    hashes.remember(file, sha256)
+    return file
+
+
+# safetensors
+
+
+def _read_header(file: Path, mapped: mmap.mmap) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, whose header the format's own library checks.
+
+    It does not say where they begin, but that they cover the file in this order, without holes.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    offset = 8 + int.from_bytes(mapped[:8], "little")
+    with safe_open(file, "numpy") as opened:
+        for name in opened.offset_keys():
+            found = opened.get_slice(name)
+            dtype, shape = found.get_dtype(), tuple(found.get_shape())
+            if dtype not in ITEM_BYTES:
+                raise _Malformed(f"{name} has the unknown type {dtype!r}")
+            tensors[name] = StoredTensor(dtype, shape, offset)
+            offset += tensors[name].byte_count
+    assert offset == len(mapped)
+    return tensors
+
+
+def write_safetensors(
+    file: Path,
+    shapes: Mapping[str, tuple[str, tuple[int, ...]]],  # type and shape by name
+    tensors: Iterable[Iterable[memoryview | bytes]],
+) -> str:
+    """Write *file* in one pass, one piece in memory at a time; returns its sha256.
+
+    *tensors* yields, for each name of *shapes* in order, the little-endian bytes of it in pieces.
+    The file is moved into place at the end: a reader never sees half of it.
+    """
+    entries: dict[str, dict[str, object]] = {}
+    ends: list[int] = []  # of each tensor, from the end of the header
+    offset = 0
+    for name, (dtype, shape) in shapes.items():
+        end = offset + prod(shape) * ITEM_BYTES[dtype]
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (offset, end)}
+        ends.append(end)
+        offset = end
+    encoded = msgspec.json.encode({"__metadata__": {"format": "pt"}, **entries})
+    encoded += b" " * (-len(encoded) % 8)  # so that the tensors begin at a multiple of eight
+    head = len(encoded).to_bytes(8, "little") + encoded
+    sha256 = hashlib.sha256(head)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        with unfinished.open("wb") as out:
+            out.write(head)
+            for end, pieces in zip(ends, tensors, strict=True):
+                for piece in pieces:
+                    sha256.update(piece)
+                    out.write(piece)
+                assert out.tell() == len(head) + end
+            out.flush()
+            os.fsync(out.fileno())
+        unfinished.replace(file)
+        return sha256.hexdigest()
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+# torch's zip files
+
+PARTS = re.compile(
+    r"(?P<top>[^/\\]+)/(?P<part>data\.pkl|data/\d+|version|byteorder|\.format_version"
+    r"|\.storage_alignment|\.data/serialization_id)"
+)
+
+
+class _Part(NamedTuple):
+    """Where an entry's bytes are, in the mapped file."""
+
+    begin: int
+    end: int
+
+
+def _read_archive(file: Path, mapped: mmap.mmap) -> dict[str, StoredTensor]:
+    """The tensors of a torch file, whose every part is where it says and undamaged."""
+    if mapped[:1] == b"\x80":
+        raise _Malformed(
+            "it is a bare pickle, torch's legacy format from before 1.6, which cannot be read "
+            "without running it"
+        )
+    if mapped[:4] != b"PK\x03\x04":
+        raise _Malformed("it is not a zip archive, which torch files are")
+    with zipfile.ZipFile(file) as archive:
+        parts = _locate_parts(mapped, archive.infolist())
+        # Each entry's own header and its checksum, which the file is read once for.
+        if (damaged := archive.testzip()) is not None:
+            raise _Malformed(f"its entry {damaged} is damaged: its checksum does not match")
+    if (part := parts.get("byteorder")) is not None:
+        order = mapped[part.begin : min(part.end, part.begin + 16)]
+        if order.strip() != b"little":
+            raise _Malformed(f"its byte order is {order!r}; read is little-endian")
+    begin, end = parts["data.pkl"]
+    if end - begin > PICKLE_BYTES_MAX:
+        raise _Malformed(f"its data.pkl has more than {PICKLE_BYTES_MAX:,} bytes")
+    storages = {name[5:]: part for name, part in parts.items() if name.startswith("data/")}
+    tensors = _read_state_dict(mapped[begin:end], storages)
+    # A small file must not become a large one when it is converted.
+    stored_bytes = sum(part.end - part.begin for part in storages.values())
+    if sum(tensor.byte_count for tensor in tensors.values()) > 2 * stored_bytes:
+        raise _Malformed("its tensors share their storage until they are more than twice its size")
+    return tensors
+
+
+def _locate_parts(mapped: mmap.mmap, listed: list[zipfile.ZipInfo]) -> dict[str, _Part]:
+    """The archive's entries by what follows their one top folder; uncompressed, none overlapping."""
+    parts: dict[str, _Part] = {}
+    tops: set[str] = set()
+    for info in listed:
+        name = f"{info.orig_filename!r:.120}"
+        match = PARTS.fullmatch(info.filename)
+        if match is None or info.filename != info.orig_filename or match["top"] in (".", ".."):
+            raise _Malformed(f"its entry {name} is none of a state dict's")
+        if match["part"] in parts:
+            raise _Malformed(f"its entry {name} is there twice")
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+            raise _Malformed(f"its entry {name} is compressed; torch stores entries as they are")
+        # Only the entry's own header says how long its name and its extra field are.
+        name_bytes, extra_bytes = struct.unpack_from("<2H", mapped, info.header_offset + 26)
+        begin = info.header_offset + 30 + name_bytes + extra_bytes
+        parts[match["part"]] = _Part(begin, begin + info.file_size)
+        tops.add(match["top"])
+    if len(tops) != 1 or "data.pkl" not in parts:
+        raise _Malformed("it holds no data.pkl in one folder, so no state dict")
+    end = 0
+    for name, part in sorted(parts.items(), key=lambda item: item[1]):
+        if part.begin < end or part.end > len(mapped):
+            raise _Malformed(f"its entry {name} overlaps another or ends outside the file")
+        end = part.end
+    return parts
+
+
+# the pickle of a state dict
+
+
+class _StateDict(dict[str, object]):
+    """A dict with text for keys: hashing a tuple nested 300,000 times would end the process."""
+
+    def __init__(self) -> None:  # so that it is made of nothing, whatever a pickle calls it with
+        super().__init__()
+
+    def __setitem__(self, key: object, value: object) -> None:
+        if type(key) is not str or not key.isprintable():
+            raise _Malformed(f"its pickle has {_brief(key)} for a name")
+        if key in self:
+            raise _Malformed(f"its pickle names {key!r} twice")
+        super().__setitem__(key, value)
+
+
+def _rebuild_tensor(  # of six values: a seventh may say that the stored ones are negated
+    storage: object, offset: object, shape: object, strides: object, _grad: object, _hooks: object
+) -> StoredTensor:
+    """The tensor that torch's function of this name makes; offset and strides are in elements."""
+    if not isinstance(storage, StoredTensor):
+        raise _Malformed(f"its pickle rebuilds a tensor from {_brief(storage)}")
+    if not _is_shape(shape):
+        raise _Malformed(f"its pickle has a tensor of the impossible shape {_brief(shape)}")
+    expected = [prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    # The stride of an axis of length one says nothing.
+    if not (_is_shape(strides) and len(strides) == len(shape)) or any(
+        size != 1 and stride != right
+        for size, stride, right in zip(shape, strides, expected, strict=True)
+    ):
+        raise _Malformed(
+            f"its pickle has a tensor of shape {_brief(shape)} with strides {_brief(strides)}, "
+            "not row-major"
+        )
+    if not _is_count(offset):
+        raise _Malformed(f"its pickle has a tensor at the impossible offset {_brief(offset)}")
+    if offset + prod(shape) > prod(storage.shape):
+        raise _Malformed(f"its tensor of shape {list(shape)} reaches outside its storage")
+    begin = storage.offset_bytes + offset * ITEM_BYTES[storage.dtype]
+    return StoredTensor(storage.dtype, tuple(shape), begin)
+
+
+def _rebuild_parameter(tensor: object, requires_grad: object, hooks: object) -> object:
+    return tensor
+
+
+# What the names in a pickle stand for; a storage's type is a key of ITEM_BYTES.
+GLOBALS: Mapping[str, object] = {
+    "collections.OrderedDict": _StateDict,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch.DoubleStorage": "F64",
+    "torch.FloatStorage": "F32",
+    "torch.HalfStorage": "F16",
+    "torch.BFloat16Storage": "BF16",
+    "torch.LongStorage": "I64",
+    "torch.IntStorage": "I32",
+    "torch.ShortStorage": "I16",
+    "torch.CharStorage": "I8",
+    "torch.ByteStorage": "U8",
+    "torch.BoolStorage": "BOOL",
+}
+# Opcodes that put values on the stack, take them together, keep them for later or call a global.
+ALLOWED_OPCODES = (
+    pickle.MARK, pickle.STOP, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE,
+    pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINUNICODE,
+    pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3,
+    pickle.SETITEM, pickle.SETITEMS, pickle.GLOBAL, pickle.BINPERSID, pickle.REDUCE,
+    pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET,
+)  # fmt: skip
+
+
+class _Opcodes(dict[int, Callable[[Any], None]]):
+    """What each opcode does; none but these are known."""
+
+    def __missing__(self, code: int) -> Callable[[Any], None]:
+        names = {opcode.code: opcode.name for opcode in pickletools.opcodes}
+        name = names.get(chr(code), f"{code:#x}")
+        raise _Malformed(f"its pickle uses the opcode {name}, which a state dict does not need")
+
+
+class _StateDictUnpickler(pickle._Unpickler):
+    """The standard library's unpickler in Python, cut down to what a state dict needs.
+
+    Not `pickle.Unpickler`, which is in C: its dicts hash any key and its memo is an array of the
+    size that the pickle asks for, so a few bytes end the process or take gigabytes; nor can it
+    refuse an opcode.
+    """
+
+    stack: list[object]
+    metastack: list[list[object]]
+    read: Callable[[int], bytes]
+
+    def __init__(self, pickled: bytes, storages: Mapping[str, _Part]) -> None:
+        super().__init__(io.BytesIO(pickled))
+        self._storages = storages
+
+    def find_class(self, module: str, name: str) -> object:
+        name = f"{module}.{name}"
+        if name not in GLOBALS:
+            raise _Malformed(f"its pickle asks for {name!r}, which a state dict does not need")
+        return GLOBALS[name]
+
+    def persistent_load(self, pid: object) -> StoredTensor:
+        """The storage, as one flat tensor, of ("storage", type, key, device, element count)."""
+        match pid:
+            case ("storage", str(dtype), str(key), _, int(count)) if dtype in ITEM_BYTES:
+                part = self._storages.get(key)
+            case _:
+                raise _Malformed(f"its pickle refers to {_brief(pid)}, which is no storage")
+        if part is None:
+            raise _Malformed(f"its pickle refers to storage {key!r:.40}, which is not there")
+        said, found = count * ITEM_BYTES[dtype], part.end - part.begin
+        if said != found:
+            raise _Malformed(f"storage {key} has {found:,} bytes, its pickle says {said:,}")
+        return StoredTensor(dtype, (count,), part.begin)
+
+    def _load_protocol(self) -> None:
+        version = ord(self.read(1))
+        if version != 2:
+            raise _Malformed(f"its pickle is of protocol {version}; torch writes 2")
+
+    def _load_empty_dict(self) -> None:
+        self.stack.append(_StateDict())
+
+    def _load_build(self) -> None:
+        """Modules leave version numbers on their state dict, as its attribute `_metadata`."""
+        state, held = self.stack.pop(), self.stack[-1]
+        if not (type(held) is type(state) is _StateDict and [*state] == ["_metadata"]):
+            raise _Malformed(f"its pickle sets attributes of {_brief(held)}")
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = _Opcodes(
+        {code[0]: pickle._Unpickler.dispatch[code[0]] for code in ALLOWED_OPCODES}
+        | {
+            pickle.PROTO[0]: _load_protocol,
+            pickle.EMPTY_DICT[0]: _load_empty_dict,
+            pickle.BUILD[0]: _load_build,
+        }
+    )
+
+
+def _read_state_dict(pickled: bytes, storages: Mapping[str, _Part]) -> dict[str, StoredTensor]:
+    """Name to tensor, as *pickled* says, in *storages* (key to place). No code of it is run.
+
+    Raises `ValueError`, which names the opcode, global or value that a state dict does not have.
+    """
+    unpickler = _StateDictUnpickler(pickled, storages)
+    if not pickled.endswith(pickle.STOP):
+        raise _Malformed("its pickle is no complete one")
+    try:
+        found = unpickler.load()
+    except (EOFError, IndexError, TypeError, struct.error, pickle.UnpicklingError) as error:
+        raise _Malformed(f"its pickle is damaged ({error})") from error
+    if unpickler.stack or unpickler.metastack:
+        raise _Malformed("its pickle does not end in one value")
+    if not isinstance(found, _StateDict):
+        raise _Malformed(f"its pickle holds {_brief(found)} where a state dict is expected")
+    tensors: dict[str, StoredTensor] = {}
+    for name, tensor in found.items():
+        if not isinstance(tensor, StoredTensor):
+            raise _Malformed(
+                f"its pickle maps {name!r} to {_brief(tensor)}, not a name to a tensor"
+            )
+        tensors[name] = tensor
+    return tensors
+
+
+def _is_shape(sizes: object) -> TypeGuard[tuple[int, ...]]:
+    return (
+        isinstance(sizes, tuple | list)
+        and len(sizes) <= DIMENSIONS_MAX
+        and all(_is_count(size) for size in sizes)
+    )
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 2**48
+
+
+def _brief(value: object) -> str:
+    """A value of the pickle's in few words: a small pickle can nest one tuple into an endless one."""
+    shortened = Repr()
+    shortened.maxlevel = 2
+    return f"{type(value).__name__.strip('_').lower()} {shortened.repr(value)}"
