@@ -10,7 +10,7 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
-from trivec.backends.torch.attention import ReferenceAttention, choose_attention
+from trivec.backends.torch.attention import REFERENCE, choose_attention
 from trivec.backends.torch.device import (
     TorchOptions,
     choose_device,
@@ -18,13 +18,7 @@ from trivec.backends.torch.device import (
     find_devices,
     token_budget,
 )
-from trivec.backends.torch.graphs import (
-    CudaGraphs,
-    CudaStream,
-    HostStream,
-    capture_graphs,
-    compile_blocks,
-)
+from trivec.backends.torch.graphs import CudaGraphs, DeviceStream, capture_graphs, compile_blocks
 from trivec.backends.torch.heads import DeviceHeads, to_vectors
 from trivec.backends.torch.ops import DTYPES, Encoder, PackedBatch, load_encoder, pack, run_block
 from trivec.checkpoints.checkpoint import Checkpoint
@@ -33,6 +27,7 @@ from trivec.core.types import Batch, BatchBudget, Vectors
 from trivec.models.registry import plan_of
 
 AUTOMATIC = TorchOptions()
+CPU = torch.device("cpu")
 # cudaErrorMemoryAllocation, as cuBLAS and the driver word it when they, not torch, ran out.
 OUT_OF_MEMORY_WORDS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 
@@ -48,7 +43,7 @@ class DeviceModel:
         self,
         encoder: Encoder,
         heads: DeviceHeads,
-        stream: HostStream,
+        stream: DeviceStream,
         *,
         graphs: CudaGraphs | None = None,
         notes: Mapping[str, str] = MappingProxyType({}),
@@ -62,7 +57,7 @@ class DeviceModel:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, stream: HostStream, *, precision: str, options: TorchOptions
+        cls, checkpoint: Checkpoint, stream: DeviceStream, *, precision: str, options: TorchOptions
     ) -> "DeviceModel":
         """Load *checkpoint* and check every fast path. Raises `CheckpointRefused`."""
         dtype = DTYPES[precision]
@@ -70,9 +65,8 @@ class DeviceModel:
             encoder = load_encoder(checkpoint, device=stream.device, dtype=dtype)
             attention, attention_note = choose_attention(
                 options.attention,
-                list(dict.fromkeys(plan_of(checkpoint.config).attention)),
-                dtype=dtype,
-                device=stream.device,
+                plan_of(checkpoint.config).attention,
+                like=torch.empty(0, dtype=dtype, device=stream.device),
                 has_packed=stream.is_cuda and precision != "fp32",
             )
             blocks, blocks_note = compile_blocks(encoder, stream, asked=options.compiled)
@@ -85,17 +79,18 @@ class DeviceModel:
         return cls(encoder, heads, stream, graphs=graphs, notes=notes)
 
     def load_exact(self, checkpoint: Checkpoint) -> "DeviceModel":
-        """This model in fp32 by the plain paths: on its device, or on the CPU for want of memory.
+        """The model in fp32 by the plain paths: on its device, or on the CPU for want of memory.
 
         Shares the weights where they are fp32 already.
         """
         if self.encoder.dtype is torch.float32:
-            plain = replace(self.encoder, attention=ReferenceAttention(), run_block=run_block)
+            plain = replace(self.encoder, attention=REFERENCE, run_block=run_block)
             return DeviceModel(plain, self._heads, self.stream)
         self.stream.trim()  # what is cached for batches counts as taken otherwise
         free_bytes = self.stream.free_bytes()
-        has_room = free_bytes is not None and 2 * self.encoder.fp32_bytes < free_bytes
-        stream = self.stream if has_room else HostStream()
+        fp32_bytes = sum(4 * int(tensor.numel()) for tensor in self.encoder.weights.values())
+        has_room = free_bytes is not None and 2 * fp32_bytes < free_bytes
+        stream = self.stream if has_room else DeviceStream(CPU)
         with stream.entered():
             plain = load_encoder(checkpoint, device=stream.device, dtype=torch.float32)
             return DeviceModel(plain, DeviceHeads.load(checkpoint, stream.device), stream)
@@ -108,7 +103,9 @@ class DeviceModel:
         assert batch.token_ids.min() >= 0, "a token id is below the vocabulary"
         assert batch.token_ids.max() < config.vocab_size, "a token id is beyond it"
         with self._launch_lock, self.stream.entered():
-            shape = self.graphs and self.graphs.shape_for(batch.token_count, len(batch))
+            shape = None
+            if self.graphs is not None:
+                shape = self.graphs.shape_for(batch.token_count, len(batch))
             words, lengths = pack(batch, position_offset=config.position_offset, shape=shape)
             if self.graphs is not None and shape is not None:
                 packed, hidden = self.graphs.replay(shape, words)
@@ -170,10 +167,10 @@ class TorchBackend:
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
         on_cuda = chosen.device == "cuda"
-        streams = [CudaStream(index) for index in chosen.indices] if on_cuda else [HostStream()]
+        devices = [torch.device("cuda", index) for index in chosen.indices] or [CPU]
         models = [
-            DeviceModel.load(checkpoint, stream, precision=precision, options=options)
-            for stream in streams
+            DeviceModel.load(checkpoint, DeviceStream(one), precision=precision, options=options)
+            for one in devices
         ]
         budgets = (
             token_budget(
@@ -218,9 +215,10 @@ class TorchBackend:
     def run_exact(self, batch: Batch, *, slot: int) -> Vectors:
         """`run` in fp32 by the plain paths. The first call reads the weights again."""
         index = slot % len(self._models)
-        with self._loading_exact, self._translating(self._models[index]):
+        with self._loading_exact:
             if index not in self._exact:
-                self._exact[index] = self._models[index].load_exact(self._checkpoint)
+                with self._translating(self._models[index]):
+                    self._exact[index] = self._models[index].load_exact(self._checkpoint)
         with self._translating(self._exact[index]):
             return self._exact[index].run(batch)
 

@@ -5,15 +5,16 @@ Graphs and compiled blocks are compared at start with the plain encoder, on the 
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from trivec.backends.torch.attention import REFUSALS, ReferenceAttention, fault_of, summary_of
+from trivec.backends.torch.attention import REFERENCE, REFUSALS, fault_of, summary_of
 from trivec.backends.torch.ops import (
     BatchShape,
     Block,
@@ -33,78 +34,46 @@ GRAPH_SEQUENCE_COUNTS = (256, 32, 2)
 COMPILE_CHECK_TOKENS = (64, 300, 1000)  # the second shows whether the count is a variable
 
 
-class HostStream:
-    """Copies and waits of the CPU, where every tensor is on the host already."""
-
-    is_cuda = False
-
-    def __init__(self) -> None:
-        self.device = torch.device("cpu")
-
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Make the device and its stream this thread's own for a while."""
-        with torch.inference_mode():
-            yield
-
-    def upload(self, array: Int32Array) -> torch.Tensor:
-        """A copy of *array* on the device; the caller does not touch *array* again."""
-        return torch.from_numpy(array)
-
-    def overwrite(self, tensor: torch.Tensor, array: Int32Array) -> None:
-        """Copy *array* over *tensor*, in the stream's order."""
-        tensor.copy_(torch.from_numpy(array))
-
-    def download(
-        self, tensors: Mapping[str, torch.Tensor]
-    ) -> Callable[[], dict[str, NDArray[Any]]]:
-        """Start copies to the host. The function returned blocks until they are there."""
-        return lambda: {name: tensor.numpy() for name, tensor in tensors.items()}
-
-    def synchronize(self) -> None:
-        """Wait for all work of the device. Raises `RuntimeError` when it is lost."""
-
-    def free_bytes(self) -> int | None:
-        """Memory left on the device; None where that is unknown."""
-        return None
-
-    def trim(self) -> None:
-        """Give cached memory back to the device."""
-
-
-class CudaStream(HostStream):
-    """Pinned, asynchronous copies of one CUDA device.
+class DeviceStream:
+    """Launches and copies of one device: asynchronous on CUDA; on a CPU there is nothing to do.
 
     Launches go to one stream, in the order in which they are made; results travel on a second one,
     so that a large one does not hold up the next batch. Host memory comes from torch's cache of
     pinned blocks, which waits for the copies that use a block before it lends the block again.
     """
 
-    is_cuda = True
-
-    def __init__(self, index: int) -> None:
-        self.device = torch.device("cuda", index)
-        self.launches = torch.cuda.Stream(self.device)
-        self._results = torch.cuda.Stream(self.device)
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.is_cuda = device.type == "cuda"
+        if self.is_cuda:
+            self.launches = torch.cuda.Stream(device)
+            self._results = torch.cuda.Stream(device)
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        with (
-            torch.inference_mode(),
-            torch.cuda.device(self.device),
-            torch.cuda.stream(self.launches),
-        ):
+        """Make the device and its stream this thread's own for a while."""
+        with torch.inference_mode(), ExitStack() as stack:
+            if self.is_cuda:
+                stack.enter_context(torch.cuda.device(self.device))
+                stack.enter_context(torch.cuda.stream(self.launches))
             yield
 
-    def upload(self, array: Int32Array) -> torch.Tensor:
-        return torch.from_numpy(array).pin_memory().to(self.device, non_blocking=True)
+    def upload(self, array: Int32Array) -> Tensor:
+        """*array* on the device; the caller does not touch *array* again."""
+        tensor = torch.from_numpy(array)
+        if self.is_cuda:
+            tensor = tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor
 
-    def overwrite(self, tensor: torch.Tensor, array: Int32Array) -> None:
+    def overwrite(self, tensor: Tensor, array: Int32Array) -> None:
+        """Copy *array* over *tensor*, in the order of the launches."""
         tensor.copy_(torch.from_numpy(array).pin_memory(), non_blocking=True)
 
-    def download(
-        self, tensors: Mapping[str, torch.Tensor]
-    ) -> Callable[[], dict[str, NDArray[Any]]]:
+    def download(self, tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, NDArray[Any]]]:
+        """Start copies to the host. The function returned blocks until they are there."""
+        if not self.is_cuda:
+            arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+            return lambda: arrays
         self._results.wait_stream(self.launches)
         hosted = {}
         with torch.cuda.stream(self._results):
@@ -123,13 +92,18 @@ class CudaStream(HostStream):
         return wait
 
     def synchronize(self) -> None:
-        torch.cuda.synchronize(self.device)
+        """Wait for all work of the device. Raises `RuntimeError` when it is lost."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
 
     def free_bytes(self) -> int | None:
-        return int(torch.cuda.mem_get_info(self.device)[0])
+        """Memory left on the device; None where that is unknown."""
+        return int(torch.cuda.mem_get_info(self.device)[0]) if self.is_cuda else None
 
     def trim(self) -> None:
-        torch.cuda.empty_cache()
+        """Give cached memory back to the device."""
+        if self.is_cuda:
+            torch.cuda.empty_cache()
 
 
 def round_tokens(tokens: int) -> int:
@@ -159,9 +133,9 @@ def graph_shapes(tokens_max: int) -> list[BatchShape]:
 @dataclass(frozen=True, slots=True)
 class CapturedPass:
     graph: torch.cuda.CUDAGraph
-    buffer: torch.Tensor  # int32, what the graph reads
+    buffer: Tensor  # int32, what the graph reads
     packed: PackedBatch  # views of it
-    hidden: torch.Tensor  # [tokens, hidden], what the graph writes; whole until the next replay
+    hidden: Tensor  # [tokens, hidden], what the graph writes; whole until the next replay
 
 
 class CudaGraphs:
@@ -171,12 +145,12 @@ class CudaGraphs:
     launches' stream.
     """
 
-    def __init__(self, encoder: Encoder, shapes: list[BatchShape], stream: CudaStream) -> None:
+    def __init__(self, encoder: Encoder, shapes: list[BatchShape], stream: DeviceStream) -> None:
         """Capture *encoder* at each of *shapes*, largest first, while nothing else uses the device.
         Raises what torch raises where a kernel cannot be captured.
         """
         self._stream = stream
-        self._captured: dict[BatchShape, CapturedPass] = {}
+        self.captured: dict[BatchShape, CapturedPass] = {}
         pool = None
         for shape in shapes:
             # Kernels take the longest length as a plain number: one sequence is the worst case.
@@ -190,38 +164,34 @@ class CudaGraphs:
                 hidden = encoder(packed)
             # One pool for all: they run one after the other, and each hidden is kept alive.
             pool = graph.pool()
-            self._captured[shape] = CapturedPass(graph, buffer, packed, hidden)
-
-    @property
-    def shapes(self) -> list[BatchShape]:
-        return list(self._captured)
+            self.captured[shape] = CapturedPass(graph, buffer, packed, hidden)
 
     def shape_for(self, token_count: int, sequence_count: int) -> BatchShape | None:
         """The captured shape that wastes least on a batch; None when none holds it."""
         fitting = [
             shape
-            for shape in self._captured
+            for shape in self.captured
             if shape.token_count >= token_count
             and shape.sequence_count >= sequence_count + (shape.token_count > token_count)
         ]
         return min(fitting, key=lambda one: (one.token_count, one.sequence_count), default=None)
 
-    def replay(self, shape: BatchShape, words: Int32Array) -> tuple[PackedBatch, torch.Tensor]:
+    def replay(self, shape: BatchShape, words: Int32Array) -> tuple[PackedBatch, Tensor]:
         """The batch that was packed to *shape*, on the device, and its hidden states."""
-        captured = self._captured[shape]
+        captured = self.captured[shape]
         self._stream.overwrite(captured.buffer, words)
         captured.graph.replay()
         return captured.packed, captured.hidden
 
 
 def capture_graphs(
-    encoder: Encoder, stream: HostStream, *, tokens_max: int | None
+    encoder: Encoder, stream: DeviceStream, *, tokens_max: int | None
 ) -> tuple[CudaGraphs | None, str]:
     """Graphs of batches up to *tokens_max*, compared with the plain encoder; or None, and why."""
-    if not isinstance(stream, CudaStream):
+    if not stream.is_cuda:
         return None, "no: not on a CUDA device"
     if not encoder.attention.is_capturable:
-        return None, f"no: {encoder.attention.name} attention prepares each batch on the host"
+        return None, f"no: {encoder.attention.name} attention lays each batch out anew on the host"
     tokens_max = GRAPH_TOKENS_MAX if tokens_max is None else tokens_max
     if tokens_max == 0:
         return None, "no: not asked for"
@@ -229,17 +199,17 @@ def capture_graphs(
         graphs = CudaGraphs(encoder, graph_shapes(tokens_max), stream)
     except REFUSALS as error:
         return None, f"no: {summary_of(error)}"
-    smallest = graphs.shapes[-1]
+    *_, smallest = graphs.captured
     words, lengths = dummy_batch(smallest, sequence_count=2)
     packed = PackedBatch.view(stream.upload(words), lengths)
     fault = fault_of(lambda: graphs.replay(smallest, words)[1], lambda: encoder(packed))
     if fault is not None:
         return None, f"no: {fault}"
-    return graphs, f"{len(graphs.shapes)} shapes, up to {tokens_max} tokens"
+    return graphs, f"{len(graphs.captured)} shapes, up to {tokens_max} tokens"
 
 
 def compile_blocks(
-    encoder: Encoder, stream: HostStream, *, asked: bool | None
+    encoder: Encoder, stream: DeviceStream, *, asked: bool | None
 ) -> tuple[RunBlock, str]:
     """How blocks run, compiled where that is *asked* for or wins; and why."""
     if asked is False:
@@ -254,13 +224,13 @@ def compile_blocks(
 
     def run_compiled(
         function: Block, weights: Weights, dtype: torch.dtype, *values: object
-    ) -> torch.Tensor:
+    ) -> Tensor:
         for value in values:
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, Tensor):
                 torch._dynamo.maybe_mark_dynamic(value, 0)
         return compiled(function, weights, dtype, *values)
 
-    plain = replace(encoder, attention=ReferenceAttention())
+    plain = replace(encoder, attention=REFERENCE)
     fast = replace(plain, run_block=run_compiled)
     token_count_max = encoder.config.token_count_max
     for count in sorted({min(count, token_count_max) for count in COMPILE_CHECK_TOKENS}):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import functional
 
 from trivec.backends.torch.ops import PackedBatch
@@ -23,10 +24,10 @@ from trivec.models.pooling import Pooling
 class LinearHead:
     """A linear layer on hidden states, in fp32."""
 
-    weight: torch.Tensor  # [out, in]
-    bias: torch.Tensor  # [out]
+    weight: Tensor  # [out, in]
+    bias: Tensor  # [out]
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rows: Tensor) -> Tensor:
         return functional.linear(rows.float(), self.weight, self.bias)
 
 
@@ -37,13 +38,13 @@ class DeviceHeads:
     vocabulary_size: int
     sparse: LinearHead | None  # to 1 column
     multi: LinearHead | None  # to the multi-vectors' columns
-    ignored_token_ids: torch.Tensor | None  # int32: never in a sparse vector
+    ignored_token_ids: Tensor | None  # int32: never in a sparse vector
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, device: torch.device) -> "DeviceHeads":
         """Pooling and, where *checkpoint* has them, the sparse and multi-vector heads."""
 
-        def upload(array: object, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        def upload(array: object, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor(array, dtype=dtype, device=device)
 
         settings = (checkpoint.pooling, checkpoint.normalize, checkpoint.config.vocab_size)
@@ -59,11 +60,11 @@ class DeviceHeads:
 
     def launch(
         self,
-        hidden: torch.Tensor,
+        hidden: Tensor,
         packed: PackedBatch,
         batch: Batch,
-        upload: Callable[[Int32Array], torch.Tensor],
-    ) -> dict[str, torch.Tensor]:
+        upload: Callable[[Int32Array], Tensor],
+    ) -> dict[str, Tensor]:
         """What *batch* asks for of `[tokens, hidden]`, as `to_vectors` reads it.
 
         *hidden* and *packed* may end in filler, which is passed over.
@@ -80,7 +81,7 @@ class DeviceHeads:
             results["multi"] = functional.normalize(rows, dim=-1)
         return results
 
-    def _dense(self, hidden: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    def _dense(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
         """One row a sequence: fp32 `[sequences, hidden]`."""
         if self.pooling is Pooling.CLS:
             pooled = hidden[cu_seqlens[:-1]].float()
@@ -94,8 +95,8 @@ class DeviceHeads:
         return functional.normalize(pooled, dim=-1) if self.normalize else pooled
 
     def _sparse_terms(
-        self, hidden: torch.Tensor, packed: PackedBatch, tokens: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+        self, hidden: Tensor, packed: PackedBatch, tokens: Tensor
+    ) -> dict[str, Tensor]:
         """relu(H W' + b) of *tokens*, the maximum a sequence and token id, by sorting.
 
         Keys int64 `[tokens]` are sequence * vocabulary + token id and ascend over the slots in use;

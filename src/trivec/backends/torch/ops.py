@@ -10,9 +10,10 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional
 
-from trivec.backends.torch.attention import Attention, ReferenceAttention
+from trivec.backends.torch.attention import REFERENCE, Attention
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.types import Batch, Int32Array
 from trivec.models import registry
@@ -24,10 +25,9 @@ ACTIVATIONS = {
     Activation.SILU: functional.silu,
 }
 
-Weights: TypeAlias = Mapping[str, torch.Tensor]
-Block: TypeAlias = Callable[..., torch.Tensor]
-RunBlock: TypeAlias = Callable[..., torch.Tensor]
-"""Runs a block: (function, its weights by relative name, their type, its values) to rows."""
+Weights: TypeAlias = Mapping[str, Tensor]
+Block: TypeAlias = Callable[..., Tensor]
+RunBlock: TypeAlias = Callable[..., Tensor]  # called as `run_block` is
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +70,20 @@ def pack(
 class PackedBatch:
     """A batch on the device, sequences end to end: views of one buffer, which one copy fills."""
 
-    token_ids: torch.Tensor  # int32 [tokens]
-    positions: torch.Tensor  # int32 [tokens]
-    token_types: torch.Tensor  # int32 [tokens]
-    sequence_ids: torch.Tensor  # int32 [tokens]: the sequence a token is of
-    cu_seqlens: torch.Tensor  # int32 [sequences + 1]
+    token_ids: Tensor  # int32 [tokens]
+    positions: Tensor  # int32 [tokens]
+    token_types: Tensor  # int32 [tokens]
+    sequence_ids: Tensor  # int32 [tokens]: the sequence a token is of
+    cu_seqlens: Tensor  # int32 [sequences + 1]
     lengths: tuple[int, ...]  # [sequences]
 
     @classmethod
-    def view(cls, buffer: torch.Tensor, lengths: tuple[int, ...]) -> "PackedBatch":
+    def view(cls, buffer: Tensor, lengths: tuple[int, ...]) -> "PackedBatch":
         """*buffer*: int32 `[4 * tokens + sequences + 1]`, the fields end to end."""
         rows = buffer[: -len(lengths) - 1].view(4, -1)
-        return cls(*rows.unbind(), buffer[-len(lengths) - 1 :], lengths)
+        token_ids, positions, token_types, sequence_ids = rows.unbind()
+        cu_seqlens = buffer[-len(lengths) - 1 :]
+        return cls(token_ids, positions, token_types, sequence_ids, cu_seqlens, lengths)
 
 
 class BlockOps:
@@ -95,49 +97,41 @@ class BlockOps:
         self._weights = weights
         self._dtype = dtype
 
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
         return x.float() + y
 
-    def layer_norm(
-        self, x: torch.Tensor, name: str, *, eps: float, bias: bool = True
-    ) -> torch.Tensor:
+    def layer_norm(self, x: Tensor, name: str, *, eps: float, bias: bool = True) -> Tensor:
         weight = self._weights[f"{name}.weight"]
         added = self._weights[f"{name}.bias"] if bias else None
         return functional.layer_norm(x.float(), weight.shape, weight, added, eps).to(self._dtype)
 
-    def rms_norm(
-        self, x: torch.Tensor, name: str, *, eps: float, width: int | None = None
-    ) -> torch.Tensor:
+    def rms_norm(self, x: Tensor, name: str, *, eps: float, width: int | None = None) -> Tensor:
         weight = self._weights[f"{name}.weight"]
         rows = x.float() if width is None else x.float().unflatten(-1, (-1, width))
         normed = functional.rms_norm(rows, weight.shape, weight, eps)
         return normed.reshape(x.shape).to(self._dtype)
 
-    def linear(self, x: torch.Tensor, *layers: Linear) -> tuple[torch.Tensor, ...]:
+    def linear(self, x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
         first = layers[0].name
         bias = self._weights.get(f"{first}.bias")
         rows = functional.linear(x, self._weights[f"{first}.weight"], bias)
         return tuple(torch.split(rows, [layer.out for layer in layers], dim=-1))
 
-    def mlp(
-        self, x: torch.Tensor, up: Linear, down: Linear, activation: Activation
-    ) -> torch.Tensor:
+    def mlp(self, x: Tensor, up: Linear, down: Linear, activation: Activation) -> Tensor:
         (inner,) = self.linear(x, up)
         return self.linear(ACTIVATIONS[activation](inner), down)[0]
 
     def gated_mlp(
-        self, x: torch.Tensor, gate: Linear, up: Linear, down: Linear, activation: Activation
-    ) -> torch.Tensor:
+        self, x: Tensor, gate: Linear, up: Linear, down: Linear, activation: Activation
+    ) -> Tensor:
         gates, inner = self.linear(x, gate, up)
         return self.linear(ACTIVATIONS[activation](gates) * inner, down)[0]
 
-    def keep(self, x: torch.Tensor) -> torch.Tensor:
+    def keep(self, x: Tensor) -> Tensor:
         return x
 
 
-def run_block(
-    function: Block, weights: Weights, dtype: torch.dtype, *values: object
-) -> torch.Tensor:
+def run_block(function: Block, weights: Weights, dtype: torch.dtype, *values: object) -> Tensor:
     """Run *function* as it is: rows to rows, without attention, so `torch.compile` may fuse it."""
     return function(BlockOps(weights, dtype), *values)
 
@@ -150,18 +144,13 @@ class Encoder:
     dtype: torch.dtype  # of matrices and tables
     weights: Weights  # by whole name
     blocks: Mapping[str, Weights]  # by block, then by the name within it
-    rope: Mapping[Rope, tuple[torch.Tensor, torch.Tensor]]  # fp32 cosines and sines by position
-    attention: Attention
+    rope: Mapping[Rope, list[Tensor]]  # fp32 cosines and sines by position
+    attention: Attention = REFERENCE
     run_block: RunBlock = run_block
 
-    def __call__(self, packed: PackedBatch) -> torch.Tensor:
+    def __call__(self, packed: PackedBatch) -> Tensor:
         """Last hidden states: `[tokens, hidden]`, in the encoder's type."""
         return registry.forward(PackedOps(self, packed), self.config)
-
-    @property
-    def fp32_bytes(self) -> int:
-        """Bytes of the weights in fp32."""
-        return sum(4 * int(tensor.numel()) for tensor in self.weights.values())
 
 
 class PackedOps(BlockOps):
@@ -177,12 +166,10 @@ class PackedOps(BlockOps):
             Index.POSITION: packed.positions,
         }
 
-    def embed(self, table: Table, index: Index) -> torch.Tensor:
+    def embed(self, table: Table, index: Index) -> Tensor:
         return functional.embedding(self._indices[index], self._weights[f"{table.name}.weight"])
 
-    def attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec
-    ) -> torch.Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         q, k, v = (one.unflatten(-1, (-1, spec.head_dim)) for one in (q, k, v))
         if spec.rope is not None:
             positions = self._indices[Index.POSITION].long()
@@ -190,12 +177,12 @@ class PackedOps(BlockOps):
             q, k = (_rotate(one, cosine, sine) for one in (q, k))
         return self._attend(q, k, v, spec).flatten(1)
 
-    def block(self, function: Block, at: str, *values: object) -> torch.Tensor:
+    def block(self, function: Block, at: str, *values: object) -> Tensor:
         encoder = self._encoder
         return encoder.run_block(function, encoder.blocks[at], encoder.dtype, *values)
 
 
-def _rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """*x* `[tokens, heads, head_dim]` turned, in fp32, by *cosine* and *sine* `[tokens, 1, half]`."""
     left, right = x.float().chunk(2, dim=-1)
     turned = torch.cat([left * cosine - right * sine, right * cosine + left * sine], dim=-1)
@@ -209,7 +196,7 @@ def load_encoder(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.d
     tensor of the checkpoint has its use.
     """
     plan = registry.plan_of(checkpoint.config)
-    loaded: dict[str, torch.Tensor] = {}
+    loaded: dict[str, Tensor] = {}
     # `torch.tensor` copies: the files' own memory is only lent, and may be read-only.
     with checkpoint.weights() as weights:
         for names in (group.names for group in plan.linears):
@@ -231,12 +218,9 @@ def load_encoder(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.d
         }
         for at in plan.blocks
     }
-    rope = {}
-    for spec in plan.attention:
-        if spec.rope is not None and spec.rope not in rope:
-            cosine, sine = spec.rope.tables(spec.head_dim)
-            rope[spec.rope] = (
-                torch.tensor(cosine, device=device),
-                torch.tensor(sine, device=device),
-            )
-    return Encoder(checkpoint.config, dtype, loaded, blocks, rope, ReferenceAttention())
+    rope = {
+        spec.rope: [torch.tensor(table, device=device) for table in spec.rope.tables(spec.head_dim)]
+        for spec in dict.fromkeys(plan.attention)
+        if spec.rope is not None
+    }
+    return Encoder(checkpoint.config, dtype, loaded, blocks, rope)
