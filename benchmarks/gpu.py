@@ -28,9 +28,9 @@ from benchmarks.gpu_record import PART_S, Hourglass, Record, printed_whatever_ha
 from benchmarks.gpu_stages import host_stages
 from benchmarks.gpu_zoo import nan_zoo
 from benchmarks.keeping import RESULTS
+from trivec.backends.torch.tuning import Tuning
 
 from trivec.backends.torch.backend import TorchBackend
-from trivec.backends.torch.tuning import Tuning
 from trivec.checkpoints.dummy import BLUEPRINTS, write_dummy
 from trivec.checkpoints.opening import open_checkpoint
 from trivec.cli.bench.figures import Provenance

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarks.gpu_plan import Plan, finish_device, talk
+from trivec.backends.torch.building import DTYPES
 
 from trivec.backends.torch.backend import TorchBackend
-from trivec.backends.torch.building import DTYPES
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.cli.bench.figures import Spread
 from trivec.cli.bench.texts import Workload, mixed, uniform

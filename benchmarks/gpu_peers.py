@@ -10,9 +10,9 @@ import torch
 from benchmarks.gpu_engine import cut
 from benchmarks.gpu_plan import Plan, finish_device, talk
 from tokenizers import Tokenizer
+from trivec.backends.torch.building import DTYPES
 
 from trivec.backends.torch.backend import TorchBackend
-from trivec.backends.torch.building import DTYPES
 from trivec.cli.bench.texts import sentences
 from trivec.core.types import Sequences
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 from benchmarks.gpu_plan import Plan, talk
+from trivec.backends.torch.tuning import Tuning
 
 from trivec.backends.torch.backend import TorchBackend
-from trivec.backends.torch.tuning import Tuning
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.types import Batch, Output
 from trivec.models.ops import ModelConfig

@@ -62,8 +62,8 @@ def plan_reference(cu_seqlens: Tensor, lengths: tuple[int, ...]) -> Attend:
         for sequence in zip(*(torch.split(one, lengths) for one in (q, k, v)), strict=True):
             if len(sequence[0]):
                 # each [heads, length, head_dim]: given three axes, sdpa writes the scores out
-                heads = (one.float().transpose(0, 1) for one in sequence)
-                attended = _attend(*heads, spec, block=QUERY_BLOCK, is_token=None)
+                query, key, value = (one.float().transpose(0, 1) for one in sequence)
+                attended = _attend(query, key, value, spec, block=QUERY_BLOCK, is_token=None)
                 rows.append(attended.transpose(0, 1).to(q.dtype))
         return torch.cat(rows)
 
@@ -99,9 +99,9 @@ def plan_grouped(cu_seqlens: Tensor, lengths: tuple[int, ...]) -> Attend:
         attended = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for places, unpadded, tokens, is_token in groups:
             # each [sequences, heads, longest, head_dim]
-            padded = (one[places].transpose(1, 2) for one in (q, k, v))
+            query, key, value = (one[places].transpose(1, 2) for one in (q, k, v))
             block = places.shape[1] if spec.sees_all else QUERY_BLOCK
-            rows = _attend(*padded, spec, block=block, is_token=is_token)
+            rows = _attend(query, key, value, spec, block=block, is_token=is_token)
             attended[tokens] = rows.transpose(1, 2).flatten(0, 1)[unpadded]
         return attended
 

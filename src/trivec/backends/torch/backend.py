@@ -18,7 +18,13 @@ from trivec.backends.torch.device import (
     find_devices,
     token_budget,
 )
-from trivec.backends.torch.graphs import CudaGraphs, DeviceStream, capture_graphs, compile_blocks
+from trivec.backends.torch.graphs import (
+    CudaGraphs,
+    DeviceStream,
+    capture_graphs,
+    choose_shape,
+    compile_blocks,
+)
 from trivec.backends.torch.heads import DeviceHeads, to_vectors
 from trivec.backends.torch.ops import DTYPES, Encoder, PackedBatch, load_encoder, pack, run_block
 from trivec.checkpoints.checkpoint import Checkpoint
@@ -103,9 +109,8 @@ class DeviceModel:
         assert batch.token_ids.min() >= 0, "a token id is below the vocabulary"
         assert batch.token_ids.max() < config.vocab_size, "a token id is beyond it"
         with self._launch_lock, self.stream.entered():
-            shape = None
-            if self.graphs is not None:
-                shape = self.graphs.shape_for(batch.token_count, len(batch))
+            captured = () if self.graphs is None else self.graphs.captured
+            shape = choose_shape(batch.token_count, len(batch), captured)
             words, lengths = pack(batch, position_offset=config.position_offset, shape=shape)
             if self.graphs is not None and shape is not None:
                 packed, hidden = self.graphs.replay(shape, words)

@@ -4,9 +4,10 @@ Graphs and compiled blocks are compared at start with the plain encoder, on the 
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -130,6 +131,19 @@ def graph_shapes(tokens_max: int) -> list[BatchShape]:
     ]
 
 
+def choose_shape(
+    token_count: int, sequence_count: int, shapes: Iterable[BatchShape]
+) -> BatchShape | None:
+    """The one of *shapes* that wastes least on a batch; None when none holds it."""
+    fitting = [
+        shape
+        for shape in shapes
+        if shape.token_count >= token_count
+        and shape.sequence_count >= sequence_count + (shape.token_count > token_count)
+    ]
+    return min(fitting, key=lambda one: (one.token_count, one.sequence_count), default=None)
+
+
 @dataclass(frozen=True, slots=True)
 class CapturedPass:
     graph: torch.cuda.CUDAGraph
@@ -165,16 +179,6 @@ class CudaGraphs:
             # One pool for all: they run one after the other, and each hidden is kept alive.
             pool = graph.pool()
             self.captured[shape] = CapturedPass(graph, buffer, packed, hidden)
-
-    def shape_for(self, token_count: int, sequence_count: int) -> BatchShape | None:
-        """The captured shape that wastes least on a batch; None when none holds it."""
-        fitting = [
-            shape
-            for shape in self.captured
-            if shape.token_count >= token_count
-            and shape.sequence_count >= sequence_count + (shape.token_count > token_count)
-        ]
-        return min(fitting, key=lambda one: (one.token_count, one.sequence_count), default=None)
 
     def replay(self, shape: BatchShape, words: Int32Array) -> tuple[PackedBatch, Tensor]:
         """The batch that was packed to *shape*, on the device, and its hidden states."""
@@ -236,7 +240,7 @@ def compile_blocks(
     for count in sorted({min(count, token_count_max) for count in COMPILE_CHECK_TOKENS}):
         words, lengths = dummy_batch(BatchShape(count, 1), sequence_count=1)
         packed = PackedBatch.view(stream.upload(words), lengths)
-        fault = fault_of(lambda: fast(packed), lambda: plain(packed))  # noqa: B023 - called at once
+        fault = fault_of(partial(fast, packed), partial(plain, packed))
         if fault is not None:
             return run_block, f"no: {fault}"
     return run_compiled, "yes"
