@@ -168,7 +168,7 @@ def alone(batch: Batch, i: int) -> Batch:
 
 def varlen_on_cpu(
     query: Any, key: Any, value: Any, cu_seqlens: Any, _cu_seqlens: Any, length_max: int,
-    _length_max: int, num_splits: int | None = None, window_size: tuple[int, int] = (-1, -1),
+    _length_max: int, *, num_splits: int | None = None, window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False,
 ) -> object:  # fmt: skip
     """What torch's varlen_attn computes, since its kernel is CUDA's only."""
