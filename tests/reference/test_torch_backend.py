@@ -92,6 +92,27 @@ def test_what_a_batch_without_memory_held_is_free_while_its_error_is_still_at_ha
     assert [one() for one in held] == [None]
 
 
+def test_a_batch_whose_results_are_awaited_holds_no_memory_of_the_device(
+    backend: TorchBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next batch, launched by another thread meanwhile, may have it."""
+    held: list[weakref.ref[object]] = []
+    plain = Encoder.__call__
+
+    def encode(encoder: Encoder, packed: PackedBatch) -> object:
+        hidden = plain(encoder, packed)
+        held.append(weakref.ref(hidden))
+        return hidden
+
+    def to_vectors(*_: object) -> None:
+        assert [one() for one in held] == [None]
+
+    monkeypatch.setattr(Encoder, "__call__", encode)
+    monkeypatch.setattr(backend_module, "to_vectors", to_vectors)
+    backend.run(random_batch([9], XLM_ROBERTA), slot=0)
+    assert held
+
+
 async def test_a_request_that_does_not_fit_at_once_is_answered_whole(
     backend: TorchBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

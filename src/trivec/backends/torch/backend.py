@@ -2,13 +2,15 @@
 
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from trivec.backends.torch.attention import REFERENCE, choose_attention
 from trivec.backends.torch.device import (
@@ -109,17 +111,24 @@ class DeviceModel:
         assert batch.token_ids.min() >= 0, "a token id is below the vocabulary"
         assert batch.token_ids.max() < config.vocab_size, "a token id is beyond it"
         with self._launch_lock, self.stream.entered():
-            captured = () if self.graphs is None else self.graphs.captured
-            shape = choose_shape(batch.token_count, len(batch), captured)
-            words, lengths = pack(batch, position_offset=config.position_offset, shape=shape)
-            if self.graphs is not None and shape is not None:
-                packed, hidden = self.graphs.replay(shape, words)
-            else:
-                packed = PackedBatch.view(self.stream.upload(words), lengths)
-                hidden = self.encoder(packed)
-            launched = self._heads.launch(hidden, packed, batch, self.stream.upload)
-            wait = self.stream.download(launched)
+            wait = self._launch(batch)
         return to_vectors(wait(), batch, config.vocab_size)
+
+    def _launch(self, batch: Batch) -> Callable[[], Mapping[str, NDArray[Any]]]:
+        """Launch all work of *batch*. The function returned blocks until its results are here.
+
+        It holds no memory of the device: the stream's next batch may have it at once.
+        """
+        captured = () if self.graphs is None else self.graphs.captured
+        shape = choose_shape(batch.token_count, len(batch), captured)
+        position_offset = self.encoder.config.position_offset
+        buffer, lengths = pack(batch, position_offset=position_offset, shape=shape)
+        if self.graphs is not None and shape is not None:
+            packed, hidden = self.graphs.replay(shape, buffer)
+        else:
+            packed = PackedBatch.view(self.stream.upload(buffer), lengths)
+            hidden = self.encoder(packed)
+        return self.stream.download(self._heads.launch(hidden, packed, batch, self.stream.upload))
 
 
 class TorchBackend:

@@ -168,9 +168,9 @@ class CudaGraphs:
         pool = None
         for shape in shapes:
             # Kernels take the longest length as a plain number: one sequence is the worst case.
-            words, lengths = dummy_batch(shape, sequence_count=1)
-            buffer = stream.upload(words)
-            packed = PackedBatch.view(buffer, lengths)
+            buffer, lengths = dummy_batch(shape, sequence_count=1)
+            on_device = stream.upload(buffer)
+            packed = PackedBatch.view(on_device, lengths)
             encoder(packed)  # libraries pick kernels and reserve memory on first use
             stream.launches.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -178,12 +178,12 @@ class CudaGraphs:
                 hidden = encoder(packed)
             # One pool for all: they run one after the other, and each hidden is kept alive.
             pool = graph.pool()
-            self.captured[shape] = CapturedPass(graph, buffer, packed, hidden)
+            self.captured[shape] = CapturedPass(graph, on_device, packed, hidden)
 
-    def replay(self, shape: BatchShape, words: Int32Array) -> tuple[PackedBatch, Tensor]:
+    def replay(self, shape: BatchShape, buffer: Int32Array) -> tuple[PackedBatch, Tensor]:
         """The batch that was packed to *shape*, on the device, and its hidden states."""
         captured = self.captured[shape]
-        self._stream.overwrite(captured.buffer, words)
+        self._stream.overwrite(captured.buffer, buffer)
         captured.graph.replay()
         return captured.packed, captured.hidden
 
@@ -204,9 +204,9 @@ def capture_graphs(
     except REFUSALS as error:
         return None, f"no: {summary_of(error)}"
     *_, smallest = graphs.captured
-    words, lengths = dummy_batch(smallest, sequence_count=2)
-    packed = PackedBatch.view(stream.upload(words), lengths)
-    fault = fault_of(lambda: graphs.replay(smallest, words)[1], lambda: encoder(packed))
+    buffer, lengths = dummy_batch(smallest, sequence_count=2)
+    packed = PackedBatch.view(stream.upload(buffer), lengths)
+    fault = fault_of(lambda: graphs.replay(smallest, buffer)[1], lambda: encoder(packed))
     if fault is not None:
         return None, f"no: {fault}"
     return graphs, f"{len(graphs.captured)} shapes, up to {tokens_max} tokens"
@@ -238,8 +238,8 @@ def compile_blocks(
     fast = replace(plain, run_block=run_compiled)
     token_count_max = encoder.config.token_count_max
     for count in sorted({min(count, token_count_max) for count in COMPILE_CHECK_TOKENS}):
-        words, lengths = dummy_batch(BatchShape(count, 1), sequence_count=1)
-        packed = PackedBatch.view(stream.upload(words), lengths)
+        buffer, lengths = dummy_batch(BatchShape(count, 1), sequence_count=1)
+        packed = PackedBatch.view(stream.upload(buffer), lengths)
         fault = fault_of(partial(fast, packed), partial(plain, packed))
         if fault is not None:
             return run_block, f"no: {fault}"
@@ -254,6 +254,6 @@ def dummy_batch(shape: BatchShape, *, sequence_count: int) -> tuple[Int32Array, 
     cu_seqlens = np.linspace(0, shape.token_count, sequence_count + 1).astype(np.int32)
     token_ids = np.arange(shape.token_count, dtype=np.int32) % 5
     batch = Batch(token_ids, cu_seqlens, np.full(sequence_count, Output.DENSE, np.uint8))
-    words, lengths = pack(batch, position_offset=0, shape=shape)
-    words[shape.token_count : 2 * shape.token_count] = 0
-    return words, lengths
+    buffer, lengths = pack(batch, position_offset=0, shape=shape)
+    buffer[shape.token_count : 2 * shape.token_count] = 0
+    return buffer, lengths

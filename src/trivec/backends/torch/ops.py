@@ -165,6 +165,11 @@ class PackedOps(BlockOps):
             Index.TYPE: packed.token_types,
             Index.POSITION: packed.positions,
         }
+        positions = packed.positions.long()
+        self._rope = {  # each [tokens, 1, head_dim / 2]
+            rope: [table[positions, None] for table in tables]
+            for rope, tables in encoder.rope.items()
+        }
 
     def embed(self, table: Table, index: Index) -> Tensor:
         return functional.embedding(self._indices[index], self._weights[f"{table.name}.weight"])
@@ -172,8 +177,7 @@ class PackedOps(BlockOps):
     def attention(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         q, k, v = (one.unflatten(-1, (-1, spec.head_dim)) for one in (q, k, v))
         if spec.rope is not None:
-            positions = self._indices[Index.POSITION].long()
-            cosine, sine = (table[positions, None] for table in self._encoder.rope[spec.rope])
+            cosine, sine = self._rope[spec.rope]
             q, k = (_rotate(one, cosine, sine) for one in (q, k))
         return self._attend(q, k, v, spec).flatten(1)
 
