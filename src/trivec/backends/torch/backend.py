@@ -79,7 +79,7 @@ class DeviceModel:
             )
             blocks, blocks_note = compile_blocks(encoder, stream, asked=options.compiled)
             encoder = replace(encoder, attention=attention, run_block=blocks)
-            heads = DeviceHeads.load(checkpoint, stream.device)
+            heads = DeviceHeads(checkpoint, stream.device)
             graphs, graphs_note = capture_graphs(
                 encoder, stream, tokens_max=options.graph_tokens_max
             )
@@ -101,7 +101,7 @@ class DeviceModel:
         stream = self.stream if has_room else DeviceStream(CPU)
         with stream.entered():
             plain = load_encoder(checkpoint, device=stream.device, dtype=torch.float32)
-            return DeviceModel(plain, DeviceHeads.load(checkpoint, stream.device), stream)
+            return DeviceModel(plain, DeviceHeads(checkpoint, stream.device), stream)
 
     def run(self, batch: Batch) -> Vectors:
         """Vectors of *batch*; blocks until they are on the host. Raises what torch raises."""

@@ -5,7 +5,6 @@ host before a kernel is launched.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,43 +19,21 @@ from trivec.core.types import Batch, Float32Array, Int32Array, Output, SparseVec
 from trivec.models.pooling import Pooling
 
 
-@dataclass(frozen=True, slots=True)
-class LinearHead:
-    """A linear layer on hidden states, in fp32."""
-
-    weight: Tensor  # [out, in]
-    bias: Tensor  # [out]
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return functional.linear(rows.float(), self.weight, self.bias)
-
-
-@dataclass(frozen=True, slots=True)
 class DeviceHeads:
-    pooling: Pooling
-    normalize: bool
-    vocabulary_size: int
-    sparse: LinearHead | None  # to 1 column
-    multi: LinearHead | None  # to the multi-vectors' columns
-    ignored_token_ids: Tensor | None  # int32: never in a sparse vector
+    """Pooling and, where the checkpoint has them, the sparse and multi-vector heads."""
 
-    @classmethod
-    def load(cls, checkpoint: Checkpoint, device: torch.device) -> "DeviceHeads":
-        """Pooling and, where *checkpoint* has them, the sparse and multi-vector heads."""
-
-        def upload(array: object, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.tensor(array, dtype=dtype, device=device)
-
-        settings = (checkpoint.pooling, checkpoint.normalize, checkpoint.config.vocab_size)
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
         heads = checkpoint.heads
-        if heads is None:
-            return cls(*settings, None, None, None)
-        return cls(
-            *settings,
-            LinearHead(upload(heads.sparse_weight), upload(heads.sparse_bias)),
-            LinearHead(upload(heads.multi_weight), upload(heads.multi_bias)),
-            upload(heads.ignored_token_ids, torch.int32),
-        )
+        self._pooling = checkpoint.pooling
+        self._normalize = checkpoint.normalize
+        self._vocabulary_size = checkpoint.config.vocab_size
+        names = ("sparse_weight", "sparse_bias", "multi_weight", "multi_bias")
+        self._linear = {  # fp32, shaped as in `models.pooling.Heads`; empty where there are no heads
+            name: torch.tensor(getattr(heads, name), dtype=torch.float32, device=device)
+            for name in (names if heads is not None else ())
+        }
+        ignored = heads.ignored_token_ids if heads is not None else ()  # never in a sparse vector
+        self._ignored_token_ids = torch.tensor(ignored, dtype=torch.int32, device=device)
 
     def launch(
         self,
@@ -70,29 +47,35 @@ class DeviceHeads:
         *hidden* and *packed* may end in filler, which is passed over.
         """
         results = {"dense": self._dense(hidden, packed.cu_seqlens[: len(batch) + 1])}
+        if not self._linear:
+            return results
         sparse_tokens = _tokens_wanting(batch, Output.SPARSE)
-        if self.sparse is not None and len(sparse_tokens):
+        if len(sparse_tokens):
             results |= self._sparse_terms(hidden, packed, upload(sparse_tokens))
         multi_tokens = _tokens_wanting(batch, Output.MULTI)
-        if self.multi is not None and len(multi_tokens):
+        if len(multi_tokens):
             # The first token, <s>, has no vector.
             is_first = np.isin(multi_tokens, batch.cu_seqlens[:-1], assume_unique=True)
-            rows = self.multi(hidden[upload(multi_tokens[~is_first])])
+            rows = self._project(hidden[upload(multi_tokens[~is_first])], "multi")
             results["multi"] = functional.normalize(rows, dim=-1)
         return results
 
+    def _project(self, rows: Tensor, head: str) -> Tensor:
+        weight, bias = self._linear[f"{head}_weight"], self._linear[f"{head}_bias"]
+        return functional.linear(rows.float(), weight, bias)
+
     def _dense(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
         """One row a sequence: fp32 `[sequences, hidden]`."""
-        if self.pooling is Pooling.CLS:
+        if self._pooling is Pooling.CLS:
             pooled = hidden[cu_seqlens[:-1]].float()
-        elif self.pooling is Pooling.LAST:
+        elif self._pooling is Pooling.LAST:
             pooled = hidden[cu_seqlens[1:] - 1].float()
         else:
             # `unsafe` leaves out a check of the offsets that would wait for the device.
             pooled = torch.segment_reduce(
                 hidden.float(), "mean", offsets=cu_seqlens.long(), axis=0, unsafe=True
             )
-        return functional.normalize(pooled, dim=-1) if self.normalize else pooled
+        return functional.normalize(pooled, dim=-1) if self._normalize else pooled
 
     def _sparse_terms(
         self, hidden: Tensor, packed: PackedBatch, tokens: Tensor
@@ -102,11 +85,10 @@ class DeviceHeads:
         Keys int64 `[tokens]` are sequence * vocabulary + token id and ascend over the slots in use;
         weights fp32 `[tokens]` are 0 in the others.
         """
-        assert self.sparse is not None
-        weights = torch.relu(self.sparse(hidden[tokens]))[:, 0]
+        weights = torch.relu(self._project(hidden[tokens], "sparse"))[:, 0]
         token_ids = packed.token_ids[tokens]
-        weights = weights.masked_fill(torch.isin(token_ids, self.ignored_token_ids), 0.0)
-        keys = packed.sequence_ids[tokens].long() * self.vocabulary_size + token_ids
+        weights = weights.masked_fill(torch.isin(token_ids, self._ignored_token_ids), 0.0)
+        keys = packed.sequence_ids[tokens].long() * self._vocabulary_size + token_ids
         keys, order = torch.sort(keys)
         is_new = torch.ones_like(keys)
         is_new[1:] = keys[1:] != keys[:-1]
