@@ -20,18 +20,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.dummy import BLUEPRINTS, write_dummy
-from benchmarks.gpu_engine import engine_rates
-from benchmarks.gpu_http import over_http
-from benchmarks.gpu_peers import peers
-from benchmarks.gpu_plan import Plan, device_name, peak_memory_gib, talk
-from benchmarks.gpu_record import PART_S, Hourglass, Record, printed_whatever_happens
-from benchmarks.gpu_stages import host_stages
-from benchmarks.gpu_zoo import nan_zoo
+from benchmarks.gpu_parts import (
+    device_name,
+    engine_rates,
+    host_stages,
+    nan_zoo,
+    over_http,
+    peak_memory_gib,
+    peers,
+)
+from benchmarks.gpu_record import PART_S, Plan, Record, TimeBudget, talk
 from benchmarks.keeping import RESULTS
 
 from trivec.backends.torch.backend import TorchBackend
-from trivec.backends.torch.tuning import Tuning
+from trivec.backends.torch.device import TorchOptions
+from benchmarks.dummy import BLUEPRINTS, write_dummy
 from trivec.checkpoints import open_checkpoint
 from trivec.cli.bench.figures import Provenance
 
@@ -44,11 +47,11 @@ SMALL_NOTE = "small: shows that everything runs; rates and shares of so small a 
 
 def main() -> None:
     arguments = parse()
-    plan, glass = Plan.of(arguments), Hourglass(arguments.budget_s)
+    plan, time_left = Plan.of(arguments), TimeBudget(arguments.budget_s)
     parts = [name for name in PART_S if name in (arguments.only or PART_S)]
     record = Record(arguments.out or RESULTS / f"gpu-{slug(plan)}.json", parts)
     with (
-        printed_whatever_happens(record),
+        record.printed_whatever_happens(),
         tempfile.TemporaryDirectory(prefix="trivec-gpu-") as made,
     ):
         record.put("device", device_name())
@@ -56,11 +59,11 @@ def main() -> None:
             record.put("note", SMALL_NOTE)
             talk(SMALL_NOTE)
         record.put("provenance", Provenance.now(*PACKAGES).as_dict())
-        measure_all(arguments, plan, glass=glass, record=record, made=Path(made))
+        measure_all(arguments, plan, time_left=time_left, record=record, made=Path(made))
 
 
 def measure_all(
-    arguments: argparse.Namespace, plan: Plan, *, glass: Hourglass, record: Record, made: Path
+    arguments: argparse.Namespace, plan: Plan, *, time_left: TimeBudget, record: Record, made: Path
 ) -> None:
     folder = arguments.model or dummy(made / "bge-m3", plan)
     checkpoint = open_checkpoint(str(folder), cache_dir=made / "cache")
@@ -69,7 +72,13 @@ def measure_all(
         checkpoint,
         precision=arguments.precision,
         device=arguments.device,
-        tuning=tuning_of(arguments),
+        options=TorchOptions(
+            tokens_max=arguments.tokens_max,
+            slots_per_device=arguments.slots,
+            attention=arguments.attention,
+            compiled=arguments.compiled,
+            graph_tokens_max=arguments.graph_tokens_max,
+        ),
     )
     record.put("load_s", time.perf_counter() - began_s)
     talk(f"{backend.precision}; " + "; ".join(f"{k}: {v}" for k, v in backend.notes.items()))
@@ -81,7 +90,7 @@ def measure_all(
     record.put("notes", dict(backend.notes))
 
     def has_time_for_a_round(round_s: float) -> bool:
-        return glass.has(round_s, then=record.to_come[1:])
+        return time_left.has(round_s, then=record.to_come[1:])
 
     tokenizer_file = arguments.tokenizer or checkpoint.tokenizer_file
     measures: dict[str, Callable[[], Any]] = {
@@ -94,12 +103,12 @@ def measure_all(
         ),
         "host": lambda: host_stages(tokenizer_file, checkpoint.config, seconds=plan.seconds),
         "peers": lambda: peers(folder, backend, plan, keep=partial(record.put, "peers")),
-        "http": lambda: over_http(folder, arguments, plan, keep=partial(record.put, "http")),
-        "nan_zoo": lambda: nan_zoo(checkpoint, arguments.device, plan),
+        "http": lambda: over_http(folder, plan, keep=partial(record.put, "http")),
+        "nan_zoo": lambda: nan_zoo(checkpoint, plan),
     }
     for name in record.to_come:
-        talk(f"-- {name}, {glass.left_s:.0f} s left")
-        if not plan.is_small and name != "engine" and not glass.has(PART_S[name]):
+        talk(f"-- {name}, {time_left.left_s:.0f} s left")
+        if not plan.is_small and name != "engine" and not time_left.has(PART_S[name]):
             talk(f"left out: it needs some {PART_S[name]:.0f} s; run it alone with --only {name}")
             continue
         try:
@@ -113,16 +122,6 @@ def measure_all(
 
 def slug(plan: Plan) -> str:
     return device_name().lower().replace(" ", "-") + ("-small" if plan.is_small else "")
-
-
-def tuning_of(arguments: argparse.Namespace) -> Tuning:
-    return Tuning(
-        tokens_max=arguments.tokens_max,
-        slots_per_device=arguments.slots,
-        attention=arguments.attention,
-        compiled=arguments.compiled,
-        graph_tokens_max=arguments.graph_tokens_max,
-    )
 
 
 def parse() -> argparse.Namespace:

@@ -1,24 +1,57 @@
-"""The time that a GPU measurement may take, and what it has found so far, kept in a file as it comes.
+"""How large a GPU measurement is, the time it may take, and what it has found so far, kept in a file.
 
-A time limit from outside loses nothing, and one of its own leaves out what would end too late.
+A time limit from outside loses nothing, and one of its own leaves out what would end too late. Needs
+no torch.
 """
 
+import argparse
 import json
 import signal
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, MappingProxyType
 from typing import Any
 
+LENGTHS = (32, 128, 512, 2048, 8192)
 # Seconds that each part is let have at full size on one GPU, starting a second server included.
 PART_S: Mapping[str, float] = MappingProxyType(
     {"engine": 110.0, "host": 15.0, "peers": 60.0, "http": 170.0, "nan_zoo": 60.0}
 )
 
 
-class Hourglass:
+def talk(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How large and how long everything is."""
+
+    is_small: bool
+    layers: int
+    seconds: float  # of one measurement
+    repeats: int
+    lengths: tuple[int, ...]
+    matmul_rows: int
+    nan_length_max: int
+    device: str
+    precision: str
+    api_processes: int | None  # None: half the cores
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> "Plan":
+        asked = (arguments.device, arguments.precision, arguments.api_processes)
+        if arguments.small:
+            return cls(True, 2, 1.0, 2, LENGTHS[:3], 512, 256, *asked)
+        measured = (arguments.layers, arguments.seconds, arguments.repeats)
+        return cls(False, *measured, LENGTHS, 16_384, 8_192, *asked)
+
+
+class TimeBudget:
     """What is left of the time that the whole run may take."""
 
     def __init__(self, seconds: float) -> None:
@@ -58,23 +91,19 @@ class Record:
         """Parts that are not finished, in their order."""
         return list(self._to_come)
 
-    def line(self) -> str:
-        return json.dumps(self._whole())
-
     def _whole(self) -> dict[str, Any]:
         return {**self._figures, "unfinished": self._to_come}
 
+    @contextmanager
+    def printed_whatever_happens(self) -> Iterator[None]:
+        """Print one JSON line at the end of the block, also of one that raises or is told to stop."""
 
-@contextmanager
-def printed_whatever_happens(record: Record) -> Iterator[None]:
-    """Print the one line at the end of the block, also of one that raises or is told to stop."""
+        def stop(number: int, _frame: FrameType | None) -> None:
+            raise SystemExit(128 + number)
 
-    def stop(number: int, _frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        print(record.line(), flush=True)
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            print(json.dumps(self._whole()), flush=True)

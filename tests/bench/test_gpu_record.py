@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from benchmarks.gpu_record import PART_S, Hourglass, Record, printed_whatever_happens
+from benchmarks.gpu_record import PART_S, Record, TimeBudget
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
@@ -33,7 +33,7 @@ def test_a_run_that_is_told_to_stop_prints_what_it_has(
     before = signal.getsignal(signal.SIGTERM)
 
     def run() -> None:
-        with printed_whatever_happens(record):
+        with record.printed_whatever_happens():
             record.finish("engine", {"share": 0.6})
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -49,12 +49,12 @@ def test_a_run_that_fails_prints_what_it_has(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = Record(tmp_path / "gpu.json", ["engine"])
-    with pytest.raises(RuntimeError), printed_whatever_happens(record):
+    with pytest.raises(RuntimeError), record.printed_whatever_happens():
         raise RuntimeError("the driver went away")
     assert printed(capsys)["unfinished"] == ["engine"]
 
 
 def test_time_is_kept_for_the_parts_to_come() -> None:
-    glass = Hourglass(sum(PART_S.values()))
-    assert glass.has(PART_S["engine"] - 1, then=["host", "peers", "http", "nan_zoo"])
-    assert not glass.has(PART_S["engine"] + 1, then=["host", "peers", "http", "nan_zoo"])
+    time_left = TimeBudget(sum(PART_S.values()))
+    assert time_left.has(PART_S["engine"] - 1, then=["host", "peers", "http", "nan_zoo"])
+    assert not time_left.has(PART_S["engine"] + 1, then=["host", "peers", "http", "nan_zoo"])

@@ -26,7 +26,7 @@ from tests.reference.torch_checkpoint import (
 )
 
 from trivec.backends.torch.backend import TorchBackend
-from trivec.backends.torch.tuning import Tuning
+from trivec.backends.torch.device import TorchOptions
 from trivec.core.types import Batch, Output, Vectors
 
 pytestmark = pytest.mark.reference
@@ -93,7 +93,7 @@ def test_graphs_change_nothing(tiny: Tiny) -> None:
         tiny.checkpoint,
         precision="bf16",
         device="cuda:0",
-        tuning=Tuning(graph_tokens_max=0, compiled=False),
+        options=TorchOptions(graph_tokens_max=0, compiled=False),
     )
     replayed = TorchBackend.load(tiny.checkpoint, precision="bf16", device="cuda:0")
     for lengths in ([3], [5, 9, 30], [200, 100], [7] * 40, [1_000, 1_000]):

@@ -1,13 +1,10 @@
 # ruff: noqa: E402 - what is imported below needs what is asked for above it
 """The torch backend against transformers, against itself alone, and against its plain twins."""
 
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,25 +23,10 @@ from tests.reference.torch_checkpoint import (
     write_tiny,
 )
 
-from trivec.backends.torch.attention import (
-    Attention,
-    GroupedAttention,
-    PackedAttention,
-    ReferenceAttention,
-    Spans,
-    choose_attention,
-    group_lengths,
-    packed_forms,
-)
 from trivec.backends.torch.backend import TorchBackend
-from trivec.backends.torch.encoder import run_block
-from trivec.backends.torch.graphs import unpack
-from trivec.backends.torch.layout import Shape, lay_out
-from trivec.backends.torch.link import HostLink
-from trivec.backends.torch.tuning import Tuning
-from trivec.backends.torch.weights import load_encoder
+from trivec.backends.torch.device import TorchOptions
+from trivec.backends.torch.ops import BatchShape, PackedBatch, load_encoder, pack
 from trivec.core.types import Batch, Float32Array, Output, Vectors
-from trivec.models.ops import AttentionSpec
 from trivec.models.pooling import HiddenRows, Pooling, Readout
 
 pytestmark = pytest.mark.reference
@@ -212,9 +194,8 @@ def test_a_row_that_is_not_finite_is_handed_up_as_such(tmp_path: Path) -> None:
     """Whoever checks rows must see the NaN in every kind of vector; neighbours stay sound."""
     tiny = write_tiny(tmp_path, XLM_ROBERTA)
     backend = TorchBackend.load(tiny.checkpoint, precision="fp32", device="cpu")
-    encoder = backend._models[0].parts.encoder
     with torch.inference_mode():
-        encoder.weights["embeddings.word_embeddings.weight"][17] = float("nan")
+        backend._models[0].encoder.weights["embeddings.word_embeddings.weight"][17] = float("nan")
     batch = random_batch([6, 6], XLM_ROBERTA)
     batch.token_ids[batch.token_ids == 17] = 18
     batch.token_ids[2] = 17
@@ -227,61 +208,6 @@ def test_a_row_that_is_not_finite_is_handed_up_as_such(tmp_path: Path) -> None:
     assert np.isfinite(found.dense[1]).all()
 
 
-def spec_of(query: Any) -> AttentionSpec:
-    return AttentionSpec(query.shape[1], query.shape[2], query.shape[1])
-
-
-def varlen_on_cpu(
-    query: Any, key: Any, value: Any, starts: Any, _starts: Any, longest: int,
-    _longest: int, num_splits: int | None = None,
-) -> object:  # fmt: skip
-    """What torch's varlen_attn computes, since its kernel is CUDA's only."""
-    assert num_splits == 1, "splitting keys would let neighbours in"
-    lengths = torch.diff(starts).tolist()
-    assert max(lengths) <= longest
-    attend = ReferenceAttention().over(Spans(starts, tuple(lengths)))
-    return attend(query, key, value, spec_of(query)), "log-sum-exp"
-
-
-@pytest.mark.parametrize(
-    "form",
-    [
-        pytest.param(GroupedAttention(), id="grouped"),
-        pytest.param(PackedAttention("varlen", varlen_on_cpu, num_splits=1), id="packed-kernel"),
-    ],
-)
-def test_every_form_of_attention_equals_the_reference(form: Attention) -> None:
-    lengths = (1, 30, 33, 30, 30, 0, 200, 31, 2)
-    starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    spans = Spans(starts, lengths)
-    qkv = torch.randn(sum(lengths), 3, 4, 16, generator=torch.Generator().manual_seed(3))
-    expected = ReferenceAttention().over(spans)(qkv[:, 0], qkv[:, 1], qkv[:, 2], spec_of(qkv[:, 0]))
-    torch.testing.assert_close(
-        form.over(spans)(qkv[:, 0], qkv[:, 1], qkv[:, 2], spec_of(qkv[:, 0])),
-        expected,
-        atol=1e-5,
-        rtol=0,
-    )
-
-
-def test_attention_reads_its_own_sequence_and_no_other() -> None:
-    """The reference itself, against softmax(q k' / sqrt(d)) v written out."""
-    qkv = torch.randn(5, 3, 2, 8, generator=torch.Generator().manual_seed(4))
-    spans = Spans(torch.tensor([0, 2, 5], dtype=torch.int32), (2, 3))
-    found = ReferenceAttention().over(spans)(qkv[:, 0], qkv[:, 1], qkv[:, 2], spec_of(qkv[:, 0]))
-    for first, last in ((0, 2), (2, 5)):
-        for head in range(2):
-            query, key, value = (qkv[first:last, part, head] for part in range(3))
-            expected = torch.softmax(query @ key.T / 8**0.5, -1) @ value
-            torch.testing.assert_close(found[first:last, head], expected, atol=1e-6, rtol=0)
-
-
-def test_groups_hold_like_lengths_and_every_sequence_once() -> None:
-    lengths = [10, 100, 12, 0, 99, 13, 1]
-    groups = group_lengths(lengths, 1.25)
-    assert groups == [[6], [0, 2], [5], [4, 1]]
-
-
 @pytest.mark.parametrize("pooling", list(Pooling), ids=lambda one: f"{one.value}-pooling")
 def test_the_heads_on_the_device_equal_their_numpy_twin(tmp_path: Path, pooling: Pooling) -> None:
     """The same hidden states through `models/pooling.py` and through the device's heads."""
@@ -289,119 +215,43 @@ def test_the_heads_on_the_device_equal_their_numpy_twin(tmp_path: Path, pooling:
     asked = [ALL, Output.DENSE, Output.SPARSE, Output.MULTI, ALL, ALL]
     batch = random_batch([40, 5, 33, 7, 1, 2], XLM_ROBERTA, asked)
     backend = TorchBackend.load(checkpoint, precision="fp32", device="cpu")
-    parts = backend._models[0].parts
-    layout = lay_out(batch, position_offset=2)
+    buffer, lengths = pack(batch, position_offset=2)
     with torch.inference_mode():
-        packed = unpack(torch.from_numpy(layout.words), layout.shape, layout.lengths)
-        hidden = parts.encode(packed).numpy()
+        packed = PackedBatch.view(torch.from_numpy(buffer), lengths)
+        hidden = backend._models[0].encoder(packed).numpy()
     rows = HiddenRows(hidden, batch.token_ids, batch.cu_seqlens, batch.outputs)
     twin = Readout(checkpoint.pooling, checkpoint.normalize, checkpoint.heads)
     assert_close(backend.run(batch, slot=0), twin.vectors(rows), 1e-6)
 
 
-@pytest.mark.parametrize(
-    ("refused", "chosen"),
-    [
-        pytest.param({}, "flash-attn-3", id="takes-the-fastest-that-is-there"),
-        pytest.param({"flash-attn-3": "no such device"}, "varlen", id="then-torch-s-own"),
-        pytest.param(
-            {"flash-attn-3": "x", "varlen": "wrong numbers", "flash-attn-2": "y"},
-            "grouped",
-            id="then-the-padded-form",
-        ),
-    ],
-)
-def test_attention_is_chosen_by_trial_and_says_why(
-    monkeypatch: pytest.MonkeyPatch, refused: dict[str, str], chosen: str
-) -> None:
-    from trivec.backends.torch import attention
-
-    def named(name: str) -> tuple[Attention, ...]:
-        packed = PackedAttention(name, varlen_on_cpu)
-        return (GroupedAttention() if name == "grouped" else packed,)
-
-    monkeypatch.setattr(attention, "forms_named", named)
-    choice = choose_attention(None, trial=lambda form: refused.get(form.name), has_packed=True)
-    assert choice.attention.name == chosen
-    assert choice.reason.startswith(chosen)
-    for name, why in refused.items():
-        assert f"not {name}: {why}" in choice.reason
-
-
-def varlen_of_flash_attention_2(
-    query: object, key: object, value: object, starts: object, _starts: object, longest: int,
-    _longest: int, num_splits: int | None = None,
-) -> object:  # fmt: skip
-    """Stock torch 2.13: the word is known, and refused by the only kernel that is built in."""
-    if num_splits is not None:
-        raise RuntimeError("num_splits requires FA3. Register FA3 first")
-    return varlen_on_cpu(query, key, value, starts, _starts, longest, _longest, num_splits=1)
-
-
-def test_torch_s_own_kernel_is_kept_where_it_refuses_to_be_told_of_splits(
-    m3: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from trivec.backends.torch.trial import try_attention
-
-    encoder = load_encoder(m3.checkpoint, device=torch.device("cpu"), dtype=torch.float32)
-    module = SimpleNamespace(varlen_attn=varlen_of_flash_attention_2)
-    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
-    choice = choose_attention(
-        None, trial=lambda form: try_attention(form, encoder), has_packed=True
-    )
-    assert choice.attention.name == "varlen (no num_splits)"
-    assert choice.attention.is_capturable
-    assert "not varlen: it raised RuntimeError: num_splits requires FA3" in choice.reason
-
-
-def test_a_kernel_that_may_split_keys_is_never_run_untold() -> None:
-    told = packed_forms("flash-attn-3", varlen_of_flash_attention_2)
-    assert [form.name for form in told] == ["flash-attn-3"]
-
-
-def test_a_device_without_packed_kernels_never_tries_them() -> None:
-    tried: list[str] = []
-
-    def trial(form: Attention) -> str | None:
-        tried.append(form.name)
-        return None
-
-    choose_attention(None, trial=trial, has_packed=False)
-    assert tried == ["grouped"]
-
-
 def test_filler_of_a_captured_shape_changes_no_real_row(m3: Tiny) -> None:
-    """What CUDA graphs run: the layout rounded up, by the plain encoder on the CPU."""
+    """What CUDA graphs run: the batch rounded up, by the plain encoder on the CPU."""
     encoder = load_encoder(m3.checkpoint, device=torch.device("cpu"), dtype=torch.float32)
     batch = random_batch([5, 40, 3], XLM_ROBERTA)
-    link = HostLink()
 
-    def hidden(shape: Shape | None) -> object:
-        layout = lay_out(batch, position_offset=2, shape=shape)
-        packed = unpack(link.up(layout.words), layout.shape, layout.lengths)
-        return encoder(packed, GroupedAttention())[: batch.token_count]
+    def hidden(shape: BatchShape | None) -> object:
+        buffer, lengths = pack(batch, position_offset=2, shape=shape)
+        with torch.inference_mode():
+            return encoder(PackedBatch.view(torch.from_numpy(buffer), lengths))[: batch.token_count]
 
-    with link.entered():
-        exact, filled = hidden(None), hidden(Shape(64, 32))
-        full = hidden(Shape(batch.token_count, 32))
+    exact, filled = hidden(None), hidden(BatchShape(64, 32))
+    full = hidden(BatchShape(batch.token_count, 32))
     torch.testing.assert_close(filled, exact, atol=1e-5, rtol=0)
     torch.testing.assert_close(full, exact, atol=1e-5, rtol=0)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_the_compiled_half_equals_its_eager_twin_at_every_token_count(m3: Tiny) -> None:
-    """One compilation for every layer and count, by the trial that a device runs at start.
+    """One compilation for every layer and count, by the check that a device makes at start.
 
-    One of the trial's counts is this model's width, which must not be taken for the same number.
+    One of the check's counts is this model's width, which must not be taken for the same number.
     """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     backend = TorchBackend.load(
-        m3.checkpoint, precision="fp32", device="cpu", tuning=Tuning(compiled=True)
+        m3.checkpoint, precision="fp32", device="cpu", options=TorchOptions(compiled=True)
     )
     assert backend.notes["compiled"] == "yes"
-    assert backend._models[0].parts.run is not run_block
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     plain = TorchBackend.load(m3.checkpoint, precision="fp32", device="cpu")
     with torch._dynamo.config.patch(error_on_recompile=True):

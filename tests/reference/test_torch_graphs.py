@@ -7,6 +7,7 @@ that was captured. Streams and pinned memory are CUDA's own, and are tested wher
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,55 +16,57 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch backend needs torch")
 pytest.importorskip("transformers", reason="the reference is transformers")
 
-from tests.reference.test_torch_encoder import varlen_on_cpu
-from tests.reference.torch_checkpoint import ALL, XLM_ROBERTA, Tiny, random_batch, write_tiny
+from tests.reference.torch_checkpoint import (
+    ALL,
+    XLM_ROBERTA,
+    Tiny,
+    random_batch,
+    varlen_on_cpu,
+    write_tiny,
+)
 
 from trivec.backends.torch import attention as attention_module
 from trivec.backends.torch import backend as backend_module
-from trivec.backends.torch import building as building_module
-from trivec.backends.torch.attention import Attention, GroupedAttention, PackedAttention
+from trivec.backends.torch.attention import PLAIN_KERNELS, packed_attention
 from trivec.backends.torch.backend import TorchBackend
-from trivec.backends.torch.device import CudaDevice, Found
-from trivec.backends.torch.encoder import Packed
-from trivec.backends.torch.link import CudaLink, Fetched, HostLink
-from trivec.backends.torch.model import Parts
-from trivec.backends.torch.tuning import Tuning
+from trivec.backends.torch.device import CudaDevice, Hardware, TorchOptions
+from trivec.backends.torch.graphs import DeviceStream, choose_shape, graph_shapes, round_tokens
+from trivec.backends.torch.ops import BatchShape, Encoder, PackedBatch, pack
 from trivec.core.types import Output, Vectors
 
 pytestmark = pytest.mark.reference
 
-H200 = Found("x", cuda_built=True, cuda=(CudaDevice(0, "NVIDIA H200", (9, 0), 140 << 30),))
-TUNING = Tuning(tokens_max=1_024, graph_tokens_max=256)
+H200 = Hardware((CudaDevice("NVIDIA H200", (9, 0)),))
+OPTIONS = TorchOptions(tokens_max=1_024, graph_tokens_max=256)
+CONFIG = replace(XLM_ROBERTA, max_position_embeddings=514)  # the longest text is warmed up with
 
 
-class StandIn(CudaLink):
-    """A CUDA link whose device is the CPU: every copy is one, and nothing is asynchronous."""
+class FakeStream(DeviceStream):
+    """The stream of a CUDA device that is the CPU: each copy is one, and nothing is asynchronous."""
 
-    def __init__(self, index: int) -> None:
-        self._host = HostLink()
-        self.device = self._host.device
-        self.stream = self
+    def __init__(self, device: object) -> None:
+        super().__init__(torch.device("cpu"))
+        self.is_cuda = device != self.device
+        self.launches = self
         self.is_trimmed = False
 
-    def synchronize(self) -> None:
-        return
-
     def entered(self) -> Any:
-        return self._host.entered()
+        return torch.inference_mode()
 
-    def up(self, array: Any) -> Any:
+    def upload(self, array: Any) -> Any:
         return torch.tensor(array)
 
     def overwrite(self, tensor: Any, array: Any) -> None:
         tensor.copy_(torch.from_numpy(array))
 
-    def down(self, tensors: Any) -> Fetched:
-        return self._host.down([tensor.clone() for tensor in tensors])
+    def download(self, tensors: Any) -> Any:
+        arrays = {name: tensor.numpy().copy() for name, tensor in tensors.items()}
+        return lambda: arrays
 
-    def probe(self) -> None:
+    def synchronize(self) -> None:
         return
 
-    def free_bytes(self) -> int:
+    def free_bytes(self) -> int | None:
         """What is left beside weights; caches of batches count as taken until they are trimmed."""
         return (100 << 30) if self.is_trimmed else 0
 
@@ -84,18 +87,18 @@ class Captures:
 
     @contextmanager
     def capturing(self, graph: "Graph", *, pool: object, stream: object) -> Iterator[None]:
-        assert isinstance(stream, StandIn), "on the link's own stream"
+        assert isinstance(stream, FakeStream), "on the device's own stream"
         assert pool is (self if self.made else None), "one pool for all"
         self.under_way = graph
         yield
         self.under_way = None
         self.made.append(graph)
 
-    def encode(self, plain: Callable[[Parts, Packed], Any]) -> Callable[[Parts, Packed], Any]:
-        def encode(parts: Parts, packed: Packed) -> Any:
-            hidden = plain(parts, packed)
+    def encode(self, plain: Callable[[Encoder, PackedBatch], Any]) -> Callable[..., Any]:
+        def encode(encoder: Encoder, packed: PackedBatch) -> Any:
+            hidden = plain(encoder, packed)
             if self.under_way is not None:
-                self.under_way.record(lambda: plain(parts, packed), hidden)
+                self.under_way.record(lambda: plain(encoder, packed), hidden)
             return hidden
 
         return encode
@@ -123,7 +126,7 @@ class Graph:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return write_tiny(tmp_path_factory.mktemp("tiny"), XLM_ROBERTA)
+    return write_tiny(tmp_path_factory.mktemp("tiny"), CONFIG)
 
 
 @pytest.fixture
@@ -131,27 +134,19 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
     made = Captures()
     monkeypatch.setattr(torch.cuda, "CUDAGraph", made.graph)
     monkeypatch.setattr(torch.cuda, "graph", made.capturing)
-    monkeypatch.setattr(Parts, "encode", made.encode(Parts.encode))
-    monkeypatch.setattr(building_module, "CudaLink", StandIn)
+    monkeypatch.setattr(Encoder, "__call__", made.encode(Encoder.__call__))
+    monkeypatch.setattr(backend_module, "DeviceStream", FakeStream)
     monkeypatch.setattr(backend_module, "find_devices", lambda: H200)
-    monkeypatch.setattr(
-        attention_module,
-        "forms_named",
-        lambda name: (named(name),) if name in ("varlen", "grouped") else (),
-    )
+    kernels = {
+        "varlen": (packed_attention("varlen", varlen_on_cpu, num_splits=1),),
+        "grouped": (PLAIN_KERNELS["grouped"],),
+    }
+    monkeypatch.setattr(attention_module, "kernels_named", lambda name: kernels.get(name, ()))
     return made
 
 
-def named(name: str) -> Attention:
-    return (
-        GroupedAttention()
-        if name == "grouped"
-        else PackedAttention(name, varlen_on_cpu, num_splits=1)
-    )
-
-
-def loaded(tiny: Tiny, tuning: Tuning = TUNING) -> TorchBackend:
-    return TorchBackend.load(tiny.checkpoint, precision="auto", device="cuda:0", tuning=tuning)
+def loaded(tiny: Tiny, options: TorchOptions = OPTIONS) -> TorchBackend:
+    return TorchBackend.load(tiny.checkpoint, precision="auto", device="cuda:0", options=options)
 
 
 def assert_near(found: Vectors, expected: Vectors) -> None:
@@ -170,14 +165,14 @@ def assert_near(found: Vectors, expected: Vectors) -> None:
 def test_replayed_batches_have_the_vectors_of_the_plain_path(
     tiny: Tiny, captures: Captures
 ) -> None:
-    replayed, plain = loaded(tiny), loaded(tiny, Tuning(tokens_max=1_024, graph_tokens_max=0))
+    replayed, plain = loaded(tiny), loaded(tiny, TorchOptions(tokens_max=1_024, graph_tokens_max=0))
     assert replayed.notes["attention"].startswith("varlen")
     assert replayed.notes["cuda_graphs"] == f"{len(captures.made)} shapes, up to 256 tokens"
     assert plain.notes["cuda_graphs"] == "no: not asked for"
     before = sum(graph.replays for graph in captures.made)
     batches = [[3], [5, 9, 30], [200, 30], [7] * 30, [31], [32], [128, 128], [255], [256], [100, 2]]
     for i, lengths in enumerate(batches):
-        batch = random_batch(lengths, XLM_ROBERTA, ALL, seed=i)
+        batch = random_batch(lengths, CONFIG, ALL, seed=i)
         assert_near(replayed.run(batch, slot=i % 2), plain.run(batch, slot=i % 2))
     assert sum(graph.replays for graph in captures.made) == before + len(batches)
 
@@ -186,17 +181,18 @@ def test_a_batch_beyond_every_graph_runs_by_itself(tiny: Tiny, captures: Capture
     backend = loaded(tiny)
     before = sum(graph.replays for graph in captures.made)
     for lengths in ([257], [1] * 256):
-        assert len(backend.run(random_batch(lengths, XLM_ROBERTA), slot=0)) == len(lengths)
+        assert len(backend.run(random_batch(lengths, CONFIG), slot=0)) == len(lengths)
     assert sum(graph.replays for graph in captures.made) == before
 
 
 def test_each_shape_is_captured_once_the_largest_first(tiny: Tiny, captures: Captures) -> None:
     backend = loaded(tiny)
-    graphs = backend._models[0]._graphs
+    graphs = backend._models[0].graphs
     assert graphs is not None
-    sizes = [shape.token_count for shape in graphs.shapes]
+    sizes = [shape.token_count for shape in graphs.captured]
     assert sizes == sorted(sizes, reverse=True)
-    assert len(set(graphs.shapes)) == len(captures.made)
+    assert list(graphs.captured) == graph_shapes(256)
+    assert len(graphs.captured) == len(captures.made)
 
 
 def test_a_kernel_that_cannot_be_captured_leaves_the_plain_path(
@@ -208,14 +204,14 @@ def test_a_kernel_that_cannot_be_captured_leaves_the_plain_path(
     monkeypatch.setattr(torch.cuda, "graph", refuses)
     backend = loaded(tiny)
     assert backend.notes["cuda_graphs"].startswith("no: it raised RuntimeError: operation not")
-    assert len(backend.run(random_batch([5], XLM_ROBERTA), slot=0)) == 1
+    assert len(backend.run(random_batch([5], CONFIG), slot=0)) == 1
 
 
 def test_a_replay_with_other_numbers_is_not_used(tiny: Tiny, captures: Captures) -> None:
     captures.spoil = lambda hidden: hidden[1].neg_()
     backend = loaded(tiny)
     assert "its rows differ from the plain form's" in backend.notes["cuda_graphs"]
-    assert backend._models[0]._graphs is None
+    assert backend._models[0].graphs is None
 
 
 def test_a_row_that_leaves_a_graph_not_finite_is_mended_in_fp32(
@@ -223,7 +219,48 @@ def test_a_row_that_leaves_a_graph_not_finite_is_mended_in_fp32(
 ) -> None:
     backend = loaded(tiny)
     captures.spoil = lambda hidden: hidden[2].fill_(torch.inf)
-    batch = random_batch([2, 7], XLM_ROBERTA, Output.DENSE)
+    batch = random_batch([2, 7], CONFIG, Output.DENSE)
     assert np.isfinite(backend.run(batch, slot=0).dense).all(axis=1).tolist() == [True, False]
     assert np.isfinite(backend.run_exact(batch, slot=0).dense).all()
-    assert isinstance(backend._exact[0].link, StandIn), "the device has room for fp32 weights"
+    assert backend._exact[0].stream is backend._models[0].stream, (
+        "the device has room for fp32 weights"
+    )
+
+
+def test_fp32_weights_without_room_on_the_device_go_to_the_cpu(
+    tiny: Tiny, captures: Captures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeStream, "trim", lambda _: None)
+    backend = loaded(tiny)
+    batch = random_batch([2, 7], CONFIG, ALL)
+    assert_near(backend.run_exact(batch, slot=0), backend.run(batch, slot=0))
+    assert not backend._exact[0].stream.is_cuda
+
+
+def test_rounded_tokens_hold_the_batch_with_little_filler() -> None:
+    for tokens in range(1, 2049):
+        rounded = round_tokens(tokens)
+        assert tokens <= rounded <= max(32, 2 * tokens)
+        assert tokens <= 256 or rounded - tokens < rounded / 4
+
+
+def test_a_shape_fits_every_small_batch_and_no_large_one() -> None:
+    shapes = graph_shapes(512)
+    assert shapes[0].token_count == 512
+    assert choose_shape(12, 1, shapes) == BatchShape(32, 2)
+    assert choose_shape(512, 2, shapes) == BatchShape(512, 2)
+    assert choose_shape(511, 2, shapes) == BatchShape(512, 32), "filler is a sequence of its own"
+    assert choose_shape(513, 1, shapes) is None
+    assert choose_shape(512, 257, shapes) is None
+
+
+def test_a_packed_batch_counts_positions_from_the_offset_in_every_sequence() -> None:
+    batch = random_batch([2, 3], CONFIG)
+    buffer, lengths = pack(batch, position_offset=2, shape=BatchShape(8, 4))
+    packed = PackedBatch.view(torch.from_numpy(buffer), lengths)
+    assert packed.token_ids.tolist() == [*batch.token_ids.tolist(), 0, 0, 0]
+    assert packed.positions.tolist() == [2, 3, 2, 3, 4, 0, 0, 0]
+    assert packed.token_types.tolist() == [0] * 8
+    assert packed.sequence_ids.tolist() == [0, 0, 1, 1, 1, 2, 2, 2]
+    assert packed.cu_seqlens.tolist() == [0, 2, 5, 8, 8]
+    assert packed.lengths == (2, 3, 3, 0)

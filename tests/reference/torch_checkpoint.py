@@ -1,7 +1,8 @@
-"""Small checkpoints with random weights, and what transformers makes of the same weights."""
+"""Small checkpoints with random weights, what transformers makes of the same weights, and a kernel."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,10 +10,12 @@ from safetensors.numpy import save_file
 from transformers import BertConfig as TheirConfig
 from transformers import BertModel, XLMRobertaConfig, XLMRobertaModel
 
+from trivec.backends.torch.attention import REFERENCE
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.checkpoints.hashes import HashedFile
 from trivec.core.types import Batch, Float32Array, Int32Array, Output, Sequences
 from trivec.models.bert import BertConfig
+from trivec.models.ops import AttentionSpec
 from trivec.models.pooling import Heads, Pooling
 from trivec.models.registry import tensor_shapes
 
@@ -161,3 +164,25 @@ def alone(batch: Batch, i: int) -> Batch:
         batch.outputs[i : i + 1],
         None if types is None else types[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]],
     )
+
+
+def varlen_on_cpu(
+    query: Any, key: Any, value: Any, cu_seqlens: Any, _cu_seqlens: Any, length_max: int,
+    _length_max: int, *, num_splits: int | None = None, window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> object:  # fmt: skip
+    """What torch's varlen_attn computes, since its kernel is CUDA's only."""
+    assert num_splits == 1, "splitting keys would let neighbours in"
+    lengths = torch.diff(cu_seqlens).tolist()
+    assert max(lengths) <= length_max
+    assert (key.shape[1] < query.shape[1]) == enable_gqa
+    before, after = window_size
+    spec = AttentionSpec(
+        query.shape[1],
+        query.shape[2],
+        key.shape[1],
+        causal=after == 0,
+        window=None if before == -1 else before,
+    )
+    attend = REFERENCE.plan(cu_seqlens, tuple(lengths))
+    return attend(query, key, value, spec), "log-sum-exp"

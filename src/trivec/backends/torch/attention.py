@@ -1,211 +1,37 @@
-"""Attention over packed sequences: one interface, several kernels, chosen once with its reason.
+"""Attention over packed sequences: several kernels behind one interface, chosen by a check at start.
 
-`ReferenceAttention` is the plain twin that every other form is tried against, on the device itself,
-before it is used. A form knows queries, keys and values; not where they come from.
+Kernels differ by device, driver and version, so each is compared with `REFERENCE`, its plain twin,
+on the device itself before it is used.
 """
 
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from itertools import accumulate
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from trivec.models.ops import AttentionSpec
 
-Attend: TypeAlias = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, AttentionSpec], torch.Tensor
-]
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, AttentionSpec], Tensor]
 """From queries `[tokens, heads, head_dim]`, and keys and values `[tokens, kv_heads, head_dim]`, to
-`[tokens, heads, head_dim]`. Positions are in them already."""
+`[tokens, heads, head_dim]`. Rotary positions are applied already."""
 
 GROUP_STRETCH_MAX = 1.25  # sequences are padded together up to this times the shortest of them
+# Queries at a time where a mask or scores are written out: at 8,192 keys and 16 heads 134 MB of
+# fp32 scores, not 4.3 GB. On a CPU also the fastest of 64 to 512 for a causal text of 2,048 tokens.
+QUERY_BLOCK = 256
 
-
-@dataclass(frozen=True, slots=True)
-class Spans:
-    """Where the sequences of a batch lie, on the device and as the host knows it."""
-
-    cu_seqlens: torch.Tensor  # int32 [sequences + 1]
-    lengths: tuple[int, ...]  # [sequences]
-
-    @property
-    def length_max(self) -> int:
-        return max(self.lengths)
-
-
-class Attention(Protocol):
-    """A way to let each token attend to its own sequence and nothing else."""
-
-    name: str
-    is_capturable: bool  # of the host's numbers it uses `length_max` alone, as CUDA graphs need
-
-    def over(self, spans: Spans) -> Attend:
-        """What depends on the spans is worked out here, once a batch; the rest, once a layer."""
-        ...
-
-
-class ReferenceAttention:
-    """One sequence after the other, scores and softmax in fp32."""
-
-    name = "reference"
-    is_capturable = False
-
-    def over(self, spans: Spans) -> Attend:
-        def attend(
-            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec
-        ) -> torch.Tensor:
-            sequences = zip(*(torch.split(one, spans.lengths) for one in (q, k, v)), strict=True)
-            parts = [
-                _softmax_attention(*(one.float() for one in sequence), spec=spec).to(q.dtype)
-                for sequence in sequences
-                if len(sequence[0])
-            ]
-            return torch.cat(parts)
-
-        return attend
-
-
-def _softmax_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, spec: AttentionSpec
-) -> torch.Tensor:
-    """softmax(q k' / sqrt(head_dim)) v of one sequence: `[length, heads, head_dim]`."""
-    query, key, value = (one.transpose(0, 1) for one in (q, k, v))  # [heads, length, head_dim]
-    attended = scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=_seen(len(q), spec, q.device),
-        enable_gqa=spec.kv_heads < spec.heads,
-    )
-    return attended.transpose(0, 1)
-
-
-def _seen(length: int, spec: AttentionSpec, device: torch.device) -> torch.Tensor | None:
-    """Which key (column) a query (row) sees: bool `[length, length]`; None: each sees all."""
-    if spec.sees_all:
-        return None
-    places = torch.arange(length, device=device)
-    distance = places[None, :] - places[:, None]
-    seen = distance <= 0 if spec.causal else torch.ones_like(distance, dtype=torch.bool)
-    return seen if spec.window is None else seen & (distance.abs() <= spec.window)
-
-
-class GroupedAttention:
-    """Sequences of like lengths padded together: for devices and types without a packed kernel.
-
-    Equal lengths are not padded at all. The padding never leaves this form.
-    """
-
-    name = "grouped"
-    is_capturable = False
-
-    def over(self, spans: Spans) -> Attend:
-        groups = [
-            _gather_group(group, spans) for group in group_lengths(spans.lengths, GROUP_STRETCH_MAX)
-        ]
-
-        def attend(
-            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec
-        ) -> torch.Tensor:
-            attended = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-            for group in groups:
-                # each [sequences, heads, longest, head_dim]
-                query, key, value = (one[group.places].transpose(1, 2) for one in (q, k, v))
-                seen = _seen(group.places.shape[1], spec, q.device)
-                if seen is None or group.mask is None:
-                    mask = group.mask if seen is None else seen
-                else:
-                    # Padding sees what a token in its place would: rows without a key are NaN.
-                    mask = seen & (group.mask | ~group.mask.transpose(-1, -2))
-                rows = scaled_dot_product_attention(
-                    query, key, value, attn_mask=mask, enable_gqa=spec.kv_heads < spec.heads
-                )
-                # [sequences, heads, longest, head_dim] to [sequences * longest, heads, head_dim]
-                attended[group.tokens] = rows.transpose(1, 2).flatten(0, 1)[group.real]
-            return attended
-
-        return attend
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    places: torch.Tensor  # int64 [sequences, longest]: which token stands at each place
-    mask: torch.Tensor | None  # bool [sequences, 1, 1, longest]: may a key be seen; None: all may
-    real: torch.Tensor  # int64 [tokens of the group]: the places that are no padding, flattened
-    tokens: torch.Tensor  # int64 [tokens of the group]: which token of the batch each is
-
-
-def _gather_group(sequences: Sequence[int], spans: Spans) -> _Group:
-    starts = np.concatenate([[0], np.cumsum(spans.lengths)])
-    lengths = np.array(spans.lengths)[list(sequences), None]  # [sequences, 1]
-    columns = np.arange(lengths.max())
-    is_real = columns < lengths  # [sequences, longest]
-    places = starts[list(sequences), None] + np.where(is_real, columns, 0)
-
-    def up(array: NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(array).to(spans.cu_seqlens.device)
-
-    mask = None if is_real.all() else up(is_real[:, None, None, :])
-    return _Group(up(places), mask, up(np.flatnonzero(is_real)), up(places[is_real]))
-
-
-def group_lengths(lengths: Sequence[int], stretch_max: float) -> list[list[int]]:
-    """Sequence indices in groups whose longest is at most *stretch_max* times its shortest."""
-    groups: list[list[int]] = []
-    shortest = 0
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if lengths[i] == 0:
-            continue
-        if not groups or lengths[i] > shortest * stretch_max:
-            groups.append([])
-            shortest = lengths[i]
-        groups[-1].append(i)
-    return groups
-
-
-class PackedAttention:
-    """A kernel that reads packed queries, keys and values and where the sequences start.
-
-    *kernel* takes (query, key, value, starts, starts, length_max, length_max), as torch's
-    `varlen_attn` and flash-attn's `flash_attn_varlen_func` both do; both return `[tokens, heads,
-    head_dim]`, some versions as the first of several. Both take `window_size`, and fewer heads of
-    keys and values, torch's only when told so.
-    """
-
-    is_capturable = True
-
-    def __init__(self, name: str, kernel: Callable[..., object], **options: int) -> None:
-        self.name = name
-        self._kernel = kernel
-        self._options = options
-        self._is_torch = name.startswith("varlen")
-
-    def over(self, spans: Spans) -> Attend:
-        starts, longest = spans.cu_seqlens, spans.length_max
-
-        def attend(
-            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec
-        ) -> torch.Tensor:
-            options = {**self._options, **self._options_of(spec)}
-            out = self._kernel(q, k, v, starts, starts, longest, longest, **options)
-            return out[0] if isinstance(out, tuple) else out
-
-        return attend
-
-    def _options_of(self, spec: AttentionSpec) -> dict[str, object]:
-        options: dict[str, object] = {}
-        if not spec.sees_all:
-            side = -1 if spec.window is None else spec.window
-            options["window_size"] = (side, 0 if spec.causal else side)
-        if spec.kv_heads < spec.heads and self._is_torch:
-            options["enable_gqa"] = True
-        return options
-
+CHECK_LENGTHS = (1, 2, 63, 64, 65, 300)  # around the edges of kernels' blocks
+COSINE_MIN = {torch.float32: 0.999999, torch.bfloat16: 0.9995, torch.float16: 0.9995}
+# What a kernel that is missing, refused or miscompiled raises, through torch, Triton or flash-attn.
+REFUSALS = (RuntimeError, TypeError, ValueError, AssertionError, ImportError, AttributeError)
 
 PACKED_KERNELS = {
     # name: (module, function), best first on a Hopper
@@ -216,59 +42,208 @@ PACKED_KERNELS = {
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionChoice:
-    """The form to use, and why it and not the ones before it."""
+class Attention:
+    """A kernel by which each token attends to its own sequence and to nothing else.
 
-    attention: Attention
-    reason: str
+    `plan` prepares it for a batch, once for all layers: from `cu_seqlens`, int32 `[sequences + 1]`
+    on the device, and the lengths `[sequences]`, known to the host.
+    """
+
+    name: str
+    plan: Callable[[Tensor, tuple[int, ...]], Attend]
+    is_capturable: bool = False  # by CUDA graphs: of the lengths it uses the maximum alone
+
+
+def plan_reference(cu_seqlens: Tensor, lengths: tuple[int, ...]) -> Attend:
+    """One sequence after the other, scores and softmax in fp32."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        rows = []
+        for sequence in zip(*(torch.split(one, lengths) for one in (q, k, v)), strict=True):
+            if len(sequence[0]):
+                # each [heads, length, head_dim]: given three axes, sdpa writes the scores out
+                query, key, value = (one.float().transpose(0, 1) for one in sequence)
+                attended = _attend(query, key, value, spec, block=QUERY_BLOCK, is_token=None)
+                rows.append(attended.transpose(0, 1).to(q.dtype))
+        return torch.cat(rows)
+
+    return attend
+
+
+def plan_grouped(cu_seqlens: Tensor, lengths: tuple[int, ...]) -> Attend:
+    """Sequences of like lengths padded together: for devices and types without a packed kernel.
+
+    Equal lengths are not padded at all, and the padding never leaves this function.
+    """
+
+    def upload(array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(cu_seqlens.device)
+
+    members: list[list[int]] = []  # sequences by group
+    for i in sorted(np.flatnonzero(lengths).tolist(), key=lengths.__getitem__):
+        if not members or lengths[i] > lengths[members[-1][0]] * GROUP_STRETCH_MAX:
+            members.append([])
+        members[-1].append(i)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    groups = []
+    for sequences in members:
+        own_lengths = np.array(lengths)[sequences, None]  # [sequences, 1]
+        columns = np.arange(own_lengths.max())
+        is_token = columns < own_lengths  # [sequences, longest]
+        places = starts[sequences, None] + np.where(is_token, columns, 0)  # [sequences, longest]
+        mask = None if is_token.all() else upload(is_token[:, None, None])
+        unpadded = upload(np.flatnonzero(is_token))
+        groups.append((upload(places), unpadded, upload(places[is_token]), mask))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        attended = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for places, unpadded, tokens, is_token in groups:
+            # each [sequences, heads, longest, head_dim]
+            query, key, value = (one[places].transpose(1, 2) for one in (q, k, v))
+            block = places.shape[1] if spec.sees_all else QUERY_BLOCK
+            rows = _attend(query, key, value, spec, block=block, is_token=is_token)
+            attended[tokens] = rows.transpose(1, 2).flatten(0, 1)[unpadded]
+        return attended
+
+    return attend
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, *, block: int, is_token: Tensor | None
+) -> Tensor:
+    """softmax(q k' / sqrt(head_dim)) v: each `[…, heads, length, head_dim]`, *block* queries at a
+    time, over the keys that they may see. *is_token*, bool `[sequences, 1, 1, length]`, is False at
+    padding; None: there is none.
+    """
+    length = q.shape[-2]
+    reach = length if spec.window is None else spec.window
+    rows = []
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        first, last = max(start - reach, 0), end if spec.causal else min(end + reach, length)
+        mask = None if is_token is None else is_token[..., first:last]
+        if not spec.sees_all:
+            queries = torch.arange(start, end, device=q.device)[:, None]
+            keys = torch.arange(first, last, device=q.device)
+            in_reach = (keys - queries).abs() <= reach  # [queries, keys]
+            if spec.causal:
+                in_reach &= keys <= queries
+            if is_token is not None:
+                # Padding sees what a token in its place would: rows without a key are NaN.
+                in_reach = in_reach & (mask | ~is_token[..., start:end].transpose(-1, -2))
+            mask = in_reach
+        some = (q[..., start:end, :], k[..., first:last, :], v[..., first:last, :])
+        has_groups = spec.kv_heads < spec.heads
+        rows.append(scaled_dot_product_attention(*some, attn_mask=mask, enable_gqa=has_groups))
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-2)
+
+
+def packed_attention(name: str, kernel: Callable[..., object], **options: int) -> Attention:
+    """A *kernel* that reads packed queries, keys and values and where the sequences start.
+
+    It takes (query, key, value, cu_seqlens, cu_seqlens, length_max, length_max), as torch's
+    `varlen_attn` and flash-attn's `flash_attn_varlen_func` both do; both return `[tokens, heads,
+    head_dim]`, some versions as the first of several. Both take `window_size`, and fewer heads of
+    keys and values, torch's only when told so.
+    """
+
+    def plan(cu_seqlens: Tensor, lengths: tuple[int, ...]) -> Attend:
+        length_max = max(lengths)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+            own: dict[str, object] = dict(options)
+            if not spec.sees_all:
+                side = -1 if spec.window is None else spec.window
+                own["window_size"] = (side, 0 if spec.causal else side)
+            if spec.kv_heads < spec.heads and name.startswith("varlen"):
+                own["enable_gqa"] = True
+            out = kernel(q, k, v, cu_seqlens, cu_seqlens, length_max, length_max, **own)
+            return out[0] if isinstance(out, tuple) else out
+
+        return attend
+
+    return Attention(name, plan, is_capturable=True)
+
+
+REFERENCE = Attention("reference", plan_reference)
+PLAIN_KERNELS = {"reference": REFERENCE, "grouped": Attention("grouped", plan_grouped)}
+
+
+def kernels_named(name: str) -> tuple[Attention, ...]:
+    """The forms of kernel *name* in the order to try; none where its package is not installed.
+
+    Splitting the keys of a sequence over blocks depends on its neighbours, and a sequence must keep
+    its bits beside any others: a kernel that knows `num_splits` is told 1; versions without the
+    word never split. Torch's `varlen_attn` knows it since 2.12 and refuses it wherever it runs
+    FlashAttention 2, which splits the keys of a lone query only: it is also tried without.
+    """
+    if name in PLAIN_KERNELS:
+        return (PLAIN_KERNELS[name],)
+    module, function = PACKED_KERNELS[name]
+    try:
+        kernel = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError):
+        return ()
+    if "num_splits" not in inspect.signature(kernel).parameters:
+        return (packed_attention(name, kernel),)
+    unsplit = packed_attention(name, kernel, num_splits=1)
+    if name != "varlen":
+        return (unsplit,)
+    return (unsplit, packed_attention(f"{name} (no num_splits)", kernel))
 
 
 def choose_attention(
-    asked: str | None, *, trial: Callable[[Attention], str | None], has_packed: bool
-) -> AttentionChoice:
-    """The first form, fastest first, against which *trial* has nothing to say.
+    asked: str | None, specs: Sequence[AttentionSpec], *, like: Tensor, has_packed: bool
+) -> tuple[Attention, str]:
+    """The first kernel, fastest first, that computes *specs* as the reference does; and why it.
 
-    *trial* runs a form on the device and answers what is wrong with it, or None. *has_packed*
-    says whether packed kernels exist for the device and type at all (CUDA at half precision).
+    *like* is a tensor of the type and device to run on; *has_packed*: packed kernels exist for them
+    (CUDA at half precision).
     """
+    cu_seqlens = torch.tensor([0, *accumulate(CHECK_LENGTHS)], dtype=torch.int32).to(like.device)
+
+    def fault_for(kernel: Attention, spec: AttentionSpec) -> str | None:
+        heads = [spec.heads, spec.kv_heads, spec.kv_heads]
+        shape = (sum(CHECK_LENGTHS), sum(heads), spec.head_dim)
+        rows = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
+        q, k, v = rows.split(heads, dim=1)  # as LayerNorm leaves them, the same at every start
+        return fault_of(
+            lambda: kernel.plan(cu_seqlens, CHECK_LENGTHS)(q, k, v, spec),
+            lambda: REFERENCE.plan(cu_seqlens, CHECK_LENGTHS)(q, k, v, spec),
+        )
+
     reasons: list[str] = []
-    for name in (asked,) if asked is not None else (*PACKED_KERNELS, "grouped"):
-        if name in PACKED_KERNELS and not has_packed and asked is None:
-            continue
-        forms = forms_named(name)
-        if not forms:
+    automatic = (*(PACKED_KERNELS if has_packed else ()), "grouped")
+    for name in automatic if asked is None else (asked,):
+        kernels = kernels_named(name)
+        if not kernels:
             reasons.append(f"not {name}: {name} is not installed")
-        for form in forms:
-            wrong = trial(form)
-            if wrong is None:
-                return AttentionChoice(form, "; ".join([form.name, *reasons]))
-            reasons.append(f"not {form.name}: {wrong}")
-    return AttentionChoice(ReferenceAttention(), "; ".join(["reference", *reasons]))
+        for kernel in kernels:
+            faults = (fault_for(kernel, spec) for spec in dict.fromkeys(specs))
+            fault = next((one for one in faults if one is not None), None)
+            if fault is None:
+                return kernel, "; ".join([kernel.name, *reasons])
+            reasons.append(f"not {kernel.name}: {fault}")
+    return REFERENCE, "; ".join(["reference", *reasons])
 
 
-def forms_named(name: str) -> tuple[Attention, ...]:
-    """What is called *name*, in the order to try; nothing where its package is not installed."""
-    if name == "reference":
-        return (ReferenceAttention(),)
-    if name == "grouped":
-        return (GroupedAttention(),)
-    module, function = PACKED_KERNELS[name]
+def fault_of(fast: Callable[[], Tensor], plain: Callable[[], Tensor]) -> str | None:
+    """Why *fast* cannot stand for *plain*, comparing their rows `[rows, …]`; None where it can."""
+    expected = plain()
     try:
-        return packed_forms(name, getattr(importlib.import_module(module), function))
-    except (ImportError, AttributeError):
-        return ()
+        found = fast()
+    except REFUSALS as error:
+        return summary_of(error)
+    if found.shape != expected.shape:
+        return f"its shape is {tuple(found.shape)}, not {tuple(expected.shape)}"
+    cosines = torch.cosine_similarity(found.double().flatten(1), expected.double().flatten(1))
+    cosine_min = float(cosines.nan_to_num(-1).min())
+    if cosine_min < COSINE_MIN[expected.dtype]:
+        return f"its rows differ from the plain form's: minimum cosine {cosine_min:.6f}"
+    return None
 
 
-def packed_forms(name: str, kernel: Callable[..., object]) -> tuple[Attention, ...]:
-    """*kernel* told not to split keys where it knows the word; torch's own also untold.
-
-    Splitting the keys of a sequence depends on its neighbours, and a sequence must keep its bits in
-    any company. Versions without the word never split. Torch's `varlen_attn` knows it since 2.12
-    and refuses it wherever it runs FlashAttention 2, which splits the keys of a lone query only.
-    """
-    if "num_splits" not in inspect.signature(kernel).parameters:
-        return (PackedAttention(name, kernel),)
-    told = PackedAttention(name, kernel, num_splits=1)
-    if name != "varlen":
-        return (told,)
-    return (told, PackedAttention(f"{name} (no num_splits)", kernel))
+def summary_of(error: BaseException) -> str:
+    """The type of *error* and the start of its message: drivers and compilers write pages."""
+    first_sentence = str(error).partition("\n")[0].partition(". ")[0]
+    return f"it raised {type(error).__name__}: {first_sentence[:160]}"

@@ -1,77 +1,128 @@
-"""From hidden states to vectors on the device, in fp32: what `models/pooling.py` does in numpy.
+"""Heads: pooling and BGE-M3's two linear layers on the device, in fp32, and their rows as `Vectors`.
 
-Nothing here waits for the device: every shape is known on the host before a kernel is launched.
+What `models/pooling.py` does in numpy. Nothing waits for the device: every shape is known on the
+host before a kernel is launched.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import functional
 
-from trivec.backends.torch.encoder import Packed
+from trivec.backends.torch.ops import PackedBatch
+from trivec.checkpoints.checkpoint import Checkpoint
+from trivec.core.types import Batch, Float32Array, Int32Array, Output, SparseVector, Vectors
 from trivec.models.pooling import Pooling
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """A linear layer on hidden states."""
-
-    weight: torch.Tensor  # [out, in]
-    bias: torch.Tensor  # [out]
-
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        return functional.linear(rows, self.weight, self.bias)
-
-
-@dataclass(frozen=True, slots=True)
-class SparseRows:
-    """The best weight of each distinct token of each sequence, in slots; unused slots weigh 0.
-
-    A slot's key is sequence * vocabulary + token id, and keys ascend over the used slots.
-    """
-
-    keys: torch.Tensor  # int64 [rows]
-    weights: torch.Tensor  # fp32 [rows]
-
-
-@dataclass(frozen=True, slots=True)
 class DeviceHeads:
-    pooling: Pooling
-    normalize: bool
-    vocabulary_size: int
-    sparse: Head | None  # fp32, to 1 column
-    multi: Head | None  # fp32, to the multi-vectors' columns
-    ignored_token_ids: torch.Tensor | None  # int32: never in a sparse vector
+    """Pooling and, where the checkpoint has them, the sparse and multi-vector heads."""
 
-    def dense(self, hidden: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        heads = checkpoint.heads
+        self._pooling = checkpoint.pooling
+        self._normalize = checkpoint.normalize
+        self._vocabulary_size = checkpoint.config.vocab_size
+        names = ("sparse_weight", "sparse_bias", "multi_weight", "multi_bias")
+        self._linear = {  # fp32, shaped as in `models.pooling.Heads`; empty where there are no heads
+            name: torch.tensor(getattr(heads, name), dtype=torch.float32, device=device)
+            for name in (names if heads is not None else ())
+        }
+        ignored = heads.ignored_token_ids if heads is not None else ()  # never in a sparse vector
+        self._ignored_token_ids = torch.tensor(ignored, dtype=torch.int32, device=device)
+
+    def launch(
+        self,
+        hidden: Tensor,
+        packed: PackedBatch,
+        batch: Batch,
+        upload: Callable[[Int32Array], Tensor],
+    ) -> dict[str, Tensor]:
+        """What *batch* asks for of `[tokens, hidden]`, as `to_vectors` reads it.
+
+        *hidden* and *packed* may end in filler, which is passed over.
+        """
+        results = {"dense": self._dense(hidden, packed.cu_seqlens[: len(batch) + 1])}
+        if not self._linear:
+            return results
+        sparse_tokens = _tokens_wanting(batch, Output.SPARSE)
+        if len(sparse_tokens):
+            results |= self._sparse_terms(hidden, packed, upload(sparse_tokens))
+        multi_tokens = _tokens_wanting(batch, Output.MULTI)
+        if len(multi_tokens):
+            # The first token, <s>, has no vector.
+            is_first = np.isin(multi_tokens, batch.cu_seqlens[:-1], assume_unique=True)
+            rows = self._project(hidden[upload(multi_tokens[~is_first])], "multi")
+            results["multi"] = functional.normalize(rows, dim=-1)
+        return results
+
+    def _project(self, rows: Tensor, head: str) -> Tensor:
+        weight, bias = self._linear[f"{head}_weight"], self._linear[f"{head}_bias"]
+        return functional.linear(rows.float(), weight, bias)
+
+    def _dense(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
         """One row a sequence: fp32 `[sequences, hidden]`."""
-        if self.pooling is Pooling.CLS:
-            pooled = hidden[starts[:-1]].float()
-        elif self.pooling is Pooling.LAST:
-            pooled = hidden[starts[1:] - 1].float()
+        if self._pooling is Pooling.CLS:
+            pooled = hidden[cu_seqlens[:-1]].float()
+        elif self._pooling is Pooling.LAST:
+            pooled = hidden[cu_seqlens[1:] - 1].float()
         else:
             # `unsafe` leaves out a check of the offsets that would wait for the device.
             pooled = torch.segment_reduce(
-                hidden.float(), "mean", offsets=starts.long(), axis=0, unsafe=True
+                hidden.float(), "mean", offsets=cu_seqlens.long(), axis=0, unsafe=True
             )
-        return functional.normalize(pooled, dim=-1) if self.normalize else pooled
+        return functional.normalize(pooled, dim=-1) if self._normalize else pooled
 
-    def best_weights(self, hidden: torch.Tensor, packed: Packed, rows: torch.Tensor) -> SparseRows:
-        """relu(H W' + b) of the tokens *rows*, the maximum a token id, by sorting the ids."""
-        assert self.sparse is not None
-        assert self.ignored_token_ids is not None
-        weights = torch.relu(self.sparse(hidden[rows].float()))[:, 0]
-        token_ids = packed.token_ids[rows]
-        weights = weights.masked_fill(torch.isin(token_ids, self.ignored_token_ids), 0.0)
-        keys = packed.owners[rows].long() * self.vocabulary_size + token_ids
+    def _sparse_terms(
+        self, hidden: Tensor, packed: PackedBatch, tokens: Tensor
+    ) -> dict[str, Tensor]:
+        """relu(H W' + b) of *tokens*, the maximum a sequence and token id, by sorting.
+
+        Keys int64 `[tokens]` are sequence * vocabulary + token id and ascend over the slots in use;
+        weights fp32 `[tokens]` are 0 in the others.
+        """
+        weights = torch.relu(self._project(hidden[tokens], "sparse"))[:, 0]
+        token_ids = packed.token_ids[tokens]
+        weights = weights.masked_fill(torch.isin(token_ids, self._ignored_token_ids), 0.0)
+        keys = packed.sequence_ids[tokens].long() * self._vocabulary_size + token_ids
         keys, order = torch.sort(keys)
         is_new = torch.ones_like(keys)
         is_new[1:] = keys[1:] != keys[:-1]
         slots = torch.cumsum(is_new, 0) - 1
-        best = torch.zeros_like(weights).scatter_reduce(0, slots, weights[order], "amax")
-        return SparseRows(torch.zeros_like(keys).scatter_(0, slots, keys), best)
+        return {
+            "sparse_keys": torch.zeros_like(keys).scatter_(0, slots, keys),
+            "sparse_weights": torch.zeros_like(weights).scatter_reduce(
+                0, slots, weights[order], "amax"
+            ),
+        }
 
-    def token_vectors(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """H W' + b of the tokens *rows*, each of length 1: fp32 `[rows, dimensions]`."""
-        assert self.multi is not None
-        return functional.normalize(self.multi(hidden[rows].float()), dim=-1)
+
+def to_vectors(results: Mapping[str, NDArray[Any]], batch: Batch, vocabulary_size: int) -> Vectors:
+    """The rows of `DeviceHeads.launch`, now on the host, cut by sequence without copies."""
+    sparse: list[SparseVector | None] = [None] * len(batch)
+    multi: list[Float32Array | None] = [None] * len(batch)
+    if "sparse_keys" in results:
+        keys, weights = results["sparse_keys"], results["sparse_weights"]
+        used = ~(weights <= 0)  # NaN stays: whoever checks that rows are finite must see it
+        keys, weights = keys[used], weights[used]
+        token_ids = (keys % vocabulary_size).astype(np.int32)
+        bounds = np.searchsorted(keys, np.arange(len(batch) + 1) * vocabulary_size).tolist()
+        for i in np.flatnonzero(batch.outputs & Output.SPARSE.value).tolist():
+            term = slice(bounds[i], bounds[i + 1])
+            sparse[i] = SparseVector(token_ids[term], weights[term])
+    if "multi" in results:
+        asked = np.flatnonzero(batch.outputs & Output.MULTI.value)
+        ends = np.cumsum(np.diff(batch.cu_seqlens)[asked] - 1)
+        for i, rows in zip(asked.tolist(), np.split(results["multi"], ends[:-1]), strict=True):
+            multi[i] = rows
+    return Vectors.of(results["dense"], sparse, multi)
+
+
+def _tokens_wanting(batch: Batch, output: Output) -> Int32Array:
+    """Indices of the tokens whose sequence asks for *output*: int32 `[rows]`, ascending."""
+    wants = (batch.outputs & output.value) != 0  # [sequences]
+    return np.flatnonzero(np.repeat(wants, np.diff(batch.cu_seqlens))).astype(np.int32)
