@@ -1,8 +1,8 @@
-"""OpenTelemetry spans of each request, built after the fact from its measured durations.
+"""OpenTelemetry spans of each request, built afterwards from its measured durations.
 
-Optional: needs the extra `tracing`. Nothing on the way of a request knows that it is traced, so a
-span's place in time is derived: the stages lie end to end before the answer, and what is left at
-the front is `accept` (headers, body, key, allowance, validation).
+Optional: needs the extra `tracing`. No other room knows of traces, so the place of a span in time is
+derived: the stages lie end to end before the answer, and what is left at the front is `accept`
+(headers, body, key, rate limits, validation).
 """
 
 import time
@@ -50,9 +50,9 @@ def stages(event: RequestServed, *, end_ns: int) -> Iterator[Stage]:
 
 
 class Tracing:
-    """An `Observer` that hands spans to an OpenTelemetry *processor*, which owns their sending.
+    """An `Observer` that hands spans to an OpenTelemetry *processor*, which sends them.
 
-    Its `close` flushes what waits. Called from any thread.
+    Called from any thread.
     """
 
     def __init__(self, processor: "SpanProcessor") -> None:
@@ -83,23 +83,30 @@ class Tracing:
         return cls(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
 
     def observe(self, event: Event) -> None:
-        if isinstance(event, RequestServed):
-            self._trace(event, end_ns=time.time_ns())
-
-    def close(self) -> None:
-        """Send what waits, and stop. Bounded by the exporter's own timeout."""
-        self._provider.shutdown()
-
-    def _trace(self, event: RequestServed, *, end_ns: int) -> None:
         from opentelemetry.trace import Status, StatusCode, set_span_in_context
 
+        if not isinstance(event, RequestServed):
+            return
+        end_ns = time.time_ns()
+        attributes: dict[str, str | int] = {
+            "http.request.method": event.method,
+            "http.route": event.route,
+            "http.response.status_code": event.status,
+            "trivec.request_id": event.request_id,
+            "trivec.inputs": event.input_count,
+            "trivec.tokens": event.token_count,
+        }
+        if event.model is not None:
+            attributes["trivec.model"] = event.model
+        if event.code is not None:
+            attributes["error.type"] = event.code
         carrier = {"traceparent": event.traceparent} if event.traceparent else {}
         span = self._tracer.start_span(
             f"{event.method} {event.route}",
             context=self._propagator.extract(carrier),
             kind=self._server,
             start_time=end_ns - int(event.duration_s * NANOSECONDS),
-            attributes=_attributes(event),
+            attributes=attributes,
         )
         inside = set_span_in_context(span)
         for stage in stages(event, end_ns=end_ns):
@@ -109,18 +116,6 @@ class Tracing:
             span.set_status(Status(StatusCode.ERROR, event.code))
         span.end(end_ns)
 
-
-def _attributes(event: RequestServed) -> dict[str, str | int]:
-    attributes: dict[str, str | int] = {
-        "http.request.method": event.method,
-        "http.route": event.route,
-        "http.response.status_code": event.status,
-        "trivec.request_id": event.request_id,
-        "trivec.inputs": event.input_count,
-        "trivec.tokens": event.token_count,
-    }
-    if event.model is not None:
-        attributes["trivec.model"] = event.model
-    if event.code is not None:
-        attributes["error.type"] = event.code
-    return attributes
+    def close(self) -> None:
+        """Send what waits, and stop. Bounded by the exporter's own timeout."""
+        self._provider.shutdown()
