@@ -90,14 +90,19 @@ def test_lines_come_out_whole_and_in_order(log_to: LogTo) -> None:
 
 
 def test_a_pipe_that_nobody_reads_holds_no_request_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LINES_MAX", 200)
+    monkeypatch.setattr(module, "WAITING_BYTES_MAX", 100_000)
     reading, writing = os.pipe()  # which itself holds about 200 lines
     count = 1500
     with open(writing, "w", encoding="utf-8") as stderr, open(reading, encoding="utf-8") as reader:
         monkeypatch.setattr(sys, "stderr", stderr)
         configure_log("json")
         log = RequestLog()
-        assert ends_in_time(lambda: [log.observe(request()) for _ in range(count)])
+
+        def observe() -> None:
+            for _ in range(count):
+                log.observe(request())
+
+        assert ends_in_time(observe)
         dropped = lines_dropped()
         assert dropped > 0
         page = Metrics(lines_dropped=lines_dropped).page().decode()
@@ -111,26 +116,10 @@ def test_a_pipe_that_nobody_reads_holds_no_request_up(monkeypatch: pytest.Monkey
         finish_log(WAIT_S)
 
 
-def test_the_lines_that_wait_are_bounded_and_the_rest_counted(
+def test_the_lines_that_wait_are_bounded_in_bytes_and_the_rest_counted(
     log_to: LogTo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LINES_MAX", 100)
-    stream = Stream(is_open=False)
-    log = log_to(stream)
-    log.info("first")
-    assert stream.entered.wait(WAIT_S)
-    for _ in range(100 + 7):
-        log.info("line")
-    assert lines_dropped() == 7
-    stream.gate.set()
-    finish_log(WAIT_S)
-    assert stream.events().count("line") == 100
-
-
-def test_the_lines_that_wait_are_bounded_in_bytes_too(
-    log_to: LogTo, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "BYTES_MAX", 40_000)
+    monkeypatch.setattr(module, "WAITING_BYTES_MAX", 40_000)
     stream = Stream(is_open=False)
     log = log_to(stream)
     log.info("first")
@@ -140,6 +129,8 @@ def test_the_lines_that_wait_are_bounded_in_bytes_too(
     assert lines_dropped() == 97
     stream.gate.set()
     finish_log(WAIT_S)
+    assert len(stream.events()) == 1 + 3 + 1
+    assert '"count":97' in stream.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Telemetry: metrics, the log and traces, each an `Observer` of the events of `core.events`.
 
-It knows names, labels and forms, not how anything works. No event holds text, vectors or keys, so
-neither a page, a line nor a span can.
+No event holds text, vectors or keys, so neither a metric, a line nor a span can.
 """
 
 import structlog
@@ -27,21 +26,21 @@ __all__ = [
 class Observers:
     """An `Observer` that passes each event to several, in order. Called from any thread.
 
-    One that fails keeps nothing from the rest. Its first failure is logged and no other, so that it
-    cannot flood the log from inside every request.
+    One that fails keeps nothing from the rest, and its first failure alone is logged: a line from
+    inside every request would flood the log.
     """
 
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers
-        self._broken: set[int] = set()  # indices; a race costs at most a second line
+        self._failed: set[int] = set()  # indices; a race costs at most a second line
 
     def observe(self, event: Event) -> None:
         for index, observer in enumerate(self._observers):
             try:
                 observer.observe(event)
             except Exception:
-                if index not in self._broken:
-                    self._broken.add(index)
+                if index not in self._failed:
+                    self._failed.add(index)
                     structlog.get_logger("trivec.telemetry").exception(
                         "observer_failed", observer=type(observer).__name__
                     )

@@ -1,14 +1,13 @@
 """The log: one line a request, and one for each change in the process's life.
 
-JSON for machines, readable on a terminal. A line holds ids, counts and durations. It is written by a
-thread of its own: a stderr that is full, stuck or closed costs lines, never a request.
+JSON for machines, readable on a terminal. A line holds ids, counts and durations. A thread of its own
+writes it, so that a stderr that is full, stuck or closed costs lines and never delays a request.
 """
 
 import logging
 import sys
 import threading
-from logging import LogRecord
-from logging.handlers import QueueHandler, QueueListener
+from collections.abc import Iterable, Iterator
 from queue import SimpleQueue
 from typing import Any, Literal, TextIO
 
@@ -26,145 +25,140 @@ from trivec.core.events import (
 
 LogFormat = Literal["auto", "json", "text"]
 
-LINES_MAX = 10_000  # waiting to be written; some seconds of the busiest server
-BYTES_MAX = 16 * 1024 * 1024  # of the lines that wait
-PIECE_BYTES_MAX = 4096  # what Linux writes to a pipe in one go, whoever else writes to it
-GATHER_S = 0.05  # while busy, lines wait this long for others: one write and one wake-up for many
+WAITING_BYTES_MAX = 8 * 1024 * 1024  # of lines not yet written: some 15,000 requests
+PIECE_BYTES_MAX = 4096  # what Linux writes to a pipe without mixing it with other processes' lines
+GATHER_S = 0.05  # a line waits this long for others: many lines, one write and one wake-up
 FINISH_S_MAX = 1.0  # for the last lines to be written, before the process ends all the same
 MESSAGE_CHARS_MAX = 160  # of an error, on a terminal
 
-PROBES = frozenset({"/livez", "/readyz", "/health", "/metrics"})  # asked every few seconds for ever
+PROBES = frozenset({"/livez", "/readyz", "/health", "/metrics"})  # polled every few seconds
 
 
-class LogThread(QueueListener):
-    """The thread that writes log lines, and the bounded queue before it.
+class LogThread(threading.Thread):
+    """Thread that writes lines to a stream, behind a queue bounded in bytes.
 
-    `put` never blocks. Lines that find no room, or a stream that takes none, are dropped and counted;
-    when lines can be written again, one says how many. Lines go out in pieces of `PIECE_BYTES_MAX`:
-    other processes on the same pipe cannot write into one, and a thread that a busy interpreter lets
-    run 200 times a second writes ten times as many lines as it would one by one.
+    `put` never blocks. Lines beyond the bound, or refused by the stream, are dropped and counted; a
+    line says how many as soon as one can be written again. Not `logging.handlers.QueueListener`: it
+    bounds no bytes, its end has no time limit, and it writes line by line, a tenth of the lines a
+    second where a busy interpreter lets a thread run 200 times a second.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
-        self._records: SimpleQueue[LogRecord | None] = SimpleQueue()
-        super().__init__(self._records)
+        super().__init__(name="log", daemon=True)
+        self.dropped = 0  # lines since the start
         self._stream = stream
-        self._accounting = threading.RLock()  # reentrant: a signal's handler may log
+        self._queue: SimpleQueue[str | None] = (
+            SimpleQueue()
+        )  # its `put` is reentrant; None: the end
         self._waiting_bytes = 0
-        self._piece: list[str] = []
-        self._piece_bytes = 0
-        self._dropped_said = 0
+        self._lock = threading.RLock()  # of the numbers; reentrant, since a signal handler may log
         self._finishing = threading.Event()
-        self._finished = threading.Event()
-        self.dropped = 0  # lines, since the start
-        self.start()
+        self._is_finished = False
 
-    def put(self, record: LogRecord) -> None:
-        """Hand over a record whose `msg` is a finished line."""
-        size = sys.getsizeof(record.msg)
-        with self._accounting:
-            if self._finished.is_set():
-                self.handle(record)
-                self._write()
-            elif self._records.qsize() < LINES_MAX and self._waiting_bytes + size <= BYTES_MAX:
-                self._waiting_bytes += size
-                self._records.put(record)
-            else:
+    def put(self, line: str) -> None:
+        """Hand over a line without its newline. Called from any thread."""
+        size = sys.getsizeof(line)
+        with self._lock:
+            if self._waiting_bytes + size > WAITING_BYTES_MAX:
                 self.dropped += 1
+                return
+            self._waiting_bytes += size
+            if not self._is_finished:
+                self._queue.put(line)
+                return
+        self._write([line])
+
+    debug = info = warning = error = critical = put  # structlog calls the method of the level
 
     def drop(self, count: int) -> None:
-        with self._accounting:
+        """Count lines that cannot be written."""
+        with self._lock:
             self.dropped += count
 
     def finish(self, within_s: float) -> None:
         """Write what waits, unless that takes longer; later lines are written by their callers."""
         self._finishing.set()
-        self.enqueue_sentinel()
-        self._finished.wait(within_s)
+        self._queue.put(None)
+        self.join(within_s)
 
-    def dequeue(self, block: bool) -> Any:
-        """The next record, or None at the end. The lines gathered so far are written before a wait."""
-        if self._records.empty():
-            if self._write() and self.dropped > self._dropped_said:
-                count = self.dropped - self._dropped_said
-                self._dropped_said += count
-                structlog.get_logger().warning("log_lines_dropped", count=count)
+    def run(self) -> None:
+        reported = 0
+        is_last = False
+        while not is_last:
+            first = self._queue.get()
             self._finishing.wait(GATHER_S)
-        record = self._records.get(block)
-        if record is None:
-            self._write()
-            self._finished.set()
-            return record
-        with self._accounting:
-            self._waiting_bytes -= sys.getsizeof(record.msg)
-        return record
+            lines = [first, *self._drain()]
+            is_last = None in lines
+            if self._write(line for line in lines if line is not None) and self.dropped > reported:
+                count, reported = self.dropped - reported, self.dropped
+                structlog.get_logger().warning("log_lines_dropped", count=count)
+        with self._lock:
+            self._is_finished = True
+        self._write(line for line in self._drain() if line is not None)
 
-    def handle(self, record: LogRecord) -> None:
-        line = f"{record.msg}\n"
-        size = len(line.encode(errors="replace"))
-        if self._piece_bytes + size > PIECE_BYTES_MAX:
-            self._write()
-        self._piece.append(line)
-        self._piece_bytes += size
+    def _drain(self) -> Iterator[str | None]:
+        while not self._queue.empty():  # only this thread takes lines out
+            yield self._queue.get()
 
-    def _write(self) -> bool:
-        """Write the gathered lines; whether there were any and the stream took them."""
-        lines, self._piece, self._piece_bytes = self._piece, [], 0
-        if not lines:
-            return False
-        try:
-            if self._stream is None:
-                raise ValueError("standard error was closed when the process started")
-            self._stream.write("".join(lines))
-            self._stream.flush()
-        except (OSError, ValueError):  # the reader has gone, the disk is full, or it was closed
-            self.drop(len(lines))
-            return False
-        return True
+    def _write(self, lines: Iterable[str]) -> bool:
+        """Write *lines* in pieces; whether the stream took the last of them."""
+        is_taken = False
+        for piece in pieces(lines):
+            try:
+                if self._stream is None:
+                    raise ValueError("standard error was closed when the process started")
+                self._stream.write("".join(f"{line}\n" for line in piece))
+                self._stream.flush()
+                is_taken = True
+            except (OSError, ValueError):  # the reader has gone, the disk is full, or it was closed
+                self.drop(len(piece))
+                is_taken = False
+            with self._lock:
+                self._waiting_bytes -= sum(map(sys.getsizeof, piece))
+        return is_taken
 
 
-class _Handover(QueueHandler):
-    """The last step of a line, rendered, before the log thread: of structlog's and of other loggers'."""
+def pieces(lines: Iterable[str]) -> Iterator[list[str]]:
+    """*lines* in groups of at most `PIECE_BYTES_MAX`; a longer line is a group of its own."""
+    piece: list[str] = []
+    piece_bytes = 0
+    for line in lines:
+        line_bytes = len(line.encode(errors="replace")) + 1
+        if piece and piece_bytes + line_bytes > PIECE_BYTES_MAX:
+            yield piece
+            piece, piece_bytes = [], 0
+        piece.append(line)
+        piece_bytes += line_bytes
+    if piece:
+        yield piece
+
+
+class LogHandler(logging.Handler):
+    """Handler of the standard library's loggers: formatted records go to the log thread."""
 
     def __init__(self, thread: LogThread) -> None:
-        super().__init__(thread.queue)
+        super().__init__()
         self.thread = thread
 
-    def msg(self, line: str) -> None:
-        self.thread.put(logging.makeLogRecord({"msg": line}))
-
-    debug = info = warning = error = critical = msg  # structlog calls the method of the level
-
-    def enqueue(self, record: LogRecord) -> None:
-        self.thread.put(record)
-
-    def handleError(self, record: LogRecord) -> None:  # noqa: N802 - the library's name
-        """Count a record that cannot be formatted; the library would write to stderr itself."""
-        self.thread.drop(1)
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self.thread.put(self.format(record))
+        except Exception:  # other libraries' mistakes; logging's own answer writes to stderr itself
+            self.thread.drop(1)
 
 
 def configure_log(
-    log_format: LogFormat = "auto",
-    *,
-    stream: TextIO | None = None,
-    level: str = "info",
-    process: str | None = None,
+    log_format: LogFormat = "auto", *, level: str = "info", process: str | None = None
 ) -> None:
-    """Send every line of the process, other libraries' too, to *stream* in one form.
+    """Send every line of the process, other libraries' too, to standard error in one form.
 
-    Without *stream* it is stderr, by a `LogThread`. "auto" is JSON unless that is a terminal. Every line
-    names *process*, where there are several. Called once, before other threads and after any fork.
+    "auto" is JSON unless that is a terminal. Every line names *process*, where there are several.
+    Called once, before other threads and after any fork.
     """
-    foreign: logging.Handler
-    if stream is not None:
-        foreign = logging.StreamHandler(stream)
-        factory: Any = structlog.WriteLoggerFactory(stream)
-        is_terminal = stream.isatty()
-    else:
-        stderr: TextIO | None = sys.stderr  # None where the process began without one
-        foreign = handover = _Handover(LogThread(stderr))
-        factory = lambda *_names: handover  # noqa: E731
-        is_terminal = stderr is not None and stderr.isatty()
+    stderr: TextIO | None = sys.stderr  # None where the process began without one
+    is_terminal = stderr is not None and stderr.isatty()
+    thread = LogThread(stderr)
+    thread.start()
     number = logging.getLevelNamesMapping()[level.upper()]
     common: list[Any] = [
         structlog.stdlib.add_log_level,
@@ -172,27 +166,24 @@ def configure_log(
     ]
     if process:
         common.append(lambda _logger, _method, line: {**line, "process": process})
-    ending: list[Any] = [_Terminal(colors=is_terminal)]
+    rendering: list[Any] = [_Terminal(colors=is_terminal)]
     if log_format == "json" or (log_format == "auto" and not is_terminal):
-        ending = [
-            _without_message,
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(_to_json),
-        ]
+        rendering = [structlog.processors.format_exc_info, _to_json]
     structlog.configure(
-        processors=[*common, *ending],
+        processors=[*common, *rendering],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=factory,
+        logger_factory=lambda *_names: thread,
         cache_logger_on_first_use=False,
     )
-    foreign.setFormatter(
+    handler = LogHandler(thread)
+    handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*common, structlog.stdlib.add_logger_name],
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *ending],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendering],
         )
     )
     root = logging.getLogger()
-    root.handlers[:] = [foreign]
+    root.handlers[:] = [handler]
     root.setLevel(max(number, logging.WARNING))  # libraries talk when something is wrong
 
 
@@ -209,7 +200,7 @@ def finish_log(within_s: float = FINISH_S_MAX) -> None:
 
 def _threads() -> list[LogThread]:
     """The one that `configure_log` started, if any."""
-    return [one.thread for one in logging.getLogger().handlers if isinstance(one, _Handover)]
+    return [one.thread for one in logging.getLogger().handlers if isinstance(one, LogHandler)]
 
 
 class RequestLog:
@@ -251,7 +242,12 @@ class RequestLog:
 
 
 def request_fields(event: RequestServed) -> dict[str, object]:
-    """What a request's line says: milliseconds to the microsecond, and nothing that is absent."""
+    """Fields of a request's line: milliseconds to the microsecond, and nothing that is absent."""
+    optional = {
+        "code": event.code,
+        "key_id": event.key_id,
+        "client_request_id": event.client_request_id,
+    }
     fields: dict[str, object] = {
         "request_id": event.request_id,
         "method": event.method,
@@ -260,13 +256,8 @@ def request_fields(event: RequestServed) -> dict[str, object]:
         "duration_ms": round(event.duration_s * 1e3, 3),
         "request_bytes": event.request_bytes,
         "answer_bytes": event.answer_bytes,
+        **{name: value for name, value in optional.items() if value is not None},
     }
-    if event.code is not None:
-        fields["code"] = event.code
-    if event.key_id is not None:
-        fields["key_id"] = event.key_id
-    if event.client_request_id is not None:
-        fields["client_request_id"] = event.client_request_id
     if event.model is not None:
         fields["model"] = event.model
         fields["inputs"] = event.input_count
@@ -278,14 +269,14 @@ def request_fields(event: RequestServed) -> dict[str, object]:
     return fields
 
 
-def _without_message(_logger: object, _method: str, line: Any) -> Any:
-    """Drop a refusal's message: it may repeat a client's word, and a file keeps what it is given."""
+def _to_json(_logger: object, _method: str, line: Any) -> str:
+    """Renderer for machines. A refusal's message may repeat a client's words: no file gets it."""
     line.pop("message", None)
-    return line
+    return msgspec.json.encode(line, enc_hook=repr).decode()  # several times faster than json.dumps
 
 
 class _Terminal:
-    """Renderer for a person: a request is one short line, its status and duration first."""
+    """Renderer for people: a request is one short line, its status and duration first."""
 
     def __init__(self, *, colors: bool) -> None:
         self._colors = colors
@@ -305,8 +296,3 @@ class _Terminal:
             color = "\x1b[31m" if status >= 500 else "\x1b[33m" if status >= 400 else "\x1b[32m"
             shown = f"{color}{shown[:3]}\x1b[0m{shown[3:]}"
         return f"{line['time'][11:19]} {shown}  {line['request_id']}"
-
-
-def _to_json(line: object, **_unused: object) -> str:
-    """JSON of one line. structlog passes json.dumps's keywords; msgspec needs none and is several times faster."""
-    return msgspec.json.encode(line, enc_hook=repr).decode()

@@ -1,7 +1,7 @@
-"""Prometheus metrics: events are counted here, and printed as a page.
+"""Prometheus metrics: counts of events, and the page that shows them.
 
-Every label value comes from a closed or a capped set, so that no client can make the page grow: it has
-at most `SERIES_MAX` series, and a test adds them up. `docs/metrics.md` is the same list for people.
+Every label value comes from a closed or a capped set, so that no client can make the page grow beyond
+`SERIES_MAX` series; a test adds them up. `docs/metrics.md` is the same list for people.
 """
 
 import re
@@ -37,26 +37,19 @@ from trivec.core.events import (
 
 SERIES_MAX = 500
 MODELS_MAX = 4  # models with series of their own; those loaded later share the label "other"
-REASONS_MAX = (
-    23  # error codes with series of their own; the API has 20, none of them a client's word
-)
+REASONS_MAX = 23  # error codes with series of their own; the API has some 20, all its own words
 OTHER = "other"
 
 STATUS_CLASSES = ("2xx", "4xx", "5xx")
 PHASES = ("loading", "ready", "draining", "stopped")
 TIMED_ROUTES = ("/embeddings", "/tokenize")  # where a duration is work and not a lookup
 
-# What is served. Anything else, a wrong method too, is ("other", "other").
-_POSTED = (
-    "/embeddings /tokenize /admin/v1/keys /admin/v1/keys/{id}/revoke /admin/v1/keys/{id}/rotate"
-)
-_GOT = (
-    "/models /models/{id} /livez /readyz /health /metrics /openapi.json "
-    "/admin/v1/keys /admin/v1/keys/{id} /admin/v1/usage"
-)
-SERVED = frozenset(
-    [(route, "POST") for route in _POSTED.split()] + [(route, "GET") for route in _GOT.split()]
-)
+ROUTES = {
+    "POST": "/embeddings /tokenize /admin/v1/keys /admin/v1/keys/{id}/revoke /admin/v1/keys/{id}/rotate",
+    "GET": "/models /models/{id} /livez /readyz /health /metrics /openapi.json "
+    "/admin/v1/keys /admin/v1/keys/{id} /admin/v1/usage",
+}
+SERVED = {(route, method) for method, routes in ROUTES.items() for route in routes.split()}
 
 SHORT_BUCKETS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 1)
 
@@ -67,7 +60,9 @@ _M = TypeVar("_M", bound=MetricWrapperBase)
 
 @lru_cache(maxsize=1024)
 def route_labels(route: str, method: str) -> tuple[str, str]:
-    """`route` and `method` of a route's template; the API's three prefixes are one."""
+    """Labels `route` and `method` of a route's template: without the API's prefix; "other" where
+    nothing is served, or by another method.
+    """
     labels = (_PARAMETER.sub("{id}", _PREFIX.sub("", route)), method)
     return labels if labels in SERVED else (OTHER, OTHER)
 
@@ -188,8 +183,14 @@ class Metrics:
             case RowNotFinite():
                 outcome = "recovered" if event.recovered else "lost"
                 self._rows_not_finite(self._model(event.model), outcome).inc()
-            case ModelLoaded():
-                self._add_model(event)
+            case ModelLoaded(card=card):
+                if _admit(card.id, self._models, MODELS_MAX, self._admitting) == OTHER:
+                    return
+                verified = "true" if card.verified else "false"
+                self._model_info(card.id, card.precision, verified).set(1)
+                for statistic, cosine in (("min", event.cosine_min), ("mean", event.cosine_mean)):
+                    if cosine is not None:
+                        self._certificate_cosine(card.id, statistic).set(cosine)
             case PhaseChanged():
                 for phase in PHASES:
                     self._phase(phase).set(phase == event.phase)
@@ -218,17 +219,6 @@ class Metrics:
 
     def _model(self, model: str) -> str:
         return model if model in self._models else OTHER
-
-    def _add_model(self, event: ModelLoaded) -> None:
-        card = event.card
-        if card.id in self._models:
-            return
-        if _admit(card.id, self._models, MODELS_MAX, self._admitting) == OTHER:
-            return
-        self._model_info(card.id, card.precision, "true" if card.verified else "false").set(1)
-        for statistic, cosine in (("min", event.cosine_min), ("mean", event.cosine_mean)):
-            if cosine is not None:
-                self._certificate_cosine(card.id, statistic).set(cosine)
 
 
 def _children(metric: _M) -> Callable[..., _M]:
