@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.figures import Provenance
 from benchmarks.gpu_engine import engine_rates
 from benchmarks.gpu_http import over_http
 from benchmarks.gpu_peers import peers
@@ -33,7 +34,6 @@ from trivec.backends.torch.backend import TorchBackend
 from trivec.backends.torch.tuning import Tuning
 from trivec.checkpoints.dummy import BLUEPRINTS, write_dummy
 from trivec.checkpoints.opening import open_checkpoint
-from trivec.cli.bench.figures import Provenance
 
 PACKAGES = (
     "torch", "triton", "numpy", "tokenizers", "transformers", "sentence-transformers", "flash-attn",

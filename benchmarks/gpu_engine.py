@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.figures import Spread
 from benchmarks.gpu_plan import Plan, finish_device, talk
+from benchmarks.texts import Workload, mixed, uniform
 
 from trivec.backends.torch.backend import TorchBackend
 from trivec.backends.torch.building import DTYPES
 from trivec.checkpoints.checkpoint import Checkpoint
-from trivec.cli.bench.figures import Spread
-from trivec.cli.bench.texts import Workload, mixed, uniform
 from trivec.core.types import Batch, BatchBudget, Output, Sequences
 from trivec.models.ops import ModelConfig
 

@@ -13,12 +13,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from benchmarks.figures import percentile
 from benchmarks.gpu_plan import Plan, talk
-
-from trivec.cli.bench.figures import percentile
-from trivec.cli.bench.load import Answers, LoadFailed
-from trivec.cli.bench.server import ServerFailed, Shape, Target, measure, own_server
-from trivec.cli.bench.texts import sentences
+from benchmarks.harness import ServerFailed, Shape, Target, measure, own_server
+from benchmarks.load import Answers, LoadFailed
+from benchmarks.texts import sentences
 
 LOADERS_MAX = 6  # one process of clients ends near 10,000 answers a second
 WORDS = {"short": 10.0, "long": 350.0}  # a text; by XLM-R's tokeniser some 17 and 420 tokens

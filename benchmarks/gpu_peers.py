@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from benchmarks.gpu_engine import cut
 from benchmarks.gpu_plan import Plan, finish_device, talk
+from benchmarks.texts import sentences
 from tokenizers import Tokenizer
 
 from trivec.backends.torch.backend import TorchBackend
 from trivec.backends.torch.building import DTYPES
-from trivec.cli.bench.texts import sentences
 from trivec.core.types import Sequences
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 from benchmarks.gpu_plan import talk
+from benchmarks.texts import sentences
 from tokenizers import Tokenizer
 
 from trivec.api.numbers import to_base64, to_json
 from trivec.backends.torch.answers import Sent, to_vectors
 from trivec.backends.torch.layout import lay_out
-from trivec.cli.bench.texts import sentences
 from trivec.core.types import Batch, Output, Sequences
 from trivec.models.ops import ModelConfig
 

@@ -1,7 +1,7 @@
-"""The entrance: parses arguments, prints, and turns errors into exit codes.
+"""The command line: parses arguments, prints, and turns errors into exit codes.
 
-Data goes to standard output, talk to standard error. Nothing heavy is imported before the
-command that needs it runs.
+Data goes to standard output, messages to standard error. Heavy rooms are imported by the commands
+that need them, so that asking for help is quick.
 """
 
 from trivec.cli.main import main
