@@ -12,10 +12,11 @@ import subprocess
 import termios
 from collections.abc import Callable
 from contextlib import closing as closing_file
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from tests.accounts.postgres import PostgresServer
@@ -186,7 +187,7 @@ def test_the_list_fits_into_a_terminal_of_80_columns(trivec: Trivec, tmp_path: P
             *("--rpm", "1000000000", "--tpm", "1000000000", "--expires", "2099-01-02", *models),
         )
 
-    shown = at_a_terminal(80, "keys", "list", "--data-dir", str(tmp_path))
+    shown = at_a_real_terminal(80, "keys", "list", "--data-dir", str(tmp_path))
 
     assert max(len(line) for line in shown.splitlines()) <= 80
     assert "…" not in shown
@@ -196,6 +197,18 @@ def test_the_list_fits_into_a_terminal_of_80_columns(trivec: Trivec, tmp_path: P
 
 def at_a_terminal(columns: int, *words: str) -> str:
     """What a command prints where its output is a terminal of that width."""
+    shown = Terminal()
+    with patch.dict(os.environ, COLUMNS=str(columns)), redirect_stdout(shown):
+        assert app(words, standalone_mode=False) is None
+    return re.sub(r"\x1b\[[0-9;]*m", "", shown.getvalue())
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def at_a_real_terminal(columns: int, *words: str) -> str:
     screen, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, columns))
     environ = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
@@ -228,7 +241,6 @@ def much_used(trivec: Trivec, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("columns", [40, 80])
 @pytest.mark.parametrize(
     ("by", "group", "least", "tokens"),
@@ -252,7 +264,6 @@ def test_usage_fits_into_a_terminal_with_nothing_cut(
     assert "".join(folded).startswith(group)
 
 
-@pytest.mark.process
 def test_usage_leaves_out_the_id_first_and_only_where_it_does_not_fit(much_used: Path) -> None:
     def heads(columns: int) -> list[str]:
         shown = at_a_terminal(columns, "usage", "--data-dir", str(much_used))

@@ -18,7 +18,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 from urllib.parse import urlsplit
 
-import typer
+from typer import Option
 
 from trivec.cli.common import AsJson, DataDir, print_json, print_table, say, settings_of
 from trivec.core.errors import StartError
@@ -53,27 +53,15 @@ Measured: TypeAlias = tuple[dict[str, str | int], list[Row]]  # what was measure
 
 
 def bench(
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="ID, DIR or ID=DIR; of a server, an id that it lists."),
-    ] = None,
-    precision: Annotated[
-        str, typer.Option("--precision", help="auto, fp32, int8 or a recipe as int8-rows.")
-    ] = "auto",
-    url: Annotated[
-        str | None,
-        typer.Option("--url", help="Measure this server, as http://127.0.0.1:8000/v1."),
-    ] = None,
-    key: Annotated[
-        str | None, typer.Option("--key", help="The server's API key.", envvar="TRIVEC_BENCH_KEY")
-    ] = None,
-    seconds: Annotated[
-        float, typer.Option("--seconds", help="Length of one measurement.", min=0.1)
-    ] = 2.0,
+    model: Annotated[str | None, Option("--model", "-m", help="ID, DIR or ID=DIR.")] = None,
+    precision: Annotated[str, Option(help="auto, fp32, int8 or a recipe as int8-rows.")] = "auto",
+    url: Annotated[str | None, Option(help="Server, as http://127.0.0.1:8000/v1.")] = None,
+    key: Annotated[str | None, Option(help="Its API key.", envvar="TRIVEC_BENCH_KEY")] = None,
+    seconds: Annotated[float, Option(help="Length of one measurement.", min=0.1)] = 2.0,
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how fast a model is, in this process or on a running server.
+    """Measure how fast a model is, in this process or, with --url, on a running server.
 
     In this process: tokens and texts a second, by the length of a text.
 
@@ -97,13 +85,6 @@ def bench(
     print_table(cells, numbers=list(cells[0])[1:])
 
 
-def sentences(count: int) -> list[str]:
-    """Texts of about ten words, the same on every run."""
-    draw = random.Random(2024)  # noqa: S311 - no secret
-    lengths = [max(3, round(draw.lognormvariate(2.3, 0.45))) for _ in range(count)]
-    return [" ".join(draw.choices(WORDS, k=length)) for length in lengths]
-
-
 @dataclass(frozen=True, slots=True)
 class BenchContext:
     """What models are built with, where there are no accounts and no HTTP."""
@@ -117,44 +98,42 @@ async def _measure_engine(settings: "Settings", *, seconds: float) -> Measured:
     """Rates of the first model of *settings*, behind its own queue and workers."""
     from trivec.build import load_models
     from trivec.core.clock import SystemClock
-    from trivec.core.types import LongText, Output, Sequences
+    from trivec.core.types import Output, Sequences
     from trivec.server.machine import usable_cores
     from trivec.telemetry import Observers
 
     context = BenchContext(settings, SystemClock(), Observers())
-    models = load_models(settings, context, cores=usable_cores())
+    models = load_models(settings, context, cores=usable_cores(), hears_text=False)
     card = models.loaded[0].card
     embedder = models.embedders[card.id]
     in_flight = 2 * models.slot_count + 2  # a free worker always finds the next batch waiting
 
-    async def client(request: Sequences | list[str], ends_s: float) -> list[Sequences]:
-        done = []
-        while time.perf_counter() < ends_s:
-            sequences = request
-            if isinstance(sequences, list):
-                sequences = await embedder.tokenize(sequences, long_text=LongText.CUT_END)
-            await embedder.embed(sequences, Output.DENSE)
-            done.append(sequences)
-        return done
+    async def client(request: Sequences, ends_s: float) -> int:
+        """Requests that were answered; one that was sent is waited for."""
+        count = 0
+        while not count or time.perf_counter() < ends_s:
+            await embedder.embed(request, Output.DENSE)
+            count += 1
+        return count
 
-    requests: dict[str, Sequences | list[str]] = {"sentences": sentences(128)}
-    for length in (one for one in LENGTHS if one <= card.token_count_max):
-        draw = random.Random(length)  # noqa: S311 - no secret
-        count = max(1, REQUEST_TOKENS[models.choice.device] // length)
-        ids = [draw.choices(range(5, card.vocabulary_size - 5), k=length) for _ in range(count)]
-        requests[f"{length} tokens"] = Sequences.pack(ids)
     rows: list[Row] = []
     models.workers.start()
     try:
-        for name, request in requests.items():
-            await client(request, time.perf_counter() + 1e-3)  # the first of its shape may compile
+        for length in (one for one in LENGTHS if one <= card.token_count_max):
+            draw = random.Random(length)  # noqa: S311 - no secret
+            text_count = max(1, REQUEST_TOKENS[models.choice.device] // length)
+            ids = draw.choices(range(5, card.vocabulary_size - 5), k=length * text_count)
+            request = Sequences.pack([ids[n * length :][:length] for n in range(text_count)])
+            await client(request, 0.0)  # the first of its shape may compile
             started_s = time.perf_counter()
             clients = [client(request, started_s + seconds) for _ in range(in_flight)]
-            done = [one for answered in await asyncio.gather(*clients) for one in answered]
-            elapsed_s = time.perf_counter() - started_s  # requests that were sent are waited for
-            tokens, texts = sum(one.token_count for one in done), sum(map(len, done))
+            requests_per_s = sum(await asyncio.gather(*clients)) / (time.perf_counter() - started_s)
             rows.append(
-                {"text": name, "tokens/s": tokens / elapsed_s, "texts/s": texts / elapsed_s}
+                {
+                    "text": f"{length} tokens",
+                    "tokens/s": request.token_count * requests_per_s,
+                    "texts/s": text_count * requests_per_s,
+                }
             )
     finally:
         await models.workers.stop(within_s=30.0)  # closes the backends, too
@@ -166,8 +145,7 @@ def _measure_server(url: str, key: str | None, model: str | None, *, seconds: fl
     address = urlsplit(url)
     scheme = HTTPSConnection if address.scheme == "https" else HTTPConnection
     headers = {"Content-Type": "application/json"}
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
+    headers |= {"Authorization": f"Bearer {key}"} if key else {}
 
     def ask(connection: HTTPConnection, path: str, body: bytes | None = None) -> bytes:
         try:
@@ -187,39 +165,34 @@ def _measure_server(url: str, key: str | None, model: str | None, *, seconds: fl
         return answered
 
     def client(bodies: Iterator[bytes], ends_s: float) -> list[float]:
-        """Latencies in seconds; at least one request is sent."""
-        connection = scheme(address.hostname or "", address.port, timeout=ANSWER_S_MAX)
+        """Seconds that each answer took; a request that was sent is waited for."""
         latencies_s: list[float] = []
-        with closing(connection):
+        with closing(scheme(address.netloc, timeout=ANSWER_S_MAX)) as connection:
             while not latencies_s or time.perf_counter() < ends_s:
                 sent_s = time.perf_counter()
                 ask(connection, "/embeddings", next(bodies))
                 latencies_s.append(time.perf_counter() - sent_s)
         return latencies_s
 
-    with closing(scheme(address.hostname or "", address.port, timeout=ANSWER_S_MAX)) as connection:
+    with closing(scheme(address.netloc, timeout=ANSWER_S_MAX)) as connection:
         try:
-            listed = [str(one["id"]) for one in json.loads(ask(connection, "/models"))["data"]]
+            served = [str(one["id"]) for one in json.loads(ask(connection, "/models"))["data"]]
         except (ValueError, KeyError, TypeError) as fault:
-            raise StartError(
-                f"{url}/models lists no models; is that a server's base URL?"
-            ) from fault
-    if not listed or model not in (None, *listed):
-        raise StartError(f"{url} serves {', '.join(listed) or 'no model yet'}, and not {model}")
-    model = model or listed[0]
-    texts = sentences(1024)
+            raise StartError(f"{url}/models is no list of models; give a base URL") from fault
+    if not served or model not in (None, *served):
+        raise StartError(f"{url} serves {', '.join(served) or 'no model yet'}, and not {model}")
+    head = {"model": model or served[0], "encoding_format": "base64", "truncate": "end"}
+    texts = [f"{n} {' '.join(WORDS[n % 5 : n % 5 + 5 + n % 8])}" for n in range(1024)]
     rows: list[Row] = []
     for client_count, text_count in SHAPES:
         parts = [texts[at : at + text_count] for at in range(0, len(texts), text_count)]
-        head = {"model": model, "encoding_format": "base64", "truncate": "end"}
         bodies = cycle([json.dumps({**head, "input": part}).encode() for part in parts])
         client(bodies, 0.0)
         cpu_s, started_s = time.process_time(), time.perf_counter()
         with ThreadPoolExecutor(client_count) as threads:
-            clients = [
-                threads.submit(client, bodies, started_s + seconds) for _ in range(client_count)
-            ]
-            latencies_s = sorted(one for done in clients for one in done.result())
+            ends_s = [started_s + seconds] * client_count
+            taken = threads.map(client, [bodies] * client_count, ends_s)
+            latencies_s = sorted(latency_s for one in taken for latency_s in one)
         elapsed_s = time.perf_counter() - started_s
         rows.append(
             {
@@ -230,4 +203,4 @@ def _measure_server(url: str, key: str | None, model: str | None, *, seconds: fl
                 "client cores": (time.process_time() - cpu_s) / elapsed_s,
             }
         )
-    return {"model": model, "url": url}, rows
+    return {"model": model or served[0], "url": url}, rows

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from trivec.cli.common import (
     AsJson,
@@ -42,13 +43,8 @@ def upgrade(data_dir: DataDir = None, config: ConfigFile = None) -> None:
 
 @db_app.command()
 def archive(
-    before: Annotated[
-        str, typer.Option("--before", help="Move the rows before this UTC day, as 2026-11-01.")
-    ],
-    to: Annotated[
-        Path | None,
-        typer.Option("--to", help="The file; ledger-until-DATE.jsonl.gz of the data folder."),
-    ] = None,
+    before: Annotated[str, Option(help="Move the rows before this UTC day, as 2026-11-01.")],
+    to: Annotated[Path | None, Option(help="The file, by default in the data folder.")] = None,
     data_dir: DataDir = None,
     config: ConfigFile = None,
     as_json: AsJson = False,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import typer
+from typer import Option
 
 from trivec.cli.common import (
     AsJson,
@@ -30,38 +31,31 @@ keys_app = typer.Typer(help="Create, list, rotate and revoke API keys.", no_args
 ISO = "%Y-%m-%dT%H:%M:%SZ"  # instants in JSON
 NUMBERS = ("RPM", "TPM")
 WHOLE = ("ID", "KEY", "SCOPES", "CREATED (UTC)", "STATE", "ENDS (UTC)")
-SPARE = ("CREATED (UTC)", "ID", "KEY", "ENDS (UTC)", "TPM", "RPM", "MODELS")  # the first goes first
+SPARE = ("CREATED (UTC)", "KEY", "ID", "ENDS (UTC)", "TPM", "RPM", "MODELS")  # the first goes first
 
 KeyReference: TypeAlias = Annotated[
     str, typer.Argument(metavar="KEY", help="Its name, its id, or the key itself.")
 ]
+Truncate: TypeAlias = Literal["none", "end", "start"]
 
 
 @keys_app.command()
 def create(
-    name: Annotated[str, typer.Option("--name", "-n", help="What the key is called.")],
-    scopes: Annotated[
-        list[str] | None, typer.Option("--scope", help="embed (default) or admin. Repeatable.")
+    name: Annotated[str, Option("--name", "-n", help="What the key is called.")],
+    scope: Annotated[list[str] | None, Option(help="embed (default) or admin. Repeatable.")] = None,
+    model: Annotated[
+        list[str] | None, Option(help="Model it may use; all without. Repeatable.")
     ] = None,
-    models: Annotated[
-        list[str] | None,
-        typer.Option("--model", help="Model the key may use; all without it. Repeatable."),
-    ] = None,
-    requests_per_minute: Annotated[
-        int | None, typer.Option("--rpm", help="Requests a minute; no limit without it.")
-    ] = None,
-    tokens_per_minute: Annotated[
-        int | None, typer.Option("--tpm", help="Tokens a minute; no limit without it.")
-    ] = None,
+    rpm: Annotated[int | None, Option(help="Requests a minute; no limit without it.")] = None,
+    tpm: Annotated[int | None, Option(help="Tokens a minute; no limit without it.")] = None,
     expires: Annotated[
-        str | None, typer.Option("--expires", help="A date, an instant, or a span such as 30d.")
+        str | None, Option(help="A date, an instant, or a span such as 30d.")
     ] = None,
     truncate: Annotated[
-        Literal["none", "end", "start"] | None,
-        typer.Option("--truncate", help="What becomes of long texts where a request is silent."),
+        Truncate | None, Option(help="Of long texts, where requests do not say.")
     ] = None,
     new_store: Annotated[
-        bool, typer.Option("--create", help="Make a store where the data folder has none.")
+        bool, Option("--create", help="Make a store where there is none.")
     ] = False,
     data_dir: DataDir = None,
     config: ConfigFile = None,
@@ -72,23 +66,23 @@ def create(
     from trivec.accounts.stores import sqlite_file
     from trivec.checkpoints.catalogue import CATALOGUE
 
-    if unknown := sorted(set(scopes or ()) - set(Scope)):
+    if unknown := sorted(set(scope or ()) - set(Scope)):
         raise SettingInvalid(f"--scope is {unknown[0]}; it is embed or admin")
     plan = KeyPlan(
         name,
-        scopes=frozenset(Scope(scope) for scope in scopes or [Scope.EMBED]),
-        models=frozenset(models) if models else None,
-        allowance=RateLimits(requests_per_minute, tokens_per_minute),
+        scopes=frozenset(map(Scope, scope or [Scope.EMBED])),
+        models=frozenset(model) if model else None,
+        allowance=RateLimits(rpm, tpm),
         expires_us=instant(expires, option="--expires", ahead=True),
         truncate=truncate,
     )
     settings = settings_of(data_dir, config)
     references = [one.partition("=") for one in settings.models]
     served = {name if given else Path(name).name for name, given, _ in references}
-    for model in models or ():
-        if model not in CATALOGUE and model not in served:
+    for model_id in model or ():
+        if model_id not in CATALOGUE and model_id not in served:
             say(
-                f"warning: no model called {model} is known here (trivec models list shows those "
+                f"warning: no model called {model_id} is known here (trivec models list shows those "
                 "that are); the key opens it once a server serves it under that name"
             )
     file = sqlite_file(settings)
@@ -108,7 +102,7 @@ def create(
 
 @keys_app.command("list")
 def list_(
-    everything: Annotated[bool, typer.Option("--all", help="Revoked ones too.")] = False,
+    everything: Annotated[bool, Option("--all", help="Revoked ones too.")] = False,
     data_dir: DataDir = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
@@ -176,7 +170,7 @@ def show(
         facts.append(("key", f"{secret.first}…{secret.last} {made}{until}"))
     console = Console(highlight=False)
     for name, value in facts:
-        console.print(f"[dim]{name:<18}[/]{value}", soft_wrap=True)
+        console.print(f"[dim]{name:<20}[/]{value}", soft_wrap=True)
 
 
 @keys_app.command()
@@ -194,9 +188,7 @@ def revoke(
 @keys_app.command()
 def rotate(
     key: KeyReference,
-    overlap: Annotated[
-        str, typer.Option("--overlap", help="How long the old key still works, as 24h or 0m.")
-    ] = "24h",
+    overlap: Annotated[str, Option(help="How long the old key works, as 24h or 0m.")] = "24h",
     data_dir: DataDir = None,
     config: ConfigFile = None,
     as_json: AsJson = False,

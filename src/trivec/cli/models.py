@@ -2,9 +2,10 @@
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from trivec.cli.common import AsJson, DataDir, print_json, print_table, say, settings_of
 from trivec.core.errors import CheckpointRefused
@@ -28,10 +29,8 @@ def list_(data_dir: DataDir = None, as_json: AsJson = False) -> None:
     from trivec.checkpoints.opening import open_own
 
     cache_dir = settings_of(data_dir).data_dir / "models"
-    rows: list[dict[str, object]] = []
-    cells: list[dict[str, str]] = []
+    rows: list[dict[str, Any]] = []
     for entry in entries():
-        outputs = ["dense", "sparse", "multi"] if entry.has_heads else ["dense"]
         checkpoint, problem = None, None
         try:
             checkpoint = open_own(entry, cache_dir=cache_dir)  # checks its hashes
@@ -47,34 +46,34 @@ def list_(data_dir: DataDir = None, as_json: AsJson = False) -> None:
                 "folder": str(checkpoint.folder) if checkpoint else None,
                 "token_count_max": entry.token_count_max,
                 "dimensions": entry.dimensions,
-                "outputs": outputs,
+                "outputs": ["dense", "sparse", "multi"] if entry.has_heads else ["dense"],
                 "prefixes": dict(entry.prefixes),
                 "problem": problem,
             }
         )
-        cells.append(
-            {
-                "MODEL": entry.id,
-                "HERE": checkpoint.source if checkpoint else "-",
-                "TOKENS": str(entry.token_count_max),
-                "SIZE": str(entry.dimensions),
-                "OUTPUTS": " ".join(outputs),
-            }
-        )
+        if checkpoint and not checkpoint.verified:
+            problem = "its files are not the ones that are known by this name"
+        if problem and not as_json:
+            say(f"{entry.id}: {problem}")
     if as_json:
         print_json(rows)
         return
+    cells = [
+        {
+            "MODEL": row["id"],
+            "HERE": row["source"] or "-",
+            "TOKENS": str(row["token_count_max"]),
+            "SIZE": str(row["dimensions"]),
+            "OUTPUTS": " ".join(row["outputs"]),
+        }
+        for row in rows
+    ]
     print_table(cells, numbers=("TOKENS", "SIZE"), whole=("MODEL",))  # the id is what a user copies
-    for row in rows:
-        if row["verified"] is False:
-            say(f"{row['id']}: its files are not the ones that are known by this name")
-        if row["problem"]:
-            say(f"{row['id']}: {row['problem']}")
 
 
 @models_app.command()
 def pull(
-    model: Annotated[str, typer.Argument(help="A catalogue id, as baai/bge-m3.")],
+    model: Annotated[str, Argument(help="A catalogue id, as baai/bge-m3.")],
     data_dir: DataDir = None,
 ) -> None:
     """Fetch a model from the hub into the data folder; resumes where it stopped."""
@@ -93,34 +92,30 @@ def pull(
 
 @models_app.command()
 def verify(
-    model: Annotated[
-        str | None, typer.Argument(help="A catalogue id, or ID=DIR for a copy.")
-    ] = None,
-    prepared: Annotated[
-        bool,
-        typer.Option("--prepared", help="Read every prepared int8 model whole against its hash."),
-    ] = False,
+    model: Annotated[str | None, Argument(help="A catalogue id, or ID=DIR for a copy.")] = None,
+    prepared: Annotated[bool, Option("--prepared", help="Check the prepared int8 models.")] = False,
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare a model's vectors with published figures, at fp32; exit code 1 on a miss."""
+    """Compare a model's vectors with published figures, at fp32; exit code 1 on a miss.
+
+    With --prepared: read every prepared int8 model whole, and compare with its hash.
+    """
     if prepared == (model is not None):
         raise typer.BadParameter("give a model, or --prepared alone")
     if model is None:
         from trivec.backends.openvino.prepared import check_all
 
         found = check_all(settings_of(data_dir).data_dir / "models")
-        faults = [fault for fault in found.values() if fault is not None]
+        faults = sum(fault is not None for fault in found.values())
         if as_json:
             print_json([{"folder": str(one), "problem": fault} for one, fault in found.items()])
         else:
             for folder, fault in found.items():
                 print(f"{folder}: {fault or 'as it was written'}")
-        again = "; the next start makes a damaged one again" if faults else ""
-        say(
-            f"{len(found) - len(faults)} of {len(found)} prepared models are as they were written"
-            + again
-        )
+        next_step = "; the next start makes a damaged one again" if faults else ""
+        whole = f"{len(found) - faults} of {len(found)} prepared models are as they were written"
+        say(whole + next_step)
         if faults:
             raise typer.Exit(MISSED_EXIT_CODE)
         return
@@ -131,19 +126,18 @@ def verify(
 
     settings = settings_of(data_dir, precision="fp32", models=(model,))
     figures = compare(entry_of(model.partition("=")[0]).id, _embedding(settings))
+    rows = [
+        {
+            "figure": one.name,
+            "expected": one.expected,
+            "found": one.found,
+            "difference": one.difference,
+            "met": one.is_met,
+        }
+        for one in figures
+    ]
     if as_json:
-        print_json(
-            [
-                {
-                    "figure": one.name,
-                    "expected": one.expected,
-                    "found": one.found,
-                    "difference": one.difference,
-                    "met": one.is_met,
-                }
-                for one in figures
-            ]
-        )
+        print_json(rows)
     else:
         cells = [
             {

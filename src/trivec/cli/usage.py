@@ -4,7 +4,7 @@ import csv
 import sys
 from typing import Annotated, Literal
 
-import typer
+from typer import Option
 
 from trivec.cli.common import (
     AsJson,
@@ -27,20 +27,14 @@ HEADINGS = {"key": "KEY", "model": "MODEL", "day": "DAY (UTC)"}
 
 
 def usage(
-    by: Annotated[
-        Literal["key", "model", "day"], typer.Option("--by", help="What is summed.")
-    ] = "key",
-    since: Annotated[
-        str | None, typer.Option("--since", help="From this date, instant, or span such as 7d ago.")
-    ] = None,
-    until: Annotated[
-        str | None, typer.Option("--until", help="Up to this date or instant, not included.")
-    ] = None,
-    key: Annotated[str | None, typer.Option("--key", help="Only this key, by name or id.")] = None,
+    by: Annotated[Literal["key", "model", "day"], Option(help="What is summed.")] = "key",
+    since: Annotated[str | None, Option(help="From this date, instant, or span as 7d ago.")] = None,
+    until: Annotated[str | None, Option(help="Up to this date or instant, not included.")] = None,
+    key: Annotated[str | None, Option(help="Only this key, by name or id.")] = None,
     data_dir: DataDir = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")] = False,
+    as_csv: Annotated[bool, Option("--csv", help="Print CSV instead of a table.")] = False,
 ) -> None:
     """Sum what was used, by key, model or day: requests and the tokens they were billed."""
     from trivec.accounts import UsageBy, UsageQuery
@@ -69,8 +63,9 @@ def usage(
     if as_json:
         print_json(rows)
     elif as_csv:
-        names = ["name"] if by == "key" else []
-        columns = [by, *names, "requests", "failed", "tokens", "share"]
+        columns = [by, "name", "requests", "failed", "tokens", "share"]
+        if by != "key":
+            columns.remove("name")
         writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
