@@ -83,69 +83,67 @@ class Metrics:
     def __init__(self, *, lines_dropped: Callable[[], int] = lambda: 0) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call] # a `_created` series for each of ours would double the page
         self._lines_dropped = lines_dropped
-        self._admitting = threading.Lock()  # guards the growth of these two sets
+        self._lock = threading.Lock()  # of the growth of these two
         self._models: set[str] = set()
         self._reasons: set[str] = set()
         self._registry = registry = CollectorRegistry()
 
-        def counter(name: str, says: str, *labels: str) -> Callable[..., Counter]:
-            return _children(Counter(name, says, labels, registry=registry))
-
-        def gauge(name: str, says: str, *labels: str) -> Callable[..., Gauge]:
-            return _children(Gauge(name, says, labels, registry=registry))
-
-        def histogram(
-            buckets: Sequence[float], name: str, says: str, *labels: str
-        ) -> Callable[..., Histogram]:
-            return _children(Histogram(name, says, labels, registry=registry, buckets=buckets))
+        def metric(
+            kind: Callable[..., _M], name: str, says: str, *labels: str, **how: Sequence[float]
+        ) -> Callable[..., _M]:
+            """A function from label values to the series, remembered: the lookup costs most of counting."""
+            return cache(kind(name, says, labels, registry=registry, **how).labels)
 
         # fmt: off
-        self._requests = counter("trivec_requests_total",
+        self._requests = metric(Counter, "trivec_requests_total",
             "Requests answered, by route, method and status class.", "route", "method", "status")
-        self._refusals = counter("trivec_refusals_total",
+        self._refusals = metric(Counter, "trivec_refusals_total",
             "Requests answered with an error, by its code, or by its type where it has no code.", "reason")
-        self._request_seconds = histogram(
-            (0.003, 0.006, 0.0125, 0.025, 0.05, 0.1, 0.25, 1, 5, 30, 600), "trivec_request_duration_seconds",
-            "From the first byte of a request to its answer, for the routes that work.", "route", "status")
-        self._request_tokens = histogram(
-            (8, 32, 128, 512, 2048, 8192, 32768, 131072), "trivec_request_tokens",
-            "Tokens of a request that was served, special tokens included.", "model")
-        self._inputs = counter("trivec_inputs_total", "Texts of the requests that were served.", "model")
+        self._request_seconds = metric(Histogram, "trivec_request_duration_seconds",
+            "From the first byte of a request to its answer, for the routes that work.", "route", "status",
+            buckets=(0.003, 0.006, 0.0125, 0.025, 0.05, 0.1, 0.25, 1, 5, 30, 600))
+        self._request_tokens = metric(Histogram, "trivec_request_tokens",
+            "Tokens of a request that was served, special tokens included.", "model",
+            buckets=(8, 32, 128, 512, 2048, 8192, 32768, 131072))
+        self._inputs = metric(Counter, "trivec_inputs_total", "Texts of the requests that were served.", "model")
         self._tokenize_seconds = Histogram("trivec_tokenize_seconds",
             "Time from text to token ids, a request.", registry=registry, buckets=SHORT_BUCKETS_S)
-        self._queue_seconds = histogram(
-            (0.001, 0.005, 0.02, 0.1, 0.5, 1, 5, 10, 30), "trivec_queue_seconds",
-            "From joining the queue to the start of a request's first batch.", "model")
-        self._compute_seconds = histogram(
-            (0.002, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 30, 120), "trivec_compute_seconds",
-            "From the start of a request's first batch to its last vector.", "model")
+        self._queue_seconds = metric(Histogram, "trivec_queue_seconds",
+            "From joining the queue to the start of a request's first batch.", "model",
+            buckets=(0.001, 0.005, 0.02, 0.1, 0.5, 1, 5, 10, 30))
+        self._compute_seconds = metric(Histogram, "trivec_compute_seconds",
+            "From the start of a request's first batch to its last vector.", "model",
+            buckets=(0.002, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 30, 120))
         self._encode_seconds = Histogram("trivec_encode_seconds",
             "Time to write the answer's JSON, a request.", registry=registry, buckets=SHORT_BUCKETS_S)
-        self._batches = counter("trivec_batches_total",
+        self._batches = metric(Counter, "trivec_batches_total",
             "Batches run, by outcome: ok or failed.", "model", "outcome")
-        self._batch_fill = histogram((0.1, 0.25, 0.5, 0.75, 0.9, 1), "trivec_batch_fill_ratio",
-            "Tokens of a batch over the budget it was filled against; one long text alone may exceed 1.", "model")
-        self._batch_tokens = counter("trivec_batch_tokens_total",
+        self._batch_fill = metric(Histogram, "trivec_batch_fill_ratio",
+            "Tokens of a batch over the budget it was filled against; one long text alone may exceed 1.",
+            "model", buckets=(0.1, 0.25, 0.5, 0.75, 0.9, 1))
+        self._batch_tokens = metric(Counter, "trivec_batch_tokens_total",
             "Tokens computed, failed batches and second tries included.", "model")
-        self._batch_seconds = counter("trivec_batch_busy_seconds_total",
+        self._batch_seconds = metric(Counter, "trivec_batch_busy_seconds_total",
             "Seconds that worker slots spent inside the device; its rate over the slots is utilisation.", "model")
-        requests = Gauge("trivec_queue_requests", "Requests in the queue now.", ["model"], registry=registry)
-        tokens = Gauge("trivec_queue_tokens", "Tokens in the queue now.", ["model"], registry=registry)
-        self._queue_requests, self._queue_tokens = _children(requests), _children(tokens)
-        self._old_names = {"trivec_line_requests": requests, "trivec_line_tokens": tokens}  # for one release
-        self._rows_not_finite = counter("trivec_rows_not_finite_total",
+        self._queue_requests = metric(Gauge, "trivec_queue_requests", "Requests in the queue now.", "model")
+        self._queue_tokens = metric(Gauge, "trivec_queue_tokens", "Tokens in the queue now.", "model")
+        self._line_requests = metric(Gauge, "trivec_line_requests",  # the old names, for one release
+            "Deprecated: read trivec_queue_requests instead.", "model")
+        self._line_tokens = metric(Gauge, "trivec_line_tokens",
+            "Deprecated: read trivec_queue_tokens instead.", "model")
+        self._rows_not_finite = metric(Counter, "trivec_rows_not_finite_total",
             "Vectors that held NaN or infinity, by outcome of the second try: recovered or lost.", "model", "outcome")
-        self._phase = gauge("trivec_phase",
+        self._phase = metric(Gauge, "trivec_phase",
             "1 for the phase of life the process is in, 0 for the others.", "phase")
-        self._model_info = gauge("trivec_model_info",
+        self._model_info = metric(Gauge, "trivec_model_info",
             "1 for each served model, with its precision and whether its files match the catalogue.",
             "model", "precision", "verified")
-        self._certificate_cosine = gauge("trivec_certificate_cosine",
+        self._certificate_cosine = metric(Gauge, "trivec_certificate_cosine",
             "Cosine to fp32 over the probe texts, as the precision certificate has it: min and mean.",
             "model", "statistic")
-        self._build_info = gauge("trivec_build_info", "1, with the version of Trivec.", "version")
+        build_info = metric(Gauge, "trivec_build_info", "1, with the version of Trivec.", "version")
         # fmt: on
-        self._build_info(__version__).set(1)
+        build_info(__version__).set(1)
         registry.register(self)
         ProcessCollector(registry=registry)  # memory, CPU, descriptors, start time
 
@@ -154,17 +152,12 @@ class Metrics:
         return generate_latest(self._registry)
 
     def collect(self) -> Iterable[Family]:
-        """What is read from elsewhere, and the old names of metrics. Called by the registry."""
+        """What is counted elsewhere. Called by the registry."""
         yield CounterMetricFamily(
             "trivec_log_lines_dropped_total",
             "Lines of the log that were dropped because nobody read them.",
             value=self._lines_dropped(),
         )
-        for name, gauge in self._old_names.items():
-            for family in gauge.collect():
-                old = Family(name, f"Deprecated: read {family.name} instead.", family.type)
-                old.samples = [sample._replace(name=name) for sample in family.samples]
-                yield old
 
     def observe(self, event: Event) -> None:
         match event:
@@ -179,12 +172,14 @@ class Metrics:
             case QueueChanged():
                 model = self._model(event.model)
                 self._queue_requests(model).set(event.requests)
+                self._line_requests(model).set(event.requests)
                 self._queue_tokens(model).set(event.tokens)
+                self._line_tokens(model).set(event.tokens)
             case RowNotFinite():
                 outcome = "recovered" if event.recovered else "lost"
                 self._rows_not_finite(self._model(event.model), outcome).inc()
             case ModelLoaded(card=card):
-                if _admit(card.id, self._models, MODELS_MAX, self._admitting) == OTHER:
+                if self._admit(card.id, self._models, MODELS_MAX) == OTHER:
                     return
                 verified = "true" if card.verified else "false"
                 self._model_info(card.id, card.precision, verified).set(1)
@@ -202,7 +197,7 @@ class Metrics:
         status = status_class(event.status)
         self._requests(route, method, status).inc()
         if event.code is not None:
-            self._refusals(_admit(event.code, self._reasons, REASONS_MAX, self._admitting)).inc()
+            self._refusals(self._admit(event.code, self._reasons, REASONS_MAX)).inc()
         if route in TIMED_ROUTES and status != OTHER:
             self._request_seconds(route, status).observe(event.duration_s)
         if status != "2xx" or event.model is None or not event.token_count:
@@ -220,20 +215,13 @@ class Metrics:
     def _model(self, model: str) -> str:
         return model if model in self._models else OTHER
 
-
-def _children(metric: _M) -> Callable[..., _M]:
-    """A function from label values to the series, remembered: the lookup costs most of counting."""
-    return cache(metric.labels)
-
-
-def _admit(value: str, known: set[str], known_max: int, lock: threading.Lock) -> str:
-    """*value*, if it is among the first *known_max* of its label; else "other"."""
-    if value not in known:
-        with lock:
-            if len(known) >= known_max:
-                return OTHER
-            known.add(value)
-    return value
+    def _admit(self, value: str, known: set[str], known_max: int) -> str:
+        """*value*, if it is among the first *known_max* of its label; else "other"."""
+        with self._lock:
+            if value in known or len(known) < known_max:
+                known.add(value)
+                return value
+        return OTHER
 
 
 def merged_pages(pages: Mapping[str, bytes]) -> bytes:
