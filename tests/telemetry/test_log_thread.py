@@ -187,6 +187,19 @@ def test_a_line_after_the_end_is_written_at_once(log_to: LogTo) -> None:
     assert stream.events() == ["late"]
 
 
+def test_lines_that_were_written_make_room_for_others(
+    log_to: LogTo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WAITING_BYTES_MAX", 40_000)
+    stream = Stream()
+    log = log_to(stream)
+    log.info("x" * 30_000)
+    finish_log(WAIT_S)
+    for _ in range(10):
+        log.info("x" * 30_000)
+    assert (len(stream.events()), lines_dropped()) == (11, 0)
+
+
 def test_lines_leave_in_pieces_that_another_process_cannot_write_into(log_to: LogTo) -> None:
     stream = Stream()
     log = log_to(stream)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from trivec.settings import Settings
 
 LENGTHS = (16, 128, 512, 2048, 8192)  # tokens a text
-REQUEST_TOKENS = {"cpu": 2048, "cuda": 32_768}  # about what the device takes in a batch
+CPU_REQUEST_TOKENS, GPU_REQUEST_TOKENS = 2048, 32_768  # about what such a device takes in a batch
 SHAPES = ((1, 1), (16, 1), (8, 8), (4, 64))  # clients, texts a request
 WAIT_S_MAX = 3600.0  # a measurement brings more work than a server would admit
 ANSWER_S_MAX = 120.0
@@ -106,6 +106,8 @@ async def _measure_engine(settings: "Settings", *, seconds: float) -> Measured:
     models = load_models(settings, context, cores=usable_cores(), hears_text=False)
     card = models.loaded[0].card
     embedder = models.embedders[card.id]
+    on_cpu = models.choice.device == "cpu"
+    request_tokens = CPU_REQUEST_TOKENS if on_cpu else GPU_REQUEST_TOKENS
     in_flight = 2 * models.slot_count + 2  # a free worker always finds the next batch waiting
 
     async def client(request: Sequences, ends_s: float) -> int:
@@ -121,7 +123,7 @@ async def _measure_engine(settings: "Settings", *, seconds: float) -> Measured:
     try:
         for length in (one for one in LENGTHS if one <= card.token_count_max):
             draw = random.Random(length)  # noqa: S311 - no secret
-            text_count = max(1, REQUEST_TOKENS[models.choice.device] // length)
+            text_count = max(1, request_tokens // length)
             ids = draw.choices(range(5, card.vocabulary_size - 5), k=length * text_count)
             request = Sequences.pack([ids[n * length :][:length] for n in range(text_count)])
             await client(request, 0.0)  # the first of its shape may compile
