@@ -32,21 +32,7 @@ CPU_REQUEST_TOKENS, GPU_REQUEST_TOKENS = 2048, 32_768  # about what such a devic
 SHAPES = ((1, 1), (16, 1), (8, 8), (4, 64))  # clients, texts a request
 WAIT_S_MAX = 3600.0  # a measurement brings more work than a server would admit
 ANSWER_S_MAX = 120.0
-WORDS = [
-    "the",
-    "of",
-    "and",
-    "in",
-    "city",
-    "water",
-    "train",
-    "school",
-    "market",
-    "report",
-    "science",
-    "quickly",
-    "infrastructure",
-]
+WORDS = "the water of the city and the trains of its market reported in science and in most schools"
 
 Row: TypeAlias = dict[str, str | float]
 Measured: TypeAlias = tuple[dict[str, str | int], list[Row]]  # what was measured, and its figures
@@ -184,7 +170,7 @@ def _measure_server(url: str, key: str | None, model: str | None, *, seconds: fl
     if not served or model not in (None, *served):
         raise StartError(f"{url} serves {', '.join(served) or 'no model yet'}, and not {model}")
     head = {"model": model or served[0], "encoding_format": "base64", "truncate": "end"}
-    texts = [f"{n} {' '.join(WORDS[n % 5 : n % 5 + 5 + n % 8])}" for n in range(1024)]
+    texts = [f"{n} {WORDS[: 30 + n * 7 % 60]}" for n in range(1024)]  # of 5 to 17 words
     rows: list[Row] = []
     for client_count, text_count in SHAPES:
         parts = [texts[at : at + text_count] for at in range(0, len(texts), text_count)]
