@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 from trivec.accounts.stores import open_accounts, open_administration
 from trivec.accounts.stores.connect import SQLITE_FILE
-from trivec.cli.main import app
+from trivec.cli import app
 from trivec.core.clock import SystemClock
 from trivec.core.errors import FieldInvalid, ResourceUnknown, SettingInvalid, StoreRefused
 from trivec.settings import Settings

@@ -10,7 +10,7 @@ import pytest
 from tests.api.house import MODEL, PLAIN_MODEL, House
 from typer.testing import CliRunner
 
-from trivec.cli.main import app
+from trivec.cli import app
 from trivec.core.errors import StartError
 
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from trivec.checkpoints.catalogue import MINILM
 from trivec.checkpoints.opening import find_own
-from trivec.cli.main import app
+from trivec.cli import app
 from trivec.core.errors import CheckpointRefused
 
 
