@@ -20,11 +20,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from benchmarks.figures import Provenance, Spread, ratio
+from benchmarks.harness import Shape, Target, measure, own_server
+from benchmarks.texts import sentences
+
 from trivec.accounts import KeyPlan, RateLimits
 from trivec.accounts.stores import open_administration
-from trivec.cli.bench.figures import Provenance, Spread, ratio
-from trivec.cli.bench.server import Shape, Target, measure, own_server
-from trivec.cli.bench.texts import sentences
 from trivec.core.clock import SystemClock
 from trivec.settings import Settings
 

@@ -20,11 +20,11 @@ from typing import Any
 
 from benchmarks.against.environments import ENVS, python_of
 from benchmarks.against.peer import Peer
+from benchmarks.figures import Provenance, Spread, ratio
+from benchmarks.harness import EngineOnTrial, engine_on_trial, quiet_settings, sized
 from benchmarks.keeping import keep
+from benchmarks.texts import Workload, mixed, sentences, uniform
 
-from trivec.cli.bench.engine import EngineOnTrial, engine_on_trial, quiet_settings, sized
-from trivec.cli.bench.figures import Provenance, Spread, ratio
-from trivec.cli.bench.texts import Workload, mixed, sentences, uniform
 from trivec.models.ops import ModelConfig
 from trivec.server.machine import usable_cores
 

@@ -15,11 +15,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.figures import Provenance, Spread, percentile
+from benchmarks.harness import EngineOnTrial, engine_on_trial, quiet_settings
 from benchmarks.keeping import keep
+from benchmarks.texts import Workload
 
-from trivec.cli.bench.engine import EngineOnTrial, engine_on_trial, quiet_settings
-from trivec.cli.bench.figures import Provenance, Spread, percentile
-from trivec.cli.bench.texts import Workload
 from trivec.core.types import Output, Sequences
 from trivec.server.machine import usable_cores
 

@@ -36,7 +36,7 @@ from trivec.backends.torch.backend import TorchBackend
 from trivec.backends.torch.device import TorchOptions
 from benchmarks.dummy import BLUEPRINTS, write_dummy
 from trivec.checkpoints import open_checkpoint
-from trivec.cli.bench.figures import Provenance
+from benchmarks.figures import Provenance
 
 PACKAGES = (
     "torch", "triton", "numpy", "tokenizers", "transformers", "sentence-transformers", "flash-attn",

@@ -22,10 +22,10 @@ from trivec.backends.torch.device import TorchOptions
 from trivec.backends.torch.heads import to_vectors
 from trivec.backends.torch.ops import DTYPES, pack
 from trivec.checkpoints.checkpoint import Checkpoint
-from trivec.cli.bench.figures import Spread, percentile
-from trivec.cli.bench.load import Answers, LoadFailed
-from trivec.cli.bench.server import ServerFailed, Shape, Target, measure, own_server
-from trivec.cli.bench.texts import Workload, mixed, sentences, uniform
+from benchmarks.figures import Spread, percentile
+from benchmarks.load import Answers, LoadFailed
+from benchmarks.server import ServerFailed, Shape, Target, measure, own_server
+from benchmarks.texts import Workload, mixed, sentences, uniform
 from trivec.core.types import Batch, BatchBudget, Output, Sequences
 from trivec.models.ops import ModelConfig
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarks.figures import Provenance
+from benchmarks.harness import engine_on_trial, quiet_settings
 from benchmarks.keeping import keep
+from benchmarks.texts import SEED, sentences
 
-from trivec.cli.bench.engine import engine_on_trial, quiet_settings
-from trivec.cli.bench.figures import Provenance
-from trivec.cli.bench.texts import SEED, sentences
 from trivec.core.ports import Embedder
 from trivec.core.types import Float32Array, LongText, Output
 from trivec.server.machine import usable_cores

@@ -15,11 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.figures import Provenance
+from benchmarks.harness import Shape, Target, measure, own_server
 from benchmarks.keeping import keep
-
-from trivec.cli.bench.figures import Provenance
-from trivec.cli.bench.server import Shape, Target, measure, own_server
-from trivec.cli.bench.texts import sentences
+from benchmarks.texts import sentences
 
 MEBIBYTE = 1024 * 1024
 

@@ -14,14 +14,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.figures import Provenance, ratio
+from benchmarks.harness import (
+    SHAPES,
+    EngineOnTrial,
+    Shape,
+    Target,
+    engine_on_trial,
+    latency_figures,
+    measure,
+    own_server,
+    quiet_settings,
+)
 from benchmarks.keeping import keep
+from benchmarks.load import Answers
+from benchmarks.texts import sentences
 
-from trivec.cli.bench.commands import latency_figures
-from trivec.cli.bench.engine import EngineOnTrial, engine_on_trial, quiet_settings
-from trivec.cli.bench.figures import Provenance, ratio
-from trivec.cli.bench.load import Answers
-from trivec.cli.bench.server import SHAPES, Shape, Target, measure, own_server
-from trivec.cli.bench.texts import sentences
 from trivec.server.machine import usable_cores
 
 

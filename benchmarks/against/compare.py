@@ -18,10 +18,10 @@ import numpy as np
 from benchmarks.against.environments import ENVS
 from benchmarks.against.peer import Peer, Timed
 from benchmarks.against.roster import ROSTER, Stage
+from benchmarks.figures import Provenance, Spread, interleaved, ratio
 from benchmarks.keeping import keep
+from benchmarks.texts import sentences
 
-from trivec.cli.bench.figures import Provenance, Spread, interleaved, ratio
-from trivec.cli.bench.texts import sentences
 from trivec.core.types import Float32Array
 
 OURS = "trivec-int8"

@@ -20,21 +20,20 @@ from typing import Any
 from benchmarks.against.environments import ENVS, python_of
 from benchmarks.against.peer import OFFLINE
 from benchmarks.against.roster import ROSTER, Stage
-from benchmarks.keeping import keep
-
-from trivec.cli.bench.commands import latency_figures
-from trivec.cli.bench.figures import Provenance, Spread, interleaved, ratio
-from trivec.cli.bench.load import Answers
-from trivec.cli.bench.server import (
+from benchmarks.figures import Provenance, Spread, interleaved, ratio
+from benchmarks.harness import (
     SHAPES,
     Shape,
     Target,
     free_port,
+    latency_figures,
     measure,
     own_server,
     wait_until_ready,
 )
-from trivec.cli.bench.texts import sentences
+from benchmarks.keeping import keep
+from benchmarks.load import Answers
+from benchmarks.texts import sentences
 
 
 def minilm_folder() -> Path:

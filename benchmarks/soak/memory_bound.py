@@ -24,12 +24,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
+from benchmarks.load import Load, run_load
 from benchmarks.soak.report import Report, command
 from benchmarks.soak.service import MODEL
 from benchmarks.soak.stands import KEY, QUIET
 from tests.process.server import Server, running
-
-from trivec.cli.bench.load import Load, run_load
 
 GROWTH_MIB_MAX = 1024.0
 RATE_RATIO_MIN = 0.8

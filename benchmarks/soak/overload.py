@@ -24,13 +24,12 @@ from urllib.parse import urlsplit
 
 import httpx2 as httpx  # what the official client is built on
 import openai
+from benchmarks.figures import percentile
 from benchmarks.soak.drain import start
 from benchmarks.soak.report import Report, command
 from benchmarks.soak.service import MODEL
 from benchmarks.soak.stands import ACCESS, KEY, body_of, stand
-
-from trivec.cli.bench.figures import percentile
-from trivec.cli.bench.texts import sentences
+from benchmarks.texts import sentences
 
 TIMES = (1, 2, 5, 20)
 TEXTS = 64

@@ -22,10 +22,10 @@ import numpy as np
 from benchmarks.soak.faulty import Fault, Injected
 from benchmarks.soak.report import Report, command
 from benchmarks.soak.service import MODEL, Service
+from benchmarks.texts import sentences
 
 from trivec.api import embeddings
 from trivec.api.encoding import encode
-from trivec.cli.bench.texts import sentences
 from trivec.core.ports import Texts, TokenLists
 from trivec.core.types import Float32Array, LongText, Sequences
 

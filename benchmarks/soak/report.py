@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.figures import Provenance
 from benchmarks.keeping import keep
-
-from trivec.cli.bench.figures import Provenance
 
 
 @dataclass(frozen=True, slots=True)

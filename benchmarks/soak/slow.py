@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from benchmarks.load import Load, run_load
 from benchmarks.soak.report import Report, command
 from benchmarks.soak.service import MODEL
 from benchmarks.soak.stands import COUNTED, KEY, body_of, stand
 from tests.process.server import Server
-
-from trivec.cli.bench.load import Load, run_load
 
 DEVICE_TOKENS_PER_S = 40_000
 GOOD_CLIENTS = 4

@@ -21,13 +21,12 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+from benchmarks.figures import percentile
 from benchmarks.soak.drain import start
 from benchmarks.soak.report import Report, command
 from benchmarks.soak.stands import ACCESS, COUNTED, body_of, stand
+from benchmarks.texts import sentences
 from tests.process.server import Server
-
-from trivec.cli.bench.figures import percentile
-from trivec.cli.bench.texts import sentences
 
 CLIENTS = 3
 ABORTED, BAD, STRANGERS = 0.2, 0.05, 0.05

@@ -22,8 +22,11 @@ from pathlib import Path
 
 import httpx
 import psycopg
+from benchmarks.figures import percentile
+from benchmarks.load import Load, run_load
 from benchmarks.soak.report import Report, command
 from benchmarks.soak.stands import ACCESS, body_of, stand
+from benchmarks.texts import sentences
 from tests.accounts.postgres import binaries, postgres_server
 from tests.accounts.shelf import upgraded
 
@@ -31,9 +34,6 @@ from trivec.accounts.stores import open_administration
 from trivec.accounts.stores.connect import SQLITE_FILE
 from trivec.accounts.stores.migrations.versions.v0003_counts_and_totals import FILL_DAILY
 from trivec.accounts.utc import DAY_US, moment
-from trivec.cli.bench.figures import percentile
-from trivec.cli.bench.load import Load, run_load
-from trivec.cli.bench.texts import sentences
 from trivec.core.clock import SystemClock
 from trivec.settings import Settings
 

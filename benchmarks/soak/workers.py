@@ -21,8 +21,8 @@ from benchmarks.soak.faulty import Injected, Killed
 from benchmarks.soak.poison import ask, together
 from benchmarks.soak.report import Report, command
 from benchmarks.soak.service import Service
+from benchmarks.texts import sentences
 
-from trivec.cli.bench.texts import sentences
 from trivec.engine import desk, lane, pace, runner
 from trivec.engine.heartbeat import Calls
 

@@ -23,14 +23,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
+from benchmarks.figures import percentile
+from benchmarks.load import Answers, Load, run_load
 from benchmarks.soak.report import Report, command
 from benchmarks.soak.stands import ACCESS, body_of, stand
+from benchmarks.texts import sentences
 from tests.accounts.postgres import binaries, postgres_server
 from tests.accounts.shelf import upgraded
-
-from trivec.cli.bench.figures import percentile
-from trivec.cli.bench.load import Answers, Load, run_load
-from trivec.cli.bench.texts import sentences
 
 GOOD, WRONG, TEXTS = 16, 4, 64
 BURST, BURSTS, CONNECTIONS = 1000, 3, 100

@@ -1,8 +1,7 @@
 """Figures: medians, percentiles, turns and ratios, each from numbers one can check by hand."""
 
 import pytest
-
-from trivec.cli.bench.figures import Provenance, Spread, interleaved, percentile, ratio
+from benchmarks.figures import Provenance, Spread, interleaved, percentile, ratio
 
 
 def test_a_spread_is_its_median_and_both_ends() -> None:

@@ -10,8 +10,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 
 import pytest
-
-from trivec.cli.bench.load import Load, LoadFailed, run_load
+from benchmarks.load import Load, LoadFailed, run_load
 
 BODY = json.dumps({"data": "A" * 300_000}).encode()
 HEAD = b"HTTP/1.1 200 OK\r\nServer-Timing: queue;dur=1.5, compute;dur=12.5\r\n"

@@ -1,11 +1,10 @@
-"""`trivec bench server` on a server that runs: which model it measures, and one line where it cannot."""
+"""A server to be measured: which of its models, and one line where it cannot be."""
 
 import socket
 
 import pytest
+from benchmarks.harness import ServerFailed, served_id
 from tests.api.house import MODEL, PLAIN_MODEL, House
-
-from trivec.cli.bench.server import ServerFailed, served_id
 
 
 def test_the_first_model_is_measured_unless_another_is_named() -> None:

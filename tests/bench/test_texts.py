@@ -3,10 +3,9 @@
 import numpy as np
 from benchmarks.dummy import BLUEPRINTS
 from benchmarks.engine import Arithmetic
+from benchmarks.harness import deal, in_parts
+from benchmarks.texts import Workload, mixed, sentences, uniform
 
-from trivec.cli.bench.engine import deal
-from trivec.cli.bench.server import in_parts
-from trivec.cli.bench.texts import Workload, mixed, sentences, uniform
 
 
 def test_sentences_are_distinct_and_the_same_every_time() -> None:

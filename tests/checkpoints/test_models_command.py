@@ -8,9 +8,9 @@ import pytest
 from tests.checkpoints.changing import rewrite
 from typer.testing import CliRunner
 
-from trivec.checkpoints import find_own
 from trivec.checkpoints.catalogue import entry_of
-from trivec.cli.models import models_app
+from trivec.checkpoints import find_own
+from trivec.cli import app
 from trivec.core.errors import CheckpointRefused
 
 
@@ -22,7 +22,7 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CliRunner:
 
 
 def test_list_says_what_is_here_and_verified(runner: CliRunner) -> None:
-    done = runner.invoke(models_app, ["list", "--json"])
+    done = runner.invoke(app, ["models", "list", "--json"])
     assert done.exit_code == 0
     listed = {row["id"]: row for row in json.loads(done.stdout)}
     assert listed["all-minilm-l6-v2"]["verified"]
@@ -38,33 +38,33 @@ def test_list_says_what_is_here_and_verified(runner: CliRunner) -> None:
 
 
 def test_list_is_a_table_for_people(runner: CliRunner) -> None:
-    done = runner.invoke(models_app, ["list"])
+    done = runner.invoke(app, ["models", "list"])
     (line,) = [line for line in done.stdout.splitlines() if "all-minilm-l6-v2" in line]
     assert line.split() == ["all-minilm-l6-v2", "wheel", "256", "384", "dense"]
 
 
 def test_list_shows_every_id_whole(runner: CliRunner) -> None:
-    ids = {row["id"] for row in json.loads(runner.invoke(models_app, ["list", "--json"]).stdout)}
-    words = runner.invoke(models_app, ["list"]).stdout.split()
+    ids = {row["id"] for row in json.loads(runner.invoke(app, ["models", "list", "--json"]).stdout)}
+    words = runner.invoke(app, ["models", "list"]).stdout.split()
     assert ids <= set(words), "an id that is cut cannot be copied"
 
 
 def test_pulling_an_unknown_model_says_what_is_known(runner: CliRunner) -> None:
-    done = runner.invoke(models_app, ["pull", "baai/bge-m4"])
+    done = runner.invoke(app, ["models", "pull", "baai/bge-m4"])
     assert isinstance(done.exception, CheckpointRefused)
     assert "baai/bge-m3" in str(done.exception)
 
 
 def test_verify_meets_every_figure_on_the_real_weights(runner: CliRunner) -> None:
-    done = runner.invoke(models_app, ["verify", "all-minilm-l6-v2"])
+    done = runner.invoke(app, ["models", "verify", "all-minilm-l6-v2"])
     assert done.exit_code == 0, done.stdout
     assert "MISSED" not in done.stdout
     assert "32 of 32 figures are met" in done.stderr
 
 
 def test_verify_wants_a_model_or_the_prepared_ones(runner: CliRunner, tmp_path: Path) -> None:
-    assert runner.invoke(models_app, ["verify"]).exit_code == 2
-    done = runner.invoke(models_app, ["verify", "--prepared", "--data-dir", str(tmp_path)])
+    assert runner.invoke(app, ["models", "verify"]).exit_code == 2
+    done = runner.invoke(app, ["models", "verify", "--prepared", "--data-dir", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert "0 of 0 prepared models" in done.stderr
 
@@ -85,7 +85,7 @@ def test_verify_finds_one_perturbed_weight_out(runner: CliRunner, tmp_path: Path
         return tensors
 
     rewrite(copy, perturb)
-    done = runner.invoke(models_app, ["verify", f"all-minilm-l6-v2={copy}", "--json"])
+    done = runner.invoke(app, ["models", "verify", f"all-minilm-l6-v2={copy}", "--json"])
     assert done.exit_code == 1
     missed = [row for row in json.loads(done.stdout) if not row["met"]]
     assert missed

@@ -1,6 +1,7 @@
 """What every observer owes: hear any event, on any thread, and never raise, block or answer."""
 
 import io
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -17,7 +18,7 @@ from trivec.core.events import (
     WorkerRestarted,
 )
 from trivec.core.ports import Observer
-from trivec.telemetry import Metrics, Observers, RequestLog, Tracing, configure_log
+from trivec.telemetry import Metrics, Observers, RequestLog, Tracing, configure_log, finish_log
 
 EVENTS: tuple[Event, ...] = (
     request(),
@@ -57,10 +58,13 @@ def tracing() -> Observer:
 
 
 @pytest.fixture(autouse=True)
-def log_output() -> Iterator[io.StringIO]:
+def log_output(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+    """What stands in the log once it is finished."""
     out = io.StringIO()
-    configure_log("json", stream=out)
+    monkeypatch.setattr(sys, "stderr", out)
+    configure_log("json")
     yield out
+    finish_log()
     structlog.reset_defaults()
 
 
@@ -125,6 +129,7 @@ def test_a_broken_observer_spoils_nothing_and_is_reported_once(log_output: io.St
     observers = Observers(before, Broken(), after)
     for event in EVENTS:
         observers.observe(event)
+    finish_log()
     assert before.events == after.events == list(EVENTS)
     assert log_output.getvalue().count("observer_failed") == 1
     assert "this observer is broken" in log_output.getvalue()

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from benchmarks.harness import free_port, wait_until_ready
 from tests.process.server import TRIVEC, clean_environment
-
-from trivec.cli.bench.server import free_port, wait_until_ready
 
 pytestmark = pytest.mark.process
 

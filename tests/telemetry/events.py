@@ -2,8 +2,17 @@
 
 from typing import Any
 
-from trivec.core.events import BatchRan, ModelLoaded, RequestServed
+from trivec.core.events import (
+    BatchRan,
+    Event,
+    ModelLoaded,
+    PhaseChanged,
+    QueueChanged,
+    RequestServed,
+    RowNotFinite,
+)
 from trivec.core.types import ModelCard, Output
+from trivec.telemetry.metrics import MODELS_MAX, REASONS_MAX, SERVED
 
 
 def request(**changes: Any) -> RequestServed:
@@ -55,3 +64,21 @@ def loaded(model: str = "baai/bge-m3") -> ModelLoaded:
         verified=True,
     )
     return ModelLoaded(card, load_s=2.5, cosine_min=0.9931, cosine_mean=0.9987)
+
+
+def every_kind() -> list[Event]:
+    """Events after which each metric has each kind of series it can have."""
+    events: list[Event] = [loaded(f"served-{number}") for number in range(MODELS_MAX + 3)]
+    for model in ["a-client's-word", *(f"served-{number}" for number in range(MODELS_MAX + 3))]:
+        events += [request(model=model), batch(model=model), batch(model=model, failed=True)]
+        events += [RowNotFinite(model, recovered=recovered) for recovered in (True, False)]
+        events.append(QueueChanged(model, requests=7, tokens=900))
+    for method in ("GET", "POST", "BREW"):
+        for route in {route for route, _ in SERVED} | {"other"}:
+            prefixed = route if route.startswith("/admin") else f"/v1{route}"
+            events += [
+                request(route=prefixed, method=method, status=status, token_count=0)
+                for status in (200, 404, 503, 999)
+            ]
+    events += [request(status=503, code=f"code_{number}") for number in range(REASONS_MAX + 10)]
+    return [*events, PhaseChanged("loading", "start"), PhaseChanged("unheard of", "")]

@@ -4,7 +4,8 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
 
 import pytest
 import structlog
@@ -15,9 +16,9 @@ from trivec.core.events import (
     PhaseChanged,
     QueueChanged,
     RowNotFinite,
-    WorkerRestarted,
 )
-from trivec.telemetry import RequestLog, configure_log
+from trivec.telemetry import RequestLog, configure_log, finish_log
+from trivec.telemetry.logging import LogFormat
 
 
 class Terminal(io.StringIO):
@@ -35,13 +36,37 @@ def _restored_logging() -> Iterator[None]:
     structlog.reset_defaults()
 
 
-def lines(*events: Event, level: str = "info") -> list[dict[str, object]]:
-    out = io.StringIO()
-    configure_log("json", stream=out, level=level)
-    log = RequestLog()
-    for event in events:
-        log.observe(event)
-    return [json.loads(line) for line in out.getvalue().split("\n")[:-1]]
+def written(
+    say: Callable[[], object],
+    *,
+    out: io.StringIO | None = None,
+    form: LogFormat = "auto",
+    level: str = "info",
+    process: str | None = None,
+) -> str:
+    """What stands in the log, on *out*, after *say*."""
+    out = out or io.StringIO()
+    with redirect_stderr(out):
+        configure_log(form, level=level, process=process)
+        say()
+        finish_log(60)
+    return out.getvalue()
+
+
+def observing(*events: Event) -> Callable[[], object]:
+    def observe() -> None:
+        log = RequestLog()
+        for event in events:
+            log.observe(event)
+
+    return observe
+
+
+def lines(
+    *events: Event, level: str = "info", process: str | None = None
+) -> list[dict[str, object]]:
+    shown = written(observing(*events), level=level, process=process)
+    return [json.loads(line) for line in shown.split("\n")[:-1]]
 
 
 def test_a_request_is_one_line_of_ids_counts_and_durations() -> None:
@@ -83,11 +108,8 @@ def test_a_probe_is_a_line_when_it_fails_or_when_everything_is_told(route: str) 
 
 
 def on_a_terminal(*events: Event) -> list[str]:
-    out = Terminal()
-    configure_log("auto", stream=out)
-    for event in events:
-        RequestLog().observe(event)
-    return [re.sub("\x1b\\[[0-9]+m", "", line) for line in out.getvalue().split("\n")[:-1]]
+    shown = written(observing(*events), out=Terminal())
+    return [re.sub("\x1b\\[[0-9]+m", "", line) for line in shown.split("\n")[:-1]]
 
 
 def test_on_a_terminal_a_request_is_one_short_line() -> None:
@@ -118,9 +140,6 @@ def test_a_line_cannot_be_broken_by_what_a_client_sends() -> None:
     [
         pytest.param(batch(failed=True), "batch_failed", "warning", id="a-failed-batch"),
         pytest.param(
-            WorkerRestarted(1, "ValueError"), "worker_replaced", "error", id="a-dead-worker"
-        ),
-        pytest.param(
             RowNotFinite("m", recovered=True), "row_not_finite", "warning", id="a-bad-row"
         ),
         pytest.param(PhaseChanged("ready", "warmed"), "phase", "info", id="a-new-phase"),
@@ -138,15 +157,12 @@ def test_a_loaded_models_line_shows_its_certificate() -> None:
     assert (line["cosine_min"], line["cosine_mean"]) == (0.9931, 0.9987)
 
 
-def test_batches_and_line_depths_are_metrics_and_no_lines() -> None:
+def test_batches_and_queue_depths_are_metrics_and_no_lines() -> None:
     assert lines(batch(), QueueChanged("m", 1, 2)) == []
 
 
 def test_other_libraries_speak_json_too() -> None:
-    out = io.StringIO()
-    configure_log("json", stream=out)
-    logging.getLogger("granian").warning("worker %d is late", 3)
-    line = json.loads(out.getvalue())
+    line = json.loads(written(lambda: logging.getLogger("granian").warning("worker %d is late", 3)))
     assert (line["event"], line["logger"], line["level"]) == (
         "worker 3 is late",
         "granian",
@@ -154,34 +170,36 @@ def test_other_libraries_speak_json_too() -> None:
     )
 
 
+def test_every_line_names_its_process_where_there_are_several() -> None:
+    [line] = lines(request(), process="api-2")
+    assert line["process"] == "api-2"
+
+
 def test_an_exception_is_one_json_line() -> None:
-    out = io.StringIO()
-    configure_log("json", stream=out)
-    try:
-        raise ValueError("first\nsecond")
-    except ValueError:
-        structlog.get_logger().exception("request_failed", request_id="req_9")
-    line = json.loads(out.getvalue())
+    def fail() -> None:
+        try:
+            raise ValueError("first\nsecond")
+        except ValueError:
+            structlog.get_logger().exception("request_failed", request_id="req_9")
+
+    line = json.loads(written(fail))
     assert line["request_id"] == "req_9"
     assert "ValueError: first" in line["exception"]
 
 
 def test_a_terminal_gets_words_and_a_pipe_gets_json() -> None:
-    on_terminal, on_pipe = Terminal(), io.StringIO()
-    for stream in (on_terminal, on_pipe):
-        configure_log(stream=stream)
-        RequestLog().observe(request())
-    assert json.loads(on_pipe.getvalue())["request_id"] == "req_01"
-    assert "req_01" in on_terminal.getvalue()
+    [line] = on_a_terminal(request())
+    assert "req_01" in line
     with pytest.raises(json.JSONDecodeError):
-        json.loads(on_terminal.getvalue())
+        json.loads(line)
+    assert lines(request())[0]["request_id"] == "req_01"
+
+
+def test_the_form_can_be_chosen() -> None:
+    assert written(observing(request()), out=Terminal(), form="json").startswith("{")
+    assert not written(observing(request()), form="text").startswith("{")
 
 
 def test_lines_below_the_level_are_not_written() -> None:
-    out = io.StringIO()
-    configure_log("json", stream=out, level="warning")
-    RequestLog().observe(request())
-    RequestLog().observe(WorkerRestarted(0, "ValueError"))
-    assert [json.loads(line)["event"] for line in out.getvalue().splitlines()] == [
-        "worker_replaced"
-    ]
+    found = lines(request(), batch(failed=True), level="warning")
+    assert [line["event"] for line in found] == ["batch_failed"]

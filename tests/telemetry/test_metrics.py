@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from tests.telemetry.events import batch, loaded, request
+from prometheus_client.samples import Sample
+from tests.telemetry.events import batch, every_kind, loaded, request
 
-from trivec.core.events import Event, PhaseChanged, QueueChanged, RowNotFinite, WorkerRestarted
-from trivec.telemetry import Metrics
-from trivec.telemetry.metrics import route_and_method, status_class
-from trivec.telemetry.table import PROCESS_SERIES_MAX, SERIES_MAX, TABLE
+from trivec.core.events import Event, PhaseChanged, QueueChanged, RowNotFinite
+from trivec.telemetry import Metrics, merged_pages
+from trivec.telemetry.metrics import REASONS_MAX, SERIES_MAX
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -77,13 +77,13 @@ M = 'model="baai/bge-m3"'
         ),
         pytest.param(
             QueueChanged("baai/bge-m3", requests=7, tokens=900),
-            {f"trivec_queue_requests{{{M}}}": 7, f"trivec_queue_tokens{{{M}}}": 900},
-            id="the-line-has-its-depth",
-        ),
-        pytest.param(
-            WorkerRestarted(0, "ValueError"),
-            {"trivec_worker_restarts_total": 1},
-            id="a-replaced-worker-is-counted",
+            {
+                f"trivec_queue_requests{{{M}}}": 7,
+                f"trivec_queue_tokens{{{M}}}": 900,
+                f"trivec_line_requests{{{M}}}": 7,
+                f"trivec_line_tokens{{{M}}}": 900,
+            },
+            id="the-queue-has-its-depth-under-its-old-name-too",
         ),
         pytest.param(
             RowNotFinite("baai/bge-m3", recovered=False),
@@ -123,50 +123,66 @@ def test_a_refused_request_adds_nothing_to_the_models_numbers() -> None:
     assert [name for name in page if "trivec_request_tokens" in name or "inputs" in name] == []
 
 
-def test_ten_thousand_of_everything_a_client_can_send_stay_within_the_series_bound() -> None:
-    metrics = Metrics()
-    for number in range(20):
-        metrics.observe(loaded(f"served-{number}"))
-    for i in range(10_000):
-        model = f"served-{i % 20}" if i % 2 else f"junk-{i}"
+def test_nothing_a_client_sends_makes_a_series(metrics: Metrics) -> None:
+    before = len(series(metrics))
+    for i in range(1_000):
         for status in (200, 404, 500, 100 + i % 900):
             metrics.observe(
                 request(
                     request_id=f"req_{i}",
                     client_request_id=f"client_{i}",
                     key_id=f"key_{i}",
-                    model=model,
+                    model=f"junk-{i}",
                     route=("/v1/embeddings", "/v1/tokenize", f"/v1/{i}")[i % 3],
                     method=("POST", "GET", f"VERB{i}")[i % 3],
                     status=status,
-                    code=f"code_{i}" if status != 200 else None,
+                    message=f"junk {i}",
                 )
             )
-        metrics.observe(batch(model=model, failed=i % 3 == 0))
-        metrics.observe(QueueChanged(model, i, i))
-        metrics.observe(RowNotFinite(model, recovered=i % 3 == 0))
-        metrics.observe(WorkerRestarted(i, f"reason {i}"))
-        metrics.observe(PhaseChanged(("ready", f"phase {i}")[i % 2], f"reason {i}"))
-    page = metrics.page().decode()
+    assert len(series(metrics)) == before
+    assert re.findall(r"junk|VERB|key_|req_\d|client_", metrics.page().decode()) == []
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    """With each kind of series there can be."""
+    metrics = Metrics()
+    for event in every_kind():
+        metrics.observe(event)
+    return metrics
+
+
+def test_the_page_never_exceeds_the_series_bound(metrics: Metrics) -> None:
     assert len(series(metrics)) <= SERIES_MAX
-    assert re.findall(r"junk|code_\d|VERB|key_|req_\d|client_", page) == []
 
 
-def test_the_table_itself_cannot_exceed_the_series_bound() -> None:
-    assert sum(metric.series_max for metric in TABLE) + PROCESS_SERIES_MAX <= SERIES_MAX
+def test_models_and_error_codes_beyond_their_number_share_a_label(metrics: Metrics) -> None:
+    page = series(metrics)
+    inputs = {name for name in page if name.startswith("trivec_inputs_total")}
+    assert inputs == {
+        f'trivec_inputs_total{{model="{model}"}}'
+        for model in ("served-0", "served-1", "served-2", "served-3", "other")
+    }
+    refusals = [value for name, value in page.items() if name.startswith("trivec_refusals_total")]
+    assert refusals == [1] * REASONS_MAX + [10]
 
 
-def test_the_page_exposes_the_names_of_the_table_and_the_process_only() -> None:
-    page = Metrics().page().decode()
-    families = {family.name for family in text_string_to_metric_families(page)}
-    ours = {name for name in families if not name.startswith("process_")}
-    assert ours == {metric.name.removesuffix("_total") for metric in TABLE}
-    assert sum(name.startswith("process_") for name in series(Metrics())) <= PROCESS_SERIES_MAX
+def counted_as(route: str, method: str, status: int = 200) -> dict[str, str]:
+    """The labels under which such a request is counted."""
+    metrics = Metrics()
+    metrics.observe(request(route=route, method=method, status=status, model=None))
+    (sample,) = samples(metrics, "trivec_requests")
+    return sample.labels
+
+
+def samples(metrics: Metrics, family: str) -> list[Sample]:
+    page = text_string_to_metric_families(metrics.page().decode())
+    return next(found.samples for found in page if found.name == family)
 
 
 @pytest.mark.parametrize("prefix", ["/v1", "/openai/v1", "/v3/openai"])
 def test_the_three_prefixes_are_one_route(prefix: str) -> None:
-    assert route_and_method(f"{prefix}/embeddings", "POST") == ("/embeddings", "POST")
+    assert counted_as(f"{prefix}/embeddings", "POST")["route"] == "/embeddings"
 
 
 @pytest.mark.parametrize(
@@ -178,31 +194,65 @@ def test_the_three_prefixes_are_one_route(prefix: str) -> None:
     ],
 )
 def test_what_is_not_served_shares_one_label(route: str, method: str) -> None:
-    assert route_and_method(route, method) == ("other", "other")
+    labels = counted_as(route, method)
+    assert (labels["route"], labels["method"]) == ("other", "other")
 
 
 def test_a_parameter_is_the_same_whatever_the_route_calls_it() -> None:
-    assert route_and_method("/v1/models/{model:path}", "GET") == ("/models/{id}", "GET")
+    assert counted_as("/v1/models/{model:path}", "GET")["route"] == "/models/{id}"
 
 
 @pytest.mark.parametrize(
     ("status", "name"), [(204, "2xx"), (429, "4xx"), (503, "5xx"), (42, "other")]
 )
 def test_a_status_is_its_class(status: int, name: str) -> None:
-    assert status_class(status) == name
+    assert counted_as("/v1/models", "GET", status)["status"] == name
 
 
-def test_the_documentation_describes_every_metric_and_no_other() -> None:
+def test_the_documentation_describes_every_metric_and_no_other(metrics: Metrics) -> None:
     rows = re.findall(
         r"^\| `(trivec_\w+)` \| (\w+) \| ([^|]*) \| ([^|]*) \|$", DOCS.read_text(), re.M
     )
     documented = {
-        name: (kind, tuple(re.findall(r"`(\w+)`", labels)), help_text.strip())
+        name: (kind, set(re.findall(r"`(\w+)`", labels)), help_text.strip())
         for name, kind, labels, help_text in rows
     }
-    assert documented == {
-        metric.name: (metric.kind.value, metric.labels, metric.help) for metric in TABLE
+    exposed = {
+        family.name + ("_total" if family.type == "counter" else ""): (
+            family.type,
+            set(family.samples[0].labels) - {"le"},
+            family.documentation,
+        )
+        for family in text_string_to_metric_families(metrics.page().decode())
+        if not family.name.startswith("process_")
     }
+    assert documented == exposed
+
+
+def test_in_a_merged_page_every_series_names_its_process_and_every_family_stands_once() -> None:
+    one, other = Metrics(), Metrics(lines_dropped=lambda: 1)
+    page = merged_pages({"api-1": one.page(), "engine": other.page()}).decode()
+    families = list(text_string_to_metric_families(page))
+    assert len({family.name for family in families}) == len(families)
+    found = [sample for family in families for sample in family.samples]
+    assert {sample.labels["process"] for sample in found} == {"api-1", "engine"}
+    dropped = {
+        sample.labels["process"]: sample.value
+        for sample in found
+        if sample.name == "trivec_log_lines_dropped_total"
+    }
+    assert dropped == {"api-1": 0, "engine": 1}
+
+
+def test_a_merged_page_of_one_process_keeps_its_numbers_and_types(metrics: Metrics) -> None:
+    page = metrics.page()
+    merged = merged_pages({"engine": page})
+    before = {one.name: one for one in text_string_to_metric_families(page.decode())}
+    after = {one.name: one for one in text_string_to_metric_families(merged.decode())}
+    assert before.keys() == after.keys()
+    for name, family in before.items():
+        assert (after[name].type, after[name].documentation) == (family.type, family.documentation)
+        assert [one.value for one in after[name].samples] == [one.value for one in family.samples]
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from benchmarks.against.peers.answering import answer
+from benchmarks.harness import REQUESTS_AT_ONCE, engine_on_trial, quiet_settings
 
-from trivec.cli.bench.engine import REQUESTS_AT_ONCE, engine_on_trial, quiet_settings
 from trivec.core.ports import Embedder
 from trivec.core.types import Float32Array, LongText, Output
 from trivec.server.machine import usable_cores

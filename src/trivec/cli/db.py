@@ -1,4 +1,4 @@
-"""`trivec db`: the schema of the store, and its old ledger rows."""
+"""`trivec db`: the store's schema, and the archive of old ledger rows."""
 
 import re
 import sys
@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Option
 
-from trivec.cli.store import (
+from trivec.cli.common import (
     AsJson,
     ConfigFile,
     DataDir,
-    check_store_is_there,
     print_json,
     say,
     settings_of,
-    telling_what_is_away,
+    store_refusals,
 )
 from trivec.core.errors import SettingInvalid
 
-db_app = typer.Typer(help="Look after the store: its schema, its size.", no_args_is_help=True)
+db_app = typer.Typer(help="Look after the store of keys and usage.", no_args_is_help=True)
 CLEAR_LINE = "\r\x1b[K"
 
 
@@ -31,7 +31,7 @@ def upgrade(data_dir: DataDir = None, config: ConfigFile = None) -> None:
     from trivec.accounts.stores import open_store
 
     settings = settings_of(data_dir, config)
-    with telling_what_is_away(settings), closing(open_store(settings)) as store:
+    with store_refusals(settings, creates=True), closing(open_store(settings)) as store:
         before = store.revision()
         store.upgrade()
         after = store.revision()
@@ -43,13 +43,8 @@ def upgrade(data_dir: DataDir = None, config: ConfigFile = None) -> None:
 
 @db_app.command()
 def archive(
-    before: Annotated[
-        str, typer.Option("--before", help="Move the rows before this UTC day, as 2026-11-01.")
-    ],
-    to: Annotated[
-        Path | None,
-        typer.Option("--to", help="The file; ledger-until-DATE.jsonl.gz of the data folder."),
-    ] = None,
+    before: Annotated[str, Option(help="Move the rows before this UTC day, as 2026-11-01.")],
+    to: Annotated[Path | None, Option(help="The file, by default in the data folder.")] = None,
     data_dir: DataDir = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
@@ -59,47 +54,34 @@ def archive(
     from trivec.accounts.stores import open_store
     from trivec.accounts.utc import DAY_US
 
-    day = _past_day(before)
+    today = datetime.now(UTC).date()
+    try:
+        day = date.fromisoformat(before if re.fullmatch(r"[\d-]{10}", before, re.ASCII) else "")
+    except ValueError:
+        raise SettingInvalid(f"--before is {before!r}; give a day such as 2026-11-01") from None
+    if not date(1970, 1, 1) <= day <= today:  # the rows of later days are still being written
+        raise SettingInvalid(f"--before is {day}; it is from 1970 to today, {today} in UTC")
+
+    def show_progress(rows: int) -> None:
+        if sys.stderr.isatty():
+            print(f"{CLEAR_LINE}{rows:,} rows moved", end="", file=sys.stderr, flush=True)
+
     settings = settings_of(data_dir, config)
-    check_store_is_there(settings)
     file = to or settings.data_dir / f"ledger-until-{day}.jsonl.gz"
-    before_us = (day - date(1970, 1, 1)).days * DAY_US
-    with telling_what_is_away(settings), closing(open_store(settings)) as store:
+    plan = Plan((day - date(1970, 1, 1)).days * DAY_US, file, settings.data_dir)
+    with store_refusals(settings), closing(open_store(settings)) as store:
         try:
-            done = archive(store, Plan(before_us, file, settings.data_dir), told=_show_progress)
+            done = archive(store, plan, told=show_progress)
         finally:
             if sys.stderr.isatty():
                 print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
     if as_json:
+        written = None if done.file is None else str(done.file)
         print_json(
-            {
-                "before": day.isoformat(),
-                "rows": done.rows,
-                "bytes": done.byte_count,
-                "file": None if done.file is None else str(done.file),
-            }
+            {"before": str(day), "rows": done.rows, "bytes": done.byte_count, "file": written}
         )
     elif done.file is None and done.rows == 0:
         say(f"There is no ledger row before {day} to move.")
     else:
         where = "" if done.file is None else f" into {done.file} ({done.byte_count:,} bytes)"
         say(f"Moved {done.rows:,} ledger rows from before {day}{where}.")
-
-
-def _past_day(text: str) -> date:
-    """Raises `SettingInvalid` for what is no day, or one whose rows are still being written."""
-    try:
-        if not re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.ASCII):
-            raise ValueError
-        day = date.fromisoformat(text)
-    except ValueError:
-        raise SettingInvalid(f"--before is {text!r}; give a day such as 2026-11-01") from None
-    today = datetime.now(UTC).date()
-    if not date(1970, 1, 1) <= day <= today:
-        raise SettingInvalid(f"--before is {day}; it is from 1970 to today, {today} in UTC")
-    return day
-
-
-def _show_progress(rows: int) -> None:
-    if sys.stderr.isatty():
-        print(f"{CLEAR_LINE}{rows:,} rows moved", end="", file=sys.stderr, flush=True)

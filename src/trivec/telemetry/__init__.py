@@ -1,13 +1,14 @@
-"""What is counted, logged and traced of what happened.
+"""Telemetry: metrics, the log and traces, each an `Observer` of the events of `core.events`.
 
-It knows names, labels and buckets; it does not know how anything works. Each event is counted once,
-in one class; every label value comes from a closed set, so no client can grow a page or a bill.
+No event holds text, vectors or keys, so neither a metric, a line nor a span can.
 """
 
-from trivec.telemetry.log import RequestLog, configure_log, finish_log, lines_dropped
-from trivec.telemetry.metrics import Metrics
-from trivec.telemetry.observers import Observers
-from trivec.telemetry.pages import merged_pages
+import structlog
+
+from trivec.core.events import Event
+from trivec.core.ports import Observer
+from trivec.telemetry.logging import RequestLog, configure_log, finish_log, lines_dropped
+from trivec.telemetry.metrics import Metrics, merged_pages
 from trivec.telemetry.tracing import Tracing
 
 __all__ = [
@@ -20,3 +21,26 @@ __all__ = [
     "lines_dropped",
     "merged_pages",
 ]
+
+
+class Observers:
+    """An `Observer` that passes each event to several, in order. Called from any thread.
+
+    One that fails keeps nothing from the rest, and its first failure alone is logged: a line from
+    inside every request would flood the log.
+    """
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+        self._failed: set[int] = set()  # indices; a race costs at most a second line
+
+    def observe(self, event: Event) -> None:
+        for index, observer in enumerate(self._observers):
+            try:
+                observer.observe(event)
+            except Exception:
+                if index not in self._failed:
+                    self._failed.add(index)
+                    structlog.get_logger("trivec.telemetry").exception(
+                        "observer_failed", observer=type(observer).__name__
+                    )

@@ -1,16 +1,28 @@
-"""The Prometheus page: hears events, keeps the numbers of `table.py`, prints them.
+"""Prometheus metrics: counts of events, and the page that shows them.
 
-It knows how an event becomes a number and nothing else; who asks for the page is the API's business.
+Every label value comes from a closed or a capped set, so that no client can make the page grow beyond
+`SERIES_MAX` series; a test adds them up. `docs/metrics.md` is the same list for people.
 """
 
 import re
 import threading
-from collections.abc import Callable, Iterable
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, lru_cache
+from typing import TypeVar
 
-from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.metrics_core import CounterMetricFamily
 from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.parser import text_string_to_metric_families
 
 from trivec import __version__
 from trivec.core.events import (
@@ -21,126 +33,220 @@ from trivec.core.events import (
     QueueChanged,
     RequestServed,
     RowNotFinite,
-    WorkerRestarted,
 )
-from trivec.telemetry import table
-from trivec.telemetry.table import OTHER
-from trivec.telemetry.tally import Labels, Tally
+
+SERIES_MAX = 500
+MODELS_MAX = 4  # models with series of their own; those loaded later share the label "other"
+REASONS_MAX = 23  # error codes with series of their own; the API has some 20, all its own words
+OTHER = "other"
+
+STATUS_CLASSES = ("2xx", "4xx", "5xx")
+PHASES = ("loading", "ready", "draining", "stopped")
+TIMED_ROUTES = ("/embeddings", "/tokenize")  # where a duration is work and not a lookup
+
+ROUTES = {
+    "POST": "/embeddings /tokenize /admin/v1/keys /admin/v1/keys/{id}/revoke /admin/v1/keys/{id}/rotate",
+    "GET": "/models /models/{id} /livez /readyz /health /metrics /openapi.json "
+    "/admin/v1/keys /admin/v1/keys/{id} /admin/v1/usage",
+}
+SERVED = {(route, method) for method, routes in ROUTES.items() for route in routes.split()}
+
+SHORT_BUCKETS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 1)
 
 _PREFIX = re.compile(r"^/(?:openai/v1|v3/openai|v1)(?=/)")
 _PARAMETER = re.compile(r"\{[^/]*\}")
+_M = TypeVar("_M", bound=MetricWrapperBase)
 
 
 @lru_cache(maxsize=1024)
-def route_and_method(route: str, method: str) -> Labels:
-    """The labels of a route's template: the three prefixes are one, the unknown is "other"."""
-    name = _PARAMETER.sub("{id}", _PREFIX.sub("", route))
-    return (name, method) if (method, name) in table.SERVED else (OTHER, OTHER)
+def route_labels(route: str, method: str) -> tuple[str, str]:
+    """Labels `route` and `method` of a route's template: without the API's prefix; "other" where
+    nothing is served, or by another method.
+    """
+    labels = (_PARAMETER.sub("{id}", _PREFIX.sub("", route)), method)
+    return labels if labels in SERVED else (OTHER, OTHER)
 
 
 @lru_cache(maxsize=1024)
 def status_class(status: int) -> str:
     """`503` is `5xx`; what HTTP does not know is "other"."""
     name = f"{status // 100}xx"
-    return name if name in table.STATUS_CLASSES else OTHER
+    return name if name in STATUS_CLASSES else OTHER
 
 
 class Metrics:
-    """An `Observer` with a page. Called from any thread; an event costs a few microseconds.
+    """An `Observer` with a page. Called from any thread.
 
-    A model has series of its own once `ModelLoaded` named it, the first `MODELS_MAX` of them.
-    *lines_dropped* says how many lines of the log found no reader.
+    *lines_dropped* is the number of log lines that were dropped so far.
     """
 
     def __init__(self, *, lines_dropped: Callable[[], int] = lambda: 0) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call] # a `_created` series for each of ours would double the page
         self._lines_dropped = lines_dropped
-        self._lock = threading.Lock()  # guards the tally and the models
-        self._tally = Tally()
+        self._lock = threading.Lock()  # of the growth of these two
         self._models: set[str] = set()
-        self._hear: dict[type[Event], Callable[[Any], None]] = {
-            RequestServed: self._request,
-            BatchRan: self._batch,
-            QueueChanged: self._line,
-            WorkerRestarted: self._worker,
-            RowNotFinite: self._row,
-            ModelLoaded: self._model_loaded,
-            PhaseChanged: self._phase,
-        }
-        self._process = ProcessCollector(registry=CollectorRegistry())
-        self._tally.set(table.BUILD_INFO, __version__, to=1)
+        self._reasons: set[str] = set()
+        self._registry = registry = CollectorRegistry()
 
-    def observe(self, event: Event) -> None:
-        with self._lock:
-            self._hear[type(event)](event)
+        def metric(
+            kind: Callable[..., _M], name: str, says: str, *labels: str, **how: Sequence[float]
+        ) -> Callable[..., _M]:
+            """A function from label values to the series, remembered: the lookup costs most of counting."""
+            return cache(kind(name, says, labels, registry=registry, **how).labels)
+
+        # fmt: off
+        self._requests = metric(Counter, "trivec_requests_total",
+            "Requests answered, by route, method and status class.", "route", "method", "status")
+        self._refusals = metric(Counter, "trivec_refusals_total",
+            "Requests answered with an error, by its code, or by its type where it has no code.", "reason")
+        self._request_seconds = metric(Histogram, "trivec_request_duration_seconds",
+            "From the first byte of a request to its answer, for the routes that work.", "route", "status",
+            buckets=(0.003, 0.006, 0.0125, 0.025, 0.05, 0.1, 0.25, 1, 5, 30, 600))
+        self._request_tokens = metric(Histogram, "trivec_request_tokens",
+            "Tokens of a request that was served, special tokens included.", "model",
+            buckets=(8, 32, 128, 512, 2048, 8192, 32768, 131072))
+        self._inputs = metric(Counter, "trivec_inputs_total", "Texts of the requests that were served.", "model")
+        self._tokenize_seconds = Histogram("trivec_tokenize_seconds",
+            "Time from text to token ids, a request.", registry=registry, buckets=SHORT_BUCKETS_S)
+        self._queue_seconds = metric(Histogram, "trivec_queue_seconds",
+            "From joining the queue to the start of a request's first batch.", "model",
+            buckets=(0.001, 0.005, 0.02, 0.1, 0.5, 1, 5, 10, 30))
+        self._compute_seconds = metric(Histogram, "trivec_compute_seconds",
+            "From the start of a request's first batch to its last vector.", "model",
+            buckets=(0.002, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 30, 120))
+        self._encode_seconds = Histogram("trivec_encode_seconds",
+            "Time to write the answer's JSON, a request.", registry=registry, buckets=SHORT_BUCKETS_S)
+        self._batches = metric(Counter, "trivec_batches_total",
+            "Batches run, by outcome: ok or failed.", "model", "outcome")
+        self._batch_fill = metric(Histogram, "trivec_batch_fill_ratio",
+            "Tokens of a batch over the budget it was filled against; one long text alone may exceed 1.",
+            "model", buckets=(0.1, 0.25, 0.5, 0.75, 0.9, 1))
+        self._batch_tokens = metric(Counter, "trivec_batch_tokens_total",
+            "Tokens computed, failed batches and second tries included.", "model")
+        self._batch_seconds = metric(Counter, "trivec_batch_busy_seconds_total",
+            "Seconds that worker slots spent inside the device; its rate over the slots is utilisation.", "model")
+        self._queue_requests = metric(Gauge, "trivec_queue_requests", "Requests in the queue now.", "model")
+        self._queue_tokens = metric(Gauge, "trivec_queue_tokens", "Tokens in the queue now.", "model")
+        self._line_requests = metric(Gauge, "trivec_line_requests",  # the old names, for one release
+            "Deprecated: read trivec_queue_requests instead.", "model")
+        self._line_tokens = metric(Gauge, "trivec_line_tokens",
+            "Deprecated: read trivec_queue_tokens instead.", "model")
+        self._rows_not_finite = metric(Counter, "trivec_rows_not_finite_total",
+            "Vectors that held NaN or infinity, by outcome of the second try: recovered or lost.", "model", "outcome")
+        self._phase = metric(Gauge, "trivec_phase",
+            "1 for the phase of life the process is in, 0 for the others.", "phase")
+        self._model_info = metric(Gauge, "trivec_model_info",
+            "1 for each served model, with its precision and whether its files match the catalogue.",
+            "model", "precision", "verified")
+        self._certificate_cosine = metric(Gauge, "trivec_certificate_cosine",
+            "Cosine to fp32 over the probe texts, as the precision certificate has it: min and mean.",
+            "model", "statistic")
+        build_info = metric(Gauge, "trivec_build_info", "1, with the version of Trivec.", "version")
+        # fmt: on
+        build_info(__version__).set(1)
+        registry.register(self)
+        ProcessCollector(registry=registry)  # memory, CPU, descriptors, start time
 
     def page(self) -> bytes:
         """The numbers now, in Prometheus's text format."""
-        return generate_latest(self)
+        return generate_latest(self._registry)
 
     def collect(self) -> Iterable[Family]:
-        """The families as they are printed: the library asks."""
-        with self._lock:
-            self._tally.set(table.LOG_LINES_DROPPED, to=self._lines_dropped())
-            families = list(self._tally.families())
-        yield from families
-        yield from self._process.collect()
+        """What is counted elsewhere. Called by the registry."""
+        yield CounterMetricFamily(
+            "trivec_log_lines_dropped_total",
+            "Lines of the log that were dropped because nobody read them.",
+            value=self._lines_dropped(),
+        )
+
+    def observe(self, event: Event) -> None:
+        match event:
+            case RequestServed():
+                self._count_request(event)
+            case BatchRan():
+                model = self._model(event.model)
+                self._batches(model, "failed" if event.failed else "ok").inc()
+                self._batch_fill(model).observe(event.tokens / event.tokens_max)
+                self._batch_tokens(model).inc(event.tokens)
+                self._batch_seconds(model).inc(event.duration_s)
+            case QueueChanged():
+                model = self._model(event.model)
+                self._queue_requests(model).set(event.requests)
+                self._line_requests(model).set(event.requests)
+                self._queue_tokens(model).set(event.tokens)
+                self._line_tokens(model).set(event.tokens)
+            case RowNotFinite():
+                outcome = "recovered" if event.recovered else "lost"
+                self._rows_not_finite(self._model(event.model), outcome).inc()
+            case ModelLoaded(card=card):
+                if self._admit(card.id, self._models, MODELS_MAX) == OTHER:
+                    return
+                verified = "true" if card.verified else "false"
+                self._model_info(card.id, card.precision, verified).set(1)
+                for statistic, cosine in (("min", event.cosine_min), ("mean", event.cosine_mean)):
+                    if cosine is not None:
+                        self._certificate_cosine(card.id, statistic).set(cosine)
+            case PhaseChanged():
+                for phase in PHASES:
+                    self._phase(phase).set(phase == event.phase)
+            case _:
+                pass
+
+    def _count_request(self, event: RequestServed) -> None:
+        route, method = route_labels(event.route, event.method)
+        status = status_class(event.status)
+        self._requests(route, method, status).inc()
+        if event.code is not None:
+            self._refusals(self._admit(event.code, self._reasons, REASONS_MAX)).inc()
+        if route in TIMED_ROUTES and status != OTHER:
+            self._request_seconds(route, status).observe(event.duration_s)
+        if status != "2xx" or event.model is None or not event.token_count:
+            return
+        self._tokenize_seconds.observe(event.tokenize_s)
+        if not event.compute_s:  # tokens were counted, nothing was embedded
+            return
+        model = self._model(event.model)
+        self._request_tokens(model).observe(event.token_count)
+        self._inputs(model).inc(event.input_count)
+        self._queue_seconds(model).observe(event.queue_s)
+        self._compute_seconds(model).observe(event.compute_s)
+        self._encode_seconds.observe(event.encode_s)
 
     def _model(self, model: str) -> str:
         return model if model in self._models else OTHER
 
-    def _request(self, event: RequestServed) -> None:
-        route, method = route_and_method(event.route, event.method)
-        status = status_class(event.status)
-        self._tally.count(table.REQUESTS, route, method, status)
-        if event.code is not None:
-            reason = event.code if event.code in table.REASONS else OTHER
-            self._tally.count(table.REFUSALS, reason)
-        if route in table.TIMED_ROUTES and status != OTHER:
-            self._tally.add(table.REQUEST_SECONDS, event.duration_s, route, status)
-        if status == "2xx" and event.model is not None and event.token_count:
-            self._served(event, self._model(event.model))
+    def _admit(self, value: str, known: set[str], known_max: int) -> str:
+        """*value*, if it is among the first *known_max* of its label; else "other"."""
+        with self._lock:
+            if value in known or len(known) < known_max:
+                known.add(value)
+                return value
+        return OTHER
 
-    def _served(self, event: RequestServed, model: str) -> None:
-        tally = self._tally
-        tally.add(table.TOKENIZE_SECONDS, event.tokenize_s)
-        if not event.compute_s:  # tokens were counted, nothing was embedded
-            return
-        tally.add(table.REQUEST_TOKENS, event.token_count, model)
-        tally.count(table.INPUTS, model, by=event.input_count)
-        tally.add(table.QUEUE_SECONDS, event.queue_s, model)
-        tally.add(table.COMPUTE_SECONDS, event.compute_s, model)
-        tally.add(table.ENCODE_SECONDS, event.encode_s)
 
-    def _batch(self, event: BatchRan) -> None:
-        tally, model = self._tally, self._model(event.model)
-        tally.count(table.BATCHES, model, "failed" if event.failed else "ok")
-        tally.add(table.BATCH_FILL, event.tokens / event.tokens_max, model)
-        tally.count(table.BATCH_TOKENS, model, by=event.tokens)
-        tally.count(table.BATCH_SECONDS, model, by=event.duration_s)
+def merged_pages(pages: Mapping[str, bytes]) -> bytes:
+    """*pages* by process as one; every series gets a label `process`.
 
-    def _line(self, event: QueueChanged) -> None:
-        model = self._model(event.model)
-        self._tally.set(table.QUEUE_REQUESTS, model, to=event.requests)
-        self._tally.set(table.QUEUE_TOKENS, model, to=event.tokens)
+    A process that is started again begins at zero under its own label, as Prometheus expects.
+    """
+    merged: dict[str, Family] = {}
+    for process, page in sorted(pages.items()):
+        for family in text_string_to_metric_families(page.decode()):
+            whole = merged.setdefault(
+                family.name, Family(family.name, family.documentation, family.type)
+            )
+            whole.samples += [
+                sample._replace(labels={**sample.labels, "process": process})
+                for sample in family.samples
+            ]
+    return generate_latest(_Families(list(merged.values())))
 
-    def _worker(self, event: WorkerRestarted) -> None:
-        self._tally.count(table.WORKERS_REPLACED)
 
-    def _row(self, event: RowNotFinite) -> None:
-        outcome = "recovered" if event.recovered else "lost"
-        self._tally.count(table.ROWS_NOT_FINITE, self._model(event.model), outcome)
+class _Families:
+    """What `generate_latest` reads, where there is no registry."""
 
-    def _model_loaded(self, event: ModelLoaded) -> None:
-        card = event.card
-        if card.id in self._models or len(self._models) >= table.MODELS_MAX:
-            return
-        self._models.add(card.id)
-        verified = "true" if card.verified else "false"
-        self._tally.set(table.MODEL_INFO, card.id, card.precision, verified, to=1)
-        for statistic, cosine in (("min", event.cosine_min), ("mean", event.cosine_mean)):
-            if cosine is not None:
-                self._tally.set(table.CERTIFICATE_COSINE, card.id, statistic, to=cosine)
+    def __init__(self, families: list[Family]) -> None:
+        self._families = families
 
-    def _phase(self, event: PhaseChanged) -> None:
-        for phase in table.PHASES:
-            self._tally.set(table.PHASE, phase, to=phase == event.phase)
+    def collect(self) -> list[Family]:
+        return self._families

@@ -1,13 +1,11 @@
-"""OpenTelemetry spans of each request, built after the fact from its measured durations.
+"""OpenTelemetry spans of each request, made afterwards from its measured durations.
 
-Optional: needs the extra `tracing`. Nothing on the way of a request knows that it is traced, so a
-span's place in time is derived: the stages lie end to end before the answer, and what is left at
-the front is `accept` (headers, body, key, allowance, validation).
+Optional: needs the extra `tracing`. No other room knows of traces, so the stages' places in time are
+derived: they lie end to end before the answer, and what is left at the front is `accept` (headers,
+body, key, rate limits, validation).
 """
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trivec.core.errors import SettingInvalid
@@ -19,46 +17,15 @@ if TYPE_CHECKING:
 NANOSECONDS = 1_000_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One child span: `[start_ns, end_ns)` since the epoch."""
-
-    name: str
-    start_ns: int
-    end_ns: int
-
-
-def stages(event: RequestServed, *, end_ns: int) -> Iterator[Stage]:
-    """The stages of a request that was answered at *end_ns*, in order, without a gap.
-
-    A request that never reached a stage has none of it.
-    """
-    measured = {
-        "tokenise": event.tokenize_s,
-        "queue": event.queue_s,
-        "compute": event.compute_s,
-        "encode": event.encode_s,
-    }
-    accept_s = max(0.0, event.duration_s - sum(measured.values()))
-    at_ns = end_ns - int(event.duration_s * NANOSECONDS)
-    for name, duration_s in {"accept": accept_s, **measured}.items():
-        if duration_s <= 0:
-            continue
-        until_ns = min(end_ns, at_ns + int(duration_s * NANOSECONDS))
-        yield Stage(name, at_ns, until_ns)
-        at_ns = until_ns
-
-
 class Tracing:
-    """An `Observer` that hands spans to an OpenTelemetry *processor*, which owns their sending.
+    """An `Observer` that hands spans to an OpenTelemetry *processor*, which sends them.
 
-    Its `close` flushes what waits. Called from any thread.
+    Called from any thread.
     """
 
     def __init__(self, processor: "SpanProcessor") -> None:
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         self._provider = TracerProvider(
@@ -67,7 +34,6 @@ class Tracing:
         self._provider.add_span_processor(processor)
         self._tracer = self._provider.get_tracer("trivec")
         self._propagator = TraceContextTextMapPropagator()
-        self._server = SpanKind.SERVER
 
     @classmethod
     def to(cls, endpoint: str) -> "Tracing":
@@ -83,44 +49,50 @@ class Tracing:
         return cls(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
 
     def observe(self, event: Event) -> None:
-        if isinstance(event, RequestServed):
-            self._trace(event, end_ns=time.time_ns())
+        from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
 
-    def close(self) -> None:
-        """Send what waits, and stop. Bounded by the exporter's own timeout."""
-        self._provider.shutdown()
-
-    def _trace(self, event: RequestServed, *, end_ns: int) -> None:
-        from opentelemetry.trace import Status, StatusCode, set_span_in_context
-
+        if not isinstance(event, RequestServed):
+            return
+        end_ns = time.time_ns()
+        start_ns = end_ns - int(event.duration_s * NANOSECONDS)
+        attributes: dict[str, str | int] = {
+            "http.request.method": event.method,
+            "http.route": event.route,
+            "http.response.status_code": event.status,
+            "trivec.request_id": event.request_id,
+            "trivec.inputs": event.input_count,
+            "trivec.tokens": event.token_count,
+        }
+        if event.model is not None:
+            attributes["trivec.model"] = event.model
+        if event.code is not None:
+            attributes["error.type"] = event.code
         carrier = {"traceparent": event.traceparent} if event.traceparent else {}
         span = self._tracer.start_span(
             f"{event.method} {event.route}",
             context=self._propagator.extract(carrier),
-            kind=self._server,
-            start_time=end_ns - int(event.duration_s * NANOSECONDS),
-            attributes=_attributes(event),
+            kind=SpanKind.SERVER,
+            start_time=start_ns,
+            attributes=attributes,
         )
-        inside = set_span_in_context(span)
-        for stage in stages(event, end_ns=end_ns):
-            child = self._tracer.start_span(stage.name, context=inside, start_time=stage.start_ns)
-            child.end(stage.end_ns)
+        stages_s = {
+            "tokenise": event.tokenize_s,
+            "queue": event.queue_s,
+            "compute": event.compute_s,
+            "encode": event.encode_s,
+        }
+        accept_s = max(0.0, event.duration_s - sum(stages_s.values()))
+        for name, duration_s in {"accept": accept_s, **stages_s}.items():
+            if duration_s > 0:  # else the request never reached that stage
+                child = self._tracer.start_span(
+                    name, context=set_span_in_context(span), start_time=start_ns
+                )
+                start_ns = min(end_ns, start_ns + int(duration_s * NANOSECONDS))
+                child.end(start_ns)
         if event.status >= 500:
             span.set_status(Status(StatusCode.ERROR, event.code))
         span.end(end_ns)
 
-
-def _attributes(event: RequestServed) -> dict[str, str | int]:
-    attributes: dict[str, str | int] = {
-        "http.request.method": event.method,
-        "http.route": event.route,
-        "http.response.status_code": event.status,
-        "trivec.request_id": event.request_id,
-        "trivec.inputs": event.input_count,
-        "trivec.tokens": event.token_count,
-    }
-    if event.model is not None:
-        attributes["trivec.model"] = event.model
-    if event.code is not None:
-        attributes["error.type"] = event.code
-    return attributes
+    def close(self) -> None:
+        """Send what waits, and stop. Bounded by the exporter's own timeout."""
+        self._provider.shutdown()

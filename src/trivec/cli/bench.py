@@ -1,0 +1,194 @@
+"""`trivec bench`: how fast a model is in this process, or on a running server.
+
+A quick look at the machine at hand; `benchmarks/` of the repository has a leaner load generator, the
+peers and the limits of the hardware.
+"""
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from itertools import cycle
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+from urllib.parse import urlsplit
+
+from typer import Option
+
+from trivec.cli.common import AsJson, DataDir, print_json, print_table, say, settings_of
+from trivec.core.errors import StartError
+
+if TYPE_CHECKING:
+    from trivec.core.ports import Clock, Observer
+    from trivec.settings import Settings
+
+LENGTHS = (16, 128, 512, 2048, 8192)  # tokens a text
+CPU_REQUEST_TOKENS, GPU_REQUEST_TOKENS = 2048, 32_768  # about what such a device takes in a batch
+SHAPES = ((1, 1), (16, 1), (8, 8), (4, 64))  # clients, texts a request
+WAIT_S_MAX = 3600.0  # a measurement brings more work than a server would admit
+ANSWER_S_MAX = 120.0
+WORDS = "the water of the city and the trains of its market reported in science and in most schools"
+
+Row: TypeAlias = dict[str, str | float]
+Measured: TypeAlias = tuple[dict[str, str | int], list[Row]]  # what was measured, and its figures
+
+
+def bench(
+    model: Annotated[str | None, Option("--model", "-m", help="ID, DIR or ID=DIR.")] = None,
+    precision: Annotated[str, Option(help="auto, fp32, int8 or a recipe as int8-rows.")] = "auto",
+    url: Annotated[str | None, Option(help="Server, as http://127.0.0.1:8000/v1.")] = None,
+    key: Annotated[str | None, Option(help="Its API key.", envvar="TRIVEC_BENCH_KEY")] = None,
+    seconds: Annotated[float, Option(help="Length of one measurement.", min=0.1)] = 2.0,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how fast a model is, in this process or, with --url, on a running server.
+
+    In this process: tokens and texts a second, by the length of a text.
+
+    On a server: texts a second and latency, by clients x texts a request.
+    """
+    if url is not None:
+        subject, rows = _measure_server(url.rstrip("/"), key, model, seconds=seconds)
+    else:
+        waits = {"wait_s_max": WAIT_S_MAX, "first_batch_s_max": WAIT_S_MAX}
+        models = (model,) if model else None
+        settings = settings_of(data_dir, models=models, precision=precision, queue=waits)
+        subject, rows = asyncio.run(_measure_engine(settings, seconds=seconds))
+    if as_json:
+        print_json({**subject, "rows": rows})
+        return
+    say(", ".join(f"{name} {value}" for name, value in subject.items()))
+    cells = [
+        {name: one if isinstance(one, str) else f"{one:,.4g}" for name, one in row.items()}
+        for row in rows
+    ]
+    print_table(cells, numbers=list(cells[0])[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class BenchContext:
+    """What models are built with, where there are no accounts and no HTTP."""
+
+    settings: "Settings"
+    clock: "Clock"
+    observer: "Observer"
+
+
+async def _measure_engine(settings: "Settings", *, seconds: float) -> Measured:
+    """Rates of the first model of *settings*, behind its own queue and workers."""
+    from trivec.build import load_models
+    from trivec.core.clock import SystemClock
+    from trivec.core.types import Output, Sequences
+    from trivec.server.machine import usable_cores
+    from trivec.telemetry import Observers
+
+    context = BenchContext(settings, SystemClock(), Observers())
+    models = load_models(settings, context, cores=usable_cores(), hears_text=False)
+    card = models.loaded[0].card
+    embedder = models.embedders[card.id]
+    on_cpu = models.choice.device == "cpu"
+    request_tokens = CPU_REQUEST_TOKENS if on_cpu else GPU_REQUEST_TOKENS
+    in_flight = 2 * models.slot_count + 2  # a free worker always finds the next batch waiting
+
+    async def client(request: Sequences, ends_s: float) -> int:
+        """Requests that were answered; one that was sent is waited for."""
+        count = 0
+        while not count or time.perf_counter() < ends_s:
+            await embedder.embed(request, Output.DENSE)
+            count += 1
+        return count
+
+    rows: list[Row] = []
+    models.workers.start()
+    try:
+        for length in (one for one in LENGTHS if one <= card.token_count_max):
+            draw = random.Random(length)  # noqa: S311 - no secret
+            text_count = max(1, request_tokens // length)
+            ids = draw.choices(range(5, card.vocabulary_size - 5), k=length * text_count)
+            request = Sequences.pack([ids[n * length :][:length] for n in range(text_count)])
+            await client(request, 0.0)  # the first of its shape may compile
+            started_s = time.perf_counter()
+            clients = [client(request, started_s + seconds) for _ in range(in_flight)]
+            requests_per_s = sum(await asyncio.gather(*clients)) / (time.perf_counter() - started_s)
+            rows.append(
+                {
+                    "text": f"{length} tokens",
+                    "tokens/s": request.token_count * requests_per_s,
+                    "texts/s": text_count * requests_per_s,
+                }
+            )
+    finally:
+        await models.workers.stop(within_s=30.0)  # closes the backends, too
+    return {"model": card.id, "precision": card.precision, "workers": models.slot_count}, rows
+
+
+def _measure_server(url: str, key: str | None, model: str | None, *, seconds: float) -> Measured:
+    """Rates and latencies of the server at *url*, a thread a client. Raises `StartError`."""
+    address = urlsplit(url)
+    scheme = HTTPSConnection if address.scheme == "https" else HTTPConnection
+    headers = {"Content-Type": "application/json"}
+    headers |= {"Authorization": f"Bearer {key}"} if key else {}
+
+    def ask(connection: HTTPConnection, path: str, body: bytes | None = None) -> bytes:
+        try:
+            connection.request("POST" if body else "GET", address.path + path, body, headers)
+            answer = connection.getresponse()
+            answered = answer.read()
+        except (OSError, HTTPException) as fault:
+            raise StartError(
+                f"no server answers at {url} ({fault}); give its base URL with the prefix, as "
+                "http://127.0.0.1:8000/v1"
+            ) from fault
+        if answer.status == HTTPStatus.UNAUTHORIZED:
+            raise StartError(f"{url} refuses this key; give another with --key")
+        if answer.status != HTTPStatus.OK:
+            said = answered[:300].decode(errors="replace")
+            raise StartError(f"{url}{path} answered {answer.status}: {said}")
+        return answered
+
+    def client(bodies: Iterator[bytes], ends_s: float) -> list[float]:
+        """Seconds that each answer took; a request that was sent is waited for."""
+        latencies_s: list[float] = []
+        with closing(scheme(address.netloc, timeout=ANSWER_S_MAX)) as connection:
+            while not latencies_s or time.perf_counter() < ends_s:
+                sent_s = time.perf_counter()
+                ask(connection, "/embeddings", next(bodies))
+                latencies_s.append(time.perf_counter() - sent_s)
+        return latencies_s
+
+    with closing(scheme(address.netloc, timeout=ANSWER_S_MAX)) as connection:
+        try:
+            served = [str(one["id"]) for one in json.loads(ask(connection, "/models"))["data"]]
+        except (ValueError, KeyError, TypeError) as fault:
+            raise StartError(f"{url}/models is no list of models; give a base URL") from fault
+    if not served or model not in (None, *served):
+        raise StartError(f"{url} serves {', '.join(served) or 'no model yet'}, and not {model}")
+    head = {"model": model or served[0], "encoding_format": "base64", "truncate": "end"}
+    texts = [f"{n} {WORDS[: 30 + n * 7 % 60]}" for n in range(1024)]  # of 5 to 17 words
+    rows: list[Row] = []
+    for client_count, text_count in SHAPES:
+        parts = [texts[at : at + text_count] for at in range(0, len(texts), text_count)]
+        bodies = cycle([json.dumps({**head, "input": part}).encode() for part in parts])
+        client(bodies, 0.0)
+        cpu_s, started_s = time.process_time(), time.perf_counter()
+        with ThreadPoolExecutor(client_count) as threads:
+            ends_s = [started_s + seconds] * client_count
+            taken = threads.map(client, [bodies] * client_count, ends_s)
+            latencies_s = sorted(latency_s for one in taken for latency_s in one)
+        elapsed_s = time.perf_counter() - started_s
+        rows.append(
+            {
+                "clients x texts": f"{client_count}x{text_count}",
+                "texts/s": len(latencies_s) * text_count / elapsed_s,
+                "p50 ms": latencies_s[len(latencies_s) // 2] * 1e3,
+                "p99 ms": latencies_s[len(latencies_s) * 99 // 100] * 1e3,
+                "client cores": (time.process_time() - cpu_s) / elapsed_s,
+            }
+        )
+    return {"model": model or served[0], "url": url}, rows
