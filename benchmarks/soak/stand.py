@@ -19,7 +19,7 @@ from benchmarks.soak.service import device, faulty_model, opened
 
 from trivec.build import Choice, Front, Models, Running, make_tokenizers, set_up
 from trivec.cli.greeting import Greeting
-from trivec.engine import heartbeat
+from trivec.engine import worker
 from trivec.server.crew import Crew, Post
 from trivec.server.listening import listen
 from trivec.server.serving import live
@@ -52,7 +52,7 @@ def serve(
     settings: Settings, listener: socket.socket, heart: Heart, given: argparse.Namespace
 ) -> int:
     configure_log("json", level=settings.log_level)
-    heartbeat.CALL_S_MIN = given.call_s_min
+    worker.CALL_S_MIN = given.call_s_min
 
     def load(front: Front) -> Models:
         checkpoint = opened(given.data_dir)
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("data_dir", type=Path)
     parser.add_argument("--tokens-per-s", type=float, default=float("inf"))
     parser.add_argument("--backend", default="fake")
-    parser.add_argument("--call-s-min", type=float, default=heartbeat.CALL_S_MIN)
+    parser.add_argument("--call-s-min", type=float, default=worker.CALL_S_MIN)
     given = parser.parse_args()
     settings = load_settings({"data_dir": str(given.data_dir), "port": 0}, os.environ)
     listener = listen(settings.host, settings.port)

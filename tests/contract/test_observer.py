@@ -14,7 +14,6 @@ from trivec.core.events import (
     QueueChanged,
     RequestServed,
     RowNotFinite,
-    WorkerRestarted,
 )
 from trivec.core.ports import Observer
 from trivec.telemetry import Metrics, Observers, RequestLog, Tracing, configure_log
@@ -26,7 +25,6 @@ EVENTS: tuple[Event, ...] = (
     batch(),
     batch(failed=True, tokens=9000),
     QueueChanged("m", 0, 0),
-    WorkerRestarted(0, "reason"),
     RowNotFinite("m", recovered=False),
     loaded(),
     loaded(),

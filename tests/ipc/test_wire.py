@@ -46,7 +46,7 @@ class Pair:
 
     @property
     def waiting_tokens(self) -> int:
-        return self.rig.engine._lane.line.token_count
+        return self.rig.engine.queued_tokens
 
     @asynccontextmanager
     async def called_by(self, name: str) -> AsyncIterator[EngineLink]:

@@ -15,7 +15,6 @@ from trivec.core.events import (
     PhaseChanged,
     QueueChanged,
     RowNotFinite,
-    WorkerRestarted,
 )
 from trivec.telemetry import RequestLog, configure_log
 
@@ -118,9 +117,6 @@ def test_a_line_cannot_be_broken_by_what_a_client_sends() -> None:
     [
         pytest.param(batch(failed=True), "batch_failed", "warning", id="a-failed-batch"),
         pytest.param(
-            WorkerRestarted(1, "ValueError"), "worker_replaced", "error", id="a-dead-worker"
-        ),
-        pytest.param(
             RowNotFinite("m", recovered=True), "row_not_finite", "warning", id="a-bad-row"
         ),
         pytest.param(PhaseChanged("ready", "warmed"), "phase", "info", id="a-new-phase"),
@@ -181,7 +177,5 @@ def test_lines_below_the_level_are_not_written() -> None:
     out = io.StringIO()
     configure_log("json", stream=out, level="warning")
     RequestLog().observe(request())
-    RequestLog().observe(WorkerRestarted(0, "ValueError"))
-    assert [json.loads(line)["event"] for line in out.getvalue().splitlines()] == [
-        "worker_replaced"
-    ]
+    RequestLog().observe(batch(failed=True))
+    assert [json.loads(line)["event"] for line in out.getvalue().splitlines()] == ["batch_failed"]

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.telemetry.events import batch, loaded, request
 
-from trivec.core.events import Event, PhaseChanged, QueueChanged, RowNotFinite, WorkerRestarted
+from trivec.core.events import Event, PhaseChanged, QueueChanged, RowNotFinite
 from trivec.telemetry import Metrics
 from trivec.telemetry.metrics import route_and_method, status_class
 from trivec.telemetry.table import PROCESS_SERIES_MAX, SERIES_MAX, TABLE
@@ -81,11 +81,6 @@ M = 'model="baai/bge-m3"'
             id="the-line-has-its-depth",
         ),
         pytest.param(
-            WorkerRestarted(0, "ValueError"),
-            {"trivec_worker_restarts_total": 1},
-            id="a-replaced-worker-is-counted",
-        ),
-        pytest.param(
             RowNotFinite("baai/bge-m3", recovered=False),
             {f'trivec_rows_not_finite_total{{{M},outcome="lost"}}': 1},
             id="a-row-that-stayed-not-finite-is-lost",
@@ -145,7 +140,6 @@ def test_ten_thousand_of_everything_a_client_can_send_stay_within_the_series_bou
         metrics.observe(batch(model=model, failed=i % 3 == 0))
         metrics.observe(QueueChanged(model, i, i))
         metrics.observe(RowNotFinite(model, recovered=i % 3 == 0))
-        metrics.observe(WorkerRestarted(i, f"reason {i}"))
         metrics.observe(PhaseChanged(("ready", f"phase {i}")[i % 2], f"reason {i}"))
     page = metrics.page().decode()
     assert len(series(metrics)) <= SERIES_MAX

@@ -54,6 +54,7 @@ class Sequences:
     truncated: Mapping[int, Truncated] = field(  # by sequence index
         default_factory=lambda: NOTHING_TRUNCATED
     )
+    token_types: Int32Array | None = None  # [tokens]; None: all zero
 
     def __post_init__(self) -> None:
         assert self.cu_seqlens[0] == 0

@@ -46,7 +46,7 @@ class Engine:
         return self._card
 
     @property
-    def queue_depth(self) -> int:
+    def queued_requests(self) -> int:
         """Requests with sequences that are in no batch yet."""
         return len(self._queue.requests)
 

@@ -1,7 +1,7 @@
 """Scheduler: admission, fairness between requests and models, and the choice of each batch.
 
-From the top: pure policy (`refusal`, `coalescing_delay_s`, `ThroughputEstimator`), the queue of one
-model (`RequestQueue`, deficit round robin; `ModelQueue`), and `Scheduler`, where requests and free
+From the top: pure policy (`ThroughputEstimator`, `coalescing_delay_s`, and the deficit round robin
+of `RequestQueue`), `ModelQueue` with a model's admission, and `Scheduler`, where requests and free
 worker slots meet behind one lock. The lock is held to choose (tens of µs), never to compute.
 """
 
@@ -11,7 +11,7 @@ import random
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import chain, islice
 
 import numpy as np
@@ -53,65 +53,6 @@ OVERTAKING_BATCHES_MAX = 4  # while new requests keep coming, older ones still h
 SPLIT_MAX = 4  # free slots share what waits, in batches of no less than this part of the budget
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Why a request is not admitted, and after how many seconds it might be."""
-
-    reason: str
-    wait_s: float
-
-
-def refusal(
-    token_count: int,
-    *,
-    queued_requests: int,
-    queued_tokens: int,
-    tokens_before: int,
-    tokens_per_s: float,
-    limits: QueueLimits,
-) -> Refusal | None:
-    """Why a request of *token_count* is not admitted; None when it is.
-
-    *tokens_before* is what fairness serves before the request is finished. A short queue admits
-    everything however slow the device is: a client that waits a minute is better served than one
-    that is sent away. Beyond that the limits are seconds of work, and tokens, which bound memory.
-    """
-    is_short = queued_requests < limits.always_requests and queued_tokens < limits.always_tokens
-    if is_short or not queued_requests:
-        return None
-    wait_s = tokens_before / tokens_per_s
-    room_in_s = (queued_tokens + token_count - limits.tokens_max) / tokens_per_s
-    if wait_s > limits.wait_s_max:
-        return Refusal(
-            f"this request would wait about {wait_s:.0f} s, more than queue.wait_s_max, "
-            f"{limits.wait_s_max:g} s",
-            max(wait_s - limits.wait_s_max, room_in_s),
-        )
-    if room_in_s > 0:
-        return Refusal(
-            f"with this request's {token_count} they would be more than queue.tokens_max, "
-            f"{limits.tokens_max}; there is room in about {room_in_s:.0f} s",
-            room_in_s,
-        )
-    return None
-
-
-def coalescing_delay_s(
-    *, request_count: int, queued_s: float, full_batch_s: float, next_free_s: float
-) -> float:
-    """How long the last free slot leaves the queue to a busy one; 0 when it should serve it now.
-
-    *queued_s* is what one slot would need for the *request_count* requests in the queue, and
-    *full_batch_s* what a full batch takes. The first busy slot should be free in *next_free_s*,
-    negative when it is late; it is waited for no longer than twice a short batch.
-    """
-    short_batch_s = min(COALESCED_BATCH_SHARE * full_batch_s, COALESCED_BATCH_S_MAX)
-    is_short = queued_s < min(short_batch_s, request_count * COALESCED_REQUEST_S_MAX)
-    if not is_short or next_free_s >= short_batch_s:
-        return 0.0
-    return max(0.0, next_free_s + short_batch_s)
-
-
 def batch_cost(lengths: Iterable[int]) -> float:
     """Cost of sequences of *lengths*, in tokens of a short text; an upper estimate."""
     return sum(length * (1 + length / ATTENTION_TOKENS) for length in lengths)
@@ -135,8 +76,8 @@ class ThroughputEstimator:
         tokens, and a night of such must not make the first full batch look expensive.
         """
         kept = math.exp(-fill * duration_s / WINDOW_S)
-        return replace(
-            self,
+        return ThroughputEstimator(
+            self.slot_count,
             tokens=self.tokens * kept + fill * tokens,
             cost=self.cost * kept + fill * cost,
             seconds=self.seconds * kept + fill * duration_s,
@@ -154,6 +95,22 @@ class ThroughputEstimator:
     def upper_bound_s(self, cost: float) -> float:
         """Seconds one slot takes at most for a batch of *cost*, as far as can be told."""
         return cost * self.seconds / self.cost
+
+
+def coalescing_delay_s(
+    *, request_count: int, queued_s: float, full_batch_s: float, next_free_s: float
+) -> float:
+    """How long the last free slot leaves the queue to a busy one; 0 when it should serve it now.
+
+    *queued_s* is what one slot would need for the *request_count* requests in the queue, and
+    *full_batch_s* what a full batch takes. The first busy slot should be free in *next_free_s*,
+    negative when it is late; it is waited for no longer than twice a short batch.
+    """
+    short_batch_s = min(COALESCED_BATCH_SHARE * full_batch_s, COALESCED_BATCH_S_MAX)
+    is_short = queued_s < min(short_batch_s, request_count * COALESCED_REQUEST_S_MAX)
+    if not is_short or next_free_s >= short_batch_s:
+        return 0.0
+    return max(0.0, next_free_s + short_batch_s)
 
 
 class RequestQueue:
@@ -253,7 +210,8 @@ class RequestQueue:
                 request.deficit = quantum
                 return request
             self._activate(request)  # a text longer than a turn must not hold up the others
-        for request in list(self.active):
+        for _ in range(len(self.active)):  # almost always the first
+            request = next(iter(self.active))
             request.deficit += quantum
             if request.deficit >= request.next_length:
                 break
@@ -325,27 +283,6 @@ class _OpenBatch:
         self.shortest = min(self.shortest, length)
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceCall:
-    """One call of `Backend.run`, and how it went."""
-
-    sequences: int
-    tokens: int
-    cost: float
-    duration_s: float
-    failed: bool
-
-
-@dataclass(slots=True)
-class BatchResult:
-    """What became of a batch: each of its sequences has a row, or its request an error."""
-
-    rows: list[tuple[BatchItem, Vectors]] = field(default_factory=list)
-    errors: dict[Request, EngineFault] = field(default_factory=dict)
-    calls: list[DeviceCall] = field(default_factory=list)
-    oom_tokens: int | None = None  # the smallest batch that memory did not suffice for
-
-
 class ModelQueue:
     """One model on a device: its queue, limits, batch budget and throughput.
 
@@ -373,32 +310,42 @@ class ModelQueue:
         self._reported_depth = 0
 
     def check_admission(self, token_count: int) -> None:
-        """Raise `Overloaded` unless a request of *token_count* is admitted."""
-        depth, tokens, rate = len(self.requests), self.requests.token_count, self._tokens_per_s
-        # `tokens_before` never exceeds the queue's tokens: a short queue need not be summed.
-        is_short = tokens <= self.limits.wait_s_max * rate
-        refused = refusal(
-            token_count,
-            queued_requests=depth,
-            queued_tokens=tokens,
-            tokens_before=tokens if is_short else self.requests.tokens_before(token_count),
-            tokens_per_s=rate,
-            limits=self.limits,
-        )
-        if refused is not None:
-            raise Overloaded(
-                f"The queue for {self.model} is full: {depth} requests with {tokens} tokens wait; "
-                f"{refused.reason}. Please try again later.",
-                retry_after_s=spread_retry_s(refused.wait_s, random.random()),  # noqa: S311
-            )
+        """Raise `Overloaded` unless a request of *token_count* is admitted, and any smaller one.
 
-    @property
-    def _tokens_per_s(self) -> float:
-        return self.throughput.tokens_per_s
+        A short queue admits everything however slow the device is: a client that waits a minute is
+        better served than one that is sent away. Beyond that the limits are seconds of work that
+        fairness puts before the request's end, and tokens, which bound memory.
+        """
+        limits, depth, queued = self.limits, len(self.requests), self.requests.token_count
+        if not depth or (depth < limits.always_requests and queued < limits.always_tokens):
+            return
+        tokens_per_s = self.throughput.tokens_per_s
+        wait_s = queued / tokens_per_s
+        if wait_s > limits.wait_s_max:  # a shorter queue need not be summed
+            wait_s = self.requests.tokens_before(token_count) / tokens_per_s
+        room_in_s = (queued + token_count - limits.tokens_max) / tokens_per_s
+        retry_s = max(wait_s - limits.wait_s_max, room_in_s)
+        if retry_s <= 0:
+            return
+        if wait_s > limits.wait_s_max:
+            reason = (
+                f"this request would wait about {wait_s:.0f} s, more than queue.wait_s_max, "
+                f"{limits.wait_s_max:g} s"
+            )
+        else:
+            reason = (
+                f"with this request's {token_count} they would be more than queue.tokens_max, "
+                f"{limits.tokens_max}; there is room in about {room_in_s:.0f} s"
+            )
+        raise Overloaded(
+            f"The queue for {self.model} is full: {depth} requests with {queued} tokens wait; "
+            f"{reason}. Please try again later.",
+            retry_after_s=spread_retry_s(retry_s, random.random()),  # noqa: S311
+        )
 
     def deadline_exceeded(self) -> DeadlineExceeded:
         """For a request whose first batch did not start in time; retry when the queue is done."""
-        wait_s = self.requests.token_count / self._tokens_per_s
+        wait_s = self.requests.token_count / self.throughput.tokens_per_s
         return DeadlineExceeded(
             f"The request waited too long for {self.model}. Please try again later.",
             retry_after_s=spread_retry_s(wait_s, random.random()),  # noqa: S311
@@ -409,29 +356,6 @@ class ModelQueue:
         request.is_open = False
         self.requests.remove(request)
         request.parts.clear()
-
-    def add_result(self, result: BatchResult) -> list[Request]:
-        """Take in *result*; the requests that are complete with it."""
-        for call in result.calls:
-            if not call.failed:
-                self.throughput = self.throughput.after(
-                    tokens=call.tokens,
-                    cost=call.cost,
-                    duration_s=call.duration_s,
-                    fill=min(1.0, call.tokens / self.budget.tokens_max),
-                )
-        if result.oom_tokens is not None:  # from now on smaller batches, but of a useful size
-            floor = -(-self.backend.budget.tokens_max // 8)
-            tokens_max = max(floor, min(self.budget.tokens_max, result.oom_tokens // 2))
-            self.budget = BatchBudget(tokens_max, self.budget.sequences_max)
-        for request in result.errors:
-            self.drop(request)
-        complete = []
-        for (request, indices), vectors in result.rows:
-            if request.is_open and request.add_rows(indices, vectors):
-                request.is_open = False
-                complete.append(request)
-        return complete
 
     def depth_changed(self) -> QueueChanged | None:
         """The queue's depth, if it differs from what was last reported."""
@@ -452,9 +376,10 @@ class ScheduledBatch:
 
 
 class Scheduler:
-    """The queues of a device's models, and the batches that its slots have at hand.
+    """The queues of a device's models, and the batches that its slots run.
 
-    The event loop calls `submit` and `cancel`, slot threads call `next_batch` and `complete`.
+    The event loop calls `submit` and `cancel`. A slot's thread calls `next_batch`, then `complete`
+    and `fail` for the requests in it, then `finish`.
     """
 
     def __init__(self, *, coalesces: bool, clock: Clock) -> None:
@@ -477,6 +402,12 @@ class Scheduler:
     def add_queue(self, queue: ModelQueue) -> None:
         with self._changed:
             self._queues = (*self._queues, queue)
+
+    def remove_queues(self) -> tuple[ModelQueue, ...]:
+        """All queues, to the one caller that closes their backends."""
+        with self._changed:
+            queues, self._queues = self._queues, ()
+        return queues
 
     def check_admission(self, queue: ModelQueue, token_count: int) -> None:
         """Raise what `submit` would for a request of *token_count*, or of more."""
@@ -515,7 +446,7 @@ class Scheduler:
         _resolve([(request, error)])
 
     def next_batch(self) -> ScheduledBatch | None:
-        """Wait for work and take the next batch; None once closed. Called from a slot's thread."""
+        """Wait for work and take the next batch; None once closed."""
         with self._changed:
             while not self._is_closed:
                 queue = self._next_queue()
@@ -537,16 +468,47 @@ class Scheduler:
                     return batch
             return None
 
-    def complete(self, batch: ScheduledBatch, result: BatchResult) -> None:
-        """Take in the *result* of *batch*, and reply to the requests that it completes."""
-        queue, now_s = batch.queue, self._clock.now_s()
+    def measure(self, queue: ModelQueue, tokens: int, cost: float, duration_s: float) -> None:
+        """Take a call that did not fail into the estimate of *queue*'s throughput."""
+        with self._changed:
+            queue.throughput = queue.throughput.after(
+                tokens=tokens,
+                cost=cost,
+                duration_s=duration_s,
+                fill=min(1.0, tokens / queue.budget.tokens_max),
+            )
+
+    def shrink_budget(self, queue: ModelQueue, tokens: int) -> None:
+        """Memory did not suffice for *tokens*: smaller batches from now on, of a useful size."""
+        with self._changed:
+            floor = -(-queue.backend.budget.tokens_max // 8)
+            tokens_max = max(floor, min(queue.budget.tokens_max, tokens // 2))
+            queue.budget = BatchBudget(tokens_max, queue.budget.sequences_max)
+
+    def complete(self, rows: Sequence[tuple[BatchItem, Vectors]]) -> None:
+        """Give *rows* to their requests, and reply to those that have all of theirs."""
+        with self._changed:
+            complete = []
+            for (request, indices), vectors in rows:
+                if request.is_open and request.add_rows(indices, vectors):
+                    request.is_open = False
+                    complete.append(request)
+        now_s = self._clock.now_s()
+        _resolve_soon([(request, request.reply(now_s)) for request in complete])
+
+    def fail(self, queue: ModelQueue, request: Request, error: EngineFault) -> None:
+        """Reply to *request* with *error*, and drop what it still has in the queue."""
+        with self._changed:
+            queue.drop(request)
+        _resolve_soon([(request, error)])
+
+    def finish(self, batch: ScheduledBatch) -> None:
+        """Take note that the slot of *batch* is free."""
+        queue = batch.queue
         with self._changed:
             self._running.remove(batch)
-            queue.device_s += now_s - batch.started_s - batch.expected_s
-            complete = queue.add_result(result)
+            queue.device_s += self._clock.now_s() - batch.started_s - batch.expected_s
             event = queue.depth_changed()
-        replies: list[tuple[Request, Reply | ServiceError]] = list(result.errors.items())
-        _resolve_soon(replies + [(request, request.reply(now_s)) for request in complete])
         if event is not None:
             queue.observer.observe(event)
 

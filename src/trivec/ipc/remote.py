@@ -67,7 +67,7 @@ class RemoteEmbedder:
         self._refused = None
         return reply
 
-    def check_admission(self, token_count: int, *, tokens_ahead: int = 0) -> None:
+    def check_admission(self, token_count: int) -> None:
         """Refuse whatever is at least as large as what the engine refused a moment ago.
 
         What is refused to a request is refused to every larger one; and until one of ours has left

@@ -20,7 +20,6 @@ from trivec.core.events import (
     QueueChanged,
     RequestServed,
     RowNotFinite,
-    WorkerRestarted,
 )
 from trivec.telemetry.outlet import Outlet
 
@@ -121,8 +120,6 @@ class RequestLog:
                 self._log.warning("batch_failed", **_fields(event))
             case BatchRan() | QueueChanged():
                 pass
-            case WorkerRestarted():
-                self._log.error("worker_replaced", **_fields(event))
             case RowNotFinite():
                 self._log.warning("row_not_finite", **_fields(event))
             case ModelLoaded():
@@ -173,7 +170,7 @@ def model_fields(event: ModelLoaded) -> dict[str, object]:
     }
 
 
-def _fields(event: BatchRan | WorkerRestarted | RowNotFinite) -> Mapping[str, object]:
+def _fields(event: BatchRan | RowNotFinite) -> Mapping[str, object]:
     return {name: getattr(event, name) for name in event.__slots__}
 
 

@@ -21,7 +21,6 @@ from trivec.core.events import (
     QueueChanged,
     RequestServed,
     RowNotFinite,
-    WorkerRestarted,
 )
 from trivec.telemetry import table
 from trivec.telemetry.table import OTHER
@@ -61,7 +60,6 @@ class Metrics:
             RequestServed: self._request,
             BatchRan: self._batch,
             QueueChanged: self._line,
-            WorkerRestarted: self._worker,
             RowNotFinite: self._row,
             ModelLoaded: self._model_loaded,
             PhaseChanged: self._phase,
@@ -122,9 +120,6 @@ class Metrics:
         model = self._model(event.model)
         self._tally.set(table.QUEUE_REQUESTS, model, to=event.requests)
         self._tally.set(table.QUEUE_TOKENS, model, to=event.tokens)
-
-    def _worker(self, event: WorkerRestarted) -> None:
-        self._tally.count(table.WORKERS_REPLACED)
 
     def _row(self, event: RowNotFinite) -> None:
         outcome = "recovered" if event.recovered else "lost"

@@ -194,11 +194,6 @@ QUEUE_REQUESTS = Metric(
 QUEUE_TOKENS = Metric(
     "trivec_queue_tokens", Kind.GAUGE, "Tokens in the line now.", ("model",), _PER_MODEL
 )
-WORKERS_REPLACED = Metric(
-    "trivec_worker_restarts_total",
-    Kind.COUNTER,
-    "Worker threads that died of an exception and were replaced.",
-)
 LOG_LINES_DROPPED = Metric(
     "trivec_log_lines_dropped_total",
     Kind.COUNTER,
@@ -250,7 +245,6 @@ TABLE = (
     BATCH_SECONDS,
     QUEUE_REQUESTS,
     QUEUE_TOKENS,
-    WORKERS_REPLACED,
     LOG_LINES_DROPPED,
     ROWS_NOT_FINITE,
     PHASE,
