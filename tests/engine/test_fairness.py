@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from tests.engine.rig import unanswered as request
 
 from trivec.core.types import BatchBudget
-from trivec.engine.request import BatchItem, Request
-from trivec.engine.scheduler import OVERTAKING_BATCHES_MAX, RequestQueue
+from trivec.engine.request import OVERTAKING_BATCHES_MAX, BatchItem, Request, RequestQueue
 
 BUDGET = BatchBudget(tokens_max=512, sequences_max=64)
 
@@ -36,7 +35,7 @@ length_lists = st.lists(
     max_size=40,
 )
 queues = st.lists(length_lists, min_size=1, max_size=12)
-budgets = st.builds(BatchBudget, st.integers(1, 2_000), st.integers(1, 64))
+budgets = st.builds(BatchBudget, st.integers(16, 2_000), st.integers(1, 64))
 
 
 @given(queues, budgets)

@@ -1,28 +1,36 @@
-"""Requests: their sequences on the way into batches, and their rows on the way back.
+"""Requests, and the queue that serves them by deficit round robin. Plain state: no clock, no lock.
 
-Plain state and pure functions. A request is touched under the scheduler's lock, but for its future,
-which belongs to its event loop.
+All of it is touched under the scheduler's lock, but for a request's future, which belongs to its
+event loop.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
 
 from trivec.core.types import (
-    Batch,
+    BatchBudget,
     Float32Array,
-    Int32Array,
     Output,
     Reply,
     Row,
     Rows,
     Sequences,
-    SparseVector,
     Vectors,
 )
+
+# A batch pads its attention to its longest sequence. Within a factor of two that is cheap; up to 64
+# tokens attention is 1 % of BGE-M3's arithmetic, so short texts may always share a batch.
+LENGTH_RATIO_MAX = 2
+SHORT_TOKENS_MAX = 64
+
+CANDIDATES_MAX = 64  # requests looked at to fill a batch
+OVERTAKING_BATCHES_MAX = 4  # while new requests keep coming, older ones still have one in five
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -47,7 +55,7 @@ class Request:
     queue_index: int | None = None  # in the queue's array of tokens left; None: not queued
     is_open: bool = True  # its rows are still wanted
     started_s: float | None = None  # its first batch
-    parts: "list[tuple[Sequence[int], Vectors]]" = field(default_factory=list)  # see `gather`
+    parts: list[tuple[Sequence[int], Vectors]] = field(default_factory=list)  # rows by sequence
     row_count: int = 0  # in `parts`
 
     def __post_init__(self) -> None:
@@ -76,11 +84,29 @@ class Request:
 
     def reply(self, now_s: float) -> Reply:
         assert self.started_s is not None
-        return Reply(
-            gather(self.parts, len(self.order)),
-            queue_s=self.started_s - self.submitted_s,
-            compute_s=now_s - self.started_s,
-        )
+        queue_s, compute_s = self.started_s - self.submitted_s, now_s - self.started_s
+        return Reply(self._vectors(), queue_s=queue_s, compute_s=compute_s)
+
+    def _vectors(self) -> Vectors:
+        """All rows, row i for sequence i."""
+        count, (indices, first) = len(self.order), self.parts[0]
+        if len(self.parts) == 1 and indices == list(range(count)):
+            return first
+        gathered: dict[Output, Rows] = {}
+        for output in {output for _, vectors in self.parts for output in vectors.rows}:
+            rows = first[output]
+            if isinstance(rows, np.ndarray):
+                array: Float32Array = np.empty((count, *rows.shape[1:]), np.float32)
+                for indices, vectors in self.parts:
+                    array[indices] = np.asarray(vectors[output])
+                gathered[output] = array
+                continue
+            listed: list[Row | None] = [None] * count
+            for indices, vectors in self.parts:
+                for i, row in zip(indices, vectors[output], strict=True):
+                    listed[i] = row
+            gathered[output] = tuple(listed)
+        return Vectors(gathered)
 
 
 class BatchItem(NamedTuple):
@@ -90,81 +116,162 @@ class BatchItem(NamedTuple):
     indices: list[int]  # of its sequences, in the order of the batch's rows
 
 
-def pack(items: Sequence[BatchItem]) -> Batch:
-    """Lay the sequences of *items* end to end, in their order."""
-    if len(items) == 1 and len(items[0].request.order) == 1:  # a lone text: nothing to copy
-        alone, outputs = items[0].request.sequences, items[0].request.outputs
-        asked = np.array([outputs], np.uint8)
-        return Batch(alone.token_ids, alone.cu_seqlens, asked, alone.token_types)
-    ids: list[Int32Array] = []
-    types: list[Int32Array] = []
-    flags: list[int] = []
-    has_types = any(item.request.sequences.token_types is not None for item in items)
-    for request, indices in items:
-        sequences, starts = request.sequences, request.sequences.cu_seqlens
-        spans = [slice(starts[i], starts[i + 1]) for i in indices]
-        ids += [sequences.token_ids[span] for span in spans]
-        flags += [request.outputs] * len(indices)
-        if has_types:
-            own = sequences.token_types
-            own = np.zeros(sequences.token_count, np.int32) if own is None else own
-            types += [own[span] for span in spans]
-    cu_seqlens = np.zeros(len(ids) + 1, np.int32)
-    np.cumsum(list(map(len, ids)), out=cu_seqlens[1:])
-    token_types = np.concatenate(types) if has_types else None  # int32 [tokens]
-    return Batch(np.concatenate(ids), cu_seqlens, np.array(flags, np.uint8), token_types)
+class RequestQueue:
+    """Requests with sequences in no batch yet, served by deficit round robin.
+
+    `new` requests have had no batch, `active` ones take turns; each is in order of service. Changes
+    are O(1), and a choice costs the same whatever waits: one leader and `CANDIDATES_MAX` others.
+    """
+
+    def __init__(self) -> None:
+        self.new: OrderedDict[Request, None] = OrderedDict()
+        self.active: OrderedDict[Request, None] = OrderedDict()
+        self.token_count = 0
+        self._overtaking_tokens = 0  # taken by new requests since an active one had a turn
+        self._tokens_left = np.zeros(64, np.int64)  # by `Request.queue_index`; 0 where free
+        self._free_indices = list(range(64))
+
+    def __len__(self) -> int:
+        return len(self.new) + len(self.active)
+
+    def __iter__(self) -> Iterator[Request]:
+        return chain(self.new, self.active)
+
+    def tokens_before(self, token_count: int) -> int:
+        """Tokens that are served before a new request of *token_count* is finished.
+
+        Σ min(tokens left of r, token_count) over the requests r in the queue.
+        """
+        return int(np.minimum(self._tokens_left, token_count).sum())
+
+    def add(self, request: Request) -> None:
+        assert request.queue_index is None
+        if not self._free_indices:
+            count = len(self._tokens_left)
+            self._tokens_left = np.concatenate((self._tokens_left, np.zeros(count, np.int64)))
+            self._free_indices = list(range(count, 2 * count))
+        request.queue_index = self._free_indices.pop()
+        self._tokens_left[request.queue_index] = request.tokens_left
+        self.token_count += request.tokens_left
+        self.new[request] = None
+
+    def remove(self, request: Request) -> None:
+        """Free the tokens of *request* at once; nothing if it is not in the queue."""
+        if request.queue_index is None:
+            return
+        self._tokens_left[request.queue_index] = 0
+        self._free_indices.append(request.queue_index)
+        request.queue_index = None
+        self.token_count -= request.tokens_left
+        del (self.new if request in self.new else self.active)[request]
+
+    def take_batch(self, budget: BatchBudget) -> list[BatchItem]:
+        """Remove and return the next batch; empty only when the queue is.
+
+        A batch belongs to one leader. Others join it only once the leader is exhausted, and only
+        with all they have left: so a bulk request never lengthens a query's batch, and a query
+        shares one with other queries, or with the tail of something large. A sequence longer than
+        the budget runs alone.
+        """
+        leader = self._next_leader(budget.tokens_max)
+        if leader is None:
+            return []
+        batch = _OpenBatch(budget)
+        was_new = leader in self.new
+        items = [self._take(leader, batch)]
+        if leader.is_exhausted:
+            for other in list(islice(self, CANDIDATES_MAX)):  # a copy: taking changes the queue
+                if batch.is_full:
+                    break
+                rest = len(other.order) - other.taken
+                if batch.fits(rest, other.tokens_left, other.lengths[-1], other.next_length):
+                    items.append(self._take(other, batch))
+        else:
+            # Batches are not cut to the deficit, since tiny ones are dear: the rest is carried
+            # over. A turn goes on while at least half a batch of it is left.
+            leader.deficit -= batch.tokens
+            leader.has_turn = leader.deficit >= max(leader.next_length, budget.tokens_max // 2)
+            if was_new:
+                self._activate(leader)
+            self.active.move_to_end(leader, last=not leader.has_turn)
+        self._overtaking_tokens = self._overtaking_tokens + batch.tokens if was_new else 0
+        return items
+
+    def _next_leader(self, quantum: int) -> Request | None:
+        """The request to serve next, with a deficit of at least its next sequence.
+
+        First one whose turn is not over; then new ones in order of arrival, unless they overtook
+        the active ones for long enough; then the active ones, each granted *quantum* at its turn.
+        """
+        front = next(iter(self.active), None)
+        if front is not None and front.has_turn:
+            return front
+        is_active_due = self._overtaking_tokens >= OVERTAKING_BATCHES_MAX * quantum
+        while self.new and not (self.active and is_active_due):
+            request = next(iter(self.new))
+            if request.next_length <= quantum:
+                request.deficit = quantum
+                return request
+            self._activate(request)  # a text longer than a turn must not hold up the others
+        while self.active:
+            request = next(iter(self.active))
+            request.deficit += quantum
+            if request.deficit >= request.next_length:
+                request.has_turn = True
+                return request
+            self.active.move_to_end(request)
+        return None
+
+    def _activate(self, request: Request) -> None:
+        """Move *request* from the new ones to the end of the active ones."""
+        del self.new[request]
+        self.active[request] = None
+
+    def _take(self, request: Request, batch: "_OpenBatch") -> BatchItem:
+        """Fill *batch* with the next sequences of *request*, as many as fit."""
+        assert request.queue_index is not None
+        lengths, begin, tokens_before = request.lengths, request.taken, batch.tokens
+        for length in islice(lengths, begin, None):
+            if not batch.fits(1, length, length, length):
+                break
+            batch.add(length)
+            request.taken += 1
+        tokens = batch.tokens - tokens_before
+        request.tokens_left -= tokens
+        self.token_count -= tokens
+        self._tokens_left[request.queue_index] = request.tokens_left
+        if request.is_exhausted:
+            self.remove(request)
+        return BatchItem(request, request.order[begin : request.taken])
 
 
-def halve(items: Sequence[BatchItem]) -> tuple[list[BatchItem], list[BatchItem]]:
-    """*items* as two lists of about equal sequence counts."""
-    first, second = list[BatchItem](), list[BatchItem]()
-    left = sum(len(item.indices) for item in items) // 2  # sequences that still go to `first`
-    for request, indices in items:
-        if indices[:left]:
-            first.append(BatchItem(request, indices[:left]))
-        if indices[left:]:
-            second.append(BatchItem(request, indices[left:]))
-        left = max(0, left - len(indices))
-    return first, second
+class _OpenBatch:
+    """The batch that is being filled."""
 
+    __slots__ = ("budget", "longest", "sequences", "shortest", "tokens")
 
-def slice_rows(vectors: Vectors, begin: int, end: int) -> Vectors:
-    """Rows *begin* to *end*, as views."""
-    return Vectors({output: rows[begin:end] for output, rows in vectors.rows.items()})
+    def __init__(self, budget: BatchBudget) -> None:
+        self.budget = budget
+        self.tokens = self.sequences = self.longest = 0
+        self.shortest = budget.tokens_max
 
+    @property
+    def is_full(self) -> bool:
+        return self.tokens >= self.budget.tokens_max or self.sequences >= self.budget.sequences_max
 
-def gather(parts: "Sequence[tuple[Sequence[int], Vectors]]", sequence_count: int) -> Vectors:
-    """All rows of a request, row i for its sequence i; every index is in exactly one part."""
-    indices, first = parts[0]
-    if len(parts) == 1 and indices == list(range(sequence_count)):
-        return first
-    gathered: dict[Output, Rows] = {}
-    for output in {output for _, vectors in parts for output in vectors.rows}:
-        rows = first[output]
-        if isinstance(rows, np.ndarray):
-            array: Float32Array = np.empty((sequence_count, *rows.shape[1:]), np.float32)
-            for indices, vectors in parts:
-                array[indices] = np.asarray(vectors[output])
-            gathered[output] = array
-            continue
-        listed: list[Row | None] = [None] * sequence_count
-        for indices, vectors in parts:
-            for i, row in zip(indices, vectors[output], strict=True):
-                listed[i] = row
-        gathered[output] = tuple(listed)
-    return Vectors(gathered)
+    def fits(self, sequences: int, tokens: int, shortest: int, longest: int) -> bool:
+        """Whether so many *sequences* of *tokens* together fit, in number and in length."""
+        if not self.sequences:
+            return True
+        longest, shortest = max(longest, self.longest), min(shortest, self.shortest)
+        return (
+            self.tokens + tokens <= self.budget.tokens_max
+            and self.sequences + sequences <= self.budget.sequences_max
+            and longest <= max(LENGTH_RATIO_MAX * shortest, SHORT_TOKENS_MAX)
+        )
 
-
-def nonfinite_rows(vectors: Vectors) -> set[int]:
-    """Rows that hold NaN or infinity in any of their outputs."""
-    found: set[int] = set()
-    for rows in vectors.rows.values():
-        if isinstance(rows, np.ndarray):
-            is_finite = np.isfinite(rows).reshape(len(rows), -1).all(axis=1)
-            found.update(np.flatnonzero(~is_finite).tolist())
-            continue
-        for i, row in enumerate(rows):
-            numbers = row.weights if isinstance(row, SparseVector) else row
-            if numbers is not None and not np.isfinite(numbers).all():
-                found.add(i)
-    return found
+    def add(self, length: int) -> None:
+        self.tokens += length
+        self.sequences += 1
+        self.longest = max(self.longest, length)
+        self.shortest = min(self.shortest, length)

@@ -1,30 +1,27 @@
-"""Scheduler: admission, fairness between requests and models, and the choice of each batch.
+"""Scheduler: where a device's queues and its free worker slots meet, behind one lock.
 
-From the top: pure policy (`ThroughputEstimator`, `coalescing_delay_s`, and the deficit round robin
-of `RequestQueue`), `ModelQueue` with a model's admission, and `Scheduler`, where requests and free
-worker slots meet behind one lock. The lock is held to choose (tens of µs), never to compute.
+It admits requests, shares the device between models, chooses each batch and replies to requests.
+The lock is held to choose (tens of µs), never to compute.
 """
 
 import asyncio
 import math
 import random
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
-
-import numpy as np
+from itertools import islice
 
 from trivec.core.errors import DeadlineExceeded, Draining, EngineFault, Overloaded, ServiceError
 from trivec.core.events import QueueChanged
 from trivec.core.ports import Backend, Clock, Observer
 from trivec.core.retry import spread_retry_s
 from trivec.core.types import BatchBudget, Reply, Vectors
-from trivec.engine.request import BatchItem, Request
+from trivec.engine.request import CANDIDATES_MAX, BatchItem, Request, RequestQueue
 from trivec.settings import QueueLimits
 
 RESTART_S = 10.0  # after which a client should find a process that has started again
+SPLIT_MAX = 4  # free slots share what waits, in batches of no less than this part of the budget
 
 # The throughput estimate. WINDOW_S: device seconds after which a measurement counts for 1/e. Until
 # the first batch: an int8 BGE-M3 on two cores, and a tenth of that for the upper bound, so that a
@@ -42,15 +39,6 @@ ATTENTION_TOKENS = 1_024
 COALESCED_REQUEST_S_MAX = 0.006
 COALESCED_BATCH_SHARE = 1 / 3  # of a full batch: so much work is worth a core
 COALESCED_BATCH_S_MAX = 0.02  # a slow model's batches are never short
-
-# A batch pads its attention to its longest sequence. Within a factor of two that is cheap; up to 64
-# tokens attention is 1 % of BGE-M3's arithmetic, so short texts may always share a batch.
-LENGTH_RATIO_MAX = 2
-SHORT_TOKENS_MAX = 64
-
-CANDIDATES_MAX = 64  # requests looked at to fill a batch
-OVERTAKING_BATCHES_MAX = 4  # while new requests keep coming, older ones still have one in five
-SPLIT_MAX = 4  # free slots share what waits, in batches of no less than this part of the budget
 
 
 def batch_cost(lengths: Iterable[int]) -> float:
@@ -113,176 +101,6 @@ def coalescing_delay_s(
     return max(0.0, next_free_s + short_batch_s)
 
 
-class RequestQueue:
-    """Requests with sequences in no batch yet, served by deficit round robin.
-
-    `new` requests have had no batch, `active` ones take turns; each is in order of service. Changes
-    are O(1), and a choice costs the same whatever waits: one leader and `CANDIDATES_MAX` others.
-    """
-
-    def __init__(self) -> None:
-        self.new: OrderedDict[Request, None] = OrderedDict()
-        self.active: OrderedDict[Request, None] = OrderedDict()
-        self.token_count = 0
-        self._overtaking_tokens = 0  # taken by new requests since an active one had a turn
-        self._tokens_left = np.zeros(64, np.int64)  # by `Request.queue_index`; 0 where free
-        self._free_indices = list(range(64))
-
-    def __len__(self) -> int:
-        return len(self.new) + len(self.active)
-
-    def __iter__(self) -> Iterator[Request]:
-        return chain(self.new, self.active)
-
-    def tokens_before(self, token_count: int) -> int:
-        """Tokens that are served before a new request of *token_count* is finished.
-
-        Σ min(tokens left of r, token_count) over the requests r in the queue.
-        """
-        return int(np.minimum(self._tokens_left, token_count).sum())
-
-    def add(self, request: Request) -> None:
-        assert request.queue_index is None
-        if not self._free_indices:
-            count = len(self._tokens_left)
-            self._tokens_left = np.concatenate((self._tokens_left, np.zeros(count, np.int64)))
-            self._free_indices = list(range(count, 2 * count))
-        request.queue_index = self._free_indices.pop()
-        self._tokens_left[request.queue_index] = request.tokens_left
-        self.token_count += request.tokens_left
-        self.new[request] = None
-
-    def remove(self, request: Request) -> None:
-        """Free the tokens of *request* at once; nothing if it is not in the queue."""
-        if request.queue_index is None:
-            return
-        self._tokens_left[request.queue_index] = 0
-        self._free_indices.append(request.queue_index)
-        request.queue_index = None
-        self.token_count -= request.tokens_left
-        del (self.new if request in self.new else self.active)[request]
-
-    def take_batch(self, budget: BatchBudget) -> list[BatchItem]:
-        """Remove and return the next batch; empty only when the queue is.
-
-        A batch belongs to one leader. Others join it only once the leader is exhausted, and only
-        with all they have left: so a bulk request never lengthens a query's batch, and a query
-        shares one with other queries, or with the tail of something large. A sequence longer than
-        the budget runs alone.
-        """
-        leader = self._next_leader(budget.tokens_max)
-        if leader is None:
-            return []
-        batch = _OpenBatch(budget)
-        was_new = leader in self.new
-        items = [self._take(leader, batch)]
-        if leader.is_exhausted:
-            for other in list(islice(self, CANDIDATES_MAX)):  # a copy: taking changes the queue
-                if batch.is_full:
-                    break
-                rest = len(other.order) - other.taken
-                if batch.fits(rest, other.tokens_left, other.lengths[-1], other.next_length):
-                    items.append(self._take(other, batch))
-        else:
-            # Batches are not cut to the deficit, since tiny ones are dear: the rest is carried
-            # over. A turn goes on while at least half a batch of it is left.
-            leader.deficit -= batch.tokens
-            leader.has_turn = leader.deficit >= max(leader.next_length, budget.tokens_max // 2)
-            if was_new:
-                self._activate(leader)
-            self.active.move_to_end(leader, last=not leader.has_turn)
-        self._overtaking_tokens = self._overtaking_tokens + batch.tokens if was_new else 0
-        return items
-
-    def _next_leader(self, quantum: int) -> Request | None:
-        """The request to serve next, with a deficit of at least its next sequence.
-
-        First one whose turn is not over; then new ones in order of arrival, unless they overtook
-        the active ones for long enough; then the active ones, each granted *quantum* at its turn.
-        """
-        front = next(iter(self.active), None)
-        if front is not None and front.has_turn:
-            return front
-        is_active_due = self._overtaking_tokens >= OVERTAKING_BATCHES_MAX * quantum
-        while self.new and not (self.active and is_active_due):
-            request = next(iter(self.new))
-            if request.next_length <= quantum:
-                request.deficit = quantum
-                return request
-            self._activate(request)  # a text longer than a turn must not hold up the others
-        for _ in range(len(self.active)):  # almost always the first
-            request = next(iter(self.active))
-            request.deficit += quantum
-            if request.deficit >= request.next_length:
-                break
-            self.active.move_to_end(request)
-        else:
-            if not self.active:
-                return None
-            # All save up for texts longer than a turn: grant the rounds nobody can use at once.
-            rounds = min(-(-(one.next_length - one.deficit) // quantum) for one in self.active)
-            for one in self.active:
-                one.deficit += rounds * quantum
-            request = next(one for one in self.active if one.deficit >= one.next_length)
-            self.active.move_to_end(request, last=False)
-        request.has_turn = True
-        return request
-
-    def _activate(self, request: Request) -> None:
-        """Move *request* from the new ones to the end of the active ones."""
-        del self.new[request]
-        self.active[request] = None
-
-    def _take(self, request: Request, batch: "_OpenBatch") -> BatchItem:
-        """Fill *batch* with the next sequences of *request*, as many as fit."""
-        assert request.queue_index is not None
-        lengths, begin, end = request.lengths, request.taken, request.taken
-        tokens_before = batch.tokens
-        while end < len(lengths) and batch.fits(1, lengths[end], lengths[end], lengths[end]):
-            batch.add(lengths[end])
-            end += 1
-        tokens = batch.tokens - tokens_before
-        request.taken = end
-        request.tokens_left -= tokens
-        self.token_count -= tokens
-        self._tokens_left[request.queue_index] = request.tokens_left
-        if request.is_exhausted:
-            self.remove(request)
-        return BatchItem(request, request.order[begin:end])
-
-
-class _OpenBatch:
-    """The batch that is being filled."""
-
-    __slots__ = ("budget", "longest", "sequences", "shortest", "tokens")
-
-    def __init__(self, budget: BatchBudget) -> None:
-        self.budget = budget
-        self.tokens = self.sequences = self.longest = 0
-        self.shortest = budget.tokens_max
-
-    @property
-    def is_full(self) -> bool:
-        return self.tokens >= self.budget.tokens_max or self.sequences >= self.budget.sequences_max
-
-    def fits(self, sequences: int, tokens: int, shortest: int, longest: int) -> bool:
-        """Whether so many *sequences* of *tokens* together fit, in number and in length."""
-        if not self.sequences:
-            return True
-        longest, shortest = max(longest, self.longest), min(shortest, self.shortest)
-        return (
-            self.tokens + tokens <= self.budget.tokens_max
-            and self.sequences + sequences <= self.budget.sequences_max
-            and longest <= max(LENGTH_RATIO_MAX * shortest, SHORT_TOKENS_MAX)
-        )
-
-    def add(self, length: int) -> None:
-        self.tokens += length
-        self.sequences += 1
-        self.longest = max(self.longest, length)
-        self.shortest = min(self.shortest, length)
-
-
 class ModelQueue:
     """One model on a device: its queue, limits, batch budget and throughput.
 
@@ -310,45 +128,37 @@ class ModelQueue:
         self._reported_depth = 0
 
     def check_admission(self, token_count: int) -> None:
-        """Raise `Overloaded` unless a request of *token_count* is admitted, and any smaller one.
+        """Raise `Overloaded` unless a request of *token_count* is admitted.
 
         A short queue admits everything however slow the device is: a client that waits a minute is
         better served than one that is sent away. Beyond that the limits are seconds of work that
-        fairness puts before the request's end, and tokens, which bound memory.
+        fairness puts before the request's end, and tokens, which bound memory. What is refused to
+        a request is refused to every larger one.
         """
         limits, depth, queued = self.limits, len(self.requests), self.requests.token_count
         if not depth or (depth < limits.always_requests and queued < limits.always_tokens):
             return
         tokens_per_s = self.throughput.tokens_per_s
         wait_s = queued / tokens_per_s
-        if wait_s > limits.wait_s_max:  # a shorter queue need not be summed
+        if wait_s > limits.wait_s_max:  # else there is no need to sum over the requests
             wait_s = self.requests.tokens_before(token_count) / tokens_per_s
         room_in_s = (queued + token_count - limits.tokens_max) / tokens_per_s
-        retry_s = max(wait_s - limits.wait_s_max, room_in_s)
-        if retry_s <= 0:
-            return
         if wait_s > limits.wait_s_max:
             reason = (
                 f"this request would wait about {wait_s:.0f} s, more than queue.wait_s_max, "
                 f"{limits.wait_s_max:g} s"
             )
-        else:
+        elif room_in_s > 0:
             reason = (
                 f"with this request's {token_count} they would be more than queue.tokens_max, "
                 f"{limits.tokens_max}; there is room in about {room_in_s:.0f} s"
             )
+        else:
+            return
         raise Overloaded(
             f"The queue for {self.model} is full: {depth} requests with {queued} tokens wait; "
             f"{reason}. Please try again later.",
-            retry_after_s=spread_retry_s(retry_s, random.random()),  # noqa: S311
-        )
-
-    def deadline_exceeded(self) -> DeadlineExceeded:
-        """For a request whose first batch did not start in time; retry when the queue is done."""
-        wait_s = self.requests.token_count / self.throughput.tokens_per_s
-        return DeadlineExceeded(
-            f"The request waited too long for {self.model}. Please try again later.",
-            retry_after_s=spread_retry_s(wait_s, random.random()),  # noqa: S311
+            retry_after_s=_retry_s(max(wait_s - limits.wait_s_max, room_in_s)),
         )
 
     def drop(self, request: Request) -> None:
@@ -357,12 +167,24 @@ class ModelQueue:
         self.requests.remove(request)
         request.parts.clear()
 
+    def drop_late(self, request: Request) -> DeadlineExceeded:
+        """Drop *request*, whose first batch did not start in time; retry when the queue is done."""
+        self.drop(request)
+        return DeadlineExceeded(
+            f"The request waited too long for {self.model}. Please try again later.",
+            retry_after_s=_retry_s(self.requests.token_count / self.throughput.tokens_per_s),
+        )
+
     def depth_changed(self) -> QueueChanged | None:
         """The queue's depth, if it differs from what was last reported."""
         if len(self.requests) == self._reported_depth:
             return None
         self._reported_depth = len(self.requests)
         return QueueChanged(self.model, self._reported_depth, self.requests.token_count)
+
+
+def _retry_s(wait_s: float) -> float:
+    return spread_retry_s(wait_s, random.random())  # noqa: S311
 
 
 @dataclass(eq=False, frozen=True, slots=True)
@@ -387,7 +209,7 @@ class Scheduler:
         self._coalesces = coalesces
         self._clock = clock
         self._changed = threading.Condition()  # its lock guards all below
-        self._queues: tuple[ModelQueue, ...] = ()
+        self.queues: tuple[ModelQueue, ...] = ()
         self._running: list[ScheduledBatch] = []
         self._idle_count = 0
         self._is_coalescing = False  # a slot is free, and leaves the queue to the busy ones
@@ -395,18 +217,14 @@ class Scheduler:
         self._closing_message: str | None = None  # why no request is admitted any more
         self._is_closed = False
 
-    @property
-    def queues(self) -> tuple[ModelQueue, ...]:
-        return self._queues
-
     def add_queue(self, queue: ModelQueue) -> None:
         with self._changed:
-            self._queues = (*self._queues, queue)
+            self.queues = (*self.queues, queue)
 
     def remove_queues(self) -> tuple[ModelQueue, ...]:
         """All queues, to the one caller that closes their backends."""
         with self._changed:
-            queues, self._queues = self._queues, ()
+            queues, self.queues = self.queues, ()
         return queues
 
     def check_admission(self, queue: ModelQueue, token_count: int) -> None:
@@ -439,11 +257,8 @@ class Scheduler:
     def expire(self, queue: ModelQueue, request: Request) -> None:
         """On the event loop: fail *request*, whose deadline has come, unless it has started."""
         with self._changed:
-            if request.started_s is not None or not request.is_open:
-                return
-            queue.drop(request)
-            error = queue.deadline_exceeded()
-        _resolve([(request, error)])
+            if request.started_s is None and request.is_open:
+                _resolve([(request, queue.drop_late(request))])
 
     def next_batch(self) -> ScheduledBatch | None:
         """Wait for work and take the next batch; None once closed."""
@@ -468,26 +283,21 @@ class Scheduler:
                     return batch
             return None
 
-    def measure(self, queue: ModelQueue, tokens: int, cost: float, duration_s: float) -> None:
-        """Take a call that did not fail into the estimate of *queue*'s throughput."""
+    def complete(
+        self,
+        queue: ModelQueue,
+        rows: Sequence[tuple[BatchItem, Vectors]],
+        *,
+        tokens: int,
+        cost: float,
+        duration_s: float,
+    ) -> None:
+        """Give *rows* to their requests, reply to the complete ones, and measure the throughput."""
+        fill = min(1.0, tokens / queue.budget.tokens_max)
         with self._changed:
             queue.throughput = queue.throughput.after(
-                tokens=tokens,
-                cost=cost,
-                duration_s=duration_s,
-                fill=min(1.0, tokens / queue.budget.tokens_max),
+                tokens=tokens, cost=cost, duration_s=duration_s, fill=fill
             )
-
-    def shrink_budget(self, queue: ModelQueue, tokens: int) -> None:
-        """Memory did not suffice for *tokens*: smaller batches from now on, of a useful size."""
-        with self._changed:
-            floor = -(-queue.backend.budget.tokens_max // 8)
-            tokens_max = max(floor, min(queue.budget.tokens_max, tokens // 2))
-            queue.budget = BatchBudget(tokens_max, queue.budget.sequences_max)
-
-    def complete(self, rows: Sequence[tuple[BatchItem, Vectors]]) -> None:
-        """Give *rows* to their requests, and reply to those that have all of theirs."""
-        with self._changed:
             complete = []
             for (request, indices), vectors in rows:
                 if request.is_open and request.add_rows(indices, vectors):
@@ -498,9 +308,15 @@ class Scheduler:
 
     def fail(self, queue: ModelQueue, request: Request, error: EngineFault) -> None:
         """Reply to *request* with *error*, and drop what it still has in the queue."""
-        with self._changed:
-            queue.drop(request)
+        self.cancel(queue, request)
         _resolve_soon([(request, error)])
+
+    def shrink_budget(self, queue: ModelQueue, tokens: int) -> None:
+        """Memory did not suffice for *tokens*: smaller batches from now on, of a useful size."""
+        with self._changed:
+            floor = -(-queue.backend.budget.tokens_max // 8)
+            tokens_max = max(floor, min(queue.budget.tokens_max, tokens // 2))
+            queue.budget = BatchBudget(tokens_max, queue.budget.sequences_max)
 
     def finish(self, batch: ScheduledBatch) -> None:
         """Take note that the slot of *batch* is free."""
@@ -519,11 +335,10 @@ class Scheduler:
 
     def fail_all(self, error: Callable[[], ServiceError]) -> None:
         """On the event loop: fail every request that has no reply yet."""
-        for queue in self._queues:
-            requests = list(queue.open)
-            for request in requests:
+        for queue in self.queues:
+            for request in list(queue.open):
                 self.cancel(queue, request)
-            _resolve([(request, error()) for request in requests])
+                _resolve([(request, error())])
 
     def close(self) -> None:
         """No more batches for any slot."""
@@ -533,23 +348,22 @@ class Scheduler:
 
     def _next_queue(self) -> ModelQueue | None:
         """Of the models with work, the one the device has spent least time on."""
-        waiting = [queue for queue in self._queues if queue.requests]
+        waiting = [queue for queue in self.queues if queue.requests]
         return min(waiting, key=lambda queue: queue.device_s, default=None)
 
     def _coalescing_delay_s(self) -> float:
         """How long the last free slot may leave all that waits; 0 when it should not."""
         if not self._coalesces or not self._running:
             return 0.0
-        now_s = self._clock.now_s()
-        next_free_s = min(batch.started_s + batch.expected_s for batch in self._running) - now_s
+        next_free_s = min(batch.started_s + batch.expected_s for batch in self._running)
         return min(
             coalescing_delay_s(
                 request_count=len(queue.requests),
                 queued_s=queue.throughput.estimate_s(queue.requests.token_count),
                 full_batch_s=queue.throughput.estimate_s(queue.budget.tokens_max),
-                next_free_s=next_free_s,
+                next_free_s=next_free_s - self._clock.now_s(),
             )
-            for queue in self._queues
+            for queue in self.queues
             if queue.requests
         )
 
@@ -558,9 +372,7 @@ class Scheduler:
         now_s = self._clock.now_s()
         candidates = islice(queue.requests.new, CANDIDATES_MAX)
         late = [request for request in candidates if now_s >= request.deadline_s]
-        for request in late:
-            queue.drop(request)
-        _resolve_soon([(request, queue.deadline_exceeded()) for request in late])
+        _resolve_soon([(request, queue.drop_late(request)) for request in late])
 
         budget, tokens_before = queue.budget, queue.requests.token_count
         share = -(-tokens_before // (self._idle_count + 1))  # of each free slot

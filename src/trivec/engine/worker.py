@@ -7,7 +7,7 @@ is gone and a bug in a worker end the process's service, which `Workers.lost` re
 import asyncio
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,8 +16,8 @@ import numpy as np
 from trivec.core.errors import DeviceLost, Draining, EngineFault
 from trivec.core.events import BatchRan, RowNotFinite
 from trivec.core.ports import Clock, Observer
-from trivec.core.types import Batch, Vectors
-from trivec.engine.request import BatchItem, halve, nonfinite_rows, pack, slice_rows
+from trivec.core.types import Batch, Int32Array, SparseVector, Vectors
+from trivec.engine.request import BatchItem
 from trivec.engine.scheduler import RESTART_S, ModelQueue, ScheduledBatch, Scheduler, batch_cost
 
 CALL_S_MIN = 15.0  # no call is late before this
@@ -160,55 +160,50 @@ class Workers:
             if not items:
                 continue
             packed = pack(items)
-            cost = batch_cost(np.diff(packed.cu_seqlens).tolist())
+            tokens, cost = packed.token_count, batch_cost(np.diff(packed.cu_seqlens).tolist())
             started_s = self._clock.now_s()
-            result = self._call(queue, packed, slot, queue.throughput.upper_bound_s(cost))
+            expected_s = queue.throughput.upper_bound_s(cost)
+            result = self._call(queue.backend.run, packed, queue.model, slot, expected_s)
             duration_s = self._clock.now_s() - started_s
             call_count += 1
-            if isinstance(result, Vectors):
-                self.scheduler.measure(queue, packed.token_count, cost, duration_s)
             self._observer.observe(
                 BatchRan(
                     model=queue.model,
                     slot=slot,
                     sequences=len(packed),
-                    tokens=packed.token_count,
+                    tokens=tokens,
                     tokens_max=queue.budget.tokens_max,
                     duration_s=duration_s,
-                    failed=not isinstance(result, Vectors),
+                    failed=isinstance(result, Exception),
                 )
             )
             if isinstance(result, Vectors):
-                self.scheduler.complete(self._finite_rows(queue, items, result, slot))
+                rows = self._finite_rows(queue, items, result, slot)
+                self.scheduler.complete(
+                    queue, rows, tokens=tokens, cost=cost, duration_s=duration_s
+                )
                 continue
             if isinstance(result, MemoryError):
-                self.scheduler.shrink_budget(queue, packed.token_count)
+                self.scheduler.shrink_budget(queue, tokens)
             if len(packed) > 1:
-                first, second = halve(items)
-                todo += [second, first]
+                todo += halves(items)
             elif call_count == 1:  # a lone sequence has a second try
                 todo.append(items)
             else:
-                fault = EngineFault(
-                    f"{queue.model}: the device failed on one sequence alone: {result!r}"
-                )
-                fault.__cause__ = result.with_traceback(None)  # its frames hold the request
-                self.scheduler.fail(queue, items[0].request, fault)
+                self._fail(items[0], queue, "the device failed on one sequence alone", cause=result)
 
     def _call(
         self,
-        queue: ModelQueue,
+        run: Callable[..., Vectors],
         batch: Batch,
+        model: str,
         slot: int,
         expected_s: float,
-        *,
-        exact: bool = False,
     ) -> Vectors | Exception:
-        """One call into the backend, watched for hanging: its rows, or what it raised."""
-        run = queue.backend.run_exact if exact else queue.backend.run
+        """One call into a backend, watched for hanging: its rows, or what it raised."""
         started_s = self._clock.now_s()
         late_s = started_s + max(CALL_S_MIN, CALL_RATIO_MAX * expected_s)
-        self._calls[slot] = _Call(slot, queue.model, started_s, late_s)
+        self._calls[slot] = _Call(slot, model, started_s, late_s)
         try:
             vectors = run(batch, slot=slot)
             assert len(vectors) == len(batch), "the backend lost a row"
@@ -225,30 +220,93 @@ class Workers:
     ) -> list[tuple[BatchItem, Vectors]]:
         """*vectors* cut by request. A row with NaN or infinity is computed again, alone in fp32.
 
-        A request with a row that is not finite even then fails, and has none here.
+        A request with a row that is not finite even then fails.
         """
-        bad = nonfinite_rows(vectors)
+        bad, end = nonfinite_rows(vectors), 0
         cut: list[tuple[BatchItem, Vectors]] = []
-        end = 0
-        for item in items:
-            begin, end = end, end + len(item.indices)
-            if bad.isdisjoint(range(begin, end)):
-                cut.append((item, slice_rows(vectors, begin, end)))
-                continue
-            for row, index in zip(range(begin, end), item.indices, strict=True):
-                alone = BatchItem(item.request, [index])
-                if row not in bad:
-                    cut.append((alone, slice_rows(vectors, row, row + 1)))
-                    continue
-                again = self._call(queue, pack([alone]), slot, EXACT_S_MAX, exact=True)
-                if isinstance(again, Vectors) and not nonfinite_rows(again):
-                    self._observer.observe(RowNotFinite(queue.model, recovered=True))
-                    cut.append((alone, again))
-                    continue
-                self._observer.observe(RowNotFinite(queue.model, recovered=False))
-                cause = "the vector is not finite even in fp32"
-                if isinstance(again, Exception):
-                    cause = repr(again)
-                self.scheduler.fail(queue, item.request, EngineFault(f"{queue.model}: {cause}"))
-                break
+        for request, indices in items:
+            is_finite = bad.isdisjoint(range(end, end + len(indices)))
+            for own in [indices] if is_finite else [[index] for index in indices]:
+                item, begin, end = BatchItem(request, own), end, end + len(own)
+                rows: Vectors | None = Vectors(
+                    {output: rows[begin:end] for output, rows in vectors.rows.items()}
+                )
+                if begin in bad:
+                    rows = self._exact_row(queue, item, slot) if request.is_open else None
+                if rows is not None:
+                    cut.append((item, rows))
         return cut
+
+    def _exact_row(self, queue: ModelQueue, item: BatchItem, slot: int) -> Vectors | None:
+        """The row of a lone sequence in fp32; None if that failed, and the request with it."""
+        run_exact, packed = queue.backend.run_exact, pack([item])
+        result = self._call(run_exact, packed, queue.model, slot, EXACT_S_MAX)
+        is_recovered = isinstance(result, Vectors) and not nonfinite_rows(result)
+        self._observer.observe(RowNotFinite(queue.model, recovered=is_recovered))
+        if isinstance(result, Vectors) and is_recovered:
+            return result
+        cause = result if isinstance(result, Exception) else None
+        self._fail(item, queue, "a vector is not finite even in fp32", cause=cause)
+        return None
+
+    def _fail(
+        self, item: BatchItem, queue: ModelQueue, reason: str, *, cause: Exception | None
+    ) -> None:
+        detail = "" if cause is None else f": {cause!r}"
+        error = EngineFault(f"{queue.model}: {reason}{detail}")
+        if cause is not None:
+            error.__cause__ = cause.with_traceback(None)  # its frames hold the request
+        self.scheduler.fail(queue, item.request, error)
+
+
+def pack(items: Sequence[BatchItem]) -> Batch:
+    """Lay the sequences of *items* end to end, in their order."""
+    if len(items) == 1 and len(items[0].request.order) == 1:  # a lone text: nothing to copy
+        alone, outputs = items[0].request.sequences, items[0].request.outputs
+        flag = np.array([outputs], np.uint8)
+        return Batch(alone.token_ids, alone.cu_seqlens, flag, alone.token_types)
+    has_types = any(item.request.sequences.token_types is not None for item in items)
+    ids: list[Int32Array] = []
+    types: list[Int32Array] = []
+    flags: list[int] = []
+    for request, indices in items:
+        sequences, starts = request.sequences, request.sequences.cu_seqlens
+        spans = [slice(starts[i], starts[i + 1]) for i in indices]
+        ids += [sequences.token_ids[span] for span in spans]
+        flags += [request.outputs] * len(indices)
+        if has_types:
+            own = sequences.token_types
+            own = np.zeros(sequences.token_count, np.int32) if own is None else own
+            types += [own[span] for span in spans]
+    cu_seqlens = np.zeros(len(ids) + 1, np.int32)
+    np.cumsum(list(map(len, ids)), out=cu_seqlens[1:])
+    token_types = np.concatenate(types) if has_types else None  # int32 [tokens]
+    return Batch(np.concatenate(ids), cu_seqlens, np.array(flags, np.uint8), token_types)
+
+
+def halves(items: Sequence[BatchItem]) -> list[list[BatchItem]]:
+    """*items* as two lists of about equal sequence counts, the second half first."""
+    first, second = list[BatchItem](), list[BatchItem]()
+    left = sum(len(item.indices) for item in items) // 2  # sequences that still go to `first`
+    for request, indices in items:
+        if indices[:left]:
+            first.append(BatchItem(request, indices[:left]))
+        if indices[left:]:
+            second.append(BatchItem(request, indices[left:]))
+        left = max(0, left - len(indices))
+    return [second, first]
+
+
+def nonfinite_rows(vectors: Vectors) -> set[int]:
+    """Rows that hold NaN or infinity in any of their outputs."""
+    found: set[int] = set()
+    for rows in vectors.rows.values():
+        if isinstance(rows, np.ndarray):
+            is_finite = np.isfinite(rows).reshape(len(rows), -1).all(axis=1)
+            found.update(np.flatnonzero(~is_finite).tolist())
+            continue
+        for i, row in enumerate(rows):
+            numbers = row.weights if isinstance(row, SparseVector) else row
+            if numbers is not None and not np.isfinite(numbers).all():
+                found.add(i)
+    return found
