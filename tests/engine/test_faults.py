@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.engine.rig import Listener, Rig, alone, lengths, sequences
+from tests.engine.rig import ALL, Listener, Rig, alone, lengths, sequences
 from tests.hand_clock import HandLoop
 
 from trivec.backends.fake import FakeBackend, Poison
 from trivec.core.errors import DeviceLost, Draining, EngineFault
 from trivec.core.events import BatchRan, RowNotFinite
-from trivec.core.types import Batch, BatchBudget, Output, Reply, Vectors
+from trivec.core.types import Batch, BatchBudget, Output, Reply, SparseVector, Vectors
 from trivec.engine import request, scheduler, worker
 
 BAD = 200_001
@@ -126,6 +126,40 @@ async def test_rows_of_one_request_around_a_recovered_one_stay_in_order() -> Non
         reply = await rig.engine.embed(what, Output.DENSE)
     for i in range(4):
         np.testing.assert_array_equal(reply.vectors.dense[i], alone(what, i).dense[0])
+
+
+class Unsound(FakeBackend):
+    """Spoils one number of *output*'s first row, but for exact runs."""
+
+    def __init__(self, output: Output, number: float) -> None:
+        super().__init__(dimensions=8, outputs=ALL)
+        self._output = output
+        self._number = number
+
+    def run(self, batch: Batch, *, slot: int) -> Vectors:
+        vectors = super().run(batch, slot=slot)
+        row = vectors[self._output][0]
+        numbers = row.weights if isinstance(row, SparseVector) else row
+        assert numbers is not None
+        numbers.flat[-1] = self._number
+        return vectors
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf], ids=str)
+@pytest.mark.parametrize("output", [Output.DENSE, Output.SPARSE, Output.MULTI], ids=str)
+async def test_a_row_is_computed_again_for_any_number_of_any_output(
+    output: Output, number: float
+) -> None:
+    what = sequences(9, 6)
+    async with Rig(backend=Unsound(output, number)) as rig:
+        reply = await rig.engine.embed(what, ALL)
+    assert [lengths(call.batch) for call in rig.backend.ran if call.exact] == [[9]]
+    np.testing.assert_array_equal(reply.vectors.dense[0], alone(what, 0, ALL).dense[0])
+    sparse, multi = reply.vectors.sparse[0], reply.vectors.multi[0]
+    assert sparse is not None
+    assert multi is not None
+    assert np.isfinite(sparse.weights).all()
+    assert np.isfinite(multi).all()
 
 
 class ShortOfMemory(FakeBackend):

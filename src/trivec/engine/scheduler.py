@@ -9,11 +9,12 @@ import math
 import random
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Self
 
 from trivec.core.errors import DeadlineExceeded, Draining, EngineFault, Overloaded, ServiceError
-from trivec.core.events import QueueChanged
+from trivec.core.events import BatchRan, QueueChanged
 from trivec.core.ports import Backend, Clock, Observer
 from trivec.core.retry import spread_retry_s
 from trivec.core.types import BatchBudget, Reply, Vectors
@@ -55,17 +56,15 @@ class ThroughputEstimator:
     cost: float = START_COST_PER_S * 1e-6
     seconds: float = 1e-6  # of one slot
 
-    def after(
-        self, *, tokens: int, cost: float, duration_s: float, fill: float
-    ) -> "ThroughputEstimator":
+    def after(self, *, tokens: int, cost: float, duration_s: float, fill: float) -> Self:
         """The estimate with one more batch.
 
         *fill* in (0, 1] is the batch's share of its budget: a lone short text is slow for its
         tokens, and a night of such must not make the first full batch look expensive.
         """
         kept = math.exp(-fill * duration_s / WINDOW_S)
-        return ThroughputEstimator(
-            self.slot_count,
+        return replace(
+            self,
             tokens=self.tokens * kept + fill * tokens,
             cost=self.cost * kept + fill * cost,
             seconds=self.seconds * kept + fill * duration_s,
@@ -287,16 +286,14 @@ class Scheduler:
         self,
         queue: ModelQueue,
         rows: Sequence[tuple[BatchItem, Vectors]],
-        *,
-        tokens: int,
+        ran: BatchRan,
         cost: float,
-        duration_s: float,
     ) -> None:
         """Give *rows* to their requests, reply to the complete ones, and measure the throughput."""
-        fill = min(1.0, tokens / queue.budget.tokens_max)
+        fill = min(1.0, ran.tokens / ran.tokens_max)
         with self._changed:
             queue.throughput = queue.throughput.after(
-                tokens=tokens, cost=cost, duration_s=duration_s, fill=fill
+                tokens=ran.tokens, cost=cost, duration_s=ran.duration_s, fill=fill
             )
             complete = []
             for (request, indices), vectors in rows:

@@ -160,31 +160,27 @@ class Workers:
             if not items:
                 continue
             packed = pack(items)
-            tokens, cost = packed.token_count, batch_cost(np.diff(packed.cu_seqlens).tolist())
+            cost = batch_cost(np.diff(packed.cu_seqlens).tolist())
             started_s = self._clock.now_s()
             expected_s = queue.throughput.upper_bound_s(cost)
             result = self._call(queue.backend.run, packed, queue.model, slot, expected_s)
-            duration_s = self._clock.now_s() - started_s
             call_count += 1
-            self._observer.observe(
-                BatchRan(
-                    model=queue.model,
-                    slot=slot,
-                    sequences=len(packed),
-                    tokens=tokens,
-                    tokens_max=queue.budget.tokens_max,
-                    duration_s=duration_s,
-                    failed=isinstance(result, Exception),
-                )
+            ran = BatchRan(
+                model=queue.model,
+                slot=slot,
+                sequences=len(packed),
+                tokens=packed.token_count,
+                tokens_max=queue.budget.tokens_max,
+                duration_s=self._clock.now_s() - started_s,
+                failed=isinstance(result, Exception),
             )
+            self._observer.observe(ran)
             if isinstance(result, Vectors):
                 rows = self._finite_rows(queue, items, result, slot)
-                self.scheduler.complete(
-                    queue, rows, tokens=tokens, cost=cost, duration_s=duration_s
-                )
+                self.scheduler.complete(queue, rows, ran, cost)
                 continue
             if isinstance(result, MemoryError):
-                self.scheduler.shrink_budget(queue, tokens)
+                self.scheduler.shrink_budget(queue, packed.token_count)
             if len(packed) > 1:
                 todo += halves(items)
             elif call_count == 1:  # a lone sequence has a second try
@@ -193,12 +189,7 @@ class Workers:
                 self._fail(items[0], queue, "the device failed on one sequence alone", cause=result)
 
     def _call(
-        self,
-        run: Callable[..., Vectors],
-        batch: Batch,
-        model: str,
-        slot: int,
-        expected_s: float,
+        self, run: Callable[..., Vectors], batch: Batch, model: str, slot: int, expected_s: float
     ) -> Vectors | Exception:
         """One call into a backend, watched for hanging: its rows, or what it raised."""
         started_s = self._clock.now_s()
