@@ -1,7 +1,7 @@
-"""Worker threads: one a slot of the device, each running one batch after another to its replies.
+"""Worker threads: one for each slot of the device. Each runs one batch after another.
 
-A call that fails is halved until the sequence at fault is alone; a call that hangs, a device that
-is gone and a bug in a worker end the process's service, which `Workers.lost` reports.
+A batch that fails is halved until the sequence at fault is alone. A call that hangs, a device that
+is gone and a bug in a worker end the service of this process, which `Workers.lost` reports.
 """
 
 import asyncio
@@ -87,7 +87,7 @@ class Workers:
         return self._loss
 
     def check_for_hang(self) -> None:
-        """One check of `lost`: two in a row that find the same call late are a hang.
+        """One check of `lost`: two in a row that find the same call late mean that it hangs.
 
         One is not enough: when the whole process was stopped for a while, every call looks late
         as it goes on. Checks are on the event loop, at least a second apart.
@@ -145,7 +145,7 @@ class Workers:
                 self.scheduler.finish(batch)
         except DeviceLost as exc:
             reason = f"slot {slot}: {exc}"
-        except BaseException as exc:  # an outermost loop: what state this leaves, nobody knows
+        except BaseException as exc:  # an outermost loop: the state that a bug leaves is unknown
             where = traceback.extract_tb(exc.__traceback__)[-1]
             reason = f"slot {slot}: its worker failed in {where.name}, line {where.lineno}: {exc!r}"
             is_bug = True
@@ -200,7 +200,7 @@ class Workers:
             assert len(vectors) == len(batch), "the backend lost a row"
         except DeviceLost:
             raise
-        except Exception as exc:  # whatever it is, some sequence of the batch has caused it
+        except Exception as exc:  # of any kind: a sequence of the batch is at fault
             return exc
         finally:
             self._calls[slot] = None
@@ -219,13 +219,11 @@ class Workers:
             is_finite = bad.isdisjoint(range(end, end + len(indices)))
             for own in [indices] if is_finite else [[index] for index in indices]:
                 item, begin, end = BatchItem(request, own), end, end + len(own)
-                rows: Vectors | None = Vectors(
-                    {output: rows[begin:end] for output, rows in vectors.rows.items()}
-                )
-                if begin in bad:
-                    rows = self._exact_row(queue, item, slot) if request.is_open else None
-                if rows is not None:
-                    cut.append((item, rows))
+                if begin not in bad:
+                    own_rows = {output: rows[begin:end] for output, rows in vectors.rows.items()}
+                    cut.append((item, Vectors(own_rows)))
+                elif request.is_open and (row := self._exact_row(queue, item, slot)) is not None:
+                    cut.append((item, row))
         return cut
 
     def _exact_row(self, queue: ModelQueue, item: BatchItem, slot: int) -> Vectors | None:
