@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.dummy import BLUEPRINTS, write_dummy
+from benchmarks.figures import Provenance
 from benchmarks.gpu_parts import (
     device_name,
     engine_rates,
@@ -34,9 +36,7 @@ from benchmarks.keeping import RESULTS
 
 from trivec.backends.torch.backend import TorchBackend
 from trivec.backends.torch.device import TorchOptions
-from benchmarks.dummy import BLUEPRINTS, write_dummy
 from trivec.checkpoints import open_checkpoint
-from benchmarks.figures import Provenance
 
 PACKAGES = (
     "torch", "triton", "numpy", "tokenizers", "transformers", "sentence-transformers", "flash-attn",

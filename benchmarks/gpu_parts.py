@@ -13,7 +13,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from benchmarks.figures import Spread, percentile
 from benchmarks.gpu_record import Plan, talk
+from benchmarks.load import Answers, LoadFailed
+from benchmarks.server import ServerFailed, Shape, Target, measure, own_server
+from benchmarks.texts import Workload, mixed, sentences, uniform
 from tokenizers import Tokenizer
 
 from trivec.api.numbers import to_base64, to_json
@@ -22,10 +26,6 @@ from trivec.backends.torch.device import TorchOptions
 from trivec.backends.torch.heads import to_vectors
 from trivec.backends.torch.ops import DTYPES, pack
 from trivec.checkpoints.checkpoint import Checkpoint
-from benchmarks.figures import Spread, percentile
-from benchmarks.load import Answers, LoadFailed
-from benchmarks.server import ServerFailed, Shape, Target, measure, own_server
-from benchmarks.texts import Workload, mixed, sentences, uniform
 from trivec.core.types import Batch, BatchBudget, Output, Sequences
 from trivec.models.ops import ModelConfig
 

@@ -53,8 +53,8 @@ class Scene:
         return made
 
     def waiting(self) -> int:
-        """Requests in line."""
-        return len(self.service.engine._lane.line)
+        """Requests in the queue."""
+        return self.service.engine.queued_requests
 
     def tasks(self) -> int:
         return len(asyncio.all_tasks(self.service.loop))

@@ -25,7 +25,7 @@ from trivec.build import (
     set_up,
 )
 from trivec.cli.greeting import Greeting
-from trivec.engine import heartbeat
+from trivec.engine import worker
 from trivec.server.machine import listen
 from trivec.server.processes import exit_code_of
 from trivec.server.server import serve_http
@@ -53,7 +53,7 @@ def count_when_asked(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def serve(settings: Settings, listener: socket.socket, given: argparse.Namespace) -> int:
-    heartbeat.CALL_S_MIN = given.call_s_min
+    worker.CALL_S_MIN = given.call_s_min
 
     def load(parts: ServerParts) -> Models:
         checkpoint = opened(given.data_dir)
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("data_dir", type=Path)
     parser.add_argument("--tokens-per-s", type=float, default=float("inf"))
     parser.add_argument("--backend", default="fake")
-    parser.add_argument("--call-s-min", type=float, default=heartbeat.CALL_S_MIN)
+    parser.add_argument("--call-s-min", type=float, default=worker.CALL_S_MIN)
     given = parser.parse_args()
     settings = load_settings({"data_dir": str(given.data_dir), "port": 0}, os.environ)
     listener = listen(settings.host, settings.port)

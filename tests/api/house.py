@@ -122,8 +122,8 @@ class StandIn:
         batch = Batch(sequences.token_ids, sequences.cu_seqlens, flags)
         return Reply(self._backend.run(batch, slot=0), queue_s=0.002, compute_s=0.003)
 
-    def check_admission(self, token_count: int, *, tokens_ahead: int = 0) -> None:
-        if token_count + tokens_ahead > self.room_tokens:
+    def check_admission(self, token_count: int) -> None:
+        if token_count > self.room_tokens:
             raise Overloaded("The line is full.", retry_after_s=1.5)
 
     def token_strings(self, token_ids: Int32Array) -> list[str]:

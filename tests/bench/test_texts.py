@@ -7,7 +7,6 @@ from benchmarks.harness import deal, in_parts
 from benchmarks.texts import Workload, mixed, sentences, uniform
 
 
-
 def test_sentences_are_distinct_and_the_same_every_time() -> None:
     texts = sentences(500)
     assert len(set(texts)) == 500

@@ -8,8 +8,8 @@ import pytest
 from tests.checkpoints.changing import rewrite
 from typer.testing import CliRunner
 
-from trivec.checkpoints.catalogue import entry_of
 from trivec.checkpoints import find_own
+from trivec.checkpoints.catalogue import entry_of
 from trivec.cli import app
 from trivec.core.errors import CheckpointRefused
 

@@ -15,7 +15,6 @@ from trivec.core.events import (
     QueueChanged,
     RequestServed,
     RowNotFinite,
-    WorkerRestarted,
 )
 from trivec.core.ports import Observer
 from trivec.telemetry import Metrics, Observers, RequestLog, Tracing, configure_log, finish_log
@@ -27,7 +26,6 @@ EVENTS: tuple[Event, ...] = (
     batch(),
     batch(failed=True, tokens=9000),
     QueueChanged("m", 0, 0),
-    WorkerRestarted(0, "reason"),
     RowNotFinite("m", recovered=False),
     loaded(),
     loaded(),

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 from tests.hand_clock import HandClock
@@ -12,9 +12,10 @@ from trivec.backends.fake import FakeBackend
 from trivec.core.events import Event
 from trivec.core.types import Batch, ModelCard, Output, Reply, Sequences
 from trivec.engine import Engine, Workers
+from trivec.engine.request import Request
 from trivec.settings import QueueLimits
 
-NO_FLOOR = {"always_requests": 0, "always_tokens": 0}  # the bounds hold in a short queue, too
+NO_FLOOR = {"always_requests": 0, "always_tokens": 0}  # the limits hold in a short queue, too
 ALL = Output.DENSE | Output.SPARSE | Output.MULTI
 
 
@@ -40,6 +41,22 @@ def sequences(*lengths: int, marks: Sequence[int] = (), first: int = 10) -> Sequ
             own[-1] = marks[i]
         ids.append(own)
     return Sequences.pack(ids)
+
+
+def texts_of(token_count: int) -> Sequences:
+    """Texts of up to 500 tokens, *token_count* together."""
+    return sequences(*[500] * (token_count // 500), *filter(None, [token_count % 500]))
+
+
+def unanswered(*lengths: int) -> Request:
+    """A request of texts of *lengths*, for tests of a queue alone: its future is never set."""
+    return Request(
+        sequences=Sequences.pack([np.zeros(length, np.int32) for length in lengths]),
+        outputs=Output.DENSE,
+        future=cast("asyncio.Future[Reply]", None),
+        submitted_s=0.0,
+        deadline_s=0.0,
+    )
 
 
 def card(model: str = "fake", outputs: Output = ALL) -> ModelCard:
@@ -97,20 +114,27 @@ class Rig:
     ) -> "asyncio.Task[Reply]":
         return asyncio.create_task(self.engine.embed(what, outputs, **options))
 
-    async def occupy(self) -> "asyncio.Task[Reply]":
-        """Hold the one slot: what is sent from now on waits in line until the gate is opened."""
+    async def occupy(self, length: int = 4) -> "asyncio.Task[Reply]":
+        """Hold the one slot: what is sent from now on is queued until the gate is opened."""
         self.backend.gate.clear()
         entered = len(self.backend.ran)
-        holder = self.send(sequences(4, first=1))
+        holder = self.send(sequences(length, first=1))
         await self.entered(entered + 1)
         return holder
+
+    async def run_at(self, tokens_per_s: float) -> None:
+        """Run one batch that takes as long as on a device of *tokens_per_s*."""
+        holder = await self.occupy(400)
+        self.clock.move(400 / tokens_per_s)
+        self.backend.gate.set()
+        await holder
 
     async def entered(self, count: int) -> None:
         """Wait until the device has been called *count* times."""
         assert await asyncio.to_thread(self.backend.wait_entered, count)
 
     async def queued(self, *requests: "asyncio.Task[Reply]") -> None:
-        """Let *requests* get as far as the line."""
+        """Let *requests* get as far as the queue."""
         await asyncio.sleep(0)
         assert not any(request.done() and not request.exception() for request in requests)
 

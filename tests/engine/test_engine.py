@@ -1,17 +1,18 @@
-"""An engine through its port: order, sharing, admission, deadlines, departures."""
+"""An engine through its port: order, sharing, admission, deadlines, cancellation."""
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.engine.rig import ALL, NO_FLOOR, Rig, alone, sequences
+from tests.engine.rig import ALL, NO_FLOOR, Rig, alone, lengths, sequences, texts_of
 from tests.hand_clock import HandClock, HandLoop
 
 from trivec.backends.fake import FakeBackend
 from trivec.core.errors import DeadlineExceeded, Overloaded
 from trivec.core.events import BatchRan, QueueChanged
+from trivec.core.retry import spread_retry_s
 from trivec.core.types import Batch, BatchBudget, Output, Vectors
-from trivec.engine.pace import Pace
 from trivec.settings import QueueLimits
 
 
@@ -61,7 +62,7 @@ async def test_requests_of_several_texts_that_share_a_batch_get_their_own_rows()
             np.testing.assert_array_equal(reply.vectors.dense[i], alone(what, i).dense[0])
 
 
-async def test_free_slots_share_a_request_that_one_row_could_hold() -> None:
+async def test_free_slots_share_a_request_that_one_batch_could_hold() -> None:
     async with Rig(backend=FakeBackend(dimensions=8, slot_count=2)) as rig:
         rig.backend.gate.clear()
         request = rig.send(sequences(128, 128, 128, 128))
@@ -90,7 +91,7 @@ async def test_queue_and_compute_times_meet_at_the_first_batch() -> None:
     assert (reply.queue_s, reply.compute_s) == (3, 0)
 
 
-async def test_a_full_line_refuses_at_once_and_says_when_to_return() -> None:
+async def test_a_full_queue_refuses_at_once_and_says_when_to_return() -> None:
     bound = QueueLimits(wait_s_max=10, **NO_FLOOR)
     async with Rig(bound=bound) as rig:
         holder = await rig.occupy()  # nothing measured yet: 1,000 tokens a second
@@ -108,32 +109,116 @@ async def test_a_full_line_refuses_at_once_and_says_when_to_return() -> None:
 async def test_eight_clients_of_a_slow_model_are_all_served() -> None:
     """A 24-layer model at 200 tokens/s: each client sends one list of 6 texts, 800 tokens."""
     async with Rig() as rig:
-        (lane,) = rig.workers.desk.lanes
-        lane.pace = Pace(1).after(tokens=2_000, work=2_000, duration_s=10, fill=1)
-        assert lane.pace.tokens_per_s == pytest.approx(200, rel=0.01)
+        await rig.run_at(200)
         holder = await rig.occupy()
         lists = [rig.send(sequences(133, 133, 133, 133, 134, 134)) for _ in range(8)]
         await rig.queued(*lists)
-        assert lane.line.token_count == 8 * 800
-        rig.engine.check_admission(800, tokens_ahead=8 * 800)  # as before a ninth is tokenised
+        assert (rig.engine.queued_requests, rig.engine.queued_tokens) == (8, 8 * 800)
+        assert rig.engine.open_requests == 9
+        rig.engine.check_admission(800)
         rig.clock.move(59)  # the last of them waits half a minute for its first batch
         rig.backend.gate.set()
         assert [len((await one).vectors) for one in lists] == [6] * 8
         await holder
+        assert (rig.engine.queued_requests, rig.engine.queued_tokens) == (0, 0)
 
 
-async def test_a_refusal_names_the_estimate_the_setting_and_when_to_come_back() -> None:
+@pytest.mark.parametrize(
+    ("queued", "token_count", "retry_s", "message"),
+    [
+        pytest.param((), 300_000, None, "", id="an-empty-queue-admits-anything"),
+        pytest.param((200,) * 50, 200, None, "", id="ten-seconds-of-work-are-admitted"),
+        pytest.param((200,) * 95, 200, 9, "19 s, more than queue.wait_s_max, 10 s", id="more-not"),
+        pytest.param((90_000,), 100, None, "", id="a-small-one-passes-a-huge-one"),
+        pytest.param((5_000, 70_000), 14_000, 9, "wait about 19 s", id="a-large-one-takes-turns"),
+        pytest.param((92_000,), 8_000, None, "", id="a-queue-holds-as-much-as-its-limit"),
+        pytest.param(
+            (99_000,),
+            9_000,
+            8,
+            "9000 they would be more than queue.tokens_max, 100000; there is room in about 8 s",
+            id="and-no-more",
+        ),
+        pytest.param((5_000, 94_000), 20_000, 19, "about 25 s", id="the-longer-wait-is-told"),
+    ],
+)
+async def test_admission_at_1000_tokens_per_s(
+    monkeypatch: pytest.MonkeyPatch,
+    queued: tuple[int, ...],
+    token_count: int,
+    retry_s: float | None,
+    message: str,
+) -> None:
+    """As every device is taken for before its first batch."""
+    monkeypatch.setattr("random.random", lambda: 0.0)
+    limits = QueueLimits(
+        tokens_max=100_000, wait_s_max=10, always_requests=0, first_batch_s_max=1e6
+    )
+    async with Rig(bound=limits) as rig:
+        holder = await rig.occupy()
+        rig.workers.scheduler.queues[0].limits = QueueLimits()  # until all of them are in
+        sent = [rig.send(texts_of(tokens)) for tokens in queued]
+        await rig.queued(*sent)
+        rig.workers.scheduler.queues[0].limits = limits
+        assert rig.engine.queued_tokens == sum(queued)
+        if retry_s is None:
+            rig.engine.check_admission(token_count)
+        else:
+            with pytest.raises(Overloaded, match=message) as refusal:
+                rig.engine.check_admission(token_count)
+            assert refusal.value.retry_after_s == pytest.approx(retry_s)
+        for one in sent:
+            one.cancel()
+        await asyncio.wait([holder, *sent], timeout=0)
+        assert rig.engine.queued_tokens == 0
+        rig.backend.gate.set()
+        await holder
+
+
+@pytest.mark.parametrize(
+    ("requests", "tokens", "is_refused"),
+    [
+        pytest.param(63, 32_767, False, id="a-short-queue-admits-everything"),
+        pytest.param(64, 32_767, True, id="many-requests-count-by-seconds"),
+        pytest.param(63, 32_768, True, id="and-so-do-many-tokens"),
+        pytest.param(64, 11_900, False, id="which-may-be-a-minute"),
+    ],
+)
+async def test_below_64_requests_and_32768_tokens_nothing_is_refused_however_slow_the_device(
+    requests: int, tokens: int, is_refused: bool
+) -> None:
     async with Rig() as rig:
-        (lane,) = rig.workers.desk.lanes
-        lane.pace = Pace(1).after(tokens=2_000, work=2_000, duration_s=10, fill=1)
-        with pytest.raises(Overloaded) as early:
-            rig.engine.check_admission(40_000, tokens_ahead=40_000)
-    assert "40000 tokens" in str(early.value)
-    assert "about 200 s, more than queue.wait_s_max, 60 s" in str(early.value)
-    assert 5 <= early.value.retry_after_s <= 60
+        await rig.run_at(200)
+        holder = await rig.occupy()
+        sent = [rig.send(sequences(100)) for _ in range(requests - 1)]
+        sent.append(rig.send(texts_of(tokens - 100 * len(sent))))
+        await rig.queued(*sent)
+        assert (rig.engine.queued_requests, rig.engine.queued_tokens) == (requests, tokens)
+        if is_refused:
+            with pytest.raises(Overloaded, match=r"more than queue\.wait_s_max, 60 s") as refusal:
+                rig.engine.check_admission(40_000)
+            assert f"{requests} requests with {tokens} tokens wait; " in str(refusal.value)
+            assert "would wait about 164 s" in str(refusal.value)
+            assert 5 <= refusal.value.retry_after_s <= 60
+        else:
+            rig.engine.check_admission(40_000)
+        rig.backend.gate.set()
+        await asyncio.gather(holder, *sent)
 
 
-async def test_an_empty_line_admits_what_is_larger_than_its_bound() -> None:
+@pytest.mark.parametrize("wait_s", [0, 1, 5, 30, 59, 60, 10_000])
+def test_a_refused_client_comes_back_after_5_to_60_s_and_not_with_all_others(wait_s: float) -> None:
+    first, last = spread_retry_s(wait_s, 0.0), spread_retry_s(wait_s, 0.999)
+    assert 5 <= first < last <= 60
+
+
+def test_a_wait_that_is_admitted_is_not_cut_short() -> None:
+    assert QueueLimits().first_batch_s_max >= 32_768 / 200
+    with pytest.raises(ValueError, match="first_batch_s_max is 30 s, below wait_s_max, 60 s"):
+        QueueLimits(first_batch_s_max=30)
+
+
+async def test_an_empty_queue_admits_what_is_larger_than_its_limit() -> None:
     async with Rig(bound=QueueLimits(tokens_max=100, wait_s_max=0.1, **NO_FLOOR)) as rig:
         holder = await rig.occupy()
         huge = rig.send(sequences(500, 500))
@@ -145,7 +230,7 @@ async def test_an_empty_line_admits_what_is_larger_than_its_bound() -> None:
         await holder
 
 
-async def test_a_caller_that_leaves_frees_its_tokens_at_once_and_never_runs() -> None:
+async def test_a_cancelled_request_frees_its_tokens_at_once_and_never_runs() -> None:
     async with Rig(bound=QueueLimits(tokens_max=1_000, **NO_FLOOR)) as rig:
         holder = await rig.occupy()
         leaver = rig.send(sequences(900))
@@ -161,7 +246,7 @@ async def test_a_caller_that_leaves_frees_its_tokens_at_once_and_never_runs() ->
     assert rig.batches() == [[4], [200]]
 
 
-async def test_a_caller_that_leaves_in_the_middle_has_no_more_batches() -> None:
+async def test_a_request_cancelled_in_the_middle_has_no_more_batches() -> None:
     async with Rig() as rig:
         rig.backend.gate.clear()
         leaver = rig.send(sequences(*[500] * 10))
@@ -173,7 +258,7 @@ async def test_a_caller_that_leaves_in_the_middle_has_no_more_batches() -> None:
     assert rig.batches() == [[500], [5]]
 
 
-async def test_a_deadline_that_passes_in_line_is_answered_while_the_device_is_busy() -> None:
+async def test_a_deadline_that_passes_in_the_queue_is_answered_while_the_device_is_busy() -> None:
     async with Rig() as rig:
         holder = await rig.occupy()
         with pytest.raises(DeadlineExceeded) as late:
@@ -185,7 +270,7 @@ async def test_a_deadline_that_passes_in_line_is_answered_while_the_device_is_bu
     assert rig.batches() == [[4], [6]], "what is late never reaches the device"
 
 
-async def test_whoever_is_late_when_a_slot_frees_is_dropped_before_the_choice() -> None:
+async def test_what_is_late_when_a_slot_frees_is_dropped_before_the_choice() -> None:
     async with Rig(bound=QueueLimits(wait_s_max=30, first_batch_s_max=30)) as rig:
         holder = await rig.occupy()
         late = rig.send(sequences(9))
@@ -285,7 +370,7 @@ async def test_a_model_that_was_idle_has_no_claim_on_the_time_it_did_not_use() -
     assert order[:10].count("late") == pytest.approx(5, abs=1)
 
 
-async def test_each_batch_and_a_line_that_grows_are_told() -> None:
+async def test_each_batch_and_a_queue_that_grows_are_observed() -> None:
     async with Rig(backend=FakeBackend(dimensions=8, budget=BatchBudget(100, 8))) as rig:
         holder = await rig.occupy()
         waiting = rig.send(sequences(60, 50))
@@ -302,17 +387,22 @@ async def test_each_batch_and_a_line_that_grows_are_told() -> None:
     assert rig.listener.heard(QueueChanged)[-1] == QueueChanged("fake", 0, 0)
 
 
-async def test_what_is_on_its_way_counts_for_a_query_no_more_than_turns_do() -> None:
-    """Beside a bulk request that nearly fills the line: fair turns serve a query long before it."""
-    bound = QueueLimits(
-        wait_s_max=10, **NO_FLOOR
-    )  # at 1,000 tokens/s, as every device is taken for at first
-    async with Rig(bound=bound) as rig:
+async def test_token_types_travel_with_their_sequences_in_any_packing() -> None:
+    """Those of pairs; a request without any has zeros where others of its batch have some."""
+    pairs = [sequences(6, 9, first=100), sequences(8, first=20_000)]
+    types = [np.array([0] * 3 + [1] * 3 + [0] * 4 + [1] * 5, np.int32), np.ones(8, np.int32)]
+    typed = [replace(pair, token_types=own) for pair, own in zip(pairs, types, strict=True)]
+    async with Rig() as rig:
+        await rig.engine.embed(typed[1], Output.DENSE)
         holder = await rig.occupy()
-        bulk = rig.send(sequences(*[99] * 100))
-        await rig.queued(bulk)
-        rig.engine.check_admission(10, tokens_ahead=110)
-        with pytest.raises(Overloaded):
-            rig.engine.check_admission(10, tokens_ahead=10_000)
+        sent = [rig.send(typed[0]), rig.send(sequences(7)), rig.send(typed[1])]
+        await rig.queued(*sent)
         rig.backend.gate.set()
-        await asyncio.gather(holder, bulk)
+        await asyncio.gather(holder, *sent)
+    alone, without, mixed = (call.batch for call in rig.backend.ran)
+    assert alone.token_types is not None
+    assert alone.token_types.tolist() == [1] * 8
+    assert without.token_types is None
+    assert lengths(mixed) == [9, 6, 7, 8]
+    assert mixed.token_types is not None
+    assert mixed.token_types.tolist() == [0] * 4 + [1] * 5 + [0] * 3 + [1] * 3 + [0] * 7 + [1] * 8

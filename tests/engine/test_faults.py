@@ -1,19 +1,20 @@
-"""What a device can do to an engine, and who pays for it: only the item at fault."""
+"""Faults of a device and of a worker: only the sequence at fault fails, or all, and none waits."""
 
 import asyncio
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
-from tests.engine.rig import Rig, alone, lengths, sequences
-from tests.hand_clock import HandClock
+from tests.engine.rig import ALL, Listener, Rig, alone, lengths, sequences
+from tests.hand_clock import HandLoop
 
 from trivec.backends.fake import FakeBackend, Poison
 from trivec.core.errors import DeviceLost, Draining, EngineFault
-from trivec.core.events import BatchRan, Event, RowNotFinite, WorkerRestarted
-from trivec.core.types import Batch, BatchBudget, Output, Reply, Vectors
-from trivec.engine import worker
-from trivec.engine.pace import Pace
+from trivec.core.events import BatchRan, RowNotFinite
+from trivec.core.types import Batch, BatchBudget, Output, Reply, SparseVector, Vectors
+from trivec.engine import request, scheduler, worker
 
 BAD = 200_001
 
@@ -79,7 +80,7 @@ class PausingAtItsSecond(FakeBackend):
         return super().run(batch, slot=slot)
 
 
-async def test_a_failed_batch_is_not_run_again_for_those_who_left_meanwhile() -> None:
+async def test_a_failed_batch_is_not_run_again_for_requests_cancelled_meanwhile() -> None:
     async with Rig(backend=PausingAtItsSecond(dimensions=8)) as rig:
         rig.backend.poison[BAD] = Poison.RAISE
         holder = await rig.occupy()
@@ -127,6 +128,40 @@ async def test_rows_of_one_request_around_a_recovered_one_stay_in_order() -> Non
         np.testing.assert_array_equal(reply.vectors.dense[i], alone(what, i).dense[0])
 
 
+class Unsound(FakeBackend):
+    """Spoils one number of *output*'s first row, but for exact runs."""
+
+    def __init__(self, output: Output, number: float) -> None:
+        super().__init__(dimensions=8, outputs=ALL)
+        self._output = output
+        self._number = number
+
+    def run(self, batch: Batch, *, slot: int) -> Vectors:
+        vectors = super().run(batch, slot=slot)
+        row = vectors[self._output][0]
+        numbers = row.weights if isinstance(row, SparseVector) else row
+        assert numbers is not None
+        numbers.flat[-1] = self._number
+        return vectors
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf], ids=str)
+@pytest.mark.parametrize("output", [Output.DENSE, Output.SPARSE, Output.MULTI], ids=str)
+async def test_a_row_is_computed_again_for_any_number_of_any_output(
+    output: Output, number: float
+) -> None:
+    what = sequences(9, 6)
+    async with Rig(backend=Unsound(output, number)) as rig:
+        reply = await rig.engine.embed(what, ALL)
+    assert [lengths(call.batch) for call in rig.backend.ran if call.exact] == [[9]]
+    np.testing.assert_array_equal(reply.vectors.dense[0], alone(what, 0, ALL).dense[0])
+    sparse, multi = reply.vectors.sparse[0], reply.vectors.multi[0]
+    assert sparse is not None
+    assert multi is not None
+    assert np.isfinite(sparse.weights).all()
+    assert np.isfinite(multi).all()
+
+
 class ShortOfMemory(FakeBackend):
     """Has memory for *tokens_max* tokens at a time."""
 
@@ -158,50 +193,70 @@ async def test_one_text_that_memory_does_not_suffice_for_is_a_fault() -> None:
         assert len((await rig.engine.embed(sequences(64, 64), Output.DENSE)).vectors) == 2
 
 
-class Upset:
-    """An observer that breaks its word *times* times: the thread that tells it dies."""
+def break_once(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch, *, after: bool) -> None:
+    """*owner*'s function *name* fails when a worker next calls it, *after* its work or before."""
+    whole = getattr(owner, name)
+    failures = [ZeroDivisionError("a bug")]
 
-    def __init__(self, times: int) -> None:
-        self.times = times
-        self.replaced: list[WorkerRestarted] = []
+    def broken(*args: Any, **options: Any) -> Any:
+        is_due = failures and threading.current_thread().name.startswith("trivec-slot")
+        if is_due and not after:
+            raise failures.pop()
+        result = whole(*args, **options)
+        if is_due:
+            raise failures.pop()
+        return result
 
-    def observe(self, event: Event) -> None:
-        if isinstance(event, BatchRan) and self.times > 0:
-            self.times -= 1
-            raise SystemError("the observer broke")
-        if isinstance(event, WorkerRestarted):
-            self.replaced.append(event)
-
-
-async def test_a_thread_that_dies_is_replaced_and_its_batch_runs_once_more() -> None:
-    upset = Upset(1)
-    async with Rig(listener=upset) as rig:  # type: ignore[arg-type]
-        reply = await rig.engine.embed(sequences(5, 9), Output.DENSE)
-        await rig.engine.embed(sequences(3), Output.DENSE)
-    assert len(reply.vectors) == 2
-    assert rig.batches() == [[9, 5], [9, 5], [3]]
-    assert [event.slot for event in upset.replaced] == [0]
-    assert "the observer broke" in upset.replaced[0].reason
+    monkeypatch.setattr(owner, name, broken)
 
 
-async def test_a_batch_that_kills_two_threads_is_a_fault_and_the_next_one_runs() -> None:
-    upset = Upset(2)
-    async with Rig(listener=upset) as rig:  # type: ignore[arg-type]
-        with pytest.raises(EngineFault):
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (scheduler.Scheduler, "next_batch"),
+        (request.RequestQueue, "take_batch"),
+        (scheduler.ThroughputEstimator, "estimate_s"),
+        (worker, "pack"),
+        (worker, "nonfinite_rows"),
+        (scheduler.Scheduler, "complete"),
+        (request.Request, "reply"),
+        (Listener, "observe"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_a_bug_in_a_worker_fails_every_request_and_is_told_as_a_loss(
+    owner: Any, name: str, after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Rig(backend=FakeBackend(dimensions=8, budget=BatchBudget(100, 8))) as rig:
+        running = await rig.occupy()
+        waiting = [rig.send(sequences(90, 90)), rig.send(sequences(80))]
+        await rig.queued(*waiting)
+        break_once(owner, name, monkeypatch, after=after)
+        rig.backend.gate.set()
+        reason = await asyncio.wait_for(rig.workers.lost(), 60)
+        results = await asyncio.gather(running, *waiting, return_exceptions=True)
+        with pytest.raises(Draining):
             await rig.engine.embed(sequences(5), Output.DENSE)
-        assert len((await rig.engine.embed(sequences(3), Output.DENSE)).vectors) == 1
-    assert len(upset.replaced) == 2
+    assert "slot 0: its worker failed in " in reason
+    assert "ZeroDivisionError('a bug')" in reason
+    assert {type(result) for result in results[1:]} == {EngineFault}
+    assert isinstance(results[0], EngineFault | Reply), "which may have had its rows before"
+    assert (rig.engine.open_requests, rig.engine.queued_tokens) == (0, 0)
 
 
-async def test_a_slot_whose_threads_keep_dying_is_lost_instead_of_spinning() -> None:
-    upset = Upset(1_000)
-    async with Rig(listener=upset) as rig:  # type: ignore[arg-type]
-        sent = [rig.send(sequences(500)) for _ in range(8)]
-        reason = await rig.workers.lost()
-        results = await asyncio.gather(*sent, return_exceptions=True)
-    assert len(upset.replaced) == 10
-    assert "the observer broke" in reason
-    assert {type(result) for result in results} == {EngineFault, Draining}
+async def test_what_no_handler_of_exceptions_catches_ends_a_worker_too() -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(batch: Batch, *, slot: int) -> Vectors:
+        raise Killed
+
+    async with Rig() as rig:
+        rig.backend.run = killed  # type: ignore[method-assign]
+        with pytest.raises(EngineFault, match="Killed"):
+            await rig.engine.embed(sequences(5), Output.DENSE)
+        assert "Killed" in await rig.workers.lost()
 
 
 class Unplugged(FakeBackend):
@@ -210,7 +265,7 @@ class Unplugged(FakeBackend):
         raise DeviceLost("the driver is gone")
 
 
-async def test_a_lost_device_is_said_and_everyone_is_told_to_come_back() -> None:
+async def test_a_lost_device_is_reported_and_every_request_is_told_to_come_back() -> None:
     async with Rig(backend=Unplugged(dimensions=8)) as rig:
         running = await rig.occupy()
         waiting = rig.send(sequences(5))
@@ -225,25 +280,47 @@ async def test_a_lost_device_is_said_and_everyone_is_told_to_come_back() -> None
     assert "the driver is gone" in reason
 
 
-async def test_a_call_that_hangs_is_lost_at_the_second_look_and_not_before_its_time() -> None:
-    clock = HandClock()
-    async with Rig(clock=clock) as rig:
+def check_twice(rig: Rig) -> None:
+    rig.workers.check_for_hang()
+    rig.workers.check_for_hang()
+
+
+async def test_a_call_that_hangs_is_lost_at_the_second_check_and_not_before_its_time() -> None:
+    async with Rig() as rig:
         hung = await rig.occupy()
         waiting = rig.send(sequences(5))
         await rig.queued(waiting)
-        clock.move(15)
-        rig.workers.look_for_hang()
-        rig.workers.look_for_hang()
-        assert not any(beat.is_late for beat in rig.workers.heartbeat())
-        clock.move(0.1)
-        assert [beat.is_late for beat in rig.workers.heartbeat()] == [True]
-        rig.workers.look_for_hang()
-        assert not hung.done(), "one look may be that of a process that was itself stopped"
-        rig.workers.look_for_hang()
-        assert "in one call of fake for 15 s" in await rig.workers.lost()
+        rig.clock.move(15)
+        check_twice(rig)
+        rig.clock.move(0.1)
+        rig.workers.check_for_hang()
+        rig.engine.check_admission(5)  # one check may be that of a process that was itself stopped
+        rig.workers.check_for_hang()
+        assert "slot 0 has been in one call of fake for 15 s" in await rig.workers.lost()
         for one in (hung, waiting):
             with pytest.raises(Draining):
                 await one
+
+
+def test_the_watchdog_checks_when_a_call_could_be_late_first_and_a_second_later() -> None:
+    async def hang(loop: HandLoop) -> None:
+        async with Rig() as rig:
+            hung = await rig.occupy()
+            rig.clock.move(10)
+            lost = asyncio.create_task(rig.workers.lost())
+            await asyncio.sleep(0)
+            for seconds in (5.1, 1.1):
+                assert not lost.done()
+                rig.clock.move(seconds)
+                loop.move(seconds)
+                await asyncio.sleep(0.01)  # turns in which timers are looked at
+            assert "for 16 s" in await asyncio.wait_for(lost, 5)
+            with pytest.raises(Draining):
+                await hung
+
+    loop = HandLoop()
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        runner.run(hang(loop))
 
 
 class StuckExactly(FakeBackend):
@@ -255,53 +332,46 @@ class StuckExactly(FakeBackend):
 
 
 async def test_an_exact_run_that_hangs_is_noticed_as_well_but_has_time_to_load() -> None:
-    clock = HandClock()
-    async with Rig(backend=StuckExactly(dimensions=8), clock=clock) as rig:
+    async with Rig(backend=StuckExactly(dimensions=8)) as rig:
         rig.backend.poison[BAD] = Poison.NAN
         request = rig.send(sequences(6, marks=[BAD]))
         await rig.entered(2)
-        clock.move(299)
-        assert [beat.is_late for beat in rig.workers.heartbeat()] == [False]
-        clock.move(2)
-        rig.workers.look_for_hang()
-        rig.workers.look_for_hang()
+        rig.clock.move(299)
+        check_twice(rig)
+        rig.engine.check_admission(5)
+        rig.clock.move(2)
+        check_twice(rig)
         with pytest.raises(Draining):
             await request
 
 
 async def test_a_call_found_late_once_that_then_ends_is_forgiven() -> None:
-    clock = HandClock()
-    async with Rig(clock=clock) as rig:
-        slow = await rig.occupy()
-        clock.move(60)
-        rig.workers.look_for_hang()
-        rig.backend.gate.set()
-        await slow
-        again = await rig.occupy()
-        clock.move(60)
-        rig.workers.look_for_hang()
-        assert not again.done()
-        rig.backend.gate.set()
-        await again
+    async with Rig() as rig:
+        for _ in range(2):
+            slow = await rig.occupy()
+            rig.clock.move(60)
+            rig.workers.check_for_hang()
+            rig.engine.check_admission(5)
+            rig.backend.gate.set()
+            await slow
+        rig.workers.check_for_hang()
+        rig.engine.check_admission(5)
 
 
 async def test_a_long_batch_on_a_slow_device_has_five_times_its_expected_time() -> None:
-    clock = HandClock()
-    async with Rig(clock=clock) as rig:
-        holder = await rig.occupy()
-        clock.move(1)  # 4 tokens took a second
-        rig.backend.gate.set()
-        await holder
-        rig.backend.gate.clear()
-        long = rig.send(sequences(400))
-        await rig.entered(2)
-        (beat,) = rig.workers.heartbeat()
-        assert beat.bound_s > 5 * 100
-        rig.backend.gate.set()
-        await long
+    async with Rig() as rig:
+        await rig.run_at(4)
+        long = await rig.occupy(400)
+        rig.clock.move(499)
+        check_twice(rig)
+        rig.engine.check_admission(5)
+        rig.clock.move(2)
+        check_twice(rig)
+        with pytest.raises(Draining):
+            await long
 
 
-async def test_stopping_finishes_what_was_accepted_and_admits_nobody() -> None:
+async def test_stopping_finishes_what_was_admitted_and_admits_no_more() -> None:
     async with Rig() as rig:
         running = await rig.occupy()
         waiting = rig.send(sequences(5))
@@ -366,23 +436,4 @@ async def test_a_text_that_fails_alone_has_a_second_chance() -> None:
             return run(batch, slot=slot)
 
         rig.backend.run = hiccup  # type: ignore[method-assign]
-        assert len((await rig.engine.embed(sequences(5), Output.DENSE)).vectors) == 1
-
-
-async def test_what_a_thread_had_in_its_hands_when_it_died_choosing_is_answered(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The batch was out of the line and in no job: nobody would ever have answered it."""
-    deaths = [RuntimeError("in the middle of choosing")]
-    whole = Pace.usual_s
-
-    def dying(pace: Pace, tokens: int) -> float:
-        if deaths:
-            raise deaths.pop()
-        return whole(pace, tokens)
-
-    monkeypatch.setattr(Pace, "usual_s", dying)
-    async with Rig() as rig:
-        with pytest.raises(EngineFault):
-            await asyncio.wait_for(rig.engine.embed(sequences(5), Output.DENSE), 60)
         assert len((await rig.engine.embed(sequences(5), Output.DENSE)).vectors) == 1

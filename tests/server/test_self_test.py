@@ -56,7 +56,7 @@ class StubEmbedder:
             raise self.next
         return Reply(Vectors.of(self.next[np.newaxis], (None,), (None,)), 0.0, 0.0)
 
-    def check_admission(self, token_count: int, *, tokens_ahead: int = 0) -> None:
+    def check_admission(self, token_count: int) -> None:
         raise NotImplementedError
 
     def token_strings(self, token_ids: Int32Array) -> list[str]:

@@ -11,7 +11,6 @@ from benchmarks.soak import (
     slow,
     soak,
     usage_sums,
-    workers,
 )
 from benchmarks.soak.report import Report
 
@@ -24,7 +23,6 @@ def hang_guards_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kills, "BACK_S_MAX", 60.0)
     monkeypatch.setattr(slow, "LET_GO_S", 60.0)
     monkeypatch.setattr(leavers, "SETTLE_S_MAX", 60.0)
-    monkeypatch.setattr(workers, "FAILED_S", 60.0)
 
 
 TIMINGS = ("seconds", "p99 of")
@@ -37,10 +35,6 @@ def assert_passed(report: Report) -> None:
 
 def test_only_the_poisoned_item_of_a_batch_fails() -> None:
     assert_passed(poison.run(batches=4 * len(poison.STAGES)))
-
-
-def test_an_exception_in_any_stage_of_a_worker_is_answered_and_recovered_from() -> None:
-    assert_passed(workers.run(times=2))
 
 
 def test_who_leaves_the_line_is_not_computed_and_not_billed() -> None:

@@ -53,7 +53,7 @@ class Embeddings:
         likely = min(
             guess.tokens_of(question.inputs, embedder.card), self._limits.request_tokens_max
         )
-        embedder.check_admission(likely, tokens_ahead=guess.tokens_ahead(likely))
+        embedder.check_admission(likely)
         visit.watch()
         await self._meter.open(visit, body, tokens_follow=True)
         del body

@@ -25,8 +25,8 @@ models_app = typer.Typer(help="List, pull and verify models.", no_args_is_help=T
 @models_app.command("list")
 def list_(data_dir: DataDir = None, as_json: AsJson = False) -> None:
     """List the models known by name and which of them are on this machine."""
-    from trivec.checkpoints.catalogue import entries
     from trivec.checkpoints import open_own
+    from trivec.checkpoints.catalogue import entries
 
     cache_dir = settings_of(data_dir).data_dir / "models"
     rows: list[dict[str, Any]] = []
@@ -77,9 +77,9 @@ def pull(
     data_dir: DataDir = None,
 ) -> None:
     """Fetch a model from the hub into the data folder; resumes where it stopped."""
+    from trivec.checkpoints import open_own
     from trivec.checkpoints.catalogue import entry_of
     from trivec.checkpoints.hub import pull as fetch
-    from trivec.checkpoints import open_own
 
     entry, cache_dir = entry_of(model), settings_of(data_dir).data_dir / "models"
     fetch(entry, cache_dir=cache_dir)

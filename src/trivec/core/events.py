@@ -54,14 +54,6 @@ class QueueChanged:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerRestarted:
-    """A worker's thread died of an exception and another took its slot."""
-
-    slot: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class RowNotFinite:
     """A vector held NaN or infinity and was computed again in fp32."""
 
@@ -88,11 +80,5 @@ class PhaseChanged:
 
 
 Event: TypeAlias = (
-    RequestServed
-    | BatchRan
-    | QueueChanged
-    | WorkerRestarted
-    | RowNotFinite
-    | ModelLoaded
-    | PhaseChanged
+    RequestServed | BatchRan | QueueChanged | RowNotFinite | ModelLoaded | PhaseChanged
 )

@@ -43,19 +43,17 @@ class Embedder(Protocol):
     async def embed(
         self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
     ) -> Reply:
-        """Join the line and wait for every vector of *sequences*, in their order.
+        """Join the queue and wait for every vector of *sequences*, in their order.
 
         *deadline_s* bounds the wait from now to the first batch. Raises `Overloaded` at once when
-        the line is full, `DeadlineExceeded`, `EngineFault`. Cancelling the call frees its place.
+        the queue is full, `DeadlineExceeded`, `EngineFault`. Cancelling the call frees its place.
         """
         ...
 
-    def check_admission(self, token_count: int, *, tokens_ahead: int = 0) -> None:
+    def check_admission(self, token_count: int) -> None:
         """Raise what `embed` would raise at once for *token_count* tokens or more: `Overloaded`.
 
-        It is for refusing before there is anything to embed, and cheap. It reserves nothing, so a
-        caller with requests that have passed and not joined yet may say how many of their tokens
-        will be served before these: *tokens_ahead*, which an implementation may pass over.
+        It is for refusing before there is anything to embed, and cheap. It reserves nothing.
         """
         ...
 

@@ -1,11 +1,10 @@
-"""One model's line, the choice of what runs together, and the threads that run it.
+"""Serving engine: a request queue a model, a scheduler, and the worker threads of one device.
 
-It knows lines, budgets, deadlines and waiters; no HTTP, keys, money, torch or OpenVINO. Tokens in
-line never exceed the bound, and every admitted request gets exactly one answer.
+It knows queues, batch budgets, deadlines and futures; no HTTP, keys, money, torch or OpenVINO.
+Tokens in a queue never exceed the limit, and every admitted request gets exactly one reply.
 """
 
 from trivec.engine.engine import Engine
-from trivec.engine.heartbeat import Heartbeat
 from trivec.engine.worker import Workers
 
-__all__ = ["Engine", "Heartbeat", "Workers"]
+__all__ = ["Engine", "Workers"]

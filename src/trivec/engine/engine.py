@@ -1,4 +1,4 @@
-"""One served model: `core.ports.Embedder` over a tokenizer, a line and a device's workers.
+"""One served model: `core.ports.Embedder` over a tokenizer, a queue and a device's workers.
 
 All of it runs on the event loop and none of it computes.
 """
@@ -9,17 +9,15 @@ import math
 from trivec.core.errors import ServiceError
 from trivec.core.ports import Backend, Clock, Observer, Texts, TokenLists
 from trivec.core.types import Int32Array, LongText, ModelCard, Output, Reply, Sequences
-from trivec.engine.lane import Lane
-from trivec.engine.pace import Pace
-from trivec.engine.runner import Runner
-from trivec.engine.waiter import Waiter
+from trivec.engine.request import Request
+from trivec.engine.scheduler import ModelQueue
 from trivec.engine.worker import Workers
 from trivec.settings import QueueLimits
 from trivec.tokenizer import Tokenizer
 
 
 class Engine:
-    """A model and its line. Its workers are shared with the other models of the device."""
+    """A model and its queue. Its workers are shared with the other models of the device."""
 
     def __init__(
         self,
@@ -32,25 +30,35 @@ class Engine:
         clock: Clock,
         observer: Observer,
     ) -> None:
-        """*tokenizer* None: whoever asks brings ids, as API processes do (decision 0073)."""
+        """*tokenizer* None: every request brings ids, as API processes do (decision 0073)."""
         assert workers.slot_count <= backend.slot_count, "slots that the backend does not have"
         self._card = card
         self._tokenizer = tokenizer
-        self._desk = workers.desk
+        self._scheduler = workers.scheduler
         self._clock = clock
-        self._lane = Lane(
-            model=card.id,
-            backend=backend,
-            bound=bound,
-            runner=Runner(card.id, backend, calls=workers.calls, clock=clock, observer=observer),
-            pace=Pace(workers.slot_count),
-            budget=backend.budget,
+        self._queue = ModelQueue(
+            card.id, backend, limits=bound, slot_count=workers.slot_count, observer=observer
         )
-        self._desk.adopt(self._lane)
+        self._scheduler.add_queue(self._queue)
 
     @property
     def card(self) -> ModelCard:
         return self._card
+
+    @property
+    def queued_requests(self) -> int:
+        """Requests with sequences that are in no batch yet."""
+        return len(self._queue.requests)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens that are in no batch yet."""
+        return self._queue.requests.token_count
+
+    @property
+    def open_requests(self) -> int:
+        """Requests without a reply: those in the queue, and those in batches."""
+        return len(self._queue.open)
 
     async def tokenize(
         self, inputs: Texts | TokenLists, *, long_text: LongText, are_own: bool = False
@@ -58,42 +66,39 @@ class Engine:
         assert self._tokenizer is not None, "asked with text, and made for ids"
         return await self._tokenizer.tokenize(inputs, long_text=long_text, are_own=are_own)
 
-    def check_admission(self, token_count: int, *, tokens_ahead: int = 0) -> None:
-        self._desk.check_admission(self._lane, token_count, tokens_ahead)
-
     def token_strings(self, token_ids: Int32Array) -> list[str]:
         assert self._tokenizer is not None, "asked with text, and made for ids"
         return self._tokenizer.token_strings(token_ids)
 
+    def check_admission(self, token_count: int) -> None:
+        self._scheduler.check_admission(self._queue, token_count)
+
     async def embed(
         self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
     ) -> Reply:
-        """See `core.ports.Embedder`. A *deadline_s* beyond the setting's bound is the bound."""
+        """See `core.ports.Embedder`. A *deadline_s* beyond the setting's limit is the limit."""
         assert len(sequences) > 0
         assert outputs in self._card.outputs, "the route refuses what the model lacks"
         loop = asyncio.get_running_loop()
-        wait_s = min(
-            self._lane.bound.first_batch_s_max, math.inf if deadline_s is None else deadline_s
-        )
+        limit_s = self._queue.limits.first_batch_s_max
+        wait_s = min(limit_s, math.inf if deadline_s is None else deadline_s)
         now_s = self._clock.now_s()
-        waiter = Waiter(
+        request = Request(
             sequences=sequences,
             outputs=outputs,
-            deadline_s=now_s + wait_s,
             future=loop.create_future(),
-            joined_s=now_s,
+            submitted_s=now_s,
+            deadline_s=now_s + wait_s,
         )
-        self._lane.loop = loop
-        self._desk.join(self._lane, waiter)
-        self._lane.open.add(waiter)
-        timer = loop.call_later(wait_s, self._desk.leave_late, self._lane, waiter)
+        self._scheduler.submit(self._queue, request)
+        self._queue.open.add(request)
+        timer = loop.call_later(wait_s, self._scheduler.expire, self._queue, request)
         try:
-            return await waiter.future
+            return await request.future
         except (asyncio.CancelledError, ServiceError):
-            self._desk.leave(self._lane, [waiter])
+            self._scheduler.cancel(self._queue, request)
             raise
         finally:
             timer.cancel()
-            self._lane.open.discard(waiter)
-            # With it, what it raises would hold itself, and all that its callers hold.
-            del waiter
+            self._queue.open.discard(request)
+            del request  # else it and an error's traceback would hold each other until collected

@@ -1,158 +1,301 @@
-"""The threads that drive a device's slots, shared by all of its models, and their end.
+"""Worker threads: one for each slot of the device. Each runs one batch after another.
 
-A slot's thread only takes, runs and settles. What to run is the desk's choice; how a batch may
-fail is the runner's.
+A batch that fails is halved until the sequence at fault is alone. A call that hangs, a device that
+is gone and a bug in a worker end the service of this process, which `Workers.lost` reports.
 """
 
 import asyncio
 import threading
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
-from trivec.core.errors import DeviceLost
-from trivec.core.events import BatchRan, WorkerRestarted
+import numpy as np
+
+from trivec.core.errors import DeviceLost, Draining, EngineFault
+from trivec.core.events import BatchRan, RowNotFinite
 from trivec.core.ports import Clock, Observer
-from trivec.engine.desk import Desk, Job
-from trivec.engine.heartbeat import Calls, Heartbeat
+from trivec.core.types import Batch, Int32Array, SparseVector, Vectors
+from trivec.engine.request import BatchItem
+from trivec.engine.scheduler import RESTART_S, ModelQueue, ScheduledBatch, Scheduler, batch_cost
 
-DEATHS_MAX = 10  # of a slot's threads with no batch finished between them
+CALL_S_MIN = 15.0  # no call is late before this
+CALL_RATIO_MAX = 5.0  # nor before this many times its expected duration
+EXACT_S_MAX = 60.0  # `run_exact` may first have to load the model again, at full precision
 JOIN_S_MAX = 5.0  # how long `stop` waits for a thread that has nothing left to do
 STOPPING = "The server is stopping. Please try again."
 STOPPED = "The server stopped before this request was through. Please try again."
 LOST = "The server lost its device and is restarting. Please try again."
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call into a backend, while it runs."""
+
+    slot: int
+    model: str
+    started_s: float
+    late_s: float  # on the clock: when it is taken to hang
+
+
 class Workers:
-    """Slot threads of one device: `start` them once, then `stop` on the event loop."""
+    """Slot threads of one device: `start` them once, then `stop`, both on the event loop."""
 
     def __init__(
         self, slot_count: int, *, spares_core: bool = False, clock: Clock, observer: Observer
     ) -> None:
-        """*spares_core*: slots are cores, of which those who ask need one (`sparing`)."""
+        """*spares_core*: slots are cores, of which the event loop needs one (decision 0044)."""
         assert slot_count > 0
         self.slot_count = slot_count
-        self.calls = Calls(slot_count, clock)
-        self.desk = Desk(slot_count, spares_core=spares_core, clock=clock, observer=observer)
+        self.scheduler = Scheduler(coalesces=spares_core, clock=clock)
+        self._clock = clock
         self._observer = observer
-        self._threads: dict[int, threading.Thread] = {}  # by slot
-        self._deaths = [0] * slot_count  # each touched by its slot's thread
-        self._loss: str | None = None
-        self._is_lost = asyncio.Event()  # touched on the event loop, as is `_loss`
+        self._threads: list[threading.Thread] = []
+        # By slot: each is written by its thread, and read by the event loop without a lock.
+        self._calls: list[_Call | None] = [None] * slot_count
+        self._suspect: _Call | None = None  # found late by the last check
+        self._loss: str | None = None  # touched on the event loop, as is the event
+        self._is_lost = asyncio.Event()
 
     def start(self) -> None:
         """Start the threads; they wait for work."""
+        self._loop = asyncio.get_running_loop()
         for slot in range(self.slot_count):
-            self._start_thread(slot, None)
-
-    def heartbeat(self) -> tuple[Heartbeat, ...]:
-        """Every device call under way; one that `is_late` is a reason for concern."""
-        return self.calls.beats()
+            name = f"trivec-slot-{slot}"
+            thread = threading.Thread(target=self._work, args=(slot,), name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     async def lost(self) -> str:
-        """Wait until the device is lost for good, and say why.
+        """Wait until the device is lost to this process for good, and say why.
 
-        Either a call has hung or a backend raised `DeviceLost`. By then everyone has been answered
-        `Draining`, nobody is admitted, and the only cure is another process.
+        A call has hung, a backend raised `DeviceLost`, or a worker has a bug. By then every request
+        has its error, none is admitted, and the only cure is another process.
         """
         while self._loss is None:
-            self.look_for_hang()
+            self.check_for_hang()
+            now_s = self._clock.now_s()
+            # A call that starts later is late later. A suspect is looked at again in a second.
+            left_s = [call.late_s - now_s for call in self._calls if call is not None]
+            wait_s = 1.0 if self._suspect else max(0.1, min([CALL_S_MIN, *left_s]))
             try:
-                async with asyncio.timeout(self.calls.next_look_s()):
+                async with asyncio.timeout(wait_s):
                     await self._is_lost.wait()
             except TimeoutError:
                 continue
         return self._loss
 
-    def look_for_hang(self) -> None:
-        """One look of `lost`, on the event loop: two in a row that find a late call are a hang."""
-        hung = self.calls.hung()
-        if hung is not None:
+    def check_for_hang(self) -> None:
+        """One check of `lost`: two in a row that find the same call late mean that it hangs.
+
+        One is not enough: when the whole process was stopped for a while, every call looks late
+        as it goes on. Checks are on the event loop, at least a second apart.
+        """
+        now_s = self._clock.now_s()
+        calls = [call for call in self._calls if call is not None]
+        late = next((call for call in calls if now_s > call.late_s), None)
+        if late is not None and late is self._suspect:
             self._lose(
-                f"slot {hung.slot} has been in one call of {hung.model} for "
-                f"{hung.running_s:.0f} s, at most {hung.bound_s:.0f} s were expected"
+                f"slot {late.slot} has been in one call of {late.model} for "
+                f"{now_s - late.started_s:.0f} s, at most {late.late_s - late.started_s:.0f} s were "
+                "expected"
             )
+        self._suspect = late
 
     async def stop(self, within_s: float) -> None:
-        """Admit nobody, finish what was accepted within *within_s*, answer the rest `Draining`.
+        """Admit nothing, finish what was admitted within *within_s*, fail the rest with `Draining`.
 
         Then the threads end and the backends are closed. A second call while the first still
         waits shortens it.
         """
         if self._loss is None:
-            self.desk.refuse(STOPPING)
-        accepted = [waiter.future for lane in self.desk.lanes for waiter in lane.open]
-        if accepted:
-            await asyncio.wait(accepted, timeout=within_s)
-        self.desk.dismiss_all(STOPPED)
-        self.desk.close()
-        await asyncio.to_thread(self._end)
+            self.scheduler.stop_admitting(STOPPING)
+        admitted = [request.future for queue in self.scheduler.queues for request in queue.open]
+        if admitted:
+            await asyncio.wait(admitted, timeout=within_s)
+        self.scheduler.fail_all(lambda: Draining(STOPPED, retry_after_s=RESTART_S))
+        self.scheduler.close()
+        await asyncio.to_thread(self._join)
 
-    def _end(self) -> None:
-        """Join the threads. A backend is closed only when no thread can be inside it."""
-        threads = tuple(self._threads.values())
-        for thread in threads:
+    def _join(self) -> None:
+        """Join the threads, then close each backend once; not while a thread may be inside one."""
+        for thread in self._threads:
             thread.join(JOIN_S_MAX)
-        if any(thread.is_alive() for thread in threads):
-            return
-        for lane in self.desk.release():
-            lane.backend.close()
+        if not any(thread.is_alive() for thread in self._threads):
+            for queue in self.scheduler.remove_queues():
+                queue.backend.close()
 
-    def _lose(self, reason: str) -> None:
-        """On the event loop: the device will not work again in this process."""
+    def _lose(self, reason: str, *, is_bug: bool = False) -> None:
+        """On the event loop: this process cannot use the device any more."""
         if self._loss is None:
             self._loss = reason
-            self.desk.refuse(LOST)
-            self.desk.dismiss_all(LOST)
+            self.scheduler.stop_admitting(LOST)
+            self.scheduler.fail_all(
+                lambda: EngineFault(reason) if is_bug else Draining(LOST, retry_after_s=RESTART_S)
+            )
             self._is_lost.set()
 
-    def _start_thread(self, slot: int, inherited: Job | None) -> None:
-        self._threads[slot] = threading.Thread(
-            target=self._drive, args=(slot, inherited), name=f"trivec-slot-{slot}", daemon=True
-        )
-        self._threads[slot].start()
-
-    def _drive(self, slot: int, inherited: Job | None) -> None:
-        """A slot's thread: one batch after another until the desk closes."""
+    def _work(self, slot: int) -> None:
+        """Body of a slot's thread."""
+        reason, is_bug = None, False
         try:
-            if inherited is not None:
-                self._work(slot, inherited)
-            while (job := self.desk.take_job(slot)) is not None:
-                self._work(slot, job)
+            while (batch := self.scheduler.next_batch()) is not None:
+                self._run_batch(batch, slot)
+                self.scheduler.finish(batch)
         except DeviceLost as exc:
-            self._report_loss(slot, str(exc))
-        except BaseException as exc:  # an outermost loop: the slot outlives whatever this is
-            self._replace(slot, exc)
+            reason = f"slot {slot}: {exc}"
+        except BaseException as exc:  # an outermost loop: the state that a bug leaves is unknown
+            where = traceback.extract_tb(exc.__traceback__)[-1]
+            reason = f"slot {slot}: its worker failed in {where.name}, line {where.lineno}: {exc!r}"
+            is_bug = True
+        if reason is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(partial(self._lose, reason, is_bug=is_bug))
 
-    def _replace(self, slot: int, exc: BaseException) -> None:
-        """From a slot's thread, which ends: another takes its place and, once, its batch."""
-        self.calls.ended(slot)
-        inherited = self.desk.inherit(slot)
-        self._deaths[slot] += 1
-        if self._deaths[slot] > DEATHS_MAX:  # it would go on for ever: the fault is not the batch's
-            self._report_loss(slot, f"{self._deaths[slot]} threads died in a row: {exc!r}")
-            return
-        try:
-            self._observer.observe(WorkerRestarted(slot, reason=repr(exc)))
-        finally:
-            self._start_thread(slot, inherited)
-
-    def _work(self, slot: int, job: Job) -> None:
-        lane = job.lane
-        outcome = lane.runner.run(job.shares, slot, lane.pace)
-        for run in outcome.runs:
-            self._observer.observe(
-                BatchRan(
-                    model=lane.model,
-                    slot=slot,
-                    sequences=run.sequences,
-                    tokens=run.tokens,
-                    tokens_max=lane.budget.tokens_max,
-                    duration_s=run.duration_s,
-                    failed=run.failed,
-                )
+    def _run_batch(self, batch: ScheduledBatch, slot: int) -> None:
+        """Compute *batch*; halve what fails until the sequence at fault is alone, and fails."""
+        queue, todo, call_count = batch.queue, [batch.items], 0
+        while todo:
+            items = [item for item in todo.pop() if item.request.is_open]
+            if not items:
+                continue
+            packed = pack(items)
+            cost = batch_cost(np.diff(packed.cu_seqlens).tolist())
+            started_s = self._clock.now_s()
+            expected_s = queue.throughput.upper_bound_s(cost)
+            result = self._call(queue.backend.run, packed, queue.model, slot, expected_s)
+            call_count += 1
+            ran = BatchRan(
+                model=queue.model,
+                slot=slot,
+                sequences=len(packed),
+                tokens=packed.token_count,
+                tokens_max=queue.budget.tokens_max,
+                duration_s=self._clock.now_s() - started_s,
+                failed=isinstance(result, Exception),
             )
-        self.desk.settle(slot, outcome)
-        self._deaths[slot] = 0
+            self._observer.observe(ran)
+            if isinstance(result, Vectors):
+                rows = self._finite_rows(queue, items, result, slot)
+                self.scheduler.complete(queue, rows, ran, cost)
+                continue
+            if isinstance(result, MemoryError):
+                self.scheduler.shrink_budget(queue, packed.token_count)
+            if len(packed) > 1:
+                todo += halves(items)
+            elif call_count == 1:  # a lone sequence has a second try
+                todo.append(items)
+            else:
+                self._fail(items[0], queue, "the device failed on one sequence alone", cause=result)
 
-    def _report_loss(self, slot: int, reason: str) -> None:
-        """From a slot's thread, which ends: its waiters' event loop hears of it."""
-        for loop in {lane.loop for lane in self.desk.lanes if lane.loop is not None}:
-            loop.call_soon_threadsafe(self._lose, f"slot {slot}: {reason}")
+    def _call(
+        self, run: Callable[..., Vectors], batch: Batch, model: str, slot: int, expected_s: float
+    ) -> Vectors | Exception:
+        """One call into a backend, watched for hanging: its rows, or what it raised."""
+        started_s = self._clock.now_s()
+        late_s = started_s + max(CALL_S_MIN, CALL_RATIO_MAX * expected_s)
+        self._calls[slot] = _Call(slot, model, started_s, late_s)
+        try:
+            vectors = run(batch, slot=slot)
+            assert len(vectors) == len(batch), "the backend lost a row"
+        except DeviceLost:
+            raise
+        except Exception as exc:  # of any kind: a sequence of the batch is at fault
+            return exc
+        finally:
+            self._calls[slot] = None
+        return vectors
+
+    def _finite_rows(
+        self, queue: ModelQueue, items: Sequence[BatchItem], vectors: Vectors, slot: int
+    ) -> list[tuple[BatchItem, Vectors]]:
+        """*vectors* cut by request. A row with NaN or infinity is computed again, alone in fp32.
+
+        A request with a row that is not finite even then fails.
+        """
+        bad, end = nonfinite_rows(vectors), 0
+        cut: list[tuple[BatchItem, Vectors]] = []
+        for request, indices in items:
+            is_finite = bad.isdisjoint(range(end, end + len(indices)))
+            for own in [indices] if is_finite else [[index] for index in indices]:
+                item, begin, end = BatchItem(request, own), end, end + len(own)
+                if begin not in bad:
+                    own_rows = {output: rows[begin:end] for output, rows in vectors.rows.items()}
+                    cut.append((item, Vectors(own_rows)))
+                elif request.is_open and (row := self._exact_row(queue, item, slot)) is not None:
+                    cut.append((item, row))
+        return cut
+
+    def _exact_row(self, queue: ModelQueue, item: BatchItem, slot: int) -> Vectors | None:
+        """The row of a lone sequence in fp32; None if that failed, and the request with it."""
+        run_exact, packed = queue.backend.run_exact, pack([item])
+        result = self._call(run_exact, packed, queue.model, slot, EXACT_S_MAX)
+        is_recovered = isinstance(result, Vectors) and not nonfinite_rows(result)
+        self._observer.observe(RowNotFinite(queue.model, recovered=is_recovered))
+        if isinstance(result, Vectors) and is_recovered:
+            return result
+        cause = result if isinstance(result, Exception) else None
+        self._fail(item, queue, "a vector is not finite even in fp32", cause=cause)
+        return None
+
+    def _fail(
+        self, item: BatchItem, queue: ModelQueue, reason: str, *, cause: Exception | None
+    ) -> None:
+        detail = "" if cause is None else f": {cause!r}"
+        error = EngineFault(f"{queue.model}: {reason}{detail}")
+        if cause is not None:
+            error.__cause__ = cause.with_traceback(None)  # its frames hold the request
+        self.scheduler.fail(queue, item.request, error)
+
+
+def pack(items: Sequence[BatchItem]) -> Batch:
+    """Lay the sequences of *items* end to end, in their order."""
+    if len(items) == 1 and len(items[0].request.order) == 1:  # a lone text: nothing to copy
+        alone, outputs = items[0].request.sequences, items[0].request.outputs
+        flag = np.array([outputs], np.uint8)
+        return Batch(alone.token_ids, alone.cu_seqlens, flag, alone.token_types)
+    has_types = any(item.request.sequences.token_types is not None for item in items)
+    ids: list[Int32Array] = []
+    types: list[Int32Array] = []
+    flags: list[int] = []
+    for request, indices in items:
+        sequences, starts = request.sequences, request.sequences.cu_seqlens
+        spans = [slice(starts[i], starts[i + 1]) for i in indices]
+        ids += [sequences.token_ids[span] for span in spans]
+        flags += [request.outputs] * len(indices)
+        if has_types:
+            own = sequences.token_types
+            own = np.zeros(sequences.token_count, np.int32) if own is None else own
+            types += [own[span] for span in spans]
+    cu_seqlens = np.zeros(len(ids) + 1, np.int32)
+    np.cumsum(list(map(len, ids)), out=cu_seqlens[1:])
+    token_types = np.concatenate(types) if has_types else None  # int32 [tokens]
+    return Batch(np.concatenate(ids), cu_seqlens, np.array(flags, np.uint8), token_types)
+
+
+def halves(items: Sequence[BatchItem]) -> list[list[BatchItem]]:
+    """*items* as two lists of about equal sequence counts, the second half first."""
+    first, second = list[BatchItem](), list[BatchItem]()
+    left = sum(len(item.indices) for item in items) // 2  # sequences that still go to `first`
+    for request, indices in items:
+        if indices[:left]:
+            first.append(BatchItem(request, indices[:left]))
+        if indices[left:]:
+            second.append(BatchItem(request, indices[left:]))
+        left = max(0, left - len(indices))
+    return [second, first]
+
+
+def nonfinite_rows(vectors: Vectors) -> set[int]:
+    """Rows that hold NaN or infinity in any of their outputs."""
+    found: set[int] = set()
+    for rows in vectors.rows.values():
+        if isinstance(rows, np.ndarray):
+            is_finite = np.isfinite(rows).reshape(len(rows), -1).all(axis=1)
+            found.update(np.flatnonzero(~is_finite).tolist())
+            continue
+        for i, row in enumerate(rows):
+            numbers = row.weights if isinstance(row, SparseVector) else row
+            if numbers is not None and not np.isfinite(numbers).all():
+                found.add(i)
+    return found

@@ -1,4 +1,4 @@
-"""The last free core is left to those who ask, unless what waits is worth it."""
+"""The last free slot leaves a short queue to a busy one, unless the work is worth a core."""
 
 import asyncio
 import threading
@@ -9,37 +9,37 @@ from tests.hand_clock import HandClock
 
 from trivec.backends.fake import FakeBackend
 from trivec.core.types import Output, Reply
-from trivec.engine.sparing import time_to_spare_s
+from trivec.engine.scheduler import coalescing_delay_s
 
 
 @pytest.mark.parametrize(
-    ("request_count", "waiting_s", "ends_in_s", "expected_s"),
+    ("request_count", "queued_s", "next_free_s", "expected_s"),
     [
         pytest.param(1, 0.002, 0.003, 0.013, id="a-short-query"),
         pytest.param(8, 0.009, 0.003, 0.013, id="several"),
         pytest.param(
             1, 0.007, 0.003, 0.0, id="a-request-that-costs-the-device-much-more-than-http"
         ),
-        pytest.param(20, 0.010, 0.003, 0.0, id="a-third-of-a-full-row"),
-        pytest.param(1, 0.002, 0.010, 0.0, id="nobody-is-through-soon"),
-        pytest.param(1, 0.002, -0.004, 0.006, id="somebody-is-late"),
-        pytest.param(1, 0.002, -0.011, 0.0, id="somebody-is-very-late"),
+        pytest.param(20, 0.010, 0.003, 0.0, id="a-third-of-a-full-batch"),
+        pytest.param(1, 0.002, 0.010, 0.0, id="no-slot-is-free-soon"),
+        pytest.param(1, 0.002, -0.004, 0.006, id="a-slot-is-late"),
+        pytest.param(1, 0.002, -0.011, 0.0, id="a-slot-is-very-late"),
     ],
 )
-def test_time_to_spare(
-    request_count: int, waiting_s: float, ends_in_s: float, expected_s: float
+def test_delay_of_a_batch(
+    request_count: int, queued_s: float, next_free_s: float, expected_s: float
 ) -> None:
-    left_s = time_to_spare_s(
-        request_count=request_count, waiting_s=waiting_s, row_s=0.030, ends_in_s=ends_in_s
+    delay_s = coalescing_delay_s(
+        request_count=request_count, queued_s=queued_s, full_batch_s=0.030, next_free_s=next_free_s
     )
-    assert left_s == pytest.approx(expected_s)
+    assert delay_s == pytest.approx(expected_s)
 
 
-def test_a_slow_model_spares_no_more_than_a_moment() -> None:
-    """Two words to BGE-M3, whose full row takes half a second."""
-    at_once = time_to_spare_s(request_count=1, waiting_s=0.004, row_s=0.5, ends_in_s=0.1)
-    soon = time_to_spare_s(request_count=1, waiting_s=0.004, row_s=0.5, ends_in_s=0.01)
-    assert at_once == 0.0
+def test_a_slow_model_delays_no_more_than_a_moment() -> None:
+    """Two words to BGE-M3, whose full batch takes half a second."""
+    now = coalescing_delay_s(request_count=1, queued_s=0.004, full_batch_s=0.5, next_free_s=0.1)
+    soon = coalescing_delay_s(request_count=1, queued_s=0.004, full_batch_s=0.5, next_free_s=0.01)
+    assert now == 0.0
     assert soon == pytest.approx(0.03)
 
 
@@ -72,7 +72,7 @@ class Pair(Rig):
         return [holder, query]
 
 
-async def test_a_short_line_waits_for_the_slot_at_work_and_makes_one_row() -> None:
+async def test_a_short_queue_waits_for_the_busy_slot_and_makes_one_batch() -> None:
     async with Pair() as rig:
         sent = [*await rig.hold_and_ask(), rig.send(sequences(5, first=60_000))]
         await rig.queued(*sent)
@@ -81,7 +81,7 @@ async def test_a_short_line_waits_for_the_slot_at_work_and_makes_one_row() -> No
     assert rig.batches() == [[4], [4, 5]]
 
 
-async def test_a_line_that_grows_is_taken_before_the_slot_at_work_is_through() -> None:
+async def test_a_queue_that_grows_is_taken_before_the_busy_slot_is_free() -> None:
     async with Pair() as rig:
         sent = [*await rig.hold_and_ask(), rig.send(sequences(250, first=60_000))]
         await rig.entered(2)
@@ -90,18 +90,18 @@ async def test_a_line_that_grows_is_taken_before_the_slot_at_work_is_through() -
     assert {length for batch in rig.batches()[1:] for length in batch} == {4, 250}
 
 
-async def test_no_core_is_spared_while_another_model_has_work_worth_it() -> None:
+async def test_nothing_is_delayed_while_another_model_has_work_worth_a_core() -> None:
     async with Pair() as rig:
         other = FakeBackend(dimensions=8, slot_count=2)
         engine = rig.add("other", other)
         sent = await rig.hold_and_ask()
-        row = asyncio.create_task(engine.embed(sequences(300), Output.DENSE))
+        full = asyncio.create_task(engine.embed(sequences(300), Output.DENSE))
         assert await asyncio.to_thread(other.wait_entered, 1)
         rig.backend.gate.set()
-        await asyncio.gather(*sent, row)
+        await asyncio.gather(*sent, full)
 
 
-async def test_nobody_waits_for_a_slot_that_is_late() -> None:
+async def test_no_batch_waits_for_a_slot_that_is_late() -> None:
     async with Pair() as rig:
         sent = await rig.hold_and_ask()
         rig.clock.move(1)
