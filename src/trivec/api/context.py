@@ -1,0 +1,160 @@
+"""Request context: what is known of one HTTP request, from its head to its line in the log.
+
+It holds counts, names and times; never text, vectors or a plain key.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from starlette.types import Receive, Scope
+
+from trivec.accounts import Accounts, Caller, RateLimitState, Reservation
+from trivec.api.memory import ByteBudget, MemoryHold
+from trivec.api.schemas import shown
+from trivec.api.timeout import RequestTimeout
+from trivec.core.errors import BusyError, ModelUnknown
+from trivec.core.health import Health
+from trivec.core.ports import Clock, Embedder, Observer
+from trivec.core.types import ModelCard
+from trivec.settings import HttpLimits
+
+CONTEXT = "trivec.context"  # where the context lies in the ASGI scope
+TOKENS_MIN = 2  # of any text: the special tokens around it
+METHODS = frozenset(
+    ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"]
+)
+
+
+@dataclass(slots=True)
+class AppState:
+    """What all requests of one app share."""
+
+    embedders: Mapping[str, Embedder]  # by id and by alias; empty while loading
+    accounts: Accounts
+    observer: Observer
+    clock: Clock
+    limits: HttpLimits
+    health: Callable[[], Health]
+    metrics: Callable[[], bytes] | None
+    memory: ByteBudget
+    # Large requests to tokenize run one at a time: their threads are those of embeddings.
+    large_tokenize: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    large_tokenize_waiting: int = 0
+
+    def check_any_model_has_room(self) -> None:
+        """Raise `Overloaded` when no model has room for even the smallest request there is."""
+        refusal: BusyError | None = None
+        for embedder in self.embedders.values():
+            try:
+                embedder.check_admission(TOKENS_MIN)
+            except BusyError as busy:
+                refusal = busy
+            else:
+                return
+        if refusal is not None:
+            raise refusal
+
+    def cards_for(self, caller: Caller) -> list[ModelCard]:
+        """The cards of the models that *caller* may use, in the order they were configured."""
+        cards = {one.card.id: one.card for one in self.embedders.values()}
+        return [card for card in cards.values() if caller.may_use(card.names)]
+
+
+@dataclass(slots=True)
+class RequestContext:
+    """One request; lives on the event loop, in one task."""
+
+    app: AppState
+    method: str  # one of HTTP's, or "other"
+    headers: Mapping[bytes, bytes]  # lower-case names; the first of several wins
+    receive: Receive
+    memory: MemoryHold
+    started_s: float
+    deadline_s: float  # on the same clock as `started_s`
+    request_id: str
+    timeout: RequestTimeout | None = None  # where the route bounds the request's time
+    caller: Caller | None = None
+    reservation: Reservation | None = None
+    rate_limits: RateLimitState | None = None
+    user: str | None = None  # the client's word for its user, on its way to be hashed
+    error_code: str | None = None
+    error_message: str | None = None  # where the client is at fault
+    model: str | None = None  # a served id, never what the client merely claimed
+    input_count: int = 0
+    token_count: int = 0
+    request_bytes: int = 0
+    is_body_asked_for: bool = False
+    is_body_read: bool = False  # to its end
+    status: int | None = None  # of the answer that has begun to leave
+    answer_bytes: int = 0  # of body, that have left
+    tokenize_s: float = 0.0
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+    encode_s: float = 0.0
+
+    @classmethod
+    def of(cls, scope: Scope, receive: Receive, app: AppState) -> "RequestContext":
+        """The context of a request that has just arrived."""
+        headers: dict[bytes, bytes] = {}
+        for name, value in scope["headers"]:
+            headers.setdefault(name, value)
+        request_s_max = app.limits.request_s_max
+        try:  # OpenAI's clients say how long they wait
+            client_s = float(headers.get(b"x-stainless-read-timeout", b"0"))
+        except ValueError:
+            client_s = 0.0
+        if 0 < client_s < request_s_max:  # NaN compares false
+            request_s_max = client_s
+        now_s = app.clock.now_s()
+        method = scope["method"]
+        return cls(
+            app=app,
+            method=method if method in METHODS else "other",  # a client may send any word
+            headers=headers,
+            receive=receive,
+            memory=MemoryHold(app.memory),
+            started_s=now_s,
+            deadline_s=now_s + request_s_max,
+            request_id=f"req_{os.urandom(16).hex()}",
+        )
+
+    def header(self, name: bytes) -> str | None:
+        """The header's text, or None where it was not sent."""
+        value = self.headers.get(name)
+        return None if value is None else value.decode("latin-1")
+
+    def header_for_log(self, name: bytes, *, chars_max: int) -> str | None:
+        """The header's text if it is fit for a log: short, printable ASCII."""
+        text = self.header(name)
+        if not text or len(text) > chars_max or not (text.isascii() and text.isprintable()):
+            return None
+        return text
+
+    @property
+    def declared_bytes(self) -> int:
+        """What `Content-Length` says; 0 where it says nothing that makes sense."""
+        declared = self.headers.get(b"content-length", b"")
+        return int(declared[:20]) if declared.isdigit() else 0
+
+    @property
+    def waits_for_100(self) -> bool:
+        """Whether the client sends its body only when told to, and has not been told."""
+        return b"expect" in self.headers and not self.is_body_asked_for
+
+    @property
+    def known_caller(self) -> Caller:
+        """The caller, on a route that asks for a key."""
+        assert self.caller is not None, "the route is open"
+        return self.caller
+
+    def find_embedder(self, name: str) -> Embedder:
+        """The model called *name*, case and all. Raises `ModelUnknown`, `ModelDenied`."""
+        embedder = self.app.embedders.get(name)
+        if embedder is None:
+            served = tuple(card.id for card in self.app.cards_for(self.known_caller))
+            raise ModelUnknown(model=shown(name), served=served)
+        self.model = embedder.card.id
+        self.known_caller.require_model(embedder.card.names)
+        return embedder
