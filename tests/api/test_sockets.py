@@ -5,11 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import httpx
-import numpy as np
 import pytest
 from tests.api.house import MODEL, House
 
-from trivec.api.sending import in_pieces
 from trivec.settings import HttpLimits
 
 LIMITS = HttpLimits(answer_chunk_bytes=4096)
@@ -189,15 +187,6 @@ def answer_to_the_end(sent: socket.socket) -> bytes:
     except ConnectionResetError:
         pass
     return bytes(received)
-
-
-@pytest.mark.parametrize("piece_bytes", [1, 2, 3, 7, 100])
-def test_pieces_are_the_same_bytes_of_the_right_size(piece_bytes: int) -> None:
-    parts = [b"", b"a", b"bcdef", b"", bytes(np.arange(50, dtype=np.uint8)), b"z"]
-    pieces = list(in_pieces(parts, piece_bytes))
-    assert b"".join(pieces) == b"".join(parts)
-    assert {len(piece) for piece in pieces[:-1]} <= {piece_bytes}
-    assert 0 < len(pieces[-1]) <= piece_bytes
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
-"""HTTP surface: routes, schemas, encodings, one error table, plain ASGI middleware.
+"""HTTP surface: routes, schemas, encodings, one error table, middleware.
 
 Knows status codes, headers and OpenAI's words. Must not know engines, devices or SQL: it is given
 an `Embedder` a model, an `Accounts`, and two callables for health and metrics.
 """
 
 from trivec.api.app import build_app
-from trivec.api.memory import ByteBudget, budget_bytes
+from trivec.api.body import ByteBudget, budget_bytes
 
 __all__ = ["ByteBudget", "budget_bytes", "build_app"]

@@ -1,26 +1,14 @@
 """Admin face: keys and usage, for a key with the scope `admin`."""
 
-from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Literal
-from urllib.parse import parse_qsl
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from trivec.accounts import (
-    FIXED,
-    Key,
-    KeyPlan,
-    RateLimits,
-    Scope,
-    UsageBy,
-    UsageLine,
-    UsageQuery,
-)
+from trivec.accounts import FIXED, Key, KeyPlan, RateLimits, Scope, UsageBy, UsageQuery
 from trivec.accounts.utc import microseconds, moment
-from trivec.api.body import read_body
 from trivec.api.context import CONTEXT, RequestContext
 from trivec.api.openapi import Operation
 from trivec.api.responses import NO_STORE, json_response
@@ -102,10 +90,10 @@ class KeyList(Struct, frozen=True, kw_only=True):
 class UsageShown(Struct, frozen=True, kw_only=True):
     """One sum over the ledger: by `key`, by `model` or by `day`, as was asked."""
 
-    key: str | UnsetType = UNSET
+    key: str | UnsetType | None = UNSET
     name: str | UnsetType | None = UNSET
     model: str | UnsetType | None = UNSET
-    day: str | UnsetType = UNSET
+    day: str | UnsetType | None = UNSET
     requests: int
     failed: int
     tokens: int
@@ -125,9 +113,9 @@ _rotate_decoder = Decoder(RotateKeyRequest)
 
 
 async def create_key(request: Request) -> Response:
-    """`POST /admin/v1/keys`: the one answer that shows the plain key."""
+    """Make a key; the answer shows it once."""
     context: RequestContext = request.scope[CONTEXT]
-    asked = _create_decoder.decode(await read_body(context))
+    asked = _create_decoder.decode(await context.body.read())
     try:
         expires_us = None if asked.expires is None else microseconds(asked.expires)
     except ValueError as unfit:
@@ -150,48 +138,52 @@ async def create_key(request: Request) -> Response:
         for name in sorted(plan.models or ())
         if name not in embedders
     ]
-    return _key_response(new.key, plain=new.plain, warnings=warnings)
+    return _key_response(new.key, key=new.plain, warnings=warnings or UNSET)
 
 
 async def list_keys(request: Request) -> Response:
-    """`GET /admin/v1/keys`, oldest first."""
+    """List all keys."""
     context: RequestContext = request.scope[CONTEXT]
     keys = await context.app.accounts.list_keys()
     return json_response(KeyList(data=[_shown(key) for key in keys]), headers=NO_STORE)
 
 
 async def show_key(request: Request) -> Response:
-    """`GET /admin/v1/keys/{id}`, by name or id."""
+    """Show a key, by name or id."""
     context: RequestContext = request.scope[CONTEXT]
     return _key_response(await context.app.accounts.show_key(request.path_params["id"]))
 
 
 async def revoke_key(request: Request) -> Response:
-    """`POST /admin/v1/keys/{id}/revoke`, for good."""
+    """Revoke a key for good."""
     context: RequestContext = request.scope[CONTEXT]
-    key_id = await _grantable_id(request)
+    key_id = await _changeable_id(request)
     return _key_response(await context.app.accounts.revoke_key(key_id))
 
 
 async def rotate_key(request: Request) -> Response:
-    """`POST /admin/v1/keys/{id}/rotate`: a second plain key; the body may be left out."""
+    """Give a key a second secret."""
     context: RequestContext = request.scope[CONTEXT]
-    accounts = context.app.accounts
-    body = await read_body(context, is_optional=True)
+    body = await context.body.read(is_optional=True)
     overlap_s = _rotate_decoder.decode(body).overlap_s if body else None
-    key_id = await _grantable_id(request)
-    if overlap_s is None:
-        new = await accounts.rotate_key(key_id)
-    else:
-        new = await accounts.rotate_key(key_id, overlap_s=overlap_s)
-    return _key_response(new.key, plain=new.plain)
+    key_id = await _changeable_id(request)
+    bounds = {} if overlap_s is None else {"overlap_s": overlap_s}
+    new = await context.app.accounts.rotate_key(key_id, **bounds)
+    return _key_response(new.key, key=new.plain)
+
+
+async def _changeable_id(request: Request) -> str:
+    """The id of the key in the path, which may do no more than the caller's own."""
+    context: RequestContext = request.scope[CONTEXT]
+    key = await context.app.accounts.show_key(request.path_params["id"])
+    context.known_caller.require_no_more(key)
+    return key.id
 
 
 async def usage(request: Request) -> Response:
-    """`GET /admin/v1/usage`: sums over the ledger."""
-    accounts = request.scope[CONTEXT].app.accounts
-    query = request.scope["query_string"].decode("latin-1")
-    given = dict(parse_qsl(query, keep_blank_values=True))
+    """Sum the ledger by key, model or day."""
+    context: RequestContext = request.scope[CONTEXT]
+    given = dict(request.query_params)
     for name in given.keys() - set(USAGE_PARAMETERS):
         raise FieldInvalid(
             f"Unrecognized query parameter: {shown(name)}. Known: {', '.join(USAGE_PARAMETERS)}.",
@@ -204,11 +196,11 @@ async def usage(request: Request) -> Response:
             f"{[one.value for one in UsageBy]}.",
             param="by",
         )
+    by = UsageBy(word)
     key_id = given.get("key")
     if key_id is not None and key_id != FIXED.key_id:  # the environment's key is in no store
-        key_id = (await accounts.show_key(key_id)).id
-    by = UsageBy(word)
-    lines = await accounts.usage(
+        key_id = (await context.app.accounts.show_key(key_id)).id
+    lines = await context.app.accounts.usage(
         UsageQuery(
             by=by,
             since_us=_instant_us("since", given.get("since")),
@@ -216,16 +208,19 @@ async def usage(request: Request) -> Response:
             key_id=key_id,
         )
     )
-    data = [_usage_shown(by, line) for line in lines]
+    data = [
+        UsageShown(
+            key=line.group if by is UsageBy.KEY else UNSET,
+            name=line.name if by is UsageBy.KEY else UNSET,
+            model=line.group if by is UsageBy.MODEL else UNSET,
+            day=line.group if by is UsageBy.DAY else UNSET,
+            requests=line.requests,
+            failed=line.failed,
+            tokens=line.tokens,
+        )
+        for line in lines
+    ]
     return json_response(UsageList(by=by.value, data=data), headers=NO_STORE)
-
-
-async def _grantable_id(request: Request) -> str:
-    """The id of the key in the path, which may do no more than the caller's own."""
-    context: RequestContext = request.scope[CONTEXT]
-    key = await context.app.accounts.show_key(request.path_params["id"])
-    context.known_caller.require_no_more(key)
-    return key.id
 
 
 def _instant_us(param: str, text: str | None) -> int | None:
@@ -242,82 +237,40 @@ def _instant_us(param: str, text: str | None) -> int | None:
 
 
 def _key_response(
-    key: Key, *, plain: str | UnsetType = UNSET, warnings: Sequence[str] = ()
+    found: Key, *, key: str | UnsetType = UNSET, warnings: list[str] | UnsetType = UNSET
 ) -> Response:
     """Never to be stored: a plain key is in some of these answers."""
-    return json_response(_shown(key, plain=plain, warnings=warnings), headers=NO_STORE)
+    return json_response(_shown(found, key=key, warnings=warnings), headers=NO_STORE)
 
 
-def _shown(key: Key, *, plain: str | UnsetType = UNSET, warnings: Sequence[str] = ()) -> KeyShown:
+def _shown(
+    found: Key, *, key: str | UnsetType = UNSET, warnings: list[str] | UnsetType = UNSET
+) -> KeyShown:
     return KeyShown(
-        id=key.id,
-        name=key.name,
-        hints=[f"{secret.first}…{secret.last}" for secret in key.secrets],
-        scopes=sorted(key.scopes),
-        models=None if key.models is None else sorted(key.models),
-        requests_per_minute=key.allowance.requests_per_minute,
-        tokens_per_minute=key.allowance.tokens_per_minute,
-        created=moment(key.created_us),
-        expires=None if key.expires_us is None else moment(key.expires_us),
-        revoked=None if key.revoked_us is None else moment(key.revoked_us),
-        truncate=key.truncate,
-        key=plain,
-        warnings=list(warnings) or UNSET,
+        id=found.id,
+        name=found.name,
+        hints=[f"{secret.first}…{secret.last}" for secret in found.secrets],
+        scopes=sorted(found.scopes),
+        models=None if found.models is None else sorted(found.models),
+        requests_per_minute=found.allowance.requests_per_minute,
+        tokens_per_minute=found.allowance.tokens_per_minute,
+        created=moment(found.created_us),
+        expires=None if found.expires_us is None else moment(found.expires_us),
+        revoked=None if found.revoked_us is None else moment(found.revoked_us),
+        truncate=found.truncate,
+        key=key,
+        warnings=warnings,
     )
 
 
-def _usage_shown(by: UsageBy, line: UsageLine) -> UsageShown:
-    requests, failed, tokens = line.requests, line.failed, line.tokens
-    if by is UsageBy.MODEL:
-        return UsageShown(model=line.group, requests=requests, failed=failed, tokens=tokens)
-    assert line.group is not None, "every row has a key and a day"
-    if by is UsageBy.DAY:
-        return UsageShown(day=line.group, requests=requests, failed=failed, tokens=tokens)
-    return UsageShown(
-        key=line.group, name=line.name, requests=requests, failed=failed, tokens=tokens
-    )
-
-
-KEYS = "/admin/v1/keys"
+KEYS, KEY, ADMIN = "/admin/v1/keys", "/admin/v1/keys/{id}", Scope.ADMIN
 OPERATIONS = (
-    Operation("GET", KEYS, list_keys, "List all keys", KeyList, scope=Scope.ADMIN),
+    Operation("GET", KEYS, list_keys, ADMIN, KeyList),
+    Operation("POST", KEYS, create_key, ADMIN, KeyShown, CreateKeyRequest),
+    Operation("GET", KEY, show_key, ADMIN, KeyShown),
+    Operation("POST", KEY + "/revoke", revoke_key, ADMIN, KeyShown),
     Operation(
-        "POST",
-        KEYS,
-        create_key,
-        "Make a key; the answer shows it once",
-        KeyShown,
-        reads=CreateKeyRequest,
-        scope=Scope.ADMIN,
+        "POST", KEY + "/rotate", rotate_key, ADMIN, KeyShown, RotateKeyRequest, must_have_body=False
     ),
-    Operation(
-        "GET", KEYS + "/{id}", show_key, "Show a key, by name or id", KeyShown, scope=Scope.ADMIN
-    ),
-    Operation(
-        "POST",
-        KEYS + "/{id}/revoke",
-        revoke_key,
-        "Revoke a key for good",
-        KeyShown,
-        scope=Scope.ADMIN,
-    ),
-    Operation(
-        "POST",
-        KEYS + "/{id}/rotate",
-        rotate_key,
-        "Give a key a second secret",
-        KeyShown,
-        reads=RotateKeyRequest,
-        must_have_body=False,
-        scope=Scope.ADMIN,
-    ),
-    Operation(
-        "GET",
-        "/admin/v1/usage",
-        usage,
-        "Sum the ledger by key, model or day",
-        UsageList,
-        query=USAGE_PARAMETERS,
-        scope=Scope.ADMIN,
-    ),
+    Operation("GET", "/admin/v1/usage", usage, ADMIN, UsageList, query=USAGE_PARAMETERS),
 )

@@ -1,6 +1,6 @@
-"""ASGI app: every route, mounted under its prefixes, behind the middleware stack."""
+"""ASGI app: every route, mounted under its prefixes, behind the middleware."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from starlette.requests import Request
@@ -10,11 +10,11 @@ from starlette.types import ASGIApp
 
 from trivec.accounts import Accounts
 from trivec.api import admin, health, openai
+from trivec.api.auth import Endpoint, UnpaidRate
+from trivec.api.body import ByteBudget
 from trivec.api.context import AppState
-from trivec.api.memory import ByteBudget
-from trivec.api.middleware import Endpoint, ErrorHandler, RequestLog, UnpaidRate
+from trivec.api.middleware import RequestMiddleware
 from trivec.api.openapi import Operation, openapi_document
-from trivec.api.responses import ApiResponse
 from trivec.core.health import Health
 from trivec.core.ports import Clock, Embedder, Observer
 from trivec.settings import HttpLimits
@@ -33,11 +33,13 @@ def build_app(
     metrics: Callable[[], bytes] | None,
     metrics_open: bool,
     memory: ByteBudget | None = None,
+    operations: Sequence[Operation] = (),
 ) -> ASGIApp:
     """The whole HTTP surface as one plain ASGI app, for granian, uvicorn or Ray Serve.
 
     *embedders* maps every served id and alias; empty while loading. *metrics* None: not served.
-    *memory* is shared by the apps of one process. The app starts and owns nothing.
+    *memory* is shared by the apps of one process. *operations* are served beside our own. The app
+    starts and owns nothing.
     """
     state = AppState(
         embedders=embedders,
@@ -49,19 +51,20 @@ def build_app(
         metrics=metrics,
         memory=memory or ByteBudget(connections_max=limits.connections_max),
     )
-    operations = all_operations(has_metrics=metrics is not None, metrics_open=metrics_open)
-    document = openapi_document(operations)
+    served = [*all_operations(metrics is not None, metrics_open=metrics_open), *operations]
+    document = openapi_document(served)
 
     async def openapi(request: Request) -> Response:
-        return ApiResponse([document])
+        """The description itself."""
+        return Response(document, media_type="application/json")
 
-    operations.append(Operation("GET", "/openapi.json", openapi, "This description", None))
+    served.append(Operation("GET", "/openapi.json", openapi, None, None))
     unpaid = UnpaidRate(limits.unpaid_requests_per_minute)
-    routes = [Route(one.path, Endpoint(one, unpaid), methods=[one.method]) for one in operations]
-    return RequestLog(ErrorHandler(Router(routes, redirect_slashes=False)), state)
+    routes = [Route(one.path, Endpoint(one, unpaid), methods=[one.method]) for one in served]
+    return RequestMiddleware(Router(routes, redirect_slashes=False), state)
 
 
-def all_operations(*, has_metrics: bool, metrics_open: bool) -> list[Operation]:
+def all_operations(has_metrics: bool, *, metrics_open: bool) -> list[Operation]:
     """Every operation that is served and described. A new face adds its own list here.
 
     The prefixes are spelt out rather than mounted: a request then meets one router instead of two,
@@ -72,6 +75,5 @@ def all_operations(*, has_metrics: bool, metrics_open: bool) -> list[Operation]:
     ]
     operations += [*admin.OPERATIONS, *health.OPERATIONS]
     if has_metrics:
-        metrics = health.METRICS
-        operations.append(replace(metrics, scope=None) if metrics_open else metrics)
+        operations.append(replace(health.METRICS, scope=None) if metrics_open else health.METRICS)
     return operations

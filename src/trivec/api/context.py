@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from starlette.types import Receive, Scope
 
 from trivec.accounts import Accounts, Caller, RateLimitState, Reservation
-from trivec.api.memory import ByteBudget, MemoryHold
+from trivec.api.body import ByteBudget, MemoryHold, RequestBody
 from trivec.api.schemas import shown
 from trivec.api.timeout import RequestTimeout
 from trivec.core.errors import BusyError, ModelUnknown
@@ -22,9 +22,7 @@ from trivec.settings import HttpLimits
 
 CONTEXT = "trivec.context"  # where the context lies in the ASGI scope
 TOKENS_MIN = 2  # of any text: the special tokens around it
-METHODS = frozenset(
-    ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"]
-)
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
 
 
 @dataclass(slots=True)
@@ -43,8 +41,8 @@ class AppState:
     large_tokenize: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     large_tokenize_waiting: int = 0
 
-    def check_any_model_has_room(self) -> None:
-        """Raise `Overloaded` when no model has room for even the smallest request there is."""
+    def check_admission(self) -> None:
+        """Raise `Overloaded` where no model takes even the smallest request there is."""
         refusal: BusyError | None = None
         for embedder in self.embedders.values():
             try:
@@ -69,12 +67,12 @@ class RequestContext:
     app: AppState
     method: str  # one of HTTP's, or "other"
     headers: Mapping[bytes, bytes]  # lower-case names; the first of several wins
-    receive: Receive
+    timeout: RequestTimeout
     memory: MemoryHold
+    body: RequestBody
     started_s: float
     deadline_s: float  # on the same clock as `started_s`
     request_id: str
-    timeout: RequestTimeout | None = None  # where the route bounds the request's time
     caller: Caller | None = None
     reservation: Reservation | None = None
     rate_limits: RateLimitState | None = None
@@ -84,9 +82,6 @@ class RequestContext:
     model: str | None = None  # a served id, never what the client merely claimed
     input_count: int = 0
     token_count: int = 0
-    request_bytes: int = 0
-    is_body_asked_for: bool = False
-    is_body_read: bool = False  # to its end
     status: int | None = None  # of the answer that has begun to leave
     answer_bytes: int = 0  # of body, that have left
     tokenize_s: float = 0.0
@@ -97,9 +92,7 @@ class RequestContext:
     @classmethod
     def of(cls, scope: Scope, receive: Receive, app: AppState) -> "RequestContext":
         """The context of a request that has just arrived."""
-        headers: dict[bytes, bytes] = {}
-        for name, value in scope["headers"]:
-            headers.setdefault(name, value)
+        headers = dict(reversed(scope["headers"]))
         request_s_max = app.limits.request_s_max
         try:  # OpenAI's clients say how long they wait
             client_s = float(headers.get(b"x-stainless-read-timeout", b"0"))
@@ -107,41 +100,27 @@ class RequestContext:
             client_s = 0.0
         if 0 < client_s < request_s_max:  # NaN compares false
             request_s_max = client_s
+        memory = app.memory.open()
+        timeout = RequestTimeout(receive, request_s_max=request_s_max)
         now_s = app.clock.now_s()
         method = scope["method"]
         return cls(
             app=app,
             method=method if method in METHODS else "other",  # a client may send any word
             headers=headers,
-            receive=receive,
-            memory=MemoryHold(app.memory),
+            timeout=timeout,
+            memory=memory,
+            body=RequestBody(headers, receive, app.limits, memory, timeout),
             started_s=now_s,
             deadline_s=now_s + request_s_max,
             request_id=f"req_{os.urandom(16).hex()}",
         )
 
-    def header(self, name: bytes) -> str | None:
-        """The header's text, or None where it was not sent."""
-        value = self.headers.get(name)
-        return None if value is None else value.decode("latin-1")
-
     def header_for_log(self, name: bytes, *, chars_max: int) -> str | None:
         """The header's text if it is fit for a log: short, printable ASCII."""
-        text = self.header(name)
-        if not text or len(text) > chars_max or not (text.isascii() and text.isprintable()):
-            return None
-        return text
-
-    @property
-    def declared_bytes(self) -> int:
-        """What `Content-Length` says; 0 where it says nothing that makes sense."""
-        declared = self.headers.get(b"content-length", b"")
-        return int(declared[:20]) if declared.isdigit() else 0
-
-    @property
-    def waits_for_100(self) -> bool:
-        """Whether the client sends its body only when told to, and has not been told."""
-        return b"expect" in self.headers and not self.is_body_asked_for
+        text = self.headers.get(name, b"").decode("latin-1")
+        is_fit = 0 < len(text) <= chars_max and text.isascii() and text.isprintable()
+        return text if is_fit else None
 
     @property
     def known_caller(self) -> Caller:

@@ -8,7 +8,9 @@ from math import ceil
 from types import MappingProxyType
 from typing import NamedTuple
 
-from trivec.api.responses import ApiResponse, HeaderList, json_response
+from starlette.responses import Response
+
+from trivec.api.responses import json_response
 from trivec.api.schemas import ErrorAnswer, Problem
 from trivec.api.timeout import ClientDisconnected
 from trivec.core import errors as e
@@ -83,17 +85,16 @@ def problem_of(error: ServiceError, *, request_id: str) -> Problem:
     )
 
 
-def error_response(error: ServiceError, problem: Problem) -> ApiResponse:
+def error_response(error: ServiceError, problem: Problem) -> Response:
     """The whole answer: body, and the headers that tell a client what it may do next."""
-    headers: HeaderList = []
+    headers: dict[str, str] = {}
     if isinstance(error, (e.BusyError, e.RateLimitExceeded)):
         wait_ms = min(max(ceil(error.retry_after_s * 1000), 1), RETRY_AFTER_S_MAX * 1000)
-        headers.append((b"retry-after", b"%d" % ceil(wait_ms / 1000)))
-        headers.append((b"retry-after-ms", b"%d" % wait_ms))
-    if isinstance(error, e.MethodNotAllowed):
-        headers.append((b"allow", ", ".join(error.allowed).encode()))
-    if isinstance(error, (e.KeyMissing, e.KeyInvalid)):
-        headers.append((b"www-authenticate", b"Bearer"))
-    if isinstance(error, (e.BodyTooLarge, e.BodyTooSlow)):
-        headers.append((b"connection", b"close"))  # what is left of the body is not read
+        headers = {"retry-after": str(ceil(wait_ms / 1000)), "retry-after-ms": str(wait_ms)}
+    elif isinstance(error, e.MethodNotAllowed):
+        headers["allow"] = ", ".join(error.allowed)
+    elif isinstance(error, (e.KeyMissing, e.KeyInvalid)):
+        headers["www-authenticate"] = "Bearer"
+    elif isinstance(error, (e.BodyTooLarge, e.BodyTooSlow)):
+        headers["connection"] = "close"  # what is left of the body is not read
     return json_response(ErrorAnswer(problem), status=TABLE[type(error)].status, headers=headers)

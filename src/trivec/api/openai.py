@@ -3,22 +3,20 @@
 import asyncio
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar, cast
 
-import msgspec
 import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
-from trivec.accounts import RequestMeta, Scope
-from trivec.api.body import read_body
+from trivec.accounts import Scope
+from trivec.api.auth import reserve
 from trivec.api.context import CONTEXT, AppState, RequestContext
 from trivec.api.openapi import Operation
 from trivec.api.responses import (
     IN_LINE_BYTES_MAX,
     INT_TEXT_BYTES,
-    ApiResponse,
     Encoding,
     encode_embeddings,
     estimate_bytes,
@@ -43,14 +41,13 @@ from trivec.core.errors import (
     RequestTooLarge,
     TokenIdUnknown,
 )
-from trivec.core.ports import Texts, TokenLists
-from trivec.core.types import LongText, ModelCard, Output
+from trivec.core.ports import Embedder, Texts, TokenLists
+from trivec.core.types import LongText, ModelCard, Output, Sequences
 from trivec.settings import HttpLimits
 
-Parsed = TypeVar("Parsed", EmbeddingsRequest, TokenizeRequest)
+Asked = TypeVar("Asked", EmbeddingsRequest, TokenizeRequest)
 
 PARSE_IN_LINE_BYTES_MAX = 256 * 1024  # larger bodies are parsed in a thread
-OTHER_ITEMS_MAX = 64  # texts, lists and commas of a request's other fields
 LARGE_TOKENIZE_BYTES = 64 * 1024  # of a body; smaller ones need not wait for others
 LARGE_TOKENIZE_WAITING_MAX = 4
 TOKEN_BYTES = 48  # an id in an array, as a Python integer in a list, and as text
@@ -72,83 +69,41 @@ _embeddings_decoder = Decoder(EmbeddingsRequest)
 _tokenize_decoder = Decoder(TokenizeRequest)
 
 
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """What is to be tokenised: texts, or token ids that are not yet held to a vocabulary."""
-
-    texts: Texts | None
-    token_lists: Sequence[Sequence[int]] | None = None
-    is_flat: bool = False  # the ids of one text, sent without a list around them
-
-    def __len__(self) -> int:
-        return len(self.texts if self.texts is not None else self.token_lists or ())
-
-    def for_model(self, card: ModelCard) -> Texts | TokenLists:
-        """The texts, or the ids as int32 `[tokens]` a list; `TokenIdUnknown` for a foreign id."""
-        if self.texts is not None:
-            return self.texts
-        vocabulary_size = card.vocabulary_size
-        arrays = []
-        for i, ids in enumerate(self.token_lists or ()):
-            try:
-                array = np.array(ids, np.int64)  # [tokens]
-                is_foreign = bool(((array < 0) | (array >= vocabulary_size)).any())
-            except OverflowError:
-                is_foreign = True
-            if is_foreign:
-                at = next(k for k, one in enumerate(ids) if not 0 <= one < vocabulary_size)
-                param = f"input[{at}]" if self.is_flat else f"input[{i}][{at}]"
-                raise TokenIdUnknown(token_id=ids[at], vocabulary_size=vocabulary_size, param=param)
-            arrays.append(array.astype(np.int32))
-        return arrays
-
-
 async def embeddings(request: Request) -> Response:
-    """`POST /embeddings`: whatever can be refused is refused before the model is touched."""
+    """Turn texts into vectors."""  # whatever can be refused is refused before the model is touched
     context: RequestContext = request.scope[CONTEXT]
     app, clock, limits = context.app, context.app.clock, context.app.limits
-    body = await read_body(context)
-    app.check_any_model_has_room()  # after reading: a connection with an unread body is lost
-    asked, inputs = await parse(_embeddings_decoder, body, limits)
+    body = await context.body.read()
+    app.check_admission()  # after reading: a connection with an unread body is lost
+    asked = await parse(_embeddings_decoder, body, context)
     del body
-    outputs = parse_outputs(asked.output_type)
+    outputs, rows = parse_outputs(asked.output_type), context.input_count
     encoding: Encoding = asked.encoding_format or "float"
-    context.user, context.input_count = asked.user, len(inputs)
+    context.user = asked.user
     embedder = context.find_embedder(asked.model)
     card = embedder.card
     check_against_card(outputs, asked.dimensions, card)
-
-    def estimate(tokens: int) -> tuple[int, int]:
-        return estimate_bytes(
-            outputs,
-            encoding,
-            rows=len(inputs),
-            tokens=tokens,
-            width=card.dimensions,
-            dimensions=asked.dimensions,
-            with_strings=bool(asked.return_tokens),
-        )
-
-    least_bytes = sum(estimate(len(inputs)))  # before the work of tokenising
-    context.memory.add_answer(least_bytes)
-    assert context.timeout is not None, "the route bounds its time"
+    estimate = partial(
+        estimate_bytes,
+        outputs,
+        encoding,
+        rows=rows,
+        width=card.dimensions,
+        dimensions=asked.dimensions,
+        with_strings=bool(asked.return_tokens),
+    )
+    least_bytes = sum(estimate(tokens=rows))
+    context.memory.add_answer(least_bytes)  # before the work of tokenising
     context.timeout.watch_client()
     await reserve(context, tokens_follow=True)
 
-    started_s = clock.now_s()
-    truncate = asked.truncate
-    if truncate is None:
-        truncate = context.known_caller.truncate or limits.truncate
-    sequences = await embedder.tokenize(
-        inputs.for_model(card),
-        long_text=LONG_TEXT[truncate],
-        are_own=asked.token_encoding is not None,
-    )
-    context.tokenize_s = clock.now_s() - started_s
+    usual = context.known_caller.truncate or limits.truncate
+    long_text = LONG_TEXT[usual if asked.truncate is None else asked.truncate]
+    sequences = await to_sequences(context, asked, embedder, long_text)
     token_count = sequences.token_count
     if token_count > limits.request_tokens_max:
         raise RequestTooLarge(token_count=token_count, token_count_max=limits.request_tokens_max)
-    answer_bytes, vector_bytes = estimate(token_count)
+    answer_bytes, vector_bytes = estimate(tokens=token_count)
     check_answer_fits(answer_bytes, limits)
     context.memory.add_answer(answer_bytes + vector_bytes - least_bytes)
     assert context.reservation is not None
@@ -166,53 +121,49 @@ async def embeddings(request: Request) -> Response:
             await asyncio.sleep(0)  # other requests get a turn after every vector
 
     started_s = clock.now_s()
-
-    def encode() -> ApiResponse:
-        return ApiResponse(
-            encode_embeddings(
-                reply.vectors,
-                sequences,
-                model=asked.model,
-                outputs=outputs,
-                encoding=encoding,
-                dimensions=asked.dimensions,
-                token_strings=token_strings,
-            )
-        )
-
+    encode = partial(
+        encode_embeddings,
+        reply.vectors,
+        sequences,
+        model=asked.model,
+        outputs=outputs,
+        encoding=encoding,
+        dimensions=asked.dimensions,
+        token_strings=token_strings,
+    )
     in_line = answer_bytes <= IN_LINE_BYTES_MAX[encoding]
-    response = encode() if in_line else await asyncio.to_thread(encode)
+    answer = encode() if in_line else await asyncio.to_thread(encode)
     context.encode_s = clock.now_s() - started_s
-    context.memory.shrink(response.byte_count)
-    return response
+    context.memory.shrink(len(answer))
+    return Response(answer, media_type="application/json")
 
 
 async def tokenize(request: Request) -> Response:
-    """`POST /tokenize`: counting tokens without spending any.
+    """Count tokens without spending any.
 
     A large request waits for its turn, for it takes the tokenizer's threads from embeddings.
     """
     context: RequestContext = request.scope[CONTEXT]
     app = context.app
-    _check_tokenize_has_room(app, context.declared_bytes)  # if need be, with the body unread
-    body = await read_body(context)
-    assert context.timeout is not None, "the route bounds its time"
+    check_tokenize_admission(app, context.body.declared_bytes)  # if need be, with the body unread
+    body = await context.body.read()
     context.timeout.watch_client()
     if len(body) < LARGE_TOKENIZE_BYTES:
-        return await _count_tokens(context, body)
-    _check_tokenize_has_room(app, len(body))
+        return await count_tokens(context, body)
+    check_tokenize_admission(app, len(body))
     app.large_tokenize_waiting += 1
     try:
         await app.large_tokenize.acquire()
     finally:
         app.large_tokenize_waiting -= 1
     try:
-        return await _count_tokens(context, body)
+        return await count_tokens(context, body)
     finally:
         app.large_tokenize.release()
 
 
-def _check_tokenize_has_room(app: AppState, body_bytes: int) -> None:
+def check_tokenize_admission(app: AppState, body_bytes: int) -> None:
+    """Raise `Overloaded` where a large body would be one too many to wait."""
     waiting_max = LARGE_TOKENIZE_WAITING_MAX
     if body_bytes >= LARGE_TOKENIZE_BYTES and app.large_tokenize_waiting >= waiting_max:
         raise Overloaded(
@@ -222,21 +173,14 @@ def _check_tokenize_has_room(app: AppState, body_bytes: int) -> None:
         )
 
 
-async def _count_tokens(context: RequestContext, body: bytes) -> Response:
-    """A text that would not fit is counted all the same, and said not to fit."""
-    clock, limits = context.app.clock, context.app.limits
-    asked, inputs = await parse(_tokenize_decoder, body, limits)
-    context.input_count = len(inputs)
+async def count_tokens(context: RequestContext, body: bytes) -> Response:
+    """The answer to `POST /tokenize`. A text that would not fit is counted all the same."""
+    limits = context.app.limits
+    asked = await parse(_tokenize_decoder, body, context)
     embedder = context.find_embedder(asked.model)
-    card = embedder.card
+    token_count_max = embedder.card.token_count_max
     await reserve(context)
-    started_s = clock.now_s()
-    sequences = await embedder.tokenize(
-        inputs.for_model(card),
-        long_text=LongText.KEEP,
-        are_own=asked.token_encoding is not None,
-    )
-    context.tokenize_s = clock.now_s() - started_s
+    sequences = await to_sequences(context, asked, embedder, LongText.KEEP)
     token_count = sequences.token_count
     answer_bytes = token_count * INT_TEXT_BYTES
     check_answer_fits(answer_bytes, limits)
@@ -252,38 +196,35 @@ async def _count_tokens(context: RequestContext, body: bytes) -> Response:
                 index=i,
                 token_ids=token_ids.tolist(),
                 token_count=end - start,
-                fits=end - start <= card.token_count_max and i not in sequences.truncated,
+                fits=end - start <= token_count_max and i not in sequences.truncated,
                 tokens=embedder.token_strings(token_ids) if asked.return_tokens else None,
             )
         )
         await asyncio.sleep(0)  # other requests get a turn after every text
-    fits = token_count <= limits.request_tokens_max and all(text.fits for text in data)
     answer = TokenizeAnswer(
         object="list",
         model=asked.model,
         data=data,
-        token_count_max=card.token_count_max,
+        token_count_max=token_count_max,
         total_tokens=token_count,
         request_tokens_max=limits.request_tokens_max,
-        fits=fits,
+        fits=token_count <= limits.request_tokens_max and all(text.fits for text in data),
     )
-    if answer_bytes <= IN_LINE_BYTES_MAX["float"]:
-        response = json_response(answer)
-    else:
-        response = await asyncio.to_thread(json_response, answer)
-    context.memory.shrink(response.byte_count)
+    in_line = answer_bytes <= IN_LINE_BYTES_MAX["float"]
+    response = json_response(answer) if in_line else await asyncio.to_thread(json_response, answer)
+    context.memory.shrink(len(response.body))
     return response
 
 
 async def list_models(request: Request) -> Response:
-    """`GET /models`: the models that the key may use."""
+    """List the models this key may use."""
     context: RequestContext = request.scope[CONTEXT]
     cards = context.app.cards_for(context.known_caller)
     return json_response(ModelList(data=[_model(card, card.id, context) for card in cards]))
 
 
 async def show_model(request: Request) -> Response:
-    """`GET /models/{id}`: one model, by its id or an alias."""
+    """Show one model."""
     context: RequestContext = request.scope[CONTEXT]
     name = request.path_params["id"]
     return json_response(_model(context.find_embedder(name).card, name, context))
@@ -307,67 +248,20 @@ def _model(card: ModelCard, name: str, context: RequestContext) -> Model:
     )
 
 
-async def reserve(context: RequestContext, *, tokens_follow: bool = False) -> None:
-    """Take one request out of the key's rate limits. Raises `RateLimitExceeded`, `StoreUnavailable`.
-
-    *tokens_follow*: `reserve_tokens` is called next, and may be what takes it.
-    """
-    meta = RequestMeta(request_id=context.request_id, model=context.model)
-    context.reservation = context.app.accounts.reserve(context.known_caller, meta)
-    await context.reservation.acquire(tokens_follow=tokens_follow)
-
-
-def check_answer_fits(answer_bytes: int, limits: HttpLimits) -> None:
-    """Raise `AnswerTooLarge` for an estimate over the limit."""
-    if answer_bytes > limits.answer_bytes_max:
-        raise AnswerTooLarge(answer_bytes=answer_bytes, answer_bytes_max=limits.answer_bytes_max)
-
-
-async def parse(decoder: Decoder[Parsed], body: bytes, limits: HttpLimits) -> tuple[Parsed, Inputs]:
-    """The request in *body*, and its inputs. Raises `MalformedBody`, `FieldInvalid`,
-    `RequestTooLarge`.
-    """
-
-    def decode() -> tuple[Parsed, Inputs]:
-        refuse_too_many_items(body, limits)
-        asked = decoder.decode(body)
-        return asked, check_inputs(asked.input, limits)
-
+async def parse(decoder: Decoder[Asked], body: bytes, context: RequestContext) -> Asked:
+    """The request in *body*. Raises `MalformedBody`, `FieldInvalid`, `RequestTooLarge`."""
     in_line = len(body) <= PARSE_IN_LINE_BYTES_MAX
-    return decode() if in_line else await asyncio.to_thread(decode)
+    asked = decoder.decode(body) if in_line else await asyncio.to_thread(decoder.decode, body)
+    context.input_count = check_inputs(asked.input, context.app.limits)
+    return asked
 
 
-def refuse_too_many_items(body: bytes, limits: HttpLimits) -> None:
-    """Refuse an `input` that is far too long before millions of objects are made of it.
-
-    8 MiB of `[],` take the decoder a second, in which it holds the interpreter's lock, and 200 MB;
-    counting the punctuation outside its strings takes about 20 ms. What passes is counted exactly
-    once it is decoded. A body shorter than the limit cannot hold more.
-    """
-    if len(body) <= limits.request_tokens_max:
-        return
-    if b"\\" in body:
-        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    characters = np.frombuffer(body, np.uint8)
-    quotes = characters == ord('"')
-    is_outside = np.bitwise_xor.accumulate(quotes.view(np.uint8)) == 0
-    texts = int(np.count_nonzero(quotes)) // 2
-    arrays = int(np.count_nonzero((characters == ord("[")) & is_outside))
-    commas = int(np.count_nonzero((characters == ord(",")) & is_outside))
-    if max(texts, arrays) > limits.inputs_max + OTHER_ITEMS_MAX:
-        raise _array_too_long(f"one of about {max(texts, arrays)}", limits)
-    if commas > limits.request_tokens_max + limits.inputs_max + OTHER_ITEMS_MAX:
-        raise RequestTooLarge(token_count=commas, token_count_max=limits.request_tokens_max)
-
-
-def check_inputs(given: Input, limits: HttpLimits) -> Inputs:
-    """One of the four legal forms of `input`, or the refusal that names the item at fault."""
-    if isinstance(given, str):
-        if not given:
-            raise _empty("input", "string")
-        return Inputs(texts=[given])
+def check_inputs(given: Input, limits: HttpLimits) -> int:
+    """How many inputs there are. Refuses what is none of the four legal forms, by the item at fault."""
     if not given:
-        raise _empty("input", "array")
+        raise _empty("input", "string" if isinstance(given, str) else "array")
+    if isinstance(given, str):
+        return 1
     kind = type(given[0])
     if len(set(map(type, given))) > 1:
         i = next(i for i, item in enumerate(given) if type(item) is not kind)
@@ -376,21 +270,66 @@ def check_inputs(given: Input, limits: HttpLimits) -> Inputs:
             "Send texts, or token ids, or lists of token ids.",
             param=f"input[{i}]",
         )
-    if kind is int:
-        inputs = Inputs(texts=None, token_lists=[cast("list[int]", given)], is_flat=True)
-    else:
-        if len(given) > limits.inputs_max:
-            raise _array_too_long(f"an array with length {len(given)}", limits)
-        for i, item in enumerate(given):
-            if not item:
-                raise _empty(f"input[{i}]", "string" if kind is str else "array")
-        if kind is str:
-            return Inputs(texts=cast("list[str]", given))
-        inputs = Inputs(texts=None, token_lists=cast("list[list[int]]", given))
-    token_count = sum(map(len, inputs.token_lists or ()))
+    if kind is not int and len(given) > limits.inputs_max:
+        raise FieldInvalid(
+            "Invalid 'input': array too long. Expected an array with maximum length "
+            f"{limits.inputs_max}, but got an array with length {len(given)} instead.",
+            param="input",
+        )
+    if kind is str:
+        if not all(given):
+            raise _empty(f"input[{given.index('')}]", "string")
+        return len(given)
+    lists = [] if kind is int else cast("list[list[int]]", given)
+    if not all(lists):
+        raise _empty(f"input[{given.index([])}]", "array")
+    token_count = len(given) if kind is int else sum(map(len, lists))
     if token_count > limits.request_tokens_max:
         raise RequestTooLarge(token_count=token_count, token_count_max=limits.request_tokens_max)
-    return inputs
+    return len(lists) or 1
+
+
+def _empty(param: str, what: str) -> FieldInvalid:
+    return FieldInvalid(
+        f"Invalid '{param}': empty {what}. Send at least one character or token id.", param=param
+    )
+
+
+async def to_sequences(
+    context: RequestContext,
+    asked: EmbeddingsRequest | TokenizeRequest,
+    embedder: Embedder,
+    long_text: LongText,
+) -> Sequences:
+    """The tokens of every input. Raises `TokenIdUnknown`, `TokenIdsForeign`, `TextTooLong`."""
+    started_s = context.app.clock.now_s()
+    sequences = await embedder.tokenize(
+        tokenizer_inputs(asked.input, embedder.card),
+        long_text=long_text,
+        are_own=asked.token_encoding is not None,
+    )
+    context.tokenize_s = context.app.clock.now_s() - started_s
+    return sequences
+
+
+def tokenizer_inputs(given: Input, card: ModelCard) -> Texts | TokenLists:
+    """The texts, or the ids as int32 `[tokens]` a list. Raises `TokenIdUnknown`."""
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given[0], str):
+        return cast("list[str]", given)
+    is_flat = isinstance(given[0], int)  # the ids of one text, sent without a list around them
+    arrays = []
+    for i, ids in enumerate(cast("list[list[int]]", [given] if is_flat else given)):
+        if min(ids) < 0 or max(ids) >= card.vocabulary_size:
+            at = next(k for k, one in enumerate(ids) if not 0 <= one < card.vocabulary_size)
+            raise TokenIdUnknown(
+                token_id=ids[at],
+                vocabulary_size=card.vocabulary_size,
+                param=f"input[{at}]" if is_flat else f"input[{i}][{at}]",
+            )
+        arrays.append(np.array(ids, np.int32))  # [tokens]
+    return arrays
 
 
 def parse_outputs(words: str | Sequence[str] | None) -> Output:
@@ -440,46 +379,15 @@ def check_against_card(outputs: Output, dimensions: int | None, card: ModelCard)
         )
 
 
-def _empty(param: str, what: str) -> FieldInvalid:
-    return FieldInvalid(
-        f"Invalid '{param}': empty {what}. Send at least one character or token id.", param=param
-    )
-
-
-def _array_too_long(found: str, limits: HttpLimits) -> FieldInvalid:
-    return FieldInvalid(
-        "Invalid 'input': array too long. Expected an array with maximum length "
-        f"{limits.inputs_max}, but got {found} instead.",
-        param="input",
-    )
+def check_answer_fits(answer_bytes: int, limits: HttpLimits) -> None:
+    """Raise `AnswerTooLarge` for an estimate over the limit."""
+    if answer_bytes > limits.answer_bytes_max:
+        raise AnswerTooLarge(answer_bytes=answer_bytes, answer_bytes_max=limits.answer_bytes_max)
 
 
 OPERATIONS = (
-    Operation(
-        "POST",
-        "/embeddings",
-        embeddings,
-        "Turn texts into vectors",
-        EmbeddingsAnswer,
-        reads=EmbeddingsRequest,
-        scope=Scope.EMBED,
-    ),
-    Operation(
-        "POST",
-        "/tokenize",
-        tokenize,
-        "Count tokens without spending any",
-        TokenizeAnswer,
-        reads=TokenizeRequest,
-        scope=Scope.EMBED,
-    ),
-    Operation(
-        "GET",
-        "/models",
-        list_models,
-        "List the models this key may use",
-        ModelList,
-        scope=Scope.EMBED,
-    ),
-    Operation("GET", "/models/{id:path}", show_model, "Show one model", Model, scope=Scope.EMBED),
+    Operation("POST", "/embeddings", embeddings, Scope.EMBED, EmbeddingsAnswer, EmbeddingsRequest),
+    Operation("POST", "/tokenize", tokenize, Scope.EMBED, TokenizeAnswer, TokenizeRequest),
+    Operation("GET", "/models", list_models, Scope.EMBED, ModelList),
+    Operation("GET", "/models/{id:path}", show_model, Scope.EMBED, Model),
 )

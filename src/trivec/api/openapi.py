@@ -1,7 +1,7 @@
 """`/openapi.json`: OpenAPI 3.1, made from the operations and the very types that parse requests."""
 
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -24,32 +24,48 @@ _WITH_KEY = {401, 403, 503}
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One method of one path: its handler, the key it asks for, and what it reads and answers."""
+    """One method of one path: its handler, the key it asks for, and what it answers and reads.
+
+    The first line of the handler's docstring is its summary in the description.
+    """
 
     method: str
     path: str
     handler: Callable[[Request], Awaitable[Response]]
-    summary: str
+    scope: Scope | None  # of the key that it asks for; None: open to anyone
     answers: type | None  # the structure of its JSON answer; None: not JSON of ours
     reads: type | None = None  # the structure of its JSON body
     must_have_body: bool = True  # where it reads one
     query: Sequence[str] = ()
-    scope: Scope | None = None  # of the key that it asks for; None: open to anyone
     is_metered: bool = True  # with a row in the ledger and a bound on its time, where it has a key
 
 
 def openapi_document(operations: Sequence[Operation]) -> bytes:
     """The whole description of *operations*, as JSON."""
-    types: set[type] = {ErrorAnswer}
-    for one in operations:
-        types |= {kind for kind in (one.reads, one.answers) if kind is not None}
-    ordered = sorted(types, key=lambda kind: kind.__name__)
+    types = {kind for one in operations for kind in (one.reads, one.answers) if kind is not None}
+    ordered = sorted(types | {ErrorAnswer}, key=lambda kind: kind.__name__)
     schemas, components = msgspec.json.schema_components(ordered, ref_template=_REF)
     schema_of = dict(zip(ordered, schemas, strict=True))
     paths: dict[str, Json] = {}
     for one in operations:
         path = _PARAMETER.sub(r"{\1}", one.path)
-        paths.setdefault(path, {})[one.method.lower()] = _described(one, path, schema_of)
+        places = [(name, "path") for name in _PARAMETER.findall(path)]
+        places += [(name, "query") for name in one.query]
+        described: Json = {
+            "operationId": "_".join([one.method.lower(), *re.findall(r"\w+", path)]),
+            "summary": _first_line(one.handler).rstrip("."),
+            "security": [] if one.scope is None else [{"key": []}],
+            "responses": _responses(one, schema_of),
+        }
+        if places:
+            described["parameters"] = [
+                {"name": name, "in": at, "required": at == "path", "schema": {"type": "string"}}
+                for name, at in places
+            ]
+        if one.reads is not None:
+            content = {"application/json": {"schema": schema_of[one.reads]}}
+            described["requestBody"] = {"required": one.must_have_body, "content": content}
+        paths.setdefault(path, {})[one.method.lower()] = described
     document = {
         "openapi": "3.1.0",
         "info": {
@@ -67,27 +83,8 @@ def openapi_document(operations: Sequence[Operation]) -> bytes:
     return msgspec.json.encode(document)
 
 
-def _described(operation: Operation, path: str, schema_of: Mapping[type, Json]) -> Json:
-    described: Json = {
-        "operationId": "_".join([operation.method.lower(), *re.findall(r"\w+", path)]),
-        "summary": operation.summary,
-        "security": [] if operation.scope is None else [{"key": []}],
-        "responses": _responses(operation, schema_of),
-    }
-    places = [(name, "path") for name in _PARAMETER.findall(path)]
-    places += [(name, "query") for name in operation.query]
-    if places:
-        described["parameters"] = [
-            {"name": name, "in": place, "required": place == "path", "schema": {"type": "string"}}
-            for name, place in places
-        ]
-    if operation.reads is not None:
-        content = {"application/json": {"schema": schema_of[operation.reads]}}
-        described["requestBody"] = {"required": operation.must_have_body, "content": content}
-    return described
-
-
-def _responses(operation: Operation, schema_of: Mapping[type, Json]) -> Json:
+def _responses(operation: Operation, schema_of: dict[type, Json]) -> Json:
+    """By status. What an error's status means is said in the first lines of the errors' docstrings."""
     ok: Json = {"description": "Success"}
     if operation.answers is not None:
         ok["content"] = {"application/json": {"schema": schema_of[operation.answers]}}
@@ -99,14 +96,15 @@ def _responses(operation: Operation, schema_of: Mapping[type, Json]) -> Json:
         statuses = _ALWAYS | _WITH_KEY | {400}
     else:
         statuses = {row.status for row in TABLE.values()}
-    error = {"application/json": {"schema": schema_of[ErrorAnswer]}}
-    return {"200": ok} | {
-        str(status): {"description": _meaning(status), "content": error}
-        for status in sorted(statuses)
-    }
+    responses = {"200": ok}
+    for status in sorted(statuses):
+        kinds = [kind for kind, row in TABLE.items() if row.status == status]
+        responses[str(status)] = {
+            "description": " · ".join(map(_first_line, kinds)),
+            "content": {"application/json": {"schema": schema_of[ErrorAnswer]}},
+        }
+    return responses
 
 
-def _meaning(status: int) -> str:
-    """The errors that have this status, in the words of their docstrings."""
-    kinds = [kind for kind, row in TABLE.items() if row.status == status]
-    return " · ".join((kind.__doc__ or "").partition("\n")[0] for kind in kinds)
+def _first_line(documented: object) -> str:
+    return (documented.__doc__ or "").partition("\n")[0]

@@ -1,12 +1,11 @@
-"""Responses: bodies sent in pieces, and vectors written as JSON text or base64.
+"""Answers: JSON, and vectors in it as JSON text or base64.
 
-Vectors are most of every answer, so their bytes are written by hand with no Python loop over
-numbers. Both forms of an array decode to the same numbers, to the last bit, in any client. Which
-way is fastest was measured: decision 0050. Nothing is joined that a socket can take in turn.
+Vectors are most of every answer, so no Python loop touches their numbers. Both forms of an array
+decode to the same numbers, to the last bit, in any client. Which way is fastest was measured:
+decision 0050.
 """
 
-import asyncio
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -14,16 +13,12 @@ import numpy as np
 import pybase64
 from numpy.typing import NDArray
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
-from trivec.api.context import CONTEXT, RequestContext
-from trivec.api.timeout import ClientDisconnected
 from trivec.core.types import Float32Array, Int32Array, Output, Sequences, Vectors
 
-HeaderList: TypeAlias = list[tuple[bytes, bytes]]
 Encoding: TypeAlias = Literal["float", "base64"]
 
-NO_STORE: HeaderList = [(b"cache-control", b"no-store")]
+NO_STORE = {"cache-control": "no-store"}
 # Up to these sizes encoding is about 0.2 ms of work, and a thread would only add its hand-over.
 IN_LINE_BYTES_MAX: Mapping[Encoding, int] = {"float": 64 * 1024, "base64": 512 * 1024}
 # What one number takes in JSON on average, comma included; in base64 it is 16/3.
@@ -32,89 +27,20 @@ INT_TEXT_BYTES = 8
 ITEM_FRAME_BYTES = 128  # keys and punctuation around the numbers of one item
 TOKEN_TEXT_BYTES = 12  # one vocabulary string in quotes, on average generously
 ROWS_AT_ONCE = 64
-
-
-class ApiResponse(Response):
-    """Response whose body is a list of pieces, which the client must take in time.
-
-    The server below has no deadline for writing, so one body would let a client that never reads
-    hold it in memory for ever.
-    """
-
-    def __init__(  # Starlette's own would join the pieces and encode every header
-        self,
-        pieces: Sequence[bytes],
-        *,
-        status: int = 200,
-        headers: Iterable[tuple[bytes, bytes]] = (),
-        media_type: bytes = b"application/json",
-    ) -> None:
-        self.pieces = pieces
-        self.status_code = status
-        self.byte_count = sum(map(len, pieces))
-        length = (b"content-length", b"%d" % self.byte_count)
-        self.raw_headers = [(b"content-type", media_type), length, *headers]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it. Raises `ClientDisconnected` for a client that takes it too slowly."""
-        context: RequestContext = scope[CONTEXT]
-        limits = context.app.limits
-        await send(
-            {
-                "type": "http.response.start",
-                "status": self.status_code,
-                "headers": self.raw_headers,
-            }
-        )
-        if scope["method"] == "HEAD" or self.byte_count <= limits.answer_chunk_bytes:
-            body = b"" if scope["method"] == "HEAD" else b"".join(self.pieces)
-            await send({"type": "http.response.body", "body": body})
-            return
-        loop = asyncio.get_running_loop()
-        began_s, sent_bytes = loop.time(), 0
-        for chunk in in_chunks(self.pieces, limits.answer_chunk_bytes):
-            sent_bytes += len(chunk)
-            # A bound for each chunk alone would let a client hold an answer for ever at one chunk
-            # in half a minute, so all together have a rate, too. The kernel and the server below
-            # hold some of it for the client.
-            due_s = limits.answer_chunk_s_max + sent_bytes / limits.answer_bytes_per_s_min
-            left_s = min(limits.answer_chunk_s_max, began_s + due_s - loop.time())
-            more = sent_bytes < self.byte_count
-            try:
-                async with asyncio.timeout(max(0.0, left_s)):
-                    await send({"type": "http.response.body", "body": chunk, "more_body": more})
-            except TimeoutError:
-                raise ClientDisconnected from None
+_encoder = msgspec.json.Encoder()
 
 
 def json_response(
-    value: object, *, status: int = 200, headers: Iterable[tuple[bytes, bytes]] = ()
-) -> ApiResponse:
+    value: object, *, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
     """*value*, a msgspec structure or plain data, as a response."""
-    return ApiResponse([msgspec.json.encode(value)], status=status, headers=headers)
-
-
-def in_chunks(pieces: Sequence[bytes], chunk_bytes: int) -> Iterator[bytes]:
-    """The same bytes in chunks of *chunk_bytes*, the last one smaller."""
-    gathered = bytearray()
-    for piece in pieces:
-        rest = memoryview(piece)
-        while rest:
-            taken = min(len(rest), chunk_bytes - len(gathered))
-            gathered += rest[:taken]
-            rest = rest[taken:]
-            if len(gathered) == chunk_bytes:
-                yield bytes(gathered)
-                gathered.clear()
-    if gathered:
-        yield bytes(gathered)
+    return Response(_encoder.encode(value), status, headers, media_type="application/json")
 
 
 def to_base64(array: NDArray[np.generic]) -> bytes:
-    """The array's bytes, little-endian and in C order, as padded base64."""
+    """The array's bytes, little-endian and in C order, as padded base64 in quotes."""
     little = array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
-    encoded: bytes = pybase64.b64encode(little)
-    return encoded
+    return b'"%b"' % pybase64.b64encode(little)
 
 
 def to_json(array: Float32Array | Int32Array) -> bytes:
@@ -127,7 +53,7 @@ def to_json(array: Float32Array | Int32Array) -> bytes:
     if array.ndim == 2 and len(array) > ROWS_AT_ONCE:
         blocks = (array[i : i + ROWS_AT_ONCE] for i in range(0, len(array), ROWS_AT_ONCE))
         return b"[%b]" % b",".join(to_json(block)[1:-1] for block in blocks)
-    return msgspec.json.encode(array.tolist())
+    return _encoder.encode(array.tolist())
 
 
 def leading_slice(dense: Float32Array, dimensions: int | None) -> Float32Array:
@@ -184,47 +110,36 @@ def encode_embeddings(
     encoding: Encoding,
     dimensions: int | None,
     token_strings: Sequence[list[str]] | None,  # [sequences]: of the sparse ids
-) -> list[bytes]:
-    """The body of an embeddings answer in pieces, one an input between the first and the last.
-
-    Slow for large answers, which the caller encodes in a thread.
-    """
-    is_text = encoding == "float"
-    write = to_json if is_text else lambda array: b'"%b"' % to_base64(array)
-    encoding_key = b"" if is_text else b'"encoding":"base64",'
-    no_vector = b"[]" if is_text else b'""'
+) -> memoryview:
+    """The body of an embeddings answer. Slow for a large one, which the caller encodes in a thread."""
+    write = to_json if encoding == "float" else to_base64
+    frame = {} if encoding == "float" else {"encoding": "base64"}
+    no_vector: object = [] if encoding == "float" else ""
     dense = leading_slice(vectors.dense, dimensions) if Output.DENSE in outputs else None
-    sparse_rows = vectors.sparse if Output.SPARSE in outputs else ()
-    multi_rows = vectors.multi if Output.MULTI in outputs else ()
-    pieces = [b'{"object":"list","model":%b,"data":[' % msgspec.json.encode(model)]
+    sparse = vectors.sparse if Output.SPARSE in outputs else ()
+    multi = vectors.multi if Output.MULTI in outputs else ()
+    body = bytearray(b'{"object":"list","model":%b,"data":[' % _encoder.encode(model))
     for i in range(len(vectors)):
-        vector = no_vector if dense is None else write(dense[i])
-        piece = b'%b{"object":"embedding","index":%d,"embedding":%b' % (
-            b"," if i else b"",
-            i,
-            vector,
-        )
-        if sparse_rows and (sparse := sparse_rows[i]) is not None:
-            strings = b""
-            if token_strings is not None:
-                strings = b',"tokens":' + msgspec.json.encode(token_strings[i])
-            piece += b',"sparse_embedding":{%b"indices":%b,"values":%b%b}' % (
-                encoding_key,
-                write(sparse.token_ids),
-                write(sparse.weights),
-                strings,
-            )
-        if multi_rows and (multi := multi_rows[i]) is not None:
-            shape = b'"shape":[%d,%d]' % multi.shape
-            piece += b',"multi_embedding":{%b%b,"data":%b}' % (encoding_key, shape, write(multi))
+        item: dict[str, object] = {
+            "object": "embedding",
+            "index": i,
+            "embedding": no_vector if dense is None else msgspec.Raw(write(dense[i])),
+        }
+        if sparse and (terms := sparse[i]) is not None:
+            item["sparse_embedding"] = {
+                **frame,
+                "indices": msgspec.Raw(write(terms.token_ids)),
+                "values": msgspec.Raw(write(terms.weights)),
+                **({} if token_strings is None else {"tokens": token_strings[i]}),
+            }
+        if multi and (rows := multi[i]) is not None:
+            data = msgspec.Raw(write(rows))
+            item["multi_embedding"] = {**frame, "shape": rows.shape, "data": data}
         if i in sequences.truncated:
-            cut = sequences.truncated[i]
-            original = b"null" if cut.original_tokens is None else b"%d" % cut.original_tokens
-            piece += b',"truncated":{"original_tokens":%b,"kept_tokens":%d}' % (
-                original,
-                cut.kept_tokens,
-            )
-        pieces.append(piece + b"}")
+            item["truncated"] = sequences.truncated[i]
+        if i:
+            body += b","
+        _encoder.encode_into(item, body, -1)
     tokens = sequences.token_count
-    pieces.append(b'],"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (tokens, tokens))
-    return pieces
+    body += b'],"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (tokens, tokens)
+    return memoryview(body)

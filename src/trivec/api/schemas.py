@@ -227,11 +227,10 @@ class ErrorAnswer(Struct, frozen=True):
 
 
 SHOWN_CHARS_MAX = 80  # how much of a client's own value a message repeats
-_WHERE = re.compile(r" - at `\$(?:\.(?P<path>.*))?`$", re.DOTALL)
-_FIELD = re.compile(
-    r"Object (?P<fault>missing required|contains unknown) field `(?P<name>.*)`", re.DOTALL
-)
-_NOT_LISTED = re.compile(r"Invalid enum value '(?P<value>.*)'", re.DOTALL)
+# What msgspec says, which ends in " - at `$.input[3]`" unless it is said of the whole body.
+_UNKNOWN = "Object contains unknown field `"
+_MISSING = "Object missing required field `"
+_NOT_LISTED = "Invalid enum value '"
 _WRONG_TYPE = re.compile(r"Expected `(?P<expected>[^`]*)`, got `(?P<found>[^`]*)`")
 
 
@@ -290,37 +289,34 @@ class Decoder(Generic[T]):
 
     def _field_refused(self, complaint: str) -> MalformedBody | FieldInvalid:
         """*complaint*, which is msgspec's, in OpenAI's words."""
-        where = _WHERE.search(complaint)
-        param: str | None = where["path"] if where is not None else None
-        problem = complaint[: where.start()] if where is not None else complaint
+        problem, _, at = complaint.partition(" - at `$.")
+        param = at.removesuffix("`")  # empty: the whole body
         wrong = _WRONG_TYPE.fullmatch(problem)
-        field = _FIELD.fullmatch(problem)
-        if field is not None and field["fault"] == "contains unknown":
-            name = shown(field["name"])
+        if problem.startswith(_UNKNOWN):
+            name = shown(problem.removeprefix(_UNKNOWN).removesuffix("`"))
             return FieldInvalid(
                 f"Unrecognized request argument supplied: {name}. Remove it, or correct its name.",
                 param=name,
             )
         is_null = wrong is not None and wrong["found"] == "null" and param in ("model", "input")
-        if field is not None or is_null:
-            name = field["name"] if field is not None else param
+        if problem.startswith(_MISSING) or is_null:
+            name = param or problem.removeprefix(_MISSING).removesuffix("`")
             article = "an" if name[0] in "aeiou" else "a"
             return FieldInvalid(f"you must provide {article} {name} parameter", param=name)
-        if param is None:
+        if not param:
             return MalformedBody(f"The body must be one JSON object. {problem}.")
-        if not_listed := _NOT_LISTED.fullmatch(problem):
-            return FieldInvalid(
-                f"Invalid value for '{param}' = {shown(not_listed['value'])}. "
-                f"Supported values: {list(self._words[param.partition('[')[0]])}.",
-                param=param,
+        # What is left is a range: Expected `int` >= 1, Integer value out of range
+        message = f"Invalid value for '{param}'. {problem}."
+        if problem.startswith(_NOT_LISTED):
+            value = shown(problem.removeprefix(_NOT_LISTED).removesuffix("'"))
+            words = list(self._words[param.partition("[")[0]])
+            message = f"Invalid value for '{param}' = {value}. Supported values: {words}."
+        elif wrong is not None:
+            message = (
+                f"Invalid type for '{param}': expected {wrong['expected'].replace(' | ', ' or ')}, "
+                f"but got {wrong['found']} instead."
             )
-        if wrong is None:  # a range: Expected `int` >= 1, Integer value out of range
-            return FieldInvalid(f"Invalid value for '{param}'. {problem}.", param=param)
-        expected = wrong["expected"].replace(" | ", " or ")
-        return FieldInvalid(
-            f"Invalid type for '{param}': expected {expected}, but got {wrong['found']} instead.",
-            param=param,
-        )
+        return FieldInvalid(message, param=param)
 
 
 def shown(value: str) -> str:

@@ -1,8 +1,8 @@
-"""Request timeout: one timer for a request's deadline, its body's, and its client's presence.
+"""Request timeout: one timer for a request's deadline and for its client's presence.
 
-Nearly every request is answered long before any of its bounds; a timer for each and a task that
-waits for `http.disconnect` would be a tenth of what it costs the event loop (decision 0053). So
-nothing is looked at before `WATCH_AFTER_S`.
+Nearly every request is answered long before either matters; a timer for each and a task that waits
+for `http.disconnect` would be a tenth of what it costs the event loop (decision 0053). So no task
+starts before `WATCH_AFTER_S`.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from typing import Self
 
 from starlette.types import Receive
 
-from trivec.core.errors import BodyTooSlow, DeadlineExceeded
+from trivec.core.errors import DeadlineExceeded
 
 WATCH_AFTER_S = 0.05  # a client that leaves earlier is noticed then; what was answered is billed
 
@@ -23,52 +23,24 @@ class ClientDisconnected(Exception):
 class RequestTimeout:
     """Context manager around a request's handler, in the request's own task.
 
-    It cancels the block when a bound is passed or the client has left, and raises `BodyTooSlow`,
+    It cancels the block when the deadline is passed or the client has left, and raises
     `DeadlineExceeded` or `ClientDisconnected` in the cancellation's place, as `asyncio.timeout`
-    does. Finding the key and writing the row come before and after, with bounds of their own.
+    does. Finding the key and writing the ledger row come before and after, with bounds of their own.
     """
 
-    __slots__ = (
-        "_body_due_s",
-        "_body_s_max",
-        "_cancelling",
-        "_due_s",
-        "_has_looked",
-        "_loop",
-        "_may_watch",
-        "_reason",
-        "_receive",
-        "_request_s_max",
-        "_task",
-        "_timer",
-        "_watcher",
-        "is_reading_body",
-    )
-
-    def __init__(
-        self, receive: Receive, *, left_s: float, request_s_max: float, body_s_max: float
-    ) -> None:
-        """*left_s* of *request_s_max* are left from now on."""
-        task = asyncio.current_task()
-        assert task is not None
+    def __init__(self, receive: Receive, *, request_s_max: float) -> None:
         self._receive = receive
-        self._task = task
-        self._cancelling = task.cancelling()
-        self._loop = asyncio.get_running_loop()
-        now_s = self._loop.time()
         self._request_s_max = request_s_max
-        self._body_s_max = body_s_max
-        self._due_s = now_s + left_s
-        self._body_due_s = now_s + body_s_max
-        self._has_looked = False
-        self._may_watch = False
+        self._loop = asyncio.get_running_loop()
+        self._due_s = self._loop.time() + request_s_max
         self._reason: Exception | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self.is_reading_body = False
 
     def __enter__(self) -> Self:
-        first_s = min(self._loop.time() + WATCH_AFTER_S, self._body_due_s, self._due_s)
-        self._timer = self._loop.call_at(first_s, self._look)
+        task = asyncio.current_task()
+        assert task is not None
+        self._task, self._cancelling = task, task.cancelling()
+        self._timer = self._loop.call_at(self._due_s, self._look)
         return self
 
     def __exit__(
@@ -94,9 +66,10 @@ class RequestTimeout:
 
     def watch_client(self) -> None:
         """From here on notice when the client leaves. Call it once the request's body is read."""
-        self._may_watch = True
-        if self._has_looked:
-            self._start_watcher()
+        self._timer.cancel()
+        self._timer = self._loop.call_at(
+            min(self._loop.time() + WATCH_AFTER_S, self._due_s), self._look
+        )
 
     def end(self, reason: Exception) -> None:
         """Cancel the block and raise *reason* in its place; of several reasons the first."""
@@ -105,9 +78,7 @@ class RequestTimeout:
             self._task.cancel()
 
     def _look(self) -> None:
-        """On the timer: end what is over its bound, else come back at the next bound."""
-        now_s = self._loop.time() + 1e-3  # a timer may be that much early
-        if now_s >= self._due_s:
+        if self._loop.time() + 1e-3 >= self._due_s:  # a timer may be that much early
             self.end(
                 DeadlineExceeded(
                     f"The request was not done within {self._request_s_max:g} seconds. "
@@ -115,23 +86,9 @@ class RequestTimeout:
                     retry_after_s=1.0,
                 )
             )
-        elif self.is_reading_body and now_s >= self._body_due_s:
-            self.end(
-                BodyTooSlow(
-                    f"The request body did not arrive within {self._body_s_max:g} seconds. "
-                    "Send it again, in smaller requests."
-                )
-            )
         else:
-            self._has_looked = True
-            if self._may_watch:
-                self._start_watcher()
-            body_due_s = self._body_due_s if self.is_reading_body else self._due_s
-            self._timer = self._loop.call_at(min(body_due_s, self._due_s), self._look)
-
-    def _start_watcher(self) -> None:
-        if self._watcher is None:
             self._watcher = self._loop.create_task(self._watch(), name="client-watch")
+            self._timer = self._loop.call_at(self._due_s, self._look)
 
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
