@@ -119,7 +119,7 @@ def test_all_connections_can_hold_a_small_request_whatever_large_ones_hold() -> 
 
 def test_bodies_of_one_size_do_not_push_each_other_out() -> None:
     budget = ByteBudget(BUDGET)
-    refused: list[Overloaded] = []
+    refused: list[Exception] = []
     first, second = budget.open(), budget.open()
     for one in (first, second):
         one.arrives(refused.append)

@@ -85,8 +85,9 @@ def test_a_client_that_waits_to_be_told_does_not_have_to_send(address: str) -> N
     assert b"connection: close" in answer
 
 
-async def test_a_client_that_sends_on_for_ever_is_cut_off() -> None:
-    house = House(limits=HttpLimits(refused_body_bytes_max=1000))
+async def test_a_client_that_sends_on_for_ever_is_cut_off(house: House) -> None:
+    house.limits = HttpLimits(refused_body_bytes_max=1000)
+    house.serve()
     received = 0
     sent: list[Message] = []
 
@@ -106,5 +107,4 @@ async def test_a_client_that_sends_on_for_ever_is_cut_off() -> None:
         "headers": [(b"transfer-encoding", b"chunked")],
     }
     await asyncio.wait_for(house.app(scope, receive, send), 30)
-    house.close()
     assert (sent[0]["status"], received) == (404, 1000)

@@ -52,16 +52,8 @@ class RequestMiddleware:
         except ClientDisconnected:
             context.error_code = "client_gone"
         except BaseException as raised:
-            error = service_error(raised, scope)
-            if error is None:
+            if not await answer_error(raised, scope, receive, send_answer):
                 raise
-            if isinstance(error, EngineFault):
-                _log.error("request %s failed: %s", context.request_id, error)
-            problem = problem_of(error, request_id=context.request_id)
-            context.error_code = problem.code or problem.type
-            context.error_message = problem.message if status_of(error) < 500 else None
-            if context.status is None:  # else cut: half an answer must not look whole
-                await error_response(error, problem)(scope, receive, send_answer)
         finally:
             context.memory.close()
             observe(context, scope)
@@ -72,25 +64,38 @@ class RequestMiddleware:
             )
 
 
-def service_error(raised: BaseException, scope: Scope) -> ServiceError | None:
-    """What *raised* is answered with; None for a cancellation, which goes on."""
+async def answer_error(raised: BaseException, scope: Scope, receive: Receive, send: Send) -> bool:
+    """Answer *raised* by the table; False for a cancellation, which goes on.
+
+    A function of its own: a frame that an error has passed and that still names it is a cycle,
+    which would keep the request's body.
+    """
+    context: RequestContext = scope[CONTEXT]
     if isinstance(raised, ServiceError):
-        return raised
-    if isinstance(raised, HTTPException):  # the router's own
-        method = scope[CONTEXT].method
+        error = raised
+    elif isinstance(raised, HTTPException):  # the router's own
+        error = RouteUnknown(
+            f"Nothing is served at this path with {context.method}. "
+            "The API is under /v1, /openai/v1 and /v3/openai; /openapi.json describes it."
+        )
         if raised.status_code == 405:
             routes = [one for one in scope["router"].routes if one.path == scope["route"].path]
             allowed = {name for route in routes for name in route.methods}
-            return MethodNotAllowed(method=method, allowed=tuple(sorted(allowed)))
-        return RouteUnknown(
-            f"Nothing is served at this path with {method}. "
-            "The API is under /v1, /openai/v1 and /v3/openai; /openapi.json describes it."
-        )
-    if isinstance(raised, Exception) or is_panic(raised):
+            error = MethodNotAllowed(method=context.method, allowed=tuple(sorted(allowed)))
+    elif isinstance(raised, Exception) or is_panic(raised):
         # Not what it says: a message of a library can hold a client's text.
         frames = "".join(traceback.format_tb(raised.__traceback__))
-        return EngineFault(f"{type(raised).__name__}\n{frames}")
-    return None
+        error = EngineFault(f"{type(raised).__name__}\n{frames}")
+    else:
+        return False
+    if isinstance(error, EngineFault):
+        _log.error("request %s failed: %s", context.request_id, error)
+    problem = problem_of(error, request_id=context.request_id)
+    context.error_code = problem.code or problem.type
+    context.error_message = problem.message if status_of(error) < 500 else None
+    if context.status is None:  # else the connection is cut: half an answer must not look whole
+        await error_response(error, problem)(scope, receive, send)
+    return True
 
 
 def observe(context: RequestContext, scope: Scope) -> None:

@@ -50,12 +50,10 @@ class Embedder(Protocol):
         """
         ...
 
-    def check_admission(self, token_count: int, *, tokens_ahead: int = 0) -> None:
+    def check_admission(self, token_count: int) -> None:
         """Raise what `embed` would raise at once for *token_count* tokens or more: `Overloaded`.
 
-        It is for refusing before there is anything to embed, and cheap. It reserves nothing, so a
-        caller with requests that have passed and not joined yet may say how many of their tokens
-        will be served before these: *tokens_ahead*, which an implementation may pass over.
+        It is for refusing before there is anything to embed, and cheap. It reserves nothing.
         """
         ...
 
