@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.gpu_plan import talk
 from tokenizers import Tokenizer
 
-from trivec.api.numbers import to_base64, to_json
+from trivec.api.responses import to_base64, to_json
 from trivec.backends.torch.answers import Sent, to_vectors
 from trivec.backends.torch.layout import lay_out
 from trivec.cli.bench.texts import sentences

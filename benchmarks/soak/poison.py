@@ -23,11 +23,10 @@ from benchmarks.soak.faulty import Fault, Injected
 from benchmarks.soak.report import Report, command
 from benchmarks.soak.service import MODEL, Service
 
-from trivec.api import embeddings
-from trivec.api.encoding import encode
+from trivec.api import openai
 from trivec.cli.bench.texts import sentences
 from trivec.core.ports import Texts, TokenLists
-from trivec.core.types import Float32Array, LongText, Sequences
+from trivec.core.types import Float32Array, LongText, Sequences, Vectors
 
 IN_THE_DEVICE = {
     "poison": Fault.RAISE,
@@ -84,23 +83,27 @@ async def _run(batches: int, backend: str) -> Report:
 @contextmanager
 def stages_that_raise(service: Service) -> Iterator[None]:
     """Tokenising and encoding fail for the word that names them."""
-    tokenize = service.engine.tokenize
+    tokenize, encode = service.engine.tokenize, openai.encode_embeddings
+    not_to_encode: list[Sequences] = []
 
     async def tokenizing(
         inputs: Texts | TokenLists, *, long_text: LongText, are_own: bool = False
     ) -> Sequences:
         if any(isinstance(one, str) and "tokenizer" in one for one in inputs):
             raise Injected
-        return await tokenize(inputs, long_text=long_text, are_own=are_own)
+        sequences = await tokenize(inputs, long_text=long_text, are_own=are_own)
+        if any(isinstance(one, str) and "encoding" in one for one in inputs):
+            not_to_encode.append(sequences)
+        return sequences
 
-    def encoding(result: Any) -> Any:
-        if any("encoding" in str(one) for one in result.question.inputs.texts or ()):
+    def encoding(vectors: Vectors, sequences: Sequences, **asked: Any) -> memoryview:
+        if any(one is sequences for one in not_to_encode):
             raise Injected
-        return encode(result)
+        return encode(vectors, sequences, **asked)
 
     with (
         mock.patch.object(service.engine, "tokenize", tokenizing),
-        mock.patch.object(embeddings, "encode", encoding),
+        mock.patch.object(openai, "encode_embeddings", encoding),
     ):
         yield
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from starlette.types import Receive, Scope
 
 from trivec.accounts import Accounts, Caller, RateLimitState, Reservation
-from trivec.api.body import ByteBudget, MemoryHold, RequestBody
+from trivec.api.body import ByteBudget, RequestBody
 from trivec.api.schemas import shown
 from trivec.api.timeout import RequestTimeout
 from trivec.core.errors import BusyError, ModelUnknown
@@ -39,7 +39,7 @@ class AppState:
     memory: ByteBudget
     # Large requests to tokenize run one at a time: their threads are those of embeddings.
     large_tokenize: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
-    large_tokenize_waiting: int = 0
+    large_tokenize_count: int = 0
 
     def check_admission(self) -> None:
         """Raise `Overloaded` where no model takes even the smallest request there is."""
@@ -60,61 +60,41 @@ class AppState:
         return [card for card in cards.values() if caller.may_use(card.names)]
 
 
-@dataclass(slots=True)
 class RequestContext:
     """One request; lives on the event loop, in one task."""
 
-    app: AppState
-    method: str  # one of HTTP's, or "other"
-    headers: Mapping[bytes, bytes]  # lower-case names; the first of several wins
-    timeout: RequestTimeout
-    memory: MemoryHold
-    body: RequestBody
-    started_s: float
-    deadline_s: float  # on the same clock as `started_s`
-    request_id: str
-    caller: Caller | None = None
-    reservation: Reservation | None = None
-    rate_limits: RateLimitState | None = None
-    user: str | None = None  # the client's word for its user, on its way to be hashed
-    error_code: str | None = None
-    error_message: str | None = None  # where the client is at fault
-    model: str | None = None  # a served id, never what the client merely claimed
-    input_count: int = 0
-    token_count: int = 0
-    status: int | None = None  # of the answer that has begun to leave
-    answer_bytes: int = 0  # of body, that have left
-    tokenize_s: float = 0.0
-    queue_s: float = 0.0
-    compute_s: float = 0.0
-    encode_s: float = 0.0
-
-    @classmethod
-    def of(cls, scope: Scope, receive: Receive, app: AppState) -> "RequestContext":
-        """The context of a request that has just arrived."""
-        headers = dict(reversed(scope["headers"]))
+    def __init__(self, scope: Scope, receive: Receive, app: AppState) -> None:
+        """Of a request that has just arrived."""
+        self.app = app
+        # A client may send any word for a method.
+        self.method: str = scope["method"] if scope["method"] in METHODS else "other"
+        # By lower-case name; the first of several wins.
+        self.headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))
+        self.request_id = f"req_{os.urandom(16).hex()}"
         request_s_max = app.limits.request_s_max
         try:  # OpenAI's clients say how long they wait
-            client_s = float(headers.get(b"x-stainless-read-timeout", b"0"))
+            client_s = float(self.headers.get(b"x-stainless-read-timeout", b"0"))
         except ValueError:
             client_s = 0.0
         if 0 < client_s < request_s_max:  # NaN compares false
             request_s_max = client_s
-        memory = app.memory.open()
-        timeout = RequestTimeout(receive, request_s_max=request_s_max)
-        now_s = app.clock.now_s()
-        method = scope["method"]
-        return cls(
-            app=app,
-            method=method if method in METHODS else "other",  # a client may send any word
-            headers=headers,
-            timeout=timeout,
-            memory=memory,
-            body=RequestBody(headers, receive, app.limits, memory, timeout),
-            started_s=now_s,
-            deadline_s=now_s + request_s_max,
-            request_id=f"req_{os.urandom(16).hex()}",
-        )
+        self.started_s = app.clock.now_s()
+        self.deadline_s = self.started_s + request_s_max
+        self.timeout = RequestTimeout(receive, request_s_max=request_s_max)
+        self.memory = app.memory.open()
+        self.body = RequestBody(self.headers, receive, app.limits, self.memory, self.timeout)
+
+        self.caller: Caller | None = None
+        self.reservation: Reservation | None = None
+        self.rate_limits: RateLimitState | None = None
+        self.user: str | None = None  # the client's word for its user, on its way to be hashed
+        self.error_code: str | None = None
+        self.error_message: str | None = None  # where the client is at fault
+        self.model: str | None = None  # a served id, never what the client merely claimed
+        self.input_count = self.token_count = 0
+        self.status: int | None = None  # of the answer that has begun to leave
+        self.answer_bytes = 0  # of body, that have left
+        self.tokenize_s = self.queue_s = self.compute_s = self.encode_s = 0.0
 
     def header_for_log(self, name: bytes, *, chars_max: int) -> str | None:
         """The header's text if it is fit for a log: short, printable ASCII."""

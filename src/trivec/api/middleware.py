@@ -36,7 +36,7 @@ class RequestMiddleware:
         if scope["type"] != "http":  # Starlette's router answers lifespan and refuses web sockets
             await self._app(scope, receive, send)
             return
-        context = scope[CONTEXT] = RequestContext.of(scope, receive, self._state)
+        context = scope[CONTEXT] = RequestContext(scope, receive, self._state)
         scope["app"] = self._state  # so that the router raises where it finds no route
 
         async def send_answer(message: Message) -> None:

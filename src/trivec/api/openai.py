@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from trivec.accounts import Scope
 from trivec.api.auth import reserve
-from trivec.api.context import CONTEXT, AppState, RequestContext
+from trivec.api.context import CONTEXT, RequestContext
 from trivec.api.openapi import Operation
 from trivec.api.responses import (
     IN_LINE_BYTES_MAX,
@@ -49,7 +49,7 @@ Asked = TypeVar("Asked", EmbeddingsRequest, TokenizeRequest)
 
 PARSE_IN_LINE_BYTES_MAX = 256 * 1024  # larger bodies are parsed in a thread
 LARGE_TOKENIZE_BYTES = 64 * 1024  # of a body; smaller ones need not wait for others
-LARGE_TOKENIZE_WAITING_MAX = 4
+LARGE_TOKENIZE_MAX = 5  # at a time: one runs, the others wait
 TOKEN_BYTES = 48  # an id in an array, as a Python integer in a list, and as text
 TOKEN_STRING_BYTES = 72  # its string, in a list
 OUTPUTS = {
@@ -145,32 +145,22 @@ async def tokenize(request: Request) -> Response:
     """
     context: RequestContext = request.scope[CONTEXT]
     app = context.app
-    check_tokenize_admission(app, context.body.declared_bytes)  # if need be, with the body unread
     body = await context.body.read()
     context.timeout.watch_client()
     if len(body) < LARGE_TOKENIZE_BYTES:
         return await count_tokens(context, body)
-    check_tokenize_admission(app, len(body))
-    app.large_tokenize_waiting += 1
-    try:
-        await app.large_tokenize.acquire()
-    finally:
-        app.large_tokenize_waiting -= 1
-    try:
-        return await count_tokens(context, body)
-    finally:
-        app.large_tokenize.release()
-
-
-def check_tokenize_admission(app: AppState, body_bytes: int) -> None:
-    """Raise `Overloaded` where a large body would be one too many to wait."""
-    waiting_max = LARGE_TOKENIZE_WAITING_MAX
-    if body_bytes >= LARGE_TOKENIZE_BYTES and app.large_tokenize_waiting >= waiting_max:
+    if app.large_tokenize_count >= LARGE_TOKENIZE_MAX:
         raise Overloaded(
-            f"{waiting_max} large requests to tokenize are waiting, which is the most. "
+            f"{LARGE_TOKENIZE_MAX - 1} large requests to tokenize are waiting, which is the most. "
             "Please try again shortly, with fewer inputs at a time.",
             retry_after_s=random.uniform(5, 10),  # noqa: S311 # not all at once again
         )
+    app.large_tokenize_count += 1
+    try:
+        async with app.large_tokenize:
+            return await count_tokens(context, body)
+    finally:
+        app.large_tokenize_count -= 1
 
 
 async def count_tokens(context: RequestContext, body: bytes) -> Response:

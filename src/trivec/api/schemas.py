@@ -24,6 +24,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from trivec.core.errors import FieldInvalid, MalformedBody
+from trivec.core.types import Truncated
 
 T = TypeVar("T")
 
@@ -115,13 +116,6 @@ class MultiEmbedding(Struct, frozen=True):
     encoding: Literal["base64"] | None = None
 
 
-class TruncatedText(Struct, frozen=True):
-    """That a text was cut. `original_tokens` is null where it was too long to be counted."""
-
-    original_tokens: int | None
-    kept_tokens: int
-
-
 class Embedding(Struct, frozen=True, omit_defaults=True):
     """The vectors of one text. The last three keys are there only when they say something."""
 
@@ -130,7 +124,7 @@ class Embedding(Struct, frozen=True, omit_defaults=True):
     embedding: list[float] | str
     sparse_embedding: SparseEmbedding | None = None
     multi_embedding: MultiEmbedding | None = None
-    truncated: TruncatedText | None = None
+    truncated: Truncated | None = None
 
 
 class Usage(Struct, frozen=True):
