@@ -23,7 +23,7 @@ from benchmarks.soak.faulty import Fault, Injected
 from benchmarks.soak.report import Report, command
 from benchmarks.soak.service import MODEL, Service
 
-from trivec.api import openai
+from trivec.api.responses import encode_embeddings
 from trivec.cli.bench.texts import sentences
 from trivec.core.ports import Texts, TokenLists
 from trivec.core.types import Float32Array, LongText, Sequences, Vectors
@@ -83,7 +83,7 @@ async def _run(batches: int, backend: str) -> Report:
 @contextmanager
 def stages_that_raise(service: Service) -> Iterator[None]:
     """Tokenising and encoding fail for the word that names them."""
-    tokenize, encode = service.engine.tokenize, openai.encode_embeddings
+    tokenize = service.engine.tokenize
     not_to_encode: list[Sequences] = []
 
     async def tokenizing(
@@ -99,11 +99,11 @@ def stages_that_raise(service: Service) -> Iterator[None]:
     def encoding(vectors: Vectors, sequences: Sequences, **asked: Any) -> memoryview:
         if any(one is sequences for one in not_to_encode):
             raise Injected
-        return encode(vectors, sequences, **asked)
+        return encode_embeddings(vectors, sequences, **asked)
 
     with (
         mock.patch.object(service.engine, "tokenize", tokenizing),
-        mock.patch.object(openai, "encode_embeddings", encoding),
+        mock.patch("trivec.api.openai.encode_embeddings", encoding),
     ):
         yield
 

@@ -48,10 +48,6 @@ class ByteBudget:
         self.used_bytes = 0
         self.arriving: dict[MemoryHold, Callable[[Exception], None]] = {}  # to how each is refused
 
-    def open(self) -> "MemoryHold":
-        """A new request's, which holds nothing."""
-        return MemoryHold(self)
-
     def spent(self) -> Overloaded:
         """The refusal of what does not fit."""
         return Overloaded(
@@ -76,8 +72,8 @@ class MemoryHold:
             largest = max(budget.arriving, key=lambda one: one.bytes, default=None)
             if largest is None or largest.bytes < GIVES_WAY_TO * total:
                 raise budget.spent()
-            budget.arriving[largest](budget.spent())
-            largest.close()
+            budget.arriving.pop(largest)(budget.spent())
+            largest.shrink(0)
         self.bytes = total
         budget.used_bytes += byte_count
 
@@ -101,11 +97,6 @@ class MemoryHold:
     def has_arrived(self) -> None:
         """The body is read, or given up."""
         self._budget.arriving.pop(self, None)
-
-    def close(self) -> None:
-        """Hold nothing."""
-        self.shrink(0)
-        self.has_arrived()
 
 
 def budget_bytes(settings: Settings, *, machine_bytes: int) -> int:
@@ -136,12 +127,6 @@ class RequestBody:
         self.byte_count = 0  # of it that were read
 
     @property
-    def declared_bytes(self) -> int:
-        """What `Content-Length` says; 0 where it says nothing that makes sense."""
-        declared = self._headers.get(b"content-length", b"")
-        return int(declared[:20]) if declared.isdigit() else 0
-
-    @property
     def waits_for_100(self) -> bool:
         """Whether the client sends its body only when told to, and has not been told."""
         return b"expect" in self._headers and not self._is_asked_for
@@ -156,20 +141,20 @@ class RequestBody:
         limits, memory = self._limits, self._memory
         if not is_optional:
             self._check_is_json()
-        if self.declared_bytes > limits.body_bytes_max:
+        declared = self._headers.get(b"content-length", b"")
+        if declared.isdigit() and int(declared[:20]) > limits.body_bytes_max:
             raise _too_many_bytes(limits)
         # Over a slow link every packet of an honest body is a piece, so pieces are bounded only
         # where no length bounds the body.
-        pieces_max = limits.body_bytes_max if self.declared_bytes else limits.body_chunks_max
+        pieces_max = limits.body_bytes_max if declared else limits.body_chunks_max
         pieces: list[bytes] = []
         self._is_asked_for = has_more = True
         try:
             async with asyncio.timeout(limits.body_s_max):
                 while has_more:
                     message = await self._receive()
-                    if (
-                        message["type"] != "http.request"
-                    ):  # a bad chunk looks like a client that left
+                    # A bad chunk looks like a client that left.
+                    if message["type"] != "http.request":
                         raise MalformedBody(
                             "We could not parse the JSON body of your request (it broke off before "
                             "its end). Send one JSON object in UTF-8."
@@ -205,7 +190,7 @@ class RequestBody:
 
     def _check_is_json(self) -> None:
         """Raise `MediaTypeUnsupported` unless the body says that it is plain JSON in UTF-8."""
-        content_type = self._headers.get(b"content-type", b"nothing").decode("latin-1")
+        content_type = self._headers.get(b"content-type", b"").decode("latin-1") or "nothing"
         encoding = self._headers.get(b"content-encoding", b"").decode("latin-1")
         if encoding.strip().lower() not in ("", "identity"):
             raise MediaTypeUnsupported(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from starlette.types import Receive, Scope
 
 from trivec.accounts import Accounts, Caller, RateLimitState, Reservation
-from trivec.api.body import ByteBudget, RequestBody
+from trivec.api.body import ByteBudget, MemoryHold, RequestBody
 from trivec.api.schemas import shown
 from trivec.api.timeout import RequestTimeout
 from trivec.core.errors import BusyError, ModelUnknown
@@ -81,7 +81,7 @@ class RequestContext:
         self.started_s = app.clock.now_s()
         self.deadline_s = self.started_s + request_s_max
         self.timeout = RequestTimeout(receive, request_s_max=request_s_max)
-        self.memory = app.memory.open()
+        self.memory = MemoryHold(app.memory)
         self.body = RequestBody(self.headers, receive, app.limits, self.memory, self.timeout)
 
         self.caller: Caller | None = None

@@ -55,7 +55,7 @@ class RequestMiddleware:
             if not await answer_error(raised, scope, receive, send_answer):
                 raise
         finally:
-            context.memory.close()
+            context.memory.shrink(0)
             observe(context, scope)
         if context.status is not None:
             is_slow = context.status == 408

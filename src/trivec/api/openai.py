@@ -41,8 +41,8 @@ from trivec.core.errors import (
     RequestTooLarge,
     TokenIdUnknown,
 )
-from trivec.core.ports import Embedder, Texts, TokenLists
-from trivec.core.types import LongText, ModelCard, Output, Sequences
+from trivec.core.ports import Texts, TokenLists
+from trivec.core.types import LongText, ModelCard, Output
 from trivec.settings import HttpLimits
 
 Asked = TypeVar("Asked", EmbeddingsRequest, TokenizeRequest)
@@ -70,7 +70,10 @@ _tokenize_decoder = Decoder(TokenizeRequest)
 
 
 async def embeddings(request: Request) -> Response:
-    """Turn texts into vectors."""  # whatever can be refused is refused before the model is touched
+    """Turn texts into vectors.
+
+    Whatever can be refused is refused before the model is touched.
+    """
     context: RequestContext = request.scope[CONTEXT]
     app, clock, limits = context.app, context.app.clock, context.app.limits
     body = await context.body.read()
@@ -99,12 +102,19 @@ async def embeddings(request: Request) -> Response:
 
     usual = context.known_caller.truncate or limits.truncate
     long_text = LONG_TEXT[usual if asked.truncate is None else asked.truncate]
-    sequences = await to_sequences(context, asked, embedder, long_text)
+    started_s = clock.now_s()
+    sequences = await embedder.tokenize(
+        tokenizer_inputs(asked.input, card),
+        long_text=long_text,
+        are_own=asked.token_encoding is not None,
+    )
+    context.tokenize_s = clock.now_s() - started_s
     token_count = sequences.token_count
     if token_count > limits.request_tokens_max:
         raise RequestTooLarge(token_count=token_count, token_count_max=limits.request_tokens_max)
     answer_bytes, vector_bytes = estimate(tokens=token_count)
-    check_answer_fits(answer_bytes, limits)
+    if answer_bytes > limits.answer_bytes_max:
+        raise AnswerTooLarge(answer_bytes=answer_bytes, answer_bytes_max=limits.answer_bytes_max)
     context.memory.add_answer(answer_bytes + vector_bytes - least_bytes)
     assert context.reservation is not None
     await context.reservation.reserve_tokens(token_count)
@@ -165,15 +175,22 @@ async def tokenize(request: Request) -> Response:
 
 async def count_tokens(context: RequestContext, body: bytes) -> Response:
     """The answer to `POST /tokenize`. A text that would not fit is counted all the same."""
-    limits = context.app.limits
+    clock, limits = context.app.clock, context.app.limits
     asked = await parse(_tokenize_decoder, body, context)
     embedder = context.find_embedder(asked.model)
     token_count_max = embedder.card.token_count_max
     await reserve(context)
-    sequences = await to_sequences(context, asked, embedder, LongText.KEEP)
+    started_s = clock.now_s()
+    sequences = await embedder.tokenize(
+        tokenizer_inputs(asked.input, embedder.card),
+        long_text=LongText.KEEP,
+        are_own=asked.token_encoding is not None,
+    )
+    context.tokenize_s = clock.now_s() - started_s
     token_count = sequences.token_count
     answer_bytes = token_count * INT_TEXT_BYTES
-    check_answer_fits(answer_bytes, limits)
+    if answer_bytes > limits.answer_bytes_max:
+        raise AnswerTooLarge(answer_bytes=answer_bytes, answer_bytes_max=limits.answer_bytes_max)
     token_bytes = TOKEN_BYTES + (TOKEN_STRING_BYTES if asked.return_tokens else 0)
     context.memory.add_answer(token_count * token_bytes)
     data = []
@@ -240,10 +257,14 @@ def _model(card: ModelCard, name: str, context: RequestContext) -> Model:
 
 async def parse(decoder: Decoder[Asked], body: bytes, context: RequestContext) -> Asked:
     """The request in *body*. Raises `MalformedBody`, `FieldInvalid`, `RequestTooLarge`."""
+
+    def decode() -> Asked:
+        asked = decoder.decode(body)
+        context.input_count = check_inputs(asked.input, context.app.limits)
+        return asked
+
     in_line = len(body) <= PARSE_IN_LINE_BYTES_MAX
-    asked = decoder.decode(body) if in_line else await asyncio.to_thread(decoder.decode, body)
-    context.input_count = check_inputs(asked.input, context.app.limits)
-    return asked
+    return decode() if in_line else await asyncio.to_thread(decode)
 
 
 def check_inputs(given: Input, limits: HttpLimits) -> int:
@@ -253,18 +274,18 @@ def check_inputs(given: Input, limits: HttpLimits) -> int:
     if isinstance(given, str):
         return 1
     kind = type(given[0])
+    if kind is not int and len(given) > limits.inputs_max:
+        raise FieldInvalid(
+            "Invalid 'input': array too long. Expected an array with maximum length "
+            f"{limits.inputs_max}, but got an array with length {len(given)} instead.",
+            param="input",
+        )
     if len(set(map(type, given))) > 1:
         i = next(i for i, item in enumerate(given) if type(item) is not kind)
         raise FieldInvalid(
             f"Invalid 'input[{i}]': all inputs must be of one kind. "
             "Send texts, or token ids, or lists of token ids.",
             param=f"input[{i}]",
-        )
-    if kind is not int and len(given) > limits.inputs_max:
-        raise FieldInvalid(
-            "Invalid 'input': array too long. Expected an array with maximum length "
-            f"{limits.inputs_max}, but got an array with length {len(given)} instead.",
-            param="input",
         )
     if kind is str:
         if not all(given):
@@ -283,23 +304,6 @@ def _empty(param: str, what: str) -> FieldInvalid:
     return FieldInvalid(
         f"Invalid '{param}': empty {what}. Send at least one character or token id.", param=param
     )
-
-
-async def to_sequences(
-    context: RequestContext,
-    asked: EmbeddingsRequest | TokenizeRequest,
-    embedder: Embedder,
-    long_text: LongText,
-) -> Sequences:
-    """The tokens of every input. Raises `TokenIdUnknown`, `TokenIdsForeign`, `TextTooLong`."""
-    started_s = context.app.clock.now_s()
-    sequences = await embedder.tokenize(
-        tokenizer_inputs(asked.input, embedder.card),
-        long_text=long_text,
-        are_own=asked.token_encoding is not None,
-    )
-    context.tokenize_s = context.app.clock.now_s() - started_s
-    return sequences
 
 
 def tokenizer_inputs(given: Input, card: ModelCard) -> Texts | TokenLists:
@@ -367,12 +371,6 @@ def check_against_card(outputs: Output, dimensions: int | None, card: ModelCard)
             f"This model's vectors have {card.dimensions}.",
             param="dimensions",
         )
-
-
-def check_answer_fits(answer_bytes: int, limits: HttpLimits) -> None:
-    """Raise `AnswerTooLarge` for an estimate over the limit."""
-    if answer_bytes > limits.answer_bytes_max:
-        raise AnswerTooLarge(answer_bytes=answer_bytes, answer_bytes_max=limits.answer_bytes_max)
 
 
 OPERATIONS = (

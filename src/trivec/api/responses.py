@@ -56,14 +56,12 @@ def to_json(array: Float32Array | Int32Array) -> bytes:
     return _encoder.encode(array.tolist())
 
 
-def leading_slice(dense: Float32Array, dimensions: int | None) -> Float32Array:
+def leading_slice(dense: Float32Array, dimensions: int) -> Float32Array:
     """The first *dimensions* of each row, of length 1 again: `[sequences, dimensions]`.
 
     Dividing by the slice's own length undoes the model's normalisation of the whole row, so this
     equals truncating first and normalising after.
     """
-    if dimensions is None or dimensions == dense.shape[1]:
-        return dense
     sliced = dense[:, :dimensions]
     lengths = np.linalg.norm(sliced, axis=1, keepdims=True)
     unit: Float32Array = sliced / np.maximum(lengths, np.float32(1e-12))
@@ -115,7 +113,9 @@ def encode_embeddings(
     write = to_json if encoding == "float" else to_base64
     frame = {} if encoding == "float" else {"encoding": "base64"}
     no_vector: object = [] if encoding == "float" else ""
-    dense = leading_slice(vectors.dense, dimensions) if Output.DENSE in outputs else None
+    dense = vectors.dense if Output.DENSE in outputs else None
+    if dense is not None and dimensions not in (None, dense.shape[1]):
+        dense = leading_slice(dense, dimensions)
     sparse = vectors.sparse if Output.SPARSE in outputs else ()
     multi = vectors.multi if Output.MULTI in outputs else ()
     body = bytearray(b'{"object":"list","model":%b,"data":[' % _encoder.encode(model))

@@ -14,7 +14,7 @@ TrivecError
     ├── BusyError      we must recover; each says when to try again
     │   └── Overloaded · Draining · Loading · DeadlineExceeded · StoreUnavailable
     ├── RateLimitError the client must wait
-    │   └── RateLimitExceeded
+    │   └── RateLimitExceeded · IdempotencyKeyReused · IdempotencyInProgress
     └── EngineFault    our mistake; the message is only for the log
 """
 
@@ -237,20 +237,14 @@ class RateLimitExceeded(RateLimitError):
     """The key's own allowance is used up for now."""
 
     def __init__(
-        self,
-        *,
-        kind: str,
-        limit: int,
-        requested: int,
-        retry_after_s: float,
-        what: str | None = None,
+        self, *, kind: str, limit: int, requested: int, retry_after_s: float, what: str = ""
     ) -> None:
         """*what* is limited, where *kind* alone does not say it."""
         self.kind = kind  # "requests" or "tokens"
         self.retry_after_s = retry_after_s
         super().__init__(
-            f"Rate limit reached for {what or kind} per minute: limit {limit}, requested {requested}. "
-            f"Please try again in {retry_after_s:.3f}s."
+            f"Rate limit reached for {what or kind} per minute: limit {limit}, requested "
+            f"{requested}. Please try again in {retry_after_s:.3f}s."
         )
 
 
