@@ -9,7 +9,7 @@ from starlette.types import Message, Scope
 from tests.api.house import MODEL, House
 
 from trivec.api import ByteBudget, budget_bytes
-from trivec.api.body import MemoryHold
+from trivec.api.memory import MemoryHold
 from trivec.api.middleware import chunk_s_max
 from trivec.api.openai import LARGE_TOKENIZE_MAX
 from trivec.core.errors import AnswerTooLarge, Overloaded
@@ -123,7 +123,7 @@ def test_bodies_of_one_size_do_not_push_each_other_out() -> None:
     refused: list[Exception] = []
     first, second = MemoryHold(budget), MemoryHold(budget)
     for one in (first, second):
-        one.arrives(refused.append)
+        budget.arriving[one] = refused.append
     first.add(budget.large_bytes_max * 2 // 3)
     with pytest.raises(Overloaded):
         second.add(budget.large_bytes_max // 2)

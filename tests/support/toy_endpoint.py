@@ -32,7 +32,7 @@ _decoder = Decoder(ToyRequest)
 async def embed(request: Request) -> Response:
     """Turn one text into a vector."""
     context: RequestContext = request.scope[CONTEXT]
-    asked = _decoder.decode(await context.body.read())
+    asked = _decoder.decode(await context.read_body())
     embedder = context.find_embedder(asked.model)
     context.timeout.watch_client()
     await reserve(context, tokens_follow=True)

@@ -5,6 +5,6 @@ an `Embedder` a model, an `Accounts`, and two callables for health and metrics.
 """
 
 from trivec.api.app import build_app
-from trivec.api.body import ByteBudget, budget_bytes
+from trivec.api.memory import ByteBudget, budget_bytes
 
 __all__ = ["ByteBudget", "budget_bytes", "build_app"]

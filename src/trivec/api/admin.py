@@ -115,7 +115,7 @@ _rotate_decoder = Decoder(RotateKeyRequest)
 async def create_key(request: Request) -> Response:
     """Make a key; the answer shows it once."""
     context: RequestContext = request.scope[CONTEXT]
-    asked = _create_decoder.decode(await context.body.read())
+    asked = _create_decoder.decode(await context.read_body())
     try:
         expires_us = None if asked.expires is None else microseconds(asked.expires)
     except ValueError as unfit:
@@ -164,7 +164,7 @@ async def revoke_key(request: Request) -> Response:
 async def rotate_key(request: Request) -> Response:
     """Give a key a second secret."""
     context: RequestContext = request.scope[CONTEXT]
-    body = await context.body.read(is_optional=True)
+    body = await context.read_body(is_optional=True)
     overlap_s = _rotate_decoder.decode(body).overlap_s if body else None
     key_id = await _changeable_id(request)
     bounds = {} if overlap_s is None else {"overlap_s": overlap_s}

@@ -11,8 +11,8 @@ from starlette.types import ASGIApp
 from trivec.accounts import Accounts
 from trivec.api import admin, health, openai
 from trivec.api.auth import Endpoint, UnpaidRate
-from trivec.api.body import ByteBudget
 from trivec.api.context import AppState
+from trivec.api.memory import ByteBudget
 from trivec.api.middleware import RequestMiddleware
 from trivec.api.openapi import Operation, openapi_document
 from trivec.core.health import Health
@@ -41,16 +41,8 @@ def build_app(
     *memory* is shared by the apps of one process. *operations* are served beside our own. The app
     starts and owns nothing.
     """
-    state = AppState(
-        embedders=embedders,
-        accounts=accounts,
-        observer=observer,
-        clock=clock,
-        limits=limits,
-        health=health,
-        metrics=metrics,
-        memory=memory or ByteBudget(connections_max=limits.connections_max),
-    )
+    memory = memory or ByteBudget(connections_max=limits.connections_max)
+    state = AppState(embedders, accounts, observer, clock, limits, health, metrics, memory)
     served = [*all_operations(metrics is not None, metrics_open=metrics_open), *operations]
     document = openapi_document(served)
 

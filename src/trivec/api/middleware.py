@@ -17,7 +17,6 @@ from trivec.settings import HttpLimits
 
 CLIENT_REQUEST_ID_CHARS_MAX = 512
 TRACEPARENT_CHARS_MAX = 128
-SLOW_BODY_S_MAX = 2.0  # to drop the rest of a body that was too slow already
 
 _log = logging.getLogger(__name__)
 
@@ -58,10 +57,7 @@ class RequestMiddleware:
             context.memory.shrink(0)
             observe(context, scope)
         if context.status is not None:
-            is_slow = context.status == 408
-            await context.body.drop_rest(
-                seconds_max=SLOW_BODY_S_MAX if is_slow else context.app.limits.refused_body_s_max
-            )
+            await context.drop_rest_of_body()
 
 
 async def answer_error(raised: BaseException, scope: Scope, receive: Receive, send: Send) -> bool:
@@ -115,7 +111,7 @@ def observe(context: RequestContext, scope: Scope) -> None:
             model=context.model,
             input_count=context.input_count,
             token_count=context.token_count if status < 400 else 0,
-            request_bytes=context.body.byte_count,
+            request_bytes=context.request_bytes,
             answer_bytes=context.answer_bytes,
             duration_s=context.app.clock.now_s() - context.started_s,
             tokenize_s=context.tokenize_s,
@@ -202,7 +198,7 @@ def answer_headers(context: RequestContext) -> list[tuple[bytes, bytes]]:
                     (b"x-ratelimit-remaining-" + kind, b"%d" % (remaining or 0)),
                     (b"x-ratelimit-reset-" + kind, duration(reset_s or 0.0)),
                 ]
-    if context.body.waits_for_100 or app.health().phase in ("draining", "stopped"):
+    if context.waits_for_100 or app.health().phase in ("draining", "stopped"):
         headers.append((b"connection", b"close"))
     return headers
 

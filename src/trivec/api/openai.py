@@ -76,7 +76,7 @@ async def embeddings(request: Request) -> Response:
     """
     context: RequestContext = request.scope[CONTEXT]
     app, clock, limits = context.app, context.app.clock, context.app.limits
-    body = await context.body.read()
+    body = await context.read_body()
     app.check_admission()  # after reading: a connection with an unread body is lost
     asked = await parse(_embeddings_decoder, body, context)
     del body
@@ -155,7 +155,7 @@ async def tokenize(request: Request) -> Response:
     """
     context: RequestContext = request.scope[CONTEXT]
     app = context.app
-    body = await context.body.read()
+    body = await context.read_body()
     context.timeout.watch_client()
     if len(body) < LARGE_TOKENIZE_BYTES:
         return await count_tokens(context, body)
