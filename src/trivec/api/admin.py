@@ -90,10 +90,10 @@ class KeyList(Struct, frozen=True, kw_only=True):
 class UsageShown(Struct, frozen=True, kw_only=True):
     """One sum over the ledger: by `key`, by `model` or by `day`, as was asked."""
 
-    key: str | UnsetType | None = UNSET
+    key: str | UnsetType = UNSET
     name: str | UnsetType | None = UNSET
     model: str | UnsetType | None = UNSET
-    day: str | UnsetType | None = UNSET
+    day: str | UnsetType = UNSET
     requests: int
     failed: int
     tokens: int
@@ -210,10 +210,10 @@ async def usage(request: Request) -> Response:
     )
     data = [
         UsageShown(
-            key=line.group if by is UsageBy.KEY else UNSET,
+            key=(line.group or UNSET) if by is UsageBy.KEY else UNSET,
             name=line.name if by is UsageBy.KEY else UNSET,
             model=line.group if by is UsageBy.MODEL else UNSET,
-            day=line.group if by is UsageBy.DAY else UNSET,
+            day=(line.group or UNSET) if by is UsageBy.DAY else UNSET,
             requests=line.requests,
             failed=line.failed,
             tokens=line.tokens,

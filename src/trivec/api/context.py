@@ -76,7 +76,7 @@ class RequestContext:
     """One request; lives on the event loop, in one task."""
 
     def __init__(self, scope: Scope, receive: Receive, app: AppState) -> None:
-        """Of a request that has just arrived."""
+        """The context of a request that has just arrived."""
         self.app = app
         # A client may send any word for a method.
         self.method: str = scope["method"] if scope["method"] in METHODS else "other"

@@ -1,4 +1,4 @@
-"""Probes and the metrics page: they report what others found out, and compute nothing."""
+"""Probes and the metrics page: what is known of the process already, with nothing computed."""
 
 import asyncio
 
