@@ -187,6 +187,16 @@ INVALID = "invalid_request_error"
             id="request-too-long",
         ),
         pytest.param(
+            lambda a, k: embeddings(a, k, input=[5] * 101),
+            (400, "max_tokens_per_request", None, "max_tokens_per_request"),
+            id="too-many-token-ids",
+        ),
+        pytest.param(
+            lambda a, k: embeddings(a, k, input=[[5]] * 101),
+            (400, "max_tokens_per_request", None, "max_tokens_per_request"),
+            id="too-many-lists-of-token-ids",
+        ),
+        pytest.param(
             lambda a, k: embeddings(a, k, input="a" * 60, output_type="multi"),
             (400, INVALID, None, "answer_too_large"),
             id="answer-too-large",

@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 
 import httpx
 import pytest
+from starlette.types import Message
 from tests.api.house import MODEL, House
 
 from trivec.settings import HttpLimits
@@ -152,6 +153,33 @@ def test_a_large_answer_comes_whole_in_pieces(piece_house: House, piece_address:
     response = httpx.post(f"{piece_address}/v1/embeddings", json=body, headers=headers, timeout=60)
     assert len(response.content) == int(response.headers["content-length"]) > 100_000
     assert len({datum["embedding"] for datum in response.json()["data"]}) == 1
+
+
+async def test_no_piece_of_an_answer_is_larger_than_the_setting(piece_house: House) -> None:
+    body = b'{"model":"%b","input":[%b]}' % (MODEL.encode(), b",".join([b'"text"'] * 300))
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    headers = {"authorization": f"Bearer {piece_house.key}", "content-type": "application/json"}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/embeddings",
+        "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+    }
+    await piece_house.app(scope, receive, send)
+    start, *pieces = sent
+    sizes = [len(piece["body"]) for piece in pieces]
+    assert sum(sizes) == int(dict(start["headers"])[b"content-length"])
+    assert len(sizes) > 2
+    assert set(sizes[:-1]) == {LIMITS.answer_chunk_bytes}
+    assert [piece["more_body"] for piece in pieces] == [True] * (len(pieces) - 1) + [False]
 
 
 def test_a_client_that_does_not_read_is_cut_off(piece_house: House, piece_address: str) -> None:
