@@ -44,6 +44,13 @@ async def test_it_is_refused_like_any_other(
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
 
 
+async def test_an_open_route_reads_a_body_without_a_key(toy_house: House) -> None:
+    async with toy_house.client("wrong") as client:
+        answer = await client.post("http://house/toy/echo", json=BODY)
+    assert (answer.status_code, answer.json()) == (200, "hello")
+    assert toy_house.heard.served[-1].key_id is None
+
+
 async def test_it_is_held_to_rate_limits(toy_house: House) -> None:
     key = await toy_house.new_key_async("one", RateLimits(requests_per_minute=1))
     async with toy_house.client(key) as client:

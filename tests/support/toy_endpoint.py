@@ -44,4 +44,13 @@ async def embed(request: Request) -> Response:
     return json_response(ToyAnswer(reply.vectors.dense[0].tolist()))
 
 
-OPERATIONS = (Operation("POST", "/toy/embed", embed, Scope.EMBED, ToyAnswer, ToyRequest),)
+async def echo(request: Request) -> Response:
+    """Answer with the text, to anyone."""
+    context: RequestContext = request.scope[CONTEXT]
+    return json_response(_decoder.decode(await context.read_body()).text)
+
+
+OPERATIONS = (
+    Operation("POST", "/toy/embed", embed, Scope.EMBED, ToyAnswer, ToyRequest),
+    Operation("POST", "/toy/echo", echo, None, None, ToyRequest),
+)

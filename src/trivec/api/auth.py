@@ -23,17 +23,20 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         context: RequestContext = scope[CONTEXT]
-        request, operation = Request(scope, receive, send), self._operation
-        if operation.scope is None:
-            response = await operation.handler(request)
-        else:
+        request = Request(scope, receive, send)
+        if self._operation.scope is not None:
             context.caller = await identify(context)
-            if operation.is_metered:
-                response = await self._metered(request, context, context.caller)
-            else:
-                context.caller.require(operation.scope)
-                response = await operation.handler(request)
+        if context.caller is not None and self._operation.is_metered:
+            response = await self._metered(request, context, context.caller)
+        else:
+            response = await self._handled(request, context)
         await response(scope, receive, send)
+
+    async def _handled(self, request: Request, context: RequestContext) -> Response:
+        with context.timeout:
+            if context.caller is not None and self._operation.scope is not None:
+                context.caller.require(self._operation.scope)
+            return await self._operation.handler(request)
 
     async def _metered(self, request: Request, context: RequestContext, caller: Caller) -> Response:
         """The handler's response, once the request's row in the ledger is written.
@@ -45,14 +48,11 @@ class Endpoint:
         """
         try:
             self._unpaid.check(caller, now_s=context.app.clock.now_s())
-            with context.timeout:
-                assert self._operation.scope is not None, "a metered operation asks for a key"
-                caller.require(self._operation.scope)
-                response = await self._operation.handler(request)
+            response = await self._handled(request, context)
         except BaseException as error:
             await self._write_usage(context, caller, status_of(error))
             raise
-        await self._write_usage(context, caller, 200)
+        await self._write_usage(context, caller, response.status_code)
         return response
 
     async def _write_usage(self, context: RequestContext, caller: Caller, status: int) -> None:

@@ -37,7 +37,7 @@ class Operation:
     reads: type | None = None  # the structure of its JSON body
     must_have_body: bool = True  # where it reads one
     query: Sequence[str] = ()
-    is_metered: bool = True  # with a row in the ledger and a bound on its time, where it has a key
+    is_metered: bool = True  # with a row in the ledger, where it asks for a key
 
 
 def openapi_document(operations: Sequence[Operation]) -> bytes:
