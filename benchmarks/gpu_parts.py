@@ -20,7 +20,7 @@ from benchmarks.server import ServerFailed, Shape, Target, measure, own_server
 from benchmarks.texts import Workload, mixed, sentences, uniform
 from tokenizers import Tokenizer
 
-from trivec.api.numbers import to_base64, to_json
+from trivec.api.responses import to_base64, to_json
 from trivec.backends.torch.backend import TorchBackend
 from trivec.backends.torch.device import TorchOptions
 from trivec.backends.torch.heads import to_vectors

@@ -24,10 +24,9 @@ from benchmarks.soak.report import Report, command
 from benchmarks.soak.service import MODEL, Service
 from benchmarks.texts import sentences
 
-from trivec.api import embeddings
-from trivec.api.encoding import encode
+from trivec.api.responses import encode_embeddings
 from trivec.core.ports import Texts, TokenLists
-from trivec.core.types import Float32Array, LongText, Sequences
+from trivec.core.types import Float32Array, LongText, Sequences, Vectors
 
 IN_THE_DEVICE = {
     "poison": Fault.RAISE,
@@ -85,22 +84,26 @@ async def _run(batches: int, backend: str) -> Report:
 def stages_that_raise(service: Service) -> Iterator[None]:
     """Tokenising and encoding fail for the word that names them."""
     tokenize = service.engine.tokenize
+    not_to_encode: list[Sequences] = []
 
     async def tokenizing(
         inputs: Texts | TokenLists, *, long_text: LongText, are_own: bool = False
     ) -> Sequences:
         if any(isinstance(one, str) and "tokenizer" in one for one in inputs):
             raise Injected
-        return await tokenize(inputs, long_text=long_text, are_own=are_own)
+        sequences = await tokenize(inputs, long_text=long_text, are_own=are_own)
+        if any(isinstance(one, str) and "encoding" in one for one in inputs):
+            not_to_encode.append(sequences)
+        return sequences
 
-    def encoding(result: Any) -> Any:
-        if any("encoding" in str(one) for one in result.question.inputs.texts or ()):
+    def encoding(vectors: Vectors, sequences: Sequences, **asked: Any) -> memoryview:
+        if any(one is sequences for one in not_to_encode):
             raise Injected
-        return encode(result)
+        return encode_embeddings(vectors, sequences, **asked)
 
     with (
         mock.patch.object(service.engine, "tokenize", tokenizing),
-        mock.patch.object(embeddings, "encode", encoding),
+        mock.patch("trivec.api.openai.encode_embeddings", encoding),
     ):
         yield
 

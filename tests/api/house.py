@@ -6,7 +6,7 @@ hooks to hold, break and watch it. `House` puts real accounts, in memory, and th
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import cast
@@ -19,6 +19,7 @@ from tests.hand_clock import HandClock, HandLoop
 from trivec.accounts import Accounts, KeyPlan, RateLimits, Scope
 from trivec.accounts.stores.memory import MemoryStore
 from trivec.api import ByteBudget, build_app
+from trivec.api.openapi import Operation
 from trivec.backends.fake import FakeBackend
 from trivec.core.errors import Overloaded, TextTooLong
 from trivec.core.events import Event, RequestServed
@@ -72,7 +73,7 @@ class StandIn:
     def __init__(self, card: ModelCard = CARD) -> None:
         self.card = card
         self.fault: BaseException | None = None  # raised by `embed`
-        self.room_tokens = float("inf")  # a request of more is refused by `check_admission`
+        self.room_tokens = float("inf")  # a request of more is refused
         self.gate = threading.Event()  # holds `embed` while it is cleared
         self.gate.set()
         self.entered = threading.Event()
@@ -108,6 +109,7 @@ class StandIn:
     async def embed(
         self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
     ) -> Reply:
+        self.check_admission(sequences.token_count)
         self.embedded.append((sequences, outputs, deadline_s))
         self.entered.set()
         try:
@@ -124,7 +126,7 @@ class StandIn:
 
     def check_admission(self, token_count: int) -> None:
         if token_count > self.room_tokens:
-            raise Overloaded("The line is full.", retry_after_s=1.5)
+            raise Overloaded("The queue is full.", retry_after_s=1.5)
 
     def token_strings(self, token_ids: Int32Array) -> list[str]:
         return [f"‹{token_id}›" for token_id in token_ids.tolist()]
@@ -179,7 +181,11 @@ class House:
         self.serve()
 
     def serve(
-        self, *, metrics: Callable[[], bytes] | None = metrics_page, metrics_open: bool = False
+        self,
+        *,
+        metrics: Callable[[], bytes] | None = metrics_page,
+        metrics_open: bool = False,
+        operations: Sequence[Operation] = (),
     ) -> None:
         """Build the app anew."""
         self.app: ASGIApp = build_app(
@@ -192,6 +198,7 @@ class House:
             metrics=metrics,
             metrics_open=metrics_open,
             memory=self.memory,
+            operations=operations,
         )
 
     def embedders(self) -> Mapping[str, Embedder]:

@@ -13,7 +13,7 @@ import pytest
 from tests.api.house import ALIAS, MODEL, PLAIN_MODEL, House
 
 from trivec.accounts import KeyPlan
-from trivec.api.routing import PREFIXES
+from trivec.api.app import PREFIXES
 from trivec.api.schemas import EmbeddingsAnswer
 from trivec.core.types import Float32Array, Output, Sequences, Truncated
 from trivec.settings import HttpLimits

@@ -4,7 +4,7 @@ import pytest
 from tests.api.house import MODEL, House
 
 from trivec.accounts import RateLimits
-from trivec.api.headers import duration
+from trivec.api.middleware import duration
 from trivec.core.health import Health
 
 BODY = {"model": MODEL, "input": "hello"}

@@ -15,7 +15,7 @@ from starlette.types import Message
 from tests.api.house import MODEL, House
 
 from trivec.accounts import RateLimits
-from trivec.api.visit import VISIT
+from trivec.api.context import CONTEXT
 from trivec.core.errors import EngineFault
 
 TURNS = 10  # of the event loop; a cancelled task of a cancelled task takes a few
@@ -72,7 +72,7 @@ async def send_one(
     held: list[weakref.ref[object]] = [weakref.ref(body.mark), weakref.ref(receive)]
     del body
     await asyncio.create_task(house.app(scope, receive, send))  # type: ignore[arg-type]
-    assert VISIT in scope
+    assert CONTEXT in scope
     for _ in range(TURNS):  # what was cancelled meanwhile ends
         await asyncio.sleep(0)
     return (sent[0]["status"] if sent else None), held

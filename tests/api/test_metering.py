@@ -4,7 +4,7 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -144,16 +144,6 @@ async def test_the_row_is_there_before_the_answer(house: House) -> None:
     assert house.heard.served[-1].token_count == 0
 
 
-async def test_the_same_request_again_is_computed_but_billed_once(house: House) -> None:
-    async with house.client() as client:
-        named = {"idempotency-key": "k"}
-        for _ in range(2):
-            assert (await client.post("/embeddings", json=BODY, headers=named)).is_success
-    assert len(house.model.embedded) == 2
-    assert sum(row.token_count for row in house.store.rows) == TOKENS
-    assert [row.replayed for row in house.store.rows] == [False, True]
-
-
 def test_a_client_that_leaves_frees_its_place_and_is_billed_nothing(house: House) -> None:
     house.model.gate.clear()
     with house.listening() as address:
@@ -211,10 +201,8 @@ def held_house() -> Iterator[House]:
     built.close()
 
 
-async def leave_while_held(
-    client: httpx.AsyncClient, store: HeldStore, headers: Mapping[str, str]
-) -> None:
-    left = asyncio.create_task(client.post("/embeddings", json=BODY, headers=headers))
+async def leave_while_held(client: httpx.AsyncClient, store: HeldStore) -> None:
+    left = asyncio.create_task(client.post("/embeddings", json=BODY))
     assert await asyncio.to_thread(store.entered.wait, 60)
     left.cancel()
     await asyncio.sleep(0)  # the cancellation has arrived before the store answers
@@ -231,25 +219,9 @@ async def test_a_client_that_leaves_while_its_tokens_are_reserved_gets_them_back
     key = await held_house.new_key_async("limited", RateLimits(tokens_per_minute=2 * TOKENS))
     store.is_held = lambda entry: entry.cost.tokens > 0
     async with held_house.client(key) as client:
-        await leave_while_held(client, store, {})
+        await leave_while_held(client, store)
         for _ in range(2):
             assert (await client.post("/embeddings", json=BODY)).is_success
-
-
-async def test_a_client_that_leaves_while_it_is_let_in_can_send_the_same_again(
-    held_house: House,
-) -> None:
-    """Else its idempotency key would be in progress for a day, and nobody would be at work."""
-    store = held_house.store
-    assert isinstance(store, HeldStore)
-    store.is_held = lambda entry: entry.claim is not None
-    named = {"idempotency-key": "k"}
-    async with held_house.client() as client:
-        await leave_while_held(client, store, named)
-        again = await client.post("/embeddings", json=BODY, headers=named)
-    assert again.status_code == 200, again.text
-    assert statuses(store) == [200, 499]
-    assert [row.replayed for row in store.rows] == [False]
 
 
 async def test_the_observer_hears_one_event_a_request(house: House) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from trivec.api.numbers import ROWS_AT_ONCE, to_base64, to_json
+from trivec.api.responses import ROWS_AT_ONCE, to_base64, to_json
 from trivec.core.types import Float32Array
 
 EDGES = [0.0, -0.0, 1.0, -1.0, 0.1, 1 / 3, 1e-45, 1.1754942e-38, 1e-14, 1e-15, 16777217.0, 3.4e38]
@@ -48,6 +48,7 @@ def test_integers_are_written_as_integers() -> None:
 
 def test_base64_is_little_endian_whatever_the_layout_of_the_array() -> None:
     matrix = np.arange(6, dtype=np.float32).reshape(2, 3)
-    expected = base64.b64encode(np.array([0, 3, 1, 4, 2, 5], "<f4").tobytes())
+    numbers = np.array([0, 3, 1, 4, 2, 5], "<f4").tobytes()
+    expected = b'"%b"' % base64.b64encode(numbers)
     assert to_base64(matrix.T) == expected
     assert to_base64(matrix.T.astype(">f4")) == expected

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.api.house import MODEL, PLAIN_MODEL, House
 
-from trivec.api.routing import PREFIXES
+from trivec.api.app import PREFIXES
 
 PROJECT = Path(__file__).resolve().parents[1] / "node"
 

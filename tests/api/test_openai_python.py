@@ -7,7 +7,7 @@ import pytest
 from tests.api.house import MODEL, PLAIN_MODEL, House
 
 from trivec.accounts import RateLimits
-from trivec.api.routing import PREFIXES
+from trivec.api.app import PREFIXES
 
 
 @pytest.fixture(params=PREFIXES)

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import httpx
-import numpy as np
 import pytest
+from starlette.types import Message
 from tests.api.house import MODEL, House
 
-from trivec.api.sending import in_pieces
 from trivec.settings import HttpLimits
 
 LIMITS = HttpLimits(answer_chunk_bytes=4096)
@@ -156,6 +155,33 @@ def test_a_large_answer_comes_whole_in_pieces(piece_house: House, piece_address:
     assert len({datum["embedding"] for datum in response.json()["data"]}) == 1
 
 
+async def test_no_piece_of_an_answer_is_larger_than_the_setting(piece_house: House) -> None:
+    body = b'{"model":"%b","input":[%b]}' % (MODEL.encode(), b",".join([b'"text"'] * 300))
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    headers = {"authorization": f"Bearer {piece_house.key}", "content-type": "application/json"}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/embeddings",
+        "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+    }
+    await piece_house.app(scope, receive, send)
+    start, *pieces = sent
+    sizes = [len(piece["body"]) for piece in pieces]
+    assert sum(sizes) == int(dict(start["headers"])[b"content-length"])
+    assert len(sizes) > 2
+    assert set(sizes[:-1]) == {LIMITS.answer_chunk_bytes}
+    assert [piece["more_body"] for piece in pieces] == [True] * (len(pieces) - 1) + [False]
+
+
 def test_a_client_that_does_not_read_is_cut_off(piece_house: House, piece_address: str) -> None:
     heard = len(piece_house.heard.served)
     text = "x" * 60
@@ -189,15 +215,6 @@ def answer_to_the_end(sent: socket.socket) -> bytes:
     except ConnectionResetError:
         pass
     return bytes(received)
-
-
-@pytest.mark.parametrize("piece_bytes", [1, 2, 3, 7, 100])
-def test_pieces_are_the_same_bytes_of_the_right_size(piece_bytes: int) -> None:
-    parts = [b"", b"a", b"bcdef", b"", bytes(np.arange(50, dtype=np.uint8)), b"z"]
-    pieces = list(in_pieces(parts, piece_bytes))
-    assert b"".join(pieces) == b"".join(parts)
-    assert {len(piece) for piece in pieces[:-1]} <= {piece_bytes}
-    assert 0 < len(pieces[-1]) <= piece_bytes
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,9 @@ import subprocess
 
 import httpx
 import pytest
+from starlette.types import Message
 from tests.api.house import House
 
-from trivec.api import ByteBudget
-from trivec.api.bodies import drop_rest_of_body
-from trivec.api.visit import open_visit
 from trivec.settings import HttpLimits
 
 MEGABYTE = 1_000_000
@@ -87,20 +85,26 @@ def test_a_client_that_waits_to_be_told_does_not_have_to_send(address: str) -> N
     assert b"connection: close" in answer
 
 
-async def test_a_client_that_sends_on_for_ever_is_cut_off() -> None:
-    limits = HttpLimits(refused_body_bytes_max=1000)
+async def test_a_client_that_sends_on_for_ever_is_cut_off(house: House) -> None:
+    house.limits = HttpLimits(refused_body_bytes_max=1000)
+    house.serve()
     received = 0
+    sent: list[Message] = []
 
-    async def receive() -> dict[str, object]:
+    async def receive() -> Message:
         nonlocal received
         received += 100
         return {"type": "http.request", "body": b"a" * 100, "more_body": True}
 
+    async def send(message: Message) -> None:
+        sent.append(message)
+
     scope = {
+        "type": "http",
         "method": "POST",
-        "headers": [(b"transfer-encoding", b"chunked")],
+        "path": "/nowhere",
         "query_string": b"",
+        "headers": [(b"transfer-encoding", b"chunked")],
     }
-    visit = open_visit(scope, receive, ByteBudget().open(), now_s=0.0, request_s_max=1.0)
-    await asyncio.wait_for(drop_rest_of_body(visit, limits), 30)
-    assert received == 1000
+    await asyncio.wait_for(house.app(scope, receive, send), 30)
+    assert (sent[0]["status"], received) == (404, 1000)

@@ -90,8 +90,8 @@ class RequestMeta:
 
     request_id: str  # ours, unique for ever
     model: str | None  # a served id
-    idempotency_key: str | None  # as sent; only its digest is stored
-    body_digest: bytes  # equal bodies, equal digests; looked at only with an idempotency key
+    idempotency_key: str | None = None  # as sent; only its digest is stored
+    body_digest: bytes = b""  # equal bodies, equal digests; looked at only with an idempotency key
 
 
 @dataclass(frozen=True, slots=True)

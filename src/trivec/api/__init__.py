@@ -1,4 +1,4 @@
-"""HTTP: routes, schemas, encodings, one error table, small ASGI middleware.
+"""HTTP surface: routes, schemas, encodings, one error table, middleware.
 
 Knows status codes, headers and OpenAI's words. Must not know engines, devices or SQL: it is given
 an `Embedder` a model, an `Accounts`, and two callables for health and metrics.

@@ -1,146 +1,226 @@
-"""The admin routes: keys and usage for those who hold a key with the scope `admin`."""
+"""Admin face: keys and usage, for a key with the scope `admin`."""
 
-from collections.abc import Sequence
 from datetime import datetime
-from urllib.parse import parse_qsl
+from typing import Annotated, Literal
 
-from msgspec import UNSET, UnsetType, structs
+from msgspec import UNSET, Meta, Struct, UnsetType
+from starlette.requests import Request
+from starlette.responses import Response
 
-from trivec.accounts import (
-    FIXED,
-    Accounts,
-    Caller,
-    Key,
-    KeyPlan,
-    NewKey,
-    RateLimits,
-    Scope,
-    UsageBy,
-    UsageLine,
-    UsageQuery,
-)
+from trivec.accounts import FIXED, Key, KeyPlan, RateLimits, Scope, UsageBy, UsageQuery
 from trivec.accounts.utc import microseconds, moment
-from trivec.api.admin_schemas import (
-    CreateKeyRequest,
-    KeyList,
-    KeyShown,
-    RotateKeyRequest,
-    UsageList,
-    UsageShown,
-)
-from trivec.api.answers import Answer, json_answer
-from trivec.api.bodies import check_json_is_declared, read_body, read_json_body
-from trivec.api.reading import reader, shown
-from trivec.api.shelf import Shelf
-from trivec.api.visit import Visit
+from trivec.api.context import CONTEXT, RequestContext
+from trivec.api.openapi import Operation
+from trivec.api.responses import NO_STORE, json_response
+from trivec.api.schemas import Decoder, shown
 from trivec.core.errors import FieldInvalid
-from trivec.settings import HttpLimits
 
-NO_STORE = ((b"cache-control", b"no-store"),)  # a plain key is in some of these answers
+RATE_MAX = 1_000_000_000  # a minute, of what accounts can count exactly
+NAME_CHARS_MAX = 64
+MODELS_MAX = 100
+OVERLAP_S_MAX = 30 * 24 * 3600.0
+
+Limit = Annotated[int, Meta(ge=1, le=RATE_MAX)]
+
+
+class CreateKeyRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """What `POST /admin/v1/keys` understands. Null means unset."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX)]
+    scopes: Annotated[
+        list[Literal["embed", "admin"]] | None, Meta(description="The default is embed alone.")
+    ] = None
+    models: Annotated[
+        Annotated[list[str], Meta(max_length=MODELS_MAX)] | None,
+        Meta(description="Ids or aliases of the models that the key may use; unset: every model."),
+    ] = None
+    requests_per_minute: Limit | None = None
+    tokens_per_minute: Limit | None = None
+    expires: Annotated[
+        datetime | None, Meta(description="When it stops to work, as 2027-01-31T00:00:00Z.")
+    ] = None
+    truncate: Annotated[
+        Literal["none", "end", "start"] | None,
+        Meta(description="What `truncate` is in its requests where they do not say."),
+    ] = None
+
+
+class RotateKeyRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """What `POST /admin/v1/keys/{id}/rotate` understands; an empty object is enough."""
+
+    overlap_s: Annotated[
+        Annotated[float, Meta(ge=0, le=OVERLAP_S_MAX)] | None,
+        Meta(description="How long the key of before still works; the default is a day."),
+    ] = None
+
+
+class KeyShown(Struct, frozen=True, kw_only=True):
+    """A key, as far as anybody may see it."""
+
+    object: Literal["key"] = "key"
+    id: str
+    name: str
+    hints: Annotated[
+        list[str], Meta(description="First and last characters of each plain key that opens it.")
+    ]
+    scopes: list[str]
+    models: list[str] | None
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    created: datetime
+    expires: datetime | None
+    revoked: datetime | None
+    truncate: str | None
+    key: Annotated[
+        str | UnsetType, Meta(description="The plain key: shown once, when it is made.")
+    ] = UNSET
+    warnings: Annotated[
+        list[str] | UnsetType,
+        Meta(description="When it is made: each of `models` that is not served here."),
+    ] = UNSET
+
+
+class KeyList(Struct, frozen=True, kw_only=True):
+    """What `GET /admin/v1/keys` answers, oldest first."""
+
+    object: Literal["list"] = "list"
+    data: list[KeyShown]
+
+
+class UsageShown(Struct, frozen=True, kw_only=True):
+    """One sum over the ledger: by `key`, by `model` or by `day`, as was asked."""
+
+    key: str | UnsetType = UNSET
+    name: str | UnsetType | None = UNSET
+    model: str | UnsetType | None = UNSET
+    day: str | UnsetType = UNSET
+    requests: int
+    failed: int
+    tokens: int
+
+
+class UsageList(Struct, frozen=True, kw_only=True):
+    """What `GET /admin/v1/usage` answers."""
+
+    object: Literal["list"] = "list"
+    by: Literal["key", "model", "day"]
+    data: list[UsageShown]
+
+
 USAGE_PARAMETERS = ("by", "since", "until", "key")
-
-_read_create = reader(CreateKeyRequest)
-_read_rotate = reader(RotateKeyRequest)
-
-
-class Admin:
-    """Each method is one route: parse, ask, answer."""
-
-    def __init__(self, accounts: Accounts, limits: HttpLimits, shelf: Shelf) -> None:
-        self._accounts = accounts
-        self._shelf = shelf
-        self._limits = limits
-
-    async def create_key(self, visit: Visit) -> Answer:
-        asked = _read_create(await read_json_body(visit, self._limits))
-        plan = KeyPlan(
-            name=asked.name,
-            scopes=frozenset(Scope(word) for word in asked.scopes or ["embed"]),
-            models=None if asked.models is None else frozenset(asked.models),
-            allowance=RateLimits(asked.requests_per_minute, asked.tokens_per_minute),
-            expires_us=_expiry_us(asked.expires),
-            truncate=asked.truncate,
-        )
-        _caller(visit).require_no_more(plan)
-        new = await self._accounts.create_key(plan)
-        return _new_key(new, warnings=self._shelf.warnings_of(plan.models or ()))
-
-    async def list_keys(self, visit: Visit) -> Answer:
-        keys = await self._accounts.list_keys()
-        return json_answer(KeyList(data=[_shown(key) for key in keys]), headers=NO_STORE)
-
-    async def show_key(self, visit: Visit) -> Answer:
-        return json_answer(_shown(await self._accounts.show_key(visit.path_params["id"])))
-
-    async def revoke_key(self, visit: Visit) -> Answer:
-        return json_answer(_shown(await self._accounts.revoke_key(await self._grantable(visit))))
-
-    async def rotate_key(self, visit: Visit) -> Answer:
-        overlap_s = None
-        if body := await read_body(visit, self._limits):
-            check_json_is_declared(visit)
-            overlap_s = _read_rotate(body).overlap_s
-        reference = await self._grantable(visit)
-        if overlap_s is None:
-            return _new_key(await self._accounts.rotate_key(reference))
-        return _new_key(await self._accounts.rotate_key(reference, overlap_s=overlap_s))
-
-    async def _grantable(self, visit: Visit) -> str:
-        """The id of the key in the path, which may do no more than the caller's own."""
-        key = await self._accounts.show_key(visit.path_params["id"])
-        _caller(visit).require_no_more(key)
-        return key.id
-
-    async def usage(self, visit: Visit) -> Answer:
-        query = await self._query(visit)
-        lines = await self._accounts.usage(query)
-        data = [_usage(query.by, line) for line in lines]
-        return json_answer(UsageList(by=query.by.value, data=data), headers=NO_STORE)
-
-    async def _query(self, visit: Visit) -> UsageQuery:
-        given = dict(parse_qsl(visit.query.decode("latin-1"), keep_blank_values=True))
-        for name in given.keys() - set(USAGE_PARAMETERS):
-            raise FieldInvalid(
-                f"Unrecognized query parameter: {shown(name)}. "
-                f"Known: {', '.join(USAGE_PARAMETERS)}.",
-                param=shown(name),
-            )
-        key = given.get("key")
-        return UsageQuery(
-            by=_by(given.get("by", "key")),
-            since_us=_instant_us("since", given.get("since")),
-            until_us=_instant_us("until", given.get("until")),
-            key_id=None if key is None else await self._key_id(key),
-        )
-
-    async def _key_id(self, reference: str) -> str:
-        """Also of the environment's key, which is in no store."""
-        if reference == FIXED.key_id:
-            return reference
-        return (await self._accounts.show_key(reference)).id
+_create_decoder = Decoder(CreateKeyRequest)
+_rotate_decoder = Decoder(RotateKeyRequest)
 
 
-def _caller(visit: Visit) -> Caller:
-    assert visit.caller is not None, "admin routes are mounted behind a key"
-    return visit.caller
-
-
-def _by(word: str) -> UsageBy:
+async def create_key(request: Request) -> Response:
+    """Make a key; the answer shows it once."""
+    context: RequestContext = request.scope[CONTEXT]
+    asked = _create_decoder.decode(await context.read_body())
     try:
-        return UsageBy(word)
-    except ValueError:
+        expires_us = None if asked.expires is None else microseconds(asked.expires)
+    except ValueError as unfit:
+        raise FieldInvalid(f"Invalid value for 'expires': {unfit}.", param="expires") from None
+    plan = KeyPlan(
+        name=asked.name,
+        scopes=frozenset(Scope(word) for word in asked.scopes or ["embed"]),
+        models=None if asked.models is None else frozenset(asked.models),
+        allowance=RateLimits(asked.requests_per_minute, asked.tokens_per_minute),
+        expires_us=expires_us,
+        truncate=asked.truncate,
+    )
+    context.known_caller.require_no_more(plan)
+    new = await context.app.accounts.create_key(plan)
+    embedders = context.app.embedders
+    served = ", ".join({one.card.id: None for one in embedders.values()})
+    warnings = [
+        f"No model called {shown(name)} is served here (served: {served}); the key opens it "
+        "once one is."
+        for name in sorted(plan.models or ())
+        if name not in embedders
+    ]
+    return _key_response(new.key, key=new.plain, warnings=warnings or UNSET)
+
+
+async def list_keys(request: Request) -> Response:
+    """List all keys."""
+    context: RequestContext = request.scope[CONTEXT]
+    keys = await context.app.accounts.list_keys()
+    return json_response(KeyList(data=[_shown(key) for key in keys]), headers=NO_STORE)
+
+
+async def show_key(request: Request) -> Response:
+    """Show a key, by name or id."""
+    context: RequestContext = request.scope[CONTEXT]
+    return _key_response(await context.app.accounts.show_key(request.path_params["id"]))
+
+
+async def revoke_key(request: Request) -> Response:
+    """Revoke a key for good."""
+    context: RequestContext = request.scope[CONTEXT]
+    key_id = await _changeable_id(request)
+    return _key_response(await context.app.accounts.revoke_key(key_id))
+
+
+async def rotate_key(request: Request) -> Response:
+    """Give a key a second secret."""
+    context: RequestContext = request.scope[CONTEXT]
+    body = await context.read_body(is_optional=True)
+    overlap_s = _rotate_decoder.decode(body).overlap_s if body else None
+    key_id = await _changeable_id(request)
+    bounds = {} if overlap_s is None else {"overlap_s": overlap_s}
+    new = await context.app.accounts.rotate_key(key_id, **bounds)
+    return _key_response(new.key, key=new.plain)
+
+
+async def _changeable_id(request: Request) -> str:
+    """The id of the key in the path, which may do no more than the caller's own."""
+    context: RequestContext = request.scope[CONTEXT]
+    key = await context.app.accounts.show_key(request.path_params["id"])
+    context.known_caller.require_no_more(key)
+    return key.id
+
+
+async def usage(request: Request) -> Response:
+    """Sum the ledger by key, model or day."""
+    context: RequestContext = request.scope[CONTEXT]
+    given = dict(request.query_params)
+    for name in given.keys() - set(USAGE_PARAMETERS):
+        raise FieldInvalid(
+            f"Unrecognized query parameter: {shown(name)}. Known: {', '.join(USAGE_PARAMETERS)}.",
+            param=shown(name),
+        )
+    word = given.get("by", "key")
+    if word not in list(UsageBy):
         raise FieldInvalid(
             f"Invalid value for 'by' = {shown(word)}. Supported values: "
             f"{[one.value for one in UsageBy]}.",
             param="by",
-        ) from None
-
-
-def _expiry_us(expires: datetime | None) -> int | None:
-    try:
-        return None if expires is None else microseconds(expires)
-    except ValueError as unfit:
-        raise FieldInvalid(f"Invalid value for 'expires': {unfit}.", param="expires") from None
+        )
+    by = UsageBy(word)
+    key_id = given.get("key")
+    if key_id is not None and key_id != FIXED.key_id:  # the environment's key is in no store
+        key_id = (await context.app.accounts.show_key(key_id)).id
+    lines = await context.app.accounts.usage(
+        UsageQuery(
+            by=by,
+            since_us=_instant_us("since", given.get("since")),
+            until_us=_instant_us("until", given.get("until")),
+            key_id=key_id,
+        )
+    )
+    data = [
+        UsageShown(
+            key=(line.group or UNSET) if by is UsageBy.KEY else UNSET,
+            name=line.name if by is UsageBy.KEY else UNSET,
+            model=line.group if by is UsageBy.MODEL else UNSET,
+            day=(line.group or UNSET) if by is UsageBy.DAY else UNSET,
+            requests=line.requests,
+            failed=line.failed,
+            tokens=line.tokens,
+        )
+        for line in lines
+    ]
+    return json_response(UsageList(by=by.value, data=data), headers=NO_STORE)
 
 
 def _instant_us(param: str, text: str | None) -> int | None:
@@ -156,40 +236,41 @@ def _instant_us(param: str, text: str | None) -> int | None:
         ) from None
 
 
-def _new_key(new: NewKey, *, warnings: Sequence[str] = ()) -> Answer:
-    shown_key = _shown(new.key, plain=new.plain)
-    if warnings:
-        shown_key = structs.replace(shown_key, warnings=list(warnings))
-    return json_answer(shown_key, headers=NO_STORE)
+def _key_response(
+    found: Key, *, key: str | UnsetType = UNSET, warnings: list[str] | UnsetType = UNSET
+) -> Response:
+    """Never to be stored: a plain key is in some of these answers."""
+    return json_response(_shown(found, key=key, warnings=warnings), headers=NO_STORE)
 
 
-def _shown(key: Key, *, plain: str | UnsetType = UNSET) -> KeyShown:
+def _shown(
+    found: Key, *, key: str | UnsetType = UNSET, warnings: list[str] | UnsetType = UNSET
+) -> KeyShown:
     return KeyShown(
-        id=key.id,
-        name=key.name,
-        hints=[f"{secret.first}…{secret.last}" for secret in key.secrets],
-        scopes=sorted(key.scopes),
-        models=None if key.models is None else sorted(key.models),
-        requests_per_minute=key.allowance.requests_per_minute,
-        tokens_per_minute=key.allowance.tokens_per_minute,
-        created=moment(key.created_us),
-        expires=None if key.expires_us is None else moment(key.expires_us),
-        revoked=None if key.revoked_us is None else moment(key.revoked_us),
-        truncate=key.truncate,
-        key=plain,
+        id=found.id,
+        name=found.name,
+        hints=[f"{secret.first}…{secret.last}" for secret in found.secrets],
+        scopes=sorted(found.scopes),
+        models=None if found.models is None else sorted(found.models),
+        requests_per_minute=found.allowance.requests_per_minute,
+        tokens_per_minute=found.allowance.tokens_per_minute,
+        created=moment(found.created_us),
+        expires=None if found.expires_us is None else moment(found.expires_us),
+        revoked=None if found.revoked_us is None else moment(found.revoked_us),
+        truncate=found.truncate,
+        key=key,
+        warnings=warnings,
     )
 
 
-def _usage(by: UsageBy, line: UsageLine) -> UsageShown:
-    requests, failed, tokens = line.requests, line.failed, line.tokens
-    match by:
-        case UsageBy.KEY:
-            assert line.group is not None, "every row has a key"
-            return UsageShown(
-                key=line.group, name=line.name, requests=requests, failed=failed, tokens=tokens
-            )
-        case UsageBy.MODEL:
-            return UsageShown(model=line.group, requests=requests, failed=failed, tokens=tokens)
-        case UsageBy.DAY:
-            assert line.group is not None, "every row has a day"
-            return UsageShown(day=line.group, requests=requests, failed=failed, tokens=tokens)
+KEYS, KEY, ADMIN = "/admin/v1/keys", "/admin/v1/keys/{id}", Scope.ADMIN
+OPERATIONS = (
+    Operation("GET", KEYS, list_keys, ADMIN, KeyList),
+    Operation("POST", KEYS, create_key, ADMIN, KeyShown, CreateKeyRequest),
+    Operation("GET", KEY, show_key, ADMIN, KeyShown),
+    Operation("POST", KEY + "/revoke", revoke_key, ADMIN, KeyShown),
+    Operation(
+        "POST", KEY + "/rotate", rotate_key, ADMIN, KeyShown, RotateKeyRequest, must_have_body=False
+    ),
+    Operation("GET", "/admin/v1/usage", usage, ADMIN, UsageList, query=USAGE_PARAMETERS),
+)

@@ -1,19 +1,25 @@
-"""The app: routes behind two rings of middleware, as plain ASGI. It starts and owns nothing."""
+"""ASGI app: every route, mounted under its prefixes, behind the middleware."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from trivec.accounts import Accounts
-from trivec.api.access import Gate
-from trivec.api.endpoints import Wiring, all_endpoints
+from trivec.api import admin, health, openai
+from trivec.api.auth import Endpoint, UnpaidRate
+from trivec.api.context import AppState
 from trivec.api.memory import ByteBudget
-from trivec.api.metering import Meter
-from trivec.api.middleware import Failures, Visits
-from trivec.api.routing import Doors, build_router
+from trivec.api.middleware import RequestMiddleware
+from trivec.api.openapi import Operation, openapi_document
 from trivec.core.health import Health
 from trivec.core.ports import Clock, Embedder, Observer
 from trivec.settings import HttpLimits
+
+PREFIXES = ("/v1", "/openai/v1", "/v3/openai")  # the first is matched first
 
 
 def build_app(
@@ -27,35 +33,39 @@ def build_app(
     metrics: Callable[[], bytes] | None,
     metrics_open: bool,
     memory: ByteBudget | None = None,
+    operations: Sequence[Operation] = (),
 ) -> ASGIApp:
     """The whole HTTP surface as one plain ASGI app, for granian, uvicorn or Ray Serve.
 
-    *embedders* maps every served id and alias; empty while loading. *metrics* None: not served. *memory* is
-    shared by the apps of one process.
+    *embedders* maps every served id and alias; empty while loading. *metrics* None: not served.
+    *memory* is shared by the apps of one process. *operations* are served beside our own. The app
+    starts and owns nothing.
     """
-    meter = Meter(accounts, clock, limits)
-    wiring = Wiring(
-        embedders=embedders,
-        accounts=accounts,
-        meter=meter,
-        clock=clock,
-        limits=limits,
-        health=health,
-        metrics=metrics,
-        metrics_open=metrics_open,
-    )
-    doors = Doors(
-        gate=Gate(accounts, health, serves_models=bool(embedders)),
-        meter=meter,
-        clock=clock,
-        limits=limits,
-    )
-    router = build_router(all_endpoints(wiring), doors)
-    return Visits(
-        Failures(router, limits=limits),
-        observer=observer,
-        clock=clock,
-        limits=limits,
-        health=health,
-        memory=memory or ByteBudget(connections_max=limits.connections_max),
-    )
+    memory = memory or ByteBudget(connections_max=limits.connections_max)
+    state = AppState(embedders, accounts, observer, clock, limits, health, metrics, memory)
+    served = [*all_operations(metrics is not None, metrics_open=metrics_open), *operations]
+    document = openapi_document(served)
+
+    async def openapi(request: Request) -> Response:
+        """The description itself."""
+        return Response(document, media_type="application/json")
+
+    served.append(Operation("GET", "/openapi.json", openapi, None, None))
+    unpaid = UnpaidRate(limits.unpaid_requests_per_minute)
+    routes = [Route(one.path, Endpoint(one, unpaid), methods=[one.method]) for one in served]
+    return RequestMiddleware(Router(routes, redirect_slashes=False), state)
+
+
+def all_operations(has_metrics: bool, *, metrics_open: bool) -> list[Operation]:
+    """Every operation that is served and described. A new face adds its own list here.
+
+    The prefixes are spelt out rather than mounted: a request then meets one router instead of two,
+    and its route's path is whole in logs and metrics.
+    """
+    operations = [
+        replace(one, path=prefix + one.path) for prefix in PREFIXES for one in openai.OPERATIONS
+    ]
+    operations += [*admin.OPERATIONS, *health.OPERATIONS]
+    if has_metrics:
+        operations.append(replace(health.METRICS, scope=None) if metrics_open else health.METRICS)
+    return operations

@@ -1,26 +1,26 @@
 """The one table from our errors to HTTP: status, OpenAI's `type`, and `code`.
 
-Every answer that is not a success is made here, in one shape with all four keys. It knows no
-route; what an error means is its own docstring's business.
+Every answer that is not a success is made here, in one shape with all four keys.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import ceil
 from types import MappingProxyType
+from typing import NamedTuple
 
-from trivec.api.answers import Answer, json_answer
-from trivec.api.presence import ClientGone
+from starlette.responses import Response
+
+from trivec.api.responses import json_response
 from trivec.api.schemas import ErrorAnswer, Problem
+from trivec.api.timeout import ClientDisconnected
 from trivec.core import errors as e
-from trivec.core.errors import RequestError, ServiceError, is_panic
+from trivec.core.errors import ServiceError, is_panic
 
 CLIENT_GONE = 499  # what log and ledger say of a client that left before its answer
 RETRY_AFTER_S_MAX = 60  # official clients give up at once when told to wait for more than 120 s
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """How one kind of error looks to a client."""
 
     status: int
@@ -47,10 +47,8 @@ TABLE: Mapping[type[ServiceError], Row] = MappingProxyType(
         e.ResourceUnknown: Row(404),
         e.MethodNotAllowed: Row(405),
         e.BodyTooSlow: Row(408),
-        e.IdempotencyInProgress: Row(409, "idempotency_in_progress"),
         e.BodyTooLarge: Row(413),
         e.MediaTypeUnsupported: Row(415),
-        e.IdempotencyKeyReused: Row(422, "idempotency_key_reused"),
         e.RateLimitExceeded: Row(429, "rate_limit_exceeded", "tokens"),  # or "requests"
         e.EngineFault: Row(500, "internal_error", "server_error"),
         e.Overloaded: Row(503, "overloaded", "server_error"),
@@ -67,7 +65,7 @@ def status_of(error: BaseException) -> int:
     if isinstance(error, ServiceError):
         return TABLE[type(error)].status
     is_cancelled = not isinstance(error, Exception) and not is_panic(error)
-    return CLIENT_GONE if is_cancelled or isinstance(error, ClientGone) else 500
+    return CLIENT_GONE if is_cancelled or isinstance(error, ClientDisconnected) else 500
 
 
 def problem_of(error: ServiceError, *, request_id: str) -> Problem:
@@ -82,39 +80,21 @@ def problem_of(error: ServiceError, *, request_id: str) -> Problem:
     return Problem(
         message=message,
         type=error.kind if isinstance(error, e.RateLimitExceeded) else row.type,
-        param=_param_of(error),
+        param="model" if isinstance(error, e.ModelDenied) else getattr(error, "param", None),
         code=row.code,
     )
 
 
-def answer_to(error: ServiceError, *, request_id: str) -> Answer:
+def error_response(error: ServiceError, problem: Problem) -> Response:
     """The whole answer: body, and the headers that tell a client what it may do next."""
-    headers: list[tuple[bytes, bytes]] = []
-    retry_after_s = getattr(error, "retry_after_s", None)
-    if retry_after_s is not None:
-        headers += _retry_headers(retry_after_s)
-    if isinstance(error, e.MethodNotAllowed):
-        headers.append((b"allow", ", ".join(error.allowed).encode()))
-    if isinstance(error, (e.KeyMissing, e.KeyInvalid)):
-        headers.append((b"www-authenticate", b"Bearer"))
-    if isinstance(error, (e.BodyTooLarge, e.BodyTooSlow)):
-        headers.append((b"connection", b"close"))  # what is left of the body is not read
-    return json_answer(
-        ErrorAnswer(problem_of(error, request_id=request_id)),
-        status=TABLE[type(error)].status,
-        headers=tuple(headers),
-    )
-
-
-def _param_of(error: ServiceError) -> str | None:
-    if isinstance(error, RequestError | e.GrantDenied):
-        return error.param
-    return "model" if isinstance(error, e.ModelDenied) else None
-
-
-def _retry_headers(retry_after_s: float) -> list[tuple[bytes, bytes]]:
-    wait_ms = min(max(ceil(retry_after_s * 1000), 1), RETRY_AFTER_S_MAX * 1000)
-    return [
-        (b"retry-after", b"%d" % ceil(wait_ms / 1000)),
-        (b"retry-after-ms", b"%d" % wait_ms),
-    ]
+    headers: dict[str, str] = {}
+    if isinstance(error, (e.BusyError, e.RateLimitExceeded)):
+        wait_ms = min(max(ceil(error.retry_after_s * 1000), 1), RETRY_AFTER_S_MAX * 1000)
+        headers = {"retry-after": str(ceil(wait_ms / 1000)), "retry-after-ms": str(wait_ms)}
+    elif isinstance(error, e.MethodNotAllowed):
+        headers["allow"] = ", ".join(error.allowed)
+    elif isinstance(error, (e.KeyMissing, e.KeyInvalid)):
+        headers["www-authenticate"] = "Bearer"
+    elif isinstance(error, (e.BodyTooLarge, e.BodyTooSlow)):
+        headers["connection"] = "close"  # what is left of the body is not read
+    return json_response(ErrorAnswer(problem), status=TABLE[type(error)].status, headers=headers)

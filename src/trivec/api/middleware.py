@@ -1,150 +1,214 @@
-"""The two rings around the router: one names and counts every request, one answers its failures."""
+"""Request middleware, as plain ASGI: id and headers, errors into answers, one event for the log."""
 
+import asyncio
 import logging
 import traceback
-from collections.abc import Callable
+from math import ceil
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from trivec.api.bodies import drop_rest_of_body
-from trivec.api.errors import CLIENT_GONE, answer_to, problem_of, status_of
-from trivec.api.headers import answer_headers
-from trivec.api.memory import ByteBudget
-from trivec.api.presence import ClientGone
-from trivec.api.sending import send_answer
-from trivec.api.visit import VISIT, Visit, open_visit
-from trivec.core.errors import EngineFault, ServiceError, is_panic
+from trivec.api.context import CONTEXT, AppState, RequestContext
+from trivec.api.errors import CLIENT_GONE, error_response, problem_of, status_of
+from trivec.api.timeout import ClientDisconnected
+from trivec.core.errors import EngineFault, MethodNotAllowed, RouteUnknown, ServiceError, is_panic
 from trivec.core.events import RequestServed
-from trivec.core.health import Health
-from trivec.core.ports import Clock, Observer
 from trivec.settings import HttpLimits
+
+CLIENT_REQUEST_ID_CHARS_MAX = 512
+TRACEPARENT_CHARS_MAX = 128
 
 _log = logging.getLogger(__name__)
 
 
-class Visits:
-    """Opens a visit, puts its headers on the answer, tells the observer how it ended, and reads
-    what a refusal left of the body.
+class RequestMiddleware:
+    """Opens the context, answers what was raised, adds headers, tells the observer how it ended.
+
+    The outermost loop of a request: whatever is raised below becomes an answer here, once.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        observer: Observer,
-        clock: Clock,
-        limits: HttpLimits,
-        health: Callable[[], Health],
-        memory: ByteBudget,
-    ) -> None:
+    def __init__(self, app: ASGIApp, state: AppState) -> None:
         self._app = app
-        self._observer = observer
-        self._clock = clock
-        self._limits = limits
-        self._health = health
-        self._memory = memory
+        self._state = state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await _no_http(scope, receive, send)
-            return
-        visit = scope[VISIT] = open_visit(
-            scope,
-            receive,
-            self._memory.open(),
-            now_s=self._clock.now_s(),
-            request_s_max=self._limits.request_s_max,
-        )
-
-        async def send_named(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                visit.status = message["status"]
-                closes = visit.waits_to_send or self._health().phase in ("draining", "stopped")
-                elapsed_s = self._clock.now_s() - visit.started_s
-                message["headers"] += answer_headers(visit, elapsed_s=elapsed_s, closes=closes)
-            else:
-                visit.answer_bytes += len(message["body"])
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_named)
-        finally:
-            visit.held.close()
-            self._observer.observe(self._served(visit))
-        if visit.status is not None:
-            await drop_rest_of_body(visit, self._limits)
-
-    def _served(self, visit: Visit) -> RequestServed:
-        status = CLIENT_GONE if visit.status is None else visit.status
-        return RequestServed(
-            request_id=visit.request_id,
-            client_request_id=visit.client_request_id,
-            method=visit.method,
-            route=visit.route,
-            status=status,
-            code=visit.code,
-            key_id=visit.caller.key_id if visit.caller is not None else None,
-            model=visit.model,
-            input_count=visit.input_count,
-            token_count=visit.tokens_served(status),
-            request_bytes=visit.request_bytes,
-            answer_bytes=visit.answer_bytes,
-            duration_s=self._clock.now_s() - visit.started_s,
-            tokenize_s=visit.timings.tokenize_s,
-            queue_s=visit.timings.queue_s,
-            compute_s=visit.timings.compute_s,
-            encode_s=visit.timings.encode_s,
-            traceparent=visit.traceparent,
-            message=visit.message,
-        )
-
-
-class Failures:
-    """Turns whatever was raised into an answer, once; the outermost loop of a request."""
-
-    def __init__(self, app: ASGIApp, *, limits: HttpLimits) -> None:
-        self._app = app
-        self._limits = limits
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        visit: Visit = scope[VISIT]
-        try:
+        if scope["type"] != "http":  # Starlette's router answers lifespan and refuses web sockets
             await self._app(scope, receive, send)
-        except ClientGone:
-            visit.code = "client_gone"
-        except ServiceError as error:
-            await self._answer(visit, error, send)
-        except BaseException as error:
-            if not isinstance(error, Exception) and not is_panic(error):
-                raise
-            await self._answer(visit, EngineFault(_where_raised(error)), send)
-
-    async def _answer(self, visit: Visit, failure: ServiceError, send: Send) -> None:
-        if isinstance(failure, EngineFault):
-            _log.error("request %s failed: %s", visit.request_id, failure)
-        problem = problem_of(failure, request_id=visit.request_id)
-        visit.code = problem.code or problem.type
-        if status_of(failure) < 500:
-            visit.message = problem.message
-        if visit.status is None:  # else the connection is cut: half an answer must not look whole
-            answer = answer_to(failure, request_id=visit.request_id)
-            await send_answer(answer, send, self._limits, method=visit.method)
-
-
-def _where_raised(error: BaseException) -> str:
-    """Not what it says: a message of a library can hold a client's text."""
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    return f"{type(error).__name__}\n{frames}"
-
-
-async def _no_http(scope: Scope, receive: Receive, send: Send) -> None:
-    """Nothing starts or stops with the app, and no web sockets are served."""
-    if scope["type"] == "websocket":
-        await receive()
-        await send({"type": "websocket.close", "code": 1003})
-        return
-    while True:
-        message = await receive()
-        await send({"type": f"{message['type']}.complete"})
-        if message["type"] == "lifespan.shutdown":
             return
+        context = scope[CONTEXT] = RequestContext(scope, receive, self._state)
+        scope["app"] = self._state  # so that the router raises where it finds no route
+
+        async def send_answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                context.status = message["status"]
+                message["headers"] += answer_headers(context)
+                await send(message)
+            else:
+                await send_body(context, message, send)
+
+        try:
+            await self._app(scope, receive, send_answer)
+        except ClientDisconnected:
+            context.error_code = "client_gone"
+        except BaseException as raised:
+            if not await answer_error(raised, scope, receive, send_answer):
+                raise
+        finally:
+            context.memory.shrink(0)
+            observe(context, scope)
+        if context.status is not None:
+            await context.drop_rest_of_body()
+
+
+async def answer_error(raised: BaseException, scope: Scope, receive: Receive, send: Send) -> bool:
+    """Answer *raised* by the table; False for a cancellation, which goes on.
+
+    A function of its own: a frame that an error has passed and that still names it is a cycle,
+    which would keep the request's body.
+    """
+    context: RequestContext = scope[CONTEXT]
+    if isinstance(raised, ServiceError):
+        error = raised
+    elif isinstance(raised, HTTPException):  # the router's own
+        error = RouteUnknown(
+            f"Nothing is served at this path with {context.method}. "
+            "The API is under /v1, /openai/v1 and /v3/openai; /openapi.json describes it."
+        )
+        if raised.status_code == 405:
+            routes = [one for one in scope["router"].routes if one.path == scope["route"].path]
+            allowed = {name for route in routes for name in route.methods}
+            error = MethodNotAllowed(method=context.method, allowed=tuple(sorted(allowed)))
+    elif isinstance(raised, Exception) or is_panic(raised):
+        # Not what it says: a message of a library can hold a client's text.
+        frames = "".join(traceback.format_tb(raised.__traceback__))
+        error = EngineFault(f"{type(raised).__name__}\n{frames}")
+    else:
+        return False
+    if isinstance(error, EngineFault):
+        _log.error("request %s failed: %s", context.request_id, error)
+    problem = problem_of(error, request_id=context.request_id)
+    context.error_code = problem.code or problem.type
+    context.error_message = problem.message if status_of(error) < 500 else None
+    if context.status is None:  # else the connection is cut: half an answer must not look whole
+        await error_response(error, problem)(scope, receive, send)
+    return True
+
+
+def observe(context: RequestContext, scope: Scope) -> None:
+    """Tell the observer how the request ended."""
+    status = CLIENT_GONE if context.status is None else context.status
+    context.app.observer.observe(
+        RequestServed(
+            request_id=context.request_id,
+            client_request_id=context.header_for_log(
+                b"x-client-request-id", chars_max=CLIENT_REQUEST_ID_CHARS_MAX
+            ),
+            method=context.method,
+            route=scope["route"].path_format if "route" in scope else "other",
+            status=status,
+            code=context.error_code,
+            key_id=context.caller.key_id if context.caller is not None else None,
+            model=context.model,
+            input_count=context.input_count,
+            token_count=context.token_count if status < 400 else 0,
+            request_bytes=context.request_bytes,
+            answer_bytes=context.answer_bytes,
+            duration_s=context.app.clock.now_s() - context.started_s,
+            tokenize_s=context.tokenize_s,
+            queue_s=context.queue_s,
+            compute_s=context.compute_s,
+            encode_s=context.encode_s,
+            traceparent=context.header_for_log(b"traceparent", chars_max=TRACEPARENT_CHARS_MAX),
+            message=context.error_message,
+        )
+    )
+
+
+async def send_body(context: RequestContext, message: Message, send: Send) -> None:
+    """Send a body, a large one in chunks. Raises `ClientDisconnected` where they are taken too slowly.
+
+    The server below has no deadline for writing, so a client that never reads would hold its answer
+    in memory for ever.
+    """
+    body, more = message.get("body", b""), message.get("more_body", False)
+    limits = context.app.limits
+    if context.method == "HEAD" or len(body) <= limits.answer_chunk_bytes:
+        body = b"" if context.method == "HEAD" else bytes(body)
+        context.answer_bytes += len(body)
+        await send({"type": "http.response.body", "body": body, "more_body": more})
+        return
+    loop = asyncio.get_running_loop()
+    began_s = loop.time()
+    for start in range(0, len(body), limits.answer_chunk_bytes):
+        end = start + limits.answer_chunk_bytes
+        chunk = bytes(body[start:end])
+        context.answer_bytes += len(chunk)
+        due_s = chunk_s_max(limits, elapsed_s=loop.time() - began_s, sent_bytes=start + len(chunk))
+        try:
+            async with asyncio.timeout(due_s):
+                await send(
+                    {
+                        "type": "http.response.body",
+                        "body": chunk,
+                        "more_body": more or end < len(body),
+                    }
+                )
+        except TimeoutError:
+            raise ClientDisconnected from None
+
+
+def chunk_s_max(limits: HttpLimits, *, elapsed_s: float, sent_bytes: int) -> float:
+    """Seconds in which the client must take the chunk that ends at *sent_bytes* of an answer.
+
+    A bound for each chunk alone would let a client hold an answer for ever at one chunk in half a
+    minute, so all together have a rate, too. The kernel and the server below hold some of it for
+    the client, hence the first chunk's seconds on top.
+    """
+    due_s = limits.answer_chunk_s_max + sent_bytes / limits.answer_bytes_per_s_min
+    return max(0.0, min(limits.answer_chunk_s_max, due_s - elapsed_s))
+
+
+def answer_headers(context: RequestContext) -> list[tuple[bytes, bytes]]:
+    """The headers of every answer: its id, where its time went, what is left of the rate limits.
+
+    The rate limits' are OpenAI's six, without those of a kind that has no limit.
+    """
+    app, state = context.app, context.rate_limits
+    elapsed_ms = round((app.clock.now_s() - context.started_s) * 1000)
+    spent_ms = tuple(
+        seconds * 1e3
+        for seconds in (context.tokenize_s, context.queue_s, context.compute_s, context.encode_s)
+    )
+    headers = [
+        (b"x-request-id", context.request_id.encode()),
+        (b"openai-processing-ms", b"%d" % elapsed_ms),
+        (
+            b"server-timing",
+            b"tokenize;dur=%.3f, queue;dur=%.3f, compute;dur=%.3f, encode;dur=%.3f" % spent_ms,
+        ),
+    ]
+    if state is not None:
+        for kind, limit, remaining, reset_s in (
+            (b"requests", state.limit_requests, state.remaining_requests, state.reset_requests_s),
+            (b"tokens", state.limit_tokens, state.remaining_tokens, state.reset_tokens_s),
+        ):
+            if limit is not None:
+                headers += [
+                    (b"x-ratelimit-limit-" + kind, b"%d" % limit),
+                    (b"x-ratelimit-remaining-" + kind, b"%d" % (remaining or 0)),
+                    (b"x-ratelimit-reset-" + kind, duration(reset_s or 0.0)),
+                ]
+    if context.waits_for_100 or app.health().phase in ("draining", "stopped"):
+        headers.append((b"connection", b"close"))
+    return headers
+
+
+def duration(seconds: float) -> bytes:
+    """*seconds* as OpenAI writes them, rounded up: `0ms`, `12ms`, `7s`, `1m3s`, `1h0m5s`."""
+    if seconds < 1:
+        return b"%dms" % min(ceil(max(seconds, 0.0) * 1000), 999)
+    minutes, rest_s = divmod(ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return b"%dh%dm%ds" % (hours, minutes, rest_s)
+    return b"%dm%ds" % (minutes, rest_s) if minutes else b"%ds" % rest_s

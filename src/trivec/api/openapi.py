@@ -1,18 +1,20 @@
-"""`/openapi.json`: OpenAPI 3.1, made from the endpoints and the very types that parse requests."""
+"""`/openapi.json`: OpenAPI 3.1, made from the operations and the very types that parse requests."""
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
 
 from trivec import __version__
-from trivec.api.access import Access
+from trivec.accounts import Scope
 from trivec.api.errors import TABLE
-from trivec.api.routing import Endpoint
 from trivec.api.schemas import ErrorAnswer, Probe
 
-Json = dict[str, Any]
+Json: TypeAlias = dict[str, Any]
 
 _REF = "#/components/schemas/{name}"
 _PARAMETER = re.compile(r"\{(\w+)(?::path)?\}")
@@ -20,19 +22,50 @@ _ALWAYS = {404, 405, 500}
 _WITH_KEY = {401, 403, 503}
 
 
-def openapi_document(endpoints: Sequence[Endpoint]) -> bytes:
-    """The whole description of *endpoints*, as JSON."""
-    types: set[type] = {ErrorAnswer}
-    for endpoint in endpoints:
-        types |= {one for one in (endpoint.reads, endpoint.answers) if one is not None}
-    ordered = sorted(types, key=lambda one: one.__name__)
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One method of one path: its handler, the key it asks for, and what it answers and reads.
+
+    The first line of the handler's docstring is its summary in the description.
+    """
+
+    method: str
+    path: str
+    handler: Callable[[Request], Awaitable[Response]]
+    scope: Scope | None  # of the key that it asks for; None: open to anyone
+    answers: type | None  # the structure of its JSON answer; None: not JSON of ours
+    reads: type | None = None  # the structure of its JSON body
+    must_have_body: bool = True  # where it reads one
+    query: Sequence[str] = ()
+    is_metered: bool = True  # with a row in the ledger, where it asks for a key
+
+
+def openapi_document(operations: Sequence[Operation]) -> bytes:
+    """The whole description of *operations*, as JSON."""
+    types = {kind for one in operations for kind in (one.reads, one.answers) if kind is not None}
+    ordered = sorted(types | {ErrorAnswer}, key=lambda kind: kind.__name__)
     schemas, components = msgspec.json.schema_components(ordered, ref_template=_REF)
     schema_of = dict(zip(ordered, schemas, strict=True))
     paths: dict[str, Json] = {}
-    for endpoint in endpoints:
-        for path in endpoint.paths:
-            operations = paths.setdefault(_PARAMETER.sub(r"{\1}", path), {})
-            operations[endpoint.method.lower()] = _operation(endpoint, path, schema_of)
+    for one in operations:
+        path = _PARAMETER.sub(r"{\1}", one.path)
+        places = [(name, "path") for name in _PARAMETER.findall(path)]
+        places += [(name, "query") for name in one.query]
+        described: Json = {
+            "operationId": "_".join([one.method.lower(), *re.findall(r"\w+", path)]),
+            "summary": _first_line(one.handler).rstrip("."),
+            "security": [] if one.scope is None else [{"key": []}],
+            "responses": _responses(one, schema_of),
+        }
+        if places:
+            described["parameters"] = [
+                {"name": name, "in": at, "required": at == "path", "schema": {"type": "string"}}
+                for name, at in places
+            ]
+        if one.reads is not None:
+            content = {"application/json": {"schema": schema_of[one.reads]}}
+            described["requestBody"] = {"required": one.must_have_body, "content": content}
+        paths.setdefault(path, {})[one.method.lower()] = described
     document = {
         "openapi": "3.1.0",
         "info": {
@@ -50,56 +83,28 @@ def openapi_document(endpoints: Sequence[Endpoint]) -> bytes:
     return msgspec.json.encode(document)
 
 
-def _operation(endpoint: Endpoint, path: str, schema_of: Mapping[type, Json]) -> Json:
-    operation: Json = {
-        "operationId": _operation_id(endpoint.method, path),
-        "summary": endpoint.summary,
-        "security": [] if endpoint.access is Access.OPEN else [{"key": []}],
-        "responses": _responses(endpoint, schema_of),
-    }
-    parameters = [_parameter(name, "path") for name in _PARAMETER.findall(path)]
-    parameters += [_parameter(name, "query") for name in endpoint.query]
-    if parameters:
-        operation["parameters"] = parameters
-    if endpoint.reads is not None:
-        content = {"application/json": {"schema": schema_of[endpoint.reads]}}
-        operation["requestBody"] = {"required": endpoint.must_have_body, "content": content}
-    return operation
-
-
-def _responses(endpoint: Endpoint, schema_of: Mapping[type, Json]) -> Json:
+def _responses(operation: Operation, schema_of: dict[type, Json]) -> Json:
+    """By status. What an error's status means is said in the first lines of the errors' docstrings."""
     ok: Json = {"description": "Success"}
-    if endpoint.answers is not None:
-        ok["content"] = {"application/json": {"schema": schema_of[endpoint.answers]}}
-    if endpoint.answers is Probe:  # the same words when it is not well
+    if operation.answers is not None:
+        ok["content"] = {"application/json": {"schema": schema_of[operation.answers]}}
+    if operation.answers is Probe:  # the same structure when it is not well
         return {"200": ok, "503": ok | {"description": "Not well, and why"}}
-    error = {"application/json": {"schema": schema_of[ErrorAnswer]}}
-    return {"200": ok} | {
-        str(status): {"description": _meaning(status), "content": error}
-        for status in sorted(_statuses(endpoint))
-    }
+    if operation.scope is None:
+        statuses = _ALWAYS
+    elif operation.reads is None:
+        statuses = _ALWAYS | _WITH_KEY | {400}
+    else:
+        statuses = {row.status for row in TABLE.values()}
+    responses = {"200": ok}
+    for status in sorted(statuses):
+        kinds = [kind for kind, row in TABLE.items() if row.status == status]
+        responses[str(status)] = {
+            "description": " · ".join(map(_first_line, kinds)),
+            "content": {"application/json": {"schema": schema_of[ErrorAnswer]}},
+        }
+    return responses
 
 
-def _statuses(endpoint: Endpoint) -> set[int]:
-    """Which failures an endpoint can answer with."""
-    if endpoint.access is Access.OPEN:
-        return _ALWAYS
-    if endpoint.reads is None:
-        return _ALWAYS | _WITH_KEY | {400}
-    return {row.status for row in TABLE.values()}
-
-
-def _meaning(status: int) -> str:
-    """The errors that have this status, in the words of their docstrings."""
-    sayings = [(kind.__doc__ or "").partition("\n")[0] for kind in TABLE]
-    return " · ".join(
-        saying for saying, row in zip(sayings, TABLE.values(), strict=True) if row.status == status
-    )
-
-
-def _parameter(name: str, place: str) -> Json:
-    return {"name": name, "in": place, "required": place == "path", "schema": {"type": "string"}}
-
-
-def _operation_id(method: str, path: str) -> str:
-    return "_".join([method.lower(), *re.findall(r"\w+", path.replace(":path", ""))])
+def _first_line(documented: object) -> str:
+    return (documented.__doc__ or "").partition("\n")[0]

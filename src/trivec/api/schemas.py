@@ -1,13 +1,32 @@
-"""The words of the wire: every structure a client sends or receives, as msgspec types.
+"""Wire types: every structure of OpenAI's face, and JSON bodies decoded into structures.
 
-What parses requests is what `/openapi.json` is made from. Rules that a type cannot hold (no empty
-text, no mixing) are in `questions.py`; the large answers are written by hand in `encoding.py`, and
-a test holds them to the types here.
+What parses requests is what `/openapi.json` is made from. The decoder checks JSON, types and ranges:
+msgspec says what is wrong and where, and here its words become OpenAI's and its paths become
+`param`. Rules that a type cannot hold (no empty text, no mixing) are in `openai.py`; the large
+answers are written by hand in `responses.py`, and a test holds them to the types here.
 """
 
-from typing import Annotated, Literal, TypeAlias
+import codecs
+import json
+import re
+from typing import (
+    Annotated,
+    Generic,
+    Literal,
+    TypeAlias,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
+import msgspec
 from msgspec import Meta, Struct
+
+from trivec.core.errors import FieldInvalid, MalformedBody
+from trivec.core.types import Truncated
+
+T = TypeVar("T")
 
 DIMENSIONS_MAX = 65_536
 
@@ -97,13 +116,6 @@ class MultiEmbedding(Struct, frozen=True):
     encoding: Literal["base64"] | None = None
 
 
-class TruncatedText(Struct, frozen=True):
-    """That a text was cut. `original_tokens` is null where it was too long to be counted."""
-
-    original_tokens: int | None
-    kept_tokens: int
-
-
 class Embedding(Struct, frozen=True, omit_defaults=True):
     """The vectors of one text. The last three keys are there only when they say something."""
 
@@ -112,7 +124,7 @@ class Embedding(Struct, frozen=True, omit_defaults=True):
     embedding: list[float] | str
     sparse_embedding: SparseEmbedding | None = None
     multi_embedding: MultiEmbedding | None = None
-    truncated: TruncatedText | None = None
+    truncated: Truncated | None = None
 
 
 class Usage(Struct, frozen=True):
@@ -206,3 +218,131 @@ class ErrorAnswer(Struct, frozen=True):
     """The one shape of every failure."""
 
     error: Problem
+
+
+SHOWN_CHARS_MAX = 80  # how much of a client's own value a message repeats
+# What msgspec says, which ends in " - at `$.input[3]`" unless it is said of the whole body.
+_UNKNOWN = "Object contains unknown field `"
+_MISSING = "Object missing required field `"
+_NOT_LISTED = "Invalid enum value '"
+_WRONG_TYPE = re.compile(r"Expected `(?P<expected>[^`]*)`, got `(?P<found>[^`]*)`")
+
+
+class Decoder(Generic[T]):
+    """JSON in UTF-8 into a structure of *kind*."""
+
+    def __init__(self, kind: type[T]) -> None:
+        hints = get_type_hints(kind, include_extras=True)
+        self._decoder = msgspec.json.Decoder(kind)
+        self._fields = frozenset(hints)
+        # Of the fields that can hold only certain words: those words.
+        self._words = {name: words for name, hint in hints.items() if (words := _words(hint))}
+
+    def decode(self, body: bytes) -> T:
+        """The structure in *body*. Raises `MalformedBody`, `FieldInvalid`."""
+        body = body.removeprefix(codecs.BOM_UTF8)
+        try:
+            try:
+                return self._decoder.decode(body)
+            except msgspec.ValidationError:
+                return self._decoder.decode(self._mended(body))
+        except msgspec.ValidationError as refused:
+            raise self._field_refused(str(refused)) from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as refused:
+            if param := _text_at_fault(body):
+                raise FieldInvalid(
+                    f"Invalid '{param}': it holds half of a surrogate pair, or bytes that are not "
+                    "UTF-8, which are no characters. Remove or replace them.",
+                    param=param,
+                ) from None
+            reason = str(refused).removeprefix("JSON is malformed: ")
+            if isinstance(refused, UnicodeDecodeError):
+                reason = "it is not UTF-8"
+            elif isinstance(refused, RecursionError):
+                reason = "it is nested too deep"
+            elif not body:
+                reason = "it is empty"
+            raise MalformedBody(
+                f"We could not parse the JSON body of your request ({reason}). "
+                "Send one JSON object in UTF-8."
+            ) from None
+
+    def _mended(self, body: bytes) -> bytes:
+        """*body* without unknown fields that are null, its words in lower case where that is one.
+
+        Only for what was refused as it is: the ordinary request is parsed once.
+        """
+        given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        kept: dict[str, object] = {}
+        for name, value in given.items():
+            if name in self._words:
+                kept[name] = _lowered(msgspec.json.decode(value), self._words[name])
+            elif name in self._fields or bytes(value) != b"null":
+                kept[name] = value
+        return msgspec.json.encode(kept)
+
+    def _field_refused(self, complaint: str) -> MalformedBody | FieldInvalid:
+        """*complaint*, which is msgspec's, in OpenAI's words."""
+        problem, _, at = complaint.partition(" - at `$.")
+        param = at.removesuffix("`")  # empty: the whole body
+        wrong = _WRONG_TYPE.fullmatch(problem)
+        if problem.startswith(_UNKNOWN):
+            name = shown(problem.removeprefix(_UNKNOWN).removesuffix("`"))
+            return FieldInvalid(
+                f"Unrecognized request argument supplied: {name}. Remove it, or correct its name.",
+                param=name,
+            )
+        is_null = wrong is not None and wrong["found"] == "null" and param in ("model", "input")
+        if problem.startswith(_MISSING) or is_null:
+            name = param or problem.removeprefix(_MISSING).removesuffix("`")
+            article = "an" if name[0] in "aeiou" else "a"
+            return FieldInvalid(f"you must provide {article} {name} parameter", param=name)
+        if not param:
+            return MalformedBody(f"The body must be one JSON object. {problem}.")
+        # What is left is a range: Expected `int` >= 1, Integer value out of range
+        message = f"Invalid value for '{param}'. {problem}."
+        if problem.startswith(_NOT_LISTED):
+            value = shown(problem.removeprefix(_NOT_LISTED).removesuffix("'"))
+            words = list(self._words[param.partition("[")[0]])
+            message = f"Invalid value for '{param}' = {value}. Supported values: {words}."
+        elif wrong is not None:
+            message = (
+                f"Invalid type for '{param}': expected {wrong['expected'].replace(' | ', ' or ')}, "
+                f"but got {wrong['found']} instead."
+            )
+        return FieldInvalid(message, param=param)
+
+
+def shown(value: str) -> str:
+    """A client's own value, short enough and clean enough for a message."""
+    clean = value.encode("utf-8", "replace").decode("utf-8")
+    return clean if len(clean) <= SHOWN_CHARS_MAX else clean[:SHOWN_CHARS_MAX] + "…"
+
+
+def _words(hint: object) -> tuple[str, ...]:
+    """The strings of every `Literal` in *hint*."""
+    if get_origin(hint) is Literal:
+        return tuple(str(word) for word in get_args(hint))
+    return tuple(word for inner in get_args(hint) for word in _words(inner))
+
+
+def _lowered(value: object, words: tuple[str, ...]) -> object:
+    if isinstance(value, list):
+        return [_lowered(one, words) for one in value]
+    return value.lower() if isinstance(value, str) and value.lower() in words else value
+
+
+def _text_at_fault(body: bytes) -> str | None:
+    """The field, as `input[3]`, whose text cannot be Unicode; None where none is to be found."""
+    try:
+        parsed = json.loads(body.decode("utf-8", "surrogateescape"))
+    except (ValueError, RecursionError):
+        return None
+    for name, value in parsed.items() if isinstance(parsed, dict) else ():
+        for i, text in enumerate(value if isinstance(value, list) else [value]):
+            try:
+                if isinstance(text, str):
+                    text.encode()
+            except UnicodeEncodeError:
+                return f"{shown(name)}[{i}]" if isinstance(value, list) else shown(name)
+    return None

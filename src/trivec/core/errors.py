@@ -1,23 +1,21 @@
-"""The whole error tree. Messages hold the value, the limit and the next step; never an internal.
+"""All errors. A message holds the value, the limit and the next step; never an internal.
 
 TrivecError
-├── StartError                 the process cannot start: one line on stderr, exit code 2
-│   ├── SettingInvalid
-│   ├── CheckpointRefused      a file of the model is missing, damaged or not understood
-│   └── StoreRefused           the store is of another version or belongs to another secret
-├── DeviceLost                 a backend's device is gone for good: the process is not ready any more
-└── ServiceError               a request is answered with it; `api/errors.py` holds the table
-    ├── RequestError           the client must change the request
-    │   ├── MalformedBody · FieldInvalid · TextTooLong · TokenIdUnknown · TokenIdsForeign
-    │   ├── RequestTooLarge · AnswerTooLarge · ModelUnknown · BodyTooLarge · BodyTooSlow · MediaTypeUnsupported
-    │   └── RouteUnknown · MethodNotAllowed · ResourceUnknown
-    ├── AccessError            the key must change
+├── StartError         the process cannot start: one line on stderr, exit code 2
+│   └── SettingInvalid · CheckpointRefused · StoreRefused
+├── DeviceLost         a backend's device is gone for good
+└── ServiceError       a request is answered with it; `api/errors.py` holds the table
+    ├── RequestError   the client must change the request
+    │   └── MalformedBody · FieldInvalid (TokenIdUnknown) · TokenIdsForeign · TextTooLong ·
+    │       RequestTooLarge · AnswerTooLarge · ModelUnknown · BodyTooLarge · BodyTooSlow ·
+    │       MediaTypeUnsupported · RouteUnknown · MethodNotAllowed · ResourceUnknown
+    ├── AccessError    the key must change
     │   └── KeyMissing · KeyInvalid · ModelDenied · ScopeMissing · GrantDenied
-    ├── RateLimitError         the client must wait, or mend its idempotency key
-    │   └── RateLimitExceeded · IdempotencyKeyReused · IdempotencyInProgress
-    ├── BusyError              we must recover; every one carries when to try again
+    ├── BusyError      we must recover; each says when to try again
     │   └── Overloaded · Draining · Loading · DeadlineExceeded · StoreUnavailable
-    └── EngineFault            our mistake; the message is only for the log
+    ├── RateLimitError the client must wait
+    │   └── RateLimitExceeded · IdempotencyKeyReused · IdempotencyInProgress
+    └── EngineFault    our mistake; the message is only for the log
 """
 
 from asyncio import CancelledError
@@ -48,8 +46,7 @@ class StoreRefused(StartError):
 class DeviceLost(TrivecError):
     """`Backend.run` cannot work again in this process; its message says what the driver said.
 
-    No answer to a client by itself: the engine fails what waits with one of the `ServiceError`s,
-    stops giving the device work, and says that the process is not ready.
+    The engine fails what waits with a `ServiceError`, and says that the process is not ready.
     """
 
 
@@ -59,8 +56,6 @@ class ServiceError(TrivecError):
 
 class RequestError(ServiceError):
     """The client must change the request. `param` names the field at fault, as `input[17]`."""
-
-    param: str | None = None
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -113,15 +108,13 @@ class TextTooLong(RequestError):
     ) -> None:
         """*token_count* None: it was not counted, for having more than *bytes_max*."""
         self.index = index
-        counted = f"{token_count} tokens (input[{index}])"
+        found = f"{token_count} tokens"
         if bytes_max is not None:
-            counted = (
-                f"a text of more than {bytes_max:,} bytes, {bytes_max // token_count_max} for each "
-                f"token, which is not read (input[{index}])"
-            )
+            found = f"a text of more than {bytes_max:,} bytes, {bytes_max // token_count_max} for "
+            found += "each token, which is not read"
         super().__init__(
             f"This model's maximum context length is {token_count_max} tokens, however you "
-            f"requested {counted}. Please shorten that input, or send "
+            f"requested {found} (input[{index}]). Please shorten that input, or send "
             '"truncate": "end" to have it cut.',
             param=f"input[{index}]",
         )
@@ -237,46 +230,30 @@ class GrantDenied(AccessError):
 
 
 class RateLimitError(ServiceError):
-    """The client must wait, or mend its idempotency key."""
+    """The client must wait."""
 
 
 class RateLimitExceeded(RateLimitError):
     """The key's own allowance is used up for now."""
 
     def __init__(
-        self,
-        *,
-        kind: str,
-        limit: int,
-        requested: int,
-        retry_after_s: float,
-        what: str | None = None,
+        self, *, kind: str, limit: int, requested: int, retry_after_s: float, what: str = ""
     ) -> None:
         """*what* is limited, where *kind* alone does not say it."""
         self.kind = kind  # "requests" or "tokens"
         self.retry_after_s = retry_after_s
         super().__init__(
-            f"Rate limit reached for {what or kind} per minute: limit {limit}, requested {requested}. "
-            f"Please try again in {retry_after_s:.3f}s."
+            f"Rate limit reached for {what or kind} per minute: limit {limit}, requested "
+            f"{requested}. Please try again in {retry_after_s:.3f}s."
         )
 
 
 class IdempotencyKeyReused(RateLimitError):
-    """The same `Idempotency-Key` came with another body."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "This Idempotency-Key was used with another request body; use a new key for it."
-        )
+    """Only inside accounts, until its claims are gone: no request is answered with it."""
 
 
 class IdempotencyInProgress(RateLimitError):
-    """The first request with this `Idempotency-Key` is still running."""
-
-    retry_after_s = 1.0
-
-    def __init__(self) -> None:
-        super().__init__("The first request with this Idempotency-Key is still running.")
+    """As `IdempotencyKeyReused`."""
 
 
 class BusyError(ServiceError):
@@ -288,7 +265,7 @@ class BusyError(ServiceError):
 
 
 class Overloaded(BusyError):
-    """The line is full."""
+    """The queue is full."""
 
 
 class Draining(BusyError):

@@ -1,0 +1,240 @@
+"""Request context: one HTTP request, from its head to its line in the log, and its body.
+
+It holds counts, names and times; never text, vectors or a plain key.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from starlette.types import Receive, Scope
+
+from trivec.accounts import Accounts, Caller, RateLimitState, Reservation
+from trivec.api.memory import ByteBudget, MemoryHold
+from trivec.api.schemas import shown
+from trivec.api.timeout import RequestTimeout
+from trivec.core.errors import (
+    BodyTooLarge,
+    BodyTooSlow,
+    BusyError,
+    MalformedBody,
+    MediaTypeUnsupported,
+    ModelUnknown,
+)
+from trivec.core.health import Health
+from trivec.core.ports import Clock, Embedder, Observer
+from trivec.core.types import ModelCard
+from trivec.settings import HttpLimits
+
+CONTEXT = "trivec.context"  # where the context lies in the ASGI scope
+BODY_TOO_SLOW = 408
+PARSED_BYTES_A_BYTE = 2  # texts of one or two bytes a character, and token ids in arrays
+PIECE_BYTES = 64  # around each piece of a body, in CPython
+SILENT_S_MAX = 2.0  # without a byte of a body that is only dropped
+TOKENS_MIN = 2  # of any text: the special tokens around it
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
+
+
+@dataclass(slots=True)
+class AppState:
+    """What all requests of one app share."""
+
+    embedders: Mapping[str, Embedder]  # by id and by alias; empty while loading
+    accounts: Accounts
+    observer: Observer
+    clock: Clock
+    limits: HttpLimits
+    health: Callable[[], Health]
+    metrics: Callable[[], bytes] | None
+    memory: ByteBudget
+    # Large requests to tokenize run one at a time: their threads are those of embeddings.
+    large_tokenize: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    large_tokenize_count: int = 0
+
+    def check_admission(self) -> None:
+        """Raise `Overloaded` where no model takes even the smallest request there is."""
+        refusal: BusyError | None = None
+        for embedder in self.embedders.values():
+            try:
+                embedder.check_admission(TOKENS_MIN)
+            except BusyError as busy:
+                refusal = busy
+            else:
+                return
+        if refusal is not None:
+            raise refusal
+
+    def cards_for(self, caller: Caller) -> list[ModelCard]:
+        """The cards of the models that *caller* may use, in the order they were configured."""
+        cards = {one.card.id: one.card for one in self.embedders.values()}
+        return [card for card in cards.values() if caller.may_use(card.names)]
+
+
+class RequestContext:
+    """One request; lives on the event loop, in one task."""
+
+    def __init__(self, scope: Scope, receive: Receive, app: AppState) -> None:
+        """The context of a request that has just arrived."""
+        self.app = app
+        # A client may send any word for a method.
+        self.method: str = scope["method"] if scope["method"] in METHODS else "other"
+        # By lower-case name; the first of several wins.
+        self.headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))
+        self.request_id = f"req_{os.urandom(16).hex()}"
+        request_s_max = app.limits.request_s_max
+        try:  # OpenAI's clients say how long they wait
+            client_s = float(self.headers.get(b"x-stainless-read-timeout", b"0"))
+        except ValueError:
+            client_s = 0.0
+        if 0 < client_s < request_s_max:  # NaN compares false
+            request_s_max = client_s
+        self.started_s = app.clock.now_s()
+        self.deadline_s = self.started_s + request_s_max
+        self._receive = receive
+        self.timeout = RequestTimeout(receive, request_s_max=request_s_max)
+        self.memory = MemoryHold(app.memory)
+
+        self.caller: Caller | None = None
+        self.reservation: Reservation | None = None
+        self.rate_limits: RateLimitState | None = None
+        self.user: str | None = None  # the client's word for its user, on its way to be hashed
+        self.error_code: str | None = None
+        self.error_message: str | None = None  # where the client is at fault
+        self.model: str | None = None  # a served id, never what the client merely claimed
+        self.input_count = self.token_count = 0
+        self.request_bytes = 0  # of body, that were read
+        self._is_body_asked_for = self._is_body_read = False  # read: to its end
+        self.status: int | None = None  # of the answer that has begun to leave
+        self.answer_bytes = 0  # of body, that have left
+        self.tokenize_s = self.queue_s = self.compute_s = self.encode_s = 0.0
+
+    def header_for_log(self, name: bytes, *, chars_max: int) -> str | None:
+        """The header's text if it is fit for a log: short, printable ASCII."""
+        text = self.headers.get(name, b"").decode("latin-1")
+        is_fit = 0 < len(text) <= chars_max and text.isascii() and text.isprintable()
+        return text if is_fit else None
+
+    @property
+    def waits_for_100(self) -> bool:
+        """Whether the client sends its body only when told to, and has not been told."""
+        return b"expect" in self.headers and not self._is_body_asked_for
+
+    @property
+    def known_caller(self) -> Caller:
+        """The caller, on a route that asks for a key."""
+        assert self.caller is not None, "the route is open"
+        return self.caller
+
+    def find_embedder(self, name: str) -> Embedder:
+        """The model called *name*, case and all. Raises `ModelUnknown`, `ModelDenied`."""
+        embedder = self.app.embedders.get(name)
+        if embedder is None:
+            served = tuple(card.id for card in self.app.cards_for(self.known_caller))
+            raise ModelUnknown(model=shown(name), served=served)
+        self.model = embedder.card.id
+        self.known_caller.require_model(embedder.card.names)
+        return embedder
+
+    async def read_body(self, *, is_optional: bool = False) -> bytes:
+        """The whole body of a request that says it is JSON; empty only where it *is_optional*.
+
+        Raises `MediaTypeUnsupported`; `BodyTooLarge`, where a length is declared before anything is
+        read; `BodyTooSlow`; `MalformedBody` if it breaks off; `Overloaded` where the byte budget does
+        not hold it and what parsing makes of it.
+        """
+        limits, memory = self.app.limits, self.memory
+        if not is_optional:
+            self._check_is_json()
+        declared = self.headers.get(b"content-length", b"")
+        if declared.isdigit() and int(declared[:20]) > limits.body_bytes_max:
+            raise _too_many_bytes(limits)
+        # Over a slow link every packet of an honest body is a piece, so pieces are bounded only
+        # where no length bounds the body.
+        pieces_max = limits.body_bytes_max if declared else limits.body_chunks_max
+        pieces: list[bytes] = []
+        self._is_body_asked_for = has_more = True
+        try:
+            async with asyncio.timeout(limits.body_s_max):
+                while has_more:
+                    message = await self._receive()
+                    # A bad chunk looks like a client that left.
+                    if message["type"] != "http.request":
+                        raise MalformedBody(
+                            "We could not parse the JSON body of your request (it broke off before "
+                            "its end). Send one JSON object in UTF-8."
+                        )
+                    has_more = message.get("more_body", False)
+                    if piece := message.get("body", b""):
+                        pieces.append(piece)
+                        self.request_bytes += len(piece)
+                        if has_more and len(pieces) == 1:
+                            self.app.memory.arriving[memory] = self.timeout.end
+                        memory.add(len(piece) + PIECE_BYTES)
+                    if self.request_bytes > limits.body_bytes_max:
+                        raise _too_many_bytes(limits)
+                    if len(pieces) > pieces_max:
+                        raise BodyTooLarge(
+                            f"The request body came in more than {pieces_max} chunks. "
+                            "Send it in larger ones, or with a Content-Length."
+                        )
+        except TimeoutError:
+            raise BodyTooSlow(
+                f"The request body did not arrive within {limits.body_s_max:g} seconds. "
+                "Send it again, in smaller requests."
+            ) from None
+        finally:
+            self.app.memory.arriving.pop(memory, None)
+        self._is_body_read = True
+        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        memory.shrink(len(body))
+        memory.add(PARSED_BYTES_A_BYTE * len(body))
+        if is_optional and body:
+            self._check_is_json()
+        return body
+
+    def _check_is_json(self) -> None:
+        """Raise `MediaTypeUnsupported` unless the body says that it is plain JSON in UTF-8."""
+        content_type = self.headers.get(b"content-type", b"").decode("latin-1") or "nothing"
+        encoding = self.headers.get(b"content-encoding", b"").decode("latin-1")
+        if encoding.strip().lower() not in ("", "identity"):
+            raise MediaTypeUnsupported(
+                f"Content-Encoding {shown(encoding)} is not supported. Send the body as it is."
+            )
+        kind, _, parameters = content_type.partition(";")
+        charset = parameters.replace(" ", "").replace('"', "").lower().partition("charset=")[2]
+        if kind.strip().lower() != "application/json" or charset not in ("", "utf-8", "utf8"):
+            raise MediaTypeUnsupported(
+                f"Content-Type {shown(content_type)} is not supported. "
+                "Send Content-Type: application/json, in UTF-8."
+            )
+
+    async def drop_rest_of_body(self) -> None:
+        """Read and drop what is left of the body once the request has been answered.
+
+        Closing a connection with bytes unread resets it, and the client loses the answer that it
+        has not read yet: most clients send all of a body before they look. Bounded in bytes, in
+        seconds, and in seconds without a byte; after that the connection is cut.
+        """
+        declares_none = self.headers.get(b"content-length", b"0") == b"0"
+        has_body = not declares_none or b"transfer-encoding" in self.headers
+        if self._is_body_read or not has_body or self.waits_for_100:
+            return
+        limits, dropped = self.app.limits, 0
+        is_slow = self.status == BODY_TOO_SLOW
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SILENT_S_MAX if is_slow else limits.refused_body_s_max):
+                while dropped < limits.refused_body_bytes_max:
+                    async with asyncio.timeout(SILENT_S_MAX):
+                        message = await self._receive()
+                    dropped += len(message.get("body", b""))
+                    if message["type"] != "http.request" or not message.get("more_body", False):
+                        return
+
+
+def _too_many_bytes(limits: HttpLimits) -> BodyTooLarge:
+    return BodyTooLarge(
+        f"The request body has more than {limits.body_bytes_max:,} bytes. "
+        "Split the input over several requests."
+    )

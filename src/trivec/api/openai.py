@@ -1,0 +1,381 @@
+"""OpenAI's face: embeddings, tokenize and models, and the rules of a request that no type can hold."""
+
+import asyncio
+import random
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TypeVar, cast
+
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import Response
+
+from trivec.accounts import Scope
+from trivec.api.auth import reserve
+from trivec.api.context import CONTEXT, RequestContext
+from trivec.api.openapi import Operation
+from trivec.api.responses import (
+    IN_LINE_BYTES_MAX,
+    INT_TEXT_BYTES,
+    Encoding,
+    encode_embeddings,
+    estimate_bytes,
+    json_response,
+)
+from trivec.api.schemas import (
+    Decoder,
+    EmbeddingsAnswer,
+    EmbeddingsRequest,
+    Input,
+    Model,
+    ModelList,
+    TokenizeAnswer,
+    TokenizedText,
+    TokenizeRequest,
+    shown,
+)
+from trivec.core.errors import (
+    AnswerTooLarge,
+    FieldInvalid,
+    Overloaded,
+    RequestTooLarge,
+    TokenIdUnknown,
+)
+from trivec.core.ports import Texts, TokenLists
+from trivec.core.types import LongText, ModelCard, Output
+from trivec.settings import HttpLimits
+
+Asked = TypeVar("Asked", EmbeddingsRequest, TokenizeRequest)
+
+PARSE_IN_LINE_BYTES_MAX = 256 * 1024  # larger bodies are parsed in a thread
+LARGE_TOKENIZE_BYTES = 64 * 1024  # of a body; smaller ones need not wait for others
+LARGE_TOKENIZE_MAX = 5  # at a time: one runs, the others wait
+TOKEN_BYTES = 48  # an id in an array, as a Python integer in a list, and as text
+TOKEN_STRING_BYTES = 72  # its string, in a list
+OUTPUTS = {
+    "dense": Output.DENSE,
+    "sparse": Output.SPARSE,
+    "multi": Output.MULTI,
+    "colbert": Output.MULTI,
+}
+LONG_TEXT: Mapping[bool | str, LongText] = {
+    False: LongText.REFUSE,
+    "none": LongText.REFUSE,
+    True: LongText.CUT_END,
+    "end": LongText.CUT_END,
+    "start": LongText.CUT_START,
+}
+_embeddings_decoder = Decoder(EmbeddingsRequest)
+_tokenize_decoder = Decoder(TokenizeRequest)
+
+
+async def embeddings(request: Request) -> Response:
+    """Turn texts into vectors.
+
+    Whatever can be refused is refused before the model is touched.
+    """
+    context: RequestContext = request.scope[CONTEXT]
+    app, clock, limits = context.app, context.app.clock, context.app.limits
+    body = await context.read_body()
+    app.check_admission()  # after reading: a connection with an unread body is lost
+    asked = await parse(_embeddings_decoder, body, context)
+    del body
+    outputs, rows = parse_outputs(asked.output_type), context.input_count
+    encoding: Encoding = asked.encoding_format or "float"
+    context.user = asked.user
+    embedder = context.find_embedder(asked.model)
+    card = embedder.card
+    check_against_card(outputs, asked.dimensions, card)
+    estimate = partial(
+        estimate_bytes,
+        outputs,
+        encoding,
+        rows=rows,
+        width=card.dimensions,
+        dimensions=asked.dimensions,
+        with_strings=bool(asked.return_tokens),
+    )
+    least_bytes = sum(estimate(tokens=rows))
+    context.memory.add_answer(least_bytes)  # before the work of tokenising
+    context.timeout.watch_client()
+    await reserve(context, tokens_follow=True)
+
+    usual = context.known_caller.truncate or limits.truncate
+    long_text = LONG_TEXT[usual if asked.truncate is None else asked.truncate]
+    started_s = clock.now_s()
+    sequences = await embedder.tokenize(
+        tokenizer_inputs(asked.input, card),
+        long_text=long_text,
+        are_own=asked.token_encoding is not None,
+    )
+    context.tokenize_s = clock.now_s() - started_s
+    token_count = sequences.token_count
+    if token_count > limits.request_tokens_max:
+        raise RequestTooLarge(token_count=token_count, token_count_max=limits.request_tokens_max)
+    answer_bytes, vector_bytes = estimate(tokens=token_count)
+    if answer_bytes > limits.answer_bytes_max:
+        raise AnswerTooLarge(answer_bytes=answer_bytes, answer_bytes_max=limits.answer_bytes_max)
+    context.memory.add_answer(answer_bytes + vector_bytes - least_bytes)
+    assert context.reservation is not None
+    await context.reservation.reserve_tokens(token_count)
+
+    reply = await embedder.embed(sequences, outputs, deadline_s=context.deadline_s - clock.now_s())
+    context.token_count = token_count
+    context.queue_s, context.compute_s = reply.queue_s, reply.compute_s
+    token_strings: list[list[str]] | None = None
+    if asked.return_tokens and Output.SPARSE in outputs:
+        token_strings = []
+        for vector in reply.vectors.sparse:
+            assert vector is not None, "every sequence was asked for its sparse vector"
+            token_strings.append(embedder.token_strings(vector.token_ids))
+            await asyncio.sleep(0)  # other requests get a turn after every vector
+
+    started_s = clock.now_s()
+    encode = partial(
+        encode_embeddings,
+        reply.vectors,
+        sequences,
+        model=asked.model,
+        outputs=outputs,
+        encoding=encoding,
+        dimensions=asked.dimensions,
+        token_strings=token_strings,
+    )
+    in_line = answer_bytes <= IN_LINE_BYTES_MAX[encoding]
+    answer = encode() if in_line else await asyncio.to_thread(encode)
+    context.encode_s = clock.now_s() - started_s
+    context.memory.shrink(len(answer))
+    return Response(answer, media_type="application/json")
+
+
+async def tokenize(request: Request) -> Response:
+    """Count tokens without spending any.
+
+    A large request waits for its turn, for it takes the tokenizer's threads from embeddings.
+    """
+    context: RequestContext = request.scope[CONTEXT]
+    app = context.app
+    body = await context.read_body()
+    context.timeout.watch_client()
+    if len(body) < LARGE_TOKENIZE_BYTES:
+        return await count_tokens(context, body)
+    if app.large_tokenize_count >= LARGE_TOKENIZE_MAX:
+        raise Overloaded(
+            f"{LARGE_TOKENIZE_MAX - 1} large requests to tokenize are waiting, which is the most. "
+            "Please try again shortly, with fewer inputs at a time.",
+            retry_after_s=random.uniform(5, 10),  # noqa: S311 # not all at once again
+        )
+    app.large_tokenize_count += 1
+    try:
+        async with app.large_tokenize:
+            return await count_tokens(context, body)
+    finally:
+        app.large_tokenize_count -= 1
+
+
+async def count_tokens(context: RequestContext, body: bytes) -> Response:
+    """The answer to `POST /tokenize`. A text that would not fit is counted all the same."""
+    clock, limits = context.app.clock, context.app.limits
+    asked = await parse(_tokenize_decoder, body, context)
+    embedder = context.find_embedder(asked.model)
+    token_count_max = embedder.card.token_count_max
+    await reserve(context)
+    started_s = clock.now_s()
+    sequences = await embedder.tokenize(
+        tokenizer_inputs(asked.input, embedder.card),
+        long_text=LongText.KEEP,
+        are_own=asked.token_encoding is not None,
+    )
+    context.tokenize_s = clock.now_s() - started_s
+    token_count = sequences.token_count
+    answer_bytes = token_count * INT_TEXT_BYTES
+    if answer_bytes > limits.answer_bytes_max:
+        raise AnswerTooLarge(answer_bytes=answer_bytes, answer_bytes_max=limits.answer_bytes_max)
+    token_bytes = TOKEN_BYTES + (TOKEN_STRING_BYTES if asked.return_tokens else 0)
+    context.memory.add_answer(token_count * token_bytes)
+    data = []
+    for i in range(len(sequences)):
+        start, end = sequences.cu_seqlens[i : i + 2].tolist()
+        token_ids = sequences.token_ids[start:end]
+        data.append(
+            TokenizedText(
+                object="tokens",
+                index=i,
+                token_ids=token_ids.tolist(),
+                token_count=end - start,
+                fits=end - start <= token_count_max and i not in sequences.truncated,
+                tokens=embedder.token_strings(token_ids) if asked.return_tokens else None,
+            )
+        )
+        await asyncio.sleep(0)  # other requests get a turn after every text
+    answer = TokenizeAnswer(
+        object="list",
+        model=asked.model,
+        data=data,
+        token_count_max=token_count_max,
+        total_tokens=token_count,
+        request_tokens_max=limits.request_tokens_max,
+        fits=token_count <= limits.request_tokens_max and all(text.fits for text in data),
+    )
+    in_line = answer_bytes <= IN_LINE_BYTES_MAX["float"]
+    response = json_response(answer) if in_line else await asyncio.to_thread(json_response, answer)
+    context.memory.shrink(len(response.body))
+    return response
+
+
+async def list_models(request: Request) -> Response:
+    """List the models this key may use."""
+    context: RequestContext = request.scope[CONTEXT]
+    cards = context.app.cards_for(context.known_caller)
+    return json_response(ModelList(data=[_model(card, card.id, context) for card in cards]))
+
+
+async def show_model(request: Request) -> Response:
+    """Show one model."""
+    context: RequestContext = request.scope[CONTEXT]
+    name = request.path_params["id"]
+    return json_response(_model(context.find_embedder(name).card, name, context))
+
+
+def _model(card: ModelCard, name: str, context: RequestContext) -> Model:
+    return Model(
+        id=name,
+        created=card.created,
+        owned_by=card.owned_by,
+        context_size=card.token_count_max,
+        dimensions=card.dimensions,
+        dimensions_selectable=card.dimensions_selectable,
+        output_types=output_words(card.outputs),
+        truncate=context.known_caller.truncate or context.app.limits.truncate,
+        precision=card.precision,
+        recipe=card.recipe,
+        verified=card.verified,
+        aliases=list(card.aliases),
+        notes=dict(card.notes),
+    )
+
+
+async def parse(decoder: Decoder[Asked], body: bytes, context: RequestContext) -> Asked:
+    """The request in *body*. Raises `MalformedBody`, `FieldInvalid`, `RequestTooLarge`."""
+
+    def decode() -> Asked:
+        asked = decoder.decode(body)
+        context.input_count = check_inputs(asked.input, context.app.limits)
+        return asked
+
+    in_line = len(body) <= PARSE_IN_LINE_BYTES_MAX
+    return decode() if in_line else await asyncio.to_thread(decode)
+
+
+def check_inputs(given: Input, limits: HttpLimits) -> int:
+    """How many inputs there are. Refuses what is none of the four legal forms, by the item at fault."""
+    if not given:
+        raise _empty("input", "string" if isinstance(given, str) else "array")
+    if isinstance(given, str):
+        return 1
+    kind = type(given[0])
+    if kind is not int and len(given) > limits.inputs_max:
+        raise FieldInvalid(
+            "Invalid 'input': array too long. Expected an array with maximum length "
+            f"{limits.inputs_max}, but got an array with length {len(given)} instead.",
+            param="input",
+        )
+    if len(set(map(type, given))) > 1:
+        i = next(i for i, item in enumerate(given) if type(item) is not kind)
+        raise FieldInvalid(
+            f"Invalid 'input[{i}]': all inputs must be of one kind. "
+            "Send texts, or token ids, or lists of token ids.",
+            param=f"input[{i}]",
+        )
+    if kind is str:
+        if not all(given):
+            raise _empty(f"input[{given.index('')}]", "string")
+        return len(given)
+    lists = [] if kind is int else cast("list[list[int]]", given)
+    if not all(lists):
+        raise _empty(f"input[{given.index([])}]", "array")
+    token_count = len(given) if kind is int else sum(map(len, lists))
+    if token_count > limits.request_tokens_max:
+        raise RequestTooLarge(token_count=token_count, token_count_max=limits.request_tokens_max)
+    return len(lists) or 1
+
+
+def _empty(param: str, what: str) -> FieldInvalid:
+    return FieldInvalid(
+        f"Invalid '{param}': empty {what}. Send at least one character or token id.", param=param
+    )
+
+
+def tokenizer_inputs(given: Input, card: ModelCard) -> Texts | TokenLists:
+    """The texts, or the ids as int32 `[tokens]` a list. Raises `TokenIdUnknown`."""
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given[0], str):
+        return cast("list[str]", given)
+    is_flat = isinstance(given[0], int)  # the ids of one text, sent without a list around them
+    arrays = []
+    for i, ids in enumerate(cast("list[list[int]]", [given] if is_flat else given)):
+        if min(ids) < 0 or max(ids) >= card.vocabulary_size:
+            at = next(k for k, one in enumerate(ids) if not 0 <= one < card.vocabulary_size)
+            raise TokenIdUnknown(
+                token_id=ids[at],
+                vocabulary_size=card.vocabulary_size,
+                param=f"input[{at}]" if is_flat else f"input[{i}][{at}]",
+            )
+        arrays.append(np.array(ids, np.int32))  # [tokens]
+    return arrays
+
+
+def parse_outputs(words: str | Sequence[str] | None) -> Output:
+    """The outputs that `output_type` asks for; dense where it is unset."""
+    if words is None:
+        return Output.DENSE
+    outputs = Output(0)
+    for joined in [words] if isinstance(words, str) else words:
+        for word in joined.split("&"):
+            if word.lower() not in OUTPUTS:
+                raise FieldInvalid(
+                    f"Invalid value for 'output_type' = {shown(word)}. "
+                    f"Supported values: {list(OUTPUTS)}, or several of them joined by '&'.",
+                    param="output_type",
+                )
+            outputs |= OUTPUTS[word.lower()]
+    if not outputs:
+        raise FieldInvalid(
+            f"Invalid 'output_type': empty array. Supported values: {list(OUTPUTS)}.",
+            param="output_type",
+        )
+    return outputs
+
+
+def output_words(outputs: Output) -> list[str]:
+    """The public names of *outputs*, as `/models` lists them."""
+    return [word for word in ("dense", "sparse", "multi") if OUTPUTS[word] in outputs]
+
+
+def check_against_card(outputs: Output, dimensions: int | None, card: ModelCard) -> None:
+    """Raise `FieldInvalid` for outputs or dimensions that the model does not have."""
+    if absent := outputs & ~card.outputs:
+        raise FieldInvalid(
+            f"This model has no {' and no '.join(output_words(absent))} "
+            f"output; it has {', '.join(output_words(card.outputs))}.",
+            param="output_type",
+        )
+    if dimensions in (None, card.dimensions):  # to ask for them all changes nothing
+        return
+    if not card.dimensions_selectable:
+        raise FieldInvalid("This model does not support specifying dimensions.", param="dimensions")
+    if dimensions > card.dimensions:
+        raise FieldInvalid(
+            f"Invalid value for 'dimensions' = {dimensions}. "
+            f"This model's vectors have {card.dimensions}.",
+            param="dimensions",
+        )
+
+
+OPERATIONS = (
+    Operation("POST", "/embeddings", embeddings, Scope.EMBED, EmbeddingsAnswer, EmbeddingsRequest),
+    Operation("POST", "/tokenize", tokenize, Scope.EMBED, TokenizeAnswer, TokenizeRequest),
+    Operation("GET", "/models", list_models, Scope.EMBED, ModelList),
+    Operation("GET", "/models/{id:path}", show_model, Scope.EMBED, Model),
+)
