@@ -13,10 +13,9 @@ from sqlalchemy import text
 from tests.accounts.shelf import a_row, upgraded
 
 from trivec.accounts import UsageBy, UsageLine, UsageQuery
-from trivec.accounts.archive_file import HEADER
-from trivec.accounts.archiving import NOTE, Archived, Plan, archive
-from trivec.accounts.entries import Settle
-from trivec.accounts.stores.connect import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
+from trivec.accounts.archive import HEADER, NOTE, Archived, Plan, archive
+from trivec.accounts.ledger import Settle
+from trivec.accounts.stores.engines import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
 from trivec.accounts.stores.sql import SqlStore
 from trivec.accounts.utc import DAY_US
 from trivec.core.errors import FieldInvalid, SettingInvalid, StoreRefused

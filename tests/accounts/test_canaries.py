@@ -46,7 +46,7 @@ async def use(accounts: Accounts, canary: str) -> str:
     """A key is made, used well and badly; the client names itself. Returns the plain key."""
     new = await accounts.create_key(KeyPlan(f"name-{secrets.token_hex(4)}"))
     caller = await accounts.identify(new.plain)
-    booking = await acquire(accounts, caller, opening(idempotency_key=canary))
+    booking = await acquire(accounts, caller, opening())
     await booking.close(closing(user=canary))
     with pytest.raises(KeyInvalid):
         await accounts.identify(canary)

@@ -22,9 +22,8 @@ from tests.accounts.shelf import NOON_US, a_row, upgraded
 from tests.hand_clock import HandClock
 
 from trivec.accounts import FIXED, Accounts, KeyPlan, UsageBy, UsageQuery
-from trivec.accounts.entries import Committed, Entry, Settle
-from trivec.accounts.store import CALL_S_MAX, KeyChanges, unavailable
-from trivec.accounts.stores.connect import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
+from trivec.accounts.ledger import CALL_S_MAX, Committed, Entry, KeyChanges, Settle, unavailable
+from trivec.accounts.stores.engines import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
 from trivec.accounts.stores.memory import MemoryStore
 from trivec.accounts.stores.sql import SqlStore
 from trivec.core.clock import SystemClock

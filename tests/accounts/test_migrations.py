@@ -11,9 +11,8 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
 from trivec.accounts import UsageBy, UsageLine, UsageQuery
-from trivec.accounts.stores import migrate
-from trivec.accounts.stores.connect import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
-from trivec.accounts.stores.schema import metadata
+from trivec.accounts.stores import tables
+from trivec.accounts.stores.engines import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
 from trivec.accounts.stores.sql import SqlStore
 from trivec.accounts.utc import DAY_US
 from trivec.core.errors import StoreRefused
@@ -38,13 +37,13 @@ def engines(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engines]
 
 def test_from_nothing(engines: Engines) -> None:
     with engines.writing.begin() as connection:
-        migrate.upgrade(connection)
+        tables.upgrade(connection)
         assert differences(connection) == []
 
 
 def test_from_the_first_schema_with_its_rows(engines: Engines) -> None:
     with engines.writing.begin() as connection:
-        migrate.upgrade(connection, "0001")
+        tables.upgrade(connection, "0001")
         for statement in OLD_ROWS:
             connection.execute(text(statement))
 
@@ -59,7 +58,7 @@ def test_from_the_first_schema_with_its_rows(engines: Engines) -> None:
 
 def test_totals_of_an_old_ledger_are_filled_in_and_its_rows_stay(engines: Engines) -> None:
     with engines.writing.begin() as connection:
-        migrate.upgrade(connection, "0002")
+        tables.upgrade(connection, "0002")
         for n, (model, status, tokens) in enumerate([("'m'", 200, 7), ("NULL", 404, 0)] * 3):
             connection.execute(
                 text(
@@ -91,16 +90,16 @@ def test_a_second_upgrade_changes_nothing(engines: Engines) -> None:
 
 def test_an_upgrade_that_fails_leaves_what_was_there(engines: Engines) -> None:
     with engines.writing.begin() as connection:
-        migrate.upgrade(connection, "0001")
-        connection.execute(text("CREATE TABLE claims (in_the_way INTEGER)"))
+        tables.upgrade(connection, "0001")
+        connection.execute(text("CREATE TABLE probe (in_the_way INTEGER)"))
 
     with pytest.raises(DBAPIError), engines.writing.begin() as connection:
-        migrate.upgrade(connection)
+        tables.upgrade(connection)
 
     with engines.writing.begin() as connection:
-        assert migrate.revision(connection) == "0001"
-        connection.execute(text("DROP TABLE claims"))
-        migrate.upgrade(connection)
+        assert tables.revision(connection) == "0001"
+        connection.execute(text("DROP TABLE probe"))
+        tables.upgrade(connection)
         assert differences(connection) == []
 
 
@@ -111,7 +110,7 @@ def test_a_server_does_not_upgrade_postgres_by_itself(engines: Engines) -> None:
 
 def test_a_schema_from_the_future_is_refused(engines: Engines) -> None:
     with engines.writing.begin() as connection:
-        migrate.upgrade(connection)
+        tables.upgrade(connection)
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
 
     for upgrades_itself in (True, False):
@@ -127,10 +126,10 @@ def test_a_schema_from_the_future_is_refused(engines: Engines) -> None:
 @pytest.mark.parametrize("schema", ["0001", "head"])
 def test_the_ledger_cannot_be(engines: Engines, statement: str, schema: str) -> None:
     with engines.writing.begin() as connection:
-        migrate.upgrade(connection, "0001")
+        tables.upgrade(connection, "0001")
         for row in OLD_ROWS:
             connection.execute(text(row))
-        migrate.upgrade(connection, schema)
+        tables.upgrade(connection, schema)
 
     with (
         pytest.raises(DBAPIError, match="append-only"),
@@ -163,7 +162,7 @@ def test_a_commit_is_on_disk_when_it_returns(tmp_path: Path) -> None:
 def differences(connection: Connection) -> list[object]:
     """Between the tables as they are and as `schema` says."""
     context = MigrationContext.configure(connection, opts={"compare_server_default": False})
-    return list(compare_metadata(context, metadata))
+    return list(compare_metadata(context, tables.metadata))
 
 
 def test_sqlite_is_new_enough_for_what_we_ask_of_it() -> None:

@@ -13,7 +13,7 @@ from tests.accounts.requests import statuses
 from tests.api.house import MODEL, House
 
 from trivec.accounts import RateLimits
-from trivec.accounts.entries import Committed, Count, Entry, LedgerRow, Reserve
+from trivec.accounts.ledger import Committed, Count, Entry, LedgerRow, Reserve
 from trivec.accounts.stores.memory import MemoryStore
 from trivec.core.errors import EngineFault
 from trivec.settings import HttpLimits
@@ -144,16 +144,6 @@ async def test_the_row_is_there_before_the_answer(house: House) -> None:
     assert house.heard.served[-1].token_count == 0
 
 
-async def test_the_same_request_again_is_computed_but_billed_once(house: House) -> None:
-    async with house.client() as client:
-        named = {"idempotency-key": "k"}
-        for _ in range(2):
-            assert (await client.post("/embeddings", json=BODY, headers=named)).is_success
-    assert len(house.model.embedded) == 2
-    assert sum(row.token_count for row in house.store.rows) == TOKENS
-    assert [row.replayed for row in house.store.rows] == [False, True]
-
-
 def test_a_client_that_leaves_frees_its_place_and_is_billed_nothing(house: House) -> None:
     house.model.gate.clear()
     with house.listening() as address:
@@ -234,22 +224,6 @@ async def test_a_client_that_leaves_while_its_tokens_are_reserved_gets_them_back
         await leave_while_held(client, store, {})
         for _ in range(2):
             assert (await client.post("/embeddings", json=BODY)).is_success
-
-
-async def test_a_client_that_leaves_while_it_is_let_in_can_send_the_same_again(
-    held_house: House,
-) -> None:
-    """Else its idempotency key would be in progress for a day, and nobody would be at work."""
-    store = held_house.store
-    assert isinstance(store, HeldStore)
-    store.is_held = lambda entry: entry.claim is not None
-    named = {"idempotency-key": "k"}
-    async with held_house.client() as client:
-        await leave_while_held(client, store, named)
-        again = await client.post("/embeddings", json=BODY, headers=named)
-    assert again.status_code == 200, again.text
-    assert statuses(store) == [200, 499]
-    assert [row.replayed for row in store.rows] == [False]
 
 
 async def test_the_observer_hears_one_event_a_request(house: House) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from trivec.accounts.allowance import LIMIT_MAX
+from trivec.accounts import LIMIT_MAX
 
 NAME_CHARS_MAX = 64
 MODELS_MAX = 100

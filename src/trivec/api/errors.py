@@ -47,10 +47,8 @@ TABLE: Mapping[type[ServiceError], Row] = MappingProxyType(
         e.ResourceUnknown: Row(404),
         e.MethodNotAllowed: Row(405),
         e.BodyTooSlow: Row(408),
-        e.IdempotencyInProgress: Row(409, "idempotency_in_progress"),
         e.BodyTooLarge: Row(413),
         e.MediaTypeUnsupported: Row(415),
-        e.IdempotencyKeyReused: Row(422, "idempotency_key_reused"),
         e.RateLimitExceeded: Row(429, "rate_limit_exceeded", "tokens"),  # or "requests"
         e.EngineFault: Row(500, "internal_error", "server_error"),
         e.Overloaded: Row(503, "overloaded", "server_error"),

@@ -17,8 +17,6 @@ def answer_headers(visit: Visit, *, elapsed_s: float, closes: bool) -> HeaderLis
     ]
     if visit.allowance is not None:
         headers += ratelimit_headers(visit.allowance)
-    if visit.booking is not None and visit.booking.replayed:
-        headers.append((b"idempotent-replayed", b"true"))
     if closes:
         headers.append((b"connection", b"close"))
     return headers

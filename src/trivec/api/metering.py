@@ -3,19 +3,17 @@
 It knows when a booking is opened and closed; what that costs a key is the accounts room's business.
 """
 
-import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from trivec.accounts import Accounts, Caller, RateLimits, RequestMeta, RequestUsage
-from trivec.accounts.allowance import Bucket, Cost, Shortage, reserve
+from trivec.accounts.rate_limits import Bucket, Cost, Shortage, reserve
 from trivec.api.errors import status_of
 from trivec.api.visit import Visit
-from trivec.core.errors import FieldInvalid, RateLimitExceeded
+from trivec.core.errors import RateLimitExceeded
 from trivec.core.ports import Clock
 from trivec.settings import HttpLimits
 
-IDEMPOTENCY_KEY_CHARS_MAX = 255
 OUR_FAULT_FROM = 500
 TOO_MANY = 429  # what waits for an allowance is bounded by it
 
@@ -31,18 +29,10 @@ class Meter:
     async def open(self, visit: Visit, body: bytes, *, tokens_follow: bool = False) -> None:
         """Book the request: from here on its key has one request less.
 
-        With *tokens_follow*, `reserve_tokens` may be what takes it. Raises `RateLimitExceeded`,
-        `IdempotencyKeyReused`, `IdempotencyInProgress`, `StoreUnavailable`, and `FieldInvalid` for
-        an `Idempotency-Key` that cannot be one.
+        With *tokens_follow*, `reserve_tokens` may be what takes it. Raises `RateLimitExceeded` and
+        `StoreUnavailable`.
         """
-        key = visit.header(b"idempotency-key")
-        if key is not None and not 0 < len(key) <= IDEMPOTENCY_KEY_CHARS_MAX:
-            raise FieldInvalid(
-                f"Idempotency-Key has {len(key)} characters; it must have between 1 and "
-                f"{IDEMPOTENCY_KEY_CHARS_MAX}."
-            )
-        digest = b"" if key is None else _digest(visit, body)
-        opening = RequestMeta(visit.request_id, visit.model, key, digest)
+        opening = RequestMeta(visit.request_id, visit.model)
         visit.booking = self._accounts.reserve(_caller(visit), opening)
         await visit.booking.acquire(tokens_follow=tokens_follow)
 
@@ -81,7 +71,7 @@ class Meter:
         )
         booking = visit.booking
         if booking is None:
-            opening = RequestMeta(visit.request_id, visit.model, None, b"")
+            opening = RequestMeta(visit.request_id, visit.model)
             booking = self._accounts.reserve(_caller(visit), opening)
         if closing.token_count == 0 and status < OUR_FAULT_FROM and status != TOO_MANY:
             self._unpaid.charge(_caller(visit), now_s=self._clock.now_s())
@@ -125,8 +115,3 @@ class UnpaidRate:
 def _caller(visit: Visit) -> Caller:
     assert visit.caller is not None, "only a request whose key is known is metered"
     return visit.caller
-
-
-def _digest(visit: Visit, body: bytes) -> bytes:
-    """The same body sent to another route is another request."""
-    return hashlib.sha256(visit.route.encode() + b"\0" + body).digest()

@@ -13,8 +13,8 @@ TrivecError
     │   └── RouteUnknown · MethodNotAllowed · ResourceUnknown
     ├── AccessError            the key must change
     │   └── KeyMissing · KeyInvalid · ModelDenied · ScopeMissing · GrantDenied
-    ├── RateLimitError         the client must wait, or mend its idempotency key
-    │   └── RateLimitExceeded · IdempotencyKeyReused · IdempotencyInProgress
+    ├── RateLimitError         the client must wait
+    │   └── RateLimitExceeded
     ├── BusyError              we must recover; every one carries when to try again
     │   └── Overloaded · Draining · Loading · DeadlineExceeded · StoreUnavailable
     └── EngineFault            our mistake; the message is only for the log
@@ -237,7 +237,7 @@ class GrantDenied(AccessError):
 
 
 class RateLimitError(ServiceError):
-    """The client must wait, or mend its idempotency key."""
+    """The client must wait."""
 
 
 class RateLimitExceeded(RateLimitError):
@@ -259,24 +259,6 @@ class RateLimitExceeded(RateLimitError):
             f"Rate limit reached for {what or kind} per minute: limit {limit}, requested {requested}. "
             f"Please try again in {retry_after_s:.3f}s."
         )
-
-
-class IdempotencyKeyReused(RateLimitError):
-    """The same `Idempotency-Key` came with another body."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "This Idempotency-Key was used with another request body; use a new key for it."
-        )
-
-
-class IdempotencyInProgress(RateLimitError):
-    """The first request with this `Idempotency-Key` is still running."""
-
-    retry_after_s = 1.0
-
-    def __init__(self) -> None:
-        super().__init__("The first request with this Idempotency-Key is still running.")
 
 
 class BusyError(ServiceError):
