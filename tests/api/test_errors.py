@@ -1,6 +1,5 @@
 """Every failure has one row in the table and one shape on the wire."""
 
-import asyncio
 import re
 from collections.abc import Callable, Iterator
 
@@ -309,49 +308,6 @@ def test_a_key_is_held_to_its_scope_its_models_and_its_allowance(house: House) -
         never = embeddings(address, tiny, input="a" * 20)
         kind = "max_tokens_per_request"
         assert_is_error(never, 400, kind, None, kind)
-
-
-def test_an_idempotency_key_is_held_to_its_body(house: House) -> None:
-    headers = {"authorization": f"Bearer {house.key}", "idempotency-key": "once"}
-    with (
-        house.listening() as address,
-        httpx.Client(base_url=address, headers=headers, timeout=60) as client,
-    ):
-        body = {"model": MODEL, "input": "a"}
-        first = client.post("/v1/embeddings", json=body)
-        again = client.post("/v1/embeddings", json=body)
-        other = client.post("/v1/embeddings", json=body | {"input": "b"})
-        elsewhere = client.post("/v1/tokenize", json=body)
-    assert "idempotent-replayed" not in first.headers
-    assert again.headers["idempotent-replayed"] == "true"
-    assert again.json() == first.json()
-    assert_is_error(other, 422, INVALID, None, "idempotency_key_reused")
-    assert_is_error(elsewhere, 422, INVALID, None, "idempotency_key_reused")
-
-
-async def test_a_request_still_running_under_its_idempotency_key_is_not_run_twice(
-    house: House,
-) -> None:
-    house.model.gate.clear()
-    body = {"model": MODEL, "input": "a"}
-    async with house.client() as client:
-        named = {"idempotency-key": "once"}
-        first = asyncio.create_task(client.post("/embeddings", json=body, headers=named))
-        assert await asyncio.to_thread(house.model.entered.wait, 60)
-        second = await client.post("/embeddings", json=body, headers=named)
-        house.model.gate.set()
-        assert (await first).status_code == 200
-    assert_is_error(second, 409, INVALID, None, "idempotency_in_progress")
-
-
-@pytest.mark.parametrize("length", [0, 256], ids=["empty", "too-long"])
-async def test_an_idempotency_key_has_1_to_255_characters(house: House, length: int) -> None:
-    async with house.client() as client:
-        named = {"idempotency-key": "k" * length}
-        response = await client.post(
-            "/embeddings", json={"model": MODEL, "input": "a"}, headers=named
-        )
-    assert_is_error(response, 400, INVALID, None, None)
 
 
 def test_a_store_that_cannot_be_written_never_gives_an_unmetered_answer(house: House) -> None:

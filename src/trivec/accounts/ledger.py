@@ -324,6 +324,7 @@ class LedgerWriter:
         self._probe_due_s = 0.0
         self._items: deque[Item] = deque()
         self._has_items = Event()
+        self._taken: list[Item] = []  # of this turn
         self._call: StoreCall | None = None
         self._thread = Thread(target=self._run, name="trivec-ledger", daemon=True)
 
@@ -389,8 +390,8 @@ class LedgerWriter:
             log.critical("%s", DIED, exc_info=fault)
             self._note(StoreHealth(writable=False, reason=DIED))
             self.died.set_result(f"{DIED}: {type(fault).__name__}")
-            call, self._call = self._call, None
-            self._fail([] if call is None else call.items)
+            self._call = None
+            self._fail(self._taken)
 
     def _turn(self) -> bool:
         """Commit what has gathered; False when it was the last."""
@@ -399,12 +400,12 @@ class LedgerWriter:
             self._has_items.wait(min(wait_s, PROBE_S))
         self._has_items.clear()
         items: list[Item] = []
+        self._taken = items
         while self._items and len(items) < GROUP_MAX:
             items.append(self._items.popleft())
             if items[-1] is None:
                 break
-        with self._during([item for item in items if item is not None]):
-            self._commit([item for item in items if isinstance(item, Job)])
+        self._commit([item for item in items if isinstance(item, Job)])
         for item in items:
             if isinstance(item, StoreTask):
                 self._run_task(item)
@@ -412,23 +413,25 @@ class LedgerWriter:
 
     @contextmanager
     def _during(self, items: "Sequence[Job | StoreTask]") -> Iterator[None]:
-        """While the block calls the store for *items*."""
+        """While the block calls the store for *items*; over before they are answered."""
         self._call = StoreCall(self._clock.now_s(), items)
-        yield
-        self._call = None
+        try:
+            yield
+        finally:
+            self._call = None
 
     def _run_task(self, task: StoreTask) -> None:
         if task.future.done() or not task.future.set_running_or_notify_cancel():
             return  # it was given up while it waited behind the group, or cancelled
-        with self._during([task]):
-            try:
+        try:
+            with self._during([task]):
                 result = task.run()
-            except Exception as fault:  # an outermost loop: the caller gets the error
-                with suppress(InvalidStateError):  # it was given up meanwhile
-                    task.future.set_exception(fault)
-            else:
-                with suppress(InvalidStateError):
-                    task.future.set_result(result)
+        except Exception as fault:  # an outermost loop: the caller gets the error
+            with suppress(InvalidStateError):  # it was given up meanwhile
+                task.future.set_exception(fault)
+        else:
+            with suppress(InvalidStateError):
+                task.future.set_result(result)
 
     def _commit(self, jobs: Sequence[Job]) -> None:
         now_s = self._clock.now_s()
@@ -439,11 +442,12 @@ class LedgerWriter:
             return
         answers: Sequence[Answer]
         try:
-            if not self._is_checked:
-                self._check()
-                self._is_checked = True
             now_us = self._now_us()
-            committed = self._store.commit([job.entry for job in jobs], now_us=now_us)
+            with self._during(jobs):
+                if not self._is_checked:
+                    self._check()
+                    self._is_checked = True
+                committed = self._store.commit([job.entry for job in jobs], now_us=now_us)
             self._offset_us += max(0, committed.now_us - now_us)
             self._note(StoreHealth(writable=True, reason="ok"))
             answers = committed.outcomes
@@ -463,7 +467,7 @@ class LedgerWriter:
     def _now_us(self) -> int:
         return int(self._clock.now_s() * 1e6) + self._offset_us
 
-    def _fail(self, running: "Sequence[Job | StoreTask]") -> None:
+    def _fail(self, running: Sequence[Item]) -> None:
         """Fail *running* and all that waits behind it."""
         items: list[Item] = list(running)
         stops = False
