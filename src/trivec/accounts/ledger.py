@@ -494,25 +494,18 @@ class LedgerWriter:
         self.health = health
 
 
-class Answered(NamedTuple):
-    """A promise and what it is to be resolved with."""
-
-    promise: Promise
-    answer: Answer
-
-
 def _answer(jobs: Sequence[Job], answers: Sequence[Answer]) -> None:
     """Resolve the promises of *jobs*, waking each event loop once."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[Answered]] = {}
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Promise, Answer]]] = {}
     for job, answer in zip(jobs, answers, strict=True):
         if job.promise is not None:
-            by_loop.setdefault(job.promise.get_loop(), []).append(Answered(job.promise, answer))
+            by_loop.setdefault(job.promise.get_loop(), []).append((job.promise, answer))
     for loop, answered in by_loop.items():
         with suppress(RuntimeError):  # the loop was closed, so nothing waits any more
             loop.call_soon_threadsafe(_resolve, answered)
 
 
-def _resolve(answered: Sequence[Answered]) -> None:
+def _resolve(answered: Sequence[tuple[Promise, Answer]]) -> None:
     """On the event loop."""
     for promise, answer in answered:
         if promise.done():

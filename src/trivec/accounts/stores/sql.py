@@ -5,6 +5,7 @@ A `Transaction` decides; this reads and locks the rows that it needs, and writes
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from threading import Lock
 from typing import Any, TypeAlias
 
@@ -86,6 +87,7 @@ WRITE_BUCKET = (
     .where(buckets.c.key_id == bindparam("of_key"))
     .values({name: bindparam(name) for name in ("requests_debt", "tokens_debt", "at_us")})
 )
+APPEND_ROWS = insert(ledger)
 LEDGER_FIELDS = LedgerRow.__slots__  # named as the columns are
 COUNT_KEY = tuple_(*counts.primary_key.columns)
 Sums: TypeAlias = Select[tuple[Any, ...]]
@@ -155,12 +157,7 @@ class SqlStore:
             connection.execute(
                 WRITE_BUCKET,
                 [
-                    {
-                        "of_key": key_id,
-                        "requests_debt": bucket.requests_debt,
-                        "tokens_debt": bucket.tokens_debt,
-                        "at_us": bucket.at_us,
-                    }
+                    asdict(bucket) | {"of_key": key_id}
                     for key_id, bucket in transaction.buckets_changed.items()
                 ],
             )
@@ -168,19 +165,12 @@ class SqlStore:
             rows = [
                 {name: getattr(row, name) for name in LEDGER_FIELDS} for row in transaction.rows
             ]
-            connection.execute(insert(ledger), rows)
+            connection.execute(APPEND_ROWS, rows)
         # Sorted: processes that add to the same rows would else wait for each other.
         if totals := transaction.totals():
             values = [
-                {
-                    "key_id": of.key_id,
-                    "model": of.model or "",
-                    "day": of.day,
-                    "requests": total.requests,
-                    "failed": total.failed,
-                    "tokens": total.tokens,
-                }
-                for of, total in totals.items()
+                key_day._asdict() | {"model": key_day.model or ""} | asdict(total)
+                for key_day, total in totals.items()
             ]
             values.sort(key=lambda row: (row["key_id"], row["model"], row["day"]))
             connection.execute(self._add_to_daily, values)

@@ -5,6 +5,7 @@ Instants are integers: microseconds since the epoch (`*_us`). No column ever hol
 
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -212,17 +213,7 @@ def key_values(key: Key, *, revision: int) -> Values:
 
 
 def secret_values(key: Key) -> list[Values]:
-    return [
-        {
-            "digest": secret.digest,
-            "key_id": key.id,
-            "first": secret.first,
-            "last": secret.last,
-            "created_us": secret.created_us,
-            "expires_us": secret.expires_us,
-        }
-        for secret in key.secrets
-    ]
+    return [asdict(secret) | {"key_id": key.id} for secret in key.secrets]
 
 
 def key_of(row: Row[Any], secrets: Iterable[Row[Any]]) -> Key:
