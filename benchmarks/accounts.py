@@ -46,7 +46,7 @@ def request_of(accounts: Accounts, bearer: str) -> Request:
 
     async def request() -> None:
         caller = await accounts.identify(bearer)
-        opening = RequestMeta(f"bench-{os.getpid()}-{next(_numbers)}", "m", None, b"")
+        opening = RequestMeta(f"bench-{os.getpid()}-{next(_numbers)}", "m")
         booking = accounts.reserve(caller, opening)
         await booking.acquire(tokens_follow=True)
         await booking.reserve_tokens(TOKENS)

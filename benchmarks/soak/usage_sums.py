@@ -31,8 +31,8 @@ from tests.accounts.postgres import binaries, postgres_server
 from tests.accounts.shelf import upgraded
 
 from trivec.accounts.stores import open_administration
-from trivec.accounts.stores.connect import SQLITE_FILE
-from trivec.accounts.stores.migrations.versions.v0003_counts_and_totals import FILL_DAILY
+from trivec.accounts.stores.engines import SQLITE_FILE
+from trivec.accounts.stores.migrations.v0003_counts_and_totals import FILL_DAILY
 from trivec.accounts.utc import DAY_US, moment
 from trivec.core.clock import SystemClock
 from trivec.settings import Settings

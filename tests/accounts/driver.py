@@ -29,11 +29,11 @@ async def serve_one(accounts: Accounts, request_id: str, tokens: int) -> int:
     closing = RequestUsage(200, 1, tokens, duration_s=0.001)
     try:
         caller = await accounts.identify(FIXED_KEY)
-        booking = await acquire(accounts, caller, RequestMeta(request_id, "m", None, b""))
+        booking = await acquire(accounts, caller, RequestMeta(request_id, "m"))
         await booking.reserve_tokens(tokens)
         await booking.close(closing)
     except StoreUnavailable:
-        await record(accounts, FIXED, RequestMeta(f"{request_id}-503", "m", None, b""), refused())
+        await record(accounts, FIXED, RequestMeta(f"{request_id}-503", "m"), refused())
         return 503
     return 200
 

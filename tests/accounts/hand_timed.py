@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from trivec.accounts.timeline import Timeline
+from trivec.accounts.ledger import LedgerWriter
 from trivec.cli.serve import run
 from trivec.settings import load_settings
 
@@ -15,10 +15,10 @@ from trivec.settings import load_settings
 def main(data_dir: str, file: str) -> None:
     """Run the whole command, whose processes are forks of this one, on the time in *file*."""
 
-    def monotonic_us(self: Timeline) -> int:
+    def now_us(self: LedgerWriter) -> int:
         return int.from_bytes(Path(file).read_bytes(), "little")
 
-    Timeline._monotonic_us = monotonic_us  # type: ignore[method-assign]
+    LedgerWriter._now_us = now_us  # type: ignore[method-assign]
     chosen = {"data_dir": data_dir, "port": 0, "backend": "fake"}
     os._exit(run(load_settings(chosen, {})))
 

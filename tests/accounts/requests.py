@@ -20,11 +20,9 @@ WIDE = RateLimits(requests_per_minute=1_000_000, tokens_per_minute=1_000_000_000
 """Limits that nobody meets, with all the reserving and giving back that limits bring."""
 
 
-def opening(
-    request_id: str | None = None, *, idempotency_key: str | None = None, body: bytes = b"body"
-) -> RequestMeta:
+def opening(request_id: str | None = None) -> RequestMeta:
     """A request for the model `m`."""
-    return RequestMeta(request_id or f"req_{next(_numbers)}", "m", idempotency_key, body)
+    return RequestMeta(request_id or f"req_{next(_numbers)}", "m")
 
 
 def closing(status: int = 200, tokens: int = 7, *, user: str | None = None) -> RequestUsage:

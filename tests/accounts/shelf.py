@@ -4,10 +4,9 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from trivec.accounts.allowance import Cost
-from trivec.accounts.entries import ClaimName, ClaimRequest, LedgerRow, Reserve, Settle
-from trivec.accounts.store import Store
-from trivec.accounts.stores.connect import SQLITE_FILE, postgres_engines, sqlite_engines
+from trivec.accounts.ledger import LedgerRow, Reserve, Store
+from trivec.accounts.rate_limits import Cost
+from trivec.accounts.stores.engines import SQLITE_FILE, postgres_engines, sqlite_engines
 from trivec.accounts.stores.memory import MemoryStore
 from trivec.accounts.stores.sql import SqlStore
 from trivec.accounts.types import Key, RateLimits, Scope, Secret
@@ -81,22 +80,13 @@ def a_row(request_id: str, **changes: object) -> LedgerRow:
         "status": 200,
         "duration_us": 1500,
         "user_digest": None,
-        "replayed": False,
     }
     return LedgerRow(**(values | changes))  # type: ignore[arg-type]
 
 
-def a_claim(name: str = "n1", *, body: str = "body", owner: str = "us") -> ClaimRequest:
-    digest = name.encode().ljust(16, b"-")
-    return ClaimRequest(ClaimName("key_a", digest), body.encode(), owner)
+ONE_REQUEST = Cost(requests=1)
 
 
-def ask(allowance: RateLimits | None = None, **parts: object) -> Reserve:
-    """A wish for one request of `key_a`."""
-    values: dict[str, object] = {"cost": Cost(requests=1), "claim": None}
-    return Reserve("key_a", allowance, **(values | parts))  # type: ignore[arg-type]
-
-
-def finish(request_id: str, claim: ClaimRequest, *, status: int = 200) -> Settle:
-    tokens = 7 if status == 200 else 0
-    return Settle(a_row(request_id, status=status, token_count=tokens), claim=claim)
+def ask(limits: RateLimits, cost: Cost = ONE_REQUEST) -> Reserve:
+    """A reservation for `key_a`."""
+    return Reserve("key_a", limits, cost)

@@ -13,10 +13,9 @@ from sqlalchemy import text
 from tests.accounts.shelf import a_row, upgraded
 
 from trivec.accounts import UsageBy, UsageLine, UsageQuery
-from trivec.accounts.archive_file import HEADER
-from trivec.accounts.archiving import NOTE, Archived, Plan, archive
-from trivec.accounts.entries import Settle
-from trivec.accounts.stores.connect import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
+from trivec.accounts.archive import HEADER, NOTE, Archived, ArchiveFile, Plan, archive
+from trivec.accounts.ledger import Settle
+from trivec.accounts.stores.engines import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
 from trivec.accounts.stores.sql import SqlStore
 from trivec.accounts.utc import DAY_US
 from trivec.core.errors import FieldInvalid, SettingInvalid, StoreRefused
@@ -196,6 +195,19 @@ def test_a_torn_last_member_is_cut_off(store: SqlStore, tmp_path: Path, cut_byte
     run(store, tmp_path)
 
     assert archived(file) == rows[:OLD_ROWS]
+
+
+def test_rows_in_a_file_of_an_earlier_schema_are_settled(store: SqlStore, tmp_path: Path) -> None:
+    """The ledger had one more column when that run was cut off."""
+    fill(store)
+    rows = here(store)[:OLD_ROWS]
+    with closing(ArchiveFile(tmp_path / "old.jsonl.gz")) as file:
+        file.append([{**row, "replayed": False} for row in rows])
+
+    run(store, tmp_path)
+
+    ids = [row["request_id"] for row in archived(tmp_path / "old.jsonl.gz")]
+    assert ids == [row["request_id"] for row in rows]
 
 
 def test_a_file_damaged_in_its_middle_or_of_something_else_is_left_alone(

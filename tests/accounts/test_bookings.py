@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 from tests.accounts.requests import acquire, caller_with, closing, opening, record, statuses
@@ -12,8 +11,6 @@ from trivec.accounts import ANONYMOUS, FIXED, Accounts, RateLimits, UsageBy
 from trivec.accounts.stores.memory import MemoryStore
 from trivec.accounts.types import UsageLine, UsageQuery
 from trivec.core.errors import (
-    IdempotencyInProgress,
-    IdempotencyKeyReused,
     RateLimitExceeded,
     RequestTooLarge,
     StoreUnavailable,
@@ -33,7 +30,6 @@ async def test_a_served_request_has_one_row_with_what_it_was(
     assert (row.request_id, row.key_id, row.model) == ("r1", FIXED.key_id, "m")
     assert (row.input_count, row.token_count, row.status) == (1, 7, 200)
     assert (row.duration_us, row.time_us) == (250_000, int(clock.wall_s() * 1_000_000))
-    assert row.replayed is False
     assert row.user_digest is not None
     assert "ada" not in row.user_digest
 
@@ -77,7 +73,7 @@ async def test_a_request_that_was_never_opened_is_written_down_too(
 
 async def test_an_anonymous_request_leaves_nothing(process: Process, store: MemoryStore) -> None:
     accounts = process(no_auth=True)
-    booking = await acquire(accounts, ANONYMOUS, opening(idempotency_key="k"))
+    booking = await acquire(accounts, ANONYMOUS, opening())
     await booking.reserve_tokens(10**9)
     await booking.close(closing())
     await record(accounts, ANONYMOUS, opening(), closing(400))
@@ -158,80 +154,37 @@ async def test_settling(
 
 @pytest.mark.parametrize("moved_s", [3600, -3600], ids=["an-hour-ahead", "an-hour-back"])
 async def test_moving_the_wall_clock_neither_refills_nor_starves(
-    process: Process, clock: HandClock, moved_s: float
+    accounts: Accounts, clock: HandClock, moved_s: float
+) -> None:
+    caller = await caller_with(accounts, RateLimits(requests_per_minute=10))
+    for _ in range(10):
+        await acquire(accounts, caller, opening())
+
+    clock.set_wall_by(moved_s)
+
+    with pytest.raises(RateLimitExceeded):
+        await acquire(accounts, caller, opening())
+    clock.move(6)
+    await acquire(accounts, caller, opening())
+
+
+async def test_a_process_that_starts_with_its_wall_clock_set_back_goes_on_from_the_bucket(
+    process: Process, clock: HandClock
 ) -> None:
     before = process()
     caller = await caller_with(before, RateLimits(requests_per_minute=10))
     for _ in range(10):
         await acquire(before, caller, opening())
 
-    clock.set_wall_by(moved_s)
-    after = process()  # a restart, on top of it
+    clock.set_wall_by(-3600)
+    after = process()
 
     for accounts in (before, after):
         with pytest.raises(RateLimitExceeded):
             await acquire(accounts, caller, opening())
-    clock.move(6)
-    await acquire(after, caller, opening())
-    clock.move(6)
-    await acquire(before, caller, opening())
-
-
-async def test_a_replay_is_computed_again_and_billed_nothing(
-    accounts: Accounts, store: MemoryStore
-) -> None:
-    caller = await caller_with(accounts, RateLimits(10, 100))
-    first = await acquire(accounts, caller, opening(idempotency_key="k"))
-    await first.reserve_tokens(7)
-    await first.close(closing(tokens=7))
-
-    again = await acquire(accounts, caller, opening(idempotency_key="k"))
-    await again.reserve_tokens(7)
-    await again.close(closing(tokens=7))
-
-    assert (first.replayed, again.replayed) == (False, True)
-    assert [(row.token_count, row.replayed) for row in store.rows] == [(7, False), (0, True)]
-    assert again.state is not None
-    assert again.state.remaining_tokens == 93
-
-
-async def test_an_idempotency_key_is_scoped_to_its_api_key(accounts: Accounts) -> None:
-    mine = await acquire(accounts, FIXED, opening(idempotency_key="k", body=b"mine"))
-    other = replace(FIXED, key_id="key_other")
-
-    theirs = await acquire(accounts, other, opening(idempotency_key="k", body=b"theirs"))
-
-    assert (mine.replayed, theirs.replayed) == (False, False)
-
-
-async def test_while_the_first_runs_a_second_waits_and_another_body_never_passes(
-    accounts: Accounts,
-) -> None:
-    first = await acquire(accounts, FIXED, opening(idempotency_key="k"))
-
-    with pytest.raises(IdempotencyInProgress):
-        await acquire(accounts, FIXED, opening(idempotency_key="k"))
-    with pytest.raises(IdempotencyKeyReused):
-        await acquire(accounts, FIXED, opening(idempotency_key="k", body=b"else"))
-    await first.close(closing())
-    assert (await acquire(accounts, FIXED, opening(idempotency_key="k"))).replayed
-
-
-async def test_a_request_that_is_refused_tokens_can_be_sent_again_under_its_name(
-    accounts: Accounts, clock: HandClock
-) -> None:
-    caller = await caller_with(accounts, RateLimits(tokens_per_minute=100))
-    await (await acquire(accounts, caller, opening())).reserve_tokens(100)
-    booking = await acquire(accounts, caller, opening(idempotency_key="k"))
-    with pytest.raises(RateLimitExceeded):
-        await booking.reserve_tokens(100)
-    await booking.close(closing(429))
-
-    clock.move(60)
-    again = await acquire(accounts, caller, opening(idempotency_key="k"))
-
-    assert not again.replayed
-    await again.reserve_tokens(100)
+    for accounts in (after, before):
+        clock.move(6)
+        await acquire(accounts, caller, opening())
 
 
 async def test_nothing_is_let_in_while_the_ledger_cannot_be_written(

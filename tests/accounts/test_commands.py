@@ -25,7 +25,7 @@ from tests.process.server import TRIVEC
 from typer.testing import CliRunner
 
 from trivec.accounts.stores import open_accounts, open_administration
-from trivec.accounts.stores.connect import SQLITE_FILE
+from trivec.accounts.stores.engines import SQLITE_FILE
 from trivec.cli import app
 from trivec.core.clock import SystemClock
 from trivec.core.errors import FieldInvalid, ResourceUnknown, SettingInvalid, StoreRefused

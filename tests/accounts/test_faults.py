@@ -9,6 +9,7 @@ import sqlite3
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from subprocess import Popen
 
@@ -22,9 +23,8 @@ from tests.accounts.shelf import NOON_US, a_row, upgraded
 from tests.hand_clock import HandClock
 
 from trivec.accounts import FIXED, Accounts, KeyPlan, UsageBy, UsageQuery
-from trivec.accounts.entries import Committed, Entry, Settle
-from trivec.accounts.store import CALL_S_MAX, KeyChanges, unavailable
-from trivec.accounts.stores.connect import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
+from trivec.accounts.ledger import CALL_S_MAX, Committed, Entry, KeyChanges, Settle, unavailable
+from trivec.accounts.stores.engines import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
 from trivec.accounts.stores.memory import MemoryStore
 from trivec.accounts.stores.sql import SqlStore
 from trivec.core.clock import SystemClock
@@ -375,3 +375,36 @@ async def test_a_read_of_keys_that_hangs_makes_the_store_unready(clock: HandCloc
         await accounts.identify("anybody")
     accounts.stop()
     assert accounts.writable()
+
+
+class Miscounting(MemoryStore):
+    """Returns too few outcomes once it `is_wrong`: a bug of ours that no entry is to blame for."""
+
+    is_wrong = False
+
+    def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
+        committed = super().commit(entries, now_us=now_us)
+        return replace(committed, outcomes=[]) if self.is_wrong else committed
+
+
+async def test_a_writer_thread_that_dies_is_told_of_and_nothing_more_is_served(
+    clock: HandClock,
+) -> None:
+    store = Miscounting()
+    accounts = Accounts(store, clock=clock, secret=b"s" * 32)
+    accounts.start()
+    lost = asyncio.create_task(accounts.lost())
+    await serve(accounts)
+    assert not lost.done()
+    store.is_wrong = True
+
+    with pytest.raises(StoreUnavailable):
+        await serve(accounts)
+
+    assert await lost == "the thread that writes the ledger has died: ValueError"
+    assert not accounts.writable()
+    with pytest.raises(StoreUnavailable):
+        await serve(accounts)
+    with pytest.raises(StoreUnavailable):
+        await accounts.create_key(KeyPlan("t"))
+    accounts.stop()

@@ -8,10 +8,9 @@ from dataclasses import replace
 import pytest
 from tests.hand_clock import HandClock
 
-from trivec.accounts import ANONYMOUS, FIXED, Accounts, KeyPlan, RateLimits, Scope, keys
-from trivec.accounts import keyring as keyring_module
-from trivec.accounts.keyring import STALE_S
-from trivec.accounts.store import KeyChanges
+from trivec.accounts import ANONYMOUS, FIXED, Accounts, KeyPlan, RateLimits, Scope, key_cache, keys
+from trivec.accounts.key_cache import STALE_S
+from trivec.accounts.ledger import KeyChanges
 from trivec.accounts.stores.memory import MemoryStore
 from trivec.core.errors import KeyInvalid, KeyMissing, ModelDenied, ScopeMissing, StoreUnavailable
 
@@ -252,7 +251,7 @@ async def test_a_burst_of_wrong_keys_shares_two_reads(clock: HandClock) -> None:
     finally:
         accounts.stop()
     assert all(isinstance(one, KeyInvalid) for one in found)
-    assert store.reads <= 2  # the key ring's own and theirs
+    assert store.reads <= 2  # the cache's own and theirs
 
 
 @pytest.mark.parametrize("read_s", [0.04, 0.06, 0.6], ids=lambda s: f"{s}s-a-read")
@@ -310,7 +309,7 @@ class HeldReads(MemoryStore):
 async def test_a_store_that_does_not_answer_is_503_and_one_read_serves_all_who_left(
     clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keyring_module, "READ_S_MAX", 0.01)
+    monkeypatch.setattr(key_cache, "READ_S_MAX", 0.01)
     store = HeldReads()
     accounts = Accounts(store, clock=clock, secret=b"s" * 32)
     accounts.start()

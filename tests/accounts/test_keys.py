@@ -49,7 +49,7 @@ def test_any_string_has_a_digest() -> None:
 
 def test_pseudonyms_of_different_purposes_are_strangers() -> None:
     one = keys.pseudonym("a", secret=b"s" * 32, purpose="user")
-    two = keys.pseudonym("a", secret=b"s" * 32, purpose="idempotency")
+    two = keys.pseudonym("a", secret=b"s" * 32, purpose="check")
 
     assert one != two
     assert len(one) == 16

@@ -7,9 +7,9 @@ import pytest
 from sqlalchemy import select, text
 from tests.accounts.processes import driver, long_or_short
 
-from trivec.accounts.stores.connect import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
-from trivec.accounts.stores.schema import ledger
+from trivec.accounts.stores.engines import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
 from trivec.accounts.stores.sql import SqlStore
+from trivec.accounts.stores.tables import ledger
 
 KILLS = long_or_short(long=100, short=10)
 IN_FLIGHT_MAX = 8

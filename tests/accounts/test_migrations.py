@@ -9,14 +9,14 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
+from tests.accounts.shelf import ask
 
-from trivec.accounts import UsageBy, UsageLine, UsageQuery
-from trivec.accounts.stores import migrate
-from trivec.accounts.stores.connect import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
-from trivec.accounts.stores.schema import metadata
+from trivec.accounts import RateLimits, RateLimitState, UsageBy, UsageLine, UsageQuery
+from trivec.accounts.stores import tables
+from trivec.accounts.stores.engines import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
 from trivec.accounts.stores.sql import SqlStore
 from trivec.accounts.utc import DAY_US
-from trivec.core.errors import StoreRefused
+from trivec.core.errors import RateLimitExceeded, StoreRefused
 
 OLD_ROWS = (
     "INSERT INTO keys (id, name, scopes, created_us, revision) VALUES ('key_a', 'a', 'embed', 1, 1)",
@@ -38,13 +38,13 @@ def engines(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engines]
 
 def test_from_nothing(engines: Engines) -> None:
     with engines.writing.begin() as connection:
-        migrate.upgrade(connection)
+        tables.upgrade(connection)
         assert differences(connection) == []
 
 
 def test_from_the_first_schema_with_its_rows(engines: Engines) -> None:
     with engines.writing.begin() as connection:
-        migrate.upgrade(connection, "0001")
+        tables.upgrade(connection, "0001")
         for statement in OLD_ROWS:
             connection.execute(text(statement))
 
@@ -59,7 +59,7 @@ def test_from_the_first_schema_with_its_rows(engines: Engines) -> None:
 
 def test_totals_of_an_old_ledger_are_filled_in_and_its_rows_stay(engines: Engines) -> None:
     with engines.writing.begin() as connection:
-        migrate.upgrade(connection, "0002")
+        tables.upgrade(connection, "0002")
         for n, (model, status, tokens) in enumerate([("'m'", 200, 7), ("NULL", 404, 0)] * 3):
             connection.execute(
                 text(
@@ -79,6 +79,60 @@ def test_totals_of_an_old_ledger_are_filled_in_and_its_rows_stay(engines: Engine
         assert connection.scalar(text("SELECT count(*) FROM ledger")) == 6
 
 
+OF_0004 = (
+    "INSERT INTO keys (id, name, scopes, models, requests_per_minute, tokens_per_minute, created_us, "
+    "revision, truncate) VALUES ('key_a', 'a', 'admin embed', '[\"m\"]', 10, 100, 1, 1, 'end')",
+    "INSERT INTO keys (id, name, scopes, created_us, revoked_us, revision) "
+    "VALUES ('key_b', 'b', 'embed', 2, 3, 2)",
+    "UPDATE keyring SET revision = 2",
+    "INSERT INTO buckets VALUES ('key_a', 600000000, 420000000, 1700000000000000)",
+    "INSERT INTO ledger (time_us, request_id, key_id, model, input_count, token_count, status, "
+    "duration_us, replayed) VALUES (5, 'r1', 'key_a', 'm', 1, 7, 200, 9, false), "
+    "(6, 'r2', 'key_a', 'm', 1, 0, 200, 9, true)",
+    "INSERT INTO counts VALUES ('key_a', 'm', 404, 0, 3)",
+    "INSERT INTO daily VALUES ('key_a', 'm', 0, 5, 3, 7)",
+    "INSERT INTO timelines VALUES ('boot', 5, 6)",
+)
+
+
+def test_a_store_of_the_first_edition_keeps_its_keys_ledger_and_rate_limits(
+    engines: Engines,
+) -> None:
+    """Schema 0004: it had idempotency keys and a timeline of its own."""
+    with engines.writing.begin() as connection:
+        tables.upgrade(connection, "0004")
+        for statement in OF_0004:
+            connection.execute(text(statement))
+        claim = {"digest": b"d" * 16, "body": b"body"}
+        insert = "INSERT INTO claims VALUES ('key_a', :digest, :body, 'us', 1, 2, true, 7)"
+        connection.execute(text(insert), claim)
+
+    store = SqlStore(engines, upgrades_itself=True)
+    store.upgrade()
+
+    a, b = sorted(store.keys_since(0).keys, key=lambda key: key.id)
+    assert (a.name, a.allowance, a.models, a.truncate) == (
+        "a",
+        RateLimits(10, 100),
+        frozenset({"m"}),
+        "end",
+    )
+    assert (b.name, b.revoked_us) == ("b", 3)
+    (line,) = store.usage(UsageQuery(UsageBy.KEY))
+    assert (line.requests, line.failed, line.tokens) == (5, 3, 7)
+    rows = store.oldest_rows(from_us=0, before_us=100, limit=10)
+    assert [(row["request_id"], row["token_count"]) for row in rows] == [("r1", 7), ("r2", 0)]
+    # All ten requests of the minute were spent, and a second has paid for none of them yet.
+    spent = store.commit([ask(a.allowance)], now_us=1_700_000_001_000_000).outcomes
+    assert isinstance(spent[0], RateLimitExceeded)
+    later = store.commit([ask(a.allowance)], now_us=1_700_000_006_000_000).outcomes
+    assert isinstance(later[0], RateLimitState)
+    with engines.writing.begin() as connection:
+        assert differences(connection) == []
+        with pytest.raises(DBAPIError, match="append-only"):
+            connection.execute(text("DELETE FROM ledger"))
+
+
 def test_a_second_upgrade_changes_nothing(engines: Engines) -> None:
     store = SqlStore(engines, upgrades_itself=True)
     store.upgrade()
@@ -91,16 +145,16 @@ def test_a_second_upgrade_changes_nothing(engines: Engines) -> None:
 
 def test_an_upgrade_that_fails_leaves_what_was_there(engines: Engines) -> None:
     with engines.writing.begin() as connection:
-        migrate.upgrade(connection, "0001")
-        connection.execute(text("CREATE TABLE claims (in_the_way INTEGER)"))
+        tables.upgrade(connection, "0001")
+        connection.execute(text("CREATE TABLE probe (in_the_way INTEGER)"))
 
     with pytest.raises(DBAPIError), engines.writing.begin() as connection:
-        migrate.upgrade(connection)
+        tables.upgrade(connection)
 
     with engines.writing.begin() as connection:
-        assert migrate.revision(connection) == "0001"
-        connection.execute(text("DROP TABLE claims"))
-        migrate.upgrade(connection)
+        assert tables.revision(connection) == "0001"
+        connection.execute(text("DROP TABLE probe"))
+        tables.upgrade(connection)
         assert differences(connection) == []
 
 
@@ -111,7 +165,7 @@ def test_a_server_does_not_upgrade_postgres_by_itself(engines: Engines) -> None:
 
 def test_a_schema_from_the_future_is_refused(engines: Engines) -> None:
     with engines.writing.begin() as connection:
-        migrate.upgrade(connection)
+        tables.upgrade(connection)
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
 
     for upgrades_itself in (True, False):
@@ -127,10 +181,10 @@ def test_a_schema_from_the_future_is_refused(engines: Engines) -> None:
 @pytest.mark.parametrize("schema", ["0001", "head"])
 def test_the_ledger_cannot_be(engines: Engines, statement: str, schema: str) -> None:
     with engines.writing.begin() as connection:
-        migrate.upgrade(connection, "0001")
+        tables.upgrade(connection, "0001")
         for row in OLD_ROWS:
             connection.execute(text(row))
-        migrate.upgrade(connection, schema)
+        tables.upgrade(connection, schema)
 
     with (
         pytest.raises(DBAPIError, match="append-only"),
@@ -163,7 +217,7 @@ def test_a_commit_is_on_disk_when_it_returns(tmp_path: Path) -> None:
 def differences(connection: Connection) -> list[object]:
     """Between the tables as they are and as `schema` says."""
     context = MigrationContext.configure(connection, opts={"compare_server_default": False})
-    return list(compare_metadata(context, metadata))
+    return list(compare_metadata(context, tables.metadata))
 
 
 def test_sqlite_is_new_enough_for_what_we_ask_of_it() -> None:

@@ -1,19 +1,17 @@
 """The server's secret: made once, whole, for its owner's eyes, and missed when it is another."""
 
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
+from tests.accounts.requests import closing, opening, record
 from tests.hand_clock import HandClock
 
-from trivec.accounts import KeyPlan
-from trivec.accounts.entries import Upkeep
-from trivec.accounts.secret import FILE_NAME, check_secret, server_secret
+from trivec.accounts import FIXED, Accounts, KeyPlan
+from trivec.accounts.keys import SECRET_FILE, server_secret
 from trivec.accounts.stores import open_accounts, open_administration
 from trivec.accounts.stores.memory import MemoryStore
-from trivec.accounts.writer import Writer
 from trivec.core.errors import SettingInvalid, StoreRefused, StoreUnavailable
 from trivec.settings import Settings
 
@@ -24,9 +22,9 @@ def test_it_is_made_at_the_first_use_for_its_owner_only(tmp_path: Path) -> None:
     made = server_secret(tmp_path, given=None)
 
     assert len(made) == 32
-    assert (tmp_path / FILE_NAME).stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / SECRET_FILE).stat().st_mode & 0o777 == 0o600
     assert server_secret(tmp_path, given=None) == made
-    assert [file.name for file in tmp_path.iterdir()] == [FILE_NAME]
+    assert [file.name for file in tmp_path.iterdir()] == [SECRET_FILE]
 
 
 def test_processes_that_start_together_agree_on_one(tmp_path: Path) -> None:
@@ -48,11 +46,11 @@ def test_a_short_one_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "beef", "not hexadecimal", "é"])
 def test_a_damaged_file_is_refused_and_never_replaced(tmp_path: Path, content: str) -> None:
-    (tmp_path / FILE_NAME).write_text(content)
+    (tmp_path / SECRET_FILE).write_text(content)
 
     with pytest.raises(SettingInvalid, match="restore it from a copy"):
         server_secret(tmp_path, given=None)
-    assert (tmp_path / FILE_NAME).read_text() == content
+    assert (tmp_path / SECRET_FILE).read_text() == content
 
 
 def test_a_store_is_refused_under_another_secret(tmp_path: Path) -> None:
@@ -78,11 +76,12 @@ class Away(MemoryStore):
 
 
 async def test_a_store_that_comes_back_with_keys_of_another_secret_is_not_written() -> None:
-    clock = HandClock()
-    writer = Writer(Away(), clock=clock, check=partial(check_secret, Away(), b"s" * 32))
-    writer.start()
+    store = Away()
+    accounts = Accounts(store, clock=HandClock(), secret=b"s" * 32)
+    accounts.start()
     with pytest.raises(StoreUnavailable):
-        await writer.submit(Upkeep("owner", "boot"))
-    writer.stop()
-    assert not writer.health.writable
-    assert "made with another secret" in writer.health.reason
+        await record(accounts, FIXED, opening(), closing())
+    accounts.stop()
+    assert not store.rows
+    assert not accounts.writable()
+    assert "made with another secret" in accounts.health().reason

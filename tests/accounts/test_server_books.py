@@ -19,8 +19,8 @@ from tests.accounts.shelf import upgraded
 from tests.process.server import Server, running
 
 from trivec.accounts.stores import open_administration
-from trivec.accounts.stores.connect import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
-from trivec.accounts.stores.schema import ledger
+from trivec.accounts.stores.engines import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
+from trivec.accounts.stores.tables import ledger
 from trivec.core.clock import SystemClock
 from trivec.settings import load_settings
 

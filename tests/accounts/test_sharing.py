@@ -8,12 +8,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from tests.accounts.shelf import NOON_US, a_row, ask
+from tests.accounts.shelf import NOON_US, a_row
 from tests.process.server import TRIVEC
 
 from trivec.accounts import UsageBy, UsageQuery
-from trivec.accounts.entries import Settle
-from trivec.accounts.stores.connect import SQLITE_FILE, sqlite_engines
+from trivec.accounts.ledger import Settle
+from trivec.accounts.stores.engines import SQLITE_FILE, sqlite_engines
 from trivec.accounts.stores.sql import SqlStore
 
 
@@ -66,7 +66,7 @@ def lock(request: pytest.FixtureRequest) -> str:
 def locker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Iterator[sqlite3.Connection]":
     """Another process's connection, which lets go when somebody has begun to wait for it."""
     with closing(sqlite3.connect(tmp_path / SQLITE_FILE, isolation_level=None)) as raw:
-        monkeypatch.setattr("trivec.accounts.stores.connect.time.sleep", lambda _: raw.rollback())
+        monkeypatch.setattr("trivec.accounts.stores.engines.time.sleep", lambda _: raw.rollback())
         yield raw
 
 
@@ -88,6 +88,6 @@ def test_whoever_writes_waits_for_a_lock(
     with closing(store_over(tmp_path)) as store:
         store.prepare()
         locker.execute(lock)
-        store.commit([ask(), Settle(a_row("r1"))], now_us=NOON_US)
+        store.commit([Settle(a_row("r1"))], now_us=NOON_US)
 
     assert not locker.in_transaction

@@ -19,7 +19,7 @@ RUNS_SQL = {
     "scalars",
     "text",
 }
-SQLITE_PRAGMAS = "stores/connect.py"  # takes constants of its own only
+SQLITE_PRAGMAS = "stores/engines.py"  # takes constants of its own only
 
 
 def calls(tree: ast.AST) -> list[ast.Call]:

@@ -9,7 +9,7 @@ from tests.accounts.shelf import sqlite_shelf
 
 from trivec.accounts import Accounts, UsageBy, UsageLine, UsageQuery
 from trivec.accounts.accounts import SUMS_MAX
-from trivec.accounts.stores.connect import READERS_MAX, SQLITE_FILE, sqlite_engines
+from trivec.accounts.stores.engines import READERS_MAX, SQLITE_FILE, sqlite_engines
 from trivec.accounts.stores.memory import MemoryStore
 from trivec.accounts.stores.sql import SqlStore
 from trivec.core.clock import SystemClock

@@ -7,9 +7,9 @@ from sqlalchemy import func, select
 from tests.api.house import MODEL, House
 
 from trivec.accounts import RateLimits, UsageBy, UsageQuery
-from trivec.accounts.stores.connect import SQLITE_FILE, sqlite_engines
-from trivec.accounts.stores.schema import counts, ledger
+from trivec.accounts.stores.engines import SQLITE_FILE, sqlite_engines
 from trivec.accounts.stores.sql import SqlStore
+from trivec.accounts.stores.tables import counts, ledger
 
 TIMES = 1_000
 ROWS_MAX = 3 * 4  # three kinds of request, and as many minutes as it may take

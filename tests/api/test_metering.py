@@ -13,7 +13,7 @@ from tests.accounts.requests import statuses
 from tests.api.house import MODEL, House
 
 from trivec.accounts import RateLimits
-from trivec.accounts.entries import Committed, Count, Entry, LedgerRow, Reserve
+from trivec.accounts.ledger import Committed, Count, Entry, LedgerRow, Reserve
 from trivec.accounts.stores.memory import MemoryStore
 from trivec.core.errors import EngineFault
 from trivec.settings import HttpLimits

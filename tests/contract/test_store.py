@@ -3,38 +3,33 @@
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 
 import pytest
 from tests.accounts.shelf import (
     NOON_US,
     SECOND_US,
     Shelf,
-    a_claim,
     a_key,
     a_row,
     ask,
-    finish,
 )
 
-from trivec.accounts.allowance import Cost
-from trivec.accounts.entries import Granted, Outcome, Reserve, Settle, Upkeep
-from trivec.accounts.store import Store
-from trivec.accounts.types import RateLimits, UsageBy, UsageLine, UsageQuery
+from trivec.accounts.ledger import Entry, Outcome, Probe, Settle, Store
+from trivec.accounts.rate_limits import Cost
+from trivec.accounts.types import RateLimits, RateLimitState, UsageBy, UsageLine, UsageQuery
 from trivec.accounts.utc import DAY_US
 from trivec.core.errors import (
     FieldInvalid,
-    IdempotencyInProgress,
-    IdempotencyKeyReused,
     RateLimitExceeded,
     ResourceUnknown,
     StoreUnavailable,
 )
 
 TEN_A_MINUTE = RateLimits(requests_per_minute=10)
-DAY_S = 24 * 3600
 
 
-def one(store: Store, entry: "Reserve | Settle | Upkeep", *, at_s: float = 0) -> Outcome:
+def one(store: Store, entry: Entry, *, at_s: float = 0) -> Outcome:
     """The outcome of a group of one, *at_s* seconds after noon."""
     committed = store.commit([entry], now_us=NOON_US + round(at_s * SECOND_US))
     (outcome,) = committed.outcomes
@@ -51,40 +46,38 @@ def test_an_allowance_is_spent_and_refilled_with_time(shelf: Shelf) -> None:
 
     burst = store.commit([ask(TEN_A_MINUTE)] * 11, now_us=NOON_US).outcomes
 
-    assert [type(outcome) for outcome in burst] == [Granted] * 10 + [RateLimitExceeded]
+    assert [type(outcome) for outcome in burst] == [RateLimitState] * 10 + [RateLimitExceeded]
     assert isinstance(one(store, ask(TEN_A_MINUTE), at_s=5.999), RateLimitExceeded)
-    assert isinstance(one(store, ask(TEN_A_MINUTE), at_s=6), Granted)
+    assert isinstance(one(store, ask(TEN_A_MINUTE), at_s=6), RateLimitState)
     assert isinstance(one(store, ask(TEN_A_MINUTE), at_s=6), RateLimitExceeded)
 
 
-def test_a_refused_reservation_takes_neither_requests_nor_its_claim(shelf: Shelf) -> None:
+def test_a_refused_reservation_takes_nothing(shelf: Shelf) -> None:
     store = shelf.open()
     limits = RateLimits(requests_per_minute=10, tokens_per_minute=100)
     store.add_key(a_key("a", limits))
-    too_much = ask(limits, cost=Cost(requests=1, tokens=101), claim=a_claim())
+    too_much = ask(limits, Cost(requests=1, tokens=101))
 
     refused = one(store, too_much)
-    granted = one(store, ask(limits, cost=Cost(requests=1, tokens=100), claim=a_claim()))
+    granted = one(store, ask(limits, Cost(requests=1, tokens=100)))
 
     assert isinstance(refused, RateLimitExceeded)
     assert refused.kind == "tokens"
-    assert isinstance(granted, Granted)
-    assert granted.state is not None
-    assert granted.state.remaining_requests == 9
-    assert granted.state.remaining_tokens == 0
+    assert isinstance(granted, RateLimitState)
+    assert granted.remaining_requests == 9
+    assert granted.remaining_tokens == 0
 
 
 def test_what_was_not_used_is_given_back(shelf: Shelf) -> None:
     store = shelf.open()
     limits = RateLimits(tokens_per_minute=100)
     store.add_key(a_key("a", limits))
-    one(store, ask(limits, cost=Cost(tokens=100)))
+    one(store, ask(limits, Cost(tokens=100)))
 
     settled = one(store, Settle(a_row("r1"), limits, unused=Cost(tokens=93)))
 
-    assert isinstance(settled, Granted)
-    assert settled.state is not None
-    assert settled.state.remaining_tokens == 93
+    assert isinstance(settled, RateLimitState)
+    assert settled.remaining_tokens == 93
 
 
 def test_a_restart_does_not_refill(shelf: Shelf) -> None:
@@ -101,7 +94,7 @@ def test_processes_share_an_allowance_to_the_last_request(shelf: Shelf) -> None:
     stores[0].add_key(a_key("a", limits))
 
     def spend(store: Store) -> int:
-        return sum(isinstance(one(store, ask(limits)), Granted) for _ in range(50))
+        return sum(isinstance(one(store, ask(limits)), RateLimitState) for _ in range(50))
 
     with ThreadPoolExecutor(len(stores)) as threads:
         granted = sum(threads.map(spend, stores))
@@ -118,82 +111,6 @@ def test_a_machine_whose_clock_is_behind_goes_on_from_the_last_instant(shelf: Sh
 
     assert behind.now_us == NOON_US
     assert isinstance(behind.outcomes[0], RateLimitExceeded)
-
-
-def test_a_request_in_progress_is_refused_until_it_is_done_then_replayed(shelf: Shelf) -> None:
-    store, other = shelf.open(), shelf.open()
-    theirs = a_claim(owner="them")
-
-    assert one(store, ask(claim=a_claim())) == Granted(replayed=False)
-    assert isinstance(one(other, ask(claim=theirs)), IdempotencyInProgress)
-    one(store, finish("r1", a_claim()))
-    assert one(other, ask(claim=theirs)) == Granted(replayed=True)
-
-
-@pytest.mark.parametrize("is_done", [True, False], ids=["after-it-was-done", "while-it-runs"])
-def test_another_body_under_the_same_name_is_refused(shelf: Shelf, is_done: bool) -> None:
-    store = shelf.open()
-    one(store, ask(claim=a_claim()))
-    if is_done:
-        one(store, finish("r1", a_claim()))
-
-    assert isinstance(one(store, ask(claim=a_claim(body="else"))), IdempotencyKeyReused)
-
-
-def test_a_failed_request_leaves_its_name_free(shelf: Shelf) -> None:
-    store = shelf.open()
-    one(store, ask(claim=a_claim()))
-    one(store, finish("r1", a_claim(), status=503))
-
-    assert one(store, ask(claim=a_claim(body="else"))) == Granted(replayed=False)
-
-
-def test_a_name_is_kept_for_a_day_and_then_forgotten(shelf: Shelf) -> None:
-    store = shelf.open()
-    one(store, ask(claim=a_claim()))
-    one(store, finish("r1", a_claim()))
-
-    assert one(store, ask(claim=a_claim()), at_s=DAY_S - 1) == Granted(replayed=True)
-    assert one(store, ask(claim=a_claim(body="else")), at_s=DAY_S) == Granted(replayed=False)
-
-
-def test_a_dead_process_blocks_a_name_for_fifteen_seconds(shelf: Shelf) -> None:
-    store = shelf.open()
-    one(store, ask(claim=a_claim(owner="dead")))
-
-    assert isinstance(one(store, ask(claim=a_claim()), at_s=14.999), IdempotencyInProgress)
-    assert one(store, ask(claim=a_claim()), at_s=15) == Granted(replayed=False)
-
-
-def test_a_living_process_holds_a_name_for_as_long_as_it_takes(shelf: Shelf) -> None:
-    store = shelf.open()
-    store.agree_offset_us("boot", proposed_us=0)
-    one(store, ask(claim=a_claim(owner="busy")))
-
-    one(store, Upkeep("busy", "boot"), at_s=14)
-
-    assert isinstance(one(store, ask(claim=a_claim()), at_s=28), IdempotencyInProgress)
-    assert one(store, ask(claim=a_claim()), at_s=29) == Granted(replayed=False)
-
-
-def test_of_two_that_ran_under_one_name_the_first_to_finish_is_billed(shelf: Shelf) -> None:
-    store = shelf.open()
-    one(store, ask(claim=a_claim(owner="slow")))
-    one(store, ask(claim=a_claim(owner="quick")), at_s=20)
-
-    assert one(store, finish("r1", a_claim(owner="quick")), at_s=21) == Granted()
-    assert one(store, finish("r2", a_claim(owner="slow")), at_s=22) == Granted(replayed=True)
-
-    assert used(store) == [UsageLine("key_a", None, requests=2, failed=0, tokens=7)]
-
-
-def test_the_failure_of_one_does_not_free_the_name_that_another_holds(shelf: Shelf) -> None:
-    store = shelf.open()
-    one(store, ask(claim=a_claim(owner="slow")))
-    one(store, ask(claim=a_claim(owner="quick")), at_s=20)
-    one(store, finish("r1", a_claim(owner="slow"), status=500), at_s=21)
-
-    assert isinstance(one(store, ask(claim=a_claim(owner="third")), at_s=22), IdempotencyInProgress)
 
 
 ROWS = [
@@ -260,30 +177,28 @@ SPREAD = [  # every 8 hours from midnight: rows, and requests that are counted
 ]
 
 
-@pytest.mark.parametrize("since", [-1, 0, 1, 3, 5, None])
-@pytest.mark.parametrize("until", [2, 3, 4, 6, 8, None])
 @pytest.mark.parametrize("by", UsageBy)
-def test_usage_from_totals_is_what_its_requests_add_up_to(
-    shelf: Shelf, by: UsageBy, since: int | None, until: int | None
-) -> None:
+def test_usage_from_totals_is_what_its_requests_add_up_to(shelf: Shelf, by: UsageBy) -> None:
     """Whole days and parts of them, at either end or within one day."""
     store = shelf.open()
     for row in SPREAD:
         store.commit([Settle(row)], now_us=NOON_US)
-    start_us = SPREAD[0].time_us
-    since_us = None if since is None else start_us + since * 8 * 3600 * SECOND_US
-    until_us = None if until is None else start_us + until * 8 * 3600 * SECOND_US
 
-    lines = store.usage(UsageQuery(by, since_us, until_us))
-
-    asked = [
-        row
-        for row in SPREAD
-        if (since_us is None or row.time_us >= since_us)
-        and (until_us is None or row.time_us < until_us)
-    ]
-    assert sum(line.requests for line in lines) == len(asked)
-    assert sum(line.tokens for line in lines) == sum(row.token_count for row in asked)
+    for since, until in product([-1, 0, 1, 3, 5, None], [2, 3, 4, 6, 8, None]):
+        start_us, step_us = SPREAD[0].time_us, 8 * 3600 * SECOND_US
+        since_us = None if since is None else start_us + since * step_us
+        until_us = None if until is None else start_us + until * step_us
+        lines = store.usage(UsageQuery(by, since_us, until_us))
+        asked = [
+            row
+            for row in SPREAD
+            if (since_us is None or row.time_us >= since_us)
+            and (until_us is None or row.time_us < until_us)
+        ]
+        assert (
+            sum(line.requests for line in lines),
+            sum(line.tokens for line in lines),
+        ) == (len(asked), sum(row.token_count for row in asked)), (since, until)
 
 
 def test_what_costs_no_tokens_is_counted_by_the_minute(shelf: Shelf) -> None:
@@ -309,8 +224,15 @@ def test_a_group_is_written_whole_when_some_of_it_is_refused(shelf: Shelf) -> No
     )
 
     kinds = [type(outcome) for outcome in committed.outcomes]
-    assert kinds == [Granted, Granted, RateLimitExceeded, Granted]
+    assert kinds == [RateLimitState, type(None), RateLimitExceeded, type(None)]
     assert used(store)[0].requests == 2
+
+
+def test_a_probe_adds_nothing_to_the_ledger(shelf: Shelf) -> None:
+    store = shelf.open()
+
+    assert one(store, Probe()) is None
+    assert used(store) == []
 
 
 def test_only_keys_that_changed_are_read_again(shelf: Shelf) -> None:
@@ -345,12 +267,6 @@ def test_two_keys_never_share_a_name_while_both_live(shelf: Shelf) -> None:
 def test_a_key_that_does_not_exist_cannot_change(shelf: Shelf) -> None:
     with pytest.raises(ResourceUnknown, match="key_none"):
         shelf.open().change_key("key_none", lambda key: key)
-
-
-def test_the_first_process_of_a_boot_says_which_instant_it_is(shelf: Shelf) -> None:
-    assert shelf.open().agree_offset_us("boot", proposed_us=5) == 5
-    assert shelf.open().agree_offset_us("boot", proposed_us=9) == 5
-    assert shelf.open().agree_offset_us("next boot", proposed_us=9) == 9
 
 
 def test_the_first_secret_is_the_secret(shelf: Shelf) -> None:

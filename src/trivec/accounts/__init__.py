@@ -1,11 +1,10 @@
-"""Who may call, how much, and what it came to: keys, allowances and an append-only ledger.
+"""Accounts: API keys, rate limits, and an append-only usage ledger.
 
-Knows nothing of HTTP, of models, or of what an embedding is. Plain keys are never stored;
-usage is appended, never edited.
+Nothing here depends on HTTP, on models, or on what an embedding is. Plain keys are never stored.
 """
 
-from trivec.accounts.accounts import ANONYMOUS, FIXED, Accounts
-from trivec.accounts.booking import Reservation
+from trivec.accounts.accounts import ANONYMOUS, FIXED, Accounts, Reservation
+from trivec.accounts.rate_limits import LIMIT_MAX
 from trivec.accounts.types import (
     Caller,
     Key,
@@ -26,6 +25,7 @@ from trivec.accounts.types import (
 __all__ = [
     "ANONYMOUS",
     "FIXED",
+    "LIMIT_MAX",
     "Accounts",
     "Caller",
     "Key",

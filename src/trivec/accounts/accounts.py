@@ -1,49 +1,60 @@
-"""The door of the room: who is this, may it, and what did it come to. Called on the event loop.
+"""Accounts of the callers: their keys, rate limits and usage. The face of the room.
 
-It waits for the threads that write, read and sum, and touches no store itself.
+Called on the event loop. The threads that write, read and sum touch the store; the loop never does.
 """
 
 import asyncio
 import hmac
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from threading import Event, Thread
 from typing import TypeVar
 
 from trivec.accounts import keys
-from trivec.accounts.administration import FIXED_KEY_ID, OVERLAP_S, Administration
-from trivec.accounts.booking import MeteredReservation, Reservation
-from trivec.accounts.desk import Desk
-from trivec.accounts.keyring import Keyring
-from trivec.accounts.secret import check_secret
-from trivec.accounts.store import CALL_S_MAX, Store, unavailable
+from trivec.accounts.administration import FIXED_KEY_ID, OVERLAP_S, Administration, check_secret
+from trivec.accounts.key_cache import KeyCache
+from trivec.accounts.ledger import (
+    CALL_S_MAX,
+    ERROR_FROM,
+    HANGS,
+    LedgerRow,
+    LedgerWriter,
+    Promise,
+    Reserve,
+    Settle,
+    Store,
+    unavailable,
+)
+from trivec.accounts.rate_limits import NOTHING, Cost
 from trivec.accounts.types import (
     Caller,
     Key,
     KeyPlan,
     NewKey,
+    RateLimitState,
     RequestMeta,
+    RequestUsage,
     Scope,
     StoreHealth,
     UsageLine,
     UsageQuery,
 )
-from trivec.accounts.writer import HANGS, Writer
-from trivec.core.errors import KeyMissing, Overloaded, StoreUnavailable
+from trivec.core.errors import KeyMissing, Overloaded, RequestTooLarge, StoreUnavailable
 from trivec.core.ports import Clock
 
 ANONYMOUS = Caller("anonymous", "anonymous", frozenset(Scope))
 FIXED = Caller(FIXED_KEY_ID, FIXED_KEY_ID, frozenset(Scope))
 FIXED_KEY_CHARS_MIN = 16
-LOOK_S = 0.25  # between two looks for a call to the store that hangs
-SUMS_MAX = 16  # the one that runs and those that wait for it
+HANG_CHECK_S = 0.25  # between two checks for a call to the store that hangs
+SUMS_MAX = 16  # usage sums at a time: the running one and those that wait
 SUMS_RETRY_AFTER_S = 5.0
+OUR_FAULT_FROM = 500  # statuses from here on give the request back to the key
+PLENTY_SHARE = 0.5
 T = TypeVar("T")
 
 
 class Accounts:
-    """Owns the store and three threads; `start` before use, `stop` at the end."""
+    """Owner of the store and of its threads; `start` before use, `stop` at the end."""
 
     def __init__(
         self,
@@ -60,15 +71,16 @@ class Accounts:
         self._secret = secret
         self._fixed = None if fixed_key is None else keys.digest(fixed_key, secret=secret)
         self._no_auth = no_auth
-        check = (lambda: None) if no_auth else partial(check_secret, store, secret)
-        self._writer = Writer(store, clock=clock, check=check)
+        self._writer = LedgerWriter(
+            store, clock=clock, check=lambda: None if no_auth else check_secret(store, secret)
+        )
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="trivec-keys")
-        self._keyring = Keyring(store.keys_since, reader=self._reader, clock=clock, secret=secret)
-        self._over = Event()
+        self._keys = KeyCache(store.keys_since, reader=self._reader, clock=clock, secret=secret)
+        self._is_over = Event()
         self._watch = Thread(target=self._watch_store, name="trivec-store-watch", daemon=True)
         self._summer = ThreadPoolExecutor(1, thread_name_prefix="trivec-usage")
-        self._sums_asked = 0
-        self._desk = Desk(self._writer, clock=clock, secret=secret)
+        self._sums = 0
+        self._limits_seen: dict[str, RateLimitState] = {}  # by key id, when last asked
         self._administration = Administration(store, clock=clock, secret=secret)
 
     def start(self) -> None:
@@ -76,16 +88,16 @@ class Accounts:
         self._watch.start()
 
     def stop(self) -> None:
-        """Write what is on its way, then let go of the store. Blocks for as long as that takes."""
+        """Write what was handed over, then close the store. Blocks for as long as that takes."""
         self._summer.shutdown(wait=False, cancel_futures=True)  # nothing is lost with a sum
         self._writer.stop()
         self._reader.shutdown()
-        self._over.set()
+        self._is_over.set()
         self._watch.join()
         self._store.close()
 
     def health(self) -> StoreHealth:
-        """Whether the ledger could be written when last tried; tried every 5 s, 1 s when broken."""
+        """Whether the ledger could be written when last tried: every 5 s, or every 1 s if not."""
         if self._hangs():
             return StoreHealth(writable=False, reason=HANGS)
         return self._writer.health
@@ -93,8 +105,15 @@ class Accounts:
     def writable(self) -> bool:
         return self._no_auth or self.health().writable
 
+    async def lost(self) -> str:
+        """Wait until the thread that writes the ledger has died, and return why.
+
+        Only a bug of ours ends it. Nothing is served from then on: the process is to be restarted.
+        """
+        return await asyncio.shield(asyncio.wrap_future(self._writer.died))
+
     async def identify(self, bearer: str | None) -> Caller:
-        """The caller whose key *bearer* is; None when no Authorization header came.
+        """The caller with the key *bearer*; None when no Authorization header came.
 
         Raises `KeyMissing`, `KeyInvalid`, `StoreUnavailable`.
         """
@@ -107,19 +126,26 @@ class Accounts:
             if hmac.compare_digest(digest, self._fixed):
                 return FIXED
         if self._hangs():
-            raise unavailable()  # at once: it would wait for a read that does not come back
-        return await self._keyring.find(bearer)
+            raise unavailable()  # at once, instead of waiting for a read that does not come back
+        return await self._keys.find(bearer)
 
-    def reserve(self, caller: Caller, opening: RequestMeta) -> Reservation:
-        """A booking for one request, which holds nothing yet; to be closed whatever happens."""
+    def reserve(self, caller: Caller, meta: RequestMeta) -> "Reservation":
+        """A reservation that holds nothing yet; to be closed whatever happens."""
         if caller is ANONYMOUS:
             return Reservation()
-        return MeteredReservation(caller, opening, desk=self._desk)
+        return MeteredReservation(
+            caller,
+            meta,
+            writer=self._writer,
+            clock=self._clock,
+            secret=self._secret,
+            limits_seen=self._limits_seen,
+        )
 
     async def create_first_key(self) -> NewKey | None:
         """The key to print at the first start; None where there is one, or none is needed.
 
-        None too while the store is away: whoever brings it back makes a key by command.
+        None too while the store is away: an operator then makes one with `trivec keys create`.
         """
         if self._no_auth or self._fixed is not None:
             return None
@@ -132,10 +158,11 @@ class Accounts:
         return await self._change(lambda: self._administration.create_key(plan))
 
     async def list_keys(self) -> list[Key]:
-        return await self._read(self._administration.list_keys)
+        # Not on the reader's thread: a long list must not keep keys from being checked.
+        return await asyncio.to_thread(self._administration.list_keys)
 
     async def show_key(self, reference: str) -> Key:
-        return await self._read(lambda: self._administration.show_key(reference))
+        return await asyncio.to_thread(self._administration.show_key, reference)
 
     async def revoke_key(self, reference: str) -> Key:
         return await self._change(lambda: self._administration.revoke_key(reference))
@@ -147,29 +174,29 @@ class Accounts:
 
     async def usage(self, query: UsageQuery) -> list[UsageLine]:
         """Sums over the ledger, one at a time in a thread of their own. Raises `Overloaded`."""
-        if self._sums_asked >= SUMS_MAX:
+        if self._sums >= SUMS_MAX:
             raise Overloaded(
-                f"{self._sums_asked} sums over the ledger are asked for; at most {SUMS_MAX} "
+                f"{self._sums} sums over the ledger are asked for; at most {SUMS_MAX} "
                 f"wait at a time. Please try again in {SUMS_RETRY_AFTER_S:.0f}s.",
                 retry_after_s=SUMS_RETRY_AFTER_S,
             )
-        self._sums_asked += 1
+        self._sums += 1
         try:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._summer, self._administration.usage, query)
         finally:
-            self._sums_asked -= 1
+            self._sums -= 1
 
-    async def _change(self, errand: Callable[[], T]) -> T:
-        """In the writer's thread, and known to this process at once."""
+    async def _change(self, change: Callable[[], T]) -> T:
+        """Run *change* in the writer's thread; this process sees its result at once."""
         try:
-            return await asyncio.wrap_future(self._writer.call(errand))
+            return await asyncio.wrap_future(self._writer.call(change))
         finally:
-            self._keyring.distrust()
+            self._keys.invalidate()
 
     def _watch_store(self) -> None:
-        """In a thread of its own, for the others may be the ones that wait."""
-        while not self._over.wait(LOOK_S):
+        """Break off calls that hang. In a thread of its own, for the others may be in them."""
+        while not self._is_over.wait(HANG_CHECK_S):
             if not self._hangs():
                 continue
             since_s = self._writer.busy_since_s
@@ -178,13 +205,170 @@ class Accounts:
             self._store.interrupt()
 
     def _hangs(self) -> bool:
-        return self._is_late(self._writer.busy_since_s) or self._is_late(
-            self._keyring.reading_since_s
-        )
+        writing_s, reading_s = self._writer.busy_since_s, self._keys.reading_since_s
+        return self._is_late(writing_s) or self._is_late(reading_s)
 
     def _is_late(self, since_s: float | None) -> bool:
         return since_s is not None and self._clock.now_s() - since_s >= CALL_S_MAX
 
-    async def _read(self, errand: Callable[[], T]) -> T:
-        """Off the reader's own thread: a long list must not keep keys from being checked."""
-        return await asyncio.to_thread(errand)
+
+class Reservation:
+    """What one request holds of its key's rate limits, until it is recorded.
+
+    Its maker closes it whatever happens, whether the request was let in or not. A call that is
+    cancelled while the store is at work ends when the store is done: what it took is known then, and
+    closing gives it back. This base class is the reservation of an anonymous caller: nothing is
+    limited and nothing is written.
+    """
+
+    def __init__(self) -> None:
+        self.state: RateLimitState | None = None  # None: the key has no limits, or not asked yet
+
+    async def acquire(self, *, tokens_follow: bool = False) -> None:
+        """Take one request out of the rate limit.
+
+        *tokens_follow*: `reserve_tokens` will be called before any work is done, and may take the
+        request with them, in one commit. Raises `RateLimitExceeded`, `StoreUnavailable`.
+        """
+
+    async def reserve_tokens(self, count: int) -> None:
+        """Take *count* tokens out of the rate limit, before any work is done on them.
+
+        Where `acquire` left the request to be taken too, both or neither. Raises
+        `RateLimitExceeded`; `RequestTooLarge` when a full bucket would not hold them;
+        `StoreUnavailable`.
+        """
+
+    async def close(self, usage: RequestUsage) -> None:
+        """Record the request: its ledger row is durable when this returns. A failure costs zero.
+
+        Where we refused a request of a key without limits, its row is still on its way. Raises
+        `StoreUnavailable`: then the client is told that. The failure of a request that was never
+        let in stays that failure. A second call does nothing.
+        """
+
+
+class MeteredReservation(Reservation):
+    """The reservation of a caller that has a key."""
+
+    def __init__(
+        self,
+        caller: Caller,
+        meta: RequestMeta,
+        *,
+        writer: LedgerWriter,
+        clock: Clock,
+        secret: bytes,
+        limits_seen: dict[str, RateLimitState],
+    ) -> None:
+        super().__init__()
+        self._caller = caller
+        self._meta = meta
+        self._writer = writer
+        self._clock = clock
+        self._secret = secret
+        self._limits_seen = limits_seen
+        self._is_let_in = False
+        self._is_closed = False
+        self._reserved = NOTHING
+        self._owed = NOTHING  # let in, but not yet taken out of the bucket
+
+    async def acquire(self, *, tokens_follow: bool = False) -> None:
+        if not self._writer.health.writable:
+            raise unavailable()
+        if self._caller.allowance is not None:
+            if tokens_follow and self._has_plenty():
+                self._owed = Cost(requests=1)
+            else:
+                await self._reserve(Cost(requests=1))
+        self._is_let_in = True
+
+    async def reserve_tokens(self, count: int) -> None:
+        if self._caller.allowance is None:
+            return
+        limit = self._caller.allowance.tokens_per_minute
+        if limit is not None and count > limit:
+            raise RequestTooLarge(token_count=count, token_count_max=limit)
+        cost = self._owed if limit is None else self._owed + Cost(tokens=count)
+        if cost != NOTHING:
+            await self._reserve(cost)
+
+    async def close(self, usage: RequestUsage) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        key_id, limits = self._caller.key_id, self._caller.allowance
+        is_our_fault = usage.status >= OUR_FAULT_FROM
+        if limits is not None and self._owed != NOTHING and not is_our_fault:
+            # The request failed before it was taken, and stays that failure. This is not awaited:
+            # entries are written in order, and a cancellation in between would lose the row.
+            owed = self._writer.submit(Reserve(key_id, limits, self._owed))
+            owed.add_done_callback(Promise.exception)
+        row = self._ledger_row(usage)
+        unused = Cost(
+            requests=self._reserved.requests if is_our_fault else 0,
+            tokens=max(0, self._reserved.tokens - row.token_count),
+        )
+        if self.state is not None and unused == NOTHING:
+            limits = None  # all that was reserved was used: its bucket is not touched again
+        promise = self._writer.submit(Settle(row, limits, unused))
+        is_refusal = not self._is_let_in and is_our_fault
+        if is_refusal and limits is None and self._writer.health.writable:
+            promise.add_done_callback(Promise.exception)
+            return  # a refusal is cheap: it waits for no disk, and its row bills nothing
+        try:
+            await promise
+        except StoreUnavailable:
+            if self._is_let_in or usage.status < ERROR_FROM:
+                raise
+        finally:
+            self._read(promise)
+            del promise  # else its error's traceback would hold itself and its callers' locals
+
+    async def _reserve(self, cost: Cost) -> None:
+        assert self._caller.allowance is not None
+        promise = self._writer.submit(Reserve(self._caller.key_id, self._caller.allowance, cost))
+        try:
+            await promise
+        finally:  # also when the call was cancelled: the promise is done by then
+            if self._read(promise):
+                self._reserved = self._reserved + cost
+                self._owed = NOTHING
+            del promise  # else its error's traceback would hold itself and its callers' locals
+
+    def _read(self, promise: Promise) -> bool:
+        """Keep the state that *promise* brought; whether the entry was granted."""
+        if not promise.done() or promise.exception() is not None:
+            return False
+        state = promise.result()
+        if state is not None:
+            self.state = self._limits_seen[self._caller.key_id] = state
+        return True
+
+    def _has_plenty(self) -> bool:
+        """Whether the request is all but sure to be let in, as far as this process knows.
+
+        It decides only whether the store is asked before the texts are tokenised or after.
+        """
+        seen = self._limits_seen.get(self._caller.key_id)
+        if seen is None:
+            return False
+        limit, remaining = seen.limit_requests, seen.remaining_requests
+        return limit is None or remaining is None or remaining > limit * PLENTY_SHARE
+
+    def _ledger_row(self, usage: RequestUsage) -> LedgerRow:
+        """What the client chose to call its user is stored as a digest."""
+        user = usage.user
+        if user is not None:
+            user = keys.pseudonym(user, secret=self._secret, purpose="user").hex()
+        return LedgerRow(
+            time_us=int(self._clock.wall_s() * 1e6),
+            request_id=self._meta.request_id,
+            key_id=self._caller.key_id,
+            model=self._meta.model,
+            input_count=usage.input_count,
+            token_count=usage.token_count if usage.status < ERROR_FROM else 0,
+            status=usage.status,
+            duration_us=round(usage.duration_s * 1e6),
+            user_digest=user,
+        )

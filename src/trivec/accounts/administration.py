@@ -1,14 +1,14 @@
-"""What an administrator does with keys and with the ledger. Blocking; every call is one transaction.
+"""Administration of keys, and usage sums. Blocking; every change is one transaction.
 
-The command line uses it as it is; `Accounts` runs it off the event loop.
+The command line uses it directly; `Accounts` runs it off the event loop.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 
 from trivec.accounts import keys
-from trivec.accounts.allowance import LIMIT_MAX
-from trivec.accounts.store import Store
+from trivec.accounts.ledger import Store
+from trivec.accounts.rate_limits import LIMIT_MAX
 from trivec.accounts.types import (
     Key,
     KeyPlan,
@@ -19,7 +19,7 @@ from trivec.accounts.types import (
     UsageLine,
     UsageQuery,
 )
-from trivec.core.errors import FieldInvalid, ResourceUnknown
+from trivec.core.errors import FieldInvalid, ResourceUnknown, StoreRefused
 from trivec.core.ports import Clock
 
 FIXED_KEY_ID = "TRIVEC_API_KEY"  # the id and name of the key that the environment gives
@@ -30,7 +30,7 @@ OVERLAP_S = 24 * 3600.0  # how long a rotated key's old secret still opens it
 
 
 class Administration:
-    """Keys are addressed by name, by id, or by a plain key itself."""
+    """Operations on the store. Keys are addressed by name, by id, or by the plain key."""
 
     def __init__(self, store: Store, *, clock: Clock, secret: bytes) -> None:
         self._store = store
@@ -38,7 +38,7 @@ class Administration:
         self._secret = secret
 
     def create_key(self, plan: KeyPlan) -> NewKey:
-        """Raises `FieldInvalid` for a name that is taken or unfit, absurd limits, a past expiry."""
+        """Raises `FieldInvalid` for a taken or invalid name, limits out of range, a past expiry."""
         check_plan(plan)
         if sum(key.revoked_us is None for key in self.list_keys()) >= KEYS_MAX:
             raise FieldInvalid(f"There are {KEYS_MAX} keys already; revoke some.", param="name")
@@ -89,11 +89,11 @@ class Administration:
         return found
 
     def key_id(self, reference: str) -> str:
-        """Also of the environment's key, which is in no store. Raises `ResourceUnknown`."""
+        """The id for *reference*, also of the environment's key. Raises `ResourceUnknown`."""
         return reference if reference == FIXED_KEY_ID else self.show_key(reference).id
 
     def revoke_key(self, reference: str) -> Key:
-        """It opens nothing from now on, on any process within a second. Cannot be undone."""
+        """The key is refused by every process within a second. Cannot be undone."""
         now_us = self._now_us()
         return self._change(
             reference,
@@ -130,7 +130,7 @@ class Administration:
         return self._store.change_key(self.show_key(reference).id, change)
 
     def _found(self, reference: str) -> Key | None:
-        """Names may be used again after a revocation: the living come before the dead."""
+        """Names may be used again after a revocation: a live key comes before revoked ones."""
         digest = keys.digest(reference, secret=self._secret)
         found = [
             key
@@ -146,11 +146,21 @@ class Administration:
         return Secret(digest, first, last, created_us=now_us), plain
 
     def _now_us(self) -> int:
-        return int(self._clock.wall_s() * 1_000_000)
+        return int(self._clock.wall_s() * 1e6)
+
+
+def check_secret(store: Store, secret: bytes) -> None:
+    """Raise `StoreRefused` when the store's keys were made under another secret."""
+    proposed = keys.pseudonym("", secret=secret, purpose="check")
+    if store.agree_secret_check(proposed) != proposed:
+        raise StoreRefused(
+            "the keys in this store were made with another secret, so none of them would be known; "
+            "restore the file `secret` of its data folder, or set TRIVEC_SECRET to what it was"
+        )
 
 
 def check_plan(plan: KeyPlan) -> None:
-    """Raise `FieldInvalid` for a plan that no store should hold."""
+    """Raise `FieldInvalid` for a name, scopes or limits that no key may have."""
     if not (0 < len(plan.name) <= NAME_CHARS_MAX and plan.name.isprintable()) or (
         plan.name != plan.name.strip() or plan.name.startswith((keys.PREFIX, "key_", "-"))
     ):

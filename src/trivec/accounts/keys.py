@@ -1,14 +1,18 @@
-"""How a plain key looks and how it is turned into what we store. Pure; knows no store.
+"""Plain keys, their digests, and the server's secret that they are hashed under.
 
-`tv_`, 43 characters of base62 (32 random bytes), and 6 of base62 (CRC-32 of all before): 52 in all.
-The checksum is for people and secret scanners; the server never looks at it, so that a well-formed
-stranger and a typo cost the same.
+A plain key is `tv_`, 43 characters of base62 (32 random bytes), and 6 of base62 (CRC-32 of all
+before): 52 in all. The checksum is for people and secret scanners; the server never looks at it, so
+a mistyped key and any other unknown key cost the same.
 """
 
 import hashlib
 import hmac
+import os
 import secrets
 import zlib
+from pathlib import Path
+
+from trivec.core.errors import SettingInvalid
 
 PREFIX = "tv_"
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -16,13 +20,15 @@ RANDOM_BYTES = 32
 RANDOM_CHARS = 43  # 62**43 > 256**32
 CHECKSUM_CHARS = 6  # 62**6 > 2**32
 KEY_CHARS = len(PREFIX) + RANDOM_CHARS + CHECKSUM_CHARS
-BEARER_CHARS_MAX = 1024  # longer ones are no key of anybody's and are not worth hashing
+BEARER_CHARS_MAX = 1024  # a longer one is no key, and not worth hashing
 FIRST_CHARS = 8
 LAST_CHARS = 4
+SECRET_FILE = "secret"  # noqa: S105, the name of a file
+SECRET_BYTES = 32
+SECRET_GIVEN_CHARS_MIN = 32
 
 
 def new_plain_key() -> str:
-    """A key that nobody has ever seen."""
     number = int.from_bytes(secrets.token_bytes(RANDOM_BYTES), "big")
     body = PREFIX + base62(number, RANDOM_CHARS)
     return body + _checksum(body)
@@ -34,7 +40,7 @@ def new_key_id() -> str:
 
 
 def is_well_formed(plain: str) -> bool:
-    """Whether *plain* is one of our keys without a typo; says nothing of whether it is valid."""
+    """Whether *plain* looks like one of our keys without a typo; it may still be unknown."""
     if len(plain) != KEY_CHARS or not plain.startswith(PREFIX):
         return False
     return plain[-CHECKSUM_CHARS:] == _checksum(plain[:-CHECKSUM_CHARS])
@@ -63,3 +69,59 @@ def base62(number: int, length: int) -> str:
 
 def _checksum(body: str) -> str:
     return base62(zlib.crc32(body.encode("utf-8", "surrogatepass")), CHECKSUM_CHARS)
+
+
+def server_secret(data_dir: Path, *, given: str | None) -> bytes:
+    """*given* by the environment, else the one of *data_dir*, which is made at its first use.
+
+    Raises `SettingInvalid`.
+    """
+    if given is not None:
+        if len(given) < SECRET_GIVEN_CHARS_MIN:
+            raise SettingInvalid(
+                f"secret has {len(given)} characters; give it at least {SECRET_GIVEN_CHARS_MIN}, "
+                "from: openssl rand -hex 32"
+            )
+        return given.encode()
+    file = data_dir / SECRET_FILE
+    try:
+        if not file.exists():
+            _make_secret(file)
+        secret = bytes.fromhex(file.read_text("ascii"))
+    except OSError as fault:
+        raise SettingInvalid(
+            f"the server's secret {file} cannot be read or made: {fault.strerror}; "
+            "make the folder yours, or set TRIVEC_SECRET"
+        ) from fault
+    except ValueError as fault:
+        raise SettingInvalid(f"{file} does not hold a secret; restore it from a copy") from fault
+    if len(secret) != SECRET_BYTES:
+        raise SettingInvalid(f"{file} is damaged; restore it from a copy")
+    return secret
+
+
+def _make_secret(file: Path) -> None:
+    """Whole or not at all; the first process wins, for a link never replaces a file."""
+    draft = file.with_name(f"{file.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w") as opened:
+            opened.write(secrets.token_hex(SECRET_BYTES))
+            opened.flush()
+            os.fsync(opened.fileno())
+        try:
+            os.link(draft, file)
+        except FileExistsError:
+            return
+        sync_folder(file.parent)
+    finally:
+        draft.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names of new and renamed files in *folder* survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,6 +1,6 @@
-"""The room's nouns: who calls, what they may spend, and what is written down of a request.
+"""Keys, callers, rate limits and usage, as frozen values.
 
-Frozen values only. They know nothing of HTTP, of SQL, or of what an embedding is.
+Nothing here depends on HTTP, on SQL, or on what an embedding is.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from trivec.core.errors import GrantDenied, ModelDenied, ScopeMissing
 
 
 class Scope(StrEnum):
-    """What a key opens."""
+    """What a key gives access to."""
 
     EMBED = "embed"
     ADMIN = "admin"
@@ -20,7 +20,7 @@ class Scope(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RateLimits:
-    """What a key may spend a minute, refilled continuously; the burst is one minute's worth."""
+    """Requests and tokens a minute, refilled continuously; the burst is one minute's worth."""
 
     requests_per_minute: int | None = None  # None: no limit
     tokens_per_minute: int | None = None
@@ -28,7 +28,7 @@ class RateLimits:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who sent a request, as far as its key tells."""
+    """The sender of a request, as its key describes it."""
 
     key_id: str
     name: str
@@ -36,7 +36,7 @@ class Caller:
     models: frozenset[str] | None = None  # None: every model
     allowance: RateLimits | None = None  # None: no limit
     expires_us: int | None = None
-    truncate: str | None = None  # as in a request: none, end or start; None: as the server does
+    truncate: str | None = None  # none, end or start; None: the server's default
 
     def require(self, scope: Scope) -> None:
         """Raise `ScopeMissing` unless the key has *scope*."""
@@ -44,7 +44,7 @@ class Caller:
             raise ScopeMissing(scope=scope)
 
     def may_use(self, names: Sequence[str]) -> bool:
-        """Whether the key opens a model that is called all of *names*."""
+        """Whether the key may use a model that has *names*, its id and aliases."""
         return self.models is None or not self.models.isdisjoint(names)
 
     def require_model(self, names: Sequence[str]) -> None:
@@ -74,11 +74,11 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class RateLimitState:
-    """What the `x-ratelimit-*` headers say. Each is None where the key has no such limit."""
+    """Values of the `x-ratelimit-*` headers. Each is None where the key has no such limit."""
 
     limit_requests: int | None
     remaining_requests: int | None
-    reset_requests_s: float | None  # until the whole allowance is there again
+    reset_requests_s: float | None  # until the bucket is full again
     limit_tokens: int | None
     remaining_tokens: int | None
     reset_tokens_s: float | None
@@ -86,28 +86,26 @@ class RateLimitState:
 
 @dataclass(frozen=True, slots=True)
 class RequestMeta:
-    """What is known of a request before any work is done for it."""
+    """A request, before any work is done for it."""
 
-    request_id: str  # ours, unique for ever
+    request_id: str  # made by us, unique for ever
     model: str | None  # a served id
-    idempotency_key: str | None = None  # as sent; only its digest is stored
-    body_digest: bytes = b""  # equal bodies, equal digests; looked at only with an idempotency key
 
 
 @dataclass(frozen=True, slots=True)
 class RequestUsage:
-    """What a request came to."""
+    """The outcome of a request."""
 
-    status: int  # the HTTP status that was answered; below 400 is a success
+    status: int  # of the HTTP response; below 400 is a success
     input_count: int
     token_count: int  # computed, special tokens included
     duration_s: float
-    user: str | None = None  # the client's own word for its user; hashed before it is stored
+    user: str | None = None  # as sent by the client; hashed before it is stored
 
 
 @dataclass(frozen=True, slots=True)
 class Secret:
-    """One of the at most two plain keys that open the same key, as we store it."""
+    """The stored form of a plain key. A key has at most two, so that it can be rotated."""
 
     digest: bytes  # HMAC-SHA256 of the plain key under the server's secret, 32 bytes
     first: str  # its first 8 characters
@@ -121,7 +119,7 @@ class Secret:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key: one name, one allowance and one line in the usage, whatever its secrets."""
+    """One name, one rate limit and one line in the usage, whatever its secrets."""
 
     id: str
     name: str
@@ -132,28 +130,21 @@ class Key:
     expires_us: int | None = None
     revoked_us: int | None = None
     secrets: tuple[Secret, ...] = ()  # oldest first
-    truncate: str | None = None  # the default of its requests: none, end or start
+    truncate: str | None = None  # default of its requests: none, end or start
 
     def is_live(self, now_us: int) -> bool:
         return self.revoked_us is None and (self.expires_us is None or now_us < self.expires_us)
 
     def caller(self) -> Caller:
-        limited = self.allowance != RateLimits()
-        allowance = self.allowance if limited else None
+        limits = None if self.allowance == RateLimits() else self.allowance
         return Caller(
-            self.id,
-            self.name,
-            self.scopes,
-            self.models,
-            allowance,
-            self.expires_us,
-            self.truncate,
+            self.id, self.name, self.scopes, self.models, limits, self.expires_us, self.truncate
         )
 
 
 @dataclass(frozen=True, slots=True)
 class NewKey:
-    """A key with the one plain secret that was just made, to be shown once and forgotten."""
+    """A key and the plain secret that was just made, to be shown once."""
 
     key: Key
     plain: str
@@ -161,7 +152,7 @@ class NewKey:
 
 @dataclass(frozen=True, slots=True)
 class KeyPlan:
-    """What whoever makes a key decides about it."""
+    """The properties of a key to be made."""
 
     name: str
     scopes: frozenset[Scope] = frozenset({Scope.EMBED})
@@ -172,7 +163,7 @@ class KeyPlan:
 
 
 class UsageBy(StrEnum):
-    """What usage is summed over."""
+    """How usage is grouped."""
 
     KEY = "key"
     MODEL = "model"
@@ -181,7 +172,7 @@ class UsageBy(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class UsageQuery:
-    """Which part of the ledger to sum, and how. Times are microseconds since the epoch, UTC."""
+    """The part of the ledger to sum, and the grouping. Times are microseconds since the epoch."""
 
     by: UsageBy
     since_us: int | None = None  # included
@@ -196,7 +187,7 @@ class UsageLine:
     group: str | None  # a key's id, a model's id, or a day such as 2026-11-22; None: no model
     name: str | None  # the key's name; None unless summed by key
     requests: int
-    failed: int  # those of the requests that were answered with 400 or above
+    failed: int  # requests answered with 400 or above
     tokens: int
 
 

@@ -1,10 +1,12 @@
-"""Instants as they are written down: integers of microseconds since the epoch, shown in UTC."""
+"""Instants as integers of microseconds since the epoch, and their form in UTC."""
 
 from datetime import UTC, date, datetime, timedelta
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
-DAY_US = 24 * 3600 * 1_000_000
+SECOND_US = 1_000_000
+MINUTE_US = 60 * SECOND_US
+DAY_US = 24 * 60 * MINUTE_US
 LAST = datetime.max.replace(tzinfo=UTC)
 
 
@@ -16,8 +18,7 @@ def moment(time_us: int) -> datetime:
 def microseconds(instant: datetime) -> int:
     """Exact; an instant without a zone is taken to be in UTC.
 
-    Raises `ValueError` for one that has left the years 1970 to 9999 on its way to UTC, for nothing
-    could show it again.
+    Raises `ValueError` outside the years 1970 to 9999 in UTC, which could not be shown again.
     """
     aware = instant if instant.tzinfo is not None else instant.replace(tzinfo=UTC)
     if not EPOCH <= aware <= LAST:
@@ -25,11 +26,6 @@ def microseconds(instant: datetime) -> int:
     return (aware - EPOCH) // MICROSECOND
 
 
-def day(time_us: int) -> str:
-    """The UTC day, as 2026-11-22."""
-    return day_number(time_us // DAY_US)
-
-
-def day_number(days: int) -> str:
-    """The day that is *days* after the epoch's."""
+def day(days: int) -> str:
+    """The UTC day that is *days* after the epoch's, as 2026-11-22."""
     return (date(1970, 1, 1) + timedelta(days=days)).isoformat()

@@ -50,7 +50,7 @@ def archive(
     as_json: AsJson = False,
 ) -> None:
     """Move old ledger rows into a gzip file of JSON lines; the totals of their days stay."""
-    from trivec.accounts.archiving import Plan, archive
+    from trivec.accounts.archive import Plan, archive
     from trivec.accounts.stores import open_store
     from trivec.accounts.utc import DAY_US
 

@@ -14,7 +14,7 @@ TrivecError
     ├── BusyError      we must recover; each says when to try again
     │   └── Overloaded · Draining · Loading · DeadlineExceeded · StoreUnavailable
     ├── RateLimitError the client must wait
-    │   └── RateLimitExceeded · IdempotencyKeyReused · IdempotencyInProgress
+    │   └── RateLimitExceeded
     └── EngineFault    our mistake; the message is only for the log
 """
 
@@ -246,14 +246,6 @@ class RateLimitExceeded(RateLimitError):
             f"Rate limit reached for {what or kind} per minute: limit {limit}, requested "
             f"{requested}. Please try again in {retry_after_s:.3f}s."
         )
-
-
-class IdempotencyKeyReused(RateLimitError):
-    """Only inside accounts, until its claims are gone: no request is answered with it."""
-
-
-class IdempotencyInProgress(RateLimitError):
-    """As `IdempotencyKeyReused`."""
 
 
 class BusyError(ServiceError):

@@ -1,16 +1,23 @@
-"""Books that are gone with the process: for tests, and the plain twin of the SQL stores."""
+"""Store in memory, gone with the process: for tests, for `no_auth`, and the SQL stores' plain twin."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from threading import Lock
 
-from trivec.accounts.allowance import MINUTE_US, Bucket
-from trivec.accounts.entries import Claim, ClaimName, Committed, Count, Entry, LedgerRow, Upkeep
-from trivec.accounts.page import CLAIM_HELD_US, Page, Total
-from trivec.accounts.store import KeyChanges, name_taken, unavailable
+from trivec.accounts.ledger import (
+    Committed,
+    Count,
+    Entry,
+    KeyChanges,
+    LedgerRow,
+    Total,
+    Transaction,
+    name_taken,
+    unavailable,
+)
+from trivec.accounts.rate_limits import Bucket
 from trivec.accounts.types import Key, UsageBy, UsageLine, UsageQuery
-from trivec.accounts.utc import day
+from trivec.accounts.utc import DAY_US, MINUTE_US, day
 from trivec.core.errors import ResourceUnknown
 
 
@@ -23,42 +30,19 @@ class MemoryStore:
         self.counts: Counter[Count] = Counter()
         self._lock = Lock()
         self._buckets: dict[str, Bucket] = {}
-        self._claims: dict[ClaimName, Claim] = {}
         self._keys: dict[str, Key] = {}
         self._revisions: dict[str, int] = {}
-        self._offsets_us: dict[str, int] = {}
         self._secret_check: bytes | None = None
 
     def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
         with self._lock:
             self._check()
-            page = Page(now_us=now_us, buckets=self._buckets, claims=self._claims)
-            outcomes = [page.take(entry) for entry in entries]
-            self._buckets.update(page.buckets_changed)
-            for name, claim in page.claims_changed.items():
-                if claim is None:
-                    self._claims.pop(name, None)
-                else:
-                    self._claims[name] = claim
-            if page.upkeep is not None:
-                self._keep_up(page.upkeep, now_us=page.now_us)
-            self.rows.extend(page.rows)
-            self.counts.update(page.counts)
-        return Committed(outcomes, page.now_us)
-
-    def _keep_up(self, upkeep: Upkeep, *, now_us: int) -> None:
-        for name, claim in list(self._claims.items()):
-            if now_us >= claim.expires_us:
-                del self._claims[name]
-            elif claim.owner == upkeep.owner and not claim.done:
-                self._claims[name] = replace(claim, held_until_us=now_us + CLAIM_HELD_US)
-
-    def _check(self) -> None:
-        if self.broken:
-            raise unavailable() from OSError("the store in memory was broken on purpose")
-
-    def agree_offset_us(self, boot_id: str, *, proposed_us: int) -> int:
-        return self._offsets_us.setdefault(boot_id, proposed_us)
+            transaction = Transaction(now_us=now_us, buckets=self._buckets)
+            outcomes = [transaction.apply(entry) for entry in entries]
+            self._buckets.update(transaction.buckets_changed)
+            self.rows.extend(transaction.rows)
+            self.counts.update(transaction.counts)
+        return Committed(outcomes, transaction.now_us)
 
     def agree_secret_check(self, proposed: bytes) -> bytes:
         self._secret_check = self._secret_check or proposed
@@ -84,19 +68,24 @@ class MemoryStore:
                 raise ResourceUnknown(f"There is no key {key_id}.")
             return self._put_key(change(self._keys[key_id]))
 
-    def _put_key(self, key: Key) -> Key:
-        self._keys[key.id] = key
-        self._revisions[key.id] = max([0, *self._revisions.values()]) + 1
-        return key
-
     def usage(self, query: UsageQuery) -> list[UsageLine]:
-        groups: dict[str | None, Total] = {}
+        totals: dict[str | None, Total] = {}
 
         def add(one: LedgerRow | Count, time_us: int, requests: int, tokens: int) -> None:
-            if _asked_for(one.key_id, time_us, query):
-                group = _group(one, time_us, query.by)
-                total = groups.setdefault(group, Total())
-                total.add(requests, status=one.status, tokens=tokens)
+            if (
+                (query.since_us is not None and time_us < query.since_us)
+                or (query.until_us is not None and time_us >= query.until_us)
+                or (query.key_id is not None and one.key_id != query.key_id)
+            ):
+                return
+            match query.by:
+                case UsageBy.KEY:
+                    group: str | None = one.key_id
+                case UsageBy.MODEL:
+                    group = one.model
+                case UsageBy.DAY:
+                    group = day(time_us // DAY_US)
+            totals.setdefault(group, Total()).add(requests, status=one.status, tokens=tokens)
 
         with self._lock:
             for row in self.rows:
@@ -105,7 +94,7 @@ class MemoryStore:
                 add(count, count.minute * MINUTE_US, requests, 0)
         return [
             UsageLine(group, None, total.requests, total.failed, total.tokens)
-            for group, total in sorted(groups.items(), key=lambda item: item[0] or "")
+            for group, total in sorted(totals.items(), key=lambda item: item[0] or "")
         ]
 
     def interrupt(self) -> None:
@@ -114,20 +103,11 @@ class MemoryStore:
     def close(self) -> None:
         pass
 
+    def _check(self) -> None:
+        if self.broken:
+            raise unavailable() from OSError("the store in memory was broken on purpose")
 
-def _asked_for(key_id: str, time_us: int, query: UsageQuery) -> bool:
-    return (
-        (query.since_us is None or time_us >= query.since_us)
-        and (query.until_us is None or time_us < query.until_us)
-        and (query.key_id is None or key_id == query.key_id)
-    )
-
-
-def _group(one: LedgerRow | Count, time_us: int, by: UsageBy) -> str | None:
-    match by:
-        case UsageBy.KEY:
-            return one.key_id
-        case UsageBy.MODEL:
-            return one.model
-        case UsageBy.DAY:
-            return day(time_us)
+    def _put_key(self, key: Key) -> Key:
+        self._keys[key.id] = key
+        self._revisions[key.id] = max([0, *self._revisions.values()]) + 1
+        return key

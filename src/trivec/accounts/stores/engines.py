@@ -1,7 +1,7 @@
-"""How the two databases are reached: engines whose transactions and time-outs are what we promise.
+"""SQLAlchemy engines of the two databases, with the durability and time-outs that we promise.
 
-Each store has three: one that writes, over a single connection, one that reads beside it, and one
-for long sums, so that these never hold a connection that a key is checked over.
+Each store has three: one that writes, over a single connection; one that reads beside it; and one
+for long sums, so that these never hold a connection that keys are checked over.
 """
 
 import os
@@ -24,22 +24,22 @@ from sqlalchemy.exc import ArgumentError, DatabaseError
 from trivec.core.errors import SettingInvalid
 
 LOCK_STEP_S = 0.0003
-LOCK_WAIT_S = 3.0  # others hold it for a commit, each as long as the disk takes; longer is a fault
+LOCK_WAIT_S = 3.0  # others hold it for a commit, as long as the disk takes; longer is a fault
 CONNECT_S = 3  # less than `CALL_S_MAX`: nothing can be broken off before there is a connection
 READERS_MAX = 4
 WAL_BYTES_KEPT = 64 * 1024 * 1024
 SQLITE_FILE = "trivec.sqlite3"
 POSTGRES_DRIVER = "postgresql+psycopg"
+NO_SYNC = "trivec_no_sync"  # execution option: the commit may be lost in a power cut
 
 
 @dataclass(frozen=True, slots=True)
 class Engines:
     """Every way into one database."""
 
-    writing: Engine  # a commit is on disk when it returns
+    writing: Engine  # a commit is on disk when it returns, unless it has the option `NO_SYNC`
     reading: Engine
     summing: Engine  # reads too, one sum at a time
-    begin: Callable[..., None]  # (driver's connection, notes_only=): how a transaction begins
     interrupt: Callable[[], None]  # break off what other threads wait for
 
     def dispose(self) -> None:
@@ -52,7 +52,7 @@ class Engines:
 def sqlite_engines(file: Path) -> Engines:
     """One file in WAL mode."""
     url = URL.create("sqlite+pysqlite", database=str(file))
-    writing = _engine(url, {"timeout": 0}, size=1)  # whoever writes waits in `patiently`
+    writing = _engine(url, {"timeout": 0}, size=1)  # waits in `_with_lock` instead
     reading = _engine(url, {"timeout": LOCK_WAIT_S}, size=READERS_MAX)
     summing = _engine(url, {"timeout": LOCK_WAIT_S}, size=1)
 
@@ -62,10 +62,10 @@ def sqlite_engines(file: Path) -> Engines:
 
     def open_for_writing(raw: sqlite3.Connection, _: object) -> None:
         try:
-            _patiently(lambda: _pragmas(raw, "journal_mode=WAL"))
+            _with_lock(lambda: _pragmas(raw, "journal_mode=WAL"))
             _pragmas(raw, "foreign_keys=ON", f"journal_size_limit={WAL_BYTES_KEPT}")
         except sqlite3.Error:
-            raw.close()  # the next connection of this process would find the file as this one did
+            raw.close()  # the next connection would else find the file as this one did
             raise
 
     def open_for_reading(raw: sqlite3.Connection, _: object) -> None:
@@ -74,12 +74,13 @@ def sqlite_engines(file: Path) -> Engines:
     for engine in (writing, reading, summing):  # only its owner reads the ledger
         event.listen(engine, "do_connect", make_private)
     event.listen(writing, "connect", open_for_writing)
-    event.listen(writing, "begin", _begin_sqlite_through_sqlalchemy)
+    event.listen(writing, "begin", _begin_writing_sqlite)
     for engine in (reading, summing):
         event.listen(engine, "connect", open_for_reading)
-        event.listen(engine, "begin", _begin_reading)
+        # Python's own driver begins no transaction for reading.
+        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
     # Waiting for a lock has its own bound, and what waits for a disk cannot be broken off.
-    return Engines(writing, reading, summing, begin_sqlite, interrupt=lambda: None)
+    return Engines(writing, reading, summing, interrupt=lambda: None)
 
 
 def postgres_engines(database_url: str) -> Engines:
@@ -101,20 +102,29 @@ def postgres_engines(database_url: str) -> Engines:
         return raw
 
     def interrupt() -> None:
+        # A backend that hangs still has a kernel that acknowledges what it is sent, so no time-out of
+        # TCP's ever ends the wait.
         with opening:
             connections = list(opened)
-        _shut(connections)
+        for raw in connections:
+            with (
+                suppress(OSError, raw.OperationalError),  # it is closed already
+                socket.socket(fileno=os.dup(raw.fileno())) as duplicate,
+            ):
+                duplicate.shutdown(socket.SHUT_RDWR)
+
+    def begin_writing(connection: Connection) -> None:
+        if connection.get_execution_options().get(NO_SYNC):
+            connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
 
     for engine in (writers, readers, summers):
         event.listen(engine, "do_connect", connect)
-    return Engines(writers, readers, summers, begin_postgres, interrupt)
+    event.listen(writers, "begin", begin_writing)
+    return Engines(writers, readers, summers, interrupt)
 
 
 def is_the_stores(fault: Exception, dialect: Dialect) -> bool:
-    """Whether the driver means the store by it, and not the statement.
-
-    A damaged file is plain `DatabaseError`.
-    """
+    """Whether the store failed, and not a statement of ours. A damaged file is `DatabaseError`."""
     driver = dialect.loaded_dbapi
     ours = (
         driver.IntegrityError,
@@ -127,17 +137,21 @@ def is_the_stores(fault: Exception, dialect: Dialect) -> bool:
 
 def _engine(url: URL, connect_args: dict[str, Any], *, size: int) -> Engine:
     try:
-        return create_engine(
+        engine = create_engine(
             url, connect_args=connect_args, hide_parameters=True, pool_size=size, max_overflow=0
         )
     except ModuleNotFoundError as missing:
         raise SettingInvalid(
             "database_url needs the Postgres driver; run: pip install 'trivec[postgres]'"
         ) from missing
+    # A group's rows go into one INSERT. A driver gives up the interpreter's lock for each statement
+    # and waits for the event loop to get it back: a statement a row made a large group slow.
+    engine.dialect.use_insertmanyvalues_wo_returning = True
+    return engine
 
 
 def _postgres_url(database_url: str) -> URL:
-    """Also takes the spellings that hosts hand out; never shows the password that is in it."""
+    """With our driver, whichever way *database_url* is spelt; no error shows its password."""
     try:
         url = make_url(database_url)
     except ArgumentError:
@@ -164,22 +178,10 @@ def _postgres_arguments(options: str) -> dict[str, Any]:
     }
 
 
-def _shut(connections: Sequence[Any]) -> None:
-    """End psycopg's *connections* under whoever waits on them: a backend that hangs still has a
-    kernel that acknowledges what it is sent, so no time-out of TCP's ever ends the wait.
-    """
-    for raw in connections:
-        with (
-            suppress(OSError, raw.OperationalError),  # it is closed already
-            socket.socket(fileno=os.dup(raw.fileno())) as ours,
-        ):
-            ours.shutdown(socket.SHUT_RDWR)
-
-
 def _make_private(file: Path) -> None:
-    """An empty file that only its owner reads, where there is none; one that is there is not opened.
+    """Make an empty file that only its owner reads. One that is there is not opened.
 
-    A process that closes a file loses every lock it holds on it, those of SQLite's connections too.
+    A process that closes a file loses every lock it holds on it, also those of SQLite's connections.
     Another process that leaves then takes itself for the last one and deletes the journal, and what
     is committed to it afterwards is lost.
     """
@@ -194,42 +196,25 @@ def _make_private(file: Path) -> None:
         draft.unlink()
 
 
-def _begin_reading(connection: Connection) -> None:
-    """Python's own driver begins no transaction for reading, and one for writing too late."""
-    connection.exec_driver_sql("BEGIN")
-
-
-def begin_postgres(raw: Any, *, notes_only: bool = False) -> None:
-    """The driver begins by itself. *notes_only*: the commit may be lost in a power cut."""
-    if notes_only:
-        raw.execute("SET LOCAL synchronous_commit = off").close()
-
-
-def begin_sqlite(raw: sqlite3.Connection, *, notes_only: bool = False) -> None:
-    """Take the lock that all processes write under; sync the disk at the end unless it is a note.
-
-    Raises `sqlite3.DatabaseError`.
-    """
-    level = "synchronous=NORMAL" if notes_only else "synchronous=FULL"
-
-    def begin() -> None:
-        _pragmas(raw, level)  # may read the file, and so meet a lock as well
-        raw.execute("BEGIN IMMEDIATE").close()
-
-    _patiently(begin)
-
-
-def _begin_sqlite_through_sqlalchemy(connection: Connection) -> None:
+def _begin_writing_sqlite(connection: Connection) -> None:
+    """Take the lock that all processes write under; the driver by itself would take it too late."""
     raw = connection.connection.driver_connection
     assert isinstance(raw, sqlite3.Connection)
+    no_sync = connection.get_execution_options().get(NO_SYNC)
+
+    def begin() -> None:
+        # The pragma may read the file, and so meet a lock as well.
+        _pragmas(raw, "synchronous=NORMAL" if no_sync else "synchronous=FULL")
+        raw.execute("BEGIN IMMEDIATE").close()
+
     try:
-        begin_sqlite(raw)
-    except sqlite3.DatabaseError as fault:  # damaged, too
+        _with_lock(begin)
+    except sqlite3.DatabaseError as fault:  # a damaged file, too
         raise DatabaseError("BEGIN IMMEDIATE", None, fault) from fault
 
 
-def _patiently(work: Callable[[], None]) -> None:
-    """Do *work* as soon as no other connection holds what it needs, for up to `LOCK_WAIT_S`.
+def _with_lock(work: Callable[[], None]) -> None:
+    """Do *work* as soon as no other connection holds the lock it needs, for up to `LOCK_WAIT_S`.
 
     SQLite's own way of waiting backs off to a tenth of a second, and one busy process then starves
     another for seconds; steps shorter than a commit do not. Nor does it wait at all where it might

@@ -1,4 +1,4 @@
-"""The arithmetic of allowances: exact, in integers, over any times."""
+"""The arithmetic of rate limits: exact, in integers, over any times."""
 
 from itertools import pairwise
 
@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trivec.accounts import allowance as arithmetic
-from trivec.accounts.allowance import LIMIT_MAX, MINUTE_US, SECOND_US, Bucket, Cost, Shortage
-from trivec.accounts.types import RateLimits
+from trivec.accounts import RateLimits, rate_limits
+from trivec.accounts.rate_limits import LIMIT_MAX, Bucket, Cost, Shortage
+from trivec.accounts.utc import MINUTE_US, SECOND_US
 
 ONE = Cost(requests=1)
 limits_a_minute = st.integers(1, LIMIT_MAX)
@@ -20,14 +20,14 @@ def test_ten_times_the_limit_for_a_minute_after_the_burst_admits_the_limit(limit
     allowed = RateLimits(requests_per_minute=limit)
     bucket = Bucket()
     for _ in range(limit):
-        spent = arithmetic.reserve(bucket, allowed, ONE, now_us=0)
+        spent = rate_limits.reserve(bucket, allowed, ONE, now_us=0)
         assert isinstance(spent, Bucket)
         bucket = spent
 
     admitted = 0
     for n in range(1, 10 * limit + 1):
         now_us = n * MINUTE_US // (10 * limit)
-        answer = arithmetic.reserve(bucket, allowed, ONE, now_us=now_us)
+        answer = rate_limits.reserve(bucket, allowed, ONE, now_us=now_us)
         if isinstance(answer, Bucket):
             bucket, admitted = answer, admitted + 1
 
@@ -42,15 +42,15 @@ def test_whoever_waits_as_long_as_told_is_let_in_and_not_a_microsecond_before(
     tokens = min(tokens, limit)
     full = Bucket(tokens_debt=limit * MINUTE_US, at_us=now_us)
 
-    short = arithmetic.reserve(full, allowed, Cost(tokens=tokens), now_us=now_us)
+    short = rate_limits.reserve(full, allowed, Cost(tokens=tokens), now_us=now_us)
 
     assert isinstance(short, Shortage)
     assert 0 < short.retry_after_us <= MINUTE_US
     then_us = now_us + short.retry_after_us
     assert isinstance(
-        arithmetic.reserve(full, allowed, Cost(tokens=tokens), now_us=then_us), Bucket
+        rate_limits.reserve(full, allowed, Cost(tokens=tokens), now_us=then_us), Bucket
     )
-    early = arithmetic.reserve(full, allowed, Cost(tokens=tokens), now_us=then_us - 1)
+    early = rate_limits.reserve(full, allowed, Cost(tokens=tokens), now_us=then_us - 1)
     assert isinstance(early, Shortage)
 
 
@@ -67,7 +67,7 @@ def test_no_stretch_of_time_admits_more_than_its_share_and_the_burst(
     bucket, now_us, taken = Bucket(), 0, 0
     for pause_us, tokens in steps:
         now_us += pause_us
-        answer = arithmetic.reserve(bucket, allowed, Cost(tokens=tokens), now_us=now_us)
+        answer = rate_limits.reserve(bucket, allowed, Cost(tokens=tokens), now_us=now_us)
         if isinstance(answer, Bucket):
             bucket, taken = answer, taken + tokens
         assert 0 <= bucket.tokens_debt <= limit * MINUTE_US < 2**63
@@ -82,7 +82,7 @@ def test_a_clock_that_runs_backwards_refills_nothing(limit: int, times_us: list[
     allowed = RateLimits(requests_per_minute=limit)
     bucket = Bucket(requests_debt=limit * MINUTE_US, at_us=max(times_us))
     for now_us in times_us:
-        later = arithmetic.paid_off(bucket, allowed, now_us=now_us)
+        later = rate_limits.refill(bucket, allowed, now_us=now_us)
         assert later == bucket
 
 
@@ -93,16 +93,16 @@ def test_looking_more_often_changes_nothing(limit: int, times_us: list[int]) -> 
     start = Bucket(requests_debt=limit * MINUTE_US, at_us=times_us[0])
     often = start
     for _, now_us in pairwise(times_us):
-        often = arithmetic.paid_off(often, allowed, now_us=now_us)
+        often = rate_limits.refill(often, allowed, now_us=now_us)
 
-    assert often == arithmetic.paid_off(start, allowed, now_us=times_us[-1])
+    assert often == rate_limits.refill(start, allowed, now_us=times_us[-1])
 
 
 def test_requests_and_tokens_are_taken_together_or_not_at_all() -> None:
     allowed = RateLimits(requests_per_minute=5, tokens_per_minute=10)
 
-    short = arithmetic.reserve(Bucket(), allowed, Cost(requests=1, tokens=11), now_us=0)
-    taken = arithmetic.reserve(Bucket(), allowed, Cost(requests=1, tokens=10), now_us=0)
+    short = rate_limits.reserve(Bucket(), allowed, Cost(requests=1, tokens=11), now_us=0)
+    taken = rate_limits.reserve(Bucket(), allowed, Cost(requests=1, tokens=10), now_us=0)
 
     assert short == Shortage("tokens", 10, 11, retry_after_us=6 * SECOND_US)
     assert taken == Bucket(MINUTE_US, 10 * MINUTE_US, 0)
@@ -111,7 +111,7 @@ def test_requests_and_tokens_are_taken_together_or_not_at_all() -> None:
 def test_what_has_no_limit_owes_nothing() -> None:
     allowed = RateLimits(requests_per_minute=5)
 
-    taken = arithmetic.reserve(Bucket(), allowed, Cost(requests=1, tokens=10**12), now_us=0)
+    taken = rate_limits.reserve(Bucket(), allowed, Cost(requests=1, tokens=10**12), now_us=0)
 
     assert taken == Bucket(requests_debt=MINUTE_US)
 
@@ -120,14 +120,14 @@ def test_giving_back_never_makes_more_than_a_full_allowance() -> None:
     allowed = RateLimits(tokens_per_minute=10)
     bucket = Bucket(tokens_debt=2 * MINUTE_US, at_us=0)
 
-    assert arithmetic.give_back(bucket, allowed, Cost(tokens=9), now_us=0).tokens_debt == 0
+    assert rate_limits.give_back(bucket, allowed, Cost(tokens=9), now_us=0).tokens_debt == 0
 
 
 def test_a_lowered_limit_forgives_what_it_could_never_have_lent() -> None:
     owing = Bucket(requests_debt=100 * MINUTE_US, at_us=0)
     lowered = RateLimits(requests_per_minute=10)
 
-    after = arithmetic.reserve(owing, lowered, ONE, now_us=6 * SECOND_US)
+    after = rate_limits.reserve(owing, lowered, ONE, now_us=6 * SECOND_US)
 
     assert after == Bucket(requests_debt=10 * MINUTE_US, at_us=6 * SECOND_US)
 
@@ -136,14 +136,14 @@ def test_the_state_says_what_is_left_and_when_all_of_it_is_back() -> None:
     allowed = RateLimits(requests_per_minute=60, tokens_per_minute=1000)
     bucket = Bucket(requests_debt=3 * MINUTE_US, tokens_debt=500 * MINUTE_US, at_us=0)
 
-    state = arithmetic.state(bucket, allowed, now_us=500_000)
+    state = rate_limits.state(bucket, allowed, now_us=500_000)
 
     assert (state.limit_requests, state.remaining_requests, state.reset_requests_s) == (60, 57, 2.5)
     assert (state.limit_tokens, state.remaining_tokens, state.reset_tokens_s) == (1000, 508, 29.5)
 
 
 def test_the_state_is_silent_where_there_is_no_limit() -> None:
-    state = arithmetic.state(Bucket(), RateLimits(tokens_per_minute=5), now_us=0)
+    state = rate_limits.state(Bucket(), RateLimits(tokens_per_minute=5), now_us=0)
 
     assert (state.limit_requests, state.remaining_requests, state.reset_requests_s) == (None,) * 3
     assert (state.limit_tokens, state.remaining_tokens, state.reset_tokens_s) == (5, 5, 0.0)

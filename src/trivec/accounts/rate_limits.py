@@ -1,0 +1,112 @@
+"""Rate limiter: a token bucket per key, as integer arithmetic on (bucket, now). No clock, no store.
+
+A bucket holds a debt rather than a level: a reservation adds to it and time pays it off. A key that
+was never used therefore starts full, and a changed limit keeps its meaning. The unit of debt is
+unit x microsecond a minute: one request or token costs `MINUTE_US`, and a limit of L a minute pays
+L of debt a microsecond. Nothing is ever rounded; with L <= 10**9 the debt stays below 2**63.
+"""
+
+from dataclasses import dataclass, replace
+
+from trivec.accounts.types import RateLimits, RateLimitState
+from trivec.accounts.utc import MINUTE_US, SECOND_US
+
+LIMIT_MAX = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a request takes out of a bucket."""
+
+    requests: int = 0
+    tokens: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.requests + other.requests, self.tokens + other.tokens)
+
+
+NOTHING = Cost()
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """The debts of a key as of *at_us*."""
+
+    requests_debt: int = 0
+    tokens_debt: int = 0
+    at_us: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """Why a reservation must wait, and for how long."""
+
+    kind: str  # "requests" or "tokens"
+    limit: int
+    requested: int
+    retry_after_us: int
+
+
+def refill(bucket: Bucket, limits: RateLimits, *, now_us: int) -> Bucket:
+    """*bucket* as of *now_us*; a *now_us* before `at_us` changes nothing."""
+    elapsed_us = max(0, now_us - bucket.at_us)
+
+    def left(debt: int, limit: int | None) -> int:
+        if limit is None:
+            return 0
+        # A limit that was lowered forgives what is above one minute's worth.
+        return max(0, min(debt, limit * MINUTE_US) - limit * elapsed_us)
+
+    return Bucket(
+        left(bucket.requests_debt, limits.requests_per_minute),
+        left(bucket.tokens_debt, limits.tokens_per_minute),
+        max(now_us, bucket.at_us),
+    )
+
+
+def reserve(bucket: Bucket, limits: RateLimits, cost: Cost, *, now_us: int) -> Bucket | Shortage:
+    """Take all of *cost* or nothing."""
+    bucket = refill(bucket, limits, now_us=now_us)
+    debts = {"requests": bucket.requests_debt, "tokens": bucket.tokens_debt}
+    for kind, count, limit in (
+        ("requests", cost.requests, limits.requests_per_minute),
+        ("tokens", cost.tokens, limits.tokens_per_minute),
+    ):
+        if limit is None or count == 0:
+            continue
+        excess = debts[kind] + (count - limit) * MINUTE_US
+        if excess > 0:
+            return Shortage(kind, limit, count, retry_after_us=-(-excess // limit))
+        debts[kind] += count * MINUTE_US
+    return Bucket(debts["requests"], debts["tokens"], bucket.at_us)
+
+
+def give_back(bucket: Bucket, limits: RateLimits, cost: Cost, *, now_us: int) -> Bucket:
+    """Undo a reservation; never more than what is still owed."""
+    bucket = refill(bucket, limits, now_us=now_us)
+    return replace(
+        bucket,
+        requests_debt=max(0, bucket.requests_debt - cost.requests * MINUTE_US),
+        tokens_debt=max(0, bucket.tokens_debt - cost.tokens * MINUTE_US),
+    )
+
+
+def state(bucket: Bucket, limits: RateLimits, *, now_us: int) -> RateLimitState:
+    """What is left, and the seconds until all of it is there again."""
+    bucket = refill(bucket, limits, now_us=now_us)
+
+    def left(debt: int, limit: int | None) -> int | None:
+        return None if limit is None else (limit * MINUTE_US - debt) // MINUTE_US
+
+    def reset_s(debt: int, limit: int | None) -> float | None:
+        return None if limit is None else -(-debt // limit) / SECOND_US
+
+    requests, tokens = limits.requests_per_minute, limits.tokens_per_minute
+    return RateLimitState(
+        requests,
+        left(bucket.requests_debt, requests),
+        reset_s(bucket.requests_debt, requests),
+        tokens,
+        left(bucket.tokens_debt, tokens),
+        reset_s(bucket.tokens_debt, tokens),
+    )
