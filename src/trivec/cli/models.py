@@ -185,9 +185,9 @@ def verify(
 
 
 def _verify_prepared(cache_dir: Path, *, as_json: bool) -> None:
-    from trivec.backends.openvino.prepared import check_all
+    from trivec.backends.openvino import check_cache
 
-    found = check_all(cache_dir)
+    found = check_cache(cache_dir)
     if as_json:
         print_json([{"folder": str(folder), "problem": fault} for folder, fault in found.items()])
     else:
