@@ -18,7 +18,7 @@ from trivec.core.types import Batch
 from trivec.models.pooling import Pooling
 from trivec.models.registry import FAMILIES
 
-LENGTHS = [1, 2, 3, 16, 17, 40, 40, 129, 300, 513, 600]
+LENGTHS = [1, 2, 3, 17, 40, 40, 129, 513]
 MASKED = [("qwen3", Pooling.LAST), ("modernbert", Pooling.MEAN)]
 
 
@@ -40,7 +40,7 @@ def test_dense_equals_the_twin_for_every_family_and_pooling(
     twin = Twin(checkpoint)
     expected = np.array([twin.vectors(ids).dense for ids in texts])
     np.testing.assert_allclose(found, expected, atol=5e-6, rtol=0)
-    for i in (0, 4, 9):  # the same bits alone and beside others
+    for i in (0, 3, 7):  # the same bits alone and beside others
         assert backend.run(batch_of([texts[i]]), slot=0).dense.tobytes() == found[i].tobytes()
 
 
@@ -78,18 +78,14 @@ def test_a_mask_costs_a_byte_a_pair_of_tokens(
     checkpoint = open_tiny(family, pooling)
     session = Session(checkpoint, fp32_tensors(checkpoint), FP32, slot_count=1)
     session.run(batch_of(random_ids([650])), slot=0)
-    squares = []
+    precisions = []  # of what has a number for each pair of tokens
     for node in session._compiled[0].get_runtime_model().get_ordered_ops():
         info = node.get_rt_info()
         assert info["layerType"].astype(str) != "Softmax", "attention is one kernel"
         shapes = [output.get_partial_shape() for output in node.outputs()]
-        if any(s.is_static and s.to_shape()[-2:] == ov_shape(768) for s in shapes):
-            squares.append(info["outputPrecisions"].astype(str))
-    assert squares == ["u8"]
-
-
-def ov_shape(length: int) -> list[int]:
-    return [length, length]
+        if any(one.is_static and list(one.to_shape())[-2:] == [768, 768] for one in shapes):
+            precisions.append(info["outputPrecisions"].astype(str))
+    assert precisions == ["u8"]
 
 
 @pytest.mark.parametrize(

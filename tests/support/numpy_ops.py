@@ -28,22 +28,25 @@ class NumpyOps:
         self._tensors, self._config, self._ids, self._at = tensors, config, ids, at
 
     def embed(self, table: Table, index: Index) -> Floats:
-        positions = np.arange(len(self._ids)) + self._config.position_offset
-        rows = {Index.ID: self._ids, Index.TYPE: [0] * len(self._ids), Index.POSITION: positions}
-        return self._tensor(f"{table.name}.weight")[rows[index]]
+        ids = np.array(self._ids)
+        positions = np.arange(len(ids)) + self._config.position_offset
+        rows = {Index.ID: ids, Index.TYPE: 0 * ids, Index.POSITION: positions}[index]
+        looked_up: Floats = self._tensor(f"{table.name}.weight")[rows]
+        return looked_up
 
     def add(self, x: Floats, y: Floats) -> Floats:
         return x + y
 
     def layer_norm(self, x: Floats, name: str, *, eps: float, bias: bool = True) -> Floats:
         spread = np.sqrt(x.var(axis=1, keepdims=True) + eps)
-        normed = (x - x.mean(axis=1, keepdims=True)) / spread * self._tensor(f"{name}.weight")
+        unit: Floats = (x - x.mean(axis=1, keepdims=True)) / spread
+        normed = unit * self._tensor(f"{name}.weight")
         return normed + self._tensor(f"{name}.bias") if bias else normed
 
     def rms_norm(self, x: Floats, name: str, *, eps: float, width: int | None = None) -> Floats:
         parts = x.reshape(len(x), -1, width or x.shape[1])
-        normed = parts / np.sqrt((parts**2).mean(axis=-1, keepdims=True) + eps)
-        return (normed * self._tensor(f"{name}.weight")).reshape(x.shape)
+        unit: Floats = parts / np.sqrt((parts**2).mean(axis=-1, keepdims=True) + eps)
+        return (unit * self._tensor(f"{name}.weight")).reshape(x.shape)
 
     def linear(self, x: Floats, *layers: Linear) -> tuple[Floats, ...]:
         products = []
@@ -101,7 +104,8 @@ class NumpyOps:
 
 def _activated(x: Floats, activation: Activation) -> Floats:
     if activation is Activation.SILU:
-        return x / (1 + np.exp(-x))
+        silu: Floats = x / (1 + np.exp(-x))
+        return silu
     gelu: Floats = x * 0.5 * (1 + erf(x / math.sqrt(2)))
     return gelu
 

@@ -11,7 +11,6 @@ from trivec.backends.openvino.calibrate import (
     COSINE_MEAN,
     COSINE_MIN,
     Calibration,
-    Certificate,
     QuantisedModel,
     best_int8,
     fp32_tensors,
@@ -22,7 +21,7 @@ from trivec.backends.openvino.quantise import FP32, INT8_CONFIGS, QuantConfig, T
 from trivec.backends.openvino.session import Session, mappings_of, open_session, release_memory
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.errors import SettingInvalid
-from trivec.core.types import Batch, BatchBudget, Float32Array, Output, Vectors
+from trivec.core.types import Batch, BatchBudget, Output, Vectors
 
 WARM_LENGTHS = (16, 32, 64, 128, 512)
 """Tokens of the texts each slot runs before it is offered; other sizes cost 0.5 ms a layer once."""
@@ -37,15 +36,14 @@ class OpenVinoBackend:
         session: Session,
         config: QuantConfig,
         *,
-        certificate: Certificate | None,
-        reference: Float32Array | None,
+        quantised: QuantisedModel | None,
     ) -> None:
-        self.certificate = certificate
+        self.certificate = None if quantised is None else quantised.certificate
         """How near int8 is to fp32 for this model; None where int8 was never considered."""
         self._checkpoint = checkpoint
         self._session: Session | None = session
         self._config = config
-        self._reference = reference
+        self._references = {} if quantised is None else quantised.references
         self._slot_count = session.slot_count
         self._exact = threading.Lock()
 
@@ -75,22 +73,9 @@ class OpenVinoBackend:
             config, tensors = quantised.config, quantised.tensors
         else:
             config, tensors = FP32, fp32_tensors(checkpoint)
-        session = open_session(
-            checkpoint,
-            tensors,
-            config,
-            slot_count=cores,
-            reference=None if quantised is None else quantised.reference,
-            # int8 that was asked for although it failed may well be far from fp32.
-            must_agree=config is FP32 or quantised is None or quantised.certificate.passes,
-        )
-        backend = cls(
-            checkpoint,
-            session,
-            config,
-            certificate=None if quantised is None else quantised.certificate,
-            reference=None if quantised is None else quantised.reference,
-        )
+        reference = None if quantised is None else quantised.references.get(config.name)
+        session = open_session(checkpoint, tensors, config, slot_count=cores, reference=reference)
+        backend = cls(checkpoint, session, config, quantised=quantised)
         backend._warm()
         release_memory(mappings_of(tensors.values()))
         return backend
@@ -126,9 +111,12 @@ class OpenVinoBackend:
         if self._config == FP32:
             return self.run(batch, slot=slot)
         with self._exact:
-            tensors = fp32_tensors(self._checkpoint)
             session = open_session(
-                self._checkpoint, tensors, FP32, slot_count=1, reference=self._reference
+                self._checkpoint,
+                fp32_tensors(self._checkpoint),
+                FP32,
+                slot_count=1,
+                reference=self._references.get(FP32.name),
             )
             return session.run(batch, slot=0)
 

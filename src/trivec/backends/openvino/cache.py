@@ -33,7 +33,7 @@ FORMAT = 4
 """Raised whenever the same checkpoint would give other tensors, or another graph would read them."""
 
 TENSORS, DESCRIBED = "tensors.safetensors", "quantised.json"
-REFERENCE = "self_test.reference"  # the tensor that is `QuantisedModel.reference`
+REFERENCE = "self_test."  # begins the names of the tensors that are `QuantisedModel.references`
 
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, CheckpointRefused)
 """What reading a damaged folder raises."""
@@ -59,7 +59,8 @@ def save(folder: Path, model: QuantisedModel) -> None:
     """Write tensors and certificate; a crash in between leaves nothing that `load` takes."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / TENSORS
-    tensors = {**model.tensors, REFERENCE: model.reference}
+    references = {REFERENCE + name: states for name, states in model.references.items()}
+    tensors = {**model.tensors, **references}
     _replace(file, lambda path: save_file(tensors, path))
     hashes = Hashes(folder)
     sha256 = hashes.of(file, fresh=True).sha256
@@ -106,7 +107,11 @@ def _read(folder: Path, *, fresh: bool) -> QuantisedModel:
         raise ValueError(f"the hash of {file.name} is another than when it was written")
     config, certificate = described["config"], described["certificate"]
     tensors = map_tensors(file)
-    reference = tensors.pop(REFERENCE).astype(np.float32)
+    references = {
+        name.removeprefix(REFERENCE): tensors.pop(name).astype(np.float32)
+        for name in list(tensors)
+        if name.startswith(REFERENCE)
+    }
     return QuantisedModel(
         QuantConfig(
             Form(config["form"]),
@@ -122,7 +127,7 @@ def _read(folder: Path, *, fresh: bool) -> QuantisedModel:
             refused=tuple(certificate["refused"]),
         ),
         tensors,
-        reference,
+        references,
     )
 
 
