@@ -2,42 +2,29 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.checkpoints.tiny import write_tiny
+from tests.support.families import open_family
 
-from trivec.backends.openvino.certifying import Trial
-from trivec.backends.openvino.recipe import FP32, Recipe
-from trivec.backends.openvino.witness import NothingComputed, Plan, open_session
-from trivec.checkpoints import open_checkpoint
+from trivec.backends.openvino.calibrate import Calibration, fp32_tensors
+from trivec.backends.openvino.quantise import FP32, QuantConfig, Tensors
+from trivec.backends.openvino.session import NothingComputed, open_session
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.models.pooling import Pooling
 
 OpenTiny = Callable[[str, Pooling], Checkpoint]
-SkipUnlessRun = Callable[[Recipe], None]
+TensorsIn = Callable[[QuantConfig], Tensors]
 
 
 @pytest.fixture(scope="session")
 def open_tiny(tmp_path_factory: pytest.TempPathFactory) -> OpenTiny:
-    """A checkpoint of two layers of a family and pooling; made once a session."""
+    """A checkpoint of a few layers of a family and pooling; made once a session."""
     made: dict[tuple[str, Pooling], Checkpoint] = {}
 
     def opened(family: str, pooling: Pooling) -> Checkpoint:
         if (family, pooling) not in made:
-            folder: Path = tmp_path_factory.mktemp("tiny")
-            write_tiny(
-                folder / "model",
-                family=family,
-                pooling=pooling,
-                hidden=128,
-                heads=pooling is Pooling.CLS,
-                position_count=700,
-            )
-            made[family, pooling] = open_checkpoint(
-                str(folder / "model"), cache_dir=folder / "cache"
-            )
+            made[family, pooling] = open_family(tmp_path_factory.mktemp("tiny"), family, pooling)
         return made[family, pooling]
 
     return opened
@@ -56,21 +43,28 @@ def random_ids(lengths: list[int], *, seed: int = 0) -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
-def skip_unless_run(tiny_m3: Checkpoint) -> SkipUnlessRun:
-    """Skips where oneDNN is kept from the CPU's instructions and the plugin is stopped by that.
+def calibration(tiny_m3: Checkpoint) -> Calibration:
+    return Calibration(tiny_m3, slot_count=1)
 
-    OpenVINO looks at the CPU itself, takes the grouped form for possible and then computes nothing.
-    Where no instruction is hidden nothing is skipped.
+
+@pytest.fixture(scope="session")
+def tensors_in(tiny_m3: Checkpoint, calibration: Calibration) -> TensorsIn:
+    """`tiny_m3`'s tensors in a config; the test is skipped where the plugin cannot run it.
+
+    Where oneDNN is kept from the CPU's instructions, OpenVINO looks at the CPU itself, takes the
+    grouped form for possible and then computes nothing. Where no instruction is hidden nothing is
+    skipped.
     """
 
-    def skip(recipe: Recipe) -> None:
-        if "ONEDNN_MAX_CPU_ISA" not in os.environ or recipe is FP32:
-            return
-        tensors = Trial(tiny_m3, slot_count=1).tensors(recipe)
-        try:
-            plan = Plan(tiny_m3.config, tensors, recipe)
-            open_session(plan, slot_count=1, must_agree=False)
-        except NothingComputed:
-            pytest.skip(f"the plugin computes nothing in {recipe.name} under ONEDNN_MAX_CPU_ISA")
+    def tensors(config: QuantConfig) -> Tensors:
+        if config == FP32:
+            return fp32_tensors(tiny_m3)
+        made = calibration.tensors(config)
+        if "ONEDNN_MAX_CPU_ISA" in os.environ:
+            try:
+                open_session(tiny_m3, made, config, slot_count=1)
+            except NothingComputed:
+                pytest.skip(f"nothing is computed in {config.name} under ONEDNN_MAX_CPU_ISA")
+        return made
 
-    return skip
+    return tensors

@@ -7,10 +7,10 @@ import openvino as ov
 import pytest
 from openvino import opset15 as op
 
-from trivec.backends.openvino.attention import Attention, bf16_pays
-from trivec.backends.openvino.packing import NOT_A_TOKEN
-from trivec.backends.openvino.plugin import open_core
-from trivec.backends.openvino.rows import length_size
+from trivec.backends.openvino.calibrate import bf16_pays
+from trivec.backends.openvino.graph import attend
+from trivec.backends.openvino.packing import HIDDEN_SCORE, length_size
+from trivec.backends.openvino.session import open_core
 from trivec.core.types import Float32Array
 from trivec.models.ops import AttentionSpec
 
@@ -18,16 +18,23 @@ HEADS = AttentionSpec(heads=4, head_dim=32, kv_heads=4)
 HIDDEN = HEADS.size
 
 
-def compiled(*, bf16: bool) -> ov.CompiledModel:
-    """Attention of a text over itself: tokens, places and bias in, mixed tokens out."""
-    attention = Attention(HEADS, bf16)
+def compiled(*, bf16: bool, causal: bool = False) -> ov.CompiledModel:
+    """Attention of a text over itself: tokens, places, bias and mask in, mixed tokens out."""
     x = op.parameter([-1, HIDDEN], np.float32)
     places = op.parameter([-1, -1], np.int32)
     bias = op.parameter([-1, 1, 1, -1], np.float32)
-    q = attention.gathered(op.multiply(x, op.constant(np.float32(HEADS.head_dim**-0.5))), places)
-    k = attention.gathered(op.add(x, op.constant(np.float32(0.5))), places)
-    v = attention.gathered(op.multiply(x, op.constant(np.float32(-2))), places)
-    model = ov.Model([op.result(attention.attended(q, k, v, bias))], [x, places, bias])
+    mask = op.parameter([-1, -1], np.bool_)
+    nodes = attend(
+        op.multiply(x, op.constant(np.float32(HEADS.head_dim**-0.5))),
+        op.add(x, op.constant(np.float32(0.5))),
+        op.multiply(x, op.constant(np.float32(-2))),
+        spec=HEADS,
+        gather=places,
+        bias=bias,
+        mask=mask if causal else None,
+        bf16=bf16,
+    )
+    model = ov.Model([op.result(nodes)], [x, places, bias, mask])
     properties = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     return open_core().compile_model(model, "CPU", properties)
 
@@ -36,18 +43,18 @@ def attended(model: ov.CompiledModel, x: Float32Array, *, length: int) -> Float3
     """Of the text *x* padded to *length* with its first token, as `packing` pads."""
     places = np.zeros((1, length), np.int32)
     places[0, : len(x)] = np.arange(len(x))
-    bias = np.full((1, 1, 1, length), NOT_A_TOKEN, np.float32)
+    bias = np.full((1, 1, 1, length), HIDDEN_SCORE, np.float32)
     bias[..., : len(x)] = 0
-    found: Float32Array = model([x, places, bias])[0][: len(x)]
+    found: Float32Array = model([x, places, bias, np.tri(length, dtype=np.bool_)])[0][: len(x)]
     return found.copy()
 
 
-def plain(x: Float32Array) -> Float32Array:
+def plain(x: Float32Array, *, causal: bool) -> Float32Array:
     q, k, v = (
         part.reshape(len(x), HEADS.heads, HEADS.head_dim).transpose(1, 0, 2).astype(np.float64)
         for part in (x * HEADS.head_dim**-0.5, x + 0.5, x * -2)
     )
-    weights = np.exp(q @ k.transpose(0, 2, 1))
+    weights = np.exp(q @ k.transpose(0, 2, 1)) * (np.tri(len(x)) if causal else 1)
     weights /= weights.sum(axis=-1, keepdims=True)
     together: Float32Array = (weights @ v).transpose(1, 0, 2).reshape(len(x), HIDDEN)
     return together
@@ -57,7 +64,7 @@ def states(tokens: int) -> Float32Array:
     return np.random.default_rng(tokens).standard_normal((tokens, HIDDEN), np.float32)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 17, 100, 513])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize(
     ("bf16", "tolerance"),
     [
@@ -67,16 +74,19 @@ def states(tokens: int) -> Float32Array:
     ],
 )
 def test_it_is_the_formula_to_the_digits_of_its_type(
-    tokens: int, bf16: bool, tolerance: float
+    bf16: bool, tolerance: float, causal: bool
 ) -> None:
-    x = states(tokens)
-    found = attended(compiled(bf16=bf16), x, length=length_size(tokens))
-    assert np.abs(found - plain(x)).max() <= tolerance
+    model = compiled(bf16=bf16, causal=causal)
+    for tokens in (1, 2, 17, 100, 513):
+        x = states(tokens)
+        found = attended(model, x, length=length_size(tokens))
+        assert np.abs(found - plain(x, causal=causal)).max() <= tolerance
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_bits_do_not_depend_on_the_padding(bf16: bool) -> None:
-    model = compiled(bf16=bf16)
+def test_bits_do_not_depend_on_the_padding(bf16: bool, causal: bool) -> None:
+    model = compiled(bf16=bf16, causal=causal)
     for tokens in (1, 2, 15, 16, 33, 100, 257, 512, 700):
         x = states(tokens)
         least = -(-tokens // 16) * 16
@@ -89,10 +99,11 @@ def test_every_length_that_attention_runs_in_is_a_multiple_of_16() -> None:
     assert all(length_size(length) % 16 == 0 for length in range(1, 8193))
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_both_products_and_softmax_are_one_kernel_of_the_plugin(bf16: bool) -> None:
+def test_both_products_and_softmax_are_one_kernel_of_the_plugin(bf16: bool, causal: bool) -> None:
     """Apart from each other they take half as long again; a new plugin must not split them."""
-    nodes = compiled(bf16=bf16).get_runtime_model().get_ordered_ops()
+    nodes = compiled(bf16=bf16, causal=causal).get_runtime_model().get_ordered_ops()
     kinds = [node.get_rt_info()["layerType"].astype(str) for node in nodes]
     assert kinds.count("Subgraph") == 1
     assert "MatMul" not in kinds
@@ -108,12 +119,14 @@ def test_bf16_never_pays_without_its_instructions(monkeypatch: pytest.MonkeyPatc
     assert not bf16_pays(HEADS)
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["each-head-its-own-keys", "shared-keys"])
 @pytest.mark.parametrize(("fp32_s", "bf16_s", "pays"), [(1.0, 0.7, True), (1.0, 0.95, False)])
 def test_bf16_pays_only_where_it_is_clearly_faster(
-    monkeypatch: pytest.MonkeyPatch, fp32_s: float, bf16_s: float, pays: bool
+    monkeypatch: pytest.MonkeyPatch, fp32_s: float, bf16_s: float, pays: bool, kv_heads: int
 ) -> None:
     taken = iter([fp32_s, bf16_s] * 5)
     capabilities = ["BF16", "FP32"]
     monkeypatch.setattr(ov.Core, "get_property", lambda *_: capabilities)
-    monkeypatch.setattr("trivec.backends.openvino.attention._time_s", lambda _: next(taken))
-    assert bf16_pays(HEADS, tokens=16) is pays
+    monkeypatch.setattr("trivec.backends.openvino.calibrate._time_s", lambda _: next(taken))
+    spec = AttentionSpec(heads=4, head_dim=32, kv_heads=kv_heads)
+    assert bf16_pays(spec, tokens=16) is pays

@@ -11,23 +11,29 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tests.backends.batches import ALL, batch_of
-from tests.backends.conftest import SkipUnlessRun, random_ids
+from tests.backends.conftest import TensorsIn, random_ids
 from tests.checkpoints.tiny import write_tiny
 
-from trivec.backends.openvino import OpenVinoBackend
-from trivec.backends.openvino.certificate import Agreement, Certificate, compare
-from trivec.backends.openvino.certifying import Candidate, Trial, best_int8
-from trivec.backends.openvino.prepared import Prepared, check_all, load, prepared_folder
-from trivec.backends.openvino.probes import LENGTHS_MADE, make_probes, read_sentences
-from trivec.backends.openvino.recipe import (
+from trivec.backends.openvino import OpenVinoBackend, cache, check_cache
+from trivec.backends.openvino.cache import cache_folder, load
+from trivec.backends.openvino.calibrate import (
+    LENGTHS_MADE,
+    Agreement,
+    Calibration,
+    Certificate,
+    QuantisedModel,
+    best_int8,
+    compare,
+    make_probes,
+    read_sentences,
+)
+from trivec.backends.openvino.quantise import (
+    INT8_CONFIGS,
     INT8_GROUPS_32,
     INT8_GROUPS_128,
-    INT8_RECIPES,
     INT8_ROWS,
     INT8_ROWS_BF16,
-    Recipe,
-    int8_ladder,
-    int8_named,
+    QuantConfig,
 )
 from trivec.checkpoints import open_checkpoint
 from trivec.checkpoints.checkpoint import Checkpoint
@@ -37,11 +43,13 @@ from trivec.core.types import SparseVector, Vectors
 
 
 @pytest.fixture(params=[True, False], ids=["bf16 pays", "bf16 does not pay"])
-def ladder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Recipe, ...]:
-    """The rungs of a machine whose trial of bf16 ended so, or so."""
+def candidates(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> tuple[QuantConfig, ...]:
+    """The int8 configs of a machine whose trial of bf16 ended so, or so."""
     pays: bool = request.param
-    monkeypatch.setattr("trivec.backends.openvino.certifying.bf16_pays", lambda _: pays)
-    return int8_ladder(bf16_pays=pays)
+    monkeypatch.setattr("trivec.backends.openvino.calibrate.bf16_pays", lambda _: pays)
+    return INT8_CONFIGS if pays else INT8_CONFIGS[1:]
 
 
 def vectors_of(dense: np.ndarray) -> Vectors:
@@ -75,7 +83,8 @@ def test_the_bars(minimum: float, mean: float, passes: bool) -> None:
 
 def test_a_bad_head_alone_fails_the_certificate() -> None:
     good, bad = Agreement(0.999, 0.999), Agreement(0.97, 0.99)
-    certificate = Certificate("int8-rows", good, good, bad, 10, 20, ())
+    agreements = {"dense": good, "sparse": good, "multi": bad}
+    certificate = Certificate("int8-rows", agreements, 10, 20, ())
     assert not certificate.passes
     assert "FAILS" in certificate.summary
 
@@ -83,7 +92,7 @@ def test_a_bad_head_alone_fails_the_certificate() -> None:
 def test_cosines_are_of_each_sequence_and_nan_agrees_with_nothing() -> None:
     exact = np.array([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
     other = np.array([[1.0, 0.0], [0.0, 5.0], [np.nan, 1.0]])
-    found = compare(vectors_of(exact), vectors_of(other)).dense
+    found = compare(vectors_of(exact), vectors_of(other))["dense"]
     assert found.minimum == -1.0
     assert found.mean == pytest.approx(1 / 3)
 
@@ -92,9 +101,8 @@ def test_sparse_cosine_counts_ids_that_only_one_side_has() -> None:
     a = SparseVector(np.array([5, 9], np.int32), np.array([3.0, 4.0], np.float32))
     b = SparseVector(np.array([5, 7], np.int32), np.array([3.0, 4.0], np.float32))
     one = np.ones((1, 2), np.float32)
-    found = compare(Vectors.of(one, (a,), (None,)), Vectors.of(one, (b,), (None,))).sparse
-    assert found is not None
-    assert found.minimum == pytest.approx(9 / 25)
+    found = compare(Vectors.of(one, (a,), (None,)), Vectors.of(one, (b,), (None,)))
+    assert found["sparse"].minimum == pytest.approx(9 / 25)
 
 
 def spoiled(
@@ -128,28 +136,32 @@ def outliers_that_cancel(tensors: dict[str, np.ndarray], *, layer: str = "layer.
             tensor[:, 1] -= size
 
 
-def test_extreme_outliers_are_refused_int8(tmp_path: Path, ladder: tuple[Recipe, ...]) -> None:
+def test_extreme_outliers_are_refused_int8(
+    tmp_path: Path, candidates: tuple[QuantConfig, ...]
+) -> None:
     checkpoint = spoiled(tmp_path, outliers_that_cancel)
     backend = OpenVinoBackend.load(checkpoint, precision="auto", cores=1, cache_dir=tmp_path)
     assert backend.certificate is not None
     assert not backend.certificate.passes
     assert backend.precision == "fp32"
-    recipe, refused = backend.certificate.recipe, backend.certificate.refused
-    tried = tuple(one.name for one in ladder)[: len(refused)]  # all, where the grouped forms run
+    config, refused = backend.certificate.config, backend.certificate.refused
+    tried = tuple(one.name for one in candidates)[
+        : len(refused)
+    ]  # all, where the grouped forms run
     assert refused[: len(tried)] == tried
-    assert recipe not in refused
+    assert config not in refused
 
 
 def test_one_sensitive_layer_in_fp32_can_be_enough(
-    tmp_path: Path, ladder: tuple[Recipe, ...], skip_unless_run: SkipUnlessRun
+    tmp_path: Path, candidates: tuple[QuantConfig, ...], tensors_in: TensorsIn
 ) -> None:
-    skip_unless_run(INT8_GROUPS_32)
+    tensors_in(INT8_GROUPS_32)  # or the test is skipped
     one_layer = partial(outliers_that_cancel, layer="layer.1.")
     checkpoint = spoiled(tmp_path, one_layer, layers=3)
     found = best_int8(checkpoint, slot_count=1)
     assert found.certificate.passes
-    assert found.recipe.exact_layers == {1}
-    assert found.certificate.refused == tuple(recipe.name for recipe in ladder)
+    assert found.config.exact_layers == {1}
+    assert found.certificate.refused == tuple(one.name for one in candidates)
 
 
 def test_int8_asked_for_by_name_is_given_and_says_that_it_failed(tmp_path: Path) -> None:
@@ -160,38 +172,37 @@ def test_int8_asked_for_by_name_is_given_and_says_that_it_failed(tmp_path: Path)
     assert "FAILS" in backend.certificate.summary
 
 
-def judged(monkeypatch: pytest.MonkeyPatch, *, passing: set[Recipe]) -> None:
-    """Let each rung's certificate say whether it is among *passing*, whatever this CPU makes of it.
+def judged(monkeypatch: pytest.MonkeyPatch, *, passing: set[QuantConfig]) -> None:
+    """Let each config's certificate say whether it is among *passing*, whatever this CPU makes of it.
 
-    What int8 keeps of a model depends on the CPU's instructions; which rung is taken must not.
+    What int8 keeps of a model depends on the CPU's instructions; which config is taken must not.
     """
 
-    def attempt(_: Trial, recipe: Recipe, *, refused: tuple[str, ...]) -> Candidate:
-        agrees = Agreement(0.999, 0.999) if recipe in passing else Agreement(0.5, 0.5)
-        return Candidate(
-            recipe, Certificate(recipe.name, agrees, None, None, 10, 20, refused), tensors={}
-        )
+    def attempt(_: Calibration, config: QuantConfig, *, refused: tuple[str, ...]) -> QuantisedModel:
+        agreements = {"dense": Agreement(*(0.999, 0.999) if config in passing else (0.5, 0.5))}
+        certificate = Certificate(config.name, agreements, 10, 20, refused)
+        return QuantisedModel(config, certificate, tensors={}, references={})
 
-    monkeypatch.setattr(Trial, "attempt", attempt)
+    monkeypatch.setattr(Calibration, "attempt", attempt)
 
 
-def test_the_foot_of_the_ladder_is_tried_first(
-    tiny_m3: Checkpoint, ladder: tuple[Recipe, ...], monkeypatch: pytest.MonkeyPatch
+def test_the_fastest_config_is_tried_first(
+    tiny_m3: Checkpoint, candidates: tuple[QuantConfig, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judged(monkeypatch, passing=set(ladder))
+    judged(monkeypatch, passing=set(candidates))
     found = best_int8(tiny_m3, slot_count=1)
-    assert found.recipe == ladder[0]
-    assert found.recipe in (INT8_ROWS, INT8_ROWS_BF16)
+    assert found.config == candidates[0]
+    assert found.config in (INT8_ROWS, INT8_ROWS_BF16)
     assert not found.certificate.refused
 
 
-def test_the_first_rung_that_passes_is_taken(
-    tiny_m3: Checkpoint, ladder: tuple[Recipe, ...], monkeypatch: pytest.MonkeyPatch
+def test_the_first_config_that_passes_is_taken(
+    tiny_m3: Checkpoint, candidates: tuple[QuantConfig, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judged(monkeypatch, passing={INT8_GROUPS_32})
     found = best_int8(tiny_m3, slot_count=1)
-    assert found.recipe == INT8_GROUPS_32
-    assert found.certificate.refused == tuple(recipe.name for recipe in ladder[:-1])
+    assert found.config == INT8_GROUPS_32
+    assert found.certificate.refused == tuple(one.name for one in candidates[:-1])
     assert found.certificate.refused[-2:] == (INT8_ROWS.name, INT8_GROUPS_128.name)
 
 
@@ -202,8 +213,8 @@ def test_a_precision_for_other_devices_is_refused_by_name(
         OpenVinoBackend.load(tiny_m3, precision="bf16", cores=1, cache_dir=tmp_path)
 
 
-def prepared(checkpoint: Checkpoint, cache_dir: Path) -> Prepared | None:
-    return load(prepared_folder(checkpoint, precision="int8", cache_dir=cache_dir))
+def kept(checkpoint: Checkpoint, cache_dir: Path) -> QuantisedModel | None:
+    return load(cache_folder(checkpoint, precision="int8", cache_dir=cache_dir))
 
 
 def test_the_second_start_reads_what_the_first_one_wrote(
@@ -227,7 +238,7 @@ def test_the_second_start_does_not_hash_what_the_first_one_wrote(
     """Of BGE-M3 that would be 0.9 GB."""
     OpenVinoBackend.load(tiny_m3, precision="int8", cores=1, cache_dir=tmp_path).close()
     monkeypatch.setattr("trivec.checkpoints.hashes.hashlib.file_digest", None)
-    assert prepared(tiny_m3, tmp_path) is not None
+    assert kept(tiny_m3, tmp_path) is not None
 
 
 def test_a_bit_that_rots_in_silence_is_found_by_reading_whole(
@@ -235,16 +246,16 @@ def test_a_bit_that_rots_in_silence_is_found_by_reading_whole(
 ) -> None:
     """The remembered hash is trusted while the file's times stay as they are."""
     OpenVinoBackend.load(tiny_m3, precision="int8", cores=1, cache_dir=tmp_path).close()
-    folder = prepared_folder(tiny_m3, precision="int8", cache_dir=tmp_path)
-    assert check_all(tmp_path) == {folder: None}
+    folder = cache_folder(tiny_m3, precision="int8", cache_dir=tmp_path)
+    assert check_cache(tmp_path) == {folder: None}
     file = folder / "tensors.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    described = folder / "prepared.json"
+    described = folder / "quantised.json"
     Hashes(folder).remember(file, json.loads(described.read_text())["sha256"])
     assert load(folder) is not None, "its stamp is the one that was remembered"
-    assert "another" in (check_all(tmp_path)[folder] or "")
+    assert "another" in (check_cache(tmp_path)[folder] or "")
 
 
 @pytest.mark.parametrize(
@@ -252,8 +263,8 @@ def test_a_bit_that_rots_in_silence_is_found_by_reading_whole(
 )
 def test_a_damaged_cache_is_made_again(tiny_m3: Checkpoint, tmp_path: Path, damage: str) -> None:
     OpenVinoBackend.load(tiny_m3, precision="int8", cores=1, cache_dir=tmp_path).close()
-    folder = prepared_folder(tiny_m3, precision="int8", cache_dir=tmp_path)
-    tensors, described = folder / "tensors.safetensors", folder / "prepared.json"
+    folder = cache_folder(tiny_m3, precision="int8", cache_dir=tmp_path)
+    tensors, described = folder / "tensors.safetensors", folder / "quantised.json"
     content = bytearray(tensors.read_bytes())
     match damage:
         case "flipped bit":
@@ -269,7 +280,7 @@ def test_a_damaged_cache_is_made_again(tiny_m3: Checkpoint, tmp_path: Path, dama
             described.write_text(described.read_text()[:-20])
     assert load(folder) is None
     OpenVinoBackend.load(tiny_m3, precision="int8", cores=1, cache_dir=tmp_path).close()
-    assert prepared(tiny_m3, tmp_path) is not None
+    assert kept(tiny_m3, tmp_path) is not None
 
 
 def test_a_cache_folder_that_cannot_be_written_is_named(
@@ -282,59 +293,72 @@ def test_a_cache_folder_that_cannot_be_written_is_named(
 
 def test_other_weights_never_meet_this_cache(tiny_m3: Checkpoint, tmp_path: Path) -> None:
     other = replace(tiny_m3, digest="0" * 64)
-    assert prepared_folder(tiny_m3, precision="int8", cache_dir=tmp_path) != prepared_folder(
+    assert cache_folder(tiny_m3, precision="int8", cache_dir=tmp_path) != cache_folder(
         other, precision="int8", cache_dir=tmp_path
     )
 
 
 def test_nothing_half_written_is_left_behind(tiny_m3: Checkpoint, tmp_path: Path) -> None:
     OpenVinoBackend.load(tiny_m3, precision="int8", cores=1, cache_dir=tmp_path).close()
-    folder = prepared_folder(tiny_m3, precision="int8", cache_dir=tmp_path)
+    folder = cache_folder(tiny_m3, precision="int8", cache_dir=tmp_path)
     names = {path.name for path in folder.iterdir()}
-    assert {"prepared.json", "tensors.safetensors"} < names
+    assert {"quantised.json", "tensors.safetensors"} < names
     assert len(names) == 3  # and the remembered hash
     assert not any(name.startswith(".") for name in names)
     shutil.rmtree(folder)
 
 
+def test_what_older_editions_kept_is_never_read(
+    tiny_m3: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another format is another folder, and the files had another name before the fourth."""
+    older = tmp_path / "openvino" / "0123456789abcdef"
+    older.mkdir(parents=True)
+    (older / "prepared.json").write_text("{}")
+    assert check_cache(tmp_path) == {}
+    folder = cache_folder(tiny_m3, precision="int8", cache_dir=tmp_path)
+    monkeypatch.setattr(cache, "FORMAT", cache.FORMAT - 1)
+    assert cache_folder(tiny_m3, precision="int8", cache_dir=tmp_path) != folder
+
+
 @pytest.mark.parametrize(
-    "recipe",
-    [*INT8_RECIPES, *(replace(one, exact_layers=frozenset({0, 11})) for one in INT8_RECIPES)],
-    ids=lambda recipe: recipe.name,
+    "config",
+    [*INT8_CONFIGS, *(replace(one, exact_layers=frozenset({0, 11})) for one in INT8_CONFIGS)],
+    ids=lambda config: config.name,
 )
-def test_a_recipe_is_found_by_its_exact_name(recipe: Recipe) -> None:
-    assert int8_named(recipe.name) == recipe
+def test_a_config_is_found_by_its_exact_name(config: QuantConfig) -> None:
+    assert QuantConfig.of_name(config.name) == config
 
 
 @pytest.mark.parametrize(
     "name", ["int8-row", "int8-groups", "int8-rows-exact-", "int8-rows-exact-2-1", "fp32-exact-0"]
 )
-def test_an_unknown_recipe_is_refused_and_the_known_are_named(
+def test_an_unknown_config_is_refused_and_the_known_are_named(
     name: str, tiny_m3: Checkpoint, tmp_path: Path
 ) -> None:
-    assert int8_named(name) is None
     with pytest.raises(SettingInvalid) as refused:
         OpenVinoBackend.load(tiny_m3, precision=name, cores=1, cache_dir=tmp_path)
-    assert all(word in str(refused.value) for word in (name, *(one.name for one in INT8_RECIPES)))
+    assert all(word in str(refused.value) for word in (name, *(one.name for one in INT8_CONFIGS)))
 
 
-def test_a_pinned_recipe_is_run_and_kept_apart_from_the_automatic_choice(
+def test_a_pinned_config_is_run_and_kept_apart_from_the_automatic_choice(
     tiny_m3: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attempt = Trial.attempt
+    attempt = Calibration.attempt
 
-    def passing(self: Trial, recipe: Recipe, *, refused: tuple[str, ...]) -> Candidate:
-        tried = attempt(self, recipe, refused=refused)  # what it finds is up to the CPU
-        agrees = Agreement(0.999, 0.999)
-        certificate = replace(tried.certificate, dense=agrees, sparse=agrees, multi=agrees)
-        return replace(tried, certificate=certificate)
+    def passing(
+        self: Calibration, config: QuantConfig, *, refused: tuple[str, ...] = ()
+    ) -> QuantisedModel:
+        tried = attempt(self, config, refused=refused)  # what it finds is up to the CPU
+        agreements = dict.fromkeys(tried.certificate.agreements, Agreement(0.999, 0.999))
+        return replace(tried, certificate=replace(tried.certificate, agreements=agreements))
 
-    monkeypatch.setattr(Trial, "attempt", passing)
+    monkeypatch.setattr(Calibration, "attempt", passing)
     pin = partial(OpenVinoBackend.load, tiny_m3, cores=1, cache_dir=tmp_path)
     name = INT8_ROWS.name
     assert pin(precision=name).recipe == name
-    assert prepared(tiny_m3, tmp_path) is None
-    monkeypatch.delattr(Trial, "attempt")
+    assert kept(tiny_m3, tmp_path) is None
+    monkeypatch.delattr(Calibration, "attempt")
     again = pin(precision=name)
     assert (again.recipe, again.precision) == (name, "int8")
     assert OpenVinoBackend.load(tiny_m3, precision="fp32", cores=1, cache_dir=tmp_path).recipe == (
@@ -342,7 +366,7 @@ def test_a_pinned_recipe_is_run_and_kept_apart_from_the_automatic_choice(
     )
 
 
-def test_a_pinned_recipe_that_fails_its_certificate_is_refused_with_its_figures(
+def test_a_pinned_config_that_fails_its_certificate_is_refused_with_its_figures(
     tmp_path: Path,
 ) -> None:
     checkpoint = spoiled(tmp_path, outliers_that_cancel)
@@ -350,7 +374,7 @@ def test_a_pinned_recipe_that_fails_its_certificate_is_refused_with_its_figures(
         OpenVinoBackend.load(checkpoint, precision="int8-rows", cores=1, cache_dir=tmp_path)
 
 
-def test_a_pinned_recipe_that_cannot_run_here_is_refused(
+def test_a_pinned_config_that_cannot_run_here_is_refused(
     tiny_m3: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trivec.backends.openvino.backend.has_bf16", lambda: False)

@@ -11,12 +11,9 @@ from tests.backends.batches import batch_of
 from tests.backends.conftest import random_ids
 
 from trivec.backends.openvino import OpenVinoBackend
-from trivec.backends.openvino.certifying import fp32_tensors, readout_of
-from trivec.backends.openvino.encoding import BatchEncoder
-from trivec.backends.openvino.graph import build_graph
-from trivec.backends.openvino.pages import mappings_of, return_free
-from trivec.backends.openvino.recipe import FP32
-from trivec.backends.openvino.session import LONG_TOKENS, Session
+from trivec.backends.openvino.calibrate import fp32_tensors
+from trivec.backends.openvino.quantise import FP32
+from trivec.backends.openvino.session import LONG_TOKENS, Session, mappings_of, release_memory
 from trivec.checkpoints.checkpoint import Checkpoint
 
 ROLLUP = Path("/proc/self/smaps_rollup")
@@ -54,7 +51,7 @@ def test_what_malloc_holds_free_goes_back_to_the_system() -> None:
     for block in blocks[:-1]:  # the last keeps malloc from cutting off its end by itself
         libc.free(block)
     before = resident_mebibytes()
-    return_free()
+    release_memory(())
     assert before - resident_mebibytes() > 50
     libc.free(blocks[-1])
 
@@ -70,16 +67,15 @@ class Mapping:
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="there is no such advice here")
-def test_after_a_long_row_the_pages_of_the_table_are_let_go_of(tiny_m3: Checkpoint) -> None:
+def test_after_a_long_row_the_pages_of_the_table_are_let_go_of(
+    tiny_m3: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mapping = Mapping()
-    model = build_graph(tiny_m3.config, fp32_tensors(tiny_m3), FP32)
-    session = Session(model, FP32, slot_count=1, mapped=[cast("mmap.mmap", mapping)])
-    encoder = BatchEncoder(
-        session, readout_of(tiny_m3), position_offset=tiny_m3.config.position_offset
-    )
-    encoder.run(batch_of(random_ids([LONG_TOKENS])), slot=0)
+    monkeypatch.setattr("trivec.backends.openvino.session.mappings_of", lambda _: (mapping,))
+    session = Session(tiny_m3, fp32_tensors(tiny_m3), FP32, slot_count=1)
+    session.run(batch_of(random_ids([LONG_TOKENS])), slot=0)
     assert mapping.advice == []
-    encoder.run(batch_of(random_ids([LONG_TOKENS + 1])), slot=0)
+    session.run(batch_of(random_ids([LONG_TOKENS + 1])), slot=0)
     assert mapping.advice == [mmap.MADV_DONTNEED]
 
 

@@ -5,7 +5,7 @@ import sys
 
 ENDS_OUT_OF_ORDER = """
 import os, signal
-from trivec.backends.openvino.plugin import open_core
+from trivec.backends.openvino.session import open_core
 first, second = open_core(), open_core()
 del first
 del second

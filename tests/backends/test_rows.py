@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trivec.backends.openvino.rows import (
+from trivec.backends.openvino.packing import (
     ROW_BUDGET,
     length_size,
     plan_rows,

@@ -4,12 +4,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tests.backends.batches import ALL, batch_of, bits
-from tests.backends.conftest import random_ids
+from tests.backends.conftest import TensorsIn, random_ids
 
-from trivec.backends.openvino.certifying import Trial, fp32_tensors, readout_of
-from trivec.backends.openvino.encoding import BatchEncoder
+from trivec.backends.openvino.calibrate import fp32_tensors
 from trivec.backends.openvino.graph import build_graph
-from trivec.backends.openvino.recipe import FP32, INT8_ROWS, Form, Recipe
+from trivec.backends.openvino.quantise import FP32, INT8_ROWS, Form, QuantConfig
 from trivec.backends.openvino.session import Session, packed_bytes, stream_count
 from trivec.checkpoints.checkpoint import Checkpoint
 
@@ -42,30 +41,20 @@ def test_matrices_are_counted_and_tables_are_not(tiny_m3: Checkpoint) -> None:
     assert packed_bytes(model) == config.num_hidden_layers * layer * 4
 
 
-@pytest.mark.parametrize("recipe", [FP32, INT8_ROWS], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("config", [FP32, INT8_ROWS], ids=lambda config: config.name)
 def test_a_shared_model_gives_the_bits_of_one_for_each_slot(
-    recipe: Recipe, tiny_m3: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    config: QuantConfig,
+    tiny_m3: Checkpoint,
+    tensors_in: TensorsIn,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    exact = recipe is FP32
-    tensors = fp32_tensors(tiny_m3) if exact else Trial(tiny_m3, slot_count=1).tensors(recipe)
-    model = build_graph(tiny_m3.config, tensors, recipe)
     texts = random_ids([1, 2, 8, 15, 16, 17, 40, 64, 65, 130, 300])
     found = []
     for copies_bytes_max in (0, 1 << 40):
         monkeypatch.setattr("trivec.backends.openvino.session.COPIES_BYTES_MAX", copies_bytes_max)
-        encoder = BatchEncoder(
-            Session(model, recipe, slot_count=2),
-            readout_of(tiny_m3),
-            position_offset=tiny_m3.config.position_offset,
-        )
-        found += _on_both_slots_at_once(encoder, texts)
+        session = Session(tiny_m3, tensors_in(config), config, slot_count=2)
+        batch = batch_of(texts * 2, ALL)
+        with ThreadPoolExecutor(2) as pool:
+            both = pool.map(lambda slot: session.run(batch, slot=slot), range(2))  # noqa: B023
+            found += [[bits(vectors, i) for i in range(len(texts))] for vectors in both]
     assert all(other == found[0] for other in found[1:])
-
-
-def _on_both_slots_at_once(
-    encoder: BatchEncoder, texts: list[list[int]]
-) -> list[list[tuple[bytes, ...]]]:
-    """The bits of each of *texts*, once from each slot."""
-    with ThreadPoolExecutor(2) as pool:
-        both = pool.map(lambda slot: encoder.run(batch_of(texts * 2, ALL), slot=slot), range(2))
-    return [[bits(vectors, i) for i in range(len(texts))] for vectors in both]

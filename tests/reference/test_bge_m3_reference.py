@@ -21,12 +21,8 @@ transformers = pytest.importorskip("transformers", reason="the reference is tran
 from benchmarks.dummy import blueprint_of, write_dummy
 
 from trivec.backends.openvino import OpenVinoBackend
-from trivec.backends.openvino.certifying import fp32_tensors
-from trivec.backends.openvino.graph import build_graph
-from trivec.backends.openvino.packing import pack_row
-from trivec.backends.openvino.probes import as_batch, read_sentences
-from trivec.backends.openvino.recipe import FP32
-from trivec.backends.openvino.rows import plan_rows
+from trivec.backends.openvino.calibrate import as_batch, fp32_tensors, read_sentences
+from trivec.backends.openvino.quantise import FP32
 from trivec.backends.openvino.session import Session
 from trivec.checkpoints import open_checkpoint
 from trivec.checkpoints.checkpoint import Checkpoint
@@ -174,20 +170,9 @@ def test_hidden_states_equal_transformers(
 ) -> None:
     chosen = [ids[0], ids[20], ids[-3]]
     model = transformers.XLMRobertaModel.from_pretrained(folder, add_pooling_layer=False).eval()
-    session = Session(
-        build_graph(checkpoint.config, fp32_tensors(checkpoint), FP32), FP32, slot_count=1
-    )
+    session = Session(checkpoint, fp32_tensors(checkpoint), FP32, slot_count=1)
     for one in chosen:
-        packed = Sequences.pack([one])
-        batch = as_batch(packed, checkpoint.outputs)
-        row = pack_row(
-            batch,
-            plan_rows(packed.lengths())[0],
-            whole=np.ones(1, np.bool_),
-            position_offset=checkpoint.config.position_offset,
-            buffers=session.buffers(0),
-        )
-        found = session.hidden(row.inputs, slot=0)[: len(one)]
+        found = session.hidden(np.array(one, np.int32), slot=0)
         with torch.inference_mode():
             theirs = model(input_ids=torch.tensor([one])).last_hidden_state[0].numpy()
         scale = max(1.0, float(np.abs(theirs).max()))  # outlier channels are 12 times the others

@@ -1,7 +1,7 @@
-"""A backend without a model: vectors from a hash of the token ids, for tests and for rehearsals.
+"""Fake backend: vectors from a hash of the token ids, for tests and for trials without a model.
 
 Like a real one it gives a sequence the same bits whatever lies beside it. Tests can hold its
-batches at a gate, poison single tokens, and read what ran where. It knows no arithmetic.
+batches at a gate, poison single tokens, and read which batch ran on which slot.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ SPECIAL_IDS = 4  # ids below this never enter a sparse vector, as with XLM-R's <
 
 
 class Poison(Enum):
-    """What a sequence that holds a poisoned token does."""
+    """The effect of a poisoned token on its sequence."""
 
     RAISE = "raise"  # its whole batch fails
     NAN = "nan"  # its row is NaN in `run`, sound in `run_exact`
@@ -47,8 +47,8 @@ class Ran:
 class FakeBackend:
     """Deterministic vectors, with hooks for tests.
 
-    `gate` (an event, set at birth) holds every batch inside `run` while it is cleared; `poison`
-    maps a token id to what it does; `ran` lists the calls in the order they entered;
+    `gate` (an event, set at first) holds every batch inside `run` while it is cleared; `poison`
+    maps a token id to its effect; `ran` lists the calls in the order they entered;
     `wait_entered` blocks until so many have; `closed` says whether `close` was called. With
     *tokens_per_s* each slot takes as long as a device of that rate, without using a core.
     """
@@ -97,7 +97,7 @@ class FakeBackend:
             return self._entered.wait_for(lambda: len(self.ran) >= count, timeout=within_s)
 
     def _run(self, call: Ran) -> Vectors:
-        assert 0 <= call.slot < self._slot_count, "a slot nobody offered"
+        assert 0 <= call.slot < self._slot_count, "a slot that was not offered"
         assert not self.closed, "a batch after close"
         with self._entered:
             self.ran.append(call)
@@ -113,18 +113,14 @@ class FakeBackend:
             wanted = Output(int(batch.outputs[i])) & self.outputs
             row_count = len(ids) if Output.MULTI in wanted else 1
             rows = _unit_rows(ids, row_count, self.dimensions)
-            dense[i] = rows[0] * self._soundness(ids, exact=call.exact)
+            effects = {self.poison[token] for token in ids.tolist() if token in self.poison}
+            if Poison.RAISE in effects:
+                raise RuntimeError("a poisoned token was in the batch")
+            is_nan = Poison.NAN_ALWAYS in effects or (Poison.NAN in effects and not call.exact)
+            dense[i] = np.nan if is_nan else rows[0]
             sparse.append(_sparse(ids) if Output.SPARSE in wanted else None)
             multi.append(rows[1:] if Output.MULTI in wanted else None)
         return Vectors.of(dense, tuple(sparse), tuple(multi))
-
-    def _soundness(self, ids: Int32Array, *, exact: bool) -> float:
-        """1, or NaN where a poisoned token says so; raises where it says that."""
-        effects = {self.poison[token] for token in ids.tolist() if token in self.poison}
-        if Poison.RAISE in effects:
-            raise RuntimeError("a poisoned token was in the batch")
-        broken = Poison.NAN_ALWAYS in effects or (Poison.NAN in effects and not exact)
-        return float("nan") if broken else 1.0
 
 
 def _unit_rows(ids: Int32Array, row_count: int, dimensions: int) -> Float32Array:

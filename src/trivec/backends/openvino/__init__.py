@@ -1,10 +1,11 @@
 """Encoders on CPUs through OpenVINO: our own graph, built from the weights, on packed rows.
 
-`backend.py` is the door; `graph.py` and `linear.py` say what is computed, `rows.py` in which
-shapes, `recipe.py` and `certificate.py` with which arithmetic, `prepared.py` from which file.
+`backend.py` is the `Backend`; `graph.py` says what is computed, `packing.py` in which shapes,
+`quantise.py` and `calibrate.py` in which arithmetic, `session.py` runs it, `cache.py` keeps it.
 """
 
 from trivec.backends.openvino.backend import OpenVinoBackend
-from trivec.backends.openvino.certificate import Certificate
+from trivec.backends.openvino.cache import check_cache
+from trivec.backends.openvino.calibrate import Certificate
 
-__all__ = ["Certificate", "OpenVinoBackend"]
+__all__ = ["Certificate", "OpenVinoBackend", "check_cache"]

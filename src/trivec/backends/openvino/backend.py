@@ -1,4 +1,4 @@
-"""The CPU backend: one model, loaded in the precision asked for, run on slots of one thread each."""
+"""Backend for CPUs: one model, loaded in the precision asked for, run on slots of one thread each."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -6,16 +6,19 @@ from pathlib import Path
 
 import numpy as np
 
-from trivec.backends.openvino.attention import has_bf16
-from trivec.backends.openvino.certificate import COSINE_MEAN, COSINE_MIN, Certificate
-from trivec.backends.openvino.certifying import Trial, best_int8, fp32_tensors, readout_of
-from trivec.backends.openvino.encoding import BatchEncoder
-from trivec.backends.openvino.linear import Tensors
-from trivec.backends.openvino.pages import let_go, mappings_of, return_free
-from trivec.backends.openvino.prepared import Prepared, load, prepared_folder, save
-from trivec.backends.openvino.recipe import FP32, INT8_RECIPES, Form, Recipe, int8_named
-from trivec.backends.openvino.rows import ROW_BUDGET
-from trivec.backends.openvino.witness import Plan, open_session
+from trivec.backends.openvino import cache
+from trivec.backends.openvino.calibrate import (
+    COSINE_MEAN,
+    COSINE_MIN,
+    Calibration,
+    QuantisedModel,
+    best_int8,
+    fp32_tensors,
+    has_bf16,
+)
+from trivec.backends.openvino.packing import ROW_BUDGET
+from trivec.backends.openvino.quantise import FP32, INT8_CONFIGS, QuantConfig, Tensors
+from trivec.backends.openvino.session import Session, mappings_of, open_session, release_memory
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.errors import SettingInvalid
 from trivec.core.types import Batch, BatchBudget, Output, Vectors
@@ -30,16 +33,18 @@ class OpenVinoBackend:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        encoder: BatchEncoder,
-        recipe: Recipe,
-        certificate: Certificate | None,
+        session: Session,
+        config: QuantConfig,
+        *,
+        quantised: QuantisedModel | None,
     ) -> None:
-        self.certificate = certificate
+        self.certificate = None if quantised is None else quantised.certificate
         """How near int8 is to fp32 for this model; None where int8 was never considered."""
         self._checkpoint = checkpoint
-        self._encoder: BatchEncoder | None = encoder
-        self._recipe = recipe
-        self._slot_count = encoder.slot_count
+        self._session: Session | None = session
+        self._config = config
+        self._references = {} if quantised is None else quantised.references
+        self._slot_count = session.slot_count
         self._exact = threading.Lock()
 
     @classmethod
@@ -49,38 +54,41 @@ class OpenVinoBackend:
         """Read, quantise if asked, compile and warm up; blocks for seconds.
 
         *precision*: `fp32`, `int8`, `auto`, which takes int8 where its certificate passes, or the
-        name of an int8 recipe, which is refused where its certificate fails. The quantised model
+        name of an int8 config, which is refused where its certificate fails. The quantised model
         is kept under *cache_dir*. Raises `CheckpointRefused`, `SettingInvalid`.
         """
-        prepared = None
+        quantised = None
         if precision != "fp32":
             pinned = None if precision in ("auto", "int8") else _pinned(checkpoint, precision)
-            prepared = _prepared(checkpoint, pinned, slot_count=cores, cache_dir=cache_dir)
-            if pinned is not None:
-                _refuse_unless_passed(checkpoint, prepared.certificate)
-        certificate = None if prepared is None else prepared.certificate
+            quantised = _quantised(checkpoint, pinned, slot_count=cores, cache_dir=cache_dir)
+            certificate = quantised.certificate
+            if pinned is not None and not certificate.passes:
+                raise SettingInvalid(
+                    f"{checkpoint.id} is not served in {certificate.config}: {certificate.summary}. "
+                    f"It needs {COSINE_MIN} min and {COSINE_MEAN} mean; choose auto, fp32 or a more "
+                    "careful recipe"
+                )
         tensors: Tensors
-        if prepared is not None and (precision == "int8" or prepared.certificate.passes):
-            recipe, tensors = prepared.recipe, prepared.tensors
+        if quantised is not None and (precision == "int8" or quantised.certificate.passes):
+            config, tensors = quantised.config, quantised.tensors
         else:
-            recipe, tensors = FP32, fp32_tensors(checkpoint)
-        vouched_for = certificate is None or certificate.passes or recipe is FP32
-        encoder = _open(checkpoint, recipe, tensors, slot_count=cores, must_agree=vouched_for)
-        backend = cls(checkpoint, encoder, recipe, certificate)
+            config, tensors = FP32, fp32_tensors(checkpoint)
+        reference = None if quantised is None else quantised.references.get(config.name)
+        session = open_session(checkpoint, tensors, config, slot_count=cores, reference=reference)
+        backend = cls(checkpoint, session, config, quantised=quantised)
         backend._warm()
-        let_go(mappings_of(tensors.values()))
-        return_free()
+        release_memory(mappings_of(tensors.values()))
         return backend
 
     @property
     def precision(self) -> str:
         """`fp32` or `int8`."""
-        return self._recipe.precision
+        return self._config.precision
 
     @property
     def recipe(self) -> str:
         """The exact name of the arithmetic, which `load` takes as its precision."""
-        return self._recipe.name
+        return self._config.name
 
     @property
     def slot_count(self) -> int:
@@ -92,108 +100,90 @@ class OpenVinoBackend:
 
     def run(self, batch: Batch, *, slot: int) -> Vectors:
         """See `core.ports.Backend`. A sequence's bits do not depend on its neighbours or place."""
-        assert self._encoder is not None, "a batch after close"
-        return self._encoder.run(batch, slot=slot)
+        assert self._session is not None, "a batch after close"
+        return self._session.run(batch, slot=slot)
 
     def run_exact(self, batch: Batch, *, slot: int) -> Vectors:
         """*batch* in fp32, from the checkpoint's files; seconds for a large model, one at a time.
 
         It is for the rare row that was not finite, so no fp32 copy is kept for it.
         """
-        if self._recipe.form is Form.FP32:
+        if self._config == FP32:
             return self.run(batch, slot=slot)
         with self._exact:
-            tensors = fp32_tensors(self._checkpoint)
-            encoder = _open(self._checkpoint, FP32, tensors, slot_count=1, must_agree=True)
-            return encoder.run(batch, slot=0)
+            session = open_session(
+                self._checkpoint,
+                fp32_tensors(self._checkpoint),
+                FP32,
+                slot_count=1,
+                reference=self._references.get(FP32.name),
+            )
+            return session.run(batch, slot=0)
 
     def close(self) -> None:
-        self._encoder = None
+        self._session = None
 
     def _warm(self) -> None:
         """Run one text of each of `WARM_LENGTHS` on every slot at once."""
         limit = self._checkpoint.token_count_max
-        lengths = sorted({min(length, limit) for length in WARM_LENGTHS})
+        outputs = np.array([Output.DENSE], np.uint8)
+
+        def warm(slot: int) -> None:
+            for length in sorted({min(length, limit) for length in WARM_LENGTHS}):
+                ends = np.array([0, length], np.int32)
+                self.run(Batch(np.zeros(length, np.int32), ends, outputs), slot=slot)
+
         with ThreadPoolExecutor(self._slot_count, "trivec-warm") as pool:
-            list(pool.map(lambda slot: self._warm_slot(lengths, slot), range(self._slot_count)))
-
-    def _warm_slot(self, lengths: list[int], slot: int) -> None:
-        for length in lengths:
-            ids = np.zeros(length, np.int32)
-            starts = np.array([0, length], np.int32)
-            self.run(Batch(ids, starts, np.array([Output.DENSE], np.uint8)), slot=slot)
+            list(pool.map(warm, range(self._slot_count)))
 
 
-def _pinned(checkpoint: Checkpoint, name: str) -> Recipe:
-    """The recipe called *name*. Raises `SettingInvalid` where there is none, or not here."""
-    recipe = int8_named(name)
-    if recipe is None:
+def _pinned(checkpoint: Checkpoint, name: str) -> QuantConfig:
+    """The config called *name*. Raises `SettingInvalid` where there is none, or not here."""
+    config = QuantConfig.of_name(name)
+    if config is None:
         raise SettingInvalid(
             f"precision {name} is not for CPUs; choose auto, fp32, int8 or one of the recipes "
-            f"{', '.join(one.name for one in INT8_RECIPES)}, each also with -exact- and the "
+            f"{', '.join(one.name for one in INT8_CONFIGS)}, each also with -exact- and the "
             "numbers of layers to keep in fp32, as -exact-0-11"
         )
     layer_count = checkpoint.config.num_hidden_layers
-    if recipe.exact_layers and max(recipe.exact_layers) >= layer_count:
+    if config.exact_layers and max(config.exact_layers) >= layer_count:
         raise SettingInvalid(
-            f"precision {name} names layer {max(recipe.exact_layers)}, and the layers of "
+            f"precision {name} names layer {max(config.exact_layers)}, and the layers of "
             f"{checkpoint.id} are 0 to {layer_count - 1}"
         )
-    if recipe.bf16_attention and not has_bf16():
+    if config.bf16_attention and not has_bf16():
         raise SettingInvalid(
             f"precision {name} needs a CPU with bf16 products, which this one has not; choose "
             f"{name.replace('-bf16', '')} for the whole fleet, or auto"
         )
-    return recipe
+    return config
 
 
-def _refuse_unless_passed(checkpoint: Checkpoint, certificate: Certificate) -> None:
-    if not certificate.passes:
-        raise SettingInvalid(
-            f"{checkpoint.id} is not served in {certificate.recipe}: {certificate.summary}. It needs "
-            f"{COSINE_MIN} min and {COSINE_MEAN} mean; choose auto, fp32 or a more careful recipe"
-        )
+def _quantised(
+    checkpoint: Checkpoint, pinned: QuantConfig | None, *, slot_count: int, cache_dir: Path
+) -> QuantisedModel:
+    """*checkpoint* in int8, from the cache or made now and put there.
 
-
-def _prepared(
-    checkpoint: Checkpoint, pinned: Recipe | None, *, slot_count: int, cache_dir: Path
-) -> Prepared:
-    """The int8 form of *checkpoint*, from the cache or made now and put there.
-
-    It is in the recipe *pinned*, or in the fastest that passes. The two have a folder each: what
+    It is in the config *pinned*, or in the fastest that passes. The two have a folder each: what
     is kept for one never answers for the other.
     """
     precision = "int8" if pinned is None else pinned.name
-    folder = prepared_folder(checkpoint, precision=precision, cache_dir=cache_dir)
-    kept = load(folder)
+    folder = cache.cache_folder(checkpoint, precision=precision, cache_dir=cache_dir)
+    kept = cache.load(folder)
     if kept is None:
         if pinned is None:
             made = best_int8(checkpoint, slot_count=slot_count)
         else:
-            made = Trial(checkpoint, slot_count=slot_count).attempt(pinned, refused=())
+            made = Calibration(checkpoint, slot_count=slot_count).attempt(pinned)
         try:
-            save(folder, made.recipe, made.certificate, made.tensors)
+            cache.save(folder, made)
         except OSError as error:
             raise SettingInvalid(
                 f"the int8 form of {checkpoint.id} cannot be written to {folder}: {error}. Give the "
                 "data folder space and permission, or serve with --precision fp32."
             ) from error
-        del made
-        kept = load(folder)
+        del made  # the mapped file takes the place of its memory
+        kept = cache.load(folder)
         assert kept is not None, "what was just written reads back"
     return kept
-
-
-def _open(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    tensors: Tensors,
-    *,
-    slot_count: int,
-    must_agree: bool,
-) -> BatchEncoder:
-    plan = Plan(checkpoint.config, tensors, recipe)
-    session = open_session(plan, slot_count=slot_count, must_agree=must_agree)
-    return BatchEncoder(
-        session, readout_of(checkpoint), position_offset=checkpoint.config.position_offset
-    )

@@ -1,26 +1,103 @@
-"""One compiled encoder and its slots: rows in, hidden states out.
+"""Session: one compiled encoder and its slots, batches in, vectors out.
 
-It knows the OpenVINO runtime: streams, requests, precision hints. It knows no files and no vectors.
+It knows the OpenVINO runtime: streams, requests, precision hints, and the memory the plugin keeps.
 """
 
+import ctypes
 import mmap
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import openvino as ov
+from numpy.typing import NDArray
 
-from trivec.backends.openvino.packing import Buffers, RowInputs
-from trivec.backends.openvino.pages import let_go, return_free
-from trivec.backends.openvino.plugin import open_core
-from trivec.backends.openvino.recipe import Form, Recipe
-from trivec.backends.openvino.rows import ROW_BUDGET
-from trivec.core.types import Float32Array
+from trivec.backends.openvino.graph import Extra, build_graph
+from trivec.backends.openvino.packing import (
+    ROW_BUDGET,
+    Buffers,
+    PackedRow,
+    Row,
+    pack_row,
+    plan_rows,
+)
+from trivec.backends.openvino.quantise import Form, QuantConfig, Tensors
+from trivec.checkpoints.checkpoint import Checkpoint
+from trivec.core.errors import StartError
+from trivec.core.types import Batch, Float32Array, Int32Array, Output, SparseVector, Vectors
+from trivec.models.ops import ModelConfig
+from trivec.models.pooling import HiddenRows, Pooling, Readout
 
 LONG_TOKENS = 2 * ROW_BUDGET.tokens_max
 """Rows above this leave 74 kB a token behind in the plugin, which is given back (BGE-M3: 0.6 GB)."""
 
 COPIES_BYTES_MAX = 64 << 20
 """What the weights of a model may take again for all slots after the first: MiniLM, not BGE-M3."""
+
+SELF_TEST_TOKENS = 8
+COMPILES_MAX = 3
+COSINE_MIN = 0.9999  # of the same config on the same CPU; wrong weights gave 0.70 to 0.87
+
+
+class NothingComputed(StartError):
+    """A compiled model gives no hidden states of the text's shape: its config cannot run here."""
+
+
+class _SignalStack(ctypes.Structure):
+    """`stack_t` of sigaltstack(2) on Linux."""
+
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+def open_core() -> ov.Core:
+    """A core whose CPU plugin is loaded, the calling thread's signal stack left as it was.
+
+    With each `ov.Core` the plugin (2026.4) gives the calling thread a signal stack of its own, and
+    takes it back with the core. When cores do not end in the reverse order of their making, the thread
+    is left with memory that is gone, and the next signal ends the process: a Ctrl-C as a segmentation
+    fault.
+    """
+    stack = _SignalStack()
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+    if libc is not None and libc.sigaltstack(None, ctypes.byref(stack)) != 0:
+        raise OSError(ctypes.get_errno(), "sigaltstack")
+    try:
+        core = ov.Core()
+        core.get_property("CPU", "FULL_DEVICE_NAME")  # the plugin is loaded at the first question
+    finally:
+        if libc is not None:
+            libc.sigaltstack(ctypes.byref(stack), None)
+    return core
+
+
+def mappings_of(arrays: Iterable[NDArray[np.generic]]) -> tuple[mmap.mmap, ...]:
+    """Every mapped file behind *arrays*, once; memory of their own is left alone."""
+    found: dict[int, mmap.mmap] = {}
+    for array in arrays:
+        held: object = array
+        while isinstance(held, np.ndarray):
+            held = held.base
+        if isinstance(held, memoryview):
+            held = held.obj
+        if isinstance(held, mmap.mmap):
+            found[id(held)] = held
+    return tuple(found.values())
+
+
+def release_memory(mappings: Iterable[mmap.mmap]) -> None:
+    """Drop the pages of *mappings* and what malloc holds free: some ms, not for every short row.
+
+    A mapped page is read from its file again when it is needed. glibc keeps for a thread what it has
+    freed; after loading, and after long rows, that is hundreds of MB. Other allocators have no such
+    call.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+    for mapping in mappings:
+        if hasattr(mapping, "madvise"):  # Linux and macOS
+            mapping.madvise(mmap.MADV_DONTNEED)
 
 
 class Session:
@@ -38,86 +115,130 @@ class Session:
 
     def __init__(
         self,
-        model: ov.Model,
-        recipe: Recipe,
+        checkpoint: Checkpoint,
+        tensors: Tensors,
+        config: QuantConfig,
         *,
         slot_count: int,
-        mapped: Sequence[mmap.mmap] = (),
+        extra: Extra = Extra.NOTHING,
     ) -> None:
-        """*mapped* are the files that the tables of *model* are read from as they are needed."""
-        streams = stream_count(recipe.form, packed_bytes(model), slot_count=slot_count)
-        core, properties = open_core(), _properties(recipe, streams)
+        model = build_graph(checkpoint.config, tensors, config, extra)
+        streams = stream_count(config.form, packed_bytes(model), slot_count=slot_count)
+        properties: dict[str, str | int | bool] = {
+            # Where the CPU has avx512_bf16 the plugin would take bf16, which switches int8
+            # activations off (decision 0003).
+            "INFERENCE_PRECISION_HINT": "f32",
+            "NUM_STREAMS": streams,
+            "INFERENCE_NUM_THREADS": streams,
+            # Pinned, every model of one stream takes the first core, and a stream waits for its own
+            # core while the event loop is on it and another stands idle (decision 0043).
+            "ENABLE_CPU_PINNING": False,
+        }
+        if config.group_size is not None:
+            properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = config.group_size
+        core = open_core()
         self._compiled = [
             core.compile_model(model, "CPU", properties) for _ in range(slot_count // streams)
         ]
         self._requests = [
             self._compiled[slot // streams].create_infer_request() for slot in range(slot_count)
         ]
-        self.mapped = mapped
         self._buffers = [Buffers() for _ in range(slot_count)]
+        self._readout = Readout(checkpoint.pooling, checkpoint.normalize, checkpoint.heads)
+        self._position_offset = checkpoint.config.position_offset
+        self._mapped = mappings_of(tensors.values())  # tables are read from these as needed
         self._gate = threading.Lock()
         self._running = 0
-        self._swollen = False
+        self._has_leftovers = False  # of a long row, in the plugin
 
     @property
     def slot_count(self) -> int:
         return len(self._requests)
 
-    def buffers(self, slot: int) -> Buffers:
-        """The memory that *slot* packs its rows in."""
-        return self._buffers[slot]
+    def run(self, batch: Batch, *, slot: int) -> Vectors:
+        """Vectors of *batch*, one entry a sequence; on the thread that owns *slot*."""
+        rows, parts = [], []
+        for row, packed in self._pack(batch, slot):
+            hidden = self._infer(packed, slot)[0].data  # [kept_size, hidden]
+            states = HiddenRows(
+                hidden=hidden[: len(packed.kept_token_ids)],
+                token_ids=packed.kept_token_ids,
+                cu_seqlens=packed.kept_cu_seqlens,
+                outputs=batch.outputs[row.members],
+            )
+            rows.append(row)
+            parts.append(self._readout.vectors(states))
+        if len(batch) == 1:
+            return parts[0]
+        width = parts[0].dense.shape[1] if parts else 0
+        dense = np.empty((len(batch), width), np.float32)  # [sequences, dimensions]
+        sparse: list[SparseVector | None] = [None] * len(batch)
+        multi: list[Float32Array | None] = [None] * len(batch)
+        for row, part in zip(rows, parts, strict=True):
+            dense[row.members] = part.dense
+            for place, i in enumerate(row.members.tolist()):
+                sparse[i], multi[i] = part.sparse[place], part.multi[place]
+        return Vectors.of(dense, tuple(sparse), tuple(multi))
 
-    def hidden(self, inputs: RowInputs, *, slot: int) -> Float32Array:
-        """Last hidden states `[kept_size, hidden]`: a view, valid until the slot's next row."""
-        self._infer(inputs, slot)
-        view: Float32Array = self._requests[slot].get_output_tensor(0).data
-        return view
+    def hidden(self, token_ids: Int32Array, *, slot: int) -> Float32Array:
+        """Last hidden states of one short text: a copy, `[tokens, hidden]`."""
+        ends = np.array([0, len(token_ids)], np.int32)
+        batch = Batch(token_ids, ends, np.array([Output.DENSE], np.uint8))
+        ((_, packed),) = self._pack(batch, slot, whole=np.ones(1, np.bool_))
+        states: Float32Array = self._infer(packed, slot)[0].data
+        return states[: len(token_ids)].copy()
 
-    def extras(self, inputs: RowInputs, *, slot: int) -> Sequence[Float32Array]:
-        """Copies of the outputs after the first, for a graph that was built with `Extra`s."""
-        self._infer(inputs, slot)
-        outputs = self._requests[slot].output_tensors
-        return [output.data.copy() for output in outputs[1:]]
+    def extras(self, batch: Batch) -> Iterator[Sequence[Float32Array]]:
+        """For each row of *batch*, copies of the outputs that `Extra` asked for; on slot 0.
 
-    def _infer(self, inputs: RowInputs, slot: int) -> None:
-        given = (inputs.tokens, inputs.gather, inputs.bias, inputs.kept)
+        One token a sequence passes the last layer, whatever the pooling.
+        """
+        for _, packed in self._pack(batch, 0, whole=np.zeros(len(batch), np.bool_)):
+            yield [output.data.copy() for output in self._infer(packed, 0)[1:]]
+
+    def _pack(
+        self, batch: Batch, slot: int, whole: NDArray[np.bool_] | None = None
+    ) -> Iterator[tuple[Row, PackedRow]]:
+        """The rows of *batch*, packed one at a time into the memory of *slot*."""
+        pooling = self._readout.pooling
+        if whole is None:  # with CLS and LAST pooling a dense vector needs one hidden state
+            whole = (batch.outputs & np.uint8(Output.SPARSE | Output.MULTI)) != 0
+            whole |= pooling is Pooling.MEAN
+        for row in plan_rows(np.diff(batch.cu_seqlens)):
+            packed = pack_row(
+                batch,
+                row,
+                whole=whole,
+                keeps_last=pooling is Pooling.LAST,
+                position_offset=self._position_offset,
+                buffers=self._buffers[slot],
+            )
+            yield row, packed
+
+    def _infer(self, row: PackedRow, slot: int) -> Sequence[ov.Tensor]:
+        """The outputs for *row*, valid until the slot's next one."""
         request = self._requests[slot]
-        for i, array in enumerate(given):
+        for i, array in enumerate((row.tokens, row.gather, row.bias, row.kept)):
             request.set_input_tensor(i, ov.Tensor(array, shared_memory=True))
         with self._gate:
             self._running += 1
         try:
-            request.infer(share_outputs=True)  # or it would copy what `hidden` reads in place
+            request.infer(share_outputs=True)  # or it would copy what is read in place
         finally:
-            self._leave(was_long=inputs.tokens.shape[1] > LONG_TOKENS)
+            self._give_back(was_long=row.tokens.shape[1] > LONG_TOKENS)
+        outputs: Sequence[ov.Tensor] = request.output_tensors
+        return outputs
 
-    def _leave(self, *, was_long: bool) -> None:
-        """The last slot out after a long row gives its memory back; its output stays valid."""
+    def _give_back(self, *, was_long: bool) -> None:
+        """After a long row, release memory once no slot runs; outputs stay valid."""
         with self._gate:
             self._running -= 1
-            self._swollen |= was_long
-            if self._swollen and not self._running:
+            self._has_leftovers |= was_long
+            if self._has_leftovers and not self._running:
                 for compiled in self._compiled:
                     compiled.release_memory()
-                return_free()
-                let_go(self.mapped)  # a text of thousands of tokens has read all over the table
-                self._swollen = False
-
-
-def _properties(recipe: Recipe, streams: int) -> dict[str, str | int | bool]:
-    properties: dict[str, str | int | bool] = {
-        # Where the CPU has avx512_bf16 the plugin would take bf16, which switches int8
-        # activations off (decision 0003).
-        "INFERENCE_PRECISION_HINT": "f32",
-        "NUM_STREAMS": streams,
-        "INFERENCE_NUM_THREADS": streams,
-        # Pinned, every model of one stream takes the first core, and a stream waits for its own
-        # core while the event loop is on it and another stands idle (decision 0043).
-        "ENABLE_CPU_PINNING": False,
-    }
-    if recipe.group_size is not None:
-        properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = recipe.group_size
-    return properties
+                release_memory(self._mapped)  # a long text has read all over the table
+                self._has_leftovers = False
 
 
 def stream_count(form: Form, weights_bytes: int, *, slot_count: int) -> int:
@@ -129,10 +250,61 @@ def stream_count(form: Form, weights_bytes: int, *, slot_count: int) -> int:
 
 def packed_bytes(model: ov.Model) -> int:
     """What the plugin copies to pack it: matrices that are multiplied, not tables looked up in."""
-    return sum(node.get_byte_size() for node in model.get_ordered_ops() if _is_packed(node))
+
+    def is_packed(node: ov.Node) -> bool:
+        is_matrix = node.get_type_name() == "Constant" and len(node.get_output_shape(0)) == 2
+        readers = {one.get_node().get_type_name() for one in node.output(0).get_target_inputs()}
+        return is_matrix and "Gather" not in readers
+
+    return sum(node.get_byte_size() for node in model.get_ordered_ops() if is_packed(node))
 
 
-def _is_packed(node: ov.Node) -> bool:
-    is_matrix = node.get_type_name() == "Constant" and len(node.get_output_shape(0)) == 2
-    readers = {one.get_node().get_type_name() for one in node.output(0).get_target_inputs()}
-    return is_matrix and "Gather" not in readers
+def open_session(
+    checkpoint: Checkpoint,
+    tensors: Tensors,
+    config: QuantConfig,
+    *,
+    slot_count: int,
+    reference: Float32Array | None = None,
+    extra: Extra = Extra.NOTHING,
+) -> Session:
+    """A session that has passed its self-test, compiled `COMPILES_MAX` times at most.
+
+    A plugin that gives a layer another layer's weights answers as quickly as ever, and wrongly
+    (decision 0032). So one text of random tokens runs on every slot: the slots must agree to the bit,
+    and each token's hidden state with *reference*, what *config* computed when the model was
+    calibrated (`[tokens, hidden]`; None where it never was). A result of another shape, such as
+    grouped int8 gives where oneDNN is kept from the CPU's instructions, agrees with nothing. Raises
+    `StartError`, and of it `NothingComputed` where the shape was wrong to the last.
+    """
+    token_ids = self_test_ids(checkpoint.config)
+    shape = (len(token_ids), checkpoint.config.hidden_size)
+    for _ in range(COMPILES_MAX):
+        session = Session(checkpoint, tensors, config, slot_count=slot_count, extra=extra)
+        found = [session.hidden(token_ids, slot=slot) for slot in range(slot_count)]
+        slots_agree = all(np.array_equal(found[0], other) for other in found[1:])
+        has_shape = all(one.shape == shape for one in found)
+        is_near = has_shape and (reference is None or cosine_min(found[0], reference) >= COSINE_MIN)
+        if slots_agree and is_near:
+            return session
+    kind = StartError if has_shape else NothingComputed
+    raise kind(
+        f"The engine computes wrong vectors in {config.name}, {COMPILES_MAX} times in a row. "
+        "Try --precision fp32, and report it with the CPU's name and the version of openvino."
+    )
+
+
+def self_test_ids(model: ModelConfig) -> Int32Array:
+    """Token ids that no text needs to have: int32 `[tokens]`."""
+    count = min(SELF_TEST_TOKENS, model.token_count_max)
+    return np.random.default_rng(0).integers(0, model.vocab_size, count).astype(np.int32)
+
+
+def cosine_min(found: Float32Array, expected: Float32Array) -> float:
+    """The least cosine of two matrices' rows `[tokens, hidden]`, each taken from its own mean.
+
+    Without its mean a row is not judged by the few large channels that every token shares.
+    """
+    a, b = found - expected.mean(axis=0), expected - expected.mean(axis=0)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return float(((a * b).sum(axis=1) / np.maximum(norms, 1e-12)).min())

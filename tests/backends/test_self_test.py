@@ -1,0 +1,210 @@
+"""A compiled model is used only after its slots stood up to the stored hidden states of fp32."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.backends.conftest import OpenTiny, TensorsIn
+
+from trivec.backends.openvino import OpenVinoBackend, session
+from trivec.backends.openvino.calibrate import Calibration, best_int8
+from trivec.backends.openvino.quantise import (
+    FP32,
+    INT8_CONFIGS,
+    INT8_GROUPS_32,
+    INT8_ROWS,
+    INT8_ROWS_BF16,
+    QuantConfig,
+    Tensors,
+)
+from trivec.backends.openvino.session import (
+    COMPILES_MAX,
+    NothingComputed,
+    Session,
+    open_session,
+    self_test_ids,
+)
+from trivec.checkpoints.checkpoint import Checkpoint
+from trivec.core.errors import StartError
+from trivec.core.types import Float32Array, Int32Array
+from trivec.models.pooling import Pooling
+
+ROLLED = ("attention.self.query.weight", "output.dense.weight")
+
+
+class Silent(Session):
+    """Every result is empty and has lost its shape, as with int8 that this CPU cannot run."""
+
+    def hidden(self, token_ids: Int32Array, *, slot: int) -> Float32Array:
+        return np.empty(0, np.float32)
+
+
+class LastSlotDiffers(Session):
+    def hidden(self, token_ids: Int32Array, *, slot: int) -> Float32Array:
+        found = super().hidden(token_ids, slot=slot)
+        return found if slot == 0 else np.nextafter(found, np.float32(9))
+
+
+def wrong(
+    checkpoint: Checkpoint, tensors: Tensors, config: QuantConfig, *, slot_count: int, **_: object
+) -> Session:
+    """As if the plugin had given layers the weights of others."""
+    rolled = {
+        name: np.roll(tensor, 1, axis=0) if name.endswith(ROLLED) else tensor
+        for name, tensor in tensors.items()
+    }
+    return Session(checkpoint, rolled, config, slot_count=slot_count)
+
+
+Make = Callable[..., Session]
+Compile = Callable[..., list[Make]]
+ReferenceOf = Callable[[QuantConfig], Float32Array]
+
+
+@pytest.fixture
+def compile_as(monkeypatch: pytest.MonkeyPatch) -> Compile:
+    """Let sessions be made by each of some functions in turn, the last one from then on.
+
+    What is returned lists the calls.
+    """
+
+    def chosen(*makers: Make) -> list[Make]:
+        calls: list[Make] = []
+
+        def make(*args: object, **named: object) -> Session:
+            calls.append(makers[min(len(calls), len(makers) - 1)])
+            return calls[-1](*args, **named)
+
+        monkeypatch.setattr(session, "Session", make)
+        return calls
+
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def reference_of(tiny_m3: Checkpoint, tensors_in: TensorsIn) -> ReferenceOf:
+    """The hidden states that an honest session computes in a config."""
+
+    def computed(config: QuantConfig) -> Float32Array:
+        honest = Session(tiny_m3, tensors_in(config), config, slot_count=1)
+        return honest.hidden(self_test_ids(tiny_m3.config), slot=0)
+
+    return computed
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "qwen3"])
+@pytest.mark.parametrize("config", [INT8_ROWS, INT8_GROUPS_32], ids=lambda one: one.name)
+def test_an_honest_session_is_taken_at_once(
+    open_tiny: OpenTiny,
+    tensors_in: TensorsIn,
+    compile_as: Compile,
+    family: str,
+    config: QuantConfig,
+) -> None:
+    tensors_in(config)  # or the test is skipped
+    checkpoint = open_tiny(family, Pooling.LAST if family == "qwen3" else Pooling.CLS)
+    calls = compile_as(Session)
+    made = Calibration(checkpoint, slot_count=1).attempt(config)
+    calls.clear()
+    opened = open_session(
+        checkpoint, made.tensors, config, slot_count=2, reference=made.references[config.name]
+    )
+    assert opened.slot_count == 2
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("config", [FP32, INT8_ROWS], ids=lambda one: one.name)
+def test_wrong_weights_are_found_out_and_compiled_again(
+    tiny_m3: Checkpoint,
+    tensors_in: TensorsIn,
+    reference_of: ReferenceOf,
+    compile_as: Compile,
+    config: QuantConfig,
+) -> None:
+    reference = reference_of(config)
+    calls = compile_as(wrong, Session)
+    open_session(tiny_m3, tensors_in(config), config, slot_count=1, reference=reference)
+    assert calls == [wrong, Session]
+
+
+def test_a_start_from_the_cache_stops_where_weights_stay_wrong(
+    tiny_m3: Checkpoint, tmp_path: Path, compile_as: Compile
+) -> None:
+    def load() -> OpenVinoBackend:
+        return OpenVinoBackend.load(tiny_m3, precision="auto", cores=1, cache_dir=tmp_path)
+
+    if load().precision != "int8":
+        pytest.skip("this CPU's int8 does not keep the vectors of the tiny model")
+    calls = compile_as(wrong)
+    with pytest.raises(StartError, match="wrong vectors in int8-"):
+        load()
+    assert len(calls) == COMPILES_MAX
+
+
+def test_slots_that_differ_stop_the_start_even_without_a_reference(
+    tiny_m3: Checkpoint, tensors_in: TensorsIn, compile_as: Compile
+) -> None:
+    compile_as(LastSlotDiffers)
+    tensors = tensors_in(FP32)
+    with pytest.raises(StartError, match="wrong vectors in fp32"):
+        open_session(tiny_m3, tensors, FP32, slot_count=2)
+
+
+def test_a_result_of_another_shape_agrees_with_nothing(
+    tiny_m3: Checkpoint, tensors_in: TensorsIn, compile_as: Compile
+) -> None:
+    calls = compile_as(Silent)
+    tensors = tensors_in(INT8_ROWS)
+    with pytest.raises(NothingComputed, match="wrong vectors in int8-rows"):
+        open_session(tiny_m3, tensors, INT8_ROWS, slot_count=2)
+    assert len(calls) == COMPILES_MAX
+
+
+Silence = Callable[[Callable[[QuantConfig], bool]], None]
+
+
+@pytest.fixture
+def silence(monkeypatch: pytest.MonkeyPatch, compile_as: Compile) -> Silence:
+    """Let nothing be computed in the configs that are named."""
+
+    def chosen(is_silent: Callable[[QuantConfig], bool]) -> None:
+        def make(
+            checkpoint: Checkpoint, tensors: Tensors, config: QuantConfig, **named: object
+        ) -> Session:
+            kind = Silent if is_silent(config) else Session
+            return kind(checkpoint, tensors, config, **named)  # type: ignore[arg-type]
+
+        monkeypatch.setattr("trivec.backends.openvino.calibrate.bf16_pays", lambda _: True)
+        compile_as(make)
+
+    return chosen
+
+
+def test_where_a_config_computes_nothing_the_next_is_tried(
+    tiny_m3: Checkpoint, silence: Silence
+) -> None:
+    silence(lambda config: config == INT8_ROWS_BF16)
+    found = best_int8(tiny_m3, slot_count=1)
+    assert found.certificate.computes
+    assert found.certificate.refused[0] == INT8_ROWS_BF16.name
+
+
+def test_of_configs_that_fail_the_last_that_computes_is_the_one(
+    tiny_m3: Checkpoint, silence: Silence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """int8 that was asked for by name is given though it failed, so it must be one that runs."""
+    silence(lambda config: config.group_size is not None)
+    monkeypatch.setattr("trivec.backends.openvino.calibrate.COSINE_MIN", 2.0)  # nothing passes
+    found = best_int8(tiny_m3, slot_count=1)
+    assert (found.config, found.certificate.computes) == (INT8_ROWS, True)
+
+
+def test_where_no_int8_computes_auto_is_fp32(
+    tiny_m3: Checkpoint, silence: Silence, tmp_path: Path
+) -> None:
+    silence(lambda config: config in INT8_CONFIGS)
+    backend = OpenVinoBackend.load(tiny_m3, precision="auto", cores=1, cache_dir=tmp_path)
+    assert backend.precision == "fp32"
+    assert backend.certificate is not None
+    assert "dense -1.0000 min" in backend.certificate.summary

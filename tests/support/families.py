@@ -1,0 +1,77 @@
+"""A tiny seeded checkpoint of every family in the registry, written without any other library."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+from tests.checkpoints.tiny import write_tiny
+
+from trivec.checkpoints.checkpoint import Checkpoint
+from trivec.checkpoints.opening import open_checkpoint
+from trivec.models import registry
+from trivec.models.pooling import Pooling
+
+VOCABULARY_SIZE, HIDDEN, POSITIONS = 2000, 128, 700
+CONFIGS: Mapping[str, Mapping[str, object]] = {  # of the families that `write_tiny` does not write
+    "modernbert": {
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "local_attention": 16,
+        "global_attn_every_n_layers": 3,
+        "norm_bias": True,
+    },
+    "qwen3": {
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "rope_theta": 1_000_000.0,
+        "attention_bias": True,
+    },
+}
+
+
+def open_family(folder: Path, family: str, pooling: Pooling) -> Checkpoint:
+    """A checkpoint of *family* in *folder*, opened; CLS ones of BERT's kin have all three heads."""
+    written = CONFIGS.get(family)
+    write_tiny(
+        folder / "model",
+        family="bert" if written else family,
+        pooling=Pooling.CLS if written else pooling,
+        hidden=HIDDEN,
+        vocabulary_size=VOCABULARY_SIZE,
+        heads=pooling is Pooling.CLS and not written,
+        position_count=POSITIONS,
+    )
+    if written is None:
+        return open_checkpoint(str(folder / "model"), cache_dir=folder / "cache")
+    config = {
+        "model_type": family,
+        "hidden_size": HIDDEN,
+        "vocab_size": VOCABULARY_SIZE,
+        "max_position_embeddings": POSITIONS,
+        "pad_token_id": 1,
+        **written,
+    }
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    draw = np.random.default_rng(3)
+    tensors: dict[str, np.ndarray] = {}
+    for name, shape in registry.tensor_shapes(registry.read_config(config)).items():
+        noise = draw.standard_normal(shape).astype(np.float32)
+        if len(shape) == 2:
+            tensors[name] = noise * np.float32(shape[1] ** -0.5)
+        else:  # norms around one, biases around zero
+            tensors[name] = (0.2 * noise + name.endswith("norm.weight")).astype(np.float32)
+    for whole, parts in registry.FAMILIES[family].fused.items():
+        for first in [name for name in tensors if name.endswith(f"{parts[0]}.weight")]:
+            at = first.removesuffix(f"{parts[0]}.weight")
+            split = [tensors.pop(f"{at}{part}.weight") for part in parts]
+            tensors[f"{at}{whole}.weight"] = np.concatenate(split)
+    save_file(tensors, next((folder / "model").glob("*.safetensors")))
+    opened = open_checkpoint(str(folder / "model"), cache_dir=folder / "cache")
+    return replace(opened, pooling=pooling)

@@ -1,0 +1,154 @@
+"""Ops in plain numpy, float64, one text at a time: the slow twin of every family at once.
+
+Written from the published formulas. It shares no arithmetic with the backends it is compared with.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trivec.checkpoints.checkpoint import Checkpoint
+from trivec.models import registry
+from trivec.models.ops import Activation, AttentionSpec, Index, Linear, ModelConfig, Table
+from trivec.models.pooling import Pooling
+
+Floats = NDArray[np.float64]
+erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+class NumpyOps:
+    """`models.ops.Ops` on the tokens of one text."""
+
+    def __init__(
+        self, tensors: Mapping[str, Floats], config: ModelConfig, ids: list[int], at: str = ""
+    ) -> None:
+        self._tensors, self._config, self._ids, self._at = tensors, config, ids, at
+
+    def embed(self, table: Table, index: Index) -> Floats:
+        ids = np.array(self._ids)
+        positions = np.arange(len(ids)) + self._config.position_offset
+        rows = {Index.ID: ids, Index.TYPE: 0 * ids, Index.POSITION: positions}[index]
+        looked_up: Floats = self._tensor(f"{table.name}.weight")[rows]
+        return looked_up
+
+    def add(self, x: Floats, y: Floats) -> Floats:
+        return x + y
+
+    def layer_norm(self, x: Floats, name: str, *, eps: float, bias: bool = True) -> Floats:
+        spread = np.sqrt(x.var(axis=1, keepdims=True) + eps)
+        unit: Floats = (x - x.mean(axis=1, keepdims=True)) / spread
+        normed = unit * self._tensor(f"{name}.weight")
+        return normed + self._tensor(f"{name}.bias") if bias else normed
+
+    def rms_norm(self, x: Floats, name: str, *, eps: float, width: int | None = None) -> Floats:
+        parts = x.reshape(len(x), -1, width or x.shape[1])
+        unit: Floats = parts / np.sqrt((parts**2).mean(axis=-1, keepdims=True) + eps)
+        return (unit * self._tensor(f"{name}.weight")).reshape(x.shape)
+
+    def linear(self, x: Floats, *layers: Linear) -> tuple[Floats, ...]:
+        products = []
+        for layer in layers:
+            product = x @ self._tensor(f"{layer.name}.weight").T
+            products.append(product + self._tensor(f"{layer.name}.bias") if layer.bias else product)
+        return tuple(products)
+
+    def attention(self, q: Floats, k: Floats, v: Floats, spec: AttentionSpec) -> Floats:
+        attended = np.empty((len(q), spec.size))
+        distance = np.arange(len(q))[None, :] - np.arange(len(q))[:, None]  # of a key from a query
+        unseen = np.zeros(distance.shape, np.bool_)
+        if spec.causal:
+            unseen |= distance > 0
+        if spec.window is not None:
+            unseen |= np.abs(distance) > spec.window
+        for head in range(spec.heads):
+            own = slice(head * spec.head_dim, (head + 1) * spec.head_dim)
+            read = head * spec.kv_heads // spec.heads
+            read_at = slice(read * spec.head_dim, (read + 1) * spec.head_dim)
+            query, key = self._rotated(q[:, own], spec), self._rotated(k[:, read_at], spec)
+            scores = np.where(unseen, -np.inf, query @ key.T / math.sqrt(spec.head_dim))
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            attended[:, own] = weights / weights.sum(axis=1, keepdims=True) @ v[:, read_at]
+        return attended
+
+    def mlp(self, x: Floats, up: Linear, down: Linear, activation: Activation) -> Floats:
+        return self.linear(_activated(self.linear(x, up)[0], activation), down)[0]
+
+    def gated_mlp(
+        self, x: Floats, gate: Linear, up: Linear, down: Linear, activation: Activation
+    ) -> Floats:
+        gates, inner = self.linear(x, gate, up)
+        return self.linear(_activated(gates, activation) * inner, down)[0]
+
+    def keep(self, x: Floats) -> Floats:
+        return x
+
+    def block(self, function: Callable[..., Floats], at: str, *values: object) -> Floats:
+        inside = NumpyOps(self._tensors, self._config, self._ids, f"{self._at}{at}.")
+        return function(inside, *values)
+
+    def _tensor(self, name: str) -> Floats:
+        return self._tensors[self._at + name]
+
+    def _rotated(self, x: Floats, spec: AttentionSpec) -> Floats:
+        """Each pair (x[i], x[i + d / 2]) of a token at position p turned by p / theta^(2 i / d)."""
+        if spec.rope is None:
+            return x
+        half = spec.head_dim // 2
+        speeds = spec.rope.theta ** (-np.arange(half) / half)
+        turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * np.arange(len(x))[:, None] * speeds)
+        return np.concatenate([turned.real, turned.imag], axis=1)
+
+
+def _activated(x: Floats, activation: Activation) -> Floats:
+    if activation is Activation.SILU:
+        silu: Floats = x / (1 + np.exp(-x))
+        return silu
+    gelu: Floats = x * 0.5 * (1 + erf(x / math.sqrt(2)))
+    return gelu
+
+
+@dataclass(frozen=True, slots=True)
+class TwinVectors:
+    """The vectors that one text should have; sparse and multi are empty without heads."""
+
+    dense: Floats  # [hidden]
+    sparse: dict[int, float]
+    multi: Floats  # [tokens - 1, dimensions]
+
+
+class Twin:
+    """One checkpoint, in float64."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        with checkpoint.weights() as weights:
+            self._tensors = {
+                name: weights.take(name).astype(np.float64)
+                for name in registry.tensor_shapes(checkpoint.config)
+            }
+
+    def hidden(self, ids: list[int]) -> Floats:
+        """Last hidden states: `[tokens, hidden]`."""
+        config = self._checkpoint.config
+        return registry.forward(NumpyOps(self._tensors, config, ids), config)
+
+    def vectors(self, ids: list[int]) -> TwinVectors:
+        hidden, heads = self.hidden(ids), self._checkpoint.heads
+        pooled = {
+            Pooling.CLS: hidden[0],
+            Pooling.MEAN: hidden.mean(axis=0),
+            Pooling.LAST: hidden[-1],
+        }[self._checkpoint.pooling]
+        dense = pooled / np.linalg.norm(pooled) if self._checkpoint.normalize else pooled
+        if heads is None:
+            return TwinVectors(dense, {}, np.empty((0, 0)))
+        sparse: dict[int, float] = {}
+        for token, row in zip(ids, hidden, strict=True):
+            weight = float(row @ heads.sparse_weight[0] + heads.sparse_bias[0])
+            if weight > 0 and token not in heads.ignored_token_ids:
+                sparse[token] = max(weight, sparse.get(token, 0.0))
+        rows = hidden[1:] @ heads.multi_weight.T + heads.multi_bias
+        return TwinVectors(dense, sparse, np.array([row / np.linalg.norm(row) for row in rows]))
