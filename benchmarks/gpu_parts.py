@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from benchmarks.figures import Spread, percentile
 from benchmarks.gpu_record import Plan, talk
+from benchmarks.harness import ServerFailed, Shape, Target, measure, own_server
 from benchmarks.load import Answers, LoadFailed
-from benchmarks.server import ServerFailed, Shape, Target, measure, own_server
 from benchmarks.texts import Workload, mixed, sentences, uniform
 from tokenizers import Tokenizer
 

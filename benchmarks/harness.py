@@ -26,7 +26,7 @@ from benchmarks.figures import Spread, percentile
 from benchmarks.load import Answers, Load, run_load
 from benchmarks.texts import Workload
 
-from trivec.build import Models, load_models, open_front
+from trivec.build import Models, load_models, open_server_parts
 from trivec.core.errors import StartError
 from trivec.core.ports import Embedder
 from trivec.core.types import LongText, Output, Sequences
@@ -112,10 +112,10 @@ def quiet_settings(model: str, *, precision: str, data_dir: Path | None = None) 
 @asynccontextmanager
 async def engine_on_trial(settings: Settings, *, cores: int) -> AsyncIterator[EngineOnTrial]:
     """Load the first model of *settings* and run its workers meanwhile. Raises `StartError`."""
-    front = open_front(settings)
-    front.accounts.start()
+    parts = open_server_parts(settings)
+    parts.accounts.start()
     started_s = time.perf_counter()
-    models = load_models(settings, front, cores=cores)
+    models = load_models(settings, parts, cores=cores)
     models.workers.start()
     try:
         yield EngineOnTrial(
@@ -125,7 +125,7 @@ async def engine_on_trial(settings: Settings, *, cores: int) -> AsyncIterator[En
         )
     finally:
         await models.workers.stop(within_s=30.0)  # closes the backends, too
-        front.close()
+        parts.close()
 
 
 async def sized(trial: EngineOnTrial, workload: Workload, *, seconds: float) -> Workload:

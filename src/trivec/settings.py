@@ -35,6 +35,9 @@ NESTING = "__"
 OTHER_NAMES = {"TRIVEC_MODEL": "models", "TRIVEC_CONFIG": "config"}
 # Names of the first edition, read for one release with a warning.
 RENAMED_SECTIONS: Mapping[str, str] = {"line": "queue"}
+RENAMED: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    ("life", "canary_every_s"): ("life", "self_test_every_s")
+}
 _RESTARTS = "systemd, Compose or Kubernetes starts the server again; deploy/ has their files"
 REMOVED: Mapping[tuple[str, ...], str] = {
     ("life", "supervised"): _RESTARTS,
@@ -145,8 +148,8 @@ class Life(Section):
     """Seconds it keeps answering after SIGTERM while it is no longer ready."""
     drain_s_max: float = Field(25.0, gt=0)
     """Seconds in which accepted requests must finish after that."""
-    canary_every_s: float = Field(30.0, gt=0)
-    """Seconds between two embeddings of the canary text, which must not change."""
+    self_test_every_s: float = Field(30.0, gt=0)
+    """Seconds between two self-tests: the vector of a fixed text must not change."""
 
 
 class Telemetry(Section):
@@ -286,9 +289,12 @@ def _current_path(
     if path in REMOVED:
         warn(f"{'.'.join(path)} {origin} is no longer read: {REMOVED[path]}")
         return None
-    if path[0] not in RENAMED_SECTIONS or len(path) == 1:
+    if path in RENAMED:
+        current = RENAMED[path]
+    elif path[0] in RENAMED_SECTIONS and len(path) > 1:
+        current = (RENAMED_SECTIONS[path[0]], *path[1:])
+    else:
         return path
-    current = (RENAMED_SECTIONS[path[0]], *path[1:])
     warn(f"{'.'.join(path)} {origin} is now called {'.'.join(current)}; please rename it")
     return current
 
@@ -314,7 +320,7 @@ def _variables(
             for path in setting_paths()
             if path[0] == new
         }
-    known |= {variable_name(path): path for path in REMOVED}
+    known |= {variable_name(path): path for path in (*RENAMED, *REMOVED)}
     for name, value in sorted(environ.items()):
         if not name.startswith(ENVIRONMENT_PREFIX):
             continue

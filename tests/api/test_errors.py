@@ -37,9 +37,7 @@ def kinds(of: type[ServiceError]) -> set[type[ServiceError]]:
 
 
 def test_every_error_that_can_be_raised_has_exactly_one_row() -> None:
-    # The two are the accounts room's own, until it has no claims any more.
-    inner = {e.IdempotencyKeyReused, e.IdempotencyInProgress}
-    assert set(TABLE) == kinds(ServiceError) - FAMILIES - inner
+    assert set(TABLE) == kinds(ServiceError) - FAMILIES
 
 
 def test_nothing_a_client_will_send_again_unchanged_is_retried_by_the_official_clients() -> None:

@@ -31,7 +31,7 @@ class Pair:
 
     @property
     def waiting_tokens(self) -> int:
-        return self.rig.engine._lane.line.token_count
+        return self.rig.engine.queued_tokens
 
 
 @pytest.fixture

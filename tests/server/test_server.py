@@ -275,7 +275,7 @@ async def test_granian_ending_by_itself_is_70(
 
 
 async def test_a_problem_makes_it_unready_and_is_named(tmp_path: Path) -> None:
-    async with ready(tmp_path, canary_every_s=0.01) as rig:
+    async with ready(tmp_path, self_test_every_s=0.01) as rig:
         assert (await rig.get("/readyz")).status_code == 200
         rig.embedder.next = OTHER
         for _ in range(3):  # one may be under way; after the next begins, one with it is over

@@ -174,14 +174,16 @@ def test_settings_of_an_older_name_are_read_under_the_new_one_with_a_warning(
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "trivec.toml"
-    file.write_text("[line]\nwait_s_max = 7\n")
+    file.write_text("[line]\nwait_s_max = 7\n[life]\ncanary_every_s = 9\n")
     warnings: list[str] = []
     settings = load_settings(
         {"config": str(file)}, {"TRIVEC_LINE__TOKENS_MAX": "900"}, warn=warnings.append
     )
     assert (settings.queue.wait_s_max, settings.queue.tokens_max) == (7, 900)
+    assert settings.life.self_test_every_s == 9
     assert [warning.split(";")[0] for warning in warnings] == [
         f"line.wait_s_max in {file} is now called queue.wait_s_max",
+        f"life.canary_every_s in {file} is now called life.self_test_every_s",
         "line.tokens_max in the environment is now called queue.tokens_max",
     ]
 

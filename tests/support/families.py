@@ -9,8 +9,8 @@ import numpy as np
 from safetensors.numpy import save_file
 from tests.checkpoints.tiny import write_tiny
 
+from trivec.checkpoints import open_checkpoint
 from trivec.checkpoints.checkpoint import Checkpoint
-from trivec.checkpoints.opening import open_checkpoint
 from trivec.models import registry
 from trivec.models.pooling import Pooling
 

@@ -89,7 +89,7 @@ async def _measure_engine(settings: "Settings", *, seconds: float) -> Measured:
     from trivec.telemetry import Observers
 
     context = BenchContext(settings, SystemClock(), Observers())
-    models = load_models(settings, context, cores=usable_cores(), hears_text=False)
+    models = load_models(settings, context, cores=usable_cores(), takes_text=False)
     card = models.loaded[0].card
     embedder = models.embedders[card.id]
     on_cpu = models.choice.device == "cpu"

@@ -104,9 +104,9 @@ def verify(
     if prepared == (model is not None):
         raise typer.BadParameter("give a model, or --prepared alone")
     if model is None:
-        from trivec.backends.openvino.prepared import check_all
+        from trivec.backends.openvino import check_cache
 
-        found = check_all(settings_of(data_dir).data_dir / "models")
+        found = check_cache(settings_of(data_dir).data_dir / "models")
         faults = sum(fault is not None for fault in found.values())
         if as_json:
             print_json([{"folder": str(one), "problem": fault} for one, fault in found.items()])

@@ -21,5 +21,5 @@ class Health:
 
     phase: Phase
     alive: bool  # the event loop answers and no worker is past its heartbeat bound
-    ready: bool  # loaded, warmed, canary equal, store writable, not draining
+    ready: bool  # loaded, warmed, self-test passed, store writable, not draining
     reason: str  # why it is not alive or not ready, in words for whoever is on call; else "ok"

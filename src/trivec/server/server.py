@@ -234,7 +234,7 @@ class HttpServer:
 
     async def _self_test_forever(self) -> None:
         while True:
-            await asyncio.sleep(self._settings.life.canary_every_s)
+            await asyncio.sleep(self._settings.life.self_test_every_s)
             await self._self_test.check()
 
     async def _watch(self, models: Models) -> None:

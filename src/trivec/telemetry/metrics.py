@@ -189,8 +189,6 @@ class Metrics:
             case PhaseChanged():
                 for phase in PHASES:
                     self._phase(phase).set(phase == event.phase)
-            case _:
-                pass
 
     def _count_request(self, event: RequestServed) -> None:
         route, method = route_labels(event.route, event.method)
