@@ -42,10 +42,11 @@ def test_no_two_classes_share_a_name() -> None:
 
 
 def test_no_private_word_of_the_first_edition_is_left() -> None:
-    found = []
-    for module in sorted(SRC.rglob("*.py")):
-        for number, line in enumerate(module.read_text("utf-8").splitlines(), 1):
-            for word in re.findall(r"[A-Za-z][a-z]*|[A-Z]+", line):
-                if PRIVATE_WORDS.fullmatch(word):
-                    found.append(f"{module.relative_to(SRC)}:{number} {word}")
+    found = [
+        f"{module.relative_to(SRC)}:{number} {word}"
+        for module in sorted(SRC.rglob("*.py"))
+        for number, line in enumerate(module.read_text("utf-8").splitlines(), 1)
+        for word in re.findall(r"[A-Za-z][a-z]*|[A-Z]+", line)
+        if PRIVATE_WORDS.fullmatch(word)
+    ]
     assert found == []
