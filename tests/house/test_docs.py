@@ -10,8 +10,8 @@ from trivec.checkpoints.catalogue import CATALOGUE
 from trivec.settings import setting_paths, variable_name
 
 ROOT = Path(__file__).resolve().parents[2]
-DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
-DECISION_LINES_MAX = 60
+DECISIONS = sorted((ROOT / "docs" / "decisions").glob("0*.md"))
+DECISIONS_MAX, DECISION_LINES_MAX = 15, 60
 
 
 def page(name: str) -> str:
@@ -43,9 +43,10 @@ def test_every_error_is_in_the_tree_that_the_module_draws() -> None:
     assert [name for name in names if not re.search(rf"\b{name}\b", drawn)] == []
 
 
-def test_decisions_are_short_and_numbered_once() -> None:
+def test_decisions_are_few_short_and_in_the_index() -> None:
     numbers = [file.name[:4] for file in DECISIONS]
-    assert len(numbers) == len(set(numbers)) > 0
+    assert 0 < len(numbers) == len(set(numbers)) <= DECISIONS_MAX
+    assert re.findall(r"\]\((0\S+)\)", page("decisions/README.md")) == [f.name for f in DECISIONS]
     lengths = {file.name: len(file.read_text("utf-8").splitlines()) for file in DECISIONS}
     assert {name: n for name, n in lengths.items() if n > DECISION_LINES_MAX} == {}
 
@@ -69,3 +70,16 @@ def test_the_readme_names_only_models_that_can_be_pulled() -> None:
     assert [name for name in families if name not in ids] == []
     named = re.findall(r"--model ([\w-]+/[\w.-]+)|models pull (\S+)|model=\"([^\"]+)\"", text)
     assert {name for found in named for name in found if name} <= set(CATALOGUE)
+
+
+def test_a_decision_that_the_code_names_exists() -> None:
+    numbers = {file.name[:4] for file in DECISIONS}
+    named = {
+        f"{file.relative_to(ROOT)}: {number}"
+        for folder in ("src", "tests", "benchmarks", "docs")
+        for file in (ROOT / folder).rglob("*.*")
+        if file.suffix in (".py", ".md")
+        for number in re.findall(r"decisions?[ /](0\d{3})", file.read_text("utf-8"))
+        if number not in numbers
+    }
+    assert named == set()

@@ -1,0 +1,73 @@
+"""Room budgets: how many lines and files each room of `src/trivec` may have.
+
+A change that needs more deletes something, or changes the table in a commit that says why.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
+MODULES = sorted(SRC.rglob("*.py"))
+MODULE_LINES_MAX = 600
+LINES_MAX, FILES_MAX = 11_500, 100
+
+BUDGETS = {  # room: (lines, files), raw lines of all its Python files
+    "cli": (800, 9),
+    "server": (520, 5),
+    "build": (330, 2),
+    "settings": (400, 1),
+    "api": (1_700, 14),
+    "engine": (850, 5),
+    "models": (950, 9),
+    "backends": (2_450, 20),
+    "checkpoints": (1_400, 9),
+    "tokenizer": (420, 2),
+    "accounts": (1_800, 20),
+    "telemetry": (470, 5),
+    "ipc": (450, 4),
+    "core": (680, 8),
+}
+ROOM_OF = {"build_several": "build", "token_origin": "tokenizer"}  # a room may be several modules
+
+
+def room_of(module: Path) -> str:
+    name = module.relative_to(SRC).parts[0].removesuffix(".py")
+    return ROOM_OF.get(name, name)
+
+
+def lines_of(module: Path) -> int:
+    return len(module.read_text("utf-8").splitlines())
+
+
+@pytest.mark.parametrize("room", BUDGETS)
+def test_a_room_keeps_to_its_budget(room: str) -> None:
+    lines_max, files_max = BUDGETS[room]
+    own = [module for module in MODULES if room_of(module) == room]
+    lines = sum(map(lines_of, own))
+    assert own, f"there is no room {room}"
+    assert lines <= lines_max, (
+        f"{room} has {lines} lines; delete some, or change its budget and say why"
+    )
+    assert len(own) <= files_max, f"{room} has {len(own)} files"
+
+
+def test_every_module_is_in_a_room_with_a_budget() -> None:
+    assert {room_of(module) for module in MODULES} - {"__init__", "__main__"} == set(BUDGETS)
+
+
+def test_the_whole_house_keeps_to_its_budget() -> None:
+    assert sum(map(lines_of, MODULES)) <= LINES_MAX
+    assert len(MODULES) <= FILES_MAX
+
+
+def test_a_module_has_at_most_600_lines() -> None:
+    assert {
+        str(module): n for module in MODULES if (n := lines_of(module)) > MODULE_LINES_MAX
+    } == {}
+
+
+def test_a_module_opens_by_saying_what_it_is() -> None:
+    silent = [module for module in MODULES if not ast.get_docstring(ast.parse(module.read_text()))]
+    assert [module.name for module in silent] == ["__main__.py"]
