@@ -11,7 +11,7 @@ from trivec.accounts.stores.engines import SQLITE_FILE, Engines, postgres_engine
 from trivec.accounts.stores.sql import SqlStore
 from trivec.accounts.stores.tables import ledger
 
-KILLS = long_or_short(long=100, short=10)
+KILLS = long_or_short(long=100, short=4)
 IN_FLIGHT_MAX = 8
 LINES_MAX = 400
 

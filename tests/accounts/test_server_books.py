@@ -26,7 +26,7 @@ from trivec.settings import load_settings
 
 pytestmark = pytest.mark.process
 
-KILLS = long_or_short(long=100, short=10)
+KILLS = long_or_short(long=100, short=4)
 AUDITED = long_or_short(long=100_000, short=1_000)
 KEYS = 50
 CONNECTIONS = 16

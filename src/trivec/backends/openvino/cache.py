@@ -108,7 +108,7 @@ def _read(folder: Path, *, fresh: bool) -> QuantisedModel:
     config, certificate = described["config"], described["certificate"]
     tensors = map_tensors(file)
     references = {
-        name.removeprefix(REFERENCE): tensors.pop(name).astype(np.float32)
+        name.removeprefix(REFERENCE): np.array(tensors.pop(name), np.float32)
         for name in list(tensors)
         if name.startswith(REFERENCE)
     }
