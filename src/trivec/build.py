@@ -98,7 +98,7 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Certificate:
+class CertificateSummary:
     """How close the fast arithmetic came to fp32 on the probe texts: cosines of dense vectors."""
 
     cosine_min: float
@@ -113,7 +113,7 @@ class LoadedModel:
     checkpoint: Checkpoint
     backend: Backend
     card: ModelCard
-    certificate: Certificate | None
+    certificate: CertificateSummary | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +122,7 @@ class Models:
 
     choice: Choice
     cards: Sequence[ModelCard]
-    certificates: Mapping[str, Certificate]  # by model id; none where the arithmetic is fp32
+    certificates: Mapping[str, CertificateSummary]  # by model id; none where the arithmetic is fp32
     embedders: Mapping[str, Embedder]  # by id and by alias
     workers: "Workers | EngineClient"  # what runs them: threads here, or another process
     slot_count: int
@@ -254,7 +254,7 @@ def load_checkpoint(
     earned = backend.certificate
     if earned is None:
         return LoadedModel(checkpoint, backend, card, None)
-    certificate = Certificate(earned.dense.minimum, earned.dense.mean, earned.summary)
+    certificate = CertificateSummary(earned.dense.minimum, earned.dense.mean, earned.summary)
     card = replace(card, notes={"certificate": earned.summary})
     return LoadedModel(checkpoint, backend, card, certificate)
 

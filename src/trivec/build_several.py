@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trivec import __version__
-from trivec.build import Certificate, Choice, Models, ServerParts, by_name
+from trivec.build import CertificateSummary, Choice, Models, ServerParts, by_name
 from trivec.core.clock import SystemClock
 from trivec.core.ports import Clock, Observer
 from trivec.ipc.client import EngineClient, RemoteEmbedder
@@ -82,7 +82,9 @@ def connect_models(parts: ServerParts, *, folder: SharedFolder, name: str, cores
         choice=Choice(what.backend, what.device, what.reason),
         cards=[model.card for model in what.models],
         certificates={
-            model.card.id: Certificate(model.cosine_min, model.cosine_mean, model.certificate)
+            model.card.id: CertificateSummary(
+                model.cosine_min, model.cosine_mean, model.certificate
+            )
             for model in what.models
             if model.certificate is not None
             and model.cosine_min is not None

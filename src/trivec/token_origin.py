@@ -1,7 +1,7 @@
 """Whether arrays of token ids come from this model's tokenizer or from another's, as tiktoken's.
 
 Every id below the vocabulary's size is legal, so foreign arrays would be embedded, to vectors of
-nothing. Three signs tell them apart (decision 0115 has the distributions they were chosen from):
+nothing. Three signs tell them apart (decision 0011 has the distributions they were chosen from):
 
 - ids that no text makes: `[unused7]`, or a special token in the middle;
 - ids that do not survive a round trip: decoded to a text and tokenised again (WordPiece, BPE);

@@ -38,7 +38,7 @@ TEXT_BYTES_A_TOKEN = 64
 BLANKS = " \t\n\r\f\v\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
 
 # A hand-over to the pool and back costs 30 µs idle and more under load; a text costs 7 µs (words
-# seen before) to 0.5 µs a character. Up to this size the event loop does it (decision 0041).
+# seen before) to 0.5 µs a character. Up to this size the event loop does it (decision 0011).
 INLINE_CHARACTERS_MAX = 256
 
 # One job of the pool: 10 to 100 ms of work, so that a huge request takes turns with the others.

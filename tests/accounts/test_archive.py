@@ -13,7 +13,7 @@ from sqlalchemy import text
 from tests.accounts.shelf import a_row, upgraded
 
 from trivec.accounts import UsageBy, UsageLine, UsageQuery
-from trivec.accounts.archive import HEADER, NOTE, Archived, ArchiveFile, Plan, archive
+from trivec.accounts.archive import HEADER, NOTE, Archived, ArchiveFile, ArchivePlan, archive
 from trivec.accounts.ledger import Settle
 from trivec.accounts.stores.engines import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
 from trivec.accounts.stores.sql import SqlStore
@@ -56,8 +56,8 @@ def fill(store: SqlStore, name: str = "r") -> None:
     store.commit([Settle(row) for row in rows], now_us=BEFORE_US)
 
 
-def plan(folder: Path, file: str = "old.jsonl.gz") -> Plan:
-    return Plan(BEFORE_US, folder / file, folder, BATCH_ROWS)
+def plan(folder: Path, file: str = "old.jsonl.gz") -> ArchivePlan:
+    return ArchivePlan(BEFORE_US, folder / file, folder, BATCH_ROWS)
 
 
 def run(store: Any, folder: Path, file: str = "old.jsonl.gz") -> Archived:

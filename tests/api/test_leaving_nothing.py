@@ -1,6 +1,6 @@
 """A request that is over is gone at once, however it ended: nothing of it waits for the collector.
 
-A body is up to 8 MiB, and the collector of a serving process looks seldom (decision 0053).
+A body is up to 8 MiB, and the collector of a serving process looks seldom (decision 0006).
 """
 
 import asyncio

@@ -15,7 +15,7 @@ from tests.accounts.shelf import (
     ask,
 )
 
-from trivec.accounts.ledger import Entry, Outcome, Probe, Settle, Store
+from trivec.accounts.ledger import Entry, Outcome, Settle, Store, WriteCheck
 from trivec.accounts.rate_limits import Cost
 from trivec.accounts.types import RateLimits, RateLimitState, UsageBy, UsageLine, UsageQuery
 from trivec.accounts.utc import DAY_US
@@ -231,7 +231,7 @@ def test_a_group_is_written_whole_when_some_of_it_is_refused(shelf: Shelf) -> No
 def test_a_probe_adds_nothing_to_the_ledger(shelf: Shelf) -> None:
     store = shelf.open()
 
-    assert one(store, Probe()) is None
+    assert one(store, WriteCheck()) is None
     assert used(store) == []
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tests.support import toy_model
 
-from trivec.build import load_models, open_front
+from trivec.build import load_models, open_server_parts
 from trivec.core.types import LongText, Output
 from trivec.settings import load_settings
 
@@ -20,8 +20,8 @@ async def test_a_family_in_one_file_is_loaded_and_served(
     settings = load_settings(
         {"models": [f"toy={folder}"], "precision": precision, "data_dir": str(tmp_path)}, {}
     )
-    front = open_front(settings)
-    models = load_models(settings, front, cores=1)
+    parts = open_server_parts(settings)
+    models = load_models(settings, parts, cores=1)
     models.workers.start()
     try:
         engine = models.embedders["toy"]

@@ -14,6 +14,7 @@ PRIVATE_WORDS = re.compile(
     r"errand|keyring|heartbeat|canary)\b",
     re.IGNORECASE,
 )
+QUOTED = re.compile(r'"[^"]+"')  # names in stores and settings files, which outlive the code's
 
 
 def glossary() -> list[str]:
@@ -45,8 +46,9 @@ def test_no_private_word_of_the_first_edition_is_left() -> None:
     found = [
         f"{module.relative_to(SRC)}:{number} {word}"
         for module in sorted(SRC.rglob("*.py"))
+        if "migrations" not in module.parts  # written once, and never changed
         for number, line in enumerate(module.read_text("utf-8").splitlines(), 1)
-        for word in re.findall(r"[A-Za-z][a-z]*|[A-Z]+", line)
+        for word in re.findall(r"[A-Za-z][a-z]*|[A-Z]+", QUOTED.sub("", line))
         if PRIVATE_WORDS.fullmatch(word)
     ]
     assert found == []

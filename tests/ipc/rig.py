@@ -7,7 +7,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from trivec.core.clock import SystemClock
+from tests.hand_clock import HandClock
+
 from trivec.core.ports import Clock, Embedder
 from trivec.ipc.client import EngineClient, RemoteEmbedder
 from trivec.ipc.folder import Served, ServedModel, SharedFolder
@@ -38,7 +39,7 @@ class Several:
         self.server.start(self.folder.endpoint)
 
     def remote(self, client: EngineClient, clock: Clock | None = None) -> RemoteEmbedder:
-        return RemoteEmbedder(0, self.engine.card, self.tokenizer, client, clock or SystemClock())
+        return RemoteEmbedder(0, self.engine.card, self.tokenizer, client, clock or HandClock())
 
     @asynccontextmanager
     async def connected(self, name: str) -> AsyncIterator[EngineClient]:
@@ -63,7 +64,7 @@ async def several(embedder: Embedder, tokenizer_file: Path) -> AsyncIterator[Sev
             vocabulary_size=embedder.card.vocabulary_size,
             pool=pool,
         )
-        remote = RemoteEmbedder(0, embedder.card, tokenizer, client, SystemClock())
+        remote = RemoteEmbedder(0, embedder.card, tokenizer, client, HandClock())
         folder.write_served(what)
         server = EngineServer([embedder])
         server.start(folder.endpoint)

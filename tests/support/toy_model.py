@@ -70,7 +70,7 @@ FAMILY = registry.Family(read_config, forward, prefixes=("",), landmark="words.w
 
 def register(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let models of the type "toy" be served."""
-    monkeypatch.setitem(registry.FAMILIES, "toy", FAMILY)  # type: ignore[arg-type]  # a dict
+    monkeypatch.setitem(registry.FAMILIES, "toy", FAMILY)
 
 
 def write_checkpoint(folder: Path) -> Path:

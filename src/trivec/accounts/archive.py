@@ -31,7 +31,7 @@ CHUNK_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ArchivePlan:
     """What to move, and where to."""
 
     before_us: int  # the beginning of a UTC day, microseconds since the epoch
@@ -49,7 +49,7 @@ class Archived:
     file: Path | None  # None: there was no row, and no file
 
 
-def archive(store: SqlStore, plan: Plan, *, told: Callable[[int], None]) -> Archived:
+def archive(store: SqlStore, plan: ArchivePlan, *, told: Callable[[int], None]) -> Archived:
     """Move every row before `plan.before_us`; *told* is called with the rows moved so far.
 
     Raises `SettingInvalid` for a file that cannot be used, `StoreRefused` where another run is at
@@ -62,7 +62,7 @@ def archive(store: SqlStore, plan: Plan, *, told: Callable[[int], None]) -> Arch
 class _Run:
     """One run, from settling what an earlier one left to the last batch."""
 
-    def __init__(self, store: SqlStore, plan: Plan, told: Callable[[int], None]) -> None:
+    def __init__(self, store: SqlStore, plan: ArchivePlan, told: Callable[[int], None]) -> None:
         self._store = store
         self._plan = plan
         self._told = told

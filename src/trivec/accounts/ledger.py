@@ -112,11 +112,11 @@ class Settle:
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
+class WriteCheck:
     """Write something, so that an idle process learns whether it can."""
 
 
-Entry: TypeAlias = Reserve | Settle | Probe
+Entry: TypeAlias = Reserve | Settle | WriteCheck
 Granted: TypeAlias = RateLimitState | None  # None: the entry touched no bucket
 Outcome: TypeAlias = Granted | RateLimitExceeded
 
@@ -169,7 +169,7 @@ class Transaction:
                 bucket = self._buckets.get(row.key_id, Bucket())
                 bucket = rate_limits.give_back(bucket, limits, unused, now_us=self.now_us)
                 return self._put(row.key_id, bucket, limits)
-            case Probe():
+            case WriteCheck():
                 self.has_probe = True
                 return None
 
@@ -436,7 +436,7 @@ class LedgerWriter:
     def _commit(self, jobs: Sequence[Job]) -> None:
         now_s = self._clock.now_s()
         if now_s >= self._probe_due_s:
-            jobs = [*jobs, Job(Probe(), None)]
+            jobs = [*jobs, Job(WriteCheck(), None)]
             self._probe_due_s = now_s + PROBE_S
         if not jobs:
             return

@@ -20,7 +20,7 @@ CLIENT_GONE = 499  # what log and ledger say of a client that left before its an
 RETRY_AFTER_S_MAX = 60  # official clients give up at once when told to wait for more than 120 s
 
 
-class Row(NamedTuple):
+class HttpError(NamedTuple):
     """How one kind of error looks to a client."""
 
     status: int
@@ -28,34 +28,34 @@ class Row(NamedTuple):
     type: str = "invalid_request_error"
 
 
-TABLE: Mapping[type[ServiceError], Row] = MappingProxyType(
+TABLE: Mapping[type[ServiceError], HttpError] = MappingProxyType(
     {
-        e.MalformedBody: Row(400),
-        e.FieldInvalid: Row(400),
-        e.TokenIdUnknown: Row(400),
-        e.TokenIdsForeign: Row(400, "token_ids_foreign"),
-        e.TextTooLong: Row(400, "context_length_exceeded"),
-        e.RequestTooLarge: Row(400, "max_tokens_per_request", "max_tokens_per_request"),
-        e.AnswerTooLarge: Row(400, "answer_too_large"),
-        e.KeyMissing: Row(401),
-        e.KeyInvalid: Row(401, "invalid_api_key"),
-        e.ModelDenied: Row(403, "model_access_denied"),
-        e.ScopeMissing: Row(403, "insufficient_scope"),
-        e.GrantDenied: Row(403, "insufficient_scope"),
-        e.ModelUnknown: Row(404, "model_not_found"),
-        e.RouteUnknown: Row(404),
-        e.ResourceUnknown: Row(404),
-        e.MethodNotAllowed: Row(405),
-        e.BodyTooSlow: Row(408),
-        e.BodyTooLarge: Row(413),
-        e.MediaTypeUnsupported: Row(415),
-        e.RateLimitExceeded: Row(429, "rate_limit_exceeded", "tokens"),  # or "requests"
-        e.EngineFault: Row(500, "internal_error", "server_error"),
-        e.Overloaded: Row(503, "overloaded", "server_error"),
-        e.Draining: Row(503, "draining", "server_error"),
-        e.Loading: Row(503, "loading", "server_error"),
-        e.DeadlineExceeded: Row(503, "deadline_exceeded", "server_error"),
-        e.StoreUnavailable: Row(503, "store_unavailable", "server_error"),
+        e.MalformedBody: HttpError(400),
+        e.FieldInvalid: HttpError(400),
+        e.TokenIdUnknown: HttpError(400),
+        e.TokenIdsForeign: HttpError(400, "token_ids_foreign"),
+        e.TextTooLong: HttpError(400, "context_length_exceeded"),
+        e.RequestTooLarge: HttpError(400, "max_tokens_per_request", "max_tokens_per_request"),
+        e.AnswerTooLarge: HttpError(400, "answer_too_large"),
+        e.KeyMissing: HttpError(401),
+        e.KeyInvalid: HttpError(401, "invalid_api_key"),
+        e.ModelDenied: HttpError(403, "model_access_denied"),
+        e.ScopeMissing: HttpError(403, "insufficient_scope"),
+        e.GrantDenied: HttpError(403, "insufficient_scope"),
+        e.ModelUnknown: HttpError(404, "model_not_found"),
+        e.RouteUnknown: HttpError(404),
+        e.ResourceUnknown: HttpError(404),
+        e.MethodNotAllowed: HttpError(405),
+        e.BodyTooSlow: HttpError(408),
+        e.BodyTooLarge: HttpError(413),
+        e.MediaTypeUnsupported: HttpError(415),
+        e.RateLimitExceeded: HttpError(429, "rate_limit_exceeded", "tokens"),  # or "requests"
+        e.EngineFault: HttpError(500, "internal_error", "server_error"),
+        e.Overloaded: HttpError(503, "overloaded", "server_error"),
+        e.Draining: HttpError(503, "draining", "server_error"),
+        e.Loading: HttpError(503, "loading", "server_error"),
+        e.DeadlineExceeded: HttpError(503, "deadline_exceeded", "server_error"),
+        e.StoreUnavailable: HttpError(503, "store_unavailable", "server_error"),
     }
 )
 

@@ -1,7 +1,7 @@
 """Request timeout: one timer for a request's deadline and for its client's presence.
 
 Nearly every request is answered long before either matters; a timer for each and a task that waits
-for `http.disconnect` would be a tenth of what it costs the event loop (decision 0053). So no task
+for `http.disconnect` would be a tenth of what it costs the event loop (decision 0006). So no task
 starts before `WATCH_AFTER_S`.
 """
 

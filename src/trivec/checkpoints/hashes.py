@@ -2,7 +2,7 @@
 
 A cached hash counts only while the file's device, inode, size, modification time and change time
 are what they were. A program cannot set the change time, so replacing or editing the file in any
-ordinary way is noticed; a disk that rots silently is not (docs/decisions/0021).
+ordinary way is noticed; a disk that rots silently is not.
 """
 
 import hashlib

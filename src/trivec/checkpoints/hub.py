@@ -2,7 +2,7 @@
 
 After a pull nothing touches the network. The hub client's own downloads begin a file anew after
 a stop, which with 2.3 GB loses much, so the parts it is made of are used here with part files of
-ours (docs/decisions/0022). HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN are the client's.
+ours. HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN are the client's.
 """
 
 import fcntl

@@ -7,7 +7,7 @@
   tensors there are, and `NAME/data/0`, `1`, … with their bytes. Other archives are refused.
 
 The pickle is a program for a stack machine that may import and call anything. `_StateDictUnpickler`
-gives it two dozen opcodes and three callables, which make a state dict (docs/decisions/0020).
+gives it two dozen opcodes and three callables, which make a state dict.
 """
 
 import hashlib

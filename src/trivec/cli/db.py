@@ -50,7 +50,7 @@ def archive(
     as_json: AsJson = False,
 ) -> None:
     """Move old ledger rows into a gzip file of JSON lines; the totals of their days stay."""
-    from trivec.accounts.archive import Plan, archive
+    from trivec.accounts.archive import ArchivePlan, archive
     from trivec.accounts.stores import open_store
     from trivec.accounts.utc import DAY_US
 
@@ -68,7 +68,7 @@ def archive(
 
     settings = settings_of(data_dir, config)
     file = to or settings.data_dir / f"ledger-until-{day}.jsonl.gz"
-    plan = Plan((day - date(1970, 1, 1)).days * DAY_US, file, settings.data_dir)
+    plan = ArchivePlan((day - date(1970, 1, 1)).days * DAY_US, file, settings.data_dir)
     with store_refusals(settings), closing(open_store(settings)) as store:
         try:
             done = archive(store, plan, told=show_progress)

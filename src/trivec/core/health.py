@@ -20,6 +20,6 @@ class Health:
     """
 
     phase: Phase
-    alive: bool  # the event loop answers and no worker is past its heartbeat bound
+    alive: bool  # the event loop answers and no worker is past its time bound
     ready: bool  # loaded, warmed, self-test passed, store writable, not draining
     reason: str  # why it is not alive or not ready, in words for whoever is on call; else "ok"

@@ -30,7 +30,7 @@ class Engine:
         clock: Clock,
         observer: Observer,
     ) -> None:
-        """*tokenizer* None: every request brings ids, as API processes do (decision 0073)."""
+        """*tokenizer* None: every request brings ids, as API processes do (decision 0013)."""
         assert workers.slot_count <= backend.slot_count, "slots that the backend does not have"
         self._card = card
         self._tokenizer = tokenizer

@@ -35,7 +35,7 @@ START_COST_PER_S = 100.0
 # times as long a token as batches of texts of up to 512; this says 9.
 ATTENTION_TOKENS = 1_024
 
-# Coalescing (decision 0044): another slot for a short batch takes the core that HTTP needs, where
+# Coalescing (decision 0012): another slot for a short batch takes the core that HTTP needs, where
 # a request costs the device little more than HTTP (which takes a tenth of COALESCED_REQUEST_S_MAX).
 COALESCED_REQUEST_S_MAX = 0.006
 COALESCED_BATCH_SHARE = 1 / 3  # of a full batch: so much work is worth a core

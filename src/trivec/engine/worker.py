@@ -45,7 +45,7 @@ class Workers:
     def __init__(
         self, slot_count: int, *, spares_core: bool = False, clock: Clock, observer: Observer
     ) -> None:
-        """*spares_core*: slots are cores, of which the event loop needs one (decision 0044)."""
+        """*spares_core*: slots are cores, of which the event loop needs one (decision 0012)."""
         assert slot_count > 0
         self.slot_count = slot_count
         self.scheduler = Scheduler(coalesces=spares_core, clock=clock)

@@ -30,7 +30,7 @@ class BertConfig(ModelConfig):
     type_vocab_size: int
 
 
-class _ConfigFile(msgspec.Struct, frozen=True):
+class _BertFile(msgspec.Struct, frozen=True):
     """`config.json`; what it leaves out has the default of transformers' own BertConfig."""
 
     model_type: str
@@ -52,7 +52,7 @@ class _ConfigFile(msgspec.Struct, frozen=True):
 
 def read_config(config: Mapping[str, object]) -> BertConfig:
     """The encoder that `config.json` describes. Raises `ValueError`, also msgspec's own."""
-    found = msgspec.convert(config, _ConfigFile)
+    found = msgspec.convert(config, _BertFile)
     if reason := _why_not(found):
         raise ValueError(reason)
     is_bert = found.model_type == "bert"
@@ -74,7 +74,7 @@ def read_config(config: Mapping[str, object]) -> BertConfig:
     )
 
 
-def _why_not(found: _ConfigFile) -> str | None:
+def _why_not(found: _BertFile) -> str | None:
     """The first thing in a config that this encoder does not do, or None."""
     if found.hidden_act != "gelu":
         return f"hidden_act is {found.hidden_act!r}; understood is 'gelu'"

@@ -44,7 +44,7 @@ class ModernBertConfig(ModelConfig):
     mlp_bias: bool
 
 
-class _ConfigFile(msgspec.Struct, frozen=True):
+class _ModernBertFile(msgspec.Struct, frozen=True):
     """`config.json`; what it leaves out has the default of transformers' own ModernBertConfig."""
 
     model_type: str
@@ -70,7 +70,7 @@ class _ConfigFile(msgspec.Struct, frozen=True):
 
 def read_config(config: Mapping[str, object]) -> ModernBertConfig:
     """The encoder that `config.json` describes. Raises `ValueError`, also msgspec's own."""
-    found = msgspec.convert(config, _ConfigFile)
+    found = msgspec.convert(config, _ModernBertFile)
     if found.hidden_activation != "gelu":
         raise ValueError(f"hidden_activation is {found.hidden_activation!r}; understood is 'gelu'")
     if found.hidden_size % (2 * found.num_attention_heads):
@@ -104,7 +104,7 @@ def read_config(config: Mapping[str, object]) -> ModernBertConfig:
     )
 
 
-def _thetas(found: _ConfigFile) -> tuple[float, float]:
+def _thetas(found: _ModernBertFile) -> tuple[float, float]:
     """Of full layers and of sliding ones, as transformers 4 and 5 write them."""
     full, local = found.global_rope_theta, found.local_rope_theta or found.global_rope_theta
     given = found.rope_parameters or {}

@@ -39,7 +39,7 @@ class Qwen3Config(ModelConfig):
     is_causal: bool
 
 
-class _ConfigFile(msgspec.Struct, frozen=True):
+class _Qwen3File(msgspec.Struct, frozen=True):
     """`config.json`; what it leaves out has the default of transformers' own Qwen3Config."""
 
     model_type: str
@@ -64,7 +64,7 @@ class _ConfigFile(msgspec.Struct, frozen=True):
 
 def read_config(config: Mapping[str, object]) -> Qwen3Config:
     """The decoder that `config.json` describes. Raises `ValueError`, also msgspec's own."""
-    found = msgspec.convert(config, _ConfigFile)
+    found = msgspec.convert(config, _Qwen3File)
     rope = found.rope_parameters or {"rope_theta": found.rope_theta}
     if found.hidden_act != "silu":
         raise ValueError(f"hidden_act is {found.hidden_act!r}; understood is 'silu'")

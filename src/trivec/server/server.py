@@ -114,7 +114,7 @@ class HttpServer:
         loop = asyncio.get_running_loop()
         self._stop_asked: asyncio.Future[None] = loop.create_future()
         self._stop_asked_again: asyncio.Future[None] = loop.create_future()
-        self._lost: asyncio.Future[str] = loop.create_future()  # why no model can run any more
+        self._lost: asyncio.Future[str] = loop.create_future()  # why nothing can be served any more
         self._closed: asyncio.Future[None] = loop.create_future()  # the last connection is closed
         self._last_signal_s = float("-inf")
         self._was_interrupted = False
@@ -194,13 +194,14 @@ class HttpServer:
             loop.add_signal_handler(number, _log.warning, "%s is ignored", number.name)
         loop.add_signal_handler(signal.SIGHUP, self._reload_certificate)
         self._parts.accounts.start()
+        self._start(self._watch(self._parts.accounts.lost()), "watch ledger")
         self._enter("loading")
         self._start_granian()
         if self._probes is not None:
             self._start(self._probes.serve(), "probes")
         loading = asyncio.create_task(self._load_models(), name="loading")
         try:
-            await _first(loading, self._stop_asked, self._closed)
+            await _first(loading, self._stop_asked, self._closed, self._lost)
             if loading.done():
                 loading.result()
                 await self._serve_and_drain()
@@ -230,15 +231,17 @@ class HttpServer:
             models.embedders, self.health, metrics_page=models.metrics_page
         )
         self._start(self._self_test_forever(), "self-test")
-        self._start(self._watch(models), "watch")
+        self._start(self._watch(models.workers.lost()), "watch workers")
 
     async def _self_test_forever(self) -> None:
         while True:
             await asyncio.sleep(self._settings.life.self_test_every_s)
             await self._self_test.check()
 
-    async def _watch(self, models: Models) -> None:
-        self._lost.set_result(await models.workers.lost())
+    async def _watch(self, lost: Coroutine[None, None, str]) -> None:
+        reason = await lost
+        if not self._lost.done():
+            self._lost.set_result(reason)
 
     async def _serve_and_drain(self) -> None:
         models, life = self._models, self._settings.life

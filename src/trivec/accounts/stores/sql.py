@@ -55,8 +55,8 @@ from trivec.accounts.stores.tables import (
     counts,
     daily,
     key_of,
+    key_revision,
     key_values,
-    keyring,
     keys,
     ledger,
     probe,
@@ -74,7 +74,9 @@ ALREADY_ARCHIVING = (
     "another trivec db archive is at work on this store; wait until it has ended, then try again"
 )
 NEXT_REVISION = (
-    update(keyring).values(revision=keyring.c.revision + 1).returning(keyring.c.revision)
+    update(key_revision)
+    .values(revision=key_revision.c.revision + 1)
+    .returning(key_revision.c.revision)
 )
 LOCK_BUCKETS = (
     select(buckets.c.key_id, buckets.c.requests_debt, buckets.c.tokens_debt, buckets.c.at_us)
@@ -185,13 +187,13 @@ class SqlStore:
             connection.execute(update(probe).values(at_us=transaction.now_us))
 
     def agree_secret_check(self, proposed: bytes) -> bytes:
-        agreed = select(keyring.c.secret_check)
+        agreed = select(key_revision.c.secret_check)
         with self._reading() as connection:
             found = connection.scalar(agreed)
         if found is None:
             with self._writing() as connection:
-                unset = keyring.c.secret_check.is_(None)
-                connection.execute(update(keyring).where(unset).values(secret_check=proposed))
+                unset = key_revision.c.secret_check.is_(None)
+                connection.execute(update(key_revision).where(unset).values(secret_check=proposed))
                 found = connection.scalar(agreed)
         return bytes(found or b"")
 
@@ -223,7 +225,9 @@ class SqlStore:
 
     def change_key(self, key_id: str, change: Callable[[Key], Key]) -> Key:
         with self._writing() as connection:
-            revision = connection.execute(NEXT_REVISION).scalar_one()  # locks the row of `keyring`
+            revision = connection.execute(
+                NEXT_REVISION
+            ).scalar_one()  # locks the row of `key_revision`
             found = connection.execute(select(keys).where(keys.c.id == key_id)).one_or_none()
             if found is None:
                 raise ResourceUnknown(f"There is no key {key_id}.")

@@ -48,7 +48,9 @@ keys = Table(
     Column("created_us", BigInteger, nullable=False),
     Column("expires_us", BigInteger),
     Column("revoked_us", BigInteger),
-    Column("revision", BigInteger, nullable=False, index=True),  # of `keyring`, at its last change
+    Column(
+        "revision", BigInteger, nullable=False, index=True
+    ),  # of `key_revision`, at its last change
     Column("truncate", String(8)),  # none, end or start; null: the server's default
 )
 Index(
@@ -70,7 +72,7 @@ secrets = Table(
     Column("expires_us", BigInteger),
 )
 
-keyring = Table(
+key_revision = Table(
     "keyring",
     metadata,
     Column("id", SmallInteger, primary_key=True, autoincrement=False),  # always 1

@@ -3,7 +3,7 @@
 A folder a checkpoint and set of versions: `tensors.safetensors`, then `quantised.json` with its hash
 and the certificate, each written whole under another name and moved into place. A folder that is
 damaged is made again; a hash once computed is remembered beside the files as long as they stay as
-they are (decision 0021).
+they are.
 """
 
 import hashlib

@@ -104,13 +104,13 @@ class Session:
     """A compiled encoder with one stream of one thread a slot.
 
     Two streams of one thread beat one stream of two by 10 to 25 % up to 512 tokens a row
-    (decision 0031), and a slot's thread is then the same core's work from end to end.
+    (decision 0001), and a slot's thread is then the same core's work from end to end.
 
     A model of one stream runs in the thread that asks, and one of several hands over to a thread
     of its own. So each slot compiles its own where the copies of the weights are small
-    (decision 0043), and in the grouped form always: there the plugin (2026.4) finds shared weights
+    (decision 0001), and in the grouped form always: there the plugin (2026.4) finds shared weights
     by the address of memory it has already given back, and a second model in the process may get
-    those of the first (8 of 25 loads were wrong; decision 0032). Otherwise all slots share one.
+    those of the first (8 of 25 loads were wrong; decision 0001). Otherwise all slots share one.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Session:
             "NUM_STREAMS": streams,
             "INFERENCE_NUM_THREADS": streams,
             # Pinned, every model of one stream takes the first core, and a stream waits for its own
-            # core while the event loop is on it and another stands idle (decision 0043).
+            # core while the event loop is on it and another stands idle (decision 0001).
             "ENABLE_CPU_PINNING": False,
         }
         if config.group_size is not None:
@@ -271,7 +271,7 @@ def open_session(
     """A session that has passed its self-test, compiled `COMPILES_MAX` times at most.
 
     A plugin that gives a layer another layer's weights answers as quickly as ever, and wrongly
-    (decision 0032). So one text of random tokens runs on every slot: the slots must agree to the bit,
+    (decision 0001). So one text of random tokens runs on every slot: the slots must agree to the bit,
     and each token's hidden state with *reference*, what *config* computed when the model was
     calibrated (`[tokens, hidden]`; None where it never was). A result of another shape, such as
     grouped int8 gives where oneDNN is kept from the CPU's instructions, agrees with nothing. Raises
