@@ -4,7 +4,7 @@ Three things go wrong with plain random weights. Vectors collapse: each layer mi
 until every text looks alike. Where attention is made sharp against that, rounding errors grow
 until int8 is unrecognisable. And activations are tame, where trained XLM-R models have a few
 channels twenty times larger than the rest. The numbers below were found by trial on 2 to 24
-layers; what they give is in docs/decisions/0023.
+layers.
 """
 
 from collections.abc import Iterator
