@@ -1,7 +1,7 @@
 """Composition root: from Settings to the parts of a running service.
 
-The only file where classes of several rooms meet. It chooses implementations and computes nothing;
-rooms that are slow to import are imported by the function that needs them.
+The only file where classes of several packages meet. It chooses implementations and computes nothing;
+packages that are slow to import are imported by the function that needs them.
 """
 
 import threading

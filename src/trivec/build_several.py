@@ -94,6 +94,6 @@ def connect_models(parts: ServerParts, *, folder: SharedFolder, name: str, cores
         workers=client,
         slot_count=what.slot_count,
         metrics_page=lambda: merged_pages({**folder.read_metrics(), name: parts.metrics.page()}),
-        problems=lambda: client.troubles,
+        problems=lambda: client.problems,
         makes_first_key=name == FIRST_API,
     )

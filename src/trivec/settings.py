@@ -1,4 +1,4 @@
-"""One frozen tree of settings, built once at the entrance; each room receives only its section.
+"""One frozen tree of settings, built once at the entrance; each package receives only its section.
 
 Flags win over the environment (`TRIVEC_*`), the environment over the file, the file over the
 defaults here. It knows names, defaults and help; not what they do. Nothing else reads the
@@ -49,7 +49,7 @@ def _split_at_commas(value: object) -> object:
     return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
 
 
-def _plain_truth(value: object) -> object:
+def _as_bool(value: object) -> object:
     """*value* as a truth where pydantic has one for it, else as it is."""
     try:
         return TypeAdapter(bool).validate_python(value)
@@ -57,7 +57,7 @@ def _plain_truth(value: object) -> object:
         return value
 
 
-NoAuth: TypeAlias = Annotated[Literal[False, True, "anywhere"], BeforeValidator(_plain_truth)]
+NoAuth: TypeAlias = Annotated[Literal[False, True, "anywhere"], BeforeValidator(_as_bool)]
 PRECISIONS = ("auto", "fp32", "int8", "bf16", "fp16")
 
 
@@ -204,7 +204,7 @@ class Settings(Section):
     telemetry: Telemetry = Telemetry()
 
     @model_validator(mode="after")
-    def _belong_together(self) -> Self:
+    def _check_combinations(self) -> Self:
         if self.probe_port is not None and self.probe_port == self.port:
             raise ValueError(f"probe_port and port are both {self.port}; give probes another")
         if (self.tls_cert is None) != (self.tls_key is None):

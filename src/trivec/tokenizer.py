@@ -111,8 +111,8 @@ class Tokenizer:
             lists = cast(TokenLists, inputs)
             # Adopting ids is array work; judging them asks the library about each.
             inline_max = JOB_CHARACTERS_MAX if are_own else INLINE_CHARACTERS_MAX
-            adopt = partial(self._adopt, lists, long_text, are_own=are_own)
-            return await self._do(adopt, inline=sum(map(len, lists)) <= inline_max)
+            with_specials = partial(self._with_specials, lists, long_text, are_own=are_own)
+            return await self._do(with_specials, inline=sum(map(len, lists)) <= inline_max)
 
     async def encode_pairs(
         self, pairs: Sequence[tuple[str, str]], *, long_text: LongText
@@ -126,7 +126,7 @@ class Tokenizer:
         with panics_are_faults("tokenizer"):
             texts = list(dict.fromkeys(query for query, _ in pairs))
             encoded = await self._encode_texts(texts, LongText.KEEP)
-            query_ids = dict(zip(texts, map(self._bare, _split(encoded)), strict=True))
+            query_ids = dict(zip(texts, map(self._without_specials, _split(encoded)), strict=True))
             queries = [query_ids[query] for query, _ in pairs]
             documents = await self._encode_texts([text for _, text in pairs], long_text)
             join = partial(self._join_pairs, queries, documents, long_text)
@@ -179,7 +179,7 @@ class Tokenizer:
         ids, first = [self._prefix], sum(map(len, done))
         for piece in _pieces(text):
             part = await self._do(partial(self._encode, [piece], LongText.KEEP, first=first))
-            ids.append(self._bare(part.token_ids))
+            ids.append(self._without_specials(part.token_ids))
             so_far = Sequences.pack([np.concatenate(ids)])
             self._refuse_too_many([*done, so_far], text_count=text_count + 1)
         whole = Sequences.pack([np.concatenate([*ids, self._suffix])])
@@ -231,7 +231,7 @@ class Tokenizer:
         kept = encoded[-bytes_max:] if from_start else encoded[:bytes_max]
         return kept.decode("utf-8", "ignore"), True  # a character cut in two is dropped
 
-    def _adopt(self, lists: TokenLists, long_text: LongText, *, are_own: bool) -> Sequences:
+    def _with_specials(self, lists: TokenLists, long_text: LongText, *, are_own: bool) -> Sequences:
         """The client's own ids, checked, and put between special tokens unless they already are."""
         given = Sequences.pack(lists)
         is_unknown = (given.token_ids < 0) | (given.token_ids >= self.vocabulary_size)
@@ -288,12 +288,12 @@ class Tokenizer:
         for i in sorted(changed):
             original = None if i in over and not is_kept else len(ids[i])
             if not is_kept:
-                text = _cut(self._bare(ids[i]), count_max - special_count, long_text)
+                text = _cut(self._without_specials(ids[i]), count_max - special_count, long_text)
                 ids[i] = np.concatenate((self._prefix, text, self._suffix))
             truncated[i] = Truncated(original, min(len(ids[i]), count_max))
         return Sequences.pack(ids, truncated)
 
-    def _bare(self, ids: Int32Array) -> Int32Array:
+    def _without_specials(self, ids: Int32Array) -> Int32Array:
         """The ids of a text without its special tokens."""
         return ids[len(self._prefix) : len(ids) - len(self._suffix)]
 
@@ -308,7 +308,7 @@ class Tokenizer:
         widths: list[int] = []  # tokens of each type of the template, pair after pair
         truncated: dict[int, Truncated] = {}
         for i, (query, whole) in enumerate(zip(queries, _split(documents), strict=True)):
-            document, cut = self._bare(whole), documents.truncated.get(i)
+            document, cut = self._without_specials(whole), documents.truncated.get(i)
             original = len(whole) if cut is None else cut.original_tokens
             if original is not None:
                 original += len(document) - len(whole) + special_count + len(query)

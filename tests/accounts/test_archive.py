@@ -14,7 +14,7 @@ from tests.accounts.shelf import a_row, upgraded
 
 from trivec.accounts import UsageBy, UsageLine, UsageQuery
 from trivec.accounts.archive import HEADER, NOTE, Archived, ArchiveFile, ArchivePlan, archive
-from trivec.accounts.ledger import Settle
+from trivec.accounts.ledger import RecordUsage
 from trivec.accounts.stores.engines import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
 from trivec.accounts.stores.sql import SqlStore
 from trivec.accounts.utc import DAY_US
@@ -53,7 +53,7 @@ def fill(store: SqlStore, name: str = "r") -> None:
     rows += [
         a_row(f"{name}-failed{n}", time_us=times[0], status=404, token_count=0) for n in range(2)
     ]
-    store.commit([Settle(row) for row in rows], now_us=BEFORE_US)
+    store.commit([RecordUsage(row) for row in rows], now_us=BEFORE_US)
 
 
 def plan(folder: Path, file: str = "old.jsonl.gz") -> ArchivePlan:
@@ -98,7 +98,7 @@ def test_counts_of_old_minutes_are_dropped(
 ) -> None:
     fill(store)
     late = a_row("late", time_us=BEFORE_US, status=404, token_count=0)
-    store.commit([Settle(late)], now_us=BEFORE_US)
+    store.commit([RecordUsage(late)], now_us=BEFORE_US)
     run(store, tmp_path)
     with engines.reading.begin() as connection:
         minutes = connection.execute(text("SELECT minute FROM counts")).scalars().all()

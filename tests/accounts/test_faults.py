@@ -23,7 +23,14 @@ from tests.accounts.shelf import NOON_US, a_row, upgraded
 from tests.hand_clock import HandClock
 
 from trivec.accounts import FIXED, Accounts, KeyPlan, UsageBy, UsageQuery
-from trivec.accounts.ledger import CALL_S_MAX, Committed, Entry, KeyChanges, Settle, unavailable
+from trivec.accounts.ledger import (
+    CALL_S_MAX,
+    Committed,
+    Entry,
+    KeyChanges,
+    RecordUsage,
+    unavailable,
+)
 from trivec.accounts.stores.engines import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
 from trivec.accounts.stores.memory import MemoryStore
 from trivec.accounts.stores.sql import SqlStore
@@ -173,7 +180,7 @@ def test_a_journal_that_was_torn_loses_only_its_end(tmp_path: Path, lost_bytes: 
     """As a power cut leaves it: what was synced is there, and what came after is not."""
     store = sqlite_store(tmp_path / "whole")
     for number in range(20):
-        store.commit([Settle(a_row(f"r{number:02}"))], now_us=NOON_US)
+        store.commit([RecordUsage(a_row(f"r{number:02}"))], now_us=NOON_US)
     shutil.copytree(tmp_path / "whole", tmp_path / "torn")
     journal = tmp_path / "torn" / f"{SQLITE_FILE}-wal"
     os.truncate(journal, journal.stat().st_size - lost_bytes)
@@ -181,7 +188,7 @@ def test_a_journal_that_was_torn_loses_only_its_end(tmp_path: Path, lost_bytes: 
     store.close()
 
     torn = sqlite_store(tmp_path / "torn")
-    torn.commit([Settle(a_row("after"))], now_us=NOON_US)
+    torn.commit([RecordUsage(a_row("after"))], now_us=NOON_US)
     torn.close()
 
     with contextlib.closing(sqlite3.connect(tmp_path / "torn" / SQLITE_FILE)) as raw:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trivec.accounts import RateLimits, rate_limits
-from trivec.accounts.rate_limits import LIMIT_MAX, Bucket, Cost, Shortage
+from trivec.accounts.rate_limits import LIMIT_MAX, Bucket, Cost, LimitExceeded
 from trivec.accounts.utc import MINUTE_US, SECOND_US
 
 ONE = Cost(requests=1)
@@ -44,14 +44,14 @@ def test_whoever_waits_as_long_as_told_is_let_in_and_not_a_microsecond_before(
 
     short = rate_limits.reserve(full, allowed, Cost(tokens=tokens), now_us=now_us)
 
-    assert isinstance(short, Shortage)
+    assert isinstance(short, LimitExceeded)
     assert 0 < short.retry_after_us <= MINUTE_US
     then_us = now_us + short.retry_after_us
     assert isinstance(
         rate_limits.reserve(full, allowed, Cost(tokens=tokens), now_us=then_us), Bucket
     )
     early = rate_limits.reserve(full, allowed, Cost(tokens=tokens), now_us=then_us - 1)
-    assert isinstance(early, Shortage)
+    assert isinstance(early, LimitExceeded)
 
 
 @given(
@@ -104,7 +104,7 @@ def test_requests_and_tokens_are_taken_together_or_not_at_all() -> None:
     short = rate_limits.reserve(Bucket(), allowed, Cost(requests=1, tokens=11), now_us=0)
     taken = rate_limits.reserve(Bucket(), allowed, Cost(requests=1, tokens=10), now_us=0)
 
-    assert short == Shortage("tokens", 10, 11, retry_after_us=6 * SECOND_US)
+    assert short == LimitExceeded("tokens", 10, 11, retry_after_us=6 * SECOND_US)
     assert taken == Bucket(MINUTE_US, 10 * MINUTE_US, 0)
 
 

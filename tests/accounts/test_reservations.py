@@ -10,7 +10,7 @@ from tests.accounts.requests import acquire, caller_with, closing, opening, stat
 from tests.hand_clock import HandClock
 
 from trivec.accounts import FIXED, Accounts, Caller, RateLimits, Reservation
-from trivec.accounts.ledger import Committed, Entry, Reserve, Settle
+from trivec.accounts.ledger import Committed, Entry, RecordUsage, Reserve
 from trivec.accounts.rate_limits import Cost
 from trivec.accounts.stores.memory import MemoryStore
 from trivec.core.errors import RateLimitExceeded
@@ -210,7 +210,7 @@ async def test_those_who_come_together_are_committed_together(
     commit = store.commit
 
     def counted(entries: Sequence[Entry], *, now_us: int) -> Committed:
-        sizes.append(sum(isinstance(entry, Settle) for entry in entries))
+        sizes.append(sum(isinstance(entry, RecordUsage) for entry in entries))
         return commit(entries, now_us=now_us)
 
     monkeypatch.setattr(store, "commit", counted)

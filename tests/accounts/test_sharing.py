@@ -12,7 +12,7 @@ from tests.accounts.shelf import NOON_US, a_row
 from tests.process.server import TRIVEC
 
 from trivec.accounts import UsageBy, UsageQuery
-from trivec.accounts.ledger import Settle
+from trivec.accounts.ledger import RecordUsage
 from trivec.accounts.stores.engines import SQLITE_FILE, sqlite_engines
 from trivec.accounts.stores.sql import SqlStore
 
@@ -34,7 +34,7 @@ def test_a_command_beside_a_server_takes_nothing_from_its_ledger(tmp_path: Path)
     """A server that lost its locks would go on in a journal that the command has deleted."""
     with closing(store_over(tmp_path)) as store:
         for number in range(3):
-            store.commit([Settle(a_row(f"r{number}"))], now_us=NOON_US)
+            store.commit([RecordUsage(a_row(f"r{number}"))], now_us=NOON_US)
             store.keys_since(0)  # on connections of their own, opened beside the one that writes
             trivec(tmp_path, "keys", "list")
 
@@ -46,7 +46,7 @@ def test_stores_that_open_one_new_file_at_once_all_write_to_it(tmp_path: Path) -
 
     def write(number: int) -> None:
         for count in range(5):
-            stores[number].commit([Settle(a_row(f"r{number}-{count}"))], now_us=NOON_US)
+            stores[number].commit([RecordUsage(a_row(f"r{number}-{count}"))], now_us=NOON_US)
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(write, range(4)))
@@ -77,7 +77,7 @@ def test_whoever_opens_a_new_file_waits_for_a_lock(
     locker.execute(lock)
 
     with closing(store_over(tmp_path)) as store:
-        store.commit([Settle(a_row("r1"))], now_us=NOON_US)
+        store.commit([RecordUsage(a_row("r1"))], now_us=NOON_US)
 
     assert not locker.in_transaction
 
@@ -88,6 +88,6 @@ def test_whoever_writes_waits_for_a_lock(
     with closing(store_over(tmp_path)) as store:
         store.prepare()
         locker.execute(lock)
-        store.commit([Settle(a_row("r1"))], now_us=NOON_US)
+        store.commit([RecordUsage(a_row("r1"))], now_us=NOON_US)
 
     assert not locker.in_transaction

@@ -9,7 +9,7 @@ from tests.support.families import open_family
 
 from trivec.backends.openvino.calibrate import Calibration, fp32_tensors
 from trivec.backends.openvino.quantise import FP32, QuantConfig, Tensors
-from trivec.backends.openvino.session import NothingComputed, open_session
+from trivec.backends.openvino.session import WrongOutputShape, open_session
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.models.pooling import Pooling
 
@@ -63,7 +63,7 @@ def tensors_in(tiny_m3: Checkpoint, calibration: Calibration) -> TensorsIn:
         if "ONEDNN_MAX_CPU_ISA" in os.environ:
             try:
                 open_session(tiny_m3, made, config, slot_count=1)
-            except NothingComputed:
+            except WrongOutputShape:
                 pytest.skip(f"nothing is computed in {config.name} under ONEDNN_MAX_CPU_ISA")
         return made
 

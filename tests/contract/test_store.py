@@ -15,7 +15,7 @@ from tests.accounts.shelf import (
     ask,
 )
 
-from trivec.accounts.ledger import Entry, Outcome, Settle, Store, WriteCheck
+from trivec.accounts.ledger import Entry, Outcome, RecordUsage, Store, WriteCheck
 from trivec.accounts.rate_limits import Cost
 from trivec.accounts.types import RateLimits, RateLimitState, UsageBy, UsageLine, UsageQuery
 from trivec.accounts.utc import DAY_US
@@ -74,7 +74,7 @@ def test_what_was_not_used_is_given_back(shelf: Shelf) -> None:
     store.add_key(a_key("a", limits))
     one(store, ask(limits, Cost(tokens=100)))
 
-    settled = one(store, Settle(a_row("r1"), limits, unused=Cost(tokens=93)))
+    settled = one(store, RecordUsage(a_row("r1"), limits, unused=Cost(tokens=93)))
 
     assert isinstance(settled, RateLimitState)
     assert settled.remaining_tokens == 93
@@ -147,7 +147,7 @@ ROWS = [
 )
 def test_usage_is_the_sum_of_the_ledger(shelf: Shelf, by: UsageBy, lines: list[UsageLine]) -> None:
     store = shelf.open()
-    store.commit([Settle(row) for row in ROWS], now_us=NOON_US)
+    store.commit([RecordUsage(row) for row in ROWS], now_us=NOON_US)
 
     assert used(shelf.open(), by) == lines
 
@@ -165,7 +165,7 @@ def test_usage_is_the_sum_of_the_ledger(shelf: Shelf, by: UsageBy, lines: list[U
 )
 def test_usage_of_a_part_of_the_ledger(shelf: Shelf, query: UsageQuery, tokens: int) -> None:
     store = shelf.open()
-    store.commit([Settle(row) for row in ROWS], now_us=NOON_US)
+    store.commit([RecordUsage(row) for row in ROWS], now_us=NOON_US)
 
     assert sum(line.tokens for line in store.usage(query)) == tokens
 
@@ -182,7 +182,7 @@ def test_usage_from_totals_is_what_its_requests_add_up_to(shelf: Shelf, by: Usag
     """Whole days and parts of them, at either end or within one day."""
     store = shelf.open()
     for row in SPREAD:
-        store.commit([Settle(row)], now_us=NOON_US)
+        store.commit([RecordUsage(row)], now_us=NOON_US)
 
     for since, until in product([-1, 0, 1, 3, 5, None], [2, 3, 4, 6, 8, None]):
         start_us, step_us = SPREAD[0].time_us, 8 * 3600 * SECOND_US
@@ -204,7 +204,7 @@ def test_usage_from_totals_is_what_its_requests_add_up_to(shelf: Shelf, by: Usag
 def test_what_costs_no_tokens_is_counted_by_the_minute(shelf: Shelf) -> None:
     store = shelf.open()
     unpaid = [
-        Settle(a_row(f"r{n}", status=404, model=None, token_count=0, time_us=NOON_US + n))
+        RecordUsage(a_row(f"r{n}", status=404, model=None, token_count=0, time_us=NOON_US + n))
         for n in range(500)
     ]
     for _ in range(2):
@@ -220,7 +220,8 @@ def test_a_group_is_written_whole_when_some_of_it_is_refused(shelf: Shelf) -> No
     store.add_key(a_key("a", limits))
 
     committed = store.commit(
-        [ask(limits), Settle(a_row("r1")), ask(limits), Settle(a_row("r2"))], now_us=NOON_US
+        [ask(limits), RecordUsage(a_row("r1")), ask(limits), RecordUsage(a_row("r2"))],
+        now_us=NOON_US,
     )
 
     kinds = [type(outcome) for outcome in committed.outcomes]
@@ -276,13 +277,13 @@ def test_the_first_secret_is_the_secret(shelf: Shelf) -> None:
 
 def test_a_store_that_was_interrupted_works_again(shelf: Shelf) -> None:
     store = shelf.open()
-    one(store, Settle(a_row("before")))
+    one(store, RecordUsage(a_row("before")))
 
     store.interrupt()
 
     with suppress(StoreUnavailable):  # from a connection that was broken off
         store.keys_since(0)
     with suppress(StoreUnavailable):
-        one(store, Settle(a_row("perhaps")))
-    one(store, Settle(a_row("after")))
+        one(store, RecordUsage(a_row("perhaps")))
+    one(store, RecordUsage(a_row("after")))
     assert used(store)[0].requests in (2, 3)

@@ -117,14 +117,14 @@ async def test_without_an_engine_everybody_is_refused_until_the_next_one_answers
     with pytest.raises(Draining) as away:
         await call
     assert away.value.retry_after_s > 0
-    assert far.client.troubles == ("the engine process is away",)
+    assert far.client.problems == ("the engine process is away",)
     with pytest.raises(Draining):
         far.embedder.check_admission(2)
     with pytest.raises(Draining):
         await far.embedder.embed(sequences(5), Output.DENSE)
 
     far.start_engine_process(far.folder.read_served())
-    await until(lambda: far.client.troubles == ())
+    await until(lambda: far.client.problems == ())
     pair.rig.backend.gate.set()
     reply = await far.embedder.embed(sequences(5), Output.DENSE)
     near = await pair.rig.engine.embed(sequences(5), Output.DENSE)
@@ -141,7 +141,7 @@ async def test_an_engine_that_serves_other_models_ends_the_api_process(pair: Pai
     pair.far.start_engine_process(msgspec.structs.replace(before, models=(other,)))
     async with asyncio.timeout(60):
         assert "other models" in await pair.far.client.lost()
-    assert pair.far.client.troubles != ()
+    assert pair.far.client.problems != ()
 
 
 async def test_noise_is_ignored_and_everybody_else_served(
@@ -209,10 +209,10 @@ async def test_each_process_leaves_its_metrics_for_the_others(
 async def test_only_an_engine_process_that_was_there_is_missed(
     pair: Pair, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await until(lambda: pair.far.client.troubles == ())
+    await until(lambda: pair.far.client.problems == ())
     await pair.far.server.stop(5)
-    await until(lambda: pair.far.client.troubles != ())
+    await until(lambda: pair.far.client.problems != ())
     pair.far.start_engine_process(pair.far.folder.read_served())
-    await until(lambda: pair.far.client.troubles == ())
+    await until(lambda: pair.far.client.problems == ())
     gone = [one for one in caplog.records if one.getMessage() == "the engine process is gone"]
     assert len(gone) == 1

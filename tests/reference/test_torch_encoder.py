@@ -27,7 +27,7 @@ from trivec.backends.torch.backend import TorchBackend
 from trivec.backends.torch.device import TorchOptions
 from trivec.backends.torch.ops import BatchShape, PackedBatch, load_encoder, pack
 from trivec.core.types import Batch, Float32Array, Output, Vectors
-from trivec.models.pooling import HiddenRows, Pooling, Readout
+from trivec.models.pooling import HiddenRows, Pooler, Pooling
 
 pytestmark = pytest.mark.reference
 
@@ -220,7 +220,7 @@ def test_the_heads_on_the_device_equal_their_numpy_twin(tmp_path: Path, pooling:
         packed = PackedBatch.view(torch.from_numpy(buffer), lengths)
         hidden = backend._models[0].encoder(packed).numpy()
     rows = HiddenRows(hidden, batch.token_ids, batch.cu_seqlens, batch.outputs)
-    twin = Readout(checkpoint.pooling, checkpoint.normalize, checkpoint.heads)
+    twin = Pooler(checkpoint.pooling, checkpoint.normalize, checkpoint.heads)
     assert_close(backend.run(batch, slot=0), twin.vectors(rows), 1e-6)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from trivec.server.processes import IGNORED, STOPS, Member, Processes
+from trivec.server.processes import IGNORED, STOPS, ChildProcess, Processes
 
 SIGNALS = (*STOPS, *IGNORED, signal.SIGHUP)
 
@@ -31,7 +31,9 @@ def lives_long() -> int:
 
 def processes(listener: socket.socket, api: Callable[[], int], said: list[str]) -> Processes:
     return Processes(
-        [Member("api-1", api, listener)], Member("engine", lives_long, None), say=said.append
+        [ChildProcess("api-1", api, listener)],
+        ChildProcess("engine", lives_long, None),
+        say=said.append,
     )
 
 

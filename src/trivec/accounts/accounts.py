@@ -1,4 +1,4 @@
-"""Accounts of the callers: their keys, rate limits and usage. The face of the room.
+"""Accounts of the callers: their keys, rate limits and usage. What other packages may use.
 
 Called on the event loop. The threads that write, read and sum touch the store; the loop never does.
 """
@@ -20,8 +20,8 @@ from trivec.accounts.ledger import (
     LedgerRow,
     LedgerWriter,
     Promise,
+    RecordUsage,
     Reserve,
-    Settle,
     Store,
     unavailable,
 )
@@ -78,7 +78,7 @@ class Accounts:
         self._keys = KeyCache(store.keys_since, reader=self._reader, clock=clock, secret=secret)
         self._is_over = Event()
         self._watch = Thread(target=self._watch_store, name="trivec-store-watch", daemon=True)
-        self._summer = ThreadPoolExecutor(1, thread_name_prefix="trivec-usage")
+        self._usage_pool = ThreadPoolExecutor(1, thread_name_prefix="trivec-usage")
         self._sums = 0
         self._limits_seen: dict[str, RateLimitState] = {}  # by key id, when last asked
         self._administration = Administration(store, clock=clock, secret=secret)
@@ -89,7 +89,7 @@ class Accounts:
 
     def stop(self) -> None:
         """Write what was handed over, then close the store. Blocks for as long as that takes."""
-        self._summer.shutdown(wait=False, cancel_futures=True)  # nothing is lost with a sum
+        self._usage_pool.shutdown(wait=False, cancel_futures=True)  # nothing is lost with a sum
         self._writer.stop()
         self._reader.shutdown()
         self._is_over.set()
@@ -183,7 +183,7 @@ class Accounts:
         self._sums += 1
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._summer, self._administration.usage, query)
+            return await loop.run_in_executor(self._usage_pool, self._administration.usage, query)
         finally:
             self._sums -= 1
 
@@ -311,7 +311,7 @@ class MeteredReservation(Reservation):
         )
         if self.state is not None and unused == NOTHING:
             limits = None  # all that was reserved was used: its bucket is not touched again
-        promise = self._writer.submit(Settle(row, limits, unused))
+        promise = self._writer.submit(RecordUsage(row, limits, unused))
         is_refusal = not self._is_let_in and is_our_fault
         if is_refusal and limits is None and self._writer.health.writable:
             promise.add_done_callback(Promise.exception)

@@ -66,7 +66,7 @@ class _Run:
         self._store = store
         self._plan = plan
         self._told = told
-        self._note = Note(plan.data_dir)
+        self._note = ArchiveJournal(plan.data_dir)
         self._moved = 0
 
     def move_all(self) -> Archived:
@@ -130,7 +130,7 @@ class _Run:
         self._told(self._moved)
 
 
-class Note:
+class ArchiveJournal:
     """Name of the file of a run that has begun and not ended. Raises `SettingInvalid`."""
 
     def __init__(self, data_dir: Path) -> None:

@@ -16,7 +16,7 @@ from threading import Event, Thread
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from trivec.accounts import rate_limits
-from trivec.accounts.rate_limits import NOTHING, Bucket, Cost, Shortage
+from trivec.accounts.rate_limits import NOTHING, Bucket, Cost, LimitExceeded
 from trivec.accounts.types import (
     Key,
     RateLimits,
@@ -103,7 +103,7 @@ class Reserve:
 
 
 @dataclass(frozen=True, slots=True)
-class Settle:
+class RecordUsage:
     """Record a request, and give back what it did not use of its reservation."""
 
     row: LedgerRow
@@ -116,7 +116,7 @@ class WriteCheck:
     """Write something, so that an idle process learns whether it can."""
 
 
-Entry: TypeAlias = Reserve | Settle | WriteCheck
+Entry: TypeAlias = Reserve | RecordUsage | WriteCheck
 Granted: TypeAlias = RateLimitState | None  # None: the entry touched no bucket
 Outcome: TypeAlias = Granted | RateLimitExceeded
 
@@ -150,7 +150,7 @@ class Transaction:
             case Reserve(key_id, limits, cost):
                 bucket = self._buckets.get(key_id, Bucket())
                 taken = rate_limits.reserve(bucket, limits, cost, now_us=self.now_us)
-                if isinstance(taken, Shortage):
+                if isinstance(taken, LimitExceeded):
                     return RateLimitExceeded(
                         kind=taken.kind,
                         limit=taken.limit,
@@ -158,7 +158,7 @@ class Transaction:
                         retry_after_s=taken.retry_after_us / SECOND_US,
                     )
                 return self._put(key_id, taken, limits)
-            case Settle(row, limits, unused):
+            case RecordUsage(row, limits, unused):
                 if row.token_count == 0:
                     minute = row.time_us // MINUTE_US
                     self.counts[Count(row.key_id, row.model, row.status, minute)] += 1
@@ -195,7 +195,7 @@ def keys_touched(entries: Iterable[Entry]) -> list[str]:
     for entry in entries:
         if isinstance(entry, Reserve):
             touched.add(entry.key_id)
-        elif isinstance(entry, Settle) and entry.limits is not None:
+        elif isinstance(entry, RecordUsage) and entry.limits is not None:
             touched.add(entry.row.key_id)
     return sorted(touched)
 

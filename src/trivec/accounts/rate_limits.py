@@ -38,7 +38,7 @@ class Bucket:
 
 
 @dataclass(frozen=True, slots=True)
-class Shortage:
+class LimitExceeded:
     """Why a reservation must wait, and for how long."""
 
     kind: str  # "requests" or "tokens"
@@ -64,7 +64,9 @@ def refill(bucket: Bucket, limits: RateLimits, *, now_us: int) -> Bucket:
     )
 
 
-def reserve(bucket: Bucket, limits: RateLimits, cost: Cost, *, now_us: int) -> Bucket | Shortage:
+def reserve(
+    bucket: Bucket, limits: RateLimits, cost: Cost, *, now_us: int
+) -> Bucket | LimitExceeded:
     """Take all of *cost* or nothing."""
     bucket = refill(bucket, limits, now_us=now_us)
     debts = {"requests": bucket.requests_debt, "tokens": bucket.tokens_debt}
@@ -76,7 +78,7 @@ def reserve(bucket: Bucket, limits: RateLimits, cost: Cost, *, now_us: int) -> B
             continue
         excess = debts[kind] + (count - limit) * MINUTE_US
         if excess > 0:
-            return Shortage(kind, limit, count, retry_after_us=-(-excess // limit))
+            return LimitExceeded(kind, limit, count, retry_after_us=-(-excess // limit))
         debts[kind] += count * MINUTE_US
     return Bucket(debts["requests"], debts["tokens"], bucket.at_us)
 

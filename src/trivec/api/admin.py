@@ -1,4 +1,4 @@
-"""Admin face: keys and usage, for a key with the scope `admin`."""
+"""The admin API: keys and usage, for a key with the scope `admin`."""
 
 from datetime import datetime
 from typing import Annotated, Literal

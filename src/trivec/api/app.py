@@ -57,7 +57,7 @@ def build_app(
 
 
 def all_operations(has_metrics: bool, *, metrics_open: bool) -> list[Operation]:
-    """Every operation that is served and described. A new face adds its own list here.
+    """Every operation that is served and described. Another API adds its own list here.
 
     The prefixes are spelt out rather than mounted: a request then meets one router instead of two,
     and its route's path is whole in logs and metrics.

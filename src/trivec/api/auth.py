@@ -44,7 +44,7 @@ class Endpoint:
         Every request of a known key has a row, whatever it came to. One that fails costs no tokens;
         one that ends before it was reserved, as with a malformed body, costs its key nothing. Raises
         `StoreUnavailable` rather than lose a success. Cancelling it while it writes does not undo
-        the row: the accounts room sees to that.
+        the row: the accounts package sees to that.
         """
         try:
             self._unpaid.check(caller, now_s=context.app.clock.now_s())

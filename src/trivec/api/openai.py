@@ -1,4 +1,4 @@
-"""OpenAI's face: embeddings, tokenize and models, and the rules of a request that no type can hold."""
+"""The OpenAI API: embeddings, tokenize and models, and the rules of a request that no type can hold."""
 
 import asyncio
 import random

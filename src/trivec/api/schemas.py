@@ -1,4 +1,4 @@
-"""Wire types: every structure of OpenAI's face, and JSON bodies decoded into structures.
+"""Wire types: every structure of the OpenAI API, and JSON bodies decoded into structures.
 
 What parses requests is what `/openapi.json` is made from. The decoder checks JSON, types and ranges:
 msgspec says what is wrong and where, and here its words become OpenAI's and its paths become

@@ -1,6 +1,6 @@
 """Checkpoints: from a model's name to verified arrays.
 
-This room knows files, formats, hashes and the names of weights; not layers, devices or its
+This package knows files, formats, hashes and the names of weights; not layers, devices or its
 callers. Nothing is opened before its hash is known; every weight is used once or is on the
 family's list of unused ones.
 """

@@ -33,7 +33,7 @@ class Weights(AbstractContextManager["Weights"]):
                     )
                 holders[name] = file
         self._where = files[0].file if len(files) == 1 else files[0].file.parent
-        prefixes = [one for one in family.prefixes if one + family.landmark in holders]
+        prefixes = [one for one in family.prefixes if one + family.key_tensor in holders]
         prefix = prefixes[0] if len(prefixes) == 1 else ""
         places, stored_shapes = _stored(shapes, family.fused)
         expected = {prefix + name: shape for name, shape in stored_shapes.items()}

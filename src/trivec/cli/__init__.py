@@ -1,6 +1,6 @@
 """The command `trivec`: arguments in, data on standard output, messages on standard error, exit codes.
 
-Heavy rooms are imported by the commands that need them, so that asking for help is quick.
+Heavy packages are imported by the commands that need them, so that asking for help is quick.
 """
 
 import sys

@@ -11,7 +11,7 @@ from pathlib import Path
 from trivec.core.errors import SettingInvalid
 from trivec.ipc.folder import SharedFolder
 from trivec.server.machine import listen_shared, usable_cores
-from trivec.server.processes import Member, Processes, exit_code_of
+from trivec.server.processes import ChildProcess, Processes, exit_code_of
 from trivec.settings import Settings
 
 SOCKET_PATH_MAX = 100  # bytes of a Unix socket's path that every system takes, less its name
@@ -35,14 +35,14 @@ def serve_several(settings: Settings, *, say: Callable[[str], None]) -> int:
         folder = SharedFolder(Path(path))
         listeners = listen_shared(settings.host, settings.port, count=settings.api_processes)
         api = [
-            Member(
+            ChildProcess(
                 f"api-{number}",
                 partial(_serve_api, settings, folder, f"api-{number}", listener, say),
                 listener,
             )
             for number, listener in enumerate(listeners, start=1)
         ]
-        engine = Member("engine", partial(_serve_engine, settings, folder, say), None)
+        engine = ChildProcess("engine", partial(_serve_engine, settings, folder, say), None)
         return Processes(api, engine, say=say).run()
 
 

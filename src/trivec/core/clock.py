@@ -1,4 +1,4 @@
-"""The real clock. Tests move one by hand instead; nothing else in the house asks for the time."""
+"""The real clock. Tests move one by hand instead; nothing else asks for the time."""
 
 import time
 

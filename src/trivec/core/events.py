@@ -1,4 +1,4 @@
-"""What happened, as values. Rooms tell an `Observer`; only telemetry knows what a metric is."""
+"""What happened, as values. Packages tell an `Observer`; only telemetry knows what a metric is."""
 
 from dataclasses import dataclass
 from typing import TypeAlias

@@ -1,4 +1,4 @@
-"""How the process is, as one value: what the probes read and what the doors obey.
+"""How the process is, as one value: what probes are told and routes obey.
 
 It knows words, not causes: whoever owns the process's life says which phase it is in and why.
 """

@@ -1,4 +1,4 @@
-"""What crosses a seam: frozen values, packed and never padded.
+"""What crosses a port: frozen values, packed and never padded.
 
 Axes are named at an array's birth: `[sequences + 1]`, `[tokens]`, `[tokens, hidden]`.
 """

@@ -64,7 +64,7 @@ class EngineClient:
         self._socket.set(zmq.RCVHWM, 0)
 
     @property
-    def troubles(self) -> tuple[str, ...]:
+    def problems(self) -> tuple[str, ...]:
         """Why this process is not ready, as far as the engine process goes."""
         return () if self._is_connected else ("the engine process is away",)
 

@@ -17,9 +17,9 @@ from trivec.models.ops import Activation, AttentionSpec, Index, Linear, ModelCon
 T = TypeVar("T")
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
-# What stands before the names in a file, by what it was saved from; LANDMARK tells which it is.
+# What stands before the names in a file, by what it was saved from; KEY_TENSOR tells which it is.
 PREFIXES = ("", "bert.", "roberta.", "model.", "auto_model.", "0.auto_model.")
-LANDMARK = "embeddings.word_embeddings.weight"
+KEY_TENSOR = "embeddings.word_embeddings.weight"
 # Tensors that files carry and the encoder does not use.
 UNUSED = ("pooler.*", "*.position_ids", "lm_head.*", "cls.*")
 

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 MODEL_TYPES = ("modernbert",)
 PREFIXES = ("", "model.")
-LANDMARK = "embeddings.tok_embeddings.weight"
+KEY_TENSOR = "embeddings.tok_embeddings.weight"
 UNUSED = ("head.*", "decoder.*", "classifier.*", "*.inv_freq")
 # What a file keeps as one matrix, in the order of its rows.
 FUSED = {"attn.Wqkv": ("attn.q", "attn.k", "attn.v"), "mlp.Wi": ("mlp.gate", "mlp.up")}

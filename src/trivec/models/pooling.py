@@ -48,7 +48,7 @@ class HiddenRows:
 
 
 @dataclass(frozen=True, slots=True)
-class Readout:
+class Pooler:
     """How one model's hidden states become its vectors."""
 
     pooling: Pooling

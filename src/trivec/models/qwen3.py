@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 MODEL_TYPES = ("qwen3",)
 PREFIXES = ("", "model.")
-LANDMARK = "embed_tokens.weight"
+KEY_TENSOR = "embed_tokens.weight"
 UNUSED = ("lm_head.*",)
 
 

@@ -11,27 +11,27 @@ from trivec.models.ops import ModelConfig, Ops, Plan, Recorder, T
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One file of this room, as its users call it."""
+    """What one family's file offers."""
 
     read_config: Callable[[Mapping[str, object]], ModelConfig]
     forward: Callable[[Any, Any], Any]  # (ops, config) to the last hidden states
     prefixes: tuple[str, ...]  # what may stand before the tensors' names in a file
-    landmark: str  # a tensor that every model of the family has
+    key_tensor: str  # a tensor that every model of the family has
     unused: tuple[str, ...]  # patterns of tensors that files carry and nobody reads
     # Matrices of a file that hold several layers, and whose rows are whose: names within a block.
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-BERT = Family(bert.read_config, bert.forward, bert.PREFIXES, bert.LANDMARK, bert.UNUSED)
+BERT = Family(bert.read_config, bert.forward, bert.PREFIXES, bert.KEY_TENSOR, bert.UNUSED)
 MODERN_BERT = Family(
     modernbert.read_config,
     modernbert.forward,
     modernbert.PREFIXES,
-    modernbert.LANDMARK,
+    modernbert.KEY_TENSOR,
     modernbert.UNUSED,
     modernbert.FUSED,
 )
-QWEN3 = Family(qwen3.read_config, qwen3.forward, qwen3.PREFIXES, qwen3.LANDMARK, qwen3.UNUSED)
+QWEN3 = Family(qwen3.read_config, qwen3.forward, qwen3.PREFIXES, qwen3.KEY_TENSOR, qwen3.UNUSED)
 FAMILIES: Mapping[str, Family] = {
     **dict.fromkeys(bert.MODEL_TYPES, BERT),
     **dict.fromkeys(modernbert.MODEL_TYPES, MODERN_BERT),

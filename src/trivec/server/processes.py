@@ -38,7 +38,7 @@ _fork = multiprocessing.get_context("fork")  # of a parent without threads; sock
 
 
 @dataclass(slots=True)
-class Member:
+class ChildProcess:
     """One process of the service, whichever fills the place."""
 
     name: str
@@ -87,7 +87,7 @@ class Processes:
     """Runs *api* and *engine*, which leaves last, until told to stop or until they cannot go on."""
 
     def __init__(
-        self, api: Sequence[Member], engine: Member, *, say: Callable[[str], None]
+        self, api: Sequence[ChildProcess], engine: ChildProcess, *, say: Callable[[str], None]
     ) -> None:
         self._api = api
         self._engine = engine
@@ -121,7 +121,7 @@ class Processes:
                     if member.process is not None and member.process.exitcode is not None:
                         self._ended(member, member.process.exitcode)
 
-    def _start(self, member: Member) -> None:
+    def _start(self, member: ChildProcess) -> None:
         with _stops_held():  # one that comes meanwhile is heard when the process has its number
             if self._is_stopping:
                 return
@@ -130,7 +130,7 @@ class Processes:
             member.process = _fork.Process(target=self._run_child, args=(member,), name=member.name)
             member.process.start()
 
-    def _run_child(self, member: Member) -> None:
+    def _run_child(self, member: ChildProcess) -> None:
         os.setsid()  # Ctrl-C is the parent's alone
         signal.set_wakeup_fd(-1)
         for number in STOPS:
@@ -143,7 +143,7 @@ class Processes:
         threading.Thread(target=_leave_with_parent, name="parent", daemon=True).start()
         os._exit(member.serve())
 
-    def _ended(self, member: Member, exit_code: int) -> None:
+    def _ended(self, member: ChildProcess, exit_code: int) -> None:
         """Start another process in its place; or stop all, where that would not help."""
         member.process = None
         code = exit_code if exit_code >= 0 else 128 - exit_code

@@ -1,6 +1,6 @@
 """OpenTelemetry spans of each request, made afterwards from its measured durations.
 
-Optional: needs the extra `tracing`. No other room knows of traces, so the stages' places in time are
+Optional: needs the extra `tracing`. No other package knows of traces, so the stages' places in time are
 derived: they lie end to end before the answer, and what is left at the front is `accept` (headers,
 body, key, rate limits, validation).
 """

@@ -1,4 +1,4 @@
-"""Store in memory, gone with the process: for tests, for `no_auth`, and the SQL stores' plain twin."""
+"""Store in memory, gone with the process: for tests, for `no_auth`, and to compare the SQL stores with."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence

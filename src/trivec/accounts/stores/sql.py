@@ -37,8 +37,8 @@ from trivec.accounts.ledger import (
     Entry,
     KeyChanges,
     LedgerRow,
+    RecordUsage,
     Reserve,
-    Settle,
     Total,
     Transaction,
     keys_touched,
@@ -138,7 +138,8 @@ class SqlStore:
     def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
         # Only what was billed must outlive a power cut; a reservation is forgotten in a minute.
         no_sync = all(
-            isinstance(entry, Reserve) or (isinstance(entry, Settle) and entry.row.token_count == 0)
+            isinstance(entry, Reserve)
+            or (isinstance(entry, RecordUsage) and entry.row.token_count == 0)
             for entry in entries
         )
         self._ensure_prepared()

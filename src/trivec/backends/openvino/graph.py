@@ -57,7 +57,7 @@ class Padded:
 Rows: TypeAlias = Node | Padded
 
 
-class _Lent:
+class _SharedArray:
     """A read-only array lent to OpenVINO, which shares memory only where numpy calls it writable.
 
     A constant is never written to, so a mapped file may stand behind it without a copy.
@@ -71,7 +71,7 @@ class _Lent:
 
 def constant(array: NDArray[np.generic]) -> Output:
     """*array* as a node that shares its memory: it must stay unchanged."""
-    lent = np.asarray(_Lent(np.ascontiguousarray(array)))
+    lent = np.asarray(_SharedArray(np.ascontiguousarray(array)))
     return op.constant(lent, shared_memory=True).output(0)
 
 

@@ -27,7 +27,7 @@ from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.errors import StartError
 from trivec.core.types import Batch, Float32Array, Int32Array, Output, SparseVector, Vectors
 from trivec.models.ops import ModelConfig
-from trivec.models.pooling import HiddenRows, Pooling, Readout
+from trivec.models.pooling import HiddenRows, Pooler, Pooling
 
 LONG_TOKENS = 2 * ROW_BUDGET.tokens_max
 """Rows above this leave 74 kB a token behind in the plugin, which is given back (BGE-M3: 0.6 GB)."""
@@ -40,7 +40,7 @@ COMPILES_MAX = 3
 COSINE_MIN = 0.9999  # of the same config on the same CPU; wrong weights gave 0.70 to 0.87
 
 
-class NothingComputed(StartError):
+class WrongOutputShape(StartError):
     """A compiled model gives no hidden states of the text's shape: its config cannot run here."""
 
 
@@ -144,7 +144,7 @@ class Session:
             self._compiled[slot // streams].create_infer_request() for slot in range(slot_count)
         ]
         self._buffers = [Buffers() for _ in range(slot_count)]
-        self._readout = Readout(checkpoint.pooling, checkpoint.normalize, checkpoint.heads)
+        self._pooler = Pooler(checkpoint.pooling, checkpoint.normalize, checkpoint.heads)
         self._position_offset = checkpoint.config.position_offset
         self._mapped = mappings_of(tensors.values())  # tables are read from these as needed
         self._gate = threading.Lock()
@@ -167,7 +167,7 @@ class Session:
                 outputs=batch.outputs[row.members],
             )
             rows.append(row)
-            parts.append(self._readout.vectors(states))
+            parts.append(self._pooler.vectors(states))
         if len(batch) == 1:
             return parts[0]
         width = parts[0].dense.shape[1] if parts else 0
@@ -200,7 +200,7 @@ class Session:
         self, batch: Batch, slot: int, whole: NDArray[np.bool_] | None = None
     ) -> Iterator[tuple[Row, PackedRow]]:
         """The rows of *batch*, packed one at a time into the memory of *slot*."""
-        pooling = self._readout.pooling
+        pooling = self._pooler.pooling
         if whole is None:  # with CLS and LAST pooling a dense vector needs one hidden state
             whole = (batch.outputs & np.uint8(Output.SPARSE | Output.MULTI)) != 0
             whole |= pooling is Pooling.MEAN
@@ -275,7 +275,7 @@ def open_session(
     and each token's hidden state with *reference*, what *config* computed when the model was
     calibrated (`[tokens, hidden]`; None where it never was). A result of another shape, such as
     grouped int8 gives where oneDNN is kept from the CPU's instructions, agrees with nothing. Raises
-    `StartError`, and of it `NothingComputed` where the shape was wrong to the last.
+    `StartError`, and of it `WrongOutputShape` where the shape was wrong to the last.
     """
     token_ids = self_test_ids(checkpoint.config)
     shape = (len(token_ids), checkpoint.config.hidden_size)
@@ -287,7 +287,7 @@ def open_session(
         is_near = has_shape and (reference is None or cosine_min(found[0], reference) >= COSINE_MIN)
         if slots_agree and is_near:
             return session
-    kind = StartError if has_shape else NothingComputed
+    kind = StartError if has_shape else WrongOutputShape
     raise kind(
         f"The engine computes wrong vectors in {config.name}, {COMPILES_MAX} times in a row. "
         "Try --precision fp32, and report it with the CPU's name and the version of openvino."

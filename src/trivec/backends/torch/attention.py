@@ -1,6 +1,6 @@
 """Attention over packed sequences: several kernels behind one interface, chosen by a check at start.
 
-Kernels differ by device, driver and version, so each is compared with `REFERENCE`, its plain twin,
+Kernels differ by device, driver and version, so each is compared with `REFERENCE`, a plain implementation,
 on the device itself before it is used.
 """
 
