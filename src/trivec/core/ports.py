@@ -1,6 +1,6 @@
-"""The five seams, and no more: all that one room may hold of another.
+"""Ports: the interfaces through which rooms use each other. A fifth, `Store`, is in `accounts/ledger.py`.
 
-One contract suite a seam, in `tests/contract`, runs against every implementation of it.
+One contract suite a port, in `tests/contract`, runs against every implementation of it.
 """
 
 from collections.abc import Sequence

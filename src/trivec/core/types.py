@@ -183,7 +183,7 @@ class Reply:
     """What `Embedder.embed` answers: the vectors and where the time went."""
 
     vectors: Vectors
-    queue_s: float  # from joining the line to the start of the first batch
+    queue_s: float  # from joining the queue to the start of the first batch
     compute_s: float  # from then to the last row
 
 
