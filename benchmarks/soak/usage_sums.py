@@ -50,9 +50,9 @@ NUMBERS = {
 }
 FILL_LEDGER = (
     "INSERT INTO ledger (time_us, request_id, key_id, model, input_count, token_count, status, "
-    "duration_us, replayed) "
+    "duration_us) "
     "SELECT {since_us} + n * CAST({step_us} AS BIGINT), 'filled-' || n, 'key_' || n % 20, "
-    "'model-' || n % 3, 1, 100 + n % 50, CASE WHEN n % 50 = 0 THEN 500 ELSE 200 END, 20000, false "
+    "'model-' || n % 3, 1, 100 + n % 50, CASE WHEN n % 50 = 0 THEN 500 ELSE 200 END, 20000 "
     "FROM {numbers}"
 )
 

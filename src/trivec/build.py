@@ -23,7 +23,7 @@ from trivec.core.errors import SettingInvalid
 from trivec.core.events import ModelLoaded
 from trivec.core.health import Health
 from trivec.core.ports import Backend, Clock, Embedder, Observer
-from trivec.core.types import ModelCard
+from trivec.core.types import CertificateSummary, ModelCard
 from trivec.engine import Engine, Workers
 from trivec.settings import Settings
 from trivec.telemetry import Metrics, Observers, RequestLog, Tracing, lines_dropped
@@ -95,15 +95,6 @@ class Choice:
     backend: str
     device: str
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class CertificateSummary:
-    """How close the fast arithmetic came to fp32 on the probe texts: cosines of dense vectors."""
-
-    cosine_min: float
-    cosine_mean: float
-    summary: str
 
 
 @dataclass(frozen=True, slots=True)

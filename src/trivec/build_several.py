@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trivec import __version__
-from trivec.build import CertificateSummary, Choice, Models, ServerParts, by_name
+from trivec.build import Choice, Models, ServerParts, by_name
 from trivec.core.clock import SystemClock
 from trivec.core.ports import Clock, Observer
 from trivec.ipc.client import EngineClient, RemoteEmbedder
@@ -17,6 +17,7 @@ from trivec.settings import Settings
 from trivec.telemetry import Metrics, Observers, RequestLog, lines_dropped, merged_pages
 from trivec.tokenizer import Tokenizer
 
+ENGINE = "engine"  # the engine process's name
 FIRST_API = "api-1"  # makes the first key, and greets for all
 
 
@@ -45,13 +46,7 @@ def served(models: Models) -> Served:
         reason=models.choice.reason,
         slot_count=models.slot_count,
         models=tuple(
-            ServedModel(
-                card=one.card,
-                tokenizer_file=str(one.checkpoint.tokenizer_file),
-                cosine_min=one.certificate.cosine_min if one.certificate else None,
-                cosine_mean=one.certificate.cosine_mean if one.certificate else None,
-                certificate=one.certificate.summary if one.certificate else None,
-            )
+            ServedModel(one.card, str(one.checkpoint.tokenizer_file), one.certificate)
             for one in models.loaded
         ),
     )
@@ -61,6 +56,14 @@ def connect_models(parts: ServerParts, *, folder: SharedFolder, name: str, cores
     """The engine process's models for API process *name*; blocks until that has loaded them."""
     what = folder.read_served()
     client = EngineClient(folder, name, served=what, metrics=parts.metrics.page)
+
+    def metrics_page() -> bytes:
+        """Of all processes. An engine process that is away is not ready, whatever its last page says."""
+        pages = dict(folder.read_metrics())
+        if client.problems:
+            pages.pop(ENGINE, None)
+        return merged_pages({**pages, name: parts.metrics.page()})
+
     pool = ThreadPoolExecutor(cores, thread_name_prefix="trivec-tokenizer")
     embedders = [
         RemoteEmbedder(
@@ -82,18 +85,14 @@ def connect_models(parts: ServerParts, *, folder: SharedFolder, name: str, cores
         choice=Choice(what.backend, what.device, what.reason),
         cards=[model.card for model in what.models],
         certificates={
-            model.card.id: CertificateSummary(
-                model.cosine_min, model.cosine_mean, model.certificate
-            )
+            model.card.id: model.certificate
             for model in what.models
             if model.certificate is not None
-            and model.cosine_min is not None
-            and model.cosine_mean is not None
         },
         embedders=by_name(embedders),
         workers=client,
         slot_count=what.slot_count,
-        metrics_page=lambda: merged_pages({**folder.read_metrics(), name: parts.metrics.page()}),
+        metrics_page=metrics_page,
         problems=lambda: client.problems,
         makes_first_key=name == FIRST_API,
     )

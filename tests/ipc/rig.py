@@ -17,7 +17,7 @@ from trivec.tokenizer import Tokenizer
 
 
 def served(embedder: Embedder, tokenizer_file: Path) -> Served:
-    model = ServedModel(embedder.card, str(tokenizer_file), None, None, None)
+    model = ServedModel(embedder.card, str(tokenizer_file), None)
     return Served("1", "fake", "cpu", "a test", 1, (model,))
 
 

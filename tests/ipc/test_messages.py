@@ -19,7 +19,7 @@ from trivec.core.errors import (
     Overloaded,
     ServiceError,
 )
-from trivec.core.types import Output, SparseVector, Vectors
+from trivec.core.types import CertificateSummary, Output, SparseVector, Vectors
 from trivec.ipc.folder import Served, ServedModel, SharedFolder
 from trivec.ipc.messages import Embedded, EmbedRequest, Refused, decode, encode
 
@@ -104,7 +104,7 @@ def test_any_other_refusal_is_our_fault(error: ServiceError) -> None:
 
 def test_what_is_served_is_read_whole(tmp_path: Path) -> None:
     noted = replace(card("second"), notes=MappingProxyType({"device": "cpu"}), aliases=("a", "b"))
-    model = ServedModel(noted, "/models/tokenizer.json", 0.99, 0.999, "fine")
+    model = ServedModel(noted, "/models/tokenizer.json", CertificateSummary(0.99, 0.999, "fine"))
     served = Served("1.0", "torch", "cuda", "found 1", 2, (model,))
     folder = SharedFolder(tmp_path)
     folder.write_served(served)
@@ -120,7 +120,7 @@ def test_what_is_served_is_read_whole(tmp_path: Path) -> None:
 )
 def test_another_model_is_another_service(change: dict[str, object], is_same: bool) -> None:
     ours, theirs = (
-        Served("1", "fake", "cpu", "", 1, (ServedModel(one, "file", None, None, None),))
+        Served("1", "fake", "cpu", "", 1, (ServedModel(one, "file", None),))
         for one in (card(), replace(card(), **change))  # type: ignore[arg-type]
     )
     assert ours.is_same_service(theirs) is is_same

@@ -1,4 +1,4 @@
-"""Access and usage: each route's key and scope, and one row in the ledger for each keyed request."""
+"""Access and usage: each route's key and scope, and what the ledger gets of each keyed request."""
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -39,9 +39,9 @@ class Endpoint:
             return await self._operation.handler(request)
 
     async def _metered(self, request: Request, context: RequestContext, caller: Caller) -> Response:
-        """The handler's response, once the request's row in the ledger is written.
+        """The handler's response, once the request is in the ledger: as a row, or counted where it is free.
 
-        Every request of a known key has a row, whatever it came to. One that fails costs no tokens;
+        Every request of a known key is, whatever its status. One that fails costs no tokens;
         one that ends before it was reserved, as with a malformed body, costs its key nothing. Raises
         `StoreUnavailable` rather than lose a success. Cancelling it while it writes does not undo
         the row: the accounts package sees to that.

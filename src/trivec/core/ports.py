@@ -1,4 +1,4 @@
-"""The five ports, and no more: all that one package may know of another.
+"""Ports: the interfaces through which packages use each other. A fifth, `Store`, is in `accounts/ledger.py`.
 
 One contract suite a port, in `tests/contract`, runs against every implementation of it.
 """

@@ -1,7 +1,4 @@
-"""What crosses a port: frozen values, packed and never padded.
-
-Axes are named at an array's birth: `[sequences + 1]`, `[tokens]`, `[tokens, hidden]`.
-"""
+"""What crosses a port: frozen values, never padded. Axes are named at an array's birth: `[tokens]`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -183,7 +180,7 @@ class Reply:
     """What `Embedder.embed` answers: the vectors and where the time went."""
 
     vectors: Vectors
-    queue_s: float  # from joining the line to the start of the first batch
+    queue_s: float  # from joining the queue to the start of the first batch
     compute_s: float  # from then to the last row
 
 
@@ -221,3 +218,12 @@ class ModelCard:
     def names(self) -> tuple[str, ...]:
         """All that the model is called: its id, then its aliases."""
         return (self.id, *self.aliases)
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateSummary:
+    """How close the fast arithmetic came to fp32 on the probe texts: cosines of dense vectors."""
+
+    cosine_min: float
+    cosine_mean: float
+    summary: str

@@ -193,7 +193,7 @@ class RemoteEmbedder:
         finally:
             self._full = full
 
-    def check_admission(self, token_count: int, *, tokens_ahead: int = 0) -> None:
+    def check_admission(self, token_count: int) -> None:
         """Refuse what is at least as large as what the engine refused a moment ago.
 
         Until one of ours has left the queue, or `FULL_S_MAX` has passed, nothing tells that there

@@ -4,13 +4,13 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from trivec.core.types import ModelCard
+from trivec.core.types import CertificateSummary, ModelCard
 
 LOOK_EVERY_S = 0.05
 METRICS_EVERY_S = 2.0  # between two pages of one process
@@ -21,9 +21,7 @@ class ServedModel(msgspec.Struct, frozen=True):
 
     card: ModelCard
     tokenizer_file: str
-    cosine_min: float | None  # these three of its int8 certificate, where it has one
-    cosine_mean: float | None
-    certificate: str | None
+    certificate: CertificateSummary | None  # of its int8 arithmetic, where it has one
 
 
 class Served(msgspec.Struct, frozen=True):
@@ -60,16 +58,15 @@ class SharedFolder:
         file = self._path / "served.json"
         while not file.exists():
             time.sleep(LOOK_EVERY_S)
-
-        def convert(kind: type, value: object) -> Any:
-            return kind(value)
-
-        return msgspec.json.decode(file.read_bytes(), type=Served, dec_hook=convert)
+        return msgspec.json.decode(
+            file.read_bytes(), type=Served, dec_hook=lambda kind, value: kind(value)
+        )
 
     async def write_metrics_forever(self, process: str, page: Callable[[], bytes]) -> None:
         """Leave its *page*, in Prometheus's text format, for the other processes to show."""
         while True:
-            self._write(f"{process}.metrics", page())
+            with suppress(OSError):  # a full disk: the page before stays
+                self._write(f"{process}.metrics", page())
             await asyncio.sleep(METRICS_EVERY_S)
 
     def read_metrics(self) -> Mapping[str, bytes]:

@@ -4,13 +4,14 @@ It speaks no HTTP and keeps no accounts.
 """
 
 import asyncio
+import logging
 import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
 
 from trivec.build import Models
-from trivec.build_several import EngineParts, open_engine_parts, served
+from trivec.build_several import ENGINE, EngineParts, open_engine_parts, served
 from trivec.core.events import PhaseChanged
 from trivec.core.health import Phase
 from trivec.ipc.folder import SharedFolder
@@ -19,9 +20,10 @@ from trivec.server.machine import freeze_garbage_collector
 from trivec.server.processes import BROKEN, IGNORED, STOPS
 from trivec.settings import Settings
 
-ENGINE = "engine"  # the process's name
 REFUSAL_S_MAX = 2.0  # for sending what was answered, before leaving all the same
 LEAVE_S_MAX = 5.0  # for the workers to end, before leaving all the same
+
+_log = logging.getLogger("trivec.server")
 
 
 def run_engine(
@@ -61,10 +63,12 @@ async def _run(
     folder.write_served(served(models))
     server.start(folder.endpoint)
     report("ready", "ok")
-    metrics = asyncio.create_task(folder.write_metrics_forever(ENGINE, parts.metrics.page))
+    writing = asyncio.create_task(folder.write_metrics_forever(ENGINE, parts.metrics.page))
     lost = asyncio.create_task(models.workers.lost())
-    await asyncio.wait((lost, stopping, metrics), return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait((lost, stopping), return_when=asyncio.FIRST_COMPLETED)
+    writing.cancel()
     if lost.done():
+        _log.critical("cannot go on: %s; leaving with exit code %d", lost.result(), BROKEN)
         report("stopped", lost.result())
         await server.stop(REFUSAL_S_MAX)  # every request has been refused by now, and reads so
         return BROKEN

@@ -13,7 +13,7 @@ import numpy as np
 
 from trivec.accounts import NewKey
 from trivec.build import Models, ServerParts, open_server_parts
-from trivec.core.errors import BusyError, EngineFault, SettingInvalid, StoreUnavailable
+from trivec.core.errors import BusyError, SettingInvalid, StoreUnavailable
 from trivec.core.events import PhaseChanged
 from trivec.core.health import Health, Phase
 from trivec.core.ports import Embedder
@@ -69,7 +69,7 @@ class SelfTest:
                 now, first = await self._embed(embedder), self._first[model]
             except BusyError:
                 continue
-            except EngineFault as fault:
+            except Exception as fault:  # whatever it is, the model does not serve
                 self._problems[model] = f"the self-test of {model} failed: {fault}"
                 continue
             with np.errstate(invalid="ignore", divide="ignore"):  # NaN is below every bound
