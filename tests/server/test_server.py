@@ -53,7 +53,7 @@ class HeldEmbedder(StubEmbedder):
             await self.released.wait()
         return await super().embed(sequences, outputs, deadline_s=deadline_s)
 
-    def check_admission(self, token_count: int, *, tokens_ahead: int = 0) -> None:
+    def check_admission(self, token_count: int) -> None:
         pass
 
 
@@ -238,6 +238,22 @@ async def test_a_lost_device_ends_it_with_70_and_one_line(
         assert await rig.done == BROKEN
     said = [one.getMessage() for one in caplog.records if one.levelno == logging.CRITICAL]
     assert said == ["cannot go on: slot 0 hangs; leaving with exit code 70"]
+
+
+async def test_a_ledger_thread_that_died_ends_it_with_70(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    has_died = asyncio.Event()
+
+    async def lost(_accounts: Accounts) -> str:
+        await has_died.wait()
+        return "the ledger's thread has died"
+
+    monkeypatch.setattr(Accounts, "lost", lost)
+    async with ready(tmp_path) as rig:
+        has_died.set()
+        assert await rig.done == BROKEN
+    assert "cannot go on: the ledger's thread has died" in caplog.text
 
 
 async def test_while_a_request_is_refused_for_a_lost_device_the_probes_say_it_is_dead(
