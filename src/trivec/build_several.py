@@ -77,7 +77,6 @@ def connect_models(parts: ServerParts, *, folder: SharedFolder, name: str, cores
                 request_tokens_max=parts.settings.http.request_tokens_max,
             ),
             client,
-            parts.clock,
         )
         for index, model in enumerate(what.models)
     ]

@@ -184,20 +184,17 @@ async def test_a_line_with_room_lets_the_smallest_and_the_largest_through(
     embedder.check_admission(300_000)
 
 
-async def test_what_has_room_is_not_refused_and_what_has_none_would_be_refused_anyway(
+async def test_a_full_queue_refuses_and_has_room_again_once_calls_have_left(
     embedder: Embedder, backend: FakeBackend
 ) -> None:
-    """A full line refuses early exactly what `embed` refuses."""
     backend.gate.clear()
     sequences = await read(embedder, *["w1 w2"] * 20_000)
     calls = [asyncio.create_task(embedder.embed(sequences, Output.DENSE)) for _ in range(40)]
     done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
     assert any(isinstance(call.exception(), Overloaded) for call in done)
-    with pytest.raises(Overloaded) as early:
-        embedder.check_admission(sequences.token_count)
-    with pytest.raises(Overloaded):
+    with pytest.raises(Overloaded) as full:
         await embedder.embed(sequences, Output.DENSE)
-    assert early.value.retry_after_s > 0
+    assert full.value.retry_after_s > 0
     for call in calls:
         call.cancel()
     await asyncio.wait(calls)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.engine.rig import ALL, NO_FLOOR, Rig, alone, lengths, sequences, texts_of
+from tests.engine.rig import ALL, NO_FLOOR, Listener, Rig, alone, lengths, sequences, texts_of
 from tests.hand_clock import HandClock, HandLoop
 
 from trivec.backends.fake import FakeBackend
@@ -13,6 +13,8 @@ from trivec.core.errors import DeadlineExceeded, Overloaded
 from trivec.core.events import BatchRan, QueueChanged
 from trivec.core.retry import spread_retry_s
 from trivec.core.types import Batch, BatchBudget, Output, Vectors
+from trivec.engine.request import Request
+from trivec.engine.scheduler import ModelQueue
 from trivec.settings import QueueLimits
 
 
@@ -244,6 +246,26 @@ async def test_a_cancelled_request_frees_its_tokens_at_once_and_never_runs() -> 
         rig.backend.gate.set()
         await asyncio.gather(holder, stayer)
     assert rig.batches() == [[4], [200]]
+
+
+def test_a_cancellation_right_after_the_last_row_leaves_the_rows_to_the_reply() -> None:
+    """The worker reads them without the lock once the request is complete."""
+    backend = FakeBackend(dimensions=8, outputs=ALL)
+    queue = ModelQueue("m", backend, limits=QueueLimits(), slot_count=1, observer=Listener())
+    loop = asyncio.new_event_loop()
+    try:
+        request = Request(
+            sequences=sequences(3), outputs=Output.DENSE, future=loop.create_future(),
+            submitted_s=0, deadline_s=60,
+        )  # fmt: skip
+        queue.requests.add(request)
+        request.add_rows([0], Vectors.of(np.ones((1, 8), np.float32)))
+        request.started_s = 0.5
+        request.is_open = False  # as the scheduler says of a request whose last row has come
+        queue.drop(request)
+        assert len(request.reply(now_s=1.0).vectors) == 1
+    finally:
+        loop.close()
 
 
 async def test_a_request_cancelled_in_the_middle_has_no_more_batches() -> None:

@@ -15,7 +15,7 @@ LINES_MAX, FILES_MAX = 18_400, 113  # the aim is 11,500 in 100: a number here ma
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_370, 10),
-    "server": (950, 6),
+    "server": (970, 6),
     "build": (450, 2),
     "settings": (400, 1),
     "api": (2_300, 14),

@@ -7,9 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.hand_clock import HandClock
-
-from trivec.core.ports import Clock, Embedder
+from trivec.core.ports import Embedder
 from trivec.ipc.client import EngineClient, RemoteEmbedder
 from trivec.ipc.folder import Served, ServedModel, SharedFolder
 from trivec.ipc.server import EngineServer
@@ -38,8 +36,8 @@ class Several:
         self.server = EngineServer([self.engine])
         self.server.start(self.folder.endpoint)
 
-    def remote(self, client: EngineClient, clock: Clock | None = None) -> RemoteEmbedder:
-        return RemoteEmbedder(0, self.engine.card, self.tokenizer, client, clock or HandClock())
+    def remote(self, client: EngineClient) -> RemoteEmbedder:
+        return RemoteEmbedder(0, self.engine.card, self.tokenizer, client)
 
     @asynccontextmanager
     async def connected(self, name: str) -> AsyncIterator[EngineClient]:
@@ -64,7 +62,7 @@ async def several(embedder: Embedder, tokenizer_file: Path) -> AsyncIterator[Sev
             vocabulary_size=embedder.card.vocabulary_size,
             pool=pool,
         )
-        remote = RemoteEmbedder(0, embedder.card, tokenizer, client, HandClock())
+        remote = RemoteEmbedder(0, embedder.card, tokenizer, client)
         folder.write_served(what)
         server = EngineServer([embedder])
         server.start(folder.endpoint)

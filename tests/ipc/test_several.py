@@ -11,14 +11,12 @@ import pytest
 import zmq.asyncio
 from tests.contract.test_embedder import tokenizer_file
 from tests.engine.rig import ALL, NO_FLOOR, Rig, sequences
-from tests.hand_clock import HandClock
 from tests.ipc.rig import Several, several
 
 from trivec.backends.fake import FakeBackend
 from trivec.core.errors import Draining, EngineFault, Overloaded
 from trivec.core.types import Output
 from trivec.ipc import folder as shared
-from trivec.ipc.client import FULL_S_MAX
 from trivec.settings import QueueLimits
 
 
@@ -165,27 +163,33 @@ async def test_a_mistake_of_the_engine_process_is_an_engine_fault(
     assert "failed" in caplog.text
 
 
-async def test_a_refusal_speaks_for_as_many_tokens_until_one_of_ours_has_left(pair: Pair) -> None:
-    clock = HandClock()
-    embedder = pair.far.remote(pair.far.client, clock)
+async def test_a_full_queue_refuses_from_afar(pair: Pair) -> None:
     holder = await pair.rig.occupy()
-    first = asyncio.create_task(embedder.embed(sequences(80), Output.DENSE))
+    first = asyncio.create_task(pair.far.embedder.embed(sequences(80), Output.DENSE))
     await until(lambda: pair.waiting_tokens == 80)
-    embedder.check_admission(50)
-    with pytest.raises(Overloaded):
-        await embedder.embed(sequences(50), Output.DENSE)
-    for refused in (50, 99):
-        with pytest.raises(Overloaded) as early:
-            embedder.check_admission(refused)
-        assert early.value.retry_after_s > 0
-    embedder.check_admission(49)
-    clock.move(FULL_S_MAX)
-    embedder.check_admission(50)
-    with pytest.raises(Overloaded):
-        await embedder.embed(sequences(50), Output.DENSE)
+    with pytest.raises(Overloaded) as full:
+        await pair.far.embedder.embed(sequences(50), Output.DENSE)
+    assert full.value.retry_after_s > 0
     pair.rig.backend.gate.set()
     await asyncio.gather(holder, first)
-    embedder.check_admission(50)
+
+
+async def test_a_task_of_the_connection_that_fails_ends_the_api_process(pair: Pair) -> None:
+    await until(lambda: pair.far.client.problems == ())
+    (watching, *_) = pair.far.client._tasks
+    pair.far.folder.read_served = lambda: 1 / 0  # type: ignore[assignment,return-value]
+    await pair.far.server.stop(5)
+    pair.far.server = type(pair.far.server)([pair.far.engine])
+    pair.far.server.start(pair.far.folder.endpoint)
+    async with asyncio.timeout(60):
+        assert "ZeroDivisionError" in await pair.far.client.lost()
+    assert watching.done()
+
+
+async def test_stopping_twice_is_stopping_once(pair: Pair) -> None:
+    await pair.far.client.stop(0)
+    await pair.far.client.stop(0)
+    assert pair.far.client.problems != ()
 
 
 async def test_all_serve_when_the_last_one_does(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ class Embedder(Protocol):
     def check_admission(self, token_count: int) -> None:
         """Raise what `embed` would raise at once for *token_count* tokens or more: `Overloaded`.
 
-        It is for refusing before there is anything to embed, and cheap. It reserves nothing.
+        For refusing before there is anything to embed: cheap, reserves nothing, may let all pass.
         """
         ...
 

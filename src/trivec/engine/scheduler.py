@@ -162,9 +162,10 @@ class ModelQueue:
 
     def drop(self, request: Request) -> None:
         """Free the place of *request*; rows of it that are being computed are not kept."""
+        if request.is_open:  # else it is complete, and its reply is read without the lock
+            request.parts.clear()
         request.is_open = False
         self.requests.remove(request)
-        request.parts.clear()
 
     def drop_late(self, request: Request) -> DeadlineExceeded:
         """Drop *request*, whose first batch did not start in time; retry when the queue is done."""

@@ -5,16 +5,14 @@ While the engine process is gone this one is not ready, and refuses with `Draini
 
 import asyncio
 import logging
-import random
+import time
 from collections.abc import Callable
 
 import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
-from trivec.core.errors import Draining, Overloaded
-from trivec.core.ports import Clock
-from trivec.core.retry import spread_retry_s
+from trivec.core.errors import Draining
 from trivec.core.types import ModelCard, Output, Reply, Sequences
 from trivec.ipc.folder import Served, SharedFolder
 from trivec.ipc.messages import (
@@ -30,7 +28,6 @@ from trivec.ipc.messages import (
 from trivec.tokenizer import Tokenizer
 
 RETURN_S = 5.0  # after which a client should find the engine process started again
-FULL_S_MAX = 0.1  # how long a refusal speaks for requests that were not sent
 AWAY = "The engine process is away. Please try again."
 
 _log = logging.getLogger("trivec.ipc")
@@ -52,9 +49,10 @@ class EngineClient:
         self._served = served
         self._is_connected = False
         self._was_connected = asyncio.Event()
-        self._is_changed = asyncio.Event()
+        self._is_lost = asyncio.Event()
+        self._lost_reason = ""
         self._open: dict[int, asyncio.Future[Reply]] = {}
-        self._last_id = 0
+        self._last_id = time.time_ns()  # so that no answer to a former process of the name fits
         self._tasks: list[asyncio.Task[None]] = []
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
@@ -75,12 +73,22 @@ class EngineClient:
         self._socket.connect(self._folder.endpoint)
         metrics = self._folder.write_metrics_forever(self._name, self._metrics)
         for work in (self._watch(monitor), self._receive_forever(), metrics):
-            self._tasks.append(asyncio.create_task(work, name="ipc"))
+            task = asyncio.create_task(work, name="ipc")
+            task.add_done_callback(self._task_ended)
+            self._tasks.append(task)
+
+    def _task_ended(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled():
+            self._lose(f"the connection to the engine process failed: {task.exception()!r}")
+
+    def _lose(self, reason: str) -> None:
+        self._lost_reason = self._lost_reason or reason
+        self._is_lost.set()
 
     async def lost(self) -> str:
         """Wait until this process is of no use any more; why."""
-        await self._is_changed.wait()
-        return "the engine process serves other models now"
+        await self._is_lost.wait()
+        return self._lost_reason
 
     async def stop(self, within_s: float) -> None:
         """Wait *within_s* for what is open, then cancel the rest."""
@@ -92,6 +100,8 @@ class EngineClient:
         for request_id in self._open:
             self._send(Cancel(request_id))
         self._refuse_all()
+        if self._socket.closed:  # another `stop` was faster
+            return
         self._socket.disable_monitor()
         await asyncio.to_thread(self._context.destroy, linger=100)
 
@@ -139,7 +149,7 @@ class EngineClient:
                 self._is_connected = True
                 self._was_connected.set()
             else:
-                self._is_changed.set()
+                self._lose("the engine process serves other models now")
 
     def _refuse_all(self) -> None:
         for future in self._open.values():
@@ -170,41 +180,20 @@ class RemoteEmbedder:
     """`core.ports.Embedder` for a model of the engine process: texts become tokens here."""
 
     def __init__(
-        self, index: int, card: ModelCard, tokenizer: Tokenizer, client: EngineClient, clock: Clock
+        self, index: int, card: ModelCard, tokenizer: Tokenizer, client: EngineClient
     ) -> None:
         self.card = card
         self.tokenize = tokenizer.tokenize
         self.token_strings = tokenizer.token_strings
         self._index = index
         self._client = client
-        self._clock = clock
-        self._full: tuple[Overloaded, int, float] | None = None  # for how many tokens, and when
 
     async def embed(
         self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
     ) -> Reply:
         """See `core.ports.Embedder`. The deadline counts from when the engine process reads it."""
-        full = None
-        try:
-            return await self._client.embed(self._index, sequences, outputs, deadline_s)
-        except Overloaded as refusal:
-            full = refusal, sequences.token_count, self._clock.now_s()
-            raise
-        finally:
-            self._full = full
+        return await self._client.embed(self._index, sequences, outputs, deadline_s)
 
     def check_admission(self, token_count: int) -> None:
-        """Refuse what is at least as large as what the engine refused a moment ago.
-
-        Until one of ours has left the queue, or `FULL_S_MAX` has passed, nothing tells that there
-        is room again. So of a flood one request in that time pays for crossing to the engine.
-        """
+        """Refuse while the engine process is away; how full its queue is, only `embed` hears."""
         self._client.check_connected()
-        if self._full is None or token_count < self._full[1]:
-            return
-        refusal, _, at_s = self._full
-        if self._clock.now_s() - at_s >= min(refusal.retry_after_s, FULL_S_MAX):
-            self._full = None
-            return
-        retry_after_s = spread_retry_s(refusal.retry_after_s, random.random())  # noqa: S311
-        raise Overloaded(str(refusal), retry_after_s=retry_after_s)

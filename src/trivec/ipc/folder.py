@@ -64,9 +64,11 @@ class SharedFolder:
 
     async def write_metrics_forever(self, process: str, page: Callable[[], bytes]) -> None:
         """Leave its *page*, in Prometheus's text format, for the other processes to show."""
+        served = self._path / "served.json"
         while True:
             with suppress(OSError):  # a full disk: the page before stays
                 self._write(f"{process}.metrics", page())
+                os.utime(served)  # no cleaner of old files takes it
             await asyncio.sleep(METRICS_EVERY_S)
 
     def read_metrics(self) -> Mapping[str, bytes]:

@@ -44,6 +44,12 @@ class EngineServer:
         self._socket.bind(endpoint)
         self._receiving = asyncio.create_task(self._receive_forever(), name="ipc")
 
+    async def lost(self) -> str:
+        """Wait until no request is read any more, which only a bug of ours brings about; why."""
+        assert self._receiving is not None
+        await asyncio.wait([self._receiving])
+        return f"the connection to API processes failed: {self._receiving.exception()!r}"
+
     async def stop(self, within_s: float) -> None:
         """Cancel what is open, and wait at most *within_s* for what was sent to be read."""
         if self._receiving is not None:

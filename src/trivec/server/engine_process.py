@@ -64,12 +64,13 @@ async def _run(
     server.start(folder.endpoint)
     report("ready", "ok")
     writing = asyncio.create_task(folder.write_metrics_forever(ENGINE, parts.metrics.page))
-    lost = asyncio.create_task(models.workers.lost())
-    await asyncio.wait((lost, stopping), return_when=asyncio.FIRST_COMPLETED)
+    lost = [asyncio.create_task(one) for one in (models.workers.lost(), server.lost())]
+    await asyncio.wait((*lost, stopping), return_when=asyncio.FIRST_COMPLETED)
     writing.cancel()
-    if lost.done():
-        _log.critical("cannot go on: %s; leaving with exit code %d", lost.result(), BROKEN)
-        report("stopped", lost.result())
+    reason = next((one.result() for one in lost if one.done()), None)
+    if reason is not None:
+        _log.critical("cannot go on: %s; leaving with exit code %d", reason, BROKEN)
+        report("stopped", reason)
         await server.stop(REFUSAL_S_MAX)  # every request has been refused by now, and reads so
         return BROKEN
     report("stopped", "asked to stop")

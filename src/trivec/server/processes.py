@@ -30,11 +30,13 @@ SAME_REQUEST_S = 0.1  # a signal sent to a whole process group may reach us twic
 BROKEN = 70  # EX_SOFTWARE: systemd or a container's runtime should start the service again
 FAILED = 1  # an exception that no code expects
 START_REFUSED = 2  # a setting or a model that cannot work, and will not after a restart
-RESTARTS_MAX, RESTARTS_WITHIN_S = 5, 60.0  # more than that is no accident any more
+RESTARTS_MAX, RESTARTS_WITHIN_S = 5, 600.0  # more than that is no accident any more
 RESTART_AFTER_S = 1.0
 KILLED_BY_A_STOP = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 
-_fork = multiprocessing.get_context("fork")  # of a parent without threads; sockets are inherited
+_fork = multiprocessing.get_context(
+    "fork"
+)  # sockets are inherited; no thread of the parent holds a lock of ours
 
 
 @dataclass(slots=True)
@@ -123,9 +125,9 @@ class Processes:
 
     def _start(self, member: ChildProcess) -> None:
         with _stops_held():  # one that comes meanwhile is heard when the process has its number
+            member.start_at_s = None
             if self._is_stopping:
                 return
-            member.start_at_s = None
             member.start_count += 1
             member.process = _fork.Process(target=self._run_child, args=(member,), name=member.name)
             member.process.start()
@@ -147,6 +149,8 @@ class Processes:
         """Start another process in its place; or stop all, where that would not help."""
         member.process = None
         code = exit_code if exit_code >= 0 else 128 - exit_code
+        if member is self._engine and code == 0 and not self._is_stopping:
+            code = BROKEN  # told to stop by somebody else
         if self._is_stopping:
             if code not in KILLED_BY_A_STOP:  # before it could drain; nothing was accepted yet
                 self._exit_code = self._exit_code or code

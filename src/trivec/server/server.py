@@ -37,6 +37,8 @@ LEAVE_S_MAX = 5.0  # for the ledger and the workers to end, before leaving all t
 SELF_TEST = "The canary sings the same three notes every half minute: 一、二、三 · один, два, три."
 SELF_TEST_COSINE_MIN = 0.9999
 
+SELF_TEST_S_MAX = 60.0  # for waiting in a busy queue, and computing
+START_RETRY_S_MAX = 5.0
 HEALTHY = Health("ready", alive=True, ready=True, reason="ok")
 
 _log = logging.getLogger("trivec.server")
@@ -59,15 +61,23 @@ class SelfTest:
     async def start(self) -> None:
         """Keep each model's first vector; this warms the models up, too."""
         for embedder in self._embedders:
-            self._first[embedder.card.id] = await self._embed(embedder)
+            while embedder.card.id not in self._first:
+                try:
+                    self._first[embedder.card.id] = await self._embed(embedder)
+                except BusyError as busy:  # of an engine process that serves others already
+                    await asyncio.sleep(min(busy.retry_after_s, START_RETRY_S_MAX))
 
     async def check(self) -> None:
         """Embed the text again and compare. A full queue proves nothing and changes nothing."""
         for embedder in self._embedders:
             model = embedder.card.id
             try:
-                now, first = await self._embed(embedder), self._first[model]
+                async with asyncio.timeout(SELF_TEST_S_MAX):
+                    now, first = await self._embed(embedder), self._first[model]
             except BusyError:
+                continue
+            except TimeoutError:
+                self._problems[model] = f"the self-test of {model} has not come back"
                 continue
             except Exception as fault:  # whatever it is, the model does not serve
                 self._problems[model] = f"the self-test of {model} failed: {fault}"
@@ -202,7 +212,7 @@ class HttpServer:
         loading = asyncio.create_task(self._load_models(), name="loading")
         try:
             await _first(loading, self._stop_asked, self._closed, self._lost)
-            if loading.done():
+            if loading.done() and not self._lost.done():
                 loading.result()
                 await self._serve_and_drain()
             failure = self._failure()
@@ -217,6 +227,7 @@ class HttpServer:
         began_s = time.monotonic()
         models = await asyncio.to_thread(self._load, self._parts)
         models.workers.start()
+        self._start(self._watch(models.workers.lost()), "watch workers")
         self._self_test = SelfTest(models.embedders.values())
         await self._self_test.start()
         if models.makes_first_key:
@@ -231,7 +242,6 @@ class HttpServer:
             models.embedders, self.health, metrics_page=models.metrics_page
         )
         self._start(self._self_test_forever(), "self-test")
-        self._start(self._watch(models.workers.lost()), "watch workers")
 
     async def _self_test_forever(self) -> None:
         while True:
@@ -283,10 +293,12 @@ class HttpServer:
         self._stop_listening()
         if self._granian_tasks:
             await asyncio.wait(self._granian_tasks, timeout=REFUSAL_S_MAX)
+        if self._models is not None and not self._lost.done():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LEAVE_S_MAX):
+                    await self._models.workers.stop(0)
         with suppress(TimeoutError):
             async with asyncio.timeout(LEAVE_S_MAX):
-                if self._models is not None and not self._lost.done():
-                    await self._models.workers.stop(0)
                 await asyncio.to_thread(self._parts.close)
 
     def _enter(self, phase: Phase) -> None:
@@ -295,9 +307,14 @@ class HttpServer:
             self._parts.observer.observe(PhaseChanged(phase, self.health().reason))
 
     def _start(self, work: Coroutine[None, None, None], name: str) -> None:
+        def ended(task: "asyncio.Task[None]") -> None:
+            self._tasks.discard(task)
+            if not task.cancelled() and task.exception() is not None and not self._lost.done():
+                self._lost.set_result(f"the task {name!r} failed: {task.exception()!r}")
+
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(ended)
 
     def _stop_signal(self, number: signal.Signals) -> None:
         """Drain; a second signal cuts that short, a second Ctrl-C ends the process at once."""
