@@ -21,6 +21,7 @@ from trivec.backends.openvino.calibrate import (
     Agreement,
     Calibration,
     Certificate,
+    Probes,
     QuantisedModel,
     best_int8,
     compare,
@@ -39,7 +40,7 @@ from trivec.checkpoints import open_checkpoint
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.checkpoints.hashes import Hashes
 from trivec.core.errors import SettingInvalid
-from trivec.core.types import SparseVector, Vectors
+from trivec.core.types import Sequences, SparseVector, Vectors
 
 
 @pytest.fixture(params=[True, False], ids=["bf16 pays", "bf16 does not pay"])
@@ -184,6 +185,15 @@ def judged(monkeypatch: pytest.MonkeyPatch, *, passing: set[QuantConfig]) -> Non
         return QuantisedModel(config, certificate, tensors={}, references={})
 
     monkeypatch.setattr(Calibration, "attempt", attempt)
+
+
+def test_more_slots_than_probes_are_no_obstacle(
+    tiny_m3: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = Probes(*(Sequences.pack(random_ids([9, 5], seed=seed)) for seed in range(2)))
+    monkeypatch.setattr("trivec.backends.openvino.calibrate.make_probes", lambda _: two)
+    made = Calibration(tiny_m3, slot_count=4).attempt(INT8_ROWS)
+    assert made.config == INT8_ROWS
 
 
 def test_the_fastest_config_is_tried_first(

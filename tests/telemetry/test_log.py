@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
+from dataclasses import replace
 
 import pytest
 import structlog
@@ -203,3 +204,10 @@ def test_the_form_can_be_chosen() -> None:
 def test_lines_below_the_level_are_not_written() -> None:
     found = lines(request(), batch(failed=True), level="warning")
     assert [line["event"] for line in found] == ["batch_failed"]
+
+
+def test_what_a_backend_notes_of_a_model_is_in_its_line_also_where_a_name_is_taken() -> None:
+    event = loaded()
+    card = replace(event.card, notes={"precision": "bf16: it is fast here", "attention": "grouped"})
+    [line] = lines(replace(event, card=card))
+    assert (line["precision"], line["attention"]) == ("bf16: it is fast here", "grouped")

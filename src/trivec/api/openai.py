@@ -51,6 +51,7 @@ PARSE_IN_LINE_BYTES_MAX = 256 * 1024  # larger bodies are parsed in a thread
 OTHER_ITEMS_MAX = 64  # texts, lists and commas of a request's other fields
 LARGE_TOKENIZE_BYTES = 64 * 1024  # of a body; smaller ones need not wait for others
 LARGE_TOKENIZE_MAX = 5  # at a time: one runs, the others wait
+TOKEN_STRINGS_IN_LINE_MAX = 8192
 TOKEN_BYTES = 48  # an id in an array, as a Python integer in a list, and as text
 TOKEN_STRING_BYTES = 72  # its string, in a list
 OUTPUTS = {
@@ -198,6 +199,11 @@ async def count_tokens(context: RequestContext, body: bytes) -> Response:
     for i in range(len(sequences)):
         start, end = sequences.cu_seqlens[i : i + 2].tolist()
         token_ids = sequences.token_ids[start:end]
+        strings = None
+        if asked.return_tokens:  # of a long text it takes up to 0.3 s
+            is_short = end - start <= TOKEN_STRINGS_IN_LINE_MAX
+            read = embedder.token_strings
+            strings = read(token_ids) if is_short else await asyncio.to_thread(read, token_ids)
         data.append(
             TokenizedText(
                 object="tokens",
@@ -205,7 +211,7 @@ async def count_tokens(context: RequestContext, body: bytes) -> Response:
                 token_ids=token_ids.tolist(),
                 token_count=end - start,
                 fits=end - start <= token_count_max and i not in sequences.truncated,
-                tokens=embedder.token_strings(token_ids) if asked.return_tokens else None,
+                tokens=strings,
             )
         )
         await asyncio.sleep(0)  # other requests get a turn after every text

@@ -77,7 +77,7 @@ class Hashes:
     def _cached(self, file: Path, stamp: tuple[int, ...]) -> str | None:
         try:
             found = msgspec.json.decode(self._note(file).read_bytes(), type=_CachedHash)
-        except (OSError, msgspec.MsgspecError):
+        except (OSError, UnicodeDecodeError, msgspec.MsgspecError):
             return None
         return found.sha256 if (found.path, found.stamp) == (str(file.resolve()), stamp) else None
 

@@ -157,7 +157,11 @@ def convert_torch_file(source: HashedFile, *, cache_dir: Path) -> Path:
     folder = cache_dir / "converted" / source.sha256
     file, note = folder / "model.safetensors", folder / "sha256"
     hashes = Hashes(cache_dir / "hashes")
-    if file.is_file() and note.is_file() and hashes.of(file).sha256 == note.read_text():
+    if (
+        file.is_file()
+        and note.is_file()
+        and hashes.of(file).sha256 == note.read_text(errors="replace")
+    ):
         return file
     opened = open_tensor_file(source.path)
     note.unlink(missing_ok=True)
@@ -186,11 +190,12 @@ def _read_header(file: Path, mapped: mmap.mmap) -> dict[str, StoredTensor]:
         for name in opened.offset_keys():
             found = opened.get_slice(name)
             dtype, shape = found.get_dtype(), tuple(found.get_shape())
-            if dtype not in ITEM_BYTES:
-                raise _Malformed(f"{name} has the unknown type {dtype!r}")
+            if dtype not in ITEM_BYTES or len(shape) > DIMENSIONS_MAX:
+                raise _Malformed(f"{name} has the unknown type {dtype!r}, or {len(shape)} axes")
             tensors[name] = StoredTensor(dtype, shape, offset)
             offset += tensors[name].byte_count
-    assert offset == len(mapped)
+    if offset != len(mapped):
+        raise _Malformed("its tensors do not cover the file")
     return tensors
 
 

@@ -74,6 +74,8 @@ def verify(model_id: str, embed: Embed) -> list[Figure]:
         ("sparse", Output.SPARSE, golden.sparse, _sparse_score),
         ("multi", Output.MULTI, golden.multi, _multi_score),
     ):
+        if expected and queries[output][0] is None:
+            raise CheckpointRefused(f"{model_id}: this copy yields no {kind} vectors")
         figures += [
             Figure(
                 name=f"{kind} query {i + 1} · passage {j + 1}",

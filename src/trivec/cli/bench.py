@@ -132,6 +132,10 @@ def _measure_server(url: str, key: str | None, model: str | None, *, seconds: fl
     """Rates and latencies of the server at *url*, a thread a client. Raises `StartError`."""
     address = urlsplit(url)
     scheme = HTTPSConnection if address.scheme == "https" else HTTPConnection
+    try:
+        scheme(address.netloc).close()
+    except HTTPException as fault:
+        raise StartError(f"--url {url} is no address: {fault}") from fault
     headers = {"Content-Type": "application/json"}
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
 

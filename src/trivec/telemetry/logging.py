@@ -225,16 +225,15 @@ class RequestLog:
             case RowNotFinite():
                 self._log.warning("row_not_finite", model=event.model, recovered=event.recovered)
             case ModelLoaded(card=card):
-                self._log.info(
-                    "model_loaded",
-                    model=card.id,
-                    precision=card.precision,
-                    verified=card.verified,
-                    load_ms=round(event.load_s * 1e3),
-                    cosine_min=event.cosine_min,
-                    cosine_mean=event.cosine_mean,
-                    **card.notes,
-                )
+                fields = {
+                    "model": card.id,
+                    "precision": card.precision,
+                    "verified": card.verified,
+                    "load_ms": round(event.load_s * 1e3),
+                    "cosine_min": event.cosine_min,
+                    "cosine_mean": event.cosine_mean,
+                }
+                self._log.info("model_loaded", **{**fields, **card.notes})  # which may say more
             case PhaseChanged():
                 self._log.info("phase", phase=event.phase, reason=event.reason)
             case _:

@@ -176,6 +176,8 @@ def _quantised(
             made = best_int8(checkpoint, slot_count=slot_count)
         else:
             made = Calibration(checkpoint, slot_count=slot_count).attempt(pinned)
+            if not made.certificate.passes:  # it is refused, and another start may judge anew
+                return made
         try:
             cache.save(folder, made)
         except OSError as error:

@@ -270,14 +270,18 @@ class Calibration:
         self._checkpoint = checkpoint
         self._slot_count = slot_count
         self._probes = make_probes(checkpoint)
+        tensors = fp32_tensors(checkpoint)
+        # Two compiles must agree before anything is judged by them, or kept: see `open_session`.
+        alone = open_session(checkpoint, tensors, FP32, slot_count=1)
+        self._reference = alone.hidden(self_test_ids(checkpoint.config), slot=0)
         session = open_session(
             checkpoint,
-            fp32_tensors(checkpoint),
+            tensors,
             FP32,
             slot_count=slot_count,
+            reference=self._reference,
             extra=Extra.RANGES,
         )
-        self._reference = session.hidden(self_test_ids(checkpoint.config), slot=0)
         self._exact = self._vectors(session)
         calibration = as_batch(self._probes.calibration, Output.DENSE)
         taps = [np.array(values) for values in zip(*session.extras(calibration), strict=True)]
@@ -299,8 +303,18 @@ class Calibration:
         yield replace(INT8_GROUPS_32, exact_layers=layers)
 
     def attempt(self, config: QuantConfig, *, refused: tuple[str, ...] = ()) -> QuantisedModel:
-        """Quantise, compile, run the probes, compare; a config that computes nothing fails."""
-        tensors, references = self.tensors(config), {FP32.name: self._reference}
+        """Quantise, compile, run the probes, compare; a config that computes nothing fails.
+
+        One that fails is compiled once more: the choice is kept, and the compile may be at fault.
+        """
+        tensors = self.tensors(config)
+        made = self._judge(config, tensors, refused)
+        return made if made.certificate.passes else self._judge(config, tensors, refused)
+
+    def _judge(
+        self, config: QuantConfig, tensors: dict[str, NDArray[np.generic]], refused: tuple[str, ...]
+    ) -> QuantisedModel:
+        references = {FP32.name: self._reference}
         try:
             session = self._open(tensors, config)
         except WrongOutputShape:
@@ -351,13 +365,14 @@ class Calibration:
     def _vectors(self, session: Session) -> Vectors:
         """Every kind of vector of the judgement set, computed on all slots at once."""
         texts = np.split(self._probes.judgement.token_ids, self._probes.judgement.cu_seqlens[1:-1])
+        slots = min(self._slot_count, len(texts))
 
         def run(slot: int) -> Vectors:
-            own = Sequences.pack(texts[slot :: self._slot_count])
+            own = Sequences.pack(texts[slot::slots])
             return session.run(as_batch(own, self._checkpoint.outputs), slot=slot)
 
-        with ThreadPoolExecutor(self._slot_count, "trivec-calibrate") as pool:
-            parts = list(pool.map(run, range(self._slot_count)))
+        with ThreadPoolExecutor(slots, "trivec-calibrate") as pool:
+            parts = list(pool.map(run, range(slots)))
         return Vectors.of(
             dense=np.concatenate([part.dense for part in parts]),
             sparse=tuple(one for part in parts for one in part.sparse),
