@@ -189,7 +189,7 @@ class Scheduler:
     def submit(
         self, queue: ModelQueue, sequences: Sequences, outputs: Output, *, wait_s: float
     ) -> Request:
-        """A request put in *queue*, to start within *wait_s*. Raises what `check_admission` does."""
+        """A request in *queue*, to start within *wait_s*. Raises what `check_admission` does."""
         future, now_s = asyncio.get_running_loop().create_future(), self._clock.now_s()
         request = Request(sequences, outputs, future, submitted_s=now_s, deadline_s=now_s + wait_s)
         with self._changed:

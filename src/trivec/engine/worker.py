@@ -196,7 +196,7 @@ class Workers:
         except DeviceLost:
             raise
         except Exception as exc:  # of any kind: a sequence of the batch is at fault
-            return exc
+            return exc.with_traceback(None)  # whose frames hold the requests
         finally:
             self._calls[slot] = None
         return vectors
@@ -218,13 +218,13 @@ class Workers:
             elif item.request.is_open:
                 run_exact = queue.backend.run_exact
                 result = self._call(run_exact, pack([item]), queue.model, slot, EXACT_S_MAX)
-                is_recovered = isinstance(result, Vectors) and not nonfinite_rows(result)
-                self._observer.observe(RowNotFinite(queue.model, recovered=is_recovered))
-                if isinstance(result, Vectors) and is_recovered:
+                if isinstance(result, Vectors) and not nonfinite_rows(result):
                     cut.append((item, result))
+                    self._observer.observe(RowNotFinite(queue.model, recovered=True))
                     continue
-                detail = f": {result!r}" if isinstance(result, Exception) else ""
-                reason = f"{queue.model}: a vector is not finite even in fp32{detail}"
+                self._observer.observe(RowNotFinite(queue.model, recovered=False))
+                cause = f": {result!r}" if isinstance(result, Exception) else ""
+                reason = f"{queue.model}: a vector is not finite even in fp32{cause}"
                 self.scheduler.fail(queue, item.request, EngineFault(reason))
         return cut
 
