@@ -2,13 +2,29 @@
 
 import pytest
 
+from trivec.core.events import BatchRan
 from trivec.engine.scheduler import START_TOKENS_PER_S, ThroughputEstimator, batch_cost
 
 
 def ran(
-    estimate: ThroughputEstimator, tokens: int, duration_s: float, fill: float = 1.0
+    estimate: ThroughputEstimator,
+    tokens: int,
+    duration_s: float,
+    *,
+    tokens_max: int | None = None,
+    cost: float | None = None,
 ) -> ThroughputEstimator:
-    return estimate.after(tokens=tokens, cost=tokens, duration_s=duration_s, fill=fill)
+    """*estimate* after a batch of *tokens*, which is a full one unless *tokens_max* is given."""
+    batch = BatchRan(
+        model="fake",
+        slot=0,
+        sequences=1,
+        tokens=tokens,
+        tokens_max=tokens_max or tokens,
+        duration_s=duration_s,
+        failed=False,
+    )
+    return estimate.after(batch, cost or tokens)
 
 
 def tokens_per_s(estimate: ThroughputEstimator) -> float:
@@ -35,12 +51,12 @@ def test_a_night_of_lone_short_texts_does_not_hide_what_full_batches_do() -> Non
     for _ in range(10):
         estimate = ran(estimate, 512, 0.5)
     for _ in range(100):
-        estimate = ran(estimate, 16, 0.05, fill=16 / 512)
+        estimate = ran(estimate, 16, 0.05, tokens_max=512)
     assert tokens_per_s(estimate) == pytest.approx(1_024, rel=0.15)
 
 
 def test_one_long_text_is_expected_to_take_longer_than_as_many_tokens_of_short_ones() -> None:
     short = batch_cost([32] * 16)
-    estimate = ThroughputEstimator().after(tokens=512, cost=short, duration_s=0.5, fill=1.0)
+    estimate = ran(ThroughputEstimator(), 512, 0.5, cost=short)
     assert short * estimate.s_per_cost == pytest.approx(0.5, rel=1e-3)
     assert batch_cost([8_192]) * estimate.s_per_cost > 7.5 * 16 * 0.5

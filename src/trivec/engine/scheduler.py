@@ -54,19 +54,18 @@ class ThroughputEstimator:
     cost: float = START_COST_PER_S * 1e-6
     seconds: float = 1e-6
 
-    def after(
-        self, *, tokens: int, cost: float, duration_s: float, fill: float
-    ) -> "ThroughputEstimator":
-        """The estimate with one more batch.
+    def after(self, ran: BatchRan, cost: float) -> "ThroughputEstimator":
+        """The estimate with one more batch, which counts by its share of its budget.
 
-        *fill* in (0, 1] is the batch's share of its budget: a lone short text is slow for its
-        tokens, and a night of such must not make the first full batch look expensive.
+        A lone short text is slow for its tokens, and a night of such must not make the first full
+        batch look expensive.
         """
-        kept = math.exp(-fill * duration_s / WINDOW_S)
+        fill = min(1.0, ran.tokens / ran.tokens_max)
+        kept = math.exp(-fill * ran.duration_s / WINDOW_S)
         return ThroughputEstimator(
-            tokens=self.tokens * kept + fill * tokens,
+            tokens=self.tokens * kept + fill * ran.tokens,
             cost=self.cost * kept + fill * cost,
-            seconds=self.seconds * kept + fill * duration_s,
+            seconds=self.seconds * kept + fill * ran.duration_s,
         )
 
     @property
@@ -258,12 +257,9 @@ class Scheduler:
         self, queue: ModelQueue, rows: list[tuple[BatchItem, Vectors]], ran: BatchRan, cost: float
     ) -> None:
         """Give *rows* to their requests, reply to the complete ones, and measure the throughput."""
-        fill = min(1.0, ran.tokens / ran.tokens_max)
         complete = []
         with self._changed:
-            queue.throughput = queue.throughput.after(
-                tokens=ran.tokens, cost=cost, duration_s=ran.duration_s, fill=fill
-            )
+            queue.throughput = queue.throughput.after(ran, cost)
             for (request, indices), vectors in rows:
                 if request.is_open:
                     request.parts.append((indices, vectors))
@@ -297,7 +293,7 @@ class Scheduler:
                 self.fail(queue, request, error())
 
     def _report_depth(self, queue: ModelQueue) -> None:
-        """Tell the observer how much waits, if that is not what it heard last."""
+        """Tell the observer how much waits, if that is not what it heard last. It never blocks."""
         if len(queue.requests) != queue.reported_depth:
             queue.reported_depth = len(queue.requests)
             event = QueueChanged(queue.model, queue.reported_depth, queue.requests.token_count)
