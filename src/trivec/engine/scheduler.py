@@ -246,7 +246,7 @@ class Scheduler:
                     self._is_coalescing = True
                     self._changed.wait(delay_s)
                     self._is_coalescing = False
-                elif batch := self._take_batch(min(waiting, key=lambda queue: queue.device_s)):
+                elif batch := self._schedule(min(waiting, key=lambda queue: queue.device_s)):
                     is_any_free = self._idle_count or self._is_coalescing
                     if is_any_free and any(queue.requests for queue in self.queues):
                         self._changed.notify()
@@ -315,7 +315,7 @@ class Scheduler:
             if queue.requests
         )
 
-    def _take_batch(self, queue: ModelQueue) -> ScheduledBatch | None:
+    def _schedule(self, queue: ModelQueue) -> ScheduledBatch | None:
         """The next batch of *queue*; None when all that waited has passed its deadline."""
         now_s = self._clock.now_s()
         for request in list(islice(queue.requests.new, CANDIDATES_MAX)):
