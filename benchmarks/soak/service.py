@@ -117,9 +117,7 @@ class Service:
             ),
             backend=self.faulty,
             workers=self.workers,
-            bound=self.settings.queue,
-            clock=clock,
-            observer=self.ears,
+            limits=self.settings.queue,
         )
         self.app = build_app(
             embedders={MODEL: self.engine},

@@ -298,10 +298,12 @@ def set_up(
 
     *tokenizers*: one each, or none where every request brings token ids.
     """
-    clock, observer = context.clock, context.observer
     slot_count = min(model.backend.slot_count for model in loaded)
     workers = Workers(
-        slot_count, spares_core=choice.device == "cpu", clock=clock, observer=observer
+        slot_count,
+        coalesces=choice.device == "cpu",
+        clock=context.clock,
+        observer=context.observer,
     )
     engines = [
         Engine(
@@ -309,9 +311,7 @@ def set_up(
             tokenizer=tokenizer,
             backend=model.backend,
             workers=workers,
-            bound=context.settings.queue,
-            clock=clock,
-            observer=observer,
+            limits=context.settings.queue,
         )
         for model, tokenizer in zip(loaded, tokenizers or (None,) * len(loaded), strict=True)
     ]

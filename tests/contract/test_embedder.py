@@ -44,8 +44,7 @@ def tokenizer_file(folder: Path) -> Path:
 
 @asynccontextmanager
 async def local_engine(folder: Path, backend: FakeBackend) -> AsyncIterator[Embedder]:
-    clock, listener = SystemClock(), Listener()
-    workers = Workers(2, clock=clock, observer=listener)
+    workers = Workers(2, clock=SystemClock(), observer=Listener())
     with ThreadPoolExecutor(2) as pool:
         engine = Engine(
             ModelCard(
@@ -66,9 +65,7 @@ async def local_engine(folder: Path, backend: FakeBackend) -> AsyncIterator[Embe
             ),
             backend=backend,
             workers=workers,
-            bound=QueueLimits(),
-            clock=clock,
-            observer=listener,
+            limits=QueueLimits(),
         )
         workers.start()
         yield engine

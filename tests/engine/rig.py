@@ -77,16 +77,16 @@ class Rig:
     """`async with Rig(...) as rig` starts the workers, and stops them at the end."""
 
     backend: FakeBackend = field(default_factory=lambda: FakeBackend(dimensions=8, outputs=ALL))
-    bound: QueueLimits = field(default_factory=QueueLimits)
+    limits: QueueLimits = field(default_factory=QueueLimits)
     clock: HandClock = field(default_factory=HandClock)
     listener: Listener = field(default_factory=Listener)
     slot_count: int | None = None
-    spares_core: bool = False
+    coalesces: bool = False
 
     async def __aenter__(self) -> Self:
         self.workers = Workers(
             self.slot_count or self.backend.slot_count,
-            spares_core=self.spares_core,
+            coalesces=self.coalesces,
             clock=self.clock,
             observer=self.listener,
         )
@@ -104,9 +104,7 @@ class Rig:
             tokenizer=None,  # these tests begin with ids
             backend=backend,
             workers=self.workers,
-            bound=self.bound,
-            clock=self.clock,
-            observer=self.listener,
+            limits=self.limits,
         )
 
     def send(

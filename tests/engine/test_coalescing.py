@@ -59,10 +59,10 @@ class AskedClock(HandClock):
 class Pair(Rig):
     """Two slots, of which one is held at work and the other has thought about what came since."""
 
-    def __init__(self, *, spares_core: bool = True) -> None:
+    def __init__(self, *, coalesces: bool = True) -> None:
         self.asked_clock = AskedClock()
         backend = FakeBackend(dimensions=8, slot_count=2)
-        super().__init__(backend=backend, clock=self.asked_clock, spares_core=spares_core)
+        super().__init__(backend=backend, clock=self.asked_clock, coalesces=coalesces)
 
     async def hold_and_ask(self) -> "list[asyncio.Task[Reply]]":
         holder = await self.occupy()
@@ -112,7 +112,7 @@ async def test_no_batch_waits_for_a_slot_that_is_late() -> None:
 
 
 async def test_a_device_with_no_core_to_spare_takes_what_there_is() -> None:
-    async with Pair(spares_core=False) as rig:
+    async with Pair(coalesces=False) as rig:
         sent = await rig.hold_and_ask()
         await rig.entered(2)
         rig.backend.gate.set()

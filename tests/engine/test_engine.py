@@ -5,7 +5,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.engine.rig import ALL, NO_FLOOR, Listener, Rig, alone, lengths, sequences, texts_of
+from tests.engine.rig import (
+    ALL,
+    NO_FLOOR,
+    Listener,
+    Rig,
+    alone,
+    lengths,
+    sequences,
+    texts_of,
+    unanswered,
+)
 from tests.hand_clock import HandClock, HandLoop
 
 from trivec.backends.fake import FakeBackend
@@ -13,8 +23,7 @@ from trivec.core.errors import DeadlineExceeded, Overloaded
 from trivec.core.events import BatchRan, QueueChanged
 from trivec.core.retry import spread_retry_s
 from trivec.core.types import Batch, BatchBudget, Output, Vectors
-from trivec.engine.request import Request
-from trivec.engine.scheduler import ModelQueue
+from trivec.engine.scheduler import ModelQueue, Scheduler
 from trivec.settings import QueueLimits
 
 
@@ -94,8 +103,8 @@ async def test_queue_and_compute_times_meet_at_the_first_batch() -> None:
 
 
 async def test_a_full_queue_refuses_at_once_and_says_when_to_return() -> None:
-    bound = QueueLimits(wait_s_max=10, **NO_FLOOR)
-    async with Rig(bound=bound) as rig:
+    limits = QueueLimits(wait_s_max=10, **NO_FLOOR)
+    async with Rig(limits=limits) as rig:
         holder = await rig.occupy()  # nothing measured yet: 1,000 tokens a second
         big = [rig.send(sequences(*[500] * 10)) for _ in range(3)]
         await rig.queued(*big)
@@ -156,7 +165,7 @@ async def test_admission_at_1000_tokens_per_s(
     limits = QueueLimits(
         tokens_max=100_000, wait_s_max=10, always_requests=0, first_batch_s_max=1e6
     )
-    async with Rig(bound=limits) as rig:
+    async with Rig(limits=limits) as rig:
         holder = await rig.occupy()
         rig.workers.scheduler.queues[0].limits = QueueLimits()  # until all of them are in
         sent = [rig.send(texts_of(tokens)) for tokens in queued]
@@ -175,6 +184,21 @@ async def test_admission_at_1000_tokens_per_s(
         assert rig.engine.queued_tokens == 0
         rig.backend.gate.set()
         await holder
+
+
+async def test_the_slots_of_a_device_count_together() -> None:
+    limits = QueueLimits(wait_s_max=10, **NO_FLOOR)
+    async with Rig(backend=FakeBackend(dimensions=8, slot_count=2), limits=limits) as rig:
+        holders = [await rig.occupy(), await rig.occupy()]
+        sent = [rig.send(texts_of(19_000))]
+        await rig.queued(*sent)
+        rig.engine.check_admission(19_000)
+        sent.append(rig.send(texts_of(5_000)))
+        await rig.queued(*sent)
+        with pytest.raises(Overloaded, match="wait about 12 s"):
+            rig.engine.check_admission(19_000)
+        rig.backend.gate.set()
+        await asyncio.gather(*holders, *sent)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +245,7 @@ def test_a_wait_that_is_admitted_is_not_cut_short() -> None:
 
 
 async def test_an_empty_queue_admits_what_is_larger_than_its_limit() -> None:
-    async with Rig(bound=QueueLimits(tokens_max=100, wait_s_max=0.1, **NO_FLOOR)) as rig:
+    async with Rig(limits=QueueLimits(tokens_max=100, wait_s_max=0.1, **NO_FLOOR)) as rig:
         holder = await rig.occupy()
         huge = rig.send(sequences(500, 500))
         await rig.queued(huge)
@@ -233,7 +257,7 @@ async def test_an_empty_queue_admits_what_is_larger_than_its_limit() -> None:
 
 
 async def test_a_cancelled_request_frees_its_tokens_at_once_and_never_runs() -> None:
-    async with Rig(bound=QueueLimits(tokens_max=1_000, **NO_FLOOR)) as rig:
+    async with Rig(limits=QueueLimits(tokens_max=1_000, **NO_FLOOR)) as rig:
         holder = await rig.occupy()
         leaver = rig.send(sequences(900))
         await rig.queued(leaver)
@@ -251,21 +275,15 @@ async def test_a_cancelled_request_frees_its_tokens_at_once_and_never_runs() -> 
 def test_a_cancellation_right_after_the_last_row_leaves_the_rows_to_the_reply() -> None:
     """The worker reads them without the lock once the request is complete."""
     backend = FakeBackend(dimensions=8, outputs=ALL)
-    queue = ModelQueue("m", backend, limits=QueueLimits(), slot_count=1, observer=Listener())
-    loop = asyncio.new_event_loop()
-    try:
-        request = Request(
-            sequences=sequences(3), outputs=Output.DENSE, future=loop.create_future(),
-            submitted_s=0, deadline_s=60,
-        )  # fmt: skip
-        queue.requests.add(request)
-        request.add_rows([0], Vectors.of(np.ones((1, 8), np.float32)))
-        request.started_s = 0.5
-        request.is_open = False  # as the scheduler says of a request whose last row has come
-        queue.drop(request)
-        assert len(request.reply(now_s=1.0).vectors) == 1
-    finally:
-        loop.close()
+    scheduler = Scheduler(1, coalesces=False, clock=HandClock(), observer=Listener())
+    queue = ModelQueue("m", backend, QueueLimits(), backend.budget)
+    request = unanswered(3)
+    queue.requests.add(request)
+    request.started_s = 0.5
+    request.parts.append(([0], Vectors.of(np.ones((1, 8), np.float32))))
+    request.is_open = False  # as the scheduler says of a request whose last row has come
+    scheduler.cancel(queue, request)
+    assert len(request.reply(now_s=1.0).vectors) == 1
 
 
 async def test_a_request_cancelled_in_the_middle_has_no_more_batches() -> None:
@@ -293,7 +311,7 @@ async def test_a_deadline_that_passes_in_the_queue_is_answered_while_the_device_
 
 
 async def test_what_is_late_when_a_slot_frees_is_dropped_before_the_choice() -> None:
-    async with Rig(bound=QueueLimits(wait_s_max=30, first_batch_s_max=30)) as rig:
+    async with Rig(limits=QueueLimits(wait_s_max=30, first_batch_s_max=30)) as rig:
         holder = await rig.occupy()
         late = rig.send(sequences(9))
         await rig.queued(late)

@@ -1,6 +1,6 @@
 """The order in which a queue is served, as properties of any queue and budget."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from random import Random
 
@@ -195,6 +195,23 @@ def test_a_long_text_waits_as_many_rounds_as_it_is_turns_long() -> None:
         queue.take_batch(BUDGET)
         batches += 1
     assert batches == 5, "three batches pay for its first three turns, the fourth is its own"
+
+
+@given(st.lists(st.integers(65, 8_192), min_size=1, max_size=8), st.integers(16, 64))
+@settings(max_examples=100, deadline=None)
+def test_rounds_granted_at_once_serve_in_the_order_of_one_round_at_a_time(
+    lengths: list[int], quantum: int
+) -> None:
+    expected, turns = [], deque((length, 0) for length in lengths)
+    while turns:
+        length, deficit = turns.popleft()
+        if deficit + quantum >= length:
+            expected.append(length)
+        else:
+            turns.append((length, deficit + quantum))
+    queue = queue_of(*map(request, lengths))
+    budget = BatchBudget(quantum, 64)
+    assert [lengths_of(queue.take_batch(budget)) for _ in lengths] == [[n] for n in expected]
 
 
 def test_small_requests_are_finished_long_before_a_bulk_one() -> None:

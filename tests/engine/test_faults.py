@@ -216,7 +216,7 @@ def break_once(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch, *, after:
     [
         (scheduler.Scheduler, "next_batch"),
         (request.RequestQueue, "take_batch"),
-        (scheduler.ThroughputEstimator, "estimate_s"),
+        (scheduler.ThroughputEstimator, "after"),
         (worker, "pack"),
         (worker, "nonfinite_rows"),
         (scheduler.Scheduler, "complete"),

@@ -19,7 +19,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "build": (450, 2),
     "settings": (400, 1),
     "api": (2_300, 14),
-    "engine": (1_110, 5),
+    "engine": (966, 5),
     "models": (920, 8),
     "backends": (3_250, 17),
     "checkpoints": (1_760, 9),

@@ -36,7 +36,7 @@ class Pair:
 async def pair(tmp_path: Path) -> AsyncIterator[Pair]:
     backend = FakeBackend(dimensions=1024, outputs=ALL)
     async with (
-        Rig(backend=backend, bound=QueueLimits(tokens_max=100, **NO_FLOOR)) as rig,
+        Rig(backend=backend, limits=QueueLimits(tokens_max=100, **NO_FLOOR)) as rig,
         several(rig.engine, tokenizer_file(tmp_path)) as far,
     ):
         yield Pair(rig, far)

@@ -120,16 +120,13 @@ async def test_a_request_that_does_not_fit_at_once_is_answered_whole(
     batch = random_batch([30, 5, 20, 25, 10, 10], XLM_ROBERTA, Output.DENSE)
     expected = backend.run(batch, slot=0)
     ran = failing_above(monkeypatch, 60, lambda: torch.OutOfMemoryError("CUDA out of memory"))
-    clock, listener = SystemClock(), Listener()
-    workers = Workers(1, clock=clock, observer=listener)
+    workers = Workers(1, clock=SystemClock(), observer=Listener())
     engine = Engine(
         card(outputs=Output.DENSE),
         tokenizer=None,  # this test begins with ids
         backend=backend,
         workers=workers,
-        bound=QueueLimits(),
-        clock=clock,
-        observer=listener,
+        limits=QueueLimits(),
     )
     workers.start()
     try:

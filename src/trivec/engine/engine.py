@@ -4,12 +4,9 @@ All of it runs on the event loop and none of it computes.
 """
 
 import asyncio
-import math
 
-from trivec.core.errors import ServiceError
-from trivec.core.ports import Backend, Clock, Observer, Texts, TokenLists
+from trivec.core.ports import Backend, Texts, TokenLists
 from trivec.core.types import Int32Array, LongText, ModelCard, Output, Reply, Sequences
-from trivec.engine.request import Request
 from trivec.engine.scheduler import ModelQueue
 from trivec.engine.worker import Workers
 from trivec.settings import QueueLimits
@@ -26,24 +23,15 @@ class Engine:
         tokenizer: Tokenizer | None,
         backend: Backend,
         workers: Workers,
-        bound: QueueLimits,
-        clock: Clock,
-        observer: Observer,
+        limits: QueueLimits,
     ) -> None:
         """*tokenizer* None: every request brings ids, as API processes do (decision 0013)."""
         assert workers.slot_count <= backend.slot_count, "slots that the backend does not have"
-        self._card = card
+        self.card = card
         self._tokenizer = tokenizer
         self._scheduler = workers.scheduler
-        self._clock = clock
-        self._queue = ModelQueue(
-            card.id, backend, limits=bound, slot_count=workers.slot_count, observer=observer
-        )
+        self._queue = ModelQueue(card.id, backend, limits, backend.budget)
         self._scheduler.add_queue(self._queue)
-
-    @property
-    def card(self) -> ModelCard:
-        return self._card
 
     @property
     def queued_requests(self) -> int:
@@ -78,27 +66,19 @@ class Engine:
     ) -> Reply:
         """See `core.ports.Embedder`. A *deadline_s* beyond the setting's limit is the limit."""
         assert len(sequences) > 0
-        assert outputs in self._card.outputs, "the route refuses what the model lacks"
-        loop = asyncio.get_running_loop()
-        limit_s = self._queue.limits.first_batch_s_max
-        wait_s = min(limit_s, math.inf if deadline_s is None else deadline_s)
-        now_s = self._clock.now_s()
-        request = Request(
-            sequences=sequences,
-            outputs=outputs,
-            future=loop.create_future(),
-            submitted_s=now_s,
-            deadline_s=now_s + wait_s,
-        )
-        self._scheduler.submit(self._queue, request)
-        self._queue.open.add(request)
-        timer = loop.call_later(wait_s, self._scheduler.expire, self._queue, request)
+        assert outputs in self.card.outputs, "the route refuses what the model lacks"
+        scheduler, queue = self._scheduler, self._queue
+        limit_s = queue.limits.first_batch_s_max
+        wait_s = limit_s if deadline_s is None else min(deadline_s, limit_s)
+        request = scheduler.submit(queue, sequences, outputs, wait_s=wait_s)
+        queue.open.add(request)
+        timer = request.future.get_loop().call_later(wait_s, scheduler.expire, queue, request)
         try:
             return await request.future
-        except (asyncio.CancelledError, ServiceError):
-            self._scheduler.cancel(self._queue, request)
+        except asyncio.CancelledError:
+            scheduler.cancel(queue, request)
             raise
         finally:
             timer.cancel()
-            self._queue.open.discard(request)
+            queue.open.discard(request)
             del request  # else it and an error's traceback would hold each other until collected

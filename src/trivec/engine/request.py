@@ -1,28 +1,18 @@
 """Requests, and the queue that serves them by deficit round robin. Plain state: no clock, no lock.
 
-All of it is touched under the scheduler's lock, but for a request's future, which belongs to its
-event loop.
+The scheduler's lock guards all of it, but for a request's future, which its event loop sets.
 """
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
 
-from trivec.core.types import (
-    BatchBudget,
-    Float32Array,
-    Output,
-    Reply,
-    Row,
-    Rows,
-    Sequences,
-    Vectors,
-)
+from trivec.core.types import BatchBudget, Float32Array, Output, Reply, Rows, Sequences, Vectors
 
 # A batch pads its attention to its longest sequence. Within a factor of two that is cheap; up to 64
 # tokens attention is 1 % of BGE-M3's arithmetic, so short texts may always share a batch.
@@ -33,7 +23,7 @@ CANDIDATES_MAX = 64  # requests looked at to fill a batch
 OVERTAKING_BATCHES_MAX = 4  # while new requests keep coming, older ones still have one in five
 
 
-@dataclass(eq=False, slots=True, kw_only=True)
+@dataclass(eq=False, slots=True)
 class Request:
     """One client's list of sequences, and the future of its reply.
 
@@ -55,12 +45,12 @@ class Request:
     queue_index: int | None = None  # in the queue's array of tokens left; None: not queued
     is_open: bool = True  # its rows are still wanted
     started_s: float | None = None  # its first batch
-    parts: list[tuple[Sequence[int], Vectors]] = field(default_factory=list)  # rows by sequence
-    row_count: int = 0  # in `parts`
+    parts: list[tuple[list[int], Vectors]] = field(default_factory=list)  # rows, and whose they are
+    rows_left: int = field(init=False)  # in no part yet
 
     def __post_init__(self) -> None:
-        self.tokens_left = self.sequences.token_count
-        if len(self.sequences) == 1:
+        self.tokens_left, self.rows_left = self.sequences.token_count, len(self.sequences)
+        if self.rows_left == 1:
             self.order, self.lengths = [0], [self.tokens_left]
             return
         lengths = self.sequences.lengths()  # [sequences]
@@ -76,37 +66,24 @@ class Request:
     def next_length(self) -> int:
         return self.lengths[self.taken]
 
-    def add_rows(self, indices: Sequence[int], vectors: Vectors) -> bool:
-        """Keep the rows of the sequences *indices*; whether the request is complete with them."""
-        self.parts.append((indices, vectors))
-        self.row_count += len(indices)
-        return self.row_count == len(self.order)
-
     def reply(self, now_s: float) -> Reply:
+        """The reply, once every row is there: row i for sequence i."""
         assert self.started_s is not None
+        indices, vectors = [i for own, _ in self.parts for i in own], self.parts[0][1]
+        if len(self.parts) > 1 or indices != sorted(indices):
+            places = np.argsort(indices)  # of each sequence's row in the parts
+            rows: dict[Output, Rows] = {}
+            for output in Output.DENSE | self.outputs:
+                parts = [own[output] for _, own in self.parts]
+                if isinstance(parts[0], np.ndarray):
+                    array: Float32Array = np.concatenate([np.asarray(part) for part in parts])
+                    rows[output] = array[places]
+                else:
+                    listed = list(chain.from_iterable(parts))
+                    rows[output] = tuple(listed[place] for place in places)
+            vectors = Vectors(rows)
         queue_s, compute_s = self.started_s - self.submitted_s, now_s - self.started_s
-        return Reply(self._vectors(), queue_s=queue_s, compute_s=compute_s)
-
-    def _vectors(self) -> Vectors:
-        """All rows, row i for sequence i."""
-        count, (indices, first) = len(self.order), self.parts[0]
-        if len(self.parts) == 1 and indices == list(range(count)):
-            return first
-        gathered: dict[Output, Rows] = {}
-        for output in {output for _, vectors in self.parts for output in vectors.rows}:
-            rows = first[output]
-            if isinstance(rows, np.ndarray):
-                array: Float32Array = np.empty((count, *rows.shape[1:]), np.float32)
-                for indices, vectors in self.parts:
-                    array[indices] = np.asarray(vectors[output])
-                gathered[output] = array
-                continue
-            listed: list[Row | None] = [None] * count
-            for indices, vectors in self.parts:
-                for i, row in zip(indices, vectors[output], strict=True):
-                    listed[i] = row
-            gathered[output] = tuple(listed)
-        return Vectors(gathered)
+        return Reply(vectors, queue_s=queue_s, compute_s=compute_s)
 
 
 class BatchItem(NamedTuple):
@@ -120,7 +97,7 @@ class RequestQueue:
     """Requests with sequences in no batch yet, served by deficit round robin.
 
     `new` requests have had no batch, `active` ones take turns; each is in order of service. Changes
-    are O(1), and a choice costs the same whatever waits: one leader and `CANDIDATES_MAX` others.
+    are O(1), and a choice costs the same whatever waits: it looks at `CANDIDATES_MAX` others.
     """
 
     def __init__(self) -> None:
@@ -148,7 +125,7 @@ class RequestQueue:
         assert request.queue_index is None
         if not self._free_indices:
             count = len(self._tokens_left)
-            self._tokens_left = np.concatenate((self._tokens_left, np.zeros(count, np.int64)))
+            self._tokens_left = np.pad(self._tokens_left, (0, count))
             self._free_indices = list(range(count, 2 * count))
         request.queue_index = self._free_indices.pop()
         self._tokens_left[request.queue_index] = request.tokens_left
@@ -168,36 +145,52 @@ class RequestQueue:
     def take_batch(self, budget: BatchBudget) -> list[BatchItem]:
         """Remove and return the next batch; empty only when the queue is.
 
-        A batch belongs to one leader. Others join it only once the leader is exhausted, and only
+        A batch belongs to the next request. Others join it only if that is then exhausted, and only
         with all they have left: so a bulk request never lengthens a query's batch, and a query
         shares one with other queries, or with the tail of something large. A sequence longer than
         the budget runs alone.
         """
-        leader = self._next_leader(budget.tokens_max)
-        if leader is None:
+        request = self._next_request(budget.tokens_max)
+        if request is None:
             return []
-        batch = _OpenBatch(budget)
-        was_new = leader in self.new
-        items = [self._take(leader, batch)]
-        if leader.is_exhausted:
+        was_new = request in self.new
+        longest = shortest = tokens = request.next_length
+        end = request.taken + 1
+        for length in request.lengths[end : request.taken + budget.sequences_max]:
+            is_similar = longest <= max(LENGTH_RATIO_MAX * length, SHORT_TOKENS_MAX)
+            if tokens + length > budget.tokens_max or not is_similar:
+                break
+            tokens, shortest, end = tokens + length, length, end + 1
+        items = [self._take(request, end, tokens)]
+        if request.is_exhausted:
+            sequences = len(items[0].indices)
             for other in list(islice(self, CANDIDATES_MAX)):  # a copy: taking changes the queue
-                if batch.is_full:
+                if tokens >= budget.tokens_max or sequences >= budget.sequences_max:
                     break
-                rest = len(other.order) - other.taken
-                if batch.fits(rest, other.tokens_left, other.lengths[-1], other.next_length):
-                    items.append(self._take(other, batch))
+                tokens_with = tokens + other.tokens_left
+                sequences_with = sequences + len(other.order) - other.taken
+                longest_with = max(longest, other.next_length)
+                shortest_with = min(shortest, other.lengths[-1])
+                if (
+                    tokens_with <= budget.tokens_max
+                    and sequences_with <= budget.sequences_max
+                    and longest_with <= max(LENGTH_RATIO_MAX * shortest_with, SHORT_TOKENS_MAX)
+                ):
+                    items.append(self._take(other, len(other.order), other.tokens_left))
+                    tokens, sequences = tokens_with, sequences_with
+                    longest, shortest = longest_with, shortest_with
         else:
             # Batches are not cut to the deficit, since tiny ones are dear: the rest is carried
             # over. A turn goes on while at least half a batch of it is left.
-            leader.deficit -= batch.tokens
-            leader.has_turn = leader.deficit >= max(leader.next_length, budget.tokens_max // 2)
+            request.deficit -= tokens
+            request.has_turn = request.deficit >= max(request.next_length, budget.tokens_max // 2)
             if was_new:
-                self._activate(leader)
-            self.active.move_to_end(leader, last=not leader.has_turn)
-        self._overtaking_tokens = self._overtaking_tokens + batch.tokens if was_new else 0
+                self._activate(request)
+            self.active.move_to_end(request, last=not request.has_turn)
+        self._overtaking_tokens = self._overtaking_tokens + tokens if was_new else 0
         return items
 
-    def _next_leader(self, quantum: int) -> Request | None:
+    def _next_request(self, quantum: int) -> Request | None:
         """The request to serve next, with a deficit of at least its next sequence.
 
         First one whose turn is not over; then new ones in order of arrival, unless they overtook
@@ -214,12 +207,17 @@ class RequestQueue:
                 return request
             self._activate(request)  # a text longer than a turn must not hold up the others
         while self.active:
-            request = next(iter(self.active))
-            request.deficit += quantum
-            if request.deficit >= request.next_length:
-                request.has_turn = True
-                return request
-            self.active.move_to_end(request)
+            for _ in range(len(self.active)):
+                request = next(iter(self.active))
+                request.deficit += quantum
+                if request.deficit >= request.next_length:
+                    request.has_turn = True
+                    return request
+                self.active.move_to_end(request)
+            # Every next text is longer than a turn: grant at once the rounds that none can use.
+            rounds = min((one.next_length - one.deficit - 1) // quantum for one in self.active)
+            for one in self.active:
+                one.deficit += rounds * quantum
         return None
 
     def _activate(self, request: Request) -> None:
@@ -227,51 +225,14 @@ class RequestQueue:
         del self.new[request]
         self.active[request] = None
 
-    def _take(self, request: Request, batch: "_OpenBatch") -> BatchItem:
-        """Fill *batch* with the next sequences of *request*, as many as fit."""
-        assert request.queue_index is not None
-        lengths, begin, tokens_before = request.lengths, request.taken, batch.tokens
-        for length in islice(lengths, begin, None):
-            if not batch.fits(1, length, length, length):
-                break
-            batch.add(length)
-            request.taken += 1
-        tokens = batch.tokens - tokens_before
+    def _take(self, request: Request, end: int, tokens: int) -> BatchItem:
+        """Take the sequences of *request* up to *end* in its order: *tokens* of them."""
+        item = BatchItem(request, request.order[request.taken : end])
+        request.taken = end
         request.tokens_left -= tokens
         self.token_count -= tokens
-        self._tokens_left[request.queue_index] = request.tokens_left
         if request.is_exhausted:
             self.remove(request)
-        return BatchItem(request, request.order[begin : request.taken])
-
-
-class _OpenBatch:
-    """The batch that is being filled."""
-
-    __slots__ = ("budget", "longest", "sequences", "shortest", "tokens")
-
-    def __init__(self, budget: BatchBudget) -> None:
-        self.budget = budget
-        self.tokens = self.sequences = self.longest = 0
-        self.shortest = budget.tokens_max
-
-    @property
-    def is_full(self) -> bool:
-        return self.tokens >= self.budget.tokens_max or self.sequences >= self.budget.sequences_max
-
-    def fits(self, sequences: int, tokens: int, shortest: int, longest: int) -> bool:
-        """Whether so many *sequences* of *tokens* together fit, in number and in length."""
-        if not self.sequences:
-            return True
-        longest, shortest = max(longest, self.longest), min(shortest, self.shortest)
-        return (
-            self.tokens + tokens <= self.budget.tokens_max
-            and self.sequences + sequences <= self.budget.sequences_max
-            and longest <= max(LENGTH_RATIO_MAX * shortest, SHORT_TOKENS_MAX)
-        )
-
-    def add(self, length: int) -> None:
-        self.tokens += length
-        self.sequences += 1
-        self.longest = max(self.longest, length)
-        self.shortest = min(self.shortest, length)
+        else:
+            self._tokens_left[request.queue_index] = request.tokens_left
+        return item

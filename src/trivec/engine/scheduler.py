@@ -9,15 +9,14 @@ import math
 import random
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Self
 
-from trivec.core.errors import DeadlineExceeded, Draining, EngineFault, Overloaded, ServiceError
+from trivec.core.errors import DeadlineExceeded, Draining, Overloaded, ServiceError
 from trivec.core.events import BatchRan, QueueChanged
 from trivec.core.ports import Backend, Clock, Observer
 from trivec.core.retry import spread_retry_s
-from trivec.core.types import BatchBudget, Reply, Vectors
+from trivec.core.types import BatchBudget, Output, Reply, Sequences, Vectors
 from trivec.engine.request import CANDIDATES_MAX, BatchItem, Request, RequestQueue
 from trivec.settings import QueueLimits
 
@@ -49,39 +48,35 @@ def batch_cost(lengths: Iterable[int]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class ThroughputEstimator:
-    """Throughput of one model, by decayed sums over the batches that ran."""
+    """Throughput of one model in one slot, by decayed sums over the batches that ran."""
 
-    slot_count: int
     tokens: float = START_TOKENS_PER_S * 1e-6  # the start counts for a microsecond
     cost: float = START_COST_PER_S * 1e-6
-    seconds: float = 1e-6  # of one slot
+    seconds: float = 1e-6
 
-    def after(self, *, tokens: int, cost: float, duration_s: float, fill: float) -> Self:
-        """The estimate with one more batch.
+    def after(self, ran: BatchRan, cost: float) -> "ThroughputEstimator":
+        """The estimate with one more batch, which counts by its share of its budget.
 
-        *fill* in (0, 1] is the batch's share of its budget: a lone short text is slow for its
-        tokens, and a night of such must not make the first full batch look expensive.
+        A lone short text is slow for its tokens, and a night of such must not make the first full
+        batch look expensive.
         """
-        kept = math.exp(-fill * duration_s / WINDOW_S)
-        return replace(
-            self,
-            tokens=self.tokens * kept + fill * tokens,
+        fill = min(1.0, ran.tokens / ran.tokens_max)
+        kept = math.exp(-fill * ran.duration_s / WINDOW_S)
+        return ThroughputEstimator(
+            tokens=self.tokens * kept + fill * ran.tokens,
             cost=self.cost * kept + fill * cost,
-            seconds=self.seconds * kept + fill * duration_s,
+            seconds=self.seconds * kept + fill * ran.duration_s,
         )
 
     @property
-    def tokens_per_s(self) -> float:
-        """Of all slots together."""
-        return self.slot_count * self.tokens / self.seconds
+    def s_per_token(self) -> float:
+        """In batches of the usual kind."""
+        return self.seconds / self.tokens
 
-    def estimate_s(self, tokens: int) -> float:
-        """Seconds one slot takes for *tokens* in batches of the usual kind."""
-        return tokens * self.seconds / self.tokens
-
-    def upper_bound_s(self, cost: float) -> float:
-        """Seconds one slot takes at most for a batch of *cost*, as far as can be told."""
-        return cost * self.seconds / self.cost
+    @property
+    def s_per_cost(self) -> float:
+        """Times the cost of a batch: the most that it should take."""
+        return self.seconds / self.cost
 
 
 def coalescing_delay_s(
@@ -100,91 +95,19 @@ def coalescing_delay_s(
     return max(0.0, next_free_s + short_batch_s)
 
 
+@dataclass(eq=False, slots=True)
 class ModelQueue:
-    """One model on a device: its queue, limits, batch budget and throughput.
+    """One model on a device. The scheduler's lock guards all of it, but for `open`."""
 
-    Everything is guarded by the scheduler's lock, but for `open`.
-    """
-
-    def __init__(
-        self,
-        model: str,
-        backend: Backend,
-        *,
-        limits: QueueLimits,
-        slot_count: int,
-        observer: Observer,
-    ) -> None:
-        self.model = model
-        self.backend = backend
-        self.limits = limits
-        self.observer = observer
-        self.budget = backend.budget
-        self.throughput = ThroughputEstimator(slot_count)
-        self.requests = RequestQueue()
-        self.open: set[Request] = set()  # without a reply; touched on the event loop alone
-        self.device_s = 0.0  # spent on this model, by which models share the slots
-        self._reported_depth = 0
-
-    def check_admission(self, token_count: int) -> None:
-        """Raise `Overloaded` unless a request of *token_count* is admitted.
-
-        A short queue admits everything however slow the device is: a client that waits a minute is
-        better served than one that is sent away. Beyond that the limits are seconds of work that
-        fairness puts before the request's end, and tokens, which bound memory. What is refused to
-        a request is refused to every larger one.
-        """
-        limits, depth, queued = self.limits, len(self.requests), self.requests.token_count
-        if not depth or (depth < limits.always_requests and queued < limits.always_tokens):
-            return
-        tokens_per_s = self.throughput.tokens_per_s
-        wait_s = queued / tokens_per_s
-        if wait_s > limits.wait_s_max:  # else there is no need to sum over the requests
-            wait_s = self.requests.tokens_before(token_count) / tokens_per_s
-        room_in_s = (queued + token_count - limits.tokens_max) / tokens_per_s
-        if wait_s > limits.wait_s_max:
-            reason = (
-                f"this request would wait about {wait_s:.0f} s, more than queue.wait_s_max, "
-                f"{limits.wait_s_max:g} s"
-            )
-        elif room_in_s > 0:
-            reason = (
-                f"with this request's {token_count} they would be more than queue.tokens_max, "
-                f"{limits.tokens_max}; there is room in about {room_in_s:.0f} s"
-            )
-        else:
-            return
-        raise Overloaded(
-            f"The queue for {self.model} is full: {depth} requests with {queued} tokens wait; "
-            f"{reason}. Please try again later.",
-            retry_after_s=_retry_s(max(wait_s - limits.wait_s_max, room_in_s)),
-        )
-
-    def drop(self, request: Request) -> None:
-        """Free the place of *request*; rows of it that are being computed are not kept."""
-        if request.is_open:  # else it is complete, and its reply is read without the lock
-            request.parts.clear()
-        request.is_open = False
-        self.requests.remove(request)
-
-    def drop_late(self, request: Request) -> DeadlineExceeded:
-        """Drop *request*, whose first batch did not start in time; retry when the queue is done."""
-        self.drop(request)
-        return DeadlineExceeded(
-            f"The request waited too long for {self.model}. Please try again later.",
-            retry_after_s=_retry_s(self.requests.token_count / self.throughput.tokens_per_s),
-        )
-
-    def depth_changed(self) -> QueueChanged | None:
-        """The queue's depth, if it differs from what was last reported."""
-        if len(self.requests) == self._reported_depth:
-            return None
-        self._reported_depth = len(self.requests)
-        return QueueChanged(self.model, self._reported_depth, self.requests.token_count)
-
-
-def _retry_s(wait_s: float) -> float:
-    return spread_retry_s(wait_s, random.random())  # noqa: S311
+    model: str
+    backend: Backend
+    limits: QueueLimits
+    budget: BatchBudget  # the backend's, until memory runs short
+    throughput: ThroughputEstimator = ThroughputEstimator()
+    requests: RequestQueue = field(default_factory=RequestQueue)
+    open: set[Request] = field(default_factory=set)  # without a reply; of the event loop alone
+    device_s: float = 0.0  # spent on this model, by which models share the slots
+    reported_depth: int = 0  # in the last `QueueChanged`
 
 
 @dataclass(eq=False, frozen=True, slots=True)
@@ -200,15 +123,19 @@ class ScheduledBatch:
 class Scheduler:
     """The queues of a device's models, and the batches that its slots run.
 
-    The event loop calls `submit` and `cancel`. A slot's thread calls `next_batch`, then `complete`
-    and `fail` for the requests in it, then `finish`.
+    The event loop calls `submit`, `cancel` and `expire`. A slot's thread calls `next_batch`, then
+    `complete` and `fail` for the requests in the batch.
     """
 
-    def __init__(self, *, coalesces: bool, clock: Clock) -> None:
+    def __init__(
+        self, slot_count: int, *, coalesces: bool, clock: Clock, observer: Observer
+    ) -> None:
         """*coalesces*: the last free slot may leave its core to the event loop."""
+        self._slot_count = slot_count
         self._coalesces = coalesces
         self._clock = clock
-        self._changed = threading.Condition()  # its lock guards all below
+        self._observer = observer
+        self._changed = threading.Condition()  # its lock guards all below, and may be taken again
         self.queues: tuple[ModelQueue, ...] = ()
         self._running: list[ScheduledBatch] = []
         self._idle_count = 0
@@ -221,22 +148,49 @@ class Scheduler:
         with self._changed:
             self.queues = (*self.queues, queue)
 
-    def remove_queues(self) -> tuple[ModelQueue, ...]:
-        """All queues, to the one caller that closes their backends."""
-        with self._changed:
-            queues, self.queues = self.queues, ()
-        return queues
-
     def check_admission(self, queue: ModelQueue, token_count: int) -> None:
-        """Raise what `submit` would for a request of *token_count*, or of more."""
+        """Raise `Overloaded` unless a request of *token_count* is admitted; `Draining` at the end.
+
+        A short queue admits everything however slow the device is: a client that waits a minute is
+        better served than one that is sent away. Beyond that the limits are seconds of work that
+        fairness puts before the request's end, and tokens, which bound memory. What is refused to
+        a request is refused to every larger one.
+        """
         with self._changed:
             if self._closing_message is not None:
                 raise Draining(self._closing_message, retry_after_s=RESTART_S)
-            queue.check_admission(token_count)
+            limits, depth, queued = queue.limits, len(queue.requests), queue.requests.token_count
+            if not depth or (depth < limits.always_requests and queued < limits.always_tokens):
+                return
+            tokens_per_s = self._slot_count / queue.throughput.s_per_token
+            wait_s = queued / tokens_per_s
+            if wait_s > limits.wait_s_max:  # else there is no need to sum over the requests
+                wait_s = queue.requests.tokens_before(token_count) / tokens_per_s
+            room_in_s = (queued + token_count - limits.tokens_max) / tokens_per_s
+        if wait_s > limits.wait_s_max:
+            reason = (
+                f"this request would wait about {wait_s:.0f} s, more than queue.wait_s_max, "
+                f"{limits.wait_s_max:g} s"
+            )
+        elif room_in_s > 0:
+            reason = (
+                f"with this request's {token_count} they would be more than queue.tokens_max, "
+                f"{limits.tokens_max}; there is room in about {room_in_s:.0f} s"
+            )
+        else:
+            return
+        raise Overloaded(
+            f"The queue for {queue.model} is full: {depth} requests with {queued} tokens wait; "
+            f"{reason}. Please try again later.",
+            retry_after_s=_retry_s(max(wait_s - limits.wait_s_max, room_in_s)),
+        )
 
-    def submit(self, queue: ModelQueue, request: Request) -> None:
-        """Put *request* in *queue*. Raises `Overloaded`, or `Draining` when stopping."""
-        event = None
+    def submit(
+        self, queue: ModelQueue, sequences: Sequences, outputs: Output, *, wait_s: float
+    ) -> Request:
+        """A request in *queue*, to start within *wait_s*. Raises what `check_admission` does."""
+        future, now_s = asyncio.get_running_loop().create_future(), self._clock.now_s()
+        request = Request(sequences, outputs, future, submitted_s=now_s, deadline_s=now_s + wait_s)
         with self._changed:
             self.check_admission(queue, request.tokens_left)
             if not queue.requests:  # no credit for the time it had nothing to do
@@ -245,69 +199,77 @@ class Scheduler:
             if self._idle_count or (self._is_coalescing and not self._coalescing_delay_s()):
                 self._changed.notify()
             else:
-                event = queue.depth_changed()
-        if event is not None:
-            queue.observer.observe(event)
+                self._report_depth(queue)
+        return request
 
     def cancel(self, queue: ModelQueue, request: Request) -> None:
         """Free what *request* holds, at once; its rows that are being computed are dropped."""
         with self._changed:
-            queue.drop(request)
+            if request.is_open:  # else it is complete, and its reply is read without the lock
+                request.parts.clear()
+            request.is_open = False
+            queue.requests.remove(request)
+
+    def fail(self, queue: ModelQueue, request: Request, error: ServiceError) -> None:
+        """Reply to *request* with *error*, and free what it holds."""
+        self.cancel(queue, request)
+        _resolve_soon([(request, error)])
 
     def expire(self, queue: ModelQueue, request: Request) -> None:
-        """On the event loop: fail *request*, whose deadline has come, unless it has started."""
+        """Fail *request*, whose deadline has come, unless it has started: retry after the queue."""
         with self._changed:
             if request.started_s is None and request.is_open:
-                _resolve([(request, queue.drop_late(request))])
+                others = queue.requests.token_count - request.tokens_left
+                others_s = others * queue.throughput.s_per_token / self._slot_count
+                error = DeadlineExceeded(
+                    f"The request waited too long for {queue.model}. Please try again later.",
+                    retry_after_s=_retry_s(others_s),
+                )
+                self.fail(queue, request, error)
 
-    def next_batch(self) -> ScheduledBatch | None:
-        """Wait for work and take the next batch; None once closed."""
+    def next_batch(self, *, finished: ScheduledBatch | None) -> ScheduledBatch | None:
+        """Wait for work and take the next batch, once one is *finished*; None when closed."""
         with self._changed:
+            if finished is not None:
+                self._running.remove(finished)
+                took_s = self._clock.now_s() - finished.started_s
+                finished.queue.device_s += took_s - finished.expected_s
+                self._report_depth(finished.queue)
             while not self._is_closed:
-                queue = self._next_queue()
-                if queue is None:
+                waiting = [queue for queue in self.queues if queue.requests]
+                is_last_free = not self._idle_count and not self._is_coalescing
+                if not waiting:
                     self._idle_count += 1
                     self._changed.wait()
                     self._idle_count -= 1
-                    continue
-                is_last_free = not self._idle_count and not self._is_coalescing
-                if is_last_free and (delay_s := self._coalescing_delay_s()):
+                elif is_last_free and (delay_s := self._coalescing_delay_s()):
                     self._is_coalescing = True
                     self._changed.wait(delay_s)
                     self._is_coalescing = False
-                    continue
-                batch = self._take_batch(queue)
-                if (self._idle_count or self._is_coalescing) and self._next_queue() is not None:
-                    self._changed.notify()
-                if batch is not None:
+                elif batch := self._schedule(min(waiting, key=lambda queue: queue.device_s)):
+                    is_any_free = self._idle_count or self._is_coalescing
+                    if is_any_free and any(queue.requests for queue in self.queues):
+                        self._changed.notify()
                     return batch
             return None
 
     def complete(
-        self,
-        queue: ModelQueue,
-        rows: Sequence[tuple[BatchItem, Vectors]],
-        ran: BatchRan,
-        cost: float,
+        self, queue: ModelQueue, rows: list[tuple[BatchItem, Vectors]], ran: BatchRan, cost: float
     ) -> None:
         """Give *rows* to their requests, reply to the complete ones, and measure the throughput."""
-        fill = min(1.0, ran.tokens / ran.tokens_max)
+        complete = []
         with self._changed:
-            queue.throughput = queue.throughput.after(
-                tokens=ran.tokens, cost=cost, duration_s=ran.duration_s, fill=fill
-            )
-            complete = []
+            queue.throughput = queue.throughput.after(ran, cost)
             for (request, indices), vectors in rows:
-                if request.is_open and request.add_rows(indices, vectors):
-                    request.is_open = False
-                    complete.append(request)
+                if request.is_open:
+                    request.parts.append((indices, vectors))
+                    request.rows_left -= len(indices)
+                    if not request.rows_left:
+                        request.is_open = False
+                        complete.append(request)
         now_s = self._clock.now_s()
-        _resolve_soon([(request, request.reply(now_s)) for request in complete])
-
-    def fail(self, queue: ModelQueue, request: Request, error: EngineFault) -> None:
-        """Reply to *request* with *error*, and drop what it still has in the queue."""
-        self.cancel(queue, request)
-        _resolve_soon([(request, error)])
+        if complete:
+            _resolve_soon([(request, request.reply(now_s)) for request in complete])
 
     def shrink_budget(self, queue: ModelQueue, tokens: int) -> None:
         """Memory did not suffice for *tokens*: smaller batches from now on, of a useful size."""
@@ -316,38 +278,26 @@ class Scheduler:
             tokens_max = max(floor, min(queue.budget.tokens_max, tokens // 2))
             queue.budget = BatchBudget(tokens_max, queue.budget.sequences_max)
 
-    def finish(self, batch: ScheduledBatch) -> None:
-        """Take note that the slot of *batch* is free."""
-        queue = batch.queue
-        with self._changed:
-            self._running.remove(batch)
-            queue.device_s += self._clock.now_s() - batch.started_s - batch.expected_s
-            event = queue.depth_changed()
-        if event is not None:
-            queue.observer.observe(event)
-
     def stop_admitting(self, message: str) -> None:
-        """Refuse every request from now on, with *message*."""
+        """Refuse every request from now on, with the first *message* that was given."""
         with self._changed:
-            self._closing_message = message
+            self._closing_message = self._closing_message or message
 
-    def fail_all(self, error: Callable[[], ServiceError]) -> None:
-        """On the event loop: fail every request that has no reply yet."""
-        for queue in self.queues:
-            for request in list(queue.open):
-                self.cancel(queue, request)
-                _resolve([(request, error())])
-
-    def close(self) -> None:
-        """No more batches for any slot."""
+    def close(self, error: Callable[[], ServiceError]) -> None:
+        """On the event loop: fail what has no reply yet, each with its *error*; no more batches."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
+        for queue in self.queues:
+            for request in queue.open:
+                self.fail(queue, request, error())
 
-    def _next_queue(self) -> ModelQueue | None:
-        """Of the models with work, the one the device has spent least time on."""
-        waiting = [queue for queue in self.queues if queue.requests]
-        return min(waiting, key=lambda queue: queue.device_s, default=None)
+    def _report_depth(self, queue: ModelQueue) -> None:
+        """Tell the observer how much waits, if that is not what it heard last. It never blocks."""
+        if len(queue.requests) != queue.reported_depth:
+            queue.reported_depth = len(queue.requests)
+            event = QueueChanged(queue.model, queue.reported_depth, queue.requests.token_count)
+            self._observer.observe(event)
 
     def _coalescing_delay_s(self) -> float:
         """How long the last free slot may leave all that waits; 0 when it should not."""
@@ -357,20 +307,20 @@ class Scheduler:
         return min(
             coalescing_delay_s(
                 request_count=len(queue.requests),
-                queued_s=queue.throughput.estimate_s(queue.requests.token_count),
-                full_batch_s=queue.throughput.estimate_s(queue.budget.tokens_max),
+                queued_s=queue.requests.token_count * queue.throughput.s_per_token,
+                full_batch_s=queue.budget.tokens_max * queue.throughput.s_per_token,
                 next_free_s=next_free_s - self._clock.now_s(),
             )
             for queue in self.queues
             if queue.requests
         )
 
-    def _take_batch(self, queue: ModelQueue) -> ScheduledBatch | None:
+    def _schedule(self, queue: ModelQueue) -> ScheduledBatch | None:
         """The next batch of *queue*; None when all that waited has passed its deadline."""
         now_s = self._clock.now_s()
-        candidates = islice(queue.requests.new, CANDIDATES_MAX)
-        late = [request for request in candidates if now_s >= request.deadline_s]
-        _resolve_soon([(request, queue.drop_late(request)) for request in late])
+        for request in list(islice(queue.requests.new, CANDIDATES_MAX)):
+            if now_s >= request.deadline_s:
+                self.expire(queue, request)
 
         budget, tokens_before = queue.budget, queue.requests.token_count
         share = -(-tokens_before // (self._idle_count + 1))  # of each free slot
@@ -383,12 +333,23 @@ class Scheduler:
         for request, _ in items:
             if request.started_s is None:
                 request.started_s = now_s
-        expected_s = queue.throughput.estimate_s(tokens_before - queue.requests.token_count)
+        tokens = tokens_before - queue.requests.token_count
+        batch = ScheduledBatch(queue, items, now_s, tokens * queue.throughput.s_per_token)
         self._device_s = queue.device_s
-        queue.device_s += expected_s
-        batch = ScheduledBatch(queue, items, now_s, expected_s)
+        queue.device_s += batch.expected_s
         self._running.append(batch)
         return batch
+
+
+def _retry_s(wait_s: float) -> float:
+    return spread_retry_s(wait_s, random.random())  # noqa: S311
+
+
+def _resolve_soon(replies: Sequence[tuple[Request, Reply | ServiceError]]) -> None:
+    """From any thread: wake the event loop, once for all of *replies*."""
+    loop: asyncio.AbstractEventLoop = replies[0][0].future.get_loop()
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(_resolve, replies)
 
 
 def _resolve(replies: Sequence[tuple[Request, Reply | ServiceError]]) -> None:
@@ -400,11 +361,3 @@ def _resolve(replies: Sequence[tuple[Request, Reply | ServiceError]]) -> None:
             request.future.set_result(reply)
         else:
             request.future.set_exception(reply)
-
-
-def _resolve_soon(replies: Sequence[tuple[Request, Reply | ServiceError]]) -> None:
-    """From a slot's thread: wake the event loop, once for all of *replies*."""
-    if replies:
-        loop: asyncio.AbstractEventLoop = replies[0][0].future.get_loop()
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(_resolve, replies)

@@ -43,24 +43,22 @@ class Workers:
     """Slot threads of one device: `start` them once, then `stop`, both on the event loop."""
 
     def __init__(
-        self, slot_count: int, *, spares_core: bool = False, clock: Clock, observer: Observer
+        self, slot_count: int, *, coalesces: bool = False, clock: Clock, observer: Observer
     ) -> None:
-        """*spares_core*: slots are cores, of which the event loop needs one (decision 0012)."""
+        """*coalesces*: slots are cores, of which the event loop needs one (decision 0012)."""
         assert slot_count > 0
         self.slot_count = slot_count
-        self.scheduler = Scheduler(coalesces=spares_core, clock=clock)
+        self.scheduler = Scheduler(slot_count, coalesces=coalesces, clock=clock, observer=observer)
         self._clock = clock
         self._observer = observer
         self._threads: list[threading.Thread] = []
         # By slot: each is written by its thread, and read by the event loop without a lock.
         self._calls: list[_Call | None] = [None] * slot_count
         self._suspect: _Call | None = None  # found late by the last check
-        self._loss: str | None = None  # touched on the event loop, as is the event
-        self._is_lost = asyncio.Event()
 
     def start(self) -> None:
         """Start the threads; they wait for work."""
-        self._loop = asyncio.get_running_loop()
+        self._loss: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         for slot in range(self.slot_count):
             name = f"trivec-slot-{slot}"
             thread = threading.Thread(target=self._work, args=(slot,), name=name, daemon=True)
@@ -73,18 +71,15 @@ class Workers:
         A call has hung, a backend raised `DeviceLost`, or a worker has a bug. By then every request
         has its error, none is admitted, and the only cure is another process.
         """
-        while self._loss is None:
+        while True:
             self.check_for_hang()
             now_s = self._clock.now_s()
             # A call that starts later is late later. A suspect is looked at again in a second.
             left_s = [call.late_s - now_s for call in self._calls if call is not None]
             wait_s = 1.0 if self._suspect else max(0.1, min([CALL_S_MIN, *left_s]))
-            try:
-                async with asyncio.timeout(wait_s):
-                    await self._is_lost.wait()
-            except TimeoutError:
-                continue
-        return self._loss
+            lost, _ = await asyncio.wait([self._loss], timeout=wait_s)
+            if lost:
+                return self._loss.result()
 
     def check_for_hang(self) -> None:
         """One check of `lost`: two in a row that find the same call late mean that it hangs.
@@ -106,51 +101,47 @@ class Workers:
     async def stop(self, within_s: float) -> None:
         """Admit nothing, finish what was admitted within *within_s*, fail the rest with `Draining`.
 
-        Then the threads end and the backends are closed. A second call while the first still
-        waits shortens it.
+        Then the threads end and the backends are closed, each once, and only if no thread may be
+        inside one. A second call while the first still waits shortens it.
         """
-        if self._loss is None:
-            self.scheduler.stop_admitting(STOPPING)
+        self.scheduler.stop_admitting(STOPPING)
         admitted = [request.future for queue in self.scheduler.queues for request in queue.open]
         if admitted:
             await asyncio.wait(admitted, timeout=within_s)
-        self.scheduler.fail_all(lambda: Draining(STOPPED, retry_after_s=RESTART_S))
-        self.scheduler.close()
-        await asyncio.to_thread(self._join)
-
-    def _join(self) -> None:
-        """Join the threads, then close each backend once; not while a thread may be inside one."""
+        self.scheduler.close(lambda: Draining(STOPPED, retry_after_s=RESTART_S))
         for thread in self._threads:
-            thread.join(JOIN_S_MAX)
+            await asyncio.to_thread(thread.join, JOIN_S_MAX)
         if not any(thread.is_alive() for thread in self._threads):
-            for queue in self.scheduler.remove_queues():
-                queue.backend.close()
+            queues, self.scheduler.queues = self.scheduler.queues, ()
+            for queue in queues:
+                await asyncio.to_thread(queue.backend.close)
 
     def _lose(self, reason: str, *, is_bug: bool = False) -> None:
         """On the event loop: this process cannot use the device any more."""
-        if self._loss is None:
-            self._loss = reason
+        if not self._loss.done():
             self.scheduler.stop_admitting(LOST)
-            self.scheduler.fail_all(
+            self.scheduler.close(
                 lambda: EngineFault(reason) if is_bug else Draining(LOST, retry_after_s=RESTART_S)
             )
-            self._is_lost.set()
+            self._loss.set_result(reason)
 
     def _work(self, slot: int) -> None:
         """Body of a slot's thread."""
-        reason, is_bug = None, False
+        batch: ScheduledBatch | None = None
         try:
-            while (batch := self.scheduler.next_batch()) is not None:
+            while batch := self.scheduler.next_batch(finished=batch):
                 self._run_batch(batch, slot)
-                self.scheduler.finish(batch)
         except DeviceLost as exc:
-            reason = f"slot {slot}: {exc}"
+            lose = partial(self._lose, f"slot {slot}: {exc}")
         except BaseException as exc:  # an outermost loop: the state that a bug leaves is unknown
             where = traceback.extract_tb(exc.__traceback__)[-1]
             reason = f"slot {slot}: its worker failed in {where.name}, line {where.lineno}: {exc!r}"
-            is_bug = True
-        if reason is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(partial(self._lose, reason, is_bug=is_bug))
+            lose = partial(self._lose, reason, is_bug=True)
+        else:
+            return
+        loop = self._loss.get_loop()
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(lose)
 
     def _run_batch(self, batch: ScheduledBatch, slot: int) -> None:
         """Compute *batch*; halve what fails until the sequence at fault is alone, and fails."""
@@ -162,8 +153,9 @@ class Workers:
             packed = pack(items)
             cost = batch_cost(np.diff(packed.cu_seqlens).tolist())
             started_s = self._clock.now_s()
-            expected_s = queue.throughput.upper_bound_s(cost)
-            result = self._call(queue.backend.run, packed, queue.model, slot, expected_s)
+            result = self._call(
+                queue.backend.run, packed, queue.model, slot, cost * queue.throughput.s_per_cost
+            )
             call_count += 1
             ran = BatchRan(
                 model=queue.model,
@@ -182,11 +174,14 @@ class Workers:
             if isinstance(result, MemoryError):
                 self.scheduler.shrink_budget(queue, packed.token_count)
             if len(packed) > 1:
-                todo += halves(items)
+                apart = one_by_one(items)
+                half = len(apart) // 2
+                todo += [apart[half:], apart[:half]]
             elif call_count == 1:  # a lone sequence has a second try
                 todo.append(items)
             else:
-                self._fail(items[0], queue, "the device failed on one sequence alone", cause=result)
+                reason = f"{queue.model}: the device failed on one sequence alone: {result!r}"
+                self.scheduler.fail(queue, items[0].request, EngineFault(reason))
 
     def _call(
         self, run: Callable[..., Vectors], batch: Batch, model: str, slot: int, expected_s: float
@@ -201,13 +196,13 @@ class Workers:
         except DeviceLost:
             raise
         except Exception as exc:  # of any kind: a sequence of the batch is at fault
-            return exc
+            return exc.with_traceback(None)  # whose frames hold the requests
         finally:
             self._calls[slot] = None
         return vectors
 
     def _finite_rows(
-        self, queue: ModelQueue, items: Sequence[BatchItem], vectors: Vectors, slot: int
+        self, queue: ModelQueue, items: list[BatchItem], vectors: Vectors, slot: int
     ) -> list[tuple[BatchItem, Vectors]]:
         """*vectors* cut by request. A row with NaN or infinity is computed again, alone in fp32.
 
@@ -215,75 +210,50 @@ class Workers:
         """
         bad, end = nonfinite_rows(vectors), 0
         cut: list[tuple[BatchItem, Vectors]] = []
-        for request, indices in items:
-            is_finite = bad.isdisjoint(range(end, end + len(indices)))
-            for own in [indices] if is_finite else [[index] for index in indices]:
-                item, begin, end = BatchItem(request, own), end, end + len(own)
-                if begin not in bad:
-                    own_rows = {output: rows[begin:end] for output, rows in vectors.rows.items()}
-                    cut.append((item, Vectors(own_rows)))
-                elif request.is_open and (row := self._exact_row(queue, item, slot)) is not None:
-                    cut.append((item, row))
+        for item in one_by_one(items) if bad else items:
+            begin, end = end, end + len(item.indices)
+            if begin not in bad:
+                own_rows = {output: rows[begin:end] for output, rows in vectors.rows.items()}
+                cut.append((item, Vectors(own_rows)))
+            elif item.request.is_open:
+                run_exact = queue.backend.run_exact
+                result = self._call(run_exact, pack([item]), queue.model, slot, EXACT_S_MAX)
+                if isinstance(result, Vectors) and not nonfinite_rows(result):
+                    cut.append((item, result))
+                    self._observer.observe(RowNotFinite(queue.model, recovered=True))
+                    continue
+                self._observer.observe(RowNotFinite(queue.model, recovered=False))
+                cause = f": {result!r}" if isinstance(result, Exception) else ""
+                reason = f"{queue.model}: a vector is not finite even in fp32{cause}"
+                self.scheduler.fail(queue, item.request, EngineFault(reason))
         return cut
-
-    def _exact_row(self, queue: ModelQueue, item: BatchItem, slot: int) -> Vectors | None:
-        """The row of a lone sequence in fp32; None if that failed, and the request with it."""
-        run_exact, packed = queue.backend.run_exact, pack([item])
-        result = self._call(run_exact, packed, queue.model, slot, EXACT_S_MAX)
-        is_recovered = isinstance(result, Vectors) and not nonfinite_rows(result)
-        self._observer.observe(RowNotFinite(queue.model, recovered=is_recovered))
-        if isinstance(result, Vectors) and is_recovered:
-            return result
-        cause = result if isinstance(result, Exception) else None
-        self._fail(item, queue, "a vector is not finite even in fp32", cause=cause)
-        return None
-
-    def _fail(
-        self, item: BatchItem, queue: ModelQueue, reason: str, *, cause: Exception | None
-    ) -> None:
-        detail = "" if cause is None else f": {cause!r}"
-        error = EngineFault(f"{queue.model}: {reason}{detail}")
-        if cause is not None:
-            error.__cause__ = cause.with_traceback(None)  # its frames hold the request
-        self.scheduler.fail(queue, item.request, error)
 
 
 def pack(items: Sequence[BatchItem]) -> Batch:
     """Lay the sequences of *items* end to end, in their order."""
+    outputs = np.array([request.outputs for request, own in items for _ in own], np.uint8)
     if len(items) == 1 and len(items[0].request.order) == 1:  # a lone text: nothing to copy
-        alone, outputs = items[0].request.sequences, items[0].request.outputs
-        flag = np.array([outputs], np.uint8)
-        return Batch(alone.token_ids, alone.cu_seqlens, flag, alone.token_types)
+        alone = items[0].request.sequences
+        return Batch(alone.token_ids, alone.cu_seqlens, outputs, alone.token_types)
     has_types = any(item.request.sequences.token_types is not None for item in items)
-    ids: list[Int32Array] = []
-    types: list[Int32Array] = []
-    flags: list[int] = []
+    ids, types = list[Int32Array](), list[Int32Array]()  # [tokens] of each sequence
     for request, indices in items:
         sequences, starts = request.sequences, request.sequences.cu_seqlens
         spans = [slice(starts[i], starts[i + 1]) for i in indices]
         ids += [sequences.token_ids[span] for span in spans]
-        flags += [request.outputs] * len(indices)
         if has_types:
-            own = sequences.token_types
-            own = np.zeros(sequences.token_count, np.int32) if own is None else own
-            types += [own[span] for span in spans]
-    cu_seqlens = np.zeros(len(ids) + 1, np.int32)
-    np.cumsum(list(map(len, ids)), out=cu_seqlens[1:])
-    token_types = np.concatenate(types) if has_types else None  # int32 [tokens]
-    return Batch(np.concatenate(ids), cu_seqlens, np.array(flags, np.uint8), token_types)
+            own_types = sequences.token_types
+            if own_types is None:
+                own_types = np.zeros(sequences.token_count, np.int32)
+            types += [own_types[span] for span in spans]
+    cu_seqlens = np.cumsum([0, *map(len, ids)], dtype=np.int32)
+    token_types = np.concatenate(types) if has_types else None
+    return Batch(np.concatenate(ids), cu_seqlens, outputs, token_types)
 
 
-def halves(items: Sequence[BatchItem]) -> list[list[BatchItem]]:
-    """*items* as two lists of about equal sequence counts, the second half first."""
-    first, second = list[BatchItem](), list[BatchItem]()
-    left = sum(len(item.indices) for item in items) // 2  # sequences that still go to `first`
-    for request, indices in items:
-        if indices[:left]:
-            first.append(BatchItem(request, indices[:left]))
-        if indices[left:]:
-            second.append(BatchItem(request, indices[left:]))
-        left = max(0, left - len(indices))
-    return [second, first]
+def one_by_one(items: Sequence[BatchItem]) -> list[BatchItem]:
+    """*items* with one sequence each."""
+    return [BatchItem(request, [index]) for request, indices in items for index in indices]
 
 
 def nonfinite_rows(vectors: Vectors) -> set[int]:
