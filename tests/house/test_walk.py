@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -60,7 +61,7 @@ def counts(code: CodeType) -> bool:
         if part == "<locals>":
             return True
         found = inspect.getattr_static(found, part)
-    return not isinstance(found, property)
+    return not isinstance(found, (property, cached_property))
 
 
 @contextmanager
