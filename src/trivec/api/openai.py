@@ -37,8 +37,8 @@ from trivec.core.errors import (
     RequestTooLarge,
     TokenIdUnknown,
 )
-from trivec.core.ports import Embedder
-from trivec.core.types import Int32Array, LongText, ModelCard, Output, Sequences
+from trivec.core.ports import Embedder, Texts, TokenLists
+from trivec.core.types import LongText, ModelCard, Output, Sequences
 from trivec.settings import HttpLimits
 
 Asked = TypeVar("Asked", EmbeddingsRequest, TokenizeRequest)
@@ -250,15 +250,15 @@ async def tokenize_input(
 ) -> Sequences:
     """The sequences of the texts or token ids in *asked*. Raises what `Embedder.tokenize` does."""
     given, vocabulary_size = asked.input, embedder.card.vocabulary_size
-    inputs: list[str] | list[Int32Array]
+    inputs: Texts | TokenLists
     if isinstance(given, str):
         inputs = [given]
     elif isinstance(given[0], str):
         inputs = cast("list[str]", given)
     else:
         is_flat = isinstance(given[0], int)  # the ids of one text, without a list around them
-        inputs = []
-        for i, ids in enumerate(cast("list[list[int]]", [given] if is_flat else given)):
+        lists = cast("list[list[int]]", [given] if is_flat else given)
+        for i, ids in enumerate(lists):
             if min(ids) < 0 or max(ids) >= vocabulary_size:
                 at = next(k for k, one in enumerate(ids) if not 0 <= one < vocabulary_size)
                 raise TokenIdUnknown(
@@ -266,7 +266,7 @@ async def tokenize_input(
                     vocabulary_size=vocabulary_size,
                     param=f"input[{at}]" if is_flat else f"input[{i}][{at}]",
                 )
-            inputs.append(np.array(ids, np.int32))  # [tokens]
+        inputs = [np.array(ids, np.int32) for ids in lists]  # each [tokens]
     started_s = context.app.clock.now_s()
     are_own = asked.token_encoding is not None
     sequences = await embedder.tokenize(inputs, long_text=long_text, are_own=are_own)
