@@ -41,7 +41,7 @@ from trivec.core.ports import Embedder, Texts, TokenLists
 from trivec.core.types import LongText, ModelCard, Output, Sequences
 from trivec.settings import HttpLimits
 
-Asked = TypeVar("Asked", EmbeddingsRequest, TokenizeRequest)
+Asked = TypeVar("Asked", bound=TokenizeRequest)
 
 PARSE_IN_LINE_BYTES_MAX = 256 * 1024  # larger bodies are parsed in a thread
 OTHER_ITEMS_MAX = 64  # texts, lists and commas of a request's other fields
@@ -242,7 +242,7 @@ async def parse(decoder: Decoder[Asked], body: bytes, context: RequestContext) -
 
 
 async def tokenize_input(
-    asked: EmbeddingsRequest | TokenizeRequest,
+    asked: TokenizeRequest,
     embedder: Embedder,
     context: RequestContext,
     *,

@@ -39,35 +39,37 @@ def doc(text: str, examples: list[object] | None = None) -> Meta:
 Encoding: TypeAlias = Literal["float", "base64"]
 Truncate: TypeAlias = Literal["none", "end", "start"]
 
-Input: TypeAlias = Annotated[
-    str | list[str | int | list[int]],
-    doc(
-        "One text, 1 to 2048 texts, the token ids of one text, or 1 to 2048 lists of token ids. "
-        "No empty text or list, no mixture.",
-        examples=["What is BGE M3?", ["first text", "second text"], [0, 4865, 83, 2]],
-    ),
-]
-ModelName: TypeAlias = Annotated[
-    str,
-    doc("The id or alias of a served model.", examples=["all-minilm-l6-v2", "baai/bge-m3"]),
-]
-ReturnTokens: TypeAlias = Annotated[
-    bool | None, doc("The vocabulary's strings beside the (sparse) token ids.")
-]
-TokenEncoding: TypeAlias = Annotated[
-    Literal["model"] | None,
-    doc(
-        "Whose token ids the integers in `input` are. `model` says: this model's own tokenizer's, "
-        "and they are not checked for being another's."
-    ),
-]
+
+class TokenizeRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of `POST /tokenize`; null means unset."""
+
+    model: Annotated[
+        str,
+        doc("The id or alias of a served model.", ["all-minilm-l6-v2", "baai/bge-m3"]),
+    ]
+    input: Annotated[
+        str | list[str | int | list[int]],
+        doc(
+            "One text, 1 to 2048 texts, the token ids of one text, or 1 to 2048 lists of token "
+            "ids. No empty text or list, no mixture.",
+            ["What is BGE M3?", ["first text", "second text"], [0, 4865, 83, 2]],
+        ),
+    ]
+    return_tokens: Annotated[
+        bool | None, doc("The vocabulary's strings beside the (sparse) token ids.")
+    ] = None
+    token_encoding: Annotated[
+        Literal["model"] | None,
+        doc(
+            "Whose token ids the integers in `input` are. `model` says: this model's own "
+            "tokenizer's, and they are not checked for being another's."
+        ),
+    ] = None
 
 
-class EmbeddingsRequest(Struct, frozen=True, forbid_unknown_fields=True):
+class EmbeddingsRequest(TokenizeRequest, frozen=True, forbid_unknown_fields=True):
     """Body of `POST /embeddings`; null means unset."""
 
-    model: ModelName
-    input: Input
     encoding_format: Annotated[
         Encoding | None, doc("base64 is little-endian float32; the default is float.")
     ] = None
@@ -80,28 +82,17 @@ class EmbeddingsRequest(Struct, frozen=True, forbid_unknown_fields=True):
         str | list[str] | None,
         doc(
             "dense (default), sparse, multi (alias colbert), several joined by &, or a list.",
-            examples=["dense", "dense&sparse", ["dense", "sparse", "multi"]],
+            ["dense", "dense&sparse", ["dense", "sparse", "multi"]],
         ),
     ] = None
     truncate: Annotated[
         bool | Truncate | None,
         doc("Cut a text that is too long; by default it is an error. true is end."),
     ] = None
-    return_tokens: ReturnTokens = None
-    token_encoding: TokenEncoding = None
 
     @property
     def encoding(self) -> Encoding:
         return self.encoding_format or "float"
-
-
-class TokenizeRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """Body of `POST /tokenize`; null means unset."""
-
-    model: ModelName
-    input: Input
-    return_tokens: ReturnTokens = None
-    token_encoding: TokenEncoding = None
 
 
 class SparseEmbedding(Struct, frozen=True):
