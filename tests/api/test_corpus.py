@@ -11,7 +11,7 @@ import pytest
 from tests.api.corpus import MODEL, all_cases
 from tests.api.house import House
 
-from trivec.api.schemas import ErrorAnswer
+from trivec.api.schemas import ErrorResponse
 
 CASES_MIN = 6_000
 CANARY_EVERY = 100
@@ -53,7 +53,7 @@ def test_every_bad_request_is_refused_cleanly(client: httpx.Client) -> None:
         response = client.post("/v1/embeddings", content=case.body)
         assert response.status_code in {200, 400, 404}, (case, response.text)
         if response.status_code != 200:
-            msgspec.json.decode(response.content, type=ErrorAnswer)
+            msgspec.json.decode(response.content, type=ErrorResponse)
             assert len(response.content) < 2_000, case.name
         if count % CANARY_EVERY == 0:
             assert canary(client) == expected, case.name
@@ -73,4 +73,4 @@ def test_naughty_strings_embed_or_are_refused_cleanly(
         assert response.status_code == (200 if text else 400), text
         named = client.post("/v1/embeddings", json={"model": text, "input": "a"})
         assert named.status_code == 404, text
-        msgspec.json.decode(named.content, type=ErrorAnswer)
+        msgspec.json.decode(named.content, type=ErrorResponse)

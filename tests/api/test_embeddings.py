@@ -14,7 +14,7 @@ from tests.api.house import ALIAS, MODEL, PLAIN_MODEL, House
 
 from trivec.accounts import KeyPlan
 from trivec.api.app import PREFIXES
-from trivec.api.schemas import EmbeddingsAnswer
+from trivec.api.schemas import EmbeddingsResponse
 from trivec.core.types import Float32Array, Output, Sequences, Truncated
 from trivec.settings import HttpLimits
 
@@ -35,7 +35,7 @@ async def embed(house: House, **given: object) -> httpx.Response:
 async def vectors(house: House, **given: object) -> dict[str, Any]:
     response = await embed(house, **given)
     assert response.status_code == 200, response.text
-    msgspec.json.decode(response.content, type=EmbeddingsAnswer)  # the hand-written bytes fit
+    msgspec.json.decode(response.content, type=EmbeddingsResponse)  # the hand-written bytes fit
     answer: dict[str, Any] = response.json()
     return answer
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.api.house import ALIAS, MODEL, PLAIN_MODEL, House
 
-from trivec.api.schemas import EmbeddingsAnswer, ErrorAnswer, TokenizeAnswer
+from trivec.api.schemas import EmbeddingsResponse, ErrorResponse, TokenizeResponse
 
 EXAMPLES = int(os.environ.get("TRIVEC_FUZZ_EXAMPLES", "300"))
 thoroughly = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
@@ -101,10 +101,10 @@ def test_whatever_is_broken_is_refused_in_the_error_shape(
     response = ask(runner, shared_house, path, in_utf8(body))
     assert response.status_code in {200, 400, 404}, response.text
     if response.status_code == 200:
-        kind = EmbeddingsAnswer if path == "/embeddings" else TokenizeAnswer
+        kind = EmbeddingsResponse if path == "/embeddings" else TokenizeResponse
         msgspec.json.decode(response.content, type=kind)
     else:
-        msgspec.json.decode(response.content, type=ErrorAnswer)
+        msgspec.json.decode(response.content, type=ErrorResponse)
 
 
 @given(body=GOOD)
@@ -114,14 +114,14 @@ def test_whatever_is_sound_is_embedded_and_counted_alike(
 ) -> None:
     response = ask(runner, shared_house, "/embeddings", in_utf8(body))
     assert response.status_code == 200, response.text
-    answer = msgspec.json.decode(response.content, type=EmbeddingsAnswer)
+    answer = msgspec.json.decode(response.content, type=EmbeddingsResponse)
     counted = ask(
         runner,
         shared_house,
         "/tokenize",
         in_utf8({"model": body["model"], "input": body["input"]}),
     )
-    tokens = msgspec.json.decode(counted.content, type=TokenizeAnswer)
+    tokens = msgspec.json.decode(counted.content, type=TokenizeResponse)
     assert len(answer.data) == len(tokens.data)
     kept = [min(text.token_count, tokens.token_count_max) for text in tokens.data]
     assert answer.usage.prompt_tokens == sum(kept)
@@ -136,4 +136,4 @@ def test_any_bytes_at_all_are_refused_in_the_error_shape(
 ) -> None:
     response = ask(runner, shared_house, "/embeddings", body)
     assert response.status_code in (400, 404)  # 404: JSON by chance, of no model
-    msgspec.json.decode(response.content, type=ErrorAnswer)
+    msgspec.json.decode(response.content, type=ErrorResponse)

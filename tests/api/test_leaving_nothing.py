@@ -97,6 +97,10 @@ def hangs(house: House) -> None:
     house.model.gate.clear()
 
 
+def is_full(house: House) -> None:
+    house.model.room_tokens = house.plain_model.room_tokens = 0
+
+
 def cannot_write(house: House) -> None:
     house.store.broken = True
 
@@ -109,6 +113,7 @@ def cannot_write(house: House) -> None:
         pytest.param(nothing, b"{", False, {}, 400, id="malformed"),
         pytest.param(fails, GOOD, False, {}, 500, id="our-fault"),
         pytest.param(fails_strangely, GOOD, False, {}, 500, id="a-fault-nobody-knows"),
+        pytest.param(is_full, GOOD, False, {}, 503, id="the-queue-is-full"),
         pytest.param(cannot_write, GOOD, False, {}, 503, id="the-store-is-away"),
         pytest.param(hangs, GOOD, True, {}, None, id="the-client-left"),
         pytest.param(

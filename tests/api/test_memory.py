@@ -9,7 +9,7 @@ from starlette.types import Message, Scope
 from tests.api.house import MODEL, House
 
 from trivec.api import ByteBudget, budget_bytes
-from trivec.api.memory import MemoryHold
+from trivec.api.memory import MemoryReservation
 from trivec.api.middleware import chunk_s_max
 from trivec.api.openai import LARGE_TOKENIZE_MAX
 from trivec.core.errors import AnswerTooLarge, Overloaded
@@ -92,7 +92,7 @@ async def test_a_half_sent_body_gives_way_to_a_smaller_request(house: House) -> 
 
 
 async def test_a_spent_budget_refuses_what_is_large_and_serves_what_is_small(house: House) -> None:
-    others = MemoryHold(house.memory)
+    others = MemoryReservation(house.memory)
     others.add(house.memory.large_bytes_max)
     async with house.client() as client:
         large = await client.post("/embeddings", content=body_of(MEBIBYTE), headers=JSON)
@@ -110,18 +110,18 @@ async def test_a_spent_budget_refuses_what_is_large_and_serves_what_is_small(hou
 
 def test_all_connections_can_hold_a_small_request_whatever_large_ones_hold() -> None:
     budget = ByteBudget(BUDGET, connections_max=16)
-    MemoryHold(budget).add(budget.large_bytes_max)
+    MemoryReservation(budget).add(budget.large_bytes_max)
     with pytest.raises(Overloaded):
-        MemoryHold(budget).add(budget.small_bytes + 1)
+        MemoryReservation(budget).add(budget.small_bytes + 1)
     for _ in range(16):
-        MemoryHold(budget).add(budget.small_bytes)
+        MemoryReservation(budget).add(budget.small_bytes)
     assert budget.used_bytes <= budget.bytes_max
 
 
 def test_bodies_of_one_size_do_not_push_each_other_out() -> None:
     budget = ByteBudget(BUDGET)
     refused: list[Exception] = []
-    first, second = MemoryHold(budget), MemoryHold(budget)
+    first, second = MemoryReservation(budget), MemoryReservation(budget)
     for one in (first, second):
         budget.arriving[one] = refused.append
     first.add(budget.large_bytes_max * 2 // 3)
@@ -133,7 +133,7 @@ def test_bodies_of_one_size_do_not_push_each_other_out() -> None:
 def test_what_can_never_fit_is_not_told_to_come_back() -> None:
     budget = ByteBudget(BUDGET)
     with pytest.raises(AnswerTooLarge):
-        MemoryHold(budget).add_answer(budget.large_bytes_max + 1)
+        MemoryReservation(budget).add(budget.large_bytes_max + 1, is_response=True)
 
 
 @pytest.mark.parametrize(

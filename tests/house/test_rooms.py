@@ -11,15 +11,15 @@ import pytest
 SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
-LINES_MAX, FILES_MAX = 18_450, 113  # the aim is 11,500 in 100: a number here may only go down
+LINES_MAX, FILES_MAX = 18_300, 113  # the aim is 11,500 in 100: a number here may only go down
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_370, 10),
     "server": (970, 6),
     "build": (450, 2),
     "settings": (400, 1),
-    "api": (2_300, 14),
-    "engine": (966, 5),
+    "api": (2_150, 14),
+    "engine": (1_110, 5),
     "models": (920, 8),
     "backends": (3_250, 17),
     "checkpoints": (1_760, 9),

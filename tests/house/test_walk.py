@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -26,7 +27,7 @@ from trivec.core.clock import SystemClock
 from trivec.settings import HttpLimits
 
 SRC = Path(__file__).resolve().parents[2] / "src"
-FUNCTIONS_MAX, FILES_MAX = 112, 23  # the aim is 60 in 25: a number here may only go down
+FUNCTIONS_MAX, FILES_MAX = 102, 23  # the aim is 60 in 25: a number here may only go down
 
 
 class Walk:
@@ -60,7 +61,7 @@ def counts(code: CodeType) -> bool:
         if part == "<locals>":
             return True
         found = inspect.getattr_static(found, part)
-    return not isinstance(found, property)
+    return not isinstance(found, (property, cached_property))
 
 
 @contextmanager

@@ -1,12 +1,10 @@
 """A face in one file: its route, its types and its handler, registered by `OPERATIONS` alone."""
 
 import msgspec
-from starlette.requests import Request
 from starlette.responses import Response
 
 from trivec.accounts import Scope
-from trivec.api.auth import reserve
-from trivec.api.context import CONTEXT, RequestContext
+from trivec.api.context import RequestContext
 from trivec.api.openapi import Operation
 from trivec.api.responses import json_response
 from trivec.api.schemas import Decoder
@@ -20,8 +18,8 @@ class ToyRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     text: str
 
 
-class ToyAnswer(msgspec.Struct, frozen=True):
-    """What `POST /toy/embed` answers."""
+class ToyResponse(msgspec.Struct, frozen=True):
+    """The response of `POST /toy/embed`."""
 
     vector: list[float]
 
@@ -29,28 +27,25 @@ class ToyAnswer(msgspec.Struct, frozen=True):
 _decoder = Decoder(ToyRequest)
 
 
-async def embed(request: Request) -> Response:
+async def embed(context: RequestContext) -> Response:
     """Turn one text into a vector."""
-    context: RequestContext = request.scope[CONTEXT]
     asked = _decoder.decode(await context.read_body())
     embedder = context.find_embedder(asked.model)
     context.timeout.watch_client()
-    await reserve(context, tokens_follow=True)
+    await context.reservation.acquire(tokens_follow=True)
     sequences = await embedder.tokenize([asked.text], long_text=LongText.REFUSE)
-    assert context.reservation is not None
     await context.reservation.reserve_tokens(sequences.token_count)
     reply = await embedder.embed(sequences, Output.DENSE)
     context.input_count, context.token_count = 1, sequences.token_count
-    return json_response(ToyAnswer(reply.vectors.dense[0].tolist()))
+    return json_response(ToyResponse(reply.vectors.dense[0].tolist()))
 
 
-async def echo(request: Request) -> Response:
+async def echo(context: RequestContext) -> Response:
     """Answer with the text, to anyone."""
-    context: RequestContext = request.scope[CONTEXT]
     return json_response(_decoder.decode(await context.read_body()).text)
 
 
 OPERATIONS = (
-    Operation("POST", "/toy/embed", embed, Scope.EMBED, ToyAnswer, ToyRequest),
+    Operation("POST", "/toy/embed", embed, Scope.EMBED, ToyResponse, ToyRequest),
     Operation("POST", "/toy/echo", echo, None, None, ToyRequest),
 )

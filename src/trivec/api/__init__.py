@@ -1,6 +1,6 @@
 """HTTP surface: routes, schemas, encodings, one error table, middleware.
 
-Knows status codes, headers and OpenAI's words. Must not know engines, devices or SQL: it is given
+Knows status codes, headers and OpenAI's words; must not know engines, devices or SQL: it is given
 an `Embedder` a model, an `Accounts`, and two callables for health and metrics.
 """
 

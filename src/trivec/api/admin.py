@@ -1,18 +1,20 @@
 """The admin API: keys and usage, for a key with the scope `admin`."""
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
-from starlette.requests import Request
+from msgspec.structs import replace
+from starlette.datastructures import QueryParams
 from starlette.responses import Response
 
 from trivec.accounts import FIXED, Key, KeyPlan, RateLimits, Scope, UsageBy, UsageQuery
 from trivec.accounts.utc import microseconds, moment
-from trivec.api.context import CONTEXT, RequestContext
+from trivec.api.context import RequestContext
 from trivec.api.openapi import Operation
 from trivec.api.responses import NO_STORE, json_response
-from trivec.api.schemas import Decoder, shown
+from trivec.api.schemas import Decoder, Truncate, doc, shown
 from trivec.core.errors import FieldInvalid
 
 RATE_MAX = 1_000_000_000  # a minute, of what accounts can count exactly
@@ -24,33 +26,26 @@ Limit = Annotated[int, Meta(ge=1, le=RATE_MAX)]
 
 
 class CreateKeyRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """What `POST /admin/v1/keys` understands. Null means unset."""
+    """Body of `POST /admin/v1/keys`; null means unset."""
 
     name: Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX)]
-    scopes: Annotated[
-        list[Literal["embed", "admin"]] | None, Meta(description="The default is embed alone.")
-    ] = None
+    scopes: Annotated[list[Literal["embed", "admin"]] | None, doc("The default is embed.")] = None
     models: Annotated[
         Annotated[list[str], Meta(max_length=MODELS_MAX)] | None,
-        Meta(description="Ids or aliases of the models that the key may use; unset: every model."),
+        doc("Ids or aliases of the models that the key may use; unset: every model."),
     ] = None
     requests_per_minute: Limit | None = None
     tokens_per_minute: Limit | None = None
-    expires: Annotated[
-        datetime | None, Meta(description="When it stops to work, as 2027-01-31T00:00:00Z.")
-    ] = None
-    truncate: Annotated[
-        Literal["none", "end", "start"] | None,
-        Meta(description="What `truncate` is in its requests where they do not say."),
-    ] = None
+    expires: Annotated[datetime | None, doc("In RFC 3339, as 2027-01-31T00:00:00Z.")] = None
+    truncate: Annotated[Truncate | None, doc("Of its requests that do not say.")] = None
 
 
 class RotateKeyRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """What `POST /admin/v1/keys/{id}/rotate` understands; an empty object is enough."""
+    """Body of `POST /admin/v1/keys/{id}/rotate`; an empty object is enough."""
 
     overlap_s: Annotated[
         Annotated[float, Meta(ge=0, le=OVERLAP_S_MAX)] | None,
-        Meta(description="How long the key of before still works; the default is a day."),
+        doc("How long the key of before still works; the default is a day."),
     ] = None
 
 
@@ -60,9 +55,7 @@ class KeyShown(Struct, frozen=True, kw_only=True):
     object: Literal["key"] = "key"
     id: str
     name: str
-    hints: Annotated[
-        list[str], Meta(description="First and last characters of each plain key that opens it.")
-    ]
+    hints: Annotated[list[str], doc("First and last characters of each of its plain keys.")]
     scopes: list[str]
     models: list[str] | None
     requests_per_minute: int | None
@@ -71,17 +64,12 @@ class KeyShown(Struct, frozen=True, kw_only=True):
     expires: datetime | None
     revoked: datetime | None
     truncate: str | None
-    key: Annotated[
-        str | UnsetType, Meta(description="The plain key: shown once, when it is made.")
-    ] = UNSET
-    warnings: Annotated[
-        list[str] | UnsetType,
-        Meta(description="When it is made: each of `models` that is not served here."),
-    ] = UNSET
+    key: Annotated[str | UnsetType, doc("The plain key: shown once, when it is made.")] = UNSET
+    warnings: Annotated[list[str] | UnsetType, doc("Models that are not served here.")] = UNSET
 
 
 class KeyList(Struct, frozen=True, kw_only=True):
-    """What `GET /admin/v1/keys` answers, oldest first."""
+    """Response of `GET /admin/v1/keys`, oldest first."""
 
     object: Literal["list"] = "list"
     data: list[KeyShown]
@@ -100,7 +88,7 @@ class UsageShown(Struct, frozen=True, kw_only=True):
 
 
 class UsageList(Struct, frozen=True, kw_only=True):
-    """What `GET /admin/v1/usage` answers."""
+    """Response of `GET /admin/v1/usage`."""
 
     object: Literal["list"] = "list"
     by: Literal["key", "model", "day"]
@@ -112,9 +100,8 @@ _create_decoder = Decoder(CreateKeyRequest)
 _rotate_decoder = Decoder(RotateKeyRequest)
 
 
-async def create_key(request: Request) -> Response:
-    """Make a key; the answer shows it once."""
-    context: RequestContext = request.scope[CONTEXT]
+async def create_key(context: RequestContext) -> Response:
+    """Make a key; the response shows it once."""
     asked = _create_decoder.decode(await context.read_body())
     try:
         expires_us = None if asked.expires is None else microseconds(asked.expires)
@@ -138,52 +125,45 @@ async def create_key(request: Request) -> Response:
         for name in sorted(plan.models or ())
         if name not in embedders
     ]
-    return _key_response(new.key, key=new.plain, warnings=warnings or UNSET)
+    return _key_response(new.key, plain=new.plain, warnings=warnings or UNSET)
 
 
-async def list_keys(request: Request) -> Response:
+async def list_keys(context: RequestContext) -> Response:
     """List all keys."""
-    context: RequestContext = request.scope[CONTEXT]
     keys = await context.app.accounts.list_keys()
-    return json_response(KeyList(data=[_shown(key) for key in keys]), headers=NO_STORE)
+    return json_response(KeyList(data=[_key_shown(key) for key in keys]), headers=NO_STORE)
 
 
-async def show_key(request: Request) -> Response:
+async def show_key(context: RequestContext) -> Response:
     """Show a key, by name or id."""
-    context: RequestContext = request.scope[CONTEXT]
-    return _key_response(await context.app.accounts.show_key(request.path_params["id"]))
+    return _key_response(await context.app.accounts.show_key(context.path_params["id"]))
 
 
-async def revoke_key(request: Request) -> Response:
+async def revoke_key(context: RequestContext) -> Response:
     """Revoke a key for good."""
-    context: RequestContext = request.scope[CONTEXT]
-    key_id = await _changeable_id(request)
-    return _key_response(await context.app.accounts.revoke_key(key_id))
+    return _key_response(await context.app.accounts.revoke_key(await _changeable_id(context)))
 
 
-async def rotate_key(request: Request) -> Response:
+async def rotate_key(context: RequestContext) -> Response:
     """Give a key a second secret."""
-    context: RequestContext = request.scope[CONTEXT]
     body = await context.read_body(is_optional=True)
     overlap_s = _rotate_decoder.decode(body).overlap_s if body else None
-    key_id = await _changeable_id(request)
-    bounds = {} if overlap_s is None else {"overlap_s": overlap_s}
-    new = await context.app.accounts.rotate_key(key_id, **bounds)
-    return _key_response(new.key, key=new.plain)
+    key_id = await _changeable_id(context)
+    given = {} if overlap_s is None else {"overlap_s": overlap_s}
+    new = await context.app.accounts.rotate_key(key_id, **given)
+    return _key_response(new.key, plain=new.plain)
 
 
-async def _changeable_id(request: Request) -> str:
+async def _changeable_id(context: RequestContext) -> str:
     """The id of the key in the path, which may do no more than the caller's own."""
-    context: RequestContext = request.scope[CONTEXT]
-    key = await context.app.accounts.show_key(request.path_params["id"])
+    key = await context.app.accounts.show_key(context.path_params["id"])
     context.known_caller.require_no_more(key)
     return key.id
 
 
-async def usage(request: Request) -> Response:
+async def usage(context: RequestContext) -> Response:
     """Sum the ledger by key, model or day."""
-    context: RequestContext = request.scope[CONTEXT]
-    given = dict(request.query_params)
+    given = dict(QueryParams(context.query_string))
     for name in given.keys() - set(USAGE_PARAMETERS):
         raise FieldInvalid(
             f"Unrecognized query parameter: {shown(name)}. Known: {', '.join(USAGE_PARAMETERS)}.",
@@ -200,14 +180,8 @@ async def usage(request: Request) -> Response:
     key_id = given.get("key")
     if key_id is not None and key_id != FIXED.key_id:  # the environment's key is in no store
         key_id = (await context.app.accounts.show_key(key_id)).id
-    lines = await context.app.accounts.usage(
-        UsageQuery(
-            by=by,
-            since_us=_instant_us("since", given.get("since")),
-            until_us=_instant_us("until", given.get("until")),
-            key_id=key_id,
-        )
-    )
+    since_us, until_us = _instant_us("since", given), _instant_us("until", given)
+    query = UsageQuery(by=by, since_us=since_us, until_us=until_us, key_id=key_id)
     data = [
         UsageShown(
             key=(line.group or UNSET) if by is UsageBy.KEY else UNSET,
@@ -218,48 +192,44 @@ async def usage(request: Request) -> Response:
             failed=line.failed,
             tokens=line.tokens,
         )
-        for line in lines
+        for line in await context.app.accounts.usage(query)
     ]
     return json_response(UsageList(by=by.value, data=data), headers=NO_STORE)
 
 
-def _instant_us(param: str, text: str | None) -> int | None:
-    if text is None:
-        return None
+def _instant_us(param: str, given: Mapping[str, str]) -> int | None:
+    text = given.get(param)
     try:
-        return microseconds(datetime.fromisoformat(text))
+        return None if text is None else microseconds(datetime.fromisoformat(text))
     except ValueError:
         raise FieldInvalid(
-            f"Invalid value for '{param}' = {shown(text)}. "
+            f"Invalid value for '{param}' = {shown(text or '')}. "
             "Send a day or an instant, as 2026-11-22 or 2026-11-22T17:00:00Z.",
             param=param,
         ) from None
 
 
 def _key_response(
-    found: Key, *, key: str | UnsetType = UNSET, warnings: list[str] | UnsetType = UNSET
+    key: Key, *, plain: str | UnsetType = UNSET, warnings: list[str] | UnsetType = UNSET
 ) -> Response:
-    """Never to be stored: a plain key is in some of these answers."""
-    return json_response(_shown(found, key=key, warnings=warnings), headers=NO_STORE)
+    """Never to be stored: a plain key is in some of these responses."""
+    key_shown = replace(_key_shown(key), key=plain, warnings=warnings)
+    return json_response(key_shown, headers=NO_STORE)
 
 
-def _shown(
-    found: Key, *, key: str | UnsetType = UNSET, warnings: list[str] | UnsetType = UNSET
-) -> KeyShown:
+def _key_shown(key: Key) -> KeyShown:
     return KeyShown(
-        id=found.id,
-        name=found.name,
-        hints=[f"{secret.first}…{secret.last}" for secret in found.secrets],
-        scopes=sorted(found.scopes),
-        models=None if found.models is None else sorted(found.models),
-        requests_per_minute=found.allowance.requests_per_minute,
-        tokens_per_minute=found.allowance.tokens_per_minute,
-        created=moment(found.created_us),
-        expires=None if found.expires_us is None else moment(found.expires_us),
-        revoked=None if found.revoked_us is None else moment(found.revoked_us),
-        truncate=found.truncate,
-        key=key,
-        warnings=warnings,
+        id=key.id,
+        name=key.name,
+        hints=[f"{secret.first}…{secret.last}" for secret in key.secrets],
+        scopes=sorted(key.scopes),
+        models=None if key.models is None else sorted(key.models),
+        requests_per_minute=key.allowance.requests_per_minute,
+        tokens_per_minute=key.allowance.tokens_per_minute,
+        created=moment(key.created_us),
+        expires=None if key.expires_us is None else moment(key.expires_us),
+        revoked=None if key.revoked_us is None else moment(key.revoked_us),
+        truncate=key.truncate,
     )
 
 

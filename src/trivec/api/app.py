@@ -1,9 +1,8 @@
-"""ASGI app: every route, mounted under its prefixes, behind the middleware."""
+"""ASGI app: every route, under each of its prefixes, behind the middleware."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
@@ -11,7 +10,7 @@ from starlette.types import ASGIApp
 from trivec.accounts import Accounts
 from trivec.api import admin, health, openai
 from trivec.api.auth import Endpoint, UnpaidRate
-from trivec.api.context import AppState
+from trivec.api.context import AppState, RequestContext
 from trivec.api.memory import ByteBudget
 from trivec.api.middleware import RequestMiddleware
 from trivec.api.openapi import Operation, openapi_document
@@ -46,8 +45,7 @@ def build_app(
     served = [*all_operations(metrics is not None, metrics_open=metrics_open), *operations]
     document = openapi_document(served)
 
-    async def openapi(request: Request) -> Response:
-        """The description itself."""
+    async def openapi(_: RequestContext) -> Response:
         return Response(document, media_type="application/json")
 
     served.append(Operation("GET", "/openapi.json", openapi, None, None))

@@ -5,14 +5,17 @@ It holds counts, names and times; never text, vectors or a plain key.
 
 import asyncio
 import os
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
+from http import HTTPMethod, HTTPStatus
 
 from starlette.types import Receive, Scope
 
-from trivec.accounts import Accounts, Caller, RateLimitState, Reservation
-from trivec.api.memory import ByteBudget, MemoryHold
+from trivec.accounts import Accounts, Caller, RateLimitState, RequestMeta, Reservation
+from trivec.api.memory import ByteBudget, MemoryReservation
 from trivec.api.schemas import shown
 from trivec.api.timeout import RequestTimeout
 from trivec.core.errors import (
@@ -29,12 +32,12 @@ from trivec.core.types import ModelCard
 from trivec.settings import HttpLimits
 
 CONTEXT = "trivec.context"  # where the context lies in the ASGI scope
-BODY_TOO_SLOW = 408
 PARSED_BYTES_A_BYTE = 2  # texts of one or two bytes a character, and token ids in arrays
 PIECE_BYTES = 64  # around each piece of a body, in CPython
 SILENT_S_MAX = 2.0  # without a byte of a body that is only dropped
 TOKENS_MIN = 2  # of any text: the special tokens around it
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
+FIT_FOR_LOG = re.compile(rb"[ -~]{1,512}")  # short, printable ASCII
+METHODS = frozenset(HTTPMethod)
 
 
 @dataclass(slots=True)
@@ -55,16 +58,12 @@ class AppState:
 
     def check_admission(self) -> None:
         """Raise `Overloaded` where no model takes even the smallest request there is."""
-        refusal: BusyError | None = None
-        for embedder in self.embedders.values():
-            try:
+        *others, last = self.embedders.values()
+        for embedder in others:
+            with suppress(BusyError):
                 embedder.check_admission(TOKENS_MIN)
-            except BusyError as busy:
-                refusal = busy
-            else:
                 return
-        if refusal is not None:
-            raise refusal
+        last.check_admission(TOKENS_MIN)
 
     def cards_for(self, caller: Caller) -> list[ModelCard]:
         """The cards of the models that *caller* may use, in the order they were configured."""
@@ -76,12 +75,13 @@ class RequestContext:
     """One request; lives on the event loop, in one task."""
 
     def __init__(self, scope: Scope, receive: Receive, app: AppState) -> None:
-        """The context of a request that has just arrived."""
         self.app = app
         # A client may send any word for a method.
         self.method: str = scope["method"] if scope["method"] in METHODS else "other"
         # By lower-case name; the first of several wins.
         self.headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))
+        self.query_string: bytes = scope["query_string"]
+        self.path_params: dict[str, str] = {}  # of the route that was found
         self.request_id = f"req_{os.urandom(16).hex()}"
         request_s_max = app.limits.request_s_max
         try:  # OpenAI's clients say how long they wait
@@ -94,10 +94,9 @@ class RequestContext:
         self.deadline_s = self.started_s + request_s_max
         self._receive = receive
         self.timeout = RequestTimeout(receive, request_s_max=request_s_max)
-        self.memory = MemoryHold(app.memory)
+        self.memory = MemoryReservation(app.memory)
 
         self.caller: Caller | None = None
-        self.reservation: Reservation | None = None
         self.rate_limits: RateLimitState | None = None
         self.user: str | None = None  # the client's word for its user, on its way to be hashed
         self.error_code: str | None = None
@@ -105,27 +104,37 @@ class RequestContext:
         self.model: str | None = None  # a served id, never what the client merely claimed
         self.input_count = self.token_count = 0
         self.request_bytes = 0  # of body, that were read
-        self._is_body_asked_for = self._is_body_read = False  # read: to its end
-        self.status: int | None = None  # of the answer that has begun to leave
-        self.answer_bytes = 0  # of body, that have left
+        self.is_body_asked_for = self.is_body_read = False  # read: to its end
+        self.status: int | None = None  # of the response that has begun to leave
+        self.response_bytes = 0  # of body, that have left
         self.tokenize_s = self.queue_s = self.compute_s = self.encode_s = 0.0
 
-    def header_for_log(self, name: bytes, *, chars_max: int) -> str | None:
-        """The header's text if it is fit for a log: short, printable ASCII."""
-        text = self.headers.get(name, b"").decode("latin-1")
-        is_fit = 0 < len(text) <= chars_max and text.isascii() and text.isprintable()
-        return text if is_fit else None
+    def header_for_log(self, name: bytes) -> str | None:
+        value = self.headers.get(name, b"")
+        return value.decode() if FIT_FOR_LOG.fullmatch(value) else None
+
+    @property
+    def has_body(self) -> bool:
+        """Whether the request's head announces a body."""
+        has_length = self.headers.get(b"content-length", b"0") != b"0"
+        return has_length or b"transfer-encoding" in self.headers
 
     @property
     def waits_for_100(self) -> bool:
         """Whether the client sends its body only when told to, and has not been told."""
-        return b"expect" in self.headers and not self._is_body_asked_for
+        return b"expect" in self.headers and not self.is_body_asked_for
 
     @property
     def known_caller(self) -> Caller:
         """The caller, on a route that asks for a key."""
         assert self.caller is not None, "the route is open"
         return self.caller
+
+    @cached_property
+    def reservation(self) -> Reservation:
+        """What this request holds of its key's rate limits; made once its model is known."""
+        meta = RequestMeta(self.request_id, self.model)
+        return self.app.accounts.reserve(self.known_caller, meta)
 
     def find_embedder(self, name: str) -> Embedder:
         """The model called *name*, case and all. Raises `ModelUnknown`, `ModelDenied`."""
@@ -138,26 +147,38 @@ class RequestContext:
         return embedder
 
     async def read_body(self, *, is_optional: bool = False) -> bytes:
-        """The whole body of a request that says it is JSON; empty only where it *is_optional*.
+        """The whole body, which must be declared as JSON; empty only where it *is_optional*.
 
         Raises `MediaTypeUnsupported`; `BodyTooLarge`, where a length is declared before anything is
         read; `BodyTooSlow`; `MalformedBody` if it breaks off; `Overloaded` where the byte budget does
         not hold it and what parsing makes of it.
         """
         limits, memory = self.app.limits, self.memory
-        if not is_optional:
-            self._check_is_json()
+        if self.has_body or not is_optional:
+            self._require_json()
         declared = self.headers.get(b"content-length", b"")
-        if declared.isdigit() and int(declared[:20]) > limits.body_bytes_max:
-            raise _too_many_bytes(limits)
+        declared_bytes = int(declared[:20]) if declared.isdigit() else 0
         # Over a slow link every packet of an honest body is a piece, so pieces are bounded only
         # where no length bounds the body.
         pieces_max = limits.body_bytes_max if declared else limits.body_chunks_max
         pieces: list[bytes] = []
-        self._is_body_asked_for = has_more = True
+        has_more = True
         try:
             async with asyncio.timeout(limits.body_s_max):
-                while has_more:
+                while True:
+                    if max(declared_bytes, self.request_bytes) > limits.body_bytes_max:
+                        raise BodyTooLarge(
+                            f"The request body has more than {limits.body_bytes_max:,} bytes. "
+                            "Split the input over several requests."
+                        )
+                    if len(pieces) > pieces_max:
+                        raise BodyTooLarge(
+                            f"The request body came in more than {pieces_max} chunks. "
+                            "Send it in larger ones, or with a Content-Length."
+                        )
+                    if not has_more:
+                        break
+                    self.is_body_asked_for = True
                     message = await self._receive()
                     # A bad chunk looks like a client that left.
                     if message["type"] != "http.request":
@@ -172,13 +193,6 @@ class RequestContext:
                         if has_more and len(pieces) == 1:
                             self.app.memory.arriving[memory] = self.timeout.end
                         memory.add(len(piece) + PIECE_BYTES)
-                    if self.request_bytes > limits.body_bytes_max:
-                        raise _too_many_bytes(limits)
-                    if len(pieces) > pieces_max:
-                        raise BodyTooLarge(
-                            f"The request body came in more than {pieces_max} chunks. "
-                            "Send it in larger ones, or with a Content-Length."
-                        )
         except TimeoutError:
             raise BodyTooSlow(
                 f"The request body did not arrive within {limits.body_s_max:g} seconds. "
@@ -186,15 +200,13 @@ class RequestContext:
             ) from None
         finally:
             self.app.memory.arriving.pop(memory, None)
-        self._is_body_read = True
+        self.is_body_read = True
         body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         memory.shrink(len(body))
         memory.add(PARSED_BYTES_A_BYTE * len(body))
-        if is_optional and body:
-            self._check_is_json()
         return body
 
-    def _check_is_json(self) -> None:
+    def _require_json(self) -> None:
         """Raise `MediaTypeUnsupported` unless the body says that it is plain JSON in UTF-8."""
         content_type = self.headers.get(b"content-type", b"").decode("latin-1") or "nothing"
         encoding = self.headers.get(b"content-encoding", b"").decode("latin-1")
@@ -210,19 +222,17 @@ class RequestContext:
                 "Send Content-Type: application/json, in UTF-8."
             )
 
-    async def drop_rest_of_body(self) -> None:
-        """Read and drop what is left of the body once the request has been answered.
+    async def drop_body(self) -> None:
+        """Read and drop what is left of the body of a request that has been answered.
 
-        Closing a connection with bytes unread resets it, and the client loses the answer that it
+        Closing a connection with bytes unread resets it, and the client loses the response that it
         has not read yet: most clients send all of a body before they look. Bounded in bytes, in
         seconds, and in seconds without a byte; after that the connection is cut.
         """
-        declares_none = self.headers.get(b"content-length", b"0") == b"0"
-        has_body = not declares_none or b"transfer-encoding" in self.headers
-        if self._is_body_read or not has_body or self.waits_for_100:
+        if not self.has_body or self.waits_for_100:
             return
         limits, dropped = self.app.limits, 0
-        is_slow = self.status == BODY_TOO_SLOW
+        is_slow = self.status == HTTPStatus.REQUEST_TIMEOUT
         with suppress(TimeoutError):
             async with asyncio.timeout(SILENT_S_MAX if is_slow else limits.refused_body_s_max):
                 while dropped < limits.refused_body_bytes_max:
@@ -231,10 +241,3 @@ class RequestContext:
                     dropped += len(message.get("body", b""))
                     if message["type"] != "http.request" or not message.get("more_body", False):
                         return
-
-
-def _too_many_bytes(limits: HttpLimits) -> BodyTooLarge:
-    return BodyTooLarge(
-        f"The request body has more than {limits.body_bytes_max:,} bytes. "
-        "Split the input over several requests."
-    )

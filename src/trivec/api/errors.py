@@ -1,22 +1,21 @@
 """The one table from our errors to HTTP: status, OpenAI's `type`, and `code`.
 
-Every answer that is not a success is made here, in one shape with all four keys.
+Every response that is not a success is made here, in one shape with all four keys.
 """
 
 from collections.abc import Mapping
 from math import ceil
-from types import MappingProxyType
 from typing import NamedTuple
 
 from starlette.responses import Response
 
 from trivec.api.responses import json_response
-from trivec.api.schemas import ErrorAnswer, Problem
+from trivec.api.schemas import ErrorObject, ErrorResponse
 from trivec.api.timeout import ClientDisconnected
 from trivec.core import errors as e
 from trivec.core.errors import ServiceError, is_panic
 
-CLIENT_GONE = 499  # what log and ledger say of a client that left before its answer
+CLIENT_GONE = 499  # in log and ledger: the client left before its response
 RETRY_AFTER_S_MAX = 60  # official clients give up at once when told to wait for more than 120 s
 
 
@@ -28,36 +27,34 @@ class HttpError(NamedTuple):
     type: str = "invalid_request_error"
 
 
-TABLE: Mapping[type[ServiceError], HttpError] = MappingProxyType(
-    {
-        e.MalformedBody: HttpError(400),
-        e.FieldInvalid: HttpError(400),
-        e.TokenIdUnknown: HttpError(400),
-        e.TokenIdsForeign: HttpError(400, "token_ids_foreign"),
-        e.TextTooLong: HttpError(400, "context_length_exceeded"),
-        e.RequestTooLarge: HttpError(400, "max_tokens_per_request", "max_tokens_per_request"),
-        e.AnswerTooLarge: HttpError(400, "answer_too_large"),
-        e.KeyMissing: HttpError(401),
-        e.KeyInvalid: HttpError(401, "invalid_api_key"),
-        e.ModelDenied: HttpError(403, "model_access_denied"),
-        e.ScopeMissing: HttpError(403, "insufficient_scope"),
-        e.GrantDenied: HttpError(403, "insufficient_scope"),
-        e.ModelUnknown: HttpError(404, "model_not_found"),
-        e.RouteUnknown: HttpError(404),
-        e.ResourceUnknown: HttpError(404),
-        e.MethodNotAllowed: HttpError(405),
-        e.BodyTooSlow: HttpError(408),
-        e.BodyTooLarge: HttpError(413),
-        e.MediaTypeUnsupported: HttpError(415),
-        e.RateLimitExceeded: HttpError(429, "rate_limit_exceeded", "tokens"),  # or "requests"
-        e.EngineFault: HttpError(500, "internal_error", "server_error"),
-        e.Overloaded: HttpError(503, "overloaded", "server_error"),
-        e.Draining: HttpError(503, "draining", "server_error"),
-        e.Loading: HttpError(503, "loading", "server_error"),
-        e.DeadlineExceeded: HttpError(503, "deadline_exceeded", "server_error"),
-        e.StoreUnavailable: HttpError(503, "store_unavailable", "server_error"),
-    }
-)
+TABLE: Mapping[type[ServiceError], HttpError] = {
+    e.MalformedBody: HttpError(400),
+    e.FieldInvalid: HttpError(400),
+    e.TokenIdUnknown: HttpError(400),
+    e.TokenIdsForeign: HttpError(400, "token_ids_foreign"),
+    e.TextTooLong: HttpError(400, "context_length_exceeded"),
+    e.RequestTooLarge: HttpError(400, "max_tokens_per_request", "max_tokens_per_request"),
+    e.AnswerTooLarge: HttpError(400, "answer_too_large"),
+    e.KeyMissing: HttpError(401),
+    e.KeyInvalid: HttpError(401, "invalid_api_key"),
+    e.ModelDenied: HttpError(403, "model_access_denied"),
+    e.ScopeMissing: HttpError(403, "insufficient_scope"),
+    e.GrantDenied: HttpError(403, "insufficient_scope"),
+    e.ModelUnknown: HttpError(404, "model_not_found"),
+    e.RouteUnknown: HttpError(404),
+    e.ResourceUnknown: HttpError(404),
+    e.MethodNotAllowed: HttpError(405),
+    e.BodyTooSlow: HttpError(408),
+    e.BodyTooLarge: HttpError(413),
+    e.MediaTypeUnsupported: HttpError(415),
+    e.RateLimitExceeded: HttpError(429, "rate_limit_exceeded", "tokens"),  # or "requests"
+    e.EngineFault: HttpError(500, "internal_error", "server_error"),
+    e.Overloaded: HttpError(503, "overloaded", "server_error"),
+    e.Draining: HttpError(503, "draining", "server_error"),
+    e.Loading: HttpError(503, "loading", "server_error"),
+    e.DeadlineExceeded: HttpError(503, "deadline_exceeded", "server_error"),
+    e.StoreUnavailable: HttpError(503, "store_unavailable", "server_error"),
+}
 
 
 def status_of(error: BaseException) -> int:
@@ -68,25 +65,20 @@ def status_of(error: BaseException) -> int:
     return CLIENT_GONE if is_cancelled or isinstance(error, ClientDisconnected) else 500
 
 
-def problem_of(error: ServiceError, *, request_id: str) -> Problem:
-    """What the client reads; an `EngineFault`'s own message stays in the log."""
-    row = TABLE[type(error)]
-    message = str(error)
-    if isinstance(error, e.EngineFault):
+def error_response(error: ServiceError, *, request_id: str) -> Response:
+    """The whole response: body, and the headers that tell a client what it may do next."""
+    row, message = TABLE[type(error)], str(error)
+    if isinstance(error, e.EngineFault):  # its own message is for the log
         message = (
             "The server had an error while processing your request. Sorry about that! "
             f"Tell whoever runs it the request id {request_id}."
         )
-    return Problem(
+    shown = ErrorObject(
         message=message,
         type=error.kind if isinstance(error, e.RateLimitExceeded) else row.type,
         param="model" if isinstance(error, e.ModelDenied) else getattr(error, "param", None),
         code=row.code,
     )
-
-
-def error_response(error: ServiceError, problem: Problem) -> Response:
-    """The whole answer: body, and the headers that tell a client what it may do next."""
     headers: dict[str, str] = {}
     if isinstance(error, (e.BusyError, e.RateLimitExceeded)):
         wait_ms = min(max(ceil(error.retry_after_s * 1000), 1), RETRY_AFTER_S_MAX * 1000)
@@ -97,4 +89,4 @@ def error_response(error: ServiceError, problem: Problem) -> Response:
         headers["www-authenticate"] = "Bearer"
     elif isinstance(error, (e.BodyTooLarge, e.BodyTooSlow)):
         headers["connection"] = "close"  # what is left of the body is not read
-    return json_response(ErrorAnswer(problem), status=TABLE[type(error)].status, headers=headers)
+    return json_response(ErrorResponse(shown), status=row.status, headers=headers)

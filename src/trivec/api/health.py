@@ -2,11 +2,10 @@
 
 import asyncio
 
-from starlette.requests import Request
 from starlette.responses import Response
 
 from trivec.accounts import Scope
-from trivec.api.context import CONTEXT, RequestContext
+from trivec.api.context import RequestContext
 from trivec.api.openapi import Operation
 from trivec.api.responses import NO_STORE, json_response
 from trivec.api.schemas import Probe
@@ -15,31 +14,28 @@ from trivec.core.health import Health
 PROMETHEUS = {"content-type": "text/plain; version=0.0.4; charset=utf-8"}
 
 
-async def livez(request: Request) -> Response:
+async def livez(context: RequestContext) -> Response:
     """Whether the process works."""
-    context: RequestContext = request.scope[CONTEXT]
     health = context.app.health()
     return _probe(health, passes=health.alive)
 
 
-async def readyz(request: Request) -> Response:
+async def readyz(context: RequestContext) -> Response:
     """Whether it takes requests."""
-    context: RequestContext = request.scope[CONTEXT]
     health = context.app.health()
     return _probe(health, passes=health.ready)
-
-
-async def metrics(request: Request) -> Response:
-    """Metrics for Prometheus."""
-    context: RequestContext = request.scope[CONTEXT]
-    assert context.app.metrics is not None, "the route exists only where there are metrics"
-    page = await asyncio.to_thread(context.app.metrics)  # it is long to print
-    return Response(page, headers=PROMETHEUS)
 
 
 def _probe(health: Health, *, passes: bool) -> Response:
     probe = Probe("ok" if passes else "unavailable", health.phase, health.reason)
     return json_response(probe, status=200 if passes else 503, headers=NO_STORE)
+
+
+async def metrics(context: RequestContext) -> Response:
+    """Metrics for Prometheus."""
+    assert context.app.metrics is not None, "the route exists only where there are metrics"
+    page = await asyncio.to_thread(context.app.metrics)  # it is long to print
+    return Response(page, headers=PROMETHEUS)
 
 
 OPERATIONS = (

@@ -1,7 +1,7 @@
-"""Byte budget: what the bodies, vectors and answers of all requests may hold at one time.
+"""Byte budget: what the bodies, vectors and responses of all requests may hold at one time.
 
-Each request has a `MemoryHold`, which grows as its body arrives and before its vectors are computed,
-and is given back when its answer has left. Lives on the event loop; counts, and allocates nothing.
+Each request has a `MemoryReservation`, which grows as its body arrives and before its vectors are
+computed, and is released when its response has left. Lives on the event loop; allocates nothing.
 
 No client can take all of it. A request that holds little always fits: its part is kept free of
 large ones. A body that is still arriving gives way to a request that needs half of it or less, so
@@ -30,9 +30,9 @@ class ByteBudget:
         self.small_bytes = kept_for_small // connections_max  # so that all can be small at once
         self.used_bytes = 0
         # Of the bodies that are being read: how each is refused if a smaller request needs its room.
-        self.arriving: dict[MemoryHold, Callable[[Exception], None]] = {}
+        self.arriving: dict[MemoryReservation, Callable[[Exception], None]] = {}
 
-    def spent(self) -> Overloaded:
+    def overloaded(self) -> Overloaded:
         """The refusal of what does not fit."""
         return Overloaded(
             f"The requests being served hold all of the {self.bytes_max:,} bytes that bodies and "
@@ -41,38 +41,36 @@ class ByteBudget:
         )
 
 
-class MemoryHold:
+class MemoryReservation:
     """The bytes of one request."""
 
     def __init__(self, budget: ByteBudget) -> None:
         self._budget = budget
         self.bytes = 0
 
-    def add(self, byte_count: int) -> None:
-        """Hold *byte_count* more. Raises `Overloaded` where larger arriving bodies leave no room."""
+    def add(self, byte_count: int, *, is_response: bool = False) -> None:
+        """Reserve *byte_count* more, before they are there. Raises `Overloaded` where there is no
+        room for them; `AnswerTooLarge` for a response that can never fit.
+        """
         budget, total = self._budget, self.bytes + byte_count
+        if is_response and total > budget.large_bytes_max:
+            most = budget.large_bytes_max - self.bytes
+            raise AnswerTooLarge(answer_bytes=byte_count, answer_bytes_max=most)
         limit = budget.bytes_max if total <= budget.small_bytes else budget.large_bytes_max
         while budget.used_bytes + byte_count > limit:
             largest = max(budget.arriving, key=lambda one: one.bytes, default=None)
             if largest is None or largest.bytes < GIVES_WAY_TO * total:
-                raise budget.spent()
-            budget.arriving.pop(largest)(budget.spent())
+                raise budget.overloaded()
+            budget.arriving.pop(largest)(budget.overloaded())
             largest.shrink(0)
         self.bytes = total
         budget.used_bytes += byte_count
 
-    def add_answer(self, byte_count: int) -> None:
-        """`add`, for what is about to be made. Raises `AnswerTooLarge` where it can never fit."""
-        most = self._budget.large_bytes_max - self.bytes
-        if byte_count > most:
-            raise AnswerTooLarge(answer_bytes=byte_count, answer_bytes_max=most)
-        self.add(byte_count)
-
     def shrink(self, byte_count: int) -> None:
-        """Hold *byte_count* and no more, or what it holds where that is less."""
-        freed = max(0, self.bytes - byte_count)
-        self.bytes -= freed
-        self._budget.used_bytes -= freed
+        """Keep at most *byte_count*, and release the rest."""
+        released = max(0, self.bytes - byte_count)
+        self.bytes -= released
+        self._budget.used_bytes -= released
 
 
 def budget_bytes(settings: Settings, *, machine_bytes: int) -> int:

@@ -1,4 +1,4 @@
-"""Request middleware, as plain ASGI: id and headers, errors into answers, one event for the log."""
+"""Request middleware, as plain ASGI: id and headers, errors into responses, one event for the log."""
 
 import asyncio
 import logging
@@ -9,14 +9,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trivec.api.context import CONTEXT, AppState, RequestContext
-from trivec.api.errors import CLIENT_GONE, error_response, problem_of, status_of
+from trivec.api.errors import CLIENT_GONE, TABLE, error_response
 from trivec.api.timeout import ClientDisconnected
 from trivec.core.errors import EngineFault, MethodNotAllowed, RouteUnknown, ServiceError, is_panic
 from trivec.core.events import RequestServed
 from trivec.settings import HttpLimits
-
-CLIENT_REQUEST_ID_CHARS_MAX = 512
-TRACEPARENT_CHARS_MAX = 128
 
 _log = logging.getLogger(__name__)
 
@@ -24,7 +21,7 @@ _log = logging.getLogger(__name__)
 class RequestMiddleware:
     """Opens the context, answers what was raised, adds headers, tells the observer how it ended.
 
-    The outermost loop of a request: whatever is raised below becomes an answer here, once.
+    The outermost loop of a request: whatever is raised below becomes a response here, once.
     """
 
     def __init__(self, app: ASGIApp, state: AppState) -> None:
@@ -38,29 +35,36 @@ class RequestMiddleware:
         context = scope[CONTEXT] = RequestContext(scope, receive, self._state)
         scope["app"] = self._state  # so that the router raises where it finds no route
 
-        async def send_answer(message: Message) -> None:
+        async def send_response(message: Message) -> None:
             if message["type"] == "http.response.start":
                 context.status = message["status"]
-                message["headers"] += answer_headers(context)
+                message["headers"] += response_headers(context)
                 await send(message)
-            else:
-                await send_body(context, message, send)
+                return
+            body = b"" if context.method == "HEAD" else message.get("body", b"")
+            if len(body) > context.app.limits.answer_chunk_bytes:
+                await send_in_chunks(context, message, send)
+                return
+            context.response_bytes += len(body)
+            await send({**message, "body": bytes(body)})
 
         try:
-            await self._app(scope, receive, send_answer)
+            await self._app(scope, receive, send_response)
         except ClientDisconnected:
             context.error_code = "client_gone"
         except BaseException as raised:
-            if not await answer_error(raised, scope, receive, send_answer):
+            if not await respond_to_error(raised, scope, receive, send_response):
                 raise
         finally:
             context.memory.shrink(0)
             observe(context, scope)
-        if context.status is not None:
-            await context.drop_rest_of_body()
+        if context.status is not None and not context.is_body_read:
+            await context.drop_body()
 
 
-async def answer_error(raised: BaseException, scope: Scope, receive: Receive, send: Send) -> bool:
+async def respond_to_error(
+    raised: BaseException, scope: Scope, receive: Receive, send: Send
+) -> bool:
     """Answer *raised* by the table; False for a cancellation, which goes on.
 
     A function of its own: a frame that an error has passed and that still names it is a cycle,
@@ -86,11 +90,11 @@ async def answer_error(raised: BaseException, scope: Scope, receive: Receive, se
         return False
     if isinstance(error, EngineFault):
         _log.error("request %s failed: %s", context.request_id, error)
-    problem = problem_of(error, request_id=context.request_id)
-    context.error_code = problem.code or problem.type
-    context.error_message = problem.message if status_of(error) < 500 else None
-    if context.status is None:  # else the connection is cut: half an answer must not look whole
-        await error_response(error, problem)(scope, receive, send)
+    row = TABLE[type(error)]
+    context.error_code = row.code or row.type
+    context.error_message = str(error) if row.status < 500 else None
+    if context.status is None:  # else the connection is cut: half a response must not look whole
+        await error_response(error, request_id=context.request_id)(scope, receive, send)
     return True
 
 
@@ -100,9 +104,7 @@ def observe(context: RequestContext, scope: Scope) -> None:
     context.app.observer.observe(
         RequestServed(
             request_id=context.request_id,
-            client_request_id=context.header_for_log(
-                b"x-client-request-id", chars_max=CLIENT_REQUEST_ID_CHARS_MAX
-            ),
+            client_request_id=context.header_for_log(b"x-client-request-id"),
             method=context.method,
             route=scope["route"].path_format if "route" in scope else "other",
             status=status,
@@ -112,55 +114,43 @@ def observe(context: RequestContext, scope: Scope) -> None:
             input_count=context.input_count,
             token_count=context.token_count if status < 400 else 0,
             request_bytes=context.request_bytes,
-            answer_bytes=context.answer_bytes,
+            answer_bytes=context.response_bytes,
             duration_s=context.app.clock.now_s() - context.started_s,
             tokenize_s=context.tokenize_s,
             queue_s=context.queue_s,
             compute_s=context.compute_s,
             encode_s=context.encode_s,
-            traceparent=context.header_for_log(b"traceparent", chars_max=TRACEPARENT_CHARS_MAX),
+            traceparent=context.header_for_log(b"traceparent"),
             message=context.error_message,
         )
     )
 
 
-async def send_body(context: RequestContext, message: Message, send: Send) -> None:
-    """Send a body, a large one in chunks. Raises `ClientDisconnected` where they are taken too slowly.
+async def send_in_chunks(context: RequestContext, message: Message, send: Send) -> None:
+    """Send a large body. Raises `ClientDisconnected` where its client takes it too slowly.
 
-    The server below has no deadline for writing, so a client that never reads would hold its answer
-    in memory for ever.
+    The server below has no deadline for writing, so a client that never reads would hold its
+    response in memory for ever.
     """
-    body, more = message.get("body", b""), message.get("more_body", False)
-    limits = context.app.limits
-    if context.method == "HEAD" or len(body) <= limits.answer_chunk_bytes:
-        body = b"" if context.method == "HEAD" else bytes(body)
-        context.answer_bytes += len(body)
-        await send({"type": "http.response.body", "body": body, "more_body": more})
-        return
-    loop = asyncio.get_running_loop()
+    body, limits, loop = message["body"], context.app.limits, asyncio.get_running_loop()
     began_s = loop.time()
     for start in range(0, len(body), limits.answer_chunk_bytes):
-        end = start + limits.answer_chunk_bytes
-        chunk = bytes(body[start:end])
-        context.answer_bytes += len(chunk)
-        due_s = chunk_s_max(limits, elapsed_s=loop.time() - began_s, sent_bytes=start + len(chunk))
+        chunk = bytes(body[start : start + limits.answer_chunk_bytes])
+        end = start + len(chunk)
+        context.response_bytes += len(chunk)
+        has_more = end < len(body) or message.get("more_body", False)
+        due_s = chunk_s_max(limits, elapsed_s=loop.time() - began_s, sent_bytes=end)
         try:
             async with asyncio.timeout(due_s):
-                await send(
-                    {
-                        "type": "http.response.body",
-                        "body": chunk,
-                        "more_body": more or end < len(body),
-                    }
-                )
+                await send({**message, "body": chunk, "more_body": has_more})
         except TimeoutError:
             raise ClientDisconnected from None
 
 
 def chunk_s_max(limits: HttpLimits, *, elapsed_s: float, sent_bytes: int) -> float:
-    """Seconds in which the client must take the chunk that ends at *sent_bytes* of an answer.
+    """Seconds in which the client must take the chunk that ends at *sent_bytes* of a response.
 
-    A bound for each chunk alone would let a client hold an answer for ever at one chunk in half a
+    A bound for each chunk alone would let a client hold a response for ever at one chunk in half a
     minute, so all together have a rate, too. The kernel and the server below hold some of it for
     the client, hence the first chunk's seconds on top.
     """
@@ -168,24 +158,19 @@ def chunk_s_max(limits: HttpLimits, *, elapsed_s: float, sent_bytes: int) -> flo
     return max(0.0, min(limits.answer_chunk_s_max, due_s - elapsed_s))
 
 
-def answer_headers(context: RequestContext) -> list[tuple[bytes, bytes]]:
-    """The headers of every answer: its id, where its time went, what is left of the rate limits.
+def response_headers(context: RequestContext) -> list[tuple[bytes, bytes]]:
+    """The headers of every response: its id, where its time went, what is left of the rate limits.
 
     The rate limits' are OpenAI's six, without those of a kind that has no limit.
     """
     app, state = context.app, context.rate_limits
     elapsed_ms = round((app.clock.now_s() - context.started_s) * 1000)
-    spent_ms = tuple(
-        seconds * 1e3
-        for seconds in (context.tokenize_s, context.queue_s, context.compute_s, context.encode_s)
-    )
+    parts_s = (context.tokenize_s, context.queue_s, context.compute_s, context.encode_s)
+    timing = b"tokenize;dur=%.3f, queue;dur=%.3f, compute;dur=%.3f, encode;dur=%.3f"
     headers = [
         (b"x-request-id", context.request_id.encode()),
         (b"openai-processing-ms", b"%d" % elapsed_ms),
-        (
-            b"server-timing",
-            b"tokenize;dur=%.3f, queue;dur=%.3f, compute;dur=%.3f, encode;dur=%.3f" % spent_ms,
-        ),
+        (b"server-timing", timing % tuple(seconds * 1e3 for seconds in parts_s)),
     ]
     if state is not None:
         for kind, limit, remaining, reset_s in (

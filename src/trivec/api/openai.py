@@ -2,36 +2,32 @@
 
 import asyncio
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import TypeVar, cast
 
 import numpy as np
-from starlette.requests import Request
 from starlette.responses import Response
 
 from trivec.accounts import Scope
-from trivec.api.auth import reserve
-from trivec.api.context import CONTEXT, RequestContext
+from trivec.api.context import RequestContext
 from trivec.api.openapi import Operation
 from trivec.api.responses import (
     IN_LINE_BYTES_MAX,
     INT_TEXT_BYTES,
-    Encoding,
     encode_embeddings,
     estimate_bytes,
     json_response,
 )
 from trivec.api.schemas import (
     Decoder,
-    EmbeddingsAnswer,
     EmbeddingsRequest,
-    Input,
+    EmbeddingsResponse,
     Model,
     ModelList,
-    TokenizeAnswer,
     TokenizedText,
     TokenizeRequest,
+    TokenizeResponse,
     shown,
 )
 from trivec.core.errors import (
@@ -41,11 +37,11 @@ from trivec.core.errors import (
     RequestTooLarge,
     TokenIdUnknown,
 )
-from trivec.core.ports import Texts, TokenLists
-from trivec.core.types import LongText, ModelCard, Output
+from trivec.core.ports import Embedder, Texts, TokenLists
+from trivec.core.types import LongText, ModelCard, Output, Sequences
 from trivec.settings import HttpLimits
 
-Asked = TypeVar("Asked", EmbeddingsRequest, TokenizeRequest)
+Asked = TypeVar("Asked", bound=TokenizeRequest)
 
 PARSE_IN_LINE_BYTES_MAX = 256 * 1024  # larger bodies are parsed in a thread
 OTHER_ITEMS_MAX = 64  # texts, lists and commas of a request's other fields
@@ -71,62 +67,45 @@ _embeddings_decoder = Decoder(EmbeddingsRequest)
 _tokenize_decoder = Decoder(TokenizeRequest)
 
 
-async def embeddings(request: Request) -> Response:
+async def embeddings(context: RequestContext) -> Response:
     """Turn texts into vectors.
 
     Whatever can be refused is refused before the model is touched.
     """
-    context: RequestContext = request.scope[CONTEXT]
     app, clock, limits = context.app, context.app.clock, context.app.limits
     body = await context.read_body()
     app.check_admission()  # after reading: a connection with an unread body is lost
     asked = await parse(_embeddings_decoder, body, context)
     del body
-    outputs, rows = parse_outputs(asked.output_type), context.input_count
-    encoding: Encoding = asked.encoding_format or "float"
     context.user = asked.user
     embedder = context.find_embedder(asked.model)
-    card = embedder.card
-    check_against_card(outputs, asked.dimensions, card)
-    estimate = partial(
-        estimate_bytes,
-        outputs,
-        encoding,
-        rows=rows,
-        width=card.dimensions,
-        dimensions=asked.dimensions,
-        with_strings=bool(asked.return_tokens),
-    )
-    least_bytes = sum(estimate(tokens=rows))
-    context.memory.add_answer(least_bytes)  # before the work of tokenising
+    card, rows = embedder.card, context.input_count
+    outputs = choose_outputs(asked, card)
+    least_bytes = sum(estimate_bytes(asked, outputs, card, rows=rows, tokens=rows))
+    context.memory.add(least_bytes, is_response=True)  # before the work of tokenising
     context.timeout.watch_client()
-    await reserve(context, tokens_follow=True)
+    await context.reservation.acquire(tokens_follow=True)
 
-    usual = context.known_caller.truncate or limits.truncate
-    long_text = LONG_TEXT[usual if asked.truncate is None else asked.truncate]
-    started_s = clock.now_s()
-    sequences = await embedder.tokenize(
-        tokenizer_inputs(asked.input, card),
-        long_text=long_text,
-        are_own=asked.token_encoding is not None,
-    )
-    context.tokenize_s = clock.now_s() - started_s
+    truncate: bool | str = context.known_caller.truncate or limits.truncate
+    if asked.truncate is not None:
+        truncate = asked.truncate
+    sequences = await tokenize_input(asked, embedder, context, long_text=LONG_TEXT[truncate])
     token_count = sequences.token_count
     if token_count > limits.request_tokens_max:
         raise RequestTooLarge(token_count=token_count, token_count_max=limits.request_tokens_max)
-    answer_bytes, vector_bytes = estimate(tokens=token_count)
-    if answer_bytes > limits.answer_bytes_max:
-        raise AnswerTooLarge(answer_bytes=answer_bytes, answer_bytes_max=limits.answer_bytes_max)
-    context.memory.add_answer(answer_bytes + vector_bytes - least_bytes)
-    assert context.reservation is not None
+    response_bytes, vector_bytes = estimate_bytes(
+        asked, outputs, card, rows=rows, tokens=token_count
+    )
+    if response_bytes > limits.answer_bytes_max:
+        raise AnswerTooLarge(answer_bytes=response_bytes, answer_bytes_max=limits.answer_bytes_max)
+    context.memory.add(response_bytes + vector_bytes - least_bytes, is_response=True)
     await context.reservation.reserve_tokens(token_count)
 
     reply = await embedder.embed(sequences, outputs, deadline_s=context.deadline_s - clock.now_s())
     context.token_count = token_count
     context.queue_s, context.compute_s = reply.queue_s, reply.compute_s
-    token_strings: list[list[str]] | None = None
+    token_strings: list[list[str]] = []
     if asked.return_tokens and Output.SPARSE in outputs:
-        token_strings = []
         for vector in reply.vectors.sparse:
             assert vector is not None, "every sequence was asked for its sparse vector"
             token_strings.append(embedder.token_strings(vector.token_ids))
@@ -139,28 +118,27 @@ async def embeddings(request: Request) -> Response:
         sequences,
         model=asked.model,
         outputs=outputs,
-        encoding=encoding,
+        encoding=asked.encoding,
         dimensions=asked.dimensions,
-        token_strings=token_strings,
+        token_strings=token_strings or None,
     )
-    in_line = answer_bytes <= IN_LINE_BYTES_MAX[encoding]
-    answer = encode() if in_line else await asyncio.to_thread(encode)
+    in_line = response_bytes <= IN_LINE_BYTES_MAX[asked.encoding]
+    encoded = encode() if in_line else await asyncio.to_thread(encode)
     context.encode_s = clock.now_s() - started_s
-    context.memory.shrink(len(answer))
-    return Response(answer, media_type="application/json")
+    context.memory.shrink(len(encoded))
+    return Response(encoded, media_type="application/json")
 
 
-async def tokenize(request: Request) -> Response:
+async def tokenize(context: RequestContext) -> Response:
     """Count tokens without spending any.
 
     A large request waits for its turn, for it takes the tokenizer's threads from embeddings.
     """
-    context: RequestContext = request.scope[CONTEXT]
     app = context.app
     body = await context.read_body()
     context.timeout.watch_client()
     if len(body) < LARGE_TOKENIZE_BYTES:
-        return await count_tokens(context, body)
+        return await count_tokens(body, context)
     if app.large_tokenize_count >= LARGE_TOKENIZE_MAX:
         raise Overloaded(
             f"{LARGE_TOKENIZE_MAX - 1} large requests to tokenize are waiting, which is the most. "
@@ -170,31 +148,25 @@ async def tokenize(request: Request) -> Response:
     app.large_tokenize_count += 1
     try:
         async with app.large_tokenize:
-            return await count_tokens(context, body)
+            return await count_tokens(body, context)
     finally:
         app.large_tokenize_count -= 1
 
 
-async def count_tokens(context: RequestContext, body: bytes) -> Response:
-    """The answer to `POST /tokenize`. A text that would not fit is counted all the same."""
-    clock, limits = context.app.clock, context.app.limits
+async def count_tokens(body: bytes, context: RequestContext) -> Response:
+    """The response to `POST /tokenize`. A text that would not fit is counted all the same."""
+    limits = context.app.limits
     asked = await parse(_tokenize_decoder, body, context)
     embedder = context.find_embedder(asked.model)
     token_count_max = embedder.card.token_count_max
-    await reserve(context)
-    started_s = clock.now_s()
-    sequences = await embedder.tokenize(
-        tokenizer_inputs(asked.input, embedder.card),
-        long_text=LongText.KEEP,
-        are_own=asked.token_encoding is not None,
-    )
-    context.tokenize_s = clock.now_s() - started_s
+    await context.reservation.acquire()
+    sequences = await tokenize_input(asked, embedder, context, long_text=LongText.KEEP)
     token_count = sequences.token_count
-    answer_bytes = token_count * INT_TEXT_BYTES
-    if answer_bytes > limits.answer_bytes_max:
-        raise AnswerTooLarge(answer_bytes=answer_bytes, answer_bytes_max=limits.answer_bytes_max)
+    response_bytes = token_count * INT_TEXT_BYTES
+    if response_bytes > limits.answer_bytes_max:
+        raise AnswerTooLarge(answer_bytes=response_bytes, answer_bytes_max=limits.answer_bytes_max)
     token_bytes = TOKEN_BYTES + (TOKEN_STRING_BYTES if asked.return_tokens else 0)
-    context.memory.add_answer(token_count * token_bytes)
+    context.memory.add(token_count * token_bytes, is_response=True)
     data = []
     for i in range(len(sequences)):
         start, end = sequences.cu_seqlens[i : i + 2].tolist()
@@ -215,7 +187,7 @@ async def count_tokens(context: RequestContext, body: bytes) -> Response:
             )
         )
         await asyncio.sleep(0)  # other requests get a turn after every text
-    answer = TokenizeAnswer(
+    counted = TokenizeResponse(
         object="list",
         model=asked.model,
         data=data,
@@ -224,23 +196,22 @@ async def count_tokens(context: RequestContext, body: bytes) -> Response:
         request_tokens_max=limits.request_tokens_max,
         fits=token_count <= limits.request_tokens_max and all(text.fits for text in data),
     )
-    in_line = answer_bytes <= IN_LINE_BYTES_MAX["float"]
-    response = json_response(answer) if in_line else await asyncio.to_thread(json_response, answer)
+    in_line = response_bytes <= IN_LINE_BYTES_MAX["float"]
+    encode = partial(json_response, counted)
+    response = encode() if in_line else await asyncio.to_thread(encode)
     context.memory.shrink(len(response.body))
     return response
 
 
-async def list_models(request: Request) -> Response:
+async def list_models(context: RequestContext) -> Response:
     """List the models this key may use."""
-    context: RequestContext = request.scope[CONTEXT]
     cards = context.app.cards_for(context.known_caller)
     return json_response(ModelList(data=[_model(card, card.id, context) for card in cards]))
 
 
-async def show_model(request: Request) -> Response:
+async def show_model(context: RequestContext) -> Response:
     """Show one model."""
-    context: RequestContext = request.scope[CONTEXT]
-    name = request.path_params["id"]
+    name = context.path_params["id"]
     return json_response(_model(context.find_embedder(name).card, name, context))
 
 
@@ -252,7 +223,7 @@ def _model(card: ModelCard, name: str, context: RequestContext) -> Model:
         context_size=card.token_count_max,
         dimensions=card.dimensions,
         dimensions_selectable=card.dimensions_selectable,
-        output_types=output_words(card.outputs),
+        output_types=output_names(card.outputs),
         truncate=context.known_caller.truncate or context.app.limits.truncate,
         precision=card.precision,
         recipe=card.recipe,
@@ -264,15 +235,74 @@ def _model(card: ModelCard, name: str, context: RequestContext) -> Model:
 
 async def parse(decoder: Decoder[Asked], body: bytes, context: RequestContext) -> Asked:
     """The request in *body*. Raises `MalformedBody`, `FieldInvalid`, `RequestTooLarge`."""
-
-    def decode() -> Asked:
-        refuse_too_many_items(body, context.app.limits)
-        asked = decoder.decode(body)
-        context.input_count = check_inputs(asked.input, context.app.limits)
-        return asked
-
+    decode = partial(decode_inputs, decoder, body, context.app.limits)
     in_line = len(body) <= PARSE_IN_LINE_BYTES_MAX
-    return decode() if in_line else await asyncio.to_thread(decode)
+    asked, context.input_count = decode() if in_line else await asyncio.to_thread(decode)
+    return asked
+
+
+async def tokenize_input(
+    asked: TokenizeRequest,
+    embedder: Embedder,
+    context: RequestContext,
+    *,
+    long_text: LongText,
+) -> Sequences:
+    """The sequences of the texts or token ids in *asked*. Raises what `Embedder.tokenize` does."""
+    given, vocabulary_size = asked.input, embedder.card.vocabulary_size
+    inputs: Texts | TokenLists
+    if isinstance(given, str):
+        inputs = [given]
+    elif isinstance(given[0], str):
+        inputs = cast("list[str]", given)
+    else:
+        is_flat = isinstance(given[0], int)  # the ids of one text, without a list around them
+        lists = cast("list[list[int]]", [given] if is_flat else given)
+        for i, ids in enumerate(lists):
+            if min(ids) < 0 or max(ids) >= vocabulary_size:
+                at = next(k for k, one in enumerate(ids) if not 0 <= one < vocabulary_size)
+                raise TokenIdUnknown(
+                    token_id=ids[at],
+                    vocabulary_size=vocabulary_size,
+                    param=f"input[{at}]" if is_flat else f"input[{i}][{at}]",
+                )
+        inputs = [np.array(ids, np.int32) for ids in lists]  # each [tokens]
+    started_s = context.app.clock.now_s()
+    are_own = asked.token_encoding is not None
+    sequences = await embedder.tokenize(inputs, long_text=long_text, are_own=are_own)
+    context.tokenize_s = context.app.clock.now_s() - started_s
+    return sequences
+
+
+def decode_inputs(decoder: Decoder[Asked], body: bytes, limits: HttpLimits) -> tuple[Asked, int]:
+    """The request in *body* and how many inputs it has; refuses what is none of the four forms."""
+    if len(body) > PARSE_IN_LINE_BYTES_MAX:
+        refuse_too_many_items(body, limits)
+    asked = decoder.decode(body)
+    given = asked.input
+    if not given:
+        raise _empty("input", "string" if isinstance(given, str) else "array")
+    if isinstance(given, str):
+        return asked, 1
+    kind = type(given[0])
+    if kind is not int and len(given) > limits.inputs_max:
+        raise _array_too_long(f"an array with length {len(given)}", limits)
+    if len(set(map(type, given))) > 1:
+        i = next(i for i, item in enumerate(given) if type(item) is not kind)
+        raise FieldInvalid(
+            f"Invalid 'input[{i}]': all inputs must be of one kind. "
+            "Send texts, or token ids, or lists of token ids.",
+            param=f"input[{i}]",
+        )
+    if kind is not int and not all(given):
+        i = next(i for i, item in enumerate(given) if not item)
+        raise _empty(f"input[{i}]", "string" if kind is str else "array")
+    token_count = len(given) if kind is int else 0
+    if kind is list:
+        token_count = sum(map(len, cast("list[list[int]]", given)))
+    if token_count > limits.request_tokens_max:
+        raise RequestTooLarge(token_count=token_count, token_count_max=limits.request_tokens_max)
+    return asked, 1 if kind is int else len(given)
 
 
 def refuse_too_many_items(body: bytes, limits: HttpLimits) -> None:
@@ -280,10 +310,8 @@ def refuse_too_many_items(body: bytes, limits: HttpLimits) -> None:
 
     8 MiB of `[],` take the decoder a second, in which it holds the interpreter's lock, and 200 MB;
     counting the punctuation outside its strings takes about 20 ms. What passes is counted exactly
-    once it is decoded. A body shorter than the limit cannot hold more.
+    once it is decoded.
     """
-    if len(body) <= limits.request_tokens_max:
-        return
     if b"\\" in body:
         body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     characters = np.frombuffer(body, np.uint8)
@@ -298,35 +326,6 @@ def refuse_too_many_items(body: bytes, limits: HttpLimits) -> None:
         raise RequestTooLarge(token_count=commas, token_count_max=limits.request_tokens_max)
 
 
-def check_inputs(given: Input, limits: HttpLimits) -> int:
-    """How many inputs there are. Refuses what is none of the four legal forms, by the item at fault."""
-    if not given:
-        raise _empty("input", "string" if isinstance(given, str) else "array")
-    if isinstance(given, str):
-        return 1
-    kind = type(given[0])
-    if kind is not int and len(given) > limits.inputs_max:
-        raise _array_too_long(f"an array with length {len(given)}", limits)
-    if len(set(map(type, given))) > 1:
-        i = next(i for i, item in enumerate(given) if type(item) is not kind)
-        raise FieldInvalid(
-            f"Invalid 'input[{i}]': all inputs must be of one kind. "
-            "Send texts, or token ids, or lists of token ids.",
-            param=f"input[{i}]",
-        )
-    if kind is str:
-        if not all(given):
-            raise _empty(f"input[{given.index('')}]", "string")
-        return len(given)
-    lists = [] if kind is int else cast("list[list[int]]", given)
-    if not all(lists):
-        raise _empty(f"input[{given.index([])}]", "array")
-    token_count = len(given) if kind is int else sum(map(len, lists))
-    if token_count > limits.request_tokens_max:
-        raise RequestTooLarge(token_count=token_count, token_count_max=limits.request_tokens_max)
-    return len(lists) or 1
-
-
 def _array_too_long(found: str, limits: HttpLimits) -> FieldInvalid:
     return FieldInvalid(
         "Invalid 'input': array too long. Expected an array with maximum length "
@@ -335,70 +334,38 @@ def _array_too_long(found: str, limits: HttpLimits) -> FieldInvalid:
     )
 
 
-def _empty(param: str, what: str) -> FieldInvalid:
+def _empty(param: str, kind: str) -> FieldInvalid:
     return FieldInvalid(
-        f"Invalid '{param}': empty {what}. Send at least one character or token id.", param=param
+        f"Invalid '{param}': empty {kind}. Send at least one character or token id.", param=param
     )
 
 
-def tokenizer_inputs(given: Input, card: ModelCard) -> Texts | TokenLists:
-    """The texts, or the ids as int32 `[tokens]` a list. Raises `TokenIdUnknown`."""
-    if isinstance(given, str):
-        return [given]
-    if isinstance(given[0], str):
-        return cast("list[str]", given)
-    is_flat = isinstance(given[0], int)  # the ids of one text, sent without a list around them
-    arrays = []
-    for i, ids in enumerate(cast("list[list[int]]", [given] if is_flat else given)):
-        if min(ids) < 0 or max(ids) >= card.vocabulary_size:
-            at = next(k for k, one in enumerate(ids) if not 0 <= one < card.vocabulary_size)
-            raise TokenIdUnknown(
-                token_id=ids[at],
-                vocabulary_size=card.vocabulary_size,
-                param=f"input[{at}]" if is_flat else f"input[{i}][{at}]",
-            )
-        arrays.append(np.array(ids, np.int32))  # [tokens]
-    return arrays
-
-
-def parse_outputs(words: str | Sequence[str] | None) -> Output:
-    """The outputs that `output_type` asks for; dense where it is unset."""
-    if words is None:
-        return Output.DENSE
-    outputs = Output(0)
-    for joined in [words] if isinstance(words, str) else words:
-        for word in joined.split("&"):
-            if word.lower() not in OUTPUTS:
-                raise FieldInvalid(
-                    f"Invalid value for 'output_type' = {shown(word)}. "
-                    f"Supported values: {list(OUTPUTS)}, or several of them joined by '&'.",
-                    param="output_type",
-                )
-            outputs |= OUTPUTS[word.lower()]
-    if not outputs:
+def choose_outputs(asked: EmbeddingsRequest, card: ModelCard) -> Output:
+    """What `output_type` asks for. Raises `FieldInvalid` where the model lacks it, or `dimensions`."""
+    given = asked.output_type
+    if given == []:
         raise FieldInvalid(
             f"Invalid 'output_type': empty array. Supported values: {list(OUTPUTS)}.",
             param="output_type",
         )
-    return outputs
-
-
-def output_words(outputs: Output) -> list[str]:
-    """The public names of *outputs*, as `/models` lists them."""
-    return [word for word in ("dense", "sparse", "multi") if OUTPUTS[word] in outputs]
-
-
-def check_against_card(outputs: Output, dimensions: int | None, card: ModelCard) -> None:
-    """Raise `FieldInvalid` for outputs or dimensions that the model does not have."""
+    joined = "&".join(given) if isinstance(given, list) else given
+    outputs = Output(0)
+    for name in ["dense"] if joined is None else joined.split("&"):
+        if name.lower() not in OUTPUTS:
+            raise FieldInvalid(
+                f"Invalid value for 'output_type' = {shown(name)}. "
+                f"Supported values: {list(OUTPUTS)}, or several of them joined by '&'.",
+                param="output_type",
+            )
+        outputs |= OUTPUTS[name.lower()]
     if absent := outputs & ~card.outputs:
         raise FieldInvalid(
-            f"This model has no {' and no '.join(output_words(absent))} "
-            f"output; it has {', '.join(output_words(card.outputs))}.",
+            f"This model has no {' and no '.join(output_names(absent))} "
+            f"output; it has {', '.join(output_names(card.outputs))}.",
             param="output_type",
         )
-    if dimensions in (None, card.dimensions):  # to ask for them all changes nothing
-        return
-    if not card.dimensions_selectable:
+    dimensions = asked.dimensions or card.dimensions  # to ask for them all changes nothing
+    if dimensions != card.dimensions and not card.dimensions_selectable:
         raise FieldInvalid("This model does not support specifying dimensions.", param="dimensions")
     if dimensions > card.dimensions:
         raise FieldInvalid(
@@ -406,11 +373,19 @@ def check_against_card(outputs: Output, dimensions: int | None, card: ModelCard)
             f"This model's vectors have {card.dimensions}.",
             param="dimensions",
         )
+    return outputs
+
+
+def output_names(outputs: Output) -> list[str]:
+    """The public names of *outputs*, as `/models` lists them."""
+    return [name for name in ("dense", "sparse", "multi") if OUTPUTS[name] in outputs]
 
 
 OPERATIONS = (
-    Operation("POST", "/embeddings", embeddings, Scope.EMBED, EmbeddingsAnswer, EmbeddingsRequest),
-    Operation("POST", "/tokenize", tokenize, Scope.EMBED, TokenizeAnswer, TokenizeRequest),
+    Operation(
+        "POST", "/embeddings", embeddings, Scope.EMBED, EmbeddingsResponse, EmbeddingsRequest
+    ),
+    Operation("POST", "/tokenize", tokenize, Scope.EMBED, TokenizeResponse, TokenizeRequest),
     Operation("GET", "/models", list_models, Scope.EMBED, ModelList),
     Operation("GET", "/models/{id:path}", show_model, Scope.EMBED, Model),
 )

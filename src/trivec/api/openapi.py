@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import msgspec
-from starlette.requests import Request
 from starlette.responses import Response
 
 from trivec import __version__
 from trivec.accounts import Scope
+from trivec.api.context import RequestContext
 from trivec.api.errors import TABLE
-from trivec.api.schemas import ErrorAnswer, Probe
+from trivec.api.schemas import ErrorResponse, Probe
 
 Json: TypeAlias = dict[str, Any]
 
@@ -24,17 +24,14 @@ _WITH_KEY = {401, 403, 503}
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One method of one path: its handler, the key it asks for, and what it answers and reads.
-
-    The first line of the handler's docstring is its summary in the description.
-    """
+    """One method of one path. The first line of its handler's docstring is its summary."""
 
     method: str
     path: str
-    handler: Callable[[Request], Awaitable[Response]]
+    handler: Callable[[RequestContext], Awaitable[Response]]
     scope: Scope | None  # of the key that it asks for; None: open to anyone
-    answers: type | None  # the structure of its JSON answer; None: not JSON of ours
-    reads: type | None = None  # the structure of its JSON body
+    response_type: type | None  # None: not JSON of ours
+    body_type: type | None = None
     must_have_body: bool = True  # where it reads one
     query: Sequence[str] = ()
     is_metered: bool = True  # with a row in the ledger, where it asks for a key
@@ -42,8 +39,10 @@ class Operation:
 
 def openapi_document(operations: Sequence[Operation]) -> bytes:
     """The whole description of *operations*, as JSON."""
-    types = {kind for one in operations for kind in (one.reads, one.answers) if kind is not None}
-    ordered = sorted(types | {ErrorAnswer}, key=lambda kind: kind.__name__)
+    types: set[type] = {ErrorResponse}
+    for one in operations:
+        types |= {kind for kind in (one.body_type, one.response_type) if kind is not None}
+    ordered = sorted(types, key=lambda kind: kind.__name__)
     schemas, components = msgspec.json.schema_components(ordered, ref_template=_REF)
     schema_of = dict(zip(ordered, schemas, strict=True))
     paths: dict[str, Json] = {}
@@ -62,8 +61,8 @@ def openapi_document(operations: Sequence[Operation]) -> bytes:
                 {"name": name, "in": at, "required": at == "path", "schema": {"type": "string"}}
                 for name, at in places
             ]
-        if one.reads is not None:
-            content = {"application/json": {"schema": schema_of[one.reads]}}
+        if one.body_type is not None:
+            content = {"application/json": {"schema": schema_of[one.body_type]}}
             described["requestBody"] = {"required": one.must_have_body, "content": content}
         paths.setdefault(path, {})[one.method.lower()] = described
     document = {
@@ -86,13 +85,13 @@ def openapi_document(operations: Sequence[Operation]) -> bytes:
 def _responses(operation: Operation, schema_of: dict[type, Json]) -> Json:
     """By status. What an error's status means is said in the first lines of the errors' docstrings."""
     ok: Json = {"description": "Success"}
-    if operation.answers is not None:
-        ok["content"] = {"application/json": {"schema": schema_of[operation.answers]}}
-    if operation.answers is Probe:  # the same structure when it is not well
+    if operation.response_type is not None:
+        ok["content"] = {"application/json": {"schema": schema_of[operation.response_type]}}
+    if operation.response_type is Probe:  # the same structure when it is not well
         return {"200": ok, "503": ok | {"description": "Not well, and why"}}
     if operation.scope is None:
         statuses = _ALWAYS
-    elif operation.reads is None:
+    elif operation.body_type is None:
         statuses = _ALWAYS | _WITH_KEY | {400}
     else:
         statuses = {row.status for row in TABLE.values()}
@@ -101,7 +100,7 @@ def _responses(operation: Operation, schema_of: dict[type, Json]) -> Json:
         kinds = [kind for kind, row in TABLE.items() if row.status == status]
         responses[str(status)] = {
             "description": " · ".join(map(_first_line, kinds)),
-            "content": {"application/json": {"schema": schema_of[ErrorAnswer]}},
+            "content": {"application/json": {"schema": schema_of[ErrorResponse]}},
         }
     return responses
 

@@ -1,12 +1,11 @@
-"""Answers: JSON, and vectors in it as JSON text or base64.
+"""Responses: JSON, and vectors in it as JSON text or base64.
 
-Vectors are most of every answer, so no Python loop touches their numbers. Both forms of an array
+Vectors are most of every response, so no Python loop touches their numbers. Both forms of an array
 decode to the same numbers, to the last bit, in any client. Which way is fastest was measured:
 decision 0006.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypeAlias
 
 import msgspec
 import numpy as np
@@ -14,16 +13,16 @@ import pybase64
 from numpy.typing import NDArray
 from starlette.responses import Response
 
-from trivec.core.types import Float32Array, Int32Array, Output, Sequences, Vectors
-
-Encoding: TypeAlias = Literal["float", "base64"]
+from trivec.api.schemas import EmbeddingsRequest, Encoding
+from trivec.core.types import Float32Array, Int32Array, ModelCard, Output, Sequences, Vectors
 
 NO_STORE = {"cache-control": "no-store"}
 # Up to these sizes encoding is about 0.2 ms of work, and a thread would only add its hand-over.
 IN_LINE_BYTES_MAX: Mapping[Encoding, int] = {"float": 64 * 1024, "base64": 512 * 1024}
-# What one number takes in JSON on average, comma included; in base64 it is 16/3.
+# What one number takes on average, in JSON with its comma.
 FLOAT_TEXT_BYTES = 22
 INT_TEXT_BYTES = 8
+BASE64_BYTES = 16 / 3
 ITEM_FRAME_BYTES = 128  # keys and punctuation around the numbers of one item
 TOKEN_TEXT_BYTES = 12  # one vocabulary string in quotes, on average generously
 ROWS_AT_ONCE = 64
@@ -56,47 +55,25 @@ def to_json(array: Float32Array | Int32Array) -> bytes:
     return _encoder.encode(array.tolist())
 
 
-def leading_slice(dense: Float32Array, dimensions: int) -> Float32Array:
-    """The first *dimensions* of each row, of length 1 again: `[sequences, dimensions]`.
-
-    Dividing by the slice's own length undoes the model's normalisation of the whole row, so this
-    equals truncating first and normalising after.
-    """
-    sliced = dense[:, :dimensions]
-    lengths = np.linalg.norm(sliced, axis=1, keepdims=True)
-    unit: Float32Array = sliced / np.maximum(lengths, np.float32(1e-12))
-    return unit
-
-
 def estimate_bytes(
-    outputs: Output,
-    encoding: Encoding,
-    *,
-    rows: int,
-    tokens: int,
-    width: int,
-    dimensions: int | None,
-    with_strings: bool,
+    asked: EmbeddingsRequest, outputs: Output, card: ModelCard, *, rows: int, tokens: int
 ) -> tuple[int, int]:
-    """What an answer takes at most, near enough, and what its vectors do as float32 and int32.
-
-    *width* is the model's dimensions, *dimensions* those that were asked for.
-    """
-    float_bytes, int_bytes = 16 / 3, 16 / 3
-    if encoding == "float":
-        float_bytes, int_bytes = FLOAT_TEXT_BYTES, INT_TEXT_BYTES
-    answer_bytes: float = rows * ITEM_FRAME_BYTES
-    vector_bytes = 4 * rows * width
+    """What a response takes at most, near enough, and what its vectors do as float32 and int32."""
+    is_text = asked.encoding == "float"
+    float_bytes = FLOAT_TEXT_BYTES if is_text else BASE64_BYTES
+    int_bytes = INT_TEXT_BYTES if is_text else BASE64_BYTES
+    response_bytes: float = rows * ITEM_FRAME_BYTES
+    vector_bytes = 4 * rows * card.dimensions
     if Output.DENSE in outputs:
-        answer_bytes += rows * (dimensions or width) * float_bytes
+        response_bytes += rows * (asked.dimensions or card.dimensions) * float_bytes
     if Output.SPARSE in outputs:
-        string_bytes = TOKEN_TEXT_BYTES if with_strings else 0
-        answer_bytes += tokens * (float_bytes + int_bytes + string_bytes)
+        string_bytes = TOKEN_TEXT_BYTES if asked.return_tokens else 0
+        response_bytes += tokens * (float_bytes + int_bytes + string_bytes)
         vector_bytes += 8 * tokens
     if Output.MULTI in outputs:
-        answer_bytes += (tokens - rows) * width * float_bytes
-        vector_bytes += 4 * (tokens - rows) * width
-    return int(answer_bytes), vector_bytes
+        response_bytes += (tokens - rows) * card.dimensions * float_bytes
+        vector_bytes += 4 * (tokens - rows) * card.dimensions
+    return int(response_bytes), vector_bytes
 
 
 def encode_embeddings(
@@ -109,30 +86,32 @@ def encode_embeddings(
     dimensions: int | None,
     token_strings: Sequence[list[str]] | None,  # [sequences]: of the sparse ids
 ) -> memoryview:
-    """The body of an embeddings answer. Slow for a large one, which the caller encodes in a thread."""
+    """The body of an embeddings response; a large one is slow, so its caller encodes in a thread."""
     write = to_json if encoding == "float" else to_base64
     frame = {} if encoding == "float" else {"encoding": "base64"}
     no_vector: object = [] if encoding == "float" else ""
     dense = vectors.dense if Output.DENSE in outputs else None
     if dense is not None and dimensions not in (None, dense.shape[1]):
-        dense = leading_slice(dense, dimensions)
-    sparse = vectors.sparse if Output.SPARSE in outputs else ()
-    multi = vectors.multi if Output.MULTI in outputs else ()
+        # Dividing by the slice's own length undoes the model's normalisation of the whole row, so
+        # this equals truncating first and normalising after.
+        dense = dense[:, :dimensions]  # [sequences, dimensions]
+        lengths = np.linalg.norm(dense, axis=1, keepdims=True)
+        dense = dense / np.maximum(lengths, np.float32(1e-12))
     body = bytearray(b'{"object":"list","model":%b,"data":[' % _encoder.encode(model))
-    for i in range(len(vectors)):
+    for i, (terms, rows) in enumerate(zip(vectors.sparse, vectors.multi, strict=True)):
         item: dict[str, object] = {
             "object": "embedding",
             "index": i,
             "embedding": no_vector if dense is None else msgspec.Raw(write(dense[i])),
         }
-        if sparse and (terms := sparse[i]) is not None:
+        if terms is not None:
             item["sparse_embedding"] = {
                 **frame,
                 "indices": msgspec.Raw(write(terms.token_ids)),
                 "values": msgspec.Raw(write(terms.weights)),
                 **({} if token_strings is None else {"tokens": token_strings[i]}),
             }
-        if multi and (rows := multi[i]) is not None:
+        if rows is not None:
             data = msgspec.Raw(write(rows))
             item["multi_embedding"] = {**frame, "shape": rows.shape, "data": data}
         if i in sequences.truncated:

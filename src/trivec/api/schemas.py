@@ -3,7 +3,7 @@
 What parses requests is what `/openapi.json` is made from. The decoder checks JSON, types and ranges:
 msgspec says what is wrong and where, and here its words become OpenAI's and its paths become
 `param`. Rules that a type cannot hold (no empty text, no mixing) are in `openai.py`; the large
-answers are written by hand in `responses.py`, and a test holds them to the types here.
+responses are written by hand in `responses.py`, and a test holds them to the types here.
 """
 
 import codecs
@@ -30,73 +30,69 @@ T = TypeVar("T")
 
 DIMENSIONS_MAX = 65_536
 
-Input: TypeAlias = Annotated[
-    str | list[str | int | list[int]],
-    Meta(
-        description="One text, 1 to 2048 texts, the token ids of one text, or 1 to 2048 lists of "
-        "token ids. No empty text or list, no mixture.",
-        examples=["What is BGE M3?", ["first text", "second text"], [0, 4865, 83, 2]],
-    ),
-]
-ModelName: TypeAlias = Annotated[
-    str,
-    Meta(
-        description="The id or alias of a served model.",
-        examples=["all-minilm-l6-v2", "baai/bge-m3"],
-    ),
-]
-TokenEncoding: TypeAlias = Annotated[
-    Literal["model"] | None,
-    Meta(
-        description="Whose token ids the integers in `input` are. `model` says: this model's own "
-        "tokenizer's, and they are not checked for being another's."
-    ),
-]
+
+def doc(text: str, examples: list[object] | None = None) -> Meta:
+    """What `/openapi.json` says of a type."""
+    return Meta(description=text, examples=examples)
 
 
-class EmbeddingsRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """What `POST /embeddings` understands. Null means unset."""
-
-    model: ModelName
-    input: Input
-    encoding_format: Annotated[
-        Literal["float", "base64"] | None,
-        Meta(description="base64 is little-endian float32; the default is float."),
-    ] = None
-    dimensions: Annotated[
-        Annotated[int, Meta(ge=1, le=DIMENSIONS_MAX)] | None,
-        Meta(description="Fewer than the model's own: only for models trained for it."),
-    ] = None
-    user: Annotated[
-        str | None, Meta(description="Kept in the ledger as a hash, and nowhere else.")
-    ] = None
-    output_type: Annotated[
-        str | list[str] | None,
-        Meta(
-            description="dense (default), sparse, multi (alias colbert), several joined by &, or "
-            "a list of them.",
-            examples=["dense", "dense&sparse", ["dense", "sparse", "multi"]],
-        ),
-    ] = None
-    truncate: Annotated[
-        bool | Literal["none", "end", "start"] | None,
-        Meta(description="Cut a text that is too long; by default it is an error. true is end."),
-    ] = None
-    return_tokens: Annotated[
-        bool | None, Meta(description="With sparse: the vocabulary's strings beside the ids.")
-    ] = None
-    token_encoding: TokenEncoding = None
+Encoding: TypeAlias = Literal["float", "base64"]
+Truncate: TypeAlias = Literal["none", "end", "start"]
 
 
 class TokenizeRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """What `POST /tokenize` understands. Null means unset."""
+    """Body of `POST /tokenize`; null means unset."""
 
-    model: ModelName
-    input: Input
+    model: Annotated[
+        str,
+        doc("The id or alias of a served model.", ["all-minilm-l6-v2", "baai/bge-m3"]),
+    ]
+    input: Annotated[
+        str | list[str | int | list[int]],
+        doc(
+            "One text, 1 to 2048 texts, the token ids of one text, or 1 to 2048 lists of token "
+            "ids. No empty text or list, no mixture.",
+            ["What is BGE M3?", ["first text", "second text"], [0, 4865, 83, 2]],
+        ),
+    ]
     return_tokens: Annotated[
-        bool | None, Meta(description="The vocabulary's strings beside the ids.")
+        bool | None, doc("The vocabulary's strings beside the (sparse) token ids.")
     ] = None
-    token_encoding: TokenEncoding = None
+    token_encoding: Annotated[
+        Literal["model"] | None,
+        doc(
+            "Whose token ids the integers in `input` are. `model` says: this model's own "
+            "tokenizer's, and they are not checked for being another's."
+        ),
+    ] = None
+
+
+class EmbeddingsRequest(TokenizeRequest, frozen=True, forbid_unknown_fields=True):
+    """Body of `POST /embeddings`; null means unset."""
+
+    encoding_format: Annotated[
+        Encoding | None, doc("base64 is little-endian float32; the default is float.")
+    ] = None
+    dimensions: Annotated[
+        Annotated[int, Meta(ge=1, le=DIMENSIONS_MAX)] | None,
+        doc("Fewer than the model's own: only for models trained for it."),
+    ] = None
+    user: Annotated[str | None, doc("Kept as a hash in the ledger, and nowhere else.")] = None
+    output_type: Annotated[
+        str | list[str] | None,
+        doc(
+            "dense (default), sparse, multi (alias colbert), several joined by &, or a list.",
+            ["dense", "dense&sparse", ["dense", "sparse", "multi"]],
+        ),
+    ] = None
+    truncate: Annotated[
+        bool | Truncate | None,
+        doc("Cut a text that is too long; by default it is an error. true is end."),
+    ] = None
+
+    @property
+    def encoding(self) -> Encoding:
+        return self.encoding_format or "float"
 
 
 class SparseEmbedding(Struct, frozen=True):
@@ -134,8 +130,8 @@ class Usage(Struct, frozen=True):
     total_tokens: int
 
 
-class EmbeddingsAnswer(Struct, frozen=True):
-    """What `POST /embeddings` answers, in the order of `input`."""
+class EmbeddingsResponse(Struct, frozen=True):
+    """Response of `POST /embeddings`, in the order of `input`."""
 
     object: Literal["list"]
     model: str
@@ -154,8 +150,8 @@ class TokenizedText(Struct, frozen=True, omit_defaults=True):
     tokens: list[str] | None = None
 
 
-class TokenizeAnswer(Struct, frozen=True):
-    """What `POST /tokenize` answers. `total_tokens` is what an embedding would be billed."""
+class TokenizeResponse(Struct, frozen=True):
+    """Response of `POST /tokenize`; `total_tokens` is what an embedding would be billed."""
 
     object: Literal["list"]
     model: str
@@ -177,35 +173,30 @@ class Model(Struct, frozen=True, kw_only=True):
     dimensions: int
     dimensions_selectable: bool
     output_types: list[str]
-    truncate: Annotated[
-        str, Meta(description="What `truncate` is for this key where a request does not say.")
-    ]
+    truncate: Annotated[str, doc("For this key, where a request does not say.")]
     precision: str
-    recipe: Annotated[
-        str | None,
-        Meta(description="The exact arithmetic on a CPU, which `--precision` takes; else null."),
-    ] = None
+    recipe: Annotated[str | None, doc("The exact arithmetic on a CPU, for `--precision`.")]
     verified: bool
     aliases: list[str]
     notes: dict[str, str]
 
 
 class ModelList(Struct, frozen=True, kw_only=True):
-    """What `GET /models` answers."""
+    """Response of `GET /models`."""
 
     object: Literal["list"] = "list"
     data: list[Model]
 
 
 class Probe(Struct, frozen=True):
-    """What the probes answer."""
+    """Response of the probes."""
 
     status: Literal["ok", "unavailable"]
     phase: str
     reason: str
 
 
-class Problem(Struct, frozen=True):
+class ErrorObject(Struct, frozen=True):
     """OpenAI's error object, all four keys always."""
 
     message: str
@@ -214,10 +205,10 @@ class Problem(Struct, frozen=True):
     code: str | None
 
 
-class ErrorAnswer(Struct, frozen=True):
+class ErrorResponse(Struct, frozen=True):
     """The one shape of every failure."""
 
-    error: Problem
+    error: ErrorObject
 
 
 SHOWN_CHARS_MAX = 80  # how much of a client's own value a message repeats
@@ -244,10 +235,10 @@ class Decoder(Generic[T]):
         try:
             try:
                 return self._decoder.decode(body)
-            except msgspec.ValidationError:
-                return self._decoder.decode(self._mended(body))
+            except msgspec.ValidationError:  # the ordinary request is parsed once
+                return self._decoder.decode(self._lenient(body))
         except msgspec.ValidationError as refused:
-            raise self._field_refused(str(refused)) from None
+            raise self._refusal(str(refused)) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as refused:
             if param := _text_at_fault(body):
                 raise FieldInvalid(
@@ -267,11 +258,8 @@ class Decoder(Generic[T]):
                 "Send one JSON object in UTF-8."
             ) from None
 
-    def _mended(self, body: bytes) -> bytes:
-        """*body* without unknown fields that are null, its words in lower case where that is one.
-
-        Only for what was refused as it is: the ordinary request is parsed once.
-        """
+    def _lenient(self, body: bytes) -> bytes:
+        """*body* without unknown fields that are null, and with words in lower case."""
         given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         kept: dict[str, object] = {}
         for name, value in given.items():
@@ -281,7 +269,7 @@ class Decoder(Generic[T]):
                 kept[name] = value
         return msgspec.json.encode(kept)
 
-    def _field_refused(self, complaint: str) -> MalformedBody | FieldInvalid:
+    def _refusal(self, complaint: str) -> MalformedBody | FieldInvalid:
         """*complaint*, which is msgspec's, in OpenAI's words."""
         problem, _, at = complaint.partition(" - at `$.")
         param = at.removesuffix("`")  # empty: the whole body
@@ -306,10 +294,9 @@ class Decoder(Generic[T]):
             words = list(self._words[param.partition("[")[0]])
             message = f"Invalid value for '{param}' = {value}. Supported values: {words}."
         elif wrong is not None:
-            message = (
-                f"Invalid type for '{param}': expected {wrong['expected'].replace(' | ', ' or ')}, "
-                f"but got {wrong['found']} instead."
-            )
+            expected = wrong["expected"].replace(" | ", " or ")
+            message = f"Invalid type for '{param}': expected {expected}, "
+            message += f"but got {wrong['found']} instead."
         return FieldInvalid(message, param=param)
 
 
@@ -327,6 +314,7 @@ def _words(hint: object) -> tuple[str, ...]:
 
 
 def _lowered(value: object, words: tuple[str, ...]) -> object:
+    """*value*, or each of a list, in lower case where that is one of *words*."""
     if isinstance(value, list):
         return [_lowered(one, words) for one in value]
     return value.lower() if isinstance(value, str) and value.lower() in words else value

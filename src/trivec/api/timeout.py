@@ -6,7 +6,6 @@ starts before `WATCH_AFTER_S`.
 """
 
 import asyncio
-from types import TracebackType
 from typing import Self
 
 from starlette.types import Receive
@@ -17,7 +16,7 @@ WATCH_AFTER_S = 0.05  # a client that leaves earlier is noticed then; what was a
 
 
 class ClientDisconnected(Exception):
-    """The client left, or stopped reading, before its answer was out: no answer is sent."""
+    """The client left, or stopped reading, before its response was out: nothing more is sent."""
 
 
 class RequestTimeout:
@@ -43,12 +42,7 @@ class RequestTimeout:
         self._timer = self._loop.call_at(self._due_s, self._look)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._timer.cancel()
         if self._watcher is not None:
             self._watcher.cancel()
