@@ -10,7 +10,7 @@ from tests.support.numpy_ops import Twin
 
 from trivec.backends.openvino import OpenVinoBackend
 from trivec.backends.openvino.calibrate import fp32_tensors
-from trivec.backends.openvino.packing import Buffers, pack_row, plan_rows
+from trivec.backends.openvino.packing import pack_micro_batch, plan_micro_batches
 from trivec.backends.openvino.quantise import FP32
 from trivec.backends.openvino.session import Session
 from trivec.checkpoints.checkpoint import Checkpoint
@@ -96,10 +96,8 @@ def test_of_a_sequence_only_the_pooled_token_passes_the_last_layer(
 ) -> None:
     """The first or the last of two tokens; all three of the sequence whose outputs need them."""
     batch = batch_of([[10, 11], [12, 13, 14]])
-    (row,) = plan_rows(np.diff(batch.cu_seqlens))
+    (members,) = plan_micro_batches(np.diff(batch.cu_seqlens))
     whole = np.array([False, True])
-    packed = pack_row(
-        batch, row, whole=whole, keeps_last=keeps_last, position_offset=0, buffers=Buffers()
-    )
+    packed = pack_micro_batch(batch, members, whole=whole, keeps_last=keeps_last, position_offset=0)
     assert sorted(packed.kept_token_ids.tolist()) == [10 + i for i in kept]
     assert packed.kept_cu_seqlens.tolist() == [0, 3, 4]  # the longer sequence comes first

@@ -67,7 +67,7 @@ class Mapping:
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="there is no such advice here")
-def test_after_a_long_row_the_pages_of_the_table_are_let_go_of(
+def test_after_a_long_text_the_pages_of_the_table_are_let_go_of(
     tiny_m3: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mapping = Mapping()
