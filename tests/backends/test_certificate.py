@@ -181,7 +181,8 @@ def certified(monkeypatch: pytest.MonkeyPatch, *, passing: set[QuantScheme]) -> 
     def attempt(_: Calibration, scheme: QuantScheme, *, refused: tuple[str, ...]) -> QuantisedModel:
         cosines = {"dense": CosineStatistics(*(0.999, 0.999) if scheme in passing else (0.5, 0.5))}
         certificate = Certificate(scheme.name, cosines, 10, 20, refused)
-        return QuantisedModel(scheme, certificate, tensors={}, references={})
+        states = np.zeros((1, 1), np.float32)
+        return QuantisedModel(scheme, certificate, tensors={}, references={scheme.name: states})
 
     monkeypatch.setattr(Calibration, "attempt", attempt)
 

@@ -21,7 +21,8 @@ transformers = pytest.importorskip("transformers", reason="the reference is tran
 from benchmarks.dummy import blueprint_of, write_dummy
 
 from trivec.backends.openvino import OpenVinoBackend
-from trivec.backends.openvino.calibrate import as_batch, fp32_tensors, read_sentences
+from trivec.backends.openvino.calibrate import fp32_tensors, read_sentences
+from trivec.backends.openvino.packing import as_batch
 from trivec.backends.openvino.quantise import FP32
 from trivec.backends.openvino.session import Session
 from trivec.checkpoints import open_checkpoint

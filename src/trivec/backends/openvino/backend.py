@@ -4,8 +4,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
 from trivec.backends.openvino import cache
 from trivec.backends.openvino.calibrate import (
     COSINE_MEAN,
@@ -16,12 +14,12 @@ from trivec.backends.openvino.calibrate import (
     fp32_tensors,
     has_bf16,
 )
-from trivec.backends.openvino.packing import MICRO_BATCH_BUDGET
+from trivec.backends.openvino.packing import MICRO_BATCH_BUDGET, as_batch
 from trivec.backends.openvino.quantise import FP32, INT8_SCHEMES, QuantScheme
 from trivec.backends.openvino.session import Session, mappings_of, open_session, release_memory
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.errors import SettingInvalid
-from trivec.core.types import Batch, Output, Vectors
+from trivec.core.types import Batch, Output, Sequences, Vectors
 
 WARM_LENGTHS = (16, 32, 64, 128, 512)
 """Tokens of the texts each slot runs before it is offered; other sizes cost 0.5 ms a layer once."""
@@ -99,12 +97,10 @@ class OpenVinoBackend:
     def _warm(self) -> None:
         """Run one text of each of `WARM_LENGTHS` on every slot at once."""
         limit = self._checkpoint.token_count_max
-        outputs = np.array([Output.DENSE], np.uint8)
 
         def warm(slot: int) -> None:
             for length in sorted({min(length, limit) for length in WARM_LENGTHS}):
-                ends = np.array([0, length], np.int32)
-                self.run(Batch(np.zeros(length, np.int32), ends, outputs), slot=slot)
+                self.run(as_batch(Sequences.pack([[0] * length]), Output.DENSE), slot=slot)
 
         with ThreadPoolExecutor(self.slot_count, "trivec-warm") as pool:
             list(pool.map(warm, range(self.slot_count)))
@@ -138,7 +134,7 @@ def _quantised(
         cache.save(folder, made)
     except OSError as error:
         raise SettingInvalid(
-            f"the int8 form of {checkpoint.id} cannot be written to {folder}: {error}. Give the "
+            f"the int8 tensors of {checkpoint.id} cannot be written to {folder}: {error}. Give the "
             "data folder space and permission, or serve with --precision fp32."
         ) from error
     del made  # the mapped file takes the place of its memory

@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from trivec.core.types import Batch, BatchBudget, Float32Array, Int32Array
+from trivec.core.types import Batch, BatchBudget, Float32Array, Int32Array, Output, Sequences
 
 # Best between 128 and 512 tokens: below, weights are read too often; above, activations leave the
 # cache.
@@ -47,6 +47,12 @@ class MicroBatch:
     kept: Int32Array  # [2, kept size]; tokens whose hidden states are wanted, and their places
     kept_cu_seqlens: Int32Array  # [sequences + 1]; of the hidden states that the graph returns
     kept_token_ids: Int32Array  # [kept]
+
+
+def as_batch(sequences: Sequences, outputs: Output) -> Batch:
+    """*sequences* with the same *outputs* for each."""
+    flags = np.full(len(sequences), int(outputs), np.uint8)
+    return Batch(sequences.token_ids, sequences.cu_seqlens, flags)
 
 
 def plan_micro_batches(

@@ -92,7 +92,7 @@ def int8_tensors(
     16-bit numbers in two halves, see `split_int16`.
     """
     plan = plan_of(model)
-    shifts = SHIFTS if scheme.group_size is None else {}
+    shifts: Mapping[Activation | None, float] = SHIFTS if scheme.group_size is None else {}
     tensors: dict[str, NDArray[np.generic]] = {}
     for layer, grouped in groupby(plan.linears, key=lambda group: group.layer):
         groups = list(grouped)

@@ -16,15 +16,25 @@ from trivec.backends.openvino.graph import build_graph
 from trivec.backends.openvino.packing import (
     MICRO_BATCH_BUDGET,
     MicroBatch,
+    as_batch,
     pack_micro_batch,
     plan_micro_batches,
 )
 from trivec.backends.openvino.quantise import QuantScheme, Tensors
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.errors import StartError
-from trivec.core.types import Batch, Float32Array, Int32Array, Output, SparseVector, Vectors
+from trivec.core.types import (
+    Batch,
+    Float32Array,
+    Int32Array,
+    Output,
+    Sequences,
+    SparseVector,
+    Vectors,
+)
 from trivec.models.ops import ModelConfig
 from trivec.models.pooling import HiddenRows, Pooler, Pooling
+from trivec.models.registry import plan_of
 
 LONG_TOKENS = 2 * MICRO_BATCH_BUDGET.tokens_max
 """Micro-batches above this leave 74 kB a token in the plugin, which is given back (BGE-M3: 0.6 GB)."""
@@ -60,7 +70,7 @@ def open_core() -> ov.Core:
 
 def mappings_of(arrays: Iterable[NDArray[np.generic]]) -> set[mmap.mmap]:
     """Every mapped file behind *arrays*; memory of their own is left alone."""
-    found = set()
+    found: set[mmap.mmap] = set()
     for array in arrays:
         held: object = array
         while isinstance(held, np.ndarray | memoryview):
@@ -107,7 +117,8 @@ class Session:
         with_statistics: bool = False,
     ) -> None:
         model = build_graph(checkpoint.config, tensors, scheme, with_statistics=with_statistics)
-        streams = stream_count(scheme, packed_bytes(model), slot_count=slot_count)
+        weights_bytes = packed_bytes(checkpoint.config, tensors)
+        streams = stream_count(scheme, weights_bytes, slot_count=slot_count)
         properties: dict[str, str | int | bool] = {
             # Where the CPU has avx512_bf16 the plugin would take bf16, which switches int8
             # activations off (decision 0003).
@@ -169,8 +180,7 @@ class Session:
 
     def hidden(self, token_ids: Int32Array, *, slot: int) -> Float32Array:
         """Last hidden states of one short text: a copy, `[tokens, hidden]`."""
-        ends = np.array([0, len(token_ids)], np.int32)
-        batch = Batch(token_ids, ends, np.array([Output.DENSE], np.uint8))
+        batch = as_batch(Sequences.pack([token_ids]), Output.DENSE)
         (packed,) = self._pack(batch, np.ones(1, np.bool_))
         states: Float32Array = self._infer(packed, slot)[0].data
         return states[: len(token_ids)].copy()
@@ -223,15 +233,10 @@ def stream_count(scheme: QuantScheme, weights_bytes: int, *, slot_count: int) ->
     return slot_count if is_shared else 1
 
 
-def packed_bytes(model: ov.Model) -> int:
+def packed_bytes(model: ModelConfig, tensors: Tensors) -> int:
     """What the plugin copies to pack it: matrices that are multiplied, not tables looked up in."""
-
-    def is_packed(node: ov.Node) -> bool:
-        is_matrix = node.get_type_name() == "Constant" and len(node.get_output_shape(0)) == 2
-        readers = {one.get_node().get_type_name() for one in node.output(0).get_target_inputs()}
-        return is_matrix and "Gather" not in readers
-
-    return sum(node.get_byte_size() for node in model.get_ordered_ops() if is_packed(node))
+    names = (name for group in plan_of(model).linears for name in group.names)
+    return sum(tensors[f"{name}.weight"].nbytes for name in names)
 
 
 def open_session(
