@@ -251,22 +251,17 @@ class Calibration:
         self._calibration = as_batch(calibration, Output.DENSE)
         self._self_test_ids = self_test_ids(checkpoint.config)
         tensors = fp32_tensors(checkpoint)
-        # Two compiles must agree before anything is compared with them, or kept: see `open_session`.
-        alone = open_session(checkpoint, tensors, FP32, slot_count=1)
+        alone = open_session(checkpoint, tensors, FP32, slot_count=1, with_statistics=True)
         self._reference = alone.hidden(self._self_test_ids, slot=0)
+        # Two compiles must agree before anything is compared with them, or kept: see `open_session`.
         session = open_session(
-            checkpoint,
-            tensors,
-            FP32,
-            slot_count=slot_count,
-            reference=self._reference,
-            with_statistics=True,
+            checkpoint, tensors, FP32, slot_count=slot_count, reference=self._reference
         )
         self._exact = self._vectors(session)
         groups = plan_of(checkpoint.config).linears
         self._layer_outputs: list[Float32Array] = []  # of one micro-batch, each [tokens, hidden]
         parts = []
-        for part in session.statistics(self._calibration):
+        for part in alone.statistics(self._calibration):
             self._layer_outputs = self._layer_outputs or part[2 * len(groups) :]
             parts.append(part[: 2 * len(groups)])
         self._statistics = {
