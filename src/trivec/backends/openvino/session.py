@@ -132,6 +132,7 @@ class Session:
         if scheme.group_size is not None:
             properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = scheme.group_size
         core = open_core()
+        self.slot_count = slot_count
         self._compiled = [
             core.compile_model(model, "CPU", properties) for _ in range(slot_count // streams)
         ]
@@ -139,22 +140,18 @@ class Session:
             self._compiled[slot // streams].create_infer_request() for slot in range(slot_count)
         ]
         self._pooler = Pooler(checkpoint.pooling, checkpoint.normalize, checkpoint.heads)
-        self._position_offset = checkpoint.config.position_offset
+        self._config = checkpoint.config
         self._mapped = mappings_of(tensors.values())  # tables are read from these as needed
         self._lock = threading.Lock()  # of the two below
         self._running = 0
         self._has_leftovers = False  # of a long micro-batch, in the plugin
-
-    @property
-    def slot_count(self) -> int:
-        return len(self._requests)
 
     def run(self, batch: Batch, *, slot: int) -> Vectors:
         """Vectors of *batch*, one entry a sequence; on the thread that owns *slot*."""
         # With CLS and LAST pooling a dense vector needs one hidden state.
         whole = (batch.outputs & np.uint8(Output.SPARSE | Output.MULTI)) != 0
         whole |= self._pooler.pooling is Pooling.MEAN
-        dense: Float32Array | None = None  # [sequences, dimensions]
+        dense = np.empty((len(batch), self._config.hidden_size), np.float32)
         sparse: list[SparseVector | None] = [None] * len(batch)
         multi: list[Float32Array | None] = [None] * len(batch)
         for packed in self._pack(batch, whole):
@@ -168,14 +165,11 @@ class Session:
             part = self._pooler.vectors(states)
             if len(batch) == 1:
                 return part
-            if dense is None:
-                dense = np.empty((len(batch), part.dense.shape[1]), np.float32)
             dense[packed.members] = part.dense
             for i, terms, rows in zip(
                 packed.members.tolist(), part.sparse, part.multi, strict=True
             ):
                 sparse[i], multi[i] = terms, rows
-        assert dense is not None, "a batch of no sequences"
         return Vectors.of(dense, sparse, multi)
 
     def hidden(self, token_ids: Int32Array, *, slot: int) -> Float32Array:
@@ -201,7 +195,7 @@ class Session:
                 members,
                 whole=whole,
                 keeps_last=self._pooler.pooling is Pooling.LAST,
-                position_offset=self._position_offset,
+                position_offset=self._config.position_offset,
             )
 
     def _infer(self, packed: MicroBatch, slot: int) -> Sequence[ov.Tensor]:
