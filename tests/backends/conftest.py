@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from tests.support.families import open_family
 
-from trivec.backends.openvino.calibrate import Calibration, fp32_tensors
-from trivec.backends.openvino.quantise import FP32, QuantScheme, Tensors
+from trivec.backends.openvino.calibrate import Calibration
+from trivec.backends.openvino.quantise import FP32, QuantScheme, Tensors, make_tensors
 from trivec.backends.openvino.session import WrongOutputShape, open_session
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.models.pooling import Pooling
@@ -58,7 +58,7 @@ def tensors_in(tiny_m3: Checkpoint, calibration: Calibration) -> TensorsIn:
 
     def tensors(scheme: QuantScheme) -> Tensors:
         if scheme == FP32:
-            return fp32_tensors(tiny_m3)
+            return make_tensors(tiny_m3, FP32)
         made = calibration.tensors(scheme)
         if "ONEDNN_MAX_CPU_ISA" in os.environ:
             try:

@@ -9,9 +9,8 @@ from tests.backends.conftest import OpenTiny, random_ids
 from tests.support.numpy_ops import Twin
 
 from trivec.backends.openvino import OpenVinoBackend
-from trivec.backends.openvino.calibrate import fp32_tensors
 from trivec.backends.openvino.packing import pack_micro_batch, plan_micro_batches
-from trivec.backends.openvino.quantise import FP32
+from trivec.backends.openvino.quantise import FP32, make_tensors
 from trivec.backends.openvino.session import Session
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.types import Batch
@@ -76,7 +75,7 @@ def test_a_mask_costs_a_byte_a_pair_of_tokens(
 ) -> None:
     """In float32 it would take 256 MiB at 8,192 tokens, and so would each step towards it."""
     checkpoint = open_tiny(family, pooling)
-    session = Session(checkpoint, fp32_tensors(checkpoint), FP32, slot_count=1)
+    session = Session(checkpoint, make_tensors(checkpoint, FP32), FP32, slot_count=1)
     session.run(batch_of(random_ids([650])), slot=0)
     precisions = []  # of what has a number for each pair of tokens
     for node in session._compiled[0].get_runtime_model().get_ordered_ops():

@@ -6,8 +6,13 @@ import pytest
 from tests.backends.batches import ALL, batch_of, bits
 from tests.backends.conftest import TensorsIn, random_ids
 
-from trivec.backends.openvino.calibrate import fp32_tensors
-from trivec.backends.openvino.quantise import FP32, INT8_GROUPS_32, INT8_ROWS, QuantScheme
+from trivec.backends.openvino.quantise import (
+    FP32,
+    INT8_GROUPS_32,
+    INT8_ROWS,
+    QuantScheme,
+    make_tensors,
+)
 from trivec.backends.openvino.session import Session, packed_bytes, stream_count
 from trivec.checkpoints.checkpoint import Checkpoint
 
@@ -36,7 +41,7 @@ def test_slots_share_a_model_where_copies_would_be_large(
 def test_matrices_are_counted_and_tables_are_not(tiny_m3: Checkpoint) -> None:
     config = tiny_m3.config
     layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size
-    assert packed_bytes(config, fp32_tensors(tiny_m3)) == config.num_hidden_layers * layer * 4
+    assert packed_bytes(config, make_tensors(tiny_m3, FP32)) == config.num_hidden_layers * layer * 4
 
 
 @pytest.mark.parametrize("scheme", [FP32, INT8_ROWS], ids=lambda scheme: scheme.name)

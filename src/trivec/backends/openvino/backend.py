@@ -11,11 +11,10 @@ from trivec.backends.openvino.calibrate import (
     Calibration,
     QuantisedModel,
     best_int8,
-    fp32_tensors,
     has_bf16,
 )
 from trivec.backends.openvino.packing import MICRO_BATCH_BUDGET, as_batch
-from trivec.backends.openvino.quantise import FP32, INT8_SCHEMES, QuantScheme
+from trivec.backends.openvino.quantise import FP32, INT8_SCHEMES, QuantScheme, make_tensors
 from trivec.backends.openvino.session import Session, mappings_of, open_session, release_memory
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.errors import SettingInvalid
@@ -64,7 +63,7 @@ class OpenVinoBackend:
         if quantised is not None and (precision == "int8" or quantised.certificate.passes):
             scheme, tensors = quantised.scheme, quantised.tensors
         else:
-            scheme, tensors = FP32, fp32_tensors(checkpoint)
+            scheme, tensors = FP32, make_tensors(checkpoint, FP32)
         reference = None if quantised is None else quantised.references.get(scheme.name)
         session = open_session(checkpoint, tensors, scheme, slot_count=cores, reference=reference)
         backend = cls(checkpoint, session, scheme, quantised)
@@ -85,7 +84,7 @@ class OpenVinoBackend:
         if self.precision == "fp32":
             return self.run(batch, slot=slot)
         with self._exact_lock:
-            tensors, reference = fp32_tensors(self._checkpoint), self._fp32_reference
+            tensors, reference = make_tensors(self._checkpoint, FP32), self._fp32_reference
             session = open_session(
                 self._checkpoint, tensors, FP32, slot_count=1, reference=reference
             )

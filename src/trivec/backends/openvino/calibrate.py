@@ -28,7 +28,7 @@ from trivec.backends.openvino.quantise import (
     ActivationStatistics,
     QuantScheme,
     Tensors,
-    int8_tensors,
+    make_tensors,
 )
 from trivec.backends.openvino.session import (
     Session,
@@ -40,7 +40,7 @@ from trivec.backends.openvino.session import (
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.types import Float32Array, Output, Sequences, Vectors
 from trivec.models.ops import AttentionSpec
-from trivec.models.registry import plan_of, tensor_shapes
+from trivec.models.registry import plan_of
 
 COSINE_MIN = 0.99
 COSINE_MEAN = 0.998
@@ -215,16 +215,6 @@ class QuantisedModel:
     references: Mapping[str, Float32Array]
 
 
-def fp32_tensors(checkpoint: Checkpoint) -> dict[str, NDArray[np.generic]]:
-    """The encoder's own weights, most of them views of the checkpoint's mapped files."""
-    with checkpoint.weights() as weights:
-        tensors: dict[str, NDArray[np.generic]] = {
-            name: weights.take(name) for name in tensor_shapes(checkpoint.config)
-        }
-        weights.finish()
-    return tensors
-
-
 def best_int8(checkpoint: Checkpoint, *, slot_count: int) -> QuantisedModel:
     """The fastest scheme that passes, or the last that runs, whose certificate then says so."""
     calibration = Calibration(checkpoint, slot_count=slot_count)
@@ -250,7 +240,7 @@ class Calibration:
         calibration, self._evaluation = make_probes(checkpoint)
         self._calibration = as_batch(calibration, Output.DENSE)
         self._self_test_ids = self_test_ids(checkpoint.config)
-        tensors = fp32_tensors(checkpoint)
+        tensors = make_tensors(checkpoint, FP32)
         alone = open_session(checkpoint, tensors, FP32, slot_count=1, with_statistics=True)
         self._reference = alone.hidden(self._self_test_ids, slot=0)
         # Two compiles must agree before anything is compared with them, or kept: see `open_session`.
@@ -305,10 +295,7 @@ class Calibration:
 
     def tensors(self, scheme: QuantScheme) -> dict[str, NDArray[np.generic]]:
         """The model quantised for *scheme*."""
-        with self._checkpoint.weights() as weights:
-            tensors = int8_tensors(weights.take, self._checkpoint.config, scheme, self._statistics)
-            weights.finish()
-        return tensors
+        return make_tensors(self._checkpoint, scheme, self._statistics)
 
     def _most_sensitive_layers(self, scheme: QuantScheme) -> frozenset[int]:
         """The quarter of the layers that add most error to their own output, by its square."""

@@ -7,16 +7,18 @@ shifted to start at zero, which doubles its resolution. All of it is undone: the
 weights, the shift in the bias, and there also what rounding the weights does to the mean input.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from types import MappingProxyType
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.types import Float32Array
-from trivec.models.ops import Activation, LinearGroup, ModelConfig
+from trivec.models.ops import Activation, LinearGroup
 from trivec.models.registry import plan_of
 
 INT8_MAX = 127
@@ -80,62 +82,76 @@ class ActivationStatistics:
     mean: Float32Array
 
 
-def int8_tensors(
-    take: Callable[[str], Float32Array],
-    model: ModelConfig,
+def make_tensors(
+    checkpoint: Checkpoint,
     scheme: QuantScheme,
-    statistics: Mapping[str, ActivationStatistics],
+    statistics: Mapping[str, ActivationStatistics] = MappingProxyType({}),
 ) -> dict[str, NDArray[np.generic]]:
-    """Every tensor of the graph in *scheme*, from float32 weights that are each taken once.
+    """Every tensor of the graph in *scheme*; fp32 ones are mostly views of the checkpoint's files.
 
-    *statistics* are by the first name of each `LinearGroup`. Tables of token embeddings become
-    16-bit numbers in two halves, see `split_int16`.
+    Int8 needs *statistics*, by the first name of each `LinearGroup`; its tables of token embeddings
+    are 16-bit numbers in two halves, see `split_int16`.
     """
-    plan = plan_of(model)
-    shifts: Mapping[Activation | None, float] = SHIFTS if scheme.group_size is None else {}
+    plan = plan_of(checkpoint.config)
     tensors: dict[str, NDArray[np.generic]] = {}
-    for layer, grouped in groupby(plan.linears, key=lambda group: group.layer):
-        groups = list(grouped)
-        names = [name for group in groups for name in group.names]
-        weights = {name: take(f"{name}.weight") for name in names}
-        biases = {name: take(f"{name}.bias") for name in names if f"{name}.bias" in plan.shapes}
-        if layer in scheme.exact_layers:
-            tensors |= {f"{name}.weight": weight for name, weight in weights.items()}
-            tensors |= {f"{name}.bias": bias for name, bias in biases.items()}
+    converted: set[str] = set()  # modules whose tensors are not those of the checkpoint
+    with checkpoint.weights() as weights:
+        if scheme.is_int8:
+            for table in plan.token_tables:
+                converted.add(table)
+                parts = split_int16(weights.take(f"{table}.weight"))
+                tensors |= {f"{table}.{part}": values for part, values in parts.items()}
+            for layer, grouped in groupby(plan.linears, key=lambda group: group.layer):
+                if layer in scheme.exact_layers:
+                    continue
+                groups = list(grouped)
+                names = [name for group in groups for name in group.names]
+                converted.update(names)
+                stored = [f"{name}.{part}" for name in names for part in ("weight", "bias")]
+                own = {name: weights.take(name) for name in stored if name in plan.shapes}
+                shifts = SHIFTS if scheme.group_size is None else {}
+                tensors |= int8_layer(groups, own, statistics, shifts)
+        for name in plan.shapes:
+            if name.rpartition(".")[0] not in converted:
+                tensors[name] = weights.take(name)
+        weights.finish()
+    return tensors
+
+
+def int8_layer(
+    groups: Sequence[LinearGroup],
+    own: dict[str, Float32Array],
+    statistics: Mapping[str, ActivationStatistics],
+    shifts: Mapping[Activation | None, float],
+) -> dict[str, NDArray[np.generic]]:
+    """The tensors of one layer's linear modules, from those *own* to it in fp32, which change."""
+    tensors: dict[str, NDArray[np.generic]] = {}
+    factors: dict[LinearGroup, Float32Array] = {}
+    for group in groups:
+        columns = np.max(
+            [np.abs(own[f"{name}.weight"]).max(axis=0) for name in group.names], axis=0
+        )
+        largest, shift = statistics[group.names[0]].largest, shifts.get(group.activation, 0.0)
+        factor = factors[group] = smooth_factors(largest, columns, shift=shift)
+        if group.values is None:
+            tensors[f"{group.names[0]}.channel_scale"] = 1 / factor
             continue
-        factors: dict[LinearGroup, Float32Array] = {}
-        for group in groups:
-            columns = np.max([np.abs(weights[name]).max(axis=0) for name in group.names], axis=0)
-            factor = factors[group] = smooth_factors(
-                statistics[group.names[0]].largest,
-                columns,
-                shift=shifts.get(group.activation, 0.0),
-            )
-            if group.values is None:
-                tensors[f"{group.names[0]}.channel_scale"] = 1 / factor
-                continue
-            # Attention averages values over tokens; so its output is divided where they are made.
-            weights[group.values] = weights[group.values] / factor[:, None]
-            if group.values in biases:
-                biases[group.values] = biases[group.values] / factor
-        for group, factor in factors.items():
-            shift = np.float32(shifts.get(group.activation, 0.0))
-            mean = (statistics[group.names[0]].mean / factor).astype(np.float32)
-            for name in group.names:
-                matrix = weights[name] * factor
-                whole, scale = quantise(matrix)
-                stored = whole * scale
-                bias = biases.get(name, np.float32(0)) - stored @ (shift / factor)
-                bias = bias + (matrix - stored) @ mean  # [out]
-                tensors[f"{name}.weight"], tensors[f"{name}.scale"] = whole, scale
-                tensors[f"{name}.bias"] = bias.astype(np.float32)
-    for table in plan.token_tables:
-        tensors |= {f"{table}.{k}": v for k, v in split_int16(take(f"{table}.weight")).items()}
-    linear = {name for group in plan.linears for name in group.names}
-    for name in plan.shapes:
-        owner = name.rpartition(".")[0]
-        if owner not in linear and owner not in plan.token_tables:
-            tensors[name] = take(name)
+        # Attention averages values over tokens; so its output is divided where they are made.
+        weight, bias = f"{group.values}.weight", f"{group.values}.bias"
+        own[weight] = own[weight] / factor[:, None]
+        if bias in own:
+            own[bias] = own[bias] / factor
+    for group, factor in factors.items():
+        offset = np.float32(shifts.get(group.activation, 0.0)) / factor  # [in]
+        mean = (statistics[group.names[0]].mean / factor).astype(np.float32)  # [in]
+        for name in group.names:
+            matrix = own[f"{name}.weight"] * factor
+            whole, scale = quantise(matrix)
+            rounded = whole * scale
+            undone = own.get(f"{name}.bias", np.float32(0)) - rounded @ offset
+            undone = undone + (matrix - rounded) @ mean  # [out]
+            tensors[f"{name}.weight"], tensors[f"{name}.scale"] = whole, scale
+            tensors[f"{name}.bias"] = undone.astype(np.float32)
     return tensors
 
 
