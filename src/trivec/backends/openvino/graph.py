@@ -29,7 +29,6 @@ from trivec.models.ops import (
     ModelConfig,
     Rope,
     Table,
-    layer_of,
 )
 
 INT8_MAX, UINT8_MAX = 127.0, 255.0
@@ -138,7 +137,7 @@ class GraphOps:
         tokens = op.constant(np.array([0]))
         self.statistics += [op.reduce_max(op.absolute(x), tokens), op.reduce_mean(x, tokens)]
         names = [self.at + layer.name for layer in layers]
-        is_int8 = self.scheme.is_int8 and layer_of(names[0]) not in self.scheme.exact_layers
+        is_int8 = f"{names[0]}.scale" in self.tensors
         has_token_scale = is_int8 and self.scheme.group_size is None
         channel_scale = self.tensors.get(f"{names[0]}.channel_scale")
         if shift and has_token_scale:

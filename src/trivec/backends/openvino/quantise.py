@@ -132,7 +132,10 @@ def int8_layer(
             [np.abs(own[f"{name}.weight"]).max(axis=0) for name in group.names], axis=0
         )
         largest, shift = statistics[group.names[0]].largest, shifts.get(group.activation, 0.0)
-        factor = factors[group] = smooth_factors(largest, columns, shift=shift)
+        # A channel that is always zero, or that nothing reads, keeps factor 1.
+        usable = (largest > SCALE_FLOOR) & (columns > SCALE_FLOOR)
+        ratio = np.where(usable, largest + shift, 1) / np.where(usable, columns, 1)
+        factor = factors[group] = np.sqrt(ratio).astype(np.float32)  # [in]
         if group.values is None:
             tensors[f"{group.names[0]}.channel_scale"] = 1 / factor
             continue
@@ -153,17 +156,6 @@ def int8_layer(
             tensors[f"{name}.weight"], tensors[f"{name}.scale"] = whole, scale
             tensors[f"{name}.bias"] = undone.astype(np.float32)
     return tensors
-
-
-def smooth_factors(largest: Float32Array, columns: Float32Array, *, shift: float) -> Float32Array:
-    """What to divide the channels of an input by: float32 `[in]`.
-
-    *largest* is max |x| of each channel, *columns* max |weight| of its readers. A channel that is
-    always zero, or that nothing reads, keeps factor 1.
-    """
-    usable = (largest > SCALE_FLOOR) & (columns > SCALE_FLOOR)
-    ratio = np.where(usable, largest + shift, 1) / np.where(usable, columns, 1)
-    return np.sqrt(ratio).astype(np.float32)
 
 
 def split_int16(table: Float32Array) -> dict[str, NDArray[np.generic]]:
