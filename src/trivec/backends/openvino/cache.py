@@ -64,7 +64,7 @@ def save(folder: Path, model: QuantisedModel) -> None:
     )
     names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
     shapes = {name: (names[array.dtype], array.shape) for name, array in tensors.items()}
-    pieces = ([memoryview(array.reshape(-1)).cast("B")] for array in tensors.values())
+    pieces = ([array.data.cast("B")] for array in tensors.values())
     sha256 = write_safetensors(folder / TENSORS, shapes, pieces)
     Hashes(folder).remember(folder / TENSORS, sha256)
     unfinished = folder / f".{DESCRIBED}.{os.getpid()}.part"

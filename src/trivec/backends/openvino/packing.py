@@ -121,7 +121,7 @@ def pack_micro_batch(
 
     pooled = offset == (np.repeat(lengths, lengths) - 1 if keeps_last else 0)
     wanted = np.repeat(whole[members], lengths) | pooled  # [tokens]
-    kept_count = np.count_nonzero(wanted)
+    kept_count = int(np.count_nonzero(wanted))
     kept = np.zeros((2, round_up(kept_count, TOKEN_SIZES)), np.int32)
     kept[0, :kept_count] = token[wanted]
     kept[1, :kept_count] = place[wanted]

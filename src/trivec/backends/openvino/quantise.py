@@ -140,10 +140,9 @@ def int8_layer(
             tensors[f"{group.names[0]}.channel_scale"] = 1 / factor
             continue
         # Attention averages values over tokens; so its output is divided where they are made.
-        weight, bias = f"{group.values}.weight", f"{group.values}.bias"
-        own[weight] = own[weight] / factor[:, None]
-        if bias in own:
-            own[bias] = own[bias] / factor
+        own[f"{group.values}.weight"] = own[f"{group.values}.weight"] / factor[:, None]
+        if f"{group.values}.bias" in own:
+            own[f"{group.values}.bias"] = own[f"{group.values}.bias"] / factor
     for group, factor in factors.items():
         offset = np.float32(shifts.get(group.activation, 0.0)) / factor  # [in]
         mean = (statistics[group.names[0]].mean / factor).astype(np.float32)  # [in]
@@ -151,10 +150,10 @@ def int8_layer(
             matrix = own[f"{name}.weight"] * factor
             whole, scale = quantise(matrix)
             rounded = whole * scale
-            undone = own.get(f"{name}.bias", np.float32(0)) - rounded @ offset
-            undone = undone + (matrix - rounded) @ mean  # [out]
+            shifted = own.get(f"{name}.bias", np.float32(0)) - rounded @ offset  # [out]
+            bias = shifted + (matrix - rounded) @ mean  # [out]
             tensors[f"{name}.weight"], tensors[f"{name}.scale"] = whole, scale
-            tensors[f"{name}.bias"] = undone.astype(np.float32)
+            tensors[f"{name}.bias"] = bias.astype(np.float32)
     return tensors
 
 
