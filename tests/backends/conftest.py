@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from tests.support.families import open_family
 
-from trivec.backends.openvino.calibrate import Calibration, fp32_tensors
-from trivec.backends.openvino.quantise import FP32, QuantConfig, Tensors
+from trivec.backends.openvino.calibrate import Calibration
+from trivec.backends.openvino.quantise import FP32, QuantScheme, Tensors, make_tensors
 from trivec.backends.openvino.session import WrongOutputShape, open_session
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.models.pooling import Pooling
 
 OpenTiny = Callable[[str, Pooling], Checkpoint]
-TensorsIn = Callable[[QuantConfig], Tensors]
+TensorsIn = Callable[[QuantScheme], Tensors]
 
 
 @pytest.fixture(scope="session")
@@ -49,22 +49,22 @@ def calibration(tiny_m3: Checkpoint) -> Calibration:
 
 @pytest.fixture(scope="session")
 def tensors_in(tiny_m3: Checkpoint, calibration: Calibration) -> TensorsIn:
-    """`tiny_m3`'s tensors in a config; the test is skipped where the plugin cannot run it.
+    """`tiny_m3`'s tensors in a scheme; the test is skipped where the plugin cannot run it.
 
     Where oneDNN is kept from the CPU's instructions, OpenVINO looks at the CPU itself, takes the
     grouped form for possible and then computes nothing. Where no instruction is hidden nothing is
     skipped.
     """
 
-    def tensors(config: QuantConfig) -> Tensors:
-        if config == FP32:
-            return fp32_tensors(tiny_m3)
-        made = calibration.tensors(config)
+    def tensors(scheme: QuantScheme) -> Tensors:
+        if scheme == FP32:
+            return make_tensors(tiny_m3, FP32)
+        made = calibration.tensors(scheme)
         if "ONEDNN_MAX_CPU_ISA" in os.environ:
             try:
-                open_session(tiny_m3, made, config, slot_count=1)
+                open_session(tiny_m3, made, scheme, slot_count=1)
             except WrongOutputShape:
-                pytest.skip(f"nothing is computed in {config.name} under ONEDNN_MAX_CPU_ISA")
+                pytest.skip(f"nothing is computed in {scheme.name} under ONEDNN_MAX_CPU_ISA")
         return made
 
     return tensors

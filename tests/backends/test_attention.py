@@ -9,7 +9,7 @@ from openvino import opset15 as op
 
 from trivec.backends.openvino.calibrate import bf16_pays
 from trivec.backends.openvino.graph import attend
-from trivec.backends.openvino.packing import HIDDEN_SCORE, length_size
+from trivec.backends.openvino.packing import HIDDEN_SCORE, LENGTH_SIZES, round_up
 from trivec.backends.openvino.session import open_core
 from trivec.core.types import Float32Array
 from trivec.models.ops import AttentionSpec
@@ -79,7 +79,7 @@ def test_it_is_the_formula_to_the_digits_of_its_type(
     model = compiled(bf16=bf16, causal=causal)
     for tokens in (1, 2, 17, 100, 513):
         x = states(tokens)
-        found = attended(model, x, length=length_size(tokens))
+        found = attended(model, x, length=round_up(tokens, LENGTH_SIZES))
         assert np.abs(found - plain(x, causal=causal)).max() <= tolerance
 
 
@@ -96,7 +96,7 @@ def test_bits_do_not_depend_on_the_padding(bf16: bool, causal: bool) -> None:
 
 
 def test_every_length_that_attention_runs_in_is_a_multiple_of_16() -> None:
-    assert all(length_size(length) % 16 == 0 for length in range(1, 8193))
+    assert all(round_up(length, LENGTH_SIZES) % 16 == 0 for length in range(1, 8193))
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -127,6 +127,6 @@ def test_bf16_pays_only_where_it_is_clearly_faster(
     taken = iter([fp32_s, bf16_s] * 5)
     capabilities = ["BF16", "FP32"]
     monkeypatch.setattr(ov.Core, "get_property", lambda *_: capabilities)
-    monkeypatch.setattr("trivec.backends.openvino.calibrate._time_s", lambda _: next(taken))
+    monkeypatch.setattr("trivec.backends.openvino.calibrate.timeit", lambda *_, **__: next(taken))
     spec = AttentionSpec(heads=4, head_dim=32, kv_heads=kv_heads)
     assert bf16_pays(spec, tokens=16) is pays

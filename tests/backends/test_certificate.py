@@ -1,4 +1,4 @@
-"""int8 is earned: judged on probes, refused where it would be seen, kept and checked on disk."""
+"""int8 is certified: compared on probes, refused where it would be seen, kept and checked on disk."""
 
 import json
 import shutil
@@ -18,10 +18,9 @@ from trivec.backends.openvino import OpenVinoBackend, cache, check_cache
 from trivec.backends.openvino.cache import cache_folder, load
 from trivec.backends.openvino.calibrate import (
     LENGTHS_MADE,
-    Agreement,
     Calibration,
     Certificate,
-    Probes,
+    CosineStatistics,
     QuantisedModel,
     best_int8,
     compare,
@@ -29,12 +28,12 @@ from trivec.backends.openvino.calibrate import (
     read_sentences,
 )
 from trivec.backends.openvino.quantise import (
-    INT8_CONFIGS,
     INT8_GROUPS_32,
     INT8_GROUPS_128,
     INT8_ROWS,
     INT8_ROWS_BF16,
-    QuantConfig,
+    INT8_SCHEMES,
+    QuantScheme,
 )
 from trivec.checkpoints import open_checkpoint
 from trivec.checkpoints.checkpoint import Checkpoint
@@ -46,11 +45,11 @@ from trivec.core.types import Sequences, SparseVector, Vectors
 @pytest.fixture(params=[True, False], ids=["bf16 pays", "bf16 does not pay"])
 def candidates(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> tuple[QuantConfig, ...]:
-    """The int8 configs of a machine whose trial of bf16 ended so, or so."""
+) -> tuple[QuantScheme, ...]:
+    """The int8 schemes of a machine whose trial of bf16 ended so, or so."""
     pays: bool = request.param
     monkeypatch.setattr("trivec.backends.openvino.calibrate.bf16_pays", lambda _: pays)
-    return INT8_CONFIGS if pays else INT8_CONFIGS[1:]
+    return INT8_SCHEMES if pays else INT8_SCHEMES[1:]
 
 
 def vectors_of(dense: np.ndarray) -> Vectors:
@@ -60,12 +59,12 @@ def vectors_of(dense: np.ndarray) -> Vectors:
 def test_probes_cover_twenty_scripts_and_lengths_from_3_to_512(tiny_m3: Checkpoint) -> None:
     scripts = {name.split(",")[0] for name in read_sentences()} - {"Code", "Emoji"}
     assert len(scripts) >= 20
-    probes = make_probes(tiny_m3)
-    assert set(LENGTHS_MADE) <= set(probes.judgement.lengths().tolist())
+    _, evaluation = make_probes(tiny_m3)
+    assert set(LENGTHS_MADE) <= set(evaluation.lengths().tolist())
     assert (min(LENGTHS_MADE), max(LENGTHS_MADE)) == (3, 512)
 
 
-def test_no_sentence_is_used_both_to_calibrate_and_to_judge() -> None:
+def test_no_sentence_is_used_both_to_calibrate_and_to_evaluate() -> None:
     pairs = read_sentences().values()
     assert not {first for first, _ in pairs} & {second for _, second in pairs}
 
@@ -73,24 +72,24 @@ def test_no_sentence_is_used_both_to_calibrate_and_to_judge() -> None:
 @pytest.mark.parametrize(
     ("minimum", "mean", "passes"),
     [
-        pytest.param(0.99, 0.998, True, id="at-both-bars"),
+        pytest.param(0.99, 0.998, True, id="at-both-thresholds"),
         pytest.param(0.9899, 0.999, False, id="one-bad-text"),
         pytest.param(0.995, 0.9979, False, id="all-a-little-off"),
     ],
 )
-def test_the_bars(minimum: float, mean: float, passes: bool) -> None:
-    assert Agreement(minimum, mean).passes is passes
+def test_the_thresholds(minimum: float, mean: float, passes: bool) -> None:
+    assert CosineStatistics(minimum, mean).passes is passes
 
 
 def test_a_bad_head_alone_fails_the_certificate() -> None:
-    good, bad = Agreement(0.999, 0.999), Agreement(0.97, 0.99)
-    agreements = {"dense": good, "sparse": good, "multi": bad}
-    certificate = Certificate("int8-rows", agreements, 10, 20, ())
+    good, bad = CosineStatistics(0.999, 0.999), CosineStatistics(0.97, 0.99)
+    cosines = {"dense": good, "sparse": good, "multi": bad}
+    certificate = Certificate("int8-rows", cosines, 10, 20, ())
     assert not certificate.passes
     assert "FAILS" in certificate.summary
 
 
-def test_cosines_are_of_each_sequence_and_nan_agrees_with_nothing() -> None:
+def test_cosines_are_of_each_sequence_and_of_nan_minus_one() -> None:
     exact = np.array([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
     other = np.array([[1.0, 0.0], [0.0, 5.0], [np.nan, 1.0]])
     found = compare(vectors_of(exact), vectors_of(other))["dense"]
@@ -138,30 +137,30 @@ def outliers_that_cancel(tensors: dict[str, np.ndarray], *, layer: str = "layer.
 
 
 def test_extreme_outliers_are_refused_int8(
-    tmp_path: Path, candidates: tuple[QuantConfig, ...]
+    tmp_path: Path, candidates: tuple[QuantScheme, ...]
 ) -> None:
     checkpoint = spoiled(tmp_path, outliers_that_cancel)
     backend = OpenVinoBackend.load(checkpoint, precision="auto", cores=1, cache_dir=tmp_path)
     assert backend.certificate is not None
     assert not backend.certificate.passes
     assert backend.precision == "fp32"
-    config, refused = backend.certificate.config, backend.certificate.refused
+    scheme, refused = backend.certificate.scheme, backend.certificate.refused
     tried = tuple(one.name for one in candidates)[
         : len(refused)
-    ]  # all, where the grouped forms run
+    ]  # all, where the grouped schemes run
     assert refused[: len(tried)] == tried
-    assert config not in refused
+    assert scheme not in refused
 
 
 def test_one_sensitive_layer_in_fp32_can_be_enough(
-    tmp_path: Path, candidates: tuple[QuantConfig, ...], tensors_in: TensorsIn
+    tmp_path: Path, candidates: tuple[QuantScheme, ...], tensors_in: TensorsIn
 ) -> None:
     tensors_in(INT8_GROUPS_32)  # or the test is skipped
     one_layer = partial(outliers_that_cancel, layer="layer.1.")
     checkpoint = spoiled(tmp_path, one_layer, layers=3)
     found = best_int8(checkpoint, slot_count=1)
     assert found.certificate.passes
-    assert found.config.exact_layers == {1}
+    assert found.scheme.exact_layers == {1}
     assert found.certificate.refused == tuple(one.name for one in candidates)
 
 
@@ -173,16 +172,17 @@ def test_int8_asked_for_by_name_is_given_and_says_that_it_failed(tmp_path: Path)
     assert "FAILS" in backend.certificate.summary
 
 
-def judged(monkeypatch: pytest.MonkeyPatch, *, passing: set[QuantConfig]) -> None:
-    """Let each config's certificate say whether it is among *passing*, whatever this CPU makes of it.
+def certified(monkeypatch: pytest.MonkeyPatch, *, passing: set[QuantScheme]) -> None:
+    """Let each scheme's certificate say whether it is among *passing*, whatever this CPU makes of it.
 
-    What int8 keeps of a model depends on the CPU's instructions; which config is taken must not.
+    What int8 keeps of a model depends on the CPU's instructions; which scheme is taken must not.
     """
 
-    def attempt(_: Calibration, config: QuantConfig, *, refused: tuple[str, ...]) -> QuantisedModel:
-        agreements = {"dense": Agreement(*(0.999, 0.999) if config in passing else (0.5, 0.5))}
-        certificate = Certificate(config.name, agreements, 10, 20, refused)
-        return QuantisedModel(config, certificate, tensors={}, references={})
+    def attempt(_: Calibration, scheme: QuantScheme, *, refused: tuple[str, ...]) -> QuantisedModel:
+        cosines = {"dense": CosineStatistics(*(0.999, 0.999) if scheme in passing else (0.5, 0.5))}
+        certificate = Certificate(scheme.name, cosines, 10, 20, refused)
+        states = np.zeros((1, 1), np.float32)
+        return QuantisedModel(scheme, certificate, tensors={}, references={scheme.name: states})
 
     monkeypatch.setattr(Calibration, "attempt", attempt)
 
@@ -190,28 +190,28 @@ def judged(monkeypatch: pytest.MonkeyPatch, *, passing: set[QuantConfig]) -> Non
 def test_more_slots_than_probes_are_no_obstacle(
     tiny_m3: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    two = Probes(*(Sequences.pack(random_ids([9, 5], seed=seed)) for seed in range(2)))
+    two = tuple(Sequences.pack(random_ids([9, 5], seed=seed)) for seed in range(2))
     monkeypatch.setattr("trivec.backends.openvino.calibrate.make_probes", lambda _: two)
     made = Calibration(tiny_m3, slot_count=4).attempt(INT8_ROWS)
-    assert made.config == INT8_ROWS
+    assert made.scheme == INT8_ROWS
 
 
-def test_the_fastest_config_is_tried_first(
-    tiny_m3: Checkpoint, candidates: tuple[QuantConfig, ...], monkeypatch: pytest.MonkeyPatch
+def test_the_fastest_scheme_is_tried_first(
+    tiny_m3: Checkpoint, candidates: tuple[QuantScheme, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judged(monkeypatch, passing=set(candidates))
+    certified(monkeypatch, passing=set(candidates))
     found = best_int8(tiny_m3, slot_count=1)
-    assert found.config == candidates[0]
-    assert found.config in (INT8_ROWS, INT8_ROWS_BF16)
+    assert found.scheme == candidates[0]
+    assert found.scheme in (INT8_ROWS, INT8_ROWS_BF16)
     assert not found.certificate.refused
 
 
-def test_the_first_config_that_passes_is_taken(
-    tiny_m3: Checkpoint, candidates: tuple[QuantConfig, ...], monkeypatch: pytest.MonkeyPatch
+def test_the_first_scheme_that_passes_is_taken(
+    tiny_m3: Checkpoint, candidates: tuple[QuantScheme, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judged(monkeypatch, passing={INT8_GROUPS_32})
+    certified(monkeypatch, passing={INT8_GROUPS_32})
     found = best_int8(tiny_m3, slot_count=1)
-    assert found.config == INT8_GROUPS_32
+    assert found.scheme == INT8_GROUPS_32
     assert found.certificate.refused == tuple(one.name for one in candidates[:-1])
     assert found.certificate.refused[-2:] == (INT8_ROWS.name, INT8_GROUPS_128.name)
 
@@ -332,36 +332,36 @@ def test_what_older_editions_kept_is_never_read(
 
 
 @pytest.mark.parametrize(
-    "config",
-    [*INT8_CONFIGS, *(replace(one, exact_layers=frozenset({0, 11})) for one in INT8_CONFIGS)],
-    ids=lambda config: config.name,
+    "scheme",
+    [*INT8_SCHEMES, *(replace(one, exact_layers=frozenset({0, 11})) for one in INT8_SCHEMES)],
+    ids=lambda scheme: scheme.name,
 )
-def test_a_config_is_found_by_its_exact_name(config: QuantConfig) -> None:
-    assert QuantConfig.of_name(config.name) == config
+def test_a_scheme_is_found_by_its_exact_name(scheme: QuantScheme) -> None:
+    assert QuantScheme.of_name(scheme.name) == scheme
 
 
 @pytest.mark.parametrize(
     "name", ["int8-row", "int8-groups", "int8-rows-exact-", "int8-rows-exact-2-1", "fp32-exact-0"]
 )
-def test_an_unknown_config_is_refused_and_the_known_are_named(
+def test_an_unknown_scheme_is_refused_and_the_known_are_named(
     name: str, tiny_m3: Checkpoint, tmp_path: Path
 ) -> None:
     with pytest.raises(SettingInvalid) as refused:
         OpenVinoBackend.load(tiny_m3, precision=name, cores=1, cache_dir=tmp_path)
-    assert all(word in str(refused.value) for word in (name, *(one.name for one in INT8_CONFIGS)))
+    assert all(word in str(refused.value) for word in (name, *(one.name for one in INT8_SCHEMES)))
 
 
-def test_a_pinned_config_is_run_and_kept_apart_from_the_automatic_choice(
+def test_a_pinned_scheme_is_run_and_kept_apart_from_the_automatic_choice(
     tiny_m3: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempt = Calibration.attempt
 
     def passing(
-        self: Calibration, config: QuantConfig, *, refused: tuple[str, ...] = ()
+        self: Calibration, scheme: QuantScheme, *, refused: tuple[str, ...] = ()
     ) -> QuantisedModel:
-        tried = attempt(self, config, refused=refused)  # what it finds is up to the CPU
-        agreements = dict.fromkeys(tried.certificate.agreements, Agreement(0.999, 0.999))
-        return replace(tried, certificate=replace(tried.certificate, agreements=agreements))
+        tried = attempt(self, scheme, refused=refused)  # what it finds is up to the CPU
+        cosines = dict.fromkeys(tried.certificate.cosines, CosineStatistics(0.999, 0.999))
+        return replace(tried, certificate=replace(tried.certificate, cosines=cosines))
 
     monkeypatch.setattr(Calibration, "attempt", passing)
     pin = partial(OpenVinoBackend.load, tiny_m3, cores=1, cache_dir=tmp_path)
@@ -376,7 +376,7 @@ def test_a_pinned_config_is_run_and_kept_apart_from_the_automatic_choice(
     )
 
 
-def test_a_pinned_config_that_fails_its_certificate_is_refused_with_its_figures(
+def test_a_pinned_scheme_that_fails_its_certificate_is_refused_with_its_figures(
     tmp_path: Path,
 ) -> None:
     checkpoint = spoiled(tmp_path, outliers_that_cancel)
@@ -384,7 +384,7 @@ def test_a_pinned_config_that_fails_its_certificate_is_refused_with_its_figures(
         OpenVinoBackend.load(checkpoint, precision="int8-rows", cores=1, cache_dir=tmp_path)
 
 
-def test_a_pinned_config_that_cannot_run_here_is_refused(
+def test_a_pinned_scheme_that_cannot_run_here_is_refused(
     tiny_m3: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trivec.backends.openvino.backend.has_bf16", lambda: False)

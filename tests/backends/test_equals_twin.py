@@ -9,9 +9,8 @@ from tests.backends.conftest import OpenTiny, random_ids
 from tests.support.numpy_ops import Twin
 
 from trivec.backends.openvino import OpenVinoBackend
-from trivec.backends.openvino.calibrate import fp32_tensors
-from trivec.backends.openvino.packing import Buffers, pack_row, plan_rows
-from trivec.backends.openvino.quantise import FP32
+from trivec.backends.openvino.packing import pack_micro_batch, plan_micro_batches
+from trivec.backends.openvino.quantise import FP32, make_tensors
 from trivec.backends.openvino.session import Session
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.types import Batch
@@ -81,7 +80,7 @@ def test_a_mask_costs_a_byte_a_pair_of_tokens(
 ) -> None:
     """In float32 it would take 256 MiB at 8,192 tokens, and so would each step towards it."""
     checkpoint = open_tiny(family, pooling)
-    session = Session(checkpoint, fp32_tensors(checkpoint), FP32, slot_count=1)
+    session = Session(checkpoint, make_tensors(checkpoint, FP32), FP32, slot_count=1)
     session.run(batch_of(random_ids([650])), slot=0)
     precisions = []  # of what has a number for each pair of tokens
     for node in session._compiled[0].get_runtime_model().get_ordered_ops():
@@ -101,10 +100,8 @@ def test_of_a_sequence_only_the_pooled_token_passes_the_last_layer(
 ) -> None:
     """The first or the last of two tokens; all three of the sequence whose outputs need them."""
     batch = batch_of([[10, 11], [12, 13, 14]])
-    (row,) = plan_rows(np.diff(batch.cu_seqlens))
+    (members,) = plan_micro_batches(np.diff(batch.cu_seqlens))
     whole = np.array([False, True])
-    packed = pack_row(
-        batch, row, whole=whole, keeps_last=keeps_last, position_offset=0, buffers=Buffers()
-    )
+    packed = pack_micro_batch(batch, members, whole=whole, keeps_last=keeps_last, position_offset=0)
     assert sorted(packed.kept_token_ids.tolist()) == [10 + i for i in kept]
     assert packed.kept_cu_seqlens.tolist() == [0, 3, 4]  # the longer sequence comes first

@@ -11,8 +11,7 @@ from tests.backends.batches import batch_of
 from tests.backends.conftest import random_ids
 
 from trivec.backends.openvino import OpenVinoBackend
-from trivec.backends.openvino.calibrate import fp32_tensors
-from trivec.backends.openvino.quantise import FP32
+from trivec.backends.openvino.quantise import FP32, make_tensors
 from trivec.backends.openvino.session import LONG_TOKENS, Session, mappings_of, release_memory
 from trivec.checkpoints.checkpoint import Checkpoint
 
@@ -67,12 +66,12 @@ class Mapping:
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="there is no such advice here")
-def test_after_a_long_row_the_pages_of_the_table_are_let_go_of(
+def test_after_a_long_text_the_pages_of_the_table_are_let_go_of(
     tiny_m3: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mapping = Mapping()
     monkeypatch.setattr("trivec.backends.openvino.session.mappings_of", lambda _: (mapping,))
-    session = Session(tiny_m3, fp32_tensors(tiny_m3), FP32, slot_count=1)
+    session = Session(tiny_m3, make_tensors(tiny_m3, FP32), FP32, slot_count=1)
     session.run(batch_of(random_ids([LONG_TOKENS])), slot=0)
     assert mapping.advice == []
     session.run(batch_of(random_ids([LONG_TOKENS + 1])), slot=0)

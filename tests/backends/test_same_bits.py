@@ -1,6 +1,6 @@
 """A text's vectors do not depend on what else is in the batch, on its place, or on the load.
 
-Decision 0002, and target 7 of the engine: difference 0.0, at fp32 and in each int8 form.
+Decision 0002, and target 7 of the engine: difference 0.0, at fp32 and in each int8 scheme.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +10,7 @@ import pytest
 from tests.backends.batches import ALL, batch_of, bits
 from tests.backends.conftest import TensorsIn, random_ids
 
-from trivec.backends.openvino.quantise import FP32, INT8_CONFIGS, QuantConfig
+from trivec.backends.openvino.quantise import FP32, INT8_SCHEMES, QuantScheme
 from trivec.backends.openvino.session import Session
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.types import Output
@@ -18,10 +18,10 @@ from trivec.core.types import Output
 LENGTHS = [1, 2, 3, 5, 8, 13, 16, 17, 31, 33, 64, 65, 100, 128, 129, 200, 256, 300, 511, 512, 650]
 
 
-@pytest.fixture(scope="module", params=[FP32, *INT8_CONFIGS], ids=lambda config: config.name)
+@pytest.fixture(scope="module", params=[FP32, *INT8_SCHEMES], ids=lambda scheme: scheme.name)
 def session(request: pytest.FixtureRequest, tiny_m3: Checkpoint, tensors_in: TensorsIn) -> Session:
-    config: QuantConfig = request.param
-    return Session(tiny_m3, tensors_in(config), config, slot_count=2)
+    scheme: QuantScheme = request.param
+    return Session(tiny_m3, tensors_in(scheme), scheme, slot_count=2)
 
 
 def alone(session: Session, texts: list[list[int]]) -> list[tuple[bytes, ...]]:
@@ -58,7 +58,7 @@ def test_what_others_ask_for_does_not_change_a_vector(session: Session) -> None:
     assert [one is None for one in mixed.multi] == [True, False, True]
 
 
-def test_memory_given_back_after_each_row_does_not_change_the_bits(
+def test_memory_given_back_after_each_micro_batch_does_not_change_the_bits(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = random_ids([650, 20, 300, 5, 700])

@@ -11,11 +11,11 @@ from trivec.backends.openvino import OpenVinoBackend, session
 from trivec.backends.openvino.calibrate import Calibration, best_int8
 from trivec.backends.openvino.quantise import (
     FP32,
-    INT8_CONFIGS,
     INT8_GROUPS_32,
     INT8_ROWS,
     INT8_ROWS_BF16,
-    QuantConfig,
+    INT8_SCHEMES,
+    QuantScheme,
     Tensors,
 )
 from trivec.backends.openvino.session import (
@@ -47,19 +47,19 @@ class LastSlotDiffers(Session):
 
 
 def wrong(
-    checkpoint: Checkpoint, tensors: Tensors, config: QuantConfig, *, slot_count: int, **_: object
+    checkpoint: Checkpoint, tensors: Tensors, scheme: QuantScheme, *, slot_count: int, **_: object
 ) -> Session:
     """As if the plugin had given layers the weights of others."""
     rolled = {
         name: np.roll(tensor, 1, axis=0) if name.endswith(ROLLED) else tensor
         for name, tensor in tensors.items()
     }
-    return Session(checkpoint, rolled, config, slot_count=slot_count)
+    return Session(checkpoint, rolled, scheme, slot_count=slot_count)
 
 
 Make = Callable[..., Session]
 Compile = Callable[..., list[Make]]
-ReferenceOf = Callable[[QuantConfig], Float32Array]
+ReferenceOf = Callable[[QuantScheme], Float32Array]
 
 
 @pytest.fixture
@@ -84,47 +84,47 @@ def compile_as(monkeypatch: pytest.MonkeyPatch) -> Compile:
 
 @pytest.fixture(scope="module")
 def reference_of(tiny_m3: Checkpoint, tensors_in: TensorsIn) -> ReferenceOf:
-    """The hidden states that an honest session computes in a config."""
+    """The hidden states that an honest session computes in a scheme."""
 
-    def computed(config: QuantConfig) -> Float32Array:
-        honest = Session(tiny_m3, tensors_in(config), config, slot_count=1)
+    def computed(scheme: QuantScheme) -> Float32Array:
+        honest = Session(tiny_m3, tensors_in(scheme), scheme, slot_count=1)
         return honest.hidden(self_test_ids(tiny_m3.config), slot=0)
 
     return computed
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", "qwen3"])
-@pytest.mark.parametrize("config", [INT8_ROWS, INT8_GROUPS_32], ids=lambda one: one.name)
+@pytest.mark.parametrize("scheme", [INT8_ROWS, INT8_GROUPS_32], ids=lambda one: one.name)
 def test_an_honest_session_is_taken_at_once(
     open_tiny: OpenTiny,
     tensors_in: TensorsIn,
     compile_as: Compile,
     family: str,
-    config: QuantConfig,
+    scheme: QuantScheme,
 ) -> None:
-    tensors_in(config)  # or the test is skipped
+    tensors_in(scheme)  # or the test is skipped
     checkpoint = open_tiny(family, Pooling.LAST if family == "qwen3" else Pooling.CLS)
     calls = compile_as(Session)
-    made = Calibration(checkpoint, slot_count=1).attempt(config)
+    made = Calibration(checkpoint, slot_count=1).attempt(scheme)
     calls.clear()
     opened = open_session(
-        checkpoint, made.tensors, config, slot_count=2, reference=made.references[config.name]
+        checkpoint, made.tensors, scheme, slot_count=2, reference=made.references[scheme.name]
     )
     assert opened.slot_count == 2
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("config", [FP32, INT8_ROWS], ids=lambda one: one.name)
+@pytest.mark.parametrize("scheme", [FP32, INT8_ROWS], ids=lambda one: one.name)
 def test_wrong_weights_are_found_out_and_compiled_again(
     tiny_m3: Checkpoint,
     tensors_in: TensorsIn,
     reference_of: ReferenceOf,
     compile_as: Compile,
-    config: QuantConfig,
+    scheme: QuantScheme,
 ) -> None:
-    reference = reference_of(config)
+    reference = reference_of(scheme)
     calls = compile_as(wrong, Session)
-    open_session(tiny_m3, tensors_in(config), config, slot_count=1, reference=reference)
+    open_session(tiny_m3, tensors_in(scheme), scheme, slot_count=1, reference=reference)
     assert calls == [wrong, Session]
 
 
@@ -161,19 +161,19 @@ def test_a_result_of_another_shape_agrees_with_nothing(
     assert len(calls) == COMPILES_MAX
 
 
-Silence = Callable[[Callable[[QuantConfig], bool]], None]
+Silence = Callable[[Callable[[QuantScheme], bool]], None]
 
 
 @pytest.fixture
 def silence(monkeypatch: pytest.MonkeyPatch, compile_as: Compile) -> Silence:
-    """Let nothing be computed in the configs that are named."""
+    """Let nothing be computed in the schemes that are named."""
 
-    def chosen(is_silent: Callable[[QuantConfig], bool]) -> None:
+    def chosen(is_silent: Callable[[QuantScheme], bool]) -> None:
         def make(
-            checkpoint: Checkpoint, tensors: Tensors, config: QuantConfig, **named: object
+            checkpoint: Checkpoint, tensors: Tensors, scheme: QuantScheme, **named: object
         ) -> Session:
-            kind = Silent if is_silent(config) else Session
-            return kind(checkpoint, tensors, config, **named)  # type: ignore[arg-type]
+            kind = Silent if is_silent(scheme) else Session
+            return kind(checkpoint, tensors, scheme, **named)  # type: ignore[arg-type]
 
         monkeypatch.setattr("trivec.backends.openvino.calibrate.bf16_pays", lambda _: True)
         compile_as(make)
@@ -181,29 +181,30 @@ def silence(monkeypatch: pytest.MonkeyPatch, compile_as: Compile) -> Silence:
     return chosen
 
 
-def test_where_a_config_computes_nothing_the_next_is_tried(
+def test_where_a_scheme_computes_nothing_the_next_is_tried(
     tiny_m3: Checkpoint, silence: Silence
 ) -> None:
-    silence(lambda config: config == INT8_ROWS_BF16)
+    silence(lambda scheme: scheme == INT8_ROWS_BF16)
     found = best_int8(tiny_m3, slot_count=1)
-    assert found.certificate.computes
+    assert found.scheme.name in found.references
     assert found.certificate.refused[0] == INT8_ROWS_BF16.name
 
 
-def test_of_configs_that_fail_the_last_that_computes_is_the_one(
+def test_of_schemes_that_fail_the_last_that_computes_is_the_one(
     tiny_m3: Checkpoint, silence: Silence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """int8 that was asked for by name is given though it failed, so it must be one that runs."""
-    silence(lambda config: config.group_size is not None)
+    silence(lambda scheme: scheme.group_size is not None)
     monkeypatch.setattr("trivec.backends.openvino.calibrate.COSINE_MIN", 2.0)  # nothing passes
     found = best_int8(tiny_m3, slot_count=1)
-    assert (found.config, found.certificate.computes) == (INT8_ROWS, True)
+    assert found.scheme == INT8_ROWS
+    assert INT8_ROWS.name in found.references
 
 
 def test_where_no_int8_computes_auto_is_fp32(
     tiny_m3: Checkpoint, silence: Silence, tmp_path: Path
 ) -> None:
-    silence(lambda config: config in INT8_CONFIGS)
+    silence(lambda scheme: scheme in INT8_SCHEMES)
     backend = OpenVinoBackend.load(tiny_m3, precision="auto", cores=1, cache_dir=tmp_path)
     assert backend.precision == "fp32"
     assert backend.certificate is not None

@@ -6,9 +6,13 @@ import pytest
 from tests.backends.batches import ALL, batch_of, bits
 from tests.backends.conftest import TensorsIn, random_ids
 
-from trivec.backends.openvino.calibrate import fp32_tensors
-from trivec.backends.openvino.graph import build_graph
-from trivec.backends.openvino.quantise import FP32, INT8_ROWS, Form, QuantConfig
+from trivec.backends.openvino.quantise import (
+    FP32,
+    INT8_GROUPS_32,
+    INT8_ROWS,
+    QuantScheme,
+    make_tensors,
+)
 from trivec.backends.openvino.session import Session, packed_bytes, stream_count
 from trivec.checkpoints.checkpoint import Checkpoint
 
@@ -18,32 +22,31 @@ BGE_M3 = 288 * MEBIBYTE
 
 
 @pytest.mark.parametrize(
-    ("form", "weights_bytes", "slot_count", "streams"),
+    ("scheme", "weights_bytes", "slot_count", "streams"),
     [
-        pytest.param(Form.INT8_ROWS, MINILM, 2, 1, id="a-small-model-is-compiled-for-each-slot"),
-        pytest.param(Form.INT8_ROWS, BGE_M3, 2, 2, id="a-large-model-is-shared"),
-        pytest.param(Form.INT8_ROWS, MINILM, 16, 16, id="many-slots-share-even-a-small-model"),
-        pytest.param(Form.FP32, 4 * MINILM, 2, 1, id="fp32-is-no-exception"),
-        pytest.param(Form.INT8_GROUPS, BGE_M3, 2, 1, id="the-grouped-form-never-shares"),
-        pytest.param(Form.FP32, BGE_M3, 1, 1, id="one-slot-has-nobody-to-share-with"),
+        pytest.param(INT8_ROWS, MINILM, 2, 1, id="a-small-model-is-compiled-for-each-slot"),
+        pytest.param(INT8_ROWS, BGE_M3, 2, 2, id="a-large-model-is-shared"),
+        pytest.param(INT8_ROWS, MINILM, 16, 16, id="many-slots-share-even-a-small-model"),
+        pytest.param(FP32, 4 * MINILM, 2, 1, id="fp32-is-no-exception"),
+        pytest.param(INT8_GROUPS_32, BGE_M3, 2, 1, id="a-grouped-scheme-never-shares"),
+        pytest.param(FP32, BGE_M3, 1, 1, id="one-slot-has-nobody-to-share-with"),
     ],
 )
 def test_slots_share_a_model_where_copies_would_be_large(
-    form: Form, weights_bytes: int, slot_count: int, streams: int
+    scheme: QuantScheme, weights_bytes: int, slot_count: int, streams: int
 ) -> None:
-    assert stream_count(form, weights_bytes, slot_count=slot_count) == streams
+    assert stream_count(scheme, weights_bytes, slot_count=slot_count) == streams
 
 
 def test_matrices_are_counted_and_tables_are_not(tiny_m3: Checkpoint) -> None:
     config = tiny_m3.config
     layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size
-    model = build_graph(config, fp32_tensors(tiny_m3), FP32)
-    assert packed_bytes(model) == config.num_hidden_layers * layer * 4
+    assert packed_bytes(config, make_tensors(tiny_m3, FP32)) == config.num_hidden_layers * layer * 4
 
 
-@pytest.mark.parametrize("config", [FP32, INT8_ROWS], ids=lambda config: config.name)
+@pytest.mark.parametrize("scheme", [FP32, INT8_ROWS], ids=lambda scheme: scheme.name)
 def test_a_shared_model_gives_the_bits_of_one_for_each_slot(
-    config: QuantConfig,
+    scheme: QuantScheme,
     tiny_m3: Checkpoint,
     tensors_in: TensorsIn,
     monkeypatch: pytest.MonkeyPatch,
@@ -52,7 +55,7 @@ def test_a_shared_model_gives_the_bits_of_one_for_each_slot(
     found = []
     for copies_bytes_max in (0, 1 << 40):
         monkeypatch.setattr("trivec.backends.openvino.session.COPIES_BYTES_MAX", copies_bytes_max)
-        session = Session(tiny_m3, tensors_in(config), config, slot_count=2)
+        session = Session(tiny_m3, tensors_in(scheme), scheme, slot_count=2)
         batch = batch_of(texts * 2, ALL)
         with ThreadPoolExecutor(2) as pool:
             both = pool.map(lambda slot: session.run(batch, slot=slot), range(2))  # noqa: B023

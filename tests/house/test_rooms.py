@@ -11,7 +11,7 @@ import pytest
 SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
-LINES_MAX, FILES_MAX = 18_300, 113  # the aim is 11,500 in 100: a number here may only go down
+LINES_MAX, FILES_MAX = 18_150, 113  # the aim is 11,500 in 100: a number here may only go down
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_370, 10),
@@ -20,8 +20,8 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "settings": (400, 1),
     "api": (2_150, 14),
     "engine": (1_110, 5),
-    "models": (920, 8),
-    "backends": (3_250, 17),
+    "models": (915, 8),
+    "backends": (2_980, 17),
     "checkpoints": (1_760, 9),
     "tokenizer": (550, 2),
     "accounts": (3_430, 20),

@@ -21,8 +21,9 @@ transformers = pytest.importorskip("transformers", reason="the reference is tran
 from benchmarks.dummy import blueprint_of, write_dummy
 
 from trivec.backends.openvino import OpenVinoBackend
-from trivec.backends.openvino.calibrate import as_batch, fp32_tensors, read_sentences
-from trivec.backends.openvino.quantise import FP32
+from trivec.backends.openvino.calibrate import read_sentences
+from trivec.backends.openvino.packing import as_batch
+from trivec.backends.openvino.quantise import FP32, make_tensors
 from trivec.backends.openvino.session import Session
 from trivec.checkpoints import open_checkpoint
 from trivec.checkpoints.checkpoint import Checkpoint
@@ -170,7 +171,7 @@ def test_hidden_states_equal_transformers(
 ) -> None:
     chosen = [ids[0], ids[20], ids[-3]]
     model = transformers.XLMRobertaModel.from_pretrained(folder, add_pooling_layer=False).eval()
-    session = Session(checkpoint, fp32_tensors(checkpoint), FP32, slot_count=1)
+    session = Session(checkpoint, make_tensors(checkpoint, FP32), FP32, slot_count=1)
     for one in chosen:
         found = session.hidden(np.array(one, np.int32), slot=0)
         with torch.inference_mode():

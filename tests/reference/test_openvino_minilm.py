@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 
 from trivec.backends.openvino import OpenVinoBackend
-from trivec.backends.openvino.calibrate import as_batch
+from trivec.backends.openvino.packing import as_batch
 from trivec.checkpoints import open_checkpoint
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.types import Float32Array, Output, Sequences

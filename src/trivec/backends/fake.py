@@ -13,15 +13,7 @@ from math import inf
 
 import numpy as np
 
-from trivec.core.types import (
-    Batch,
-    BatchBudget,
-    Float32Array,
-    Int32Array,
-    Output,
-    SparseVector,
-    Vectors,
-)
+from trivec.core.types import Batch, BatchBudget, Float32Array, Output, SparseVector, Vectors
 
 DEFAULT_BUDGET = BatchBudget(tokens_max=512, sequences_max=64)
 SPECIAL_IDS = 4  # ids below this never enter a sparse vector, as with XLM-R's <s> <pad> </s> <unk>
@@ -69,18 +61,10 @@ class FakeBackend:
         self.poison: dict[int, Poison] = {}
         self.ran: list[Ran] = []
         self.closed = False
-        self._slot_count = slot_count
-        self._budget = budget
+        self.slot_count = slot_count
+        self.budget = budget
         self._tokens_per_s = tokens_per_s
         self._entered = threading.Condition()
-
-    @property
-    def slot_count(self) -> int:
-        return self._slot_count
-
-    @property
-    def budget(self) -> BatchBudget:
-        return self._budget
 
     def run(self, batch: Batch, *, slot: int) -> Vectors:
         return self._run(Ran(batch, slot, exact=False))
@@ -97,42 +81,34 @@ class FakeBackend:
             return self._entered.wait_for(lambda: len(self.ran) >= count, timeout=within_s)
 
     def _run(self, call: Ran) -> Vectors:
-        assert 0 <= call.slot < self._slot_count, "a slot that was not offered"
+        batch = call.batch
+        assert 0 <= call.slot < self.slot_count, "a slot that was not offered"
         assert not self.closed, "a batch after close"
         with self._entered:
             self.ran.append(call)
             self._entered.notify_all()
         self.gate.wait()
-        time.sleep(call.batch.token_count / self._tokens_per_s)
-        batch = call.batch
+        time.sleep(batch.token_count / self._tokens_per_s)
         dense = np.empty((len(batch), self.dimensions), np.float32)  # [sequences, dimensions]
-        sparse: list[SparseVector | None] = []
-        multi: list[Float32Array | None] = []
-        for i in range(len(batch)):
+        sparse: list[SparseVector | None] = [None] * len(batch)
+        multi: list[Float32Array | None] = [None] * len(batch)
+        for i, flags in enumerate(batch.outputs.tolist()):
             ids = batch.token_ids[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]]
-            wanted = Output(int(batch.outputs[i])) & self.outputs
-            row_count = len(ids) if Output.MULTI in wanted else 1
-            rows = _unit_rows(ids, row_count, self.dimensions)
             effects = {self.poison[token] for token in ids.tolist() if token in self.poison}
             if Poison.RAISE in effects:
                 raise RuntimeError("a poisoned token was in the batch")
+            wanted = Output(flags) & self.outputs
+            digest = hashlib.blake2b(ids.astype("<i4").tobytes(), digest_size=8).digest()
+            draw = np.random.default_rng(int.from_bytes(digest, "little"))
+            row_count = len(ids) if Output.MULTI in wanted else 1
+            rows = draw.standard_normal((row_count, self.dimensions), np.float32)
+            rows /= np.linalg.norm(rows, axis=1, keepdims=True)
             is_nan = Poison.NAN_ALWAYS in effects or (Poison.NAN in effects and not call.exact)
             dense[i] = np.nan if is_nan else rows[0]
-            sparse.append(_sparse(ids) if Output.SPARSE in wanted else None)
-            multi.append(rows[1:] if Output.MULTI in wanted else None)
-        return Vectors.of(dense, tuple(sparse), tuple(multi))
-
-
-def _unit_rows(ids: Int32Array, row_count: int, dimensions: int) -> Float32Array:
-    """Rows of length 1 from a hash of all the ids: float32 `[row_count, dimensions]`."""
-    digest = hashlib.blake2b(ids.astype("<i4").tobytes(), digest_size=8).digest()
-    generator = np.random.default_rng(int.from_bytes(digest, "little"))
-    rows = generator.standard_normal((row_count, dimensions), np.float32)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows
-
-
-def _sparse(ids: Int32Array) -> SparseVector:
-    distinct = np.unique(ids[ids >= SPECIAL_IDS])
-    weights = (distinct.astype(np.int64) * 7919 % 1000 + 1) / 1000
-    return SparseVector(distinct, weights.astype(np.float32))
+            if Output.MULTI in wanted:
+                multi[i] = rows[1:]
+            if Output.SPARSE in wanted:
+                distinct = np.unique(ids[ids >= SPECIAL_IDS])
+                weights = (distinct.astype(np.int64) * 7919 % 1000 + 1) / 1000
+                sparse[i] = SparseVector(distinct, weights.astype(np.float32))
+        return Vectors.of(dense, sparse, multi)

@@ -55,13 +55,6 @@ class Pooler:
     normalize: bool
     heads: Heads | None
 
-    def needs_all_tokens(self, outputs: NDArray[np.uint8]) -> NDArray[np.bool_]:
-        """Which sequences need more than their first token's hidden state: bool `[sequences]`."""
-        if self.pooling is not Pooling.CLS:
-            return np.ones(len(outputs), np.bool_)
-        wanted: NDArray[np.bool_] = (outputs & np.uint8(Output.SPARSE | Output.MULTI)) != 0
-        return wanted
-
     def vectors(self, rows: HiddenRows) -> Vectors:
         """All that was asked for, one entry a sequence, none of it a view of `rows.hidden`.
 

@@ -4,8 +4,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
 from trivec.backends.openvino import cache
 from trivec.backends.openvino.calibrate import (
     COSINE_MEAN,
@@ -13,15 +11,14 @@ from trivec.backends.openvino.calibrate import (
     Calibration,
     QuantisedModel,
     best_int8,
-    fp32_tensors,
     has_bf16,
 )
-from trivec.backends.openvino.packing import ROW_BUDGET
-from trivec.backends.openvino.quantise import FP32, INT8_CONFIGS, QuantConfig, Tensors
+from trivec.backends.openvino.packing import MICRO_BATCH_BUDGET, as_batch
+from trivec.backends.openvino.quantise import FP32, INT8_SCHEMES, QuantScheme, make_tensors
 from trivec.backends.openvino.session import Session, mappings_of, open_session, release_memory
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.errors import SettingInvalid
-from trivec.core.types import Batch, BatchBudget, Output, Vectors
+from trivec.core.types import Batch, Output, Sequences, Vectors
 
 WARM_LENGTHS = (16, 32, 64, 128, 512)
 """Tokens of the texts each slot runs before it is offered; other sizes cost 0.5 ms a layer once."""
@@ -34,18 +31,21 @@ class OpenVinoBackend:
         self,
         checkpoint: Checkpoint,
         session: Session,
-        config: QuantConfig,
-        *,
+        scheme: QuantScheme,
         quantised: QuantisedModel | None,
     ) -> None:
+        self.precision = scheme.precision
+        """`fp32` or `int8`."""
+        self.recipe = scheme.name
+        """The exact name of the quantisation scheme, which `load` takes as its precision."""
         self.certificate = None if quantised is None else quantised.certificate
         """How near int8 is to fp32 for this model; None where int8 was never considered."""
+        self.slot_count = session.slot_count
+        self.budget = MICRO_BATCH_BUDGET
         self._checkpoint = checkpoint
         self._session: Session | None = session
-        self._config = config
-        self._references = {} if quantised is None else quantised.references
-        self._slot_count = session.slot_count
-        self._exact = threading.Lock()
+        self._fp32_reference = None if quantised is None else quantised.references[FP32.name]
+        self._exact_lock = threading.Lock()
 
     @classmethod
     def load(
@@ -54,49 +54,22 @@ class OpenVinoBackend:
         """Read, quantise if asked, compile and warm up; blocks for seconds.
 
         *precision*: `fp32`, `int8`, `auto`, which takes int8 where its certificate passes, or the
-        name of an int8 config, which is refused where its certificate fails. The quantised model
+        name of an int8 scheme, which is refused where its certificate fails. The quantised model
         is kept under *cache_dir*. Raises `CheckpointRefused`, `SettingInvalid`.
         """
         quantised = None
         if precision != "fp32":
-            pinned = None if precision in ("auto", "int8") else _pinned(checkpoint, precision)
-            quantised = _quantised(checkpoint, pinned, slot_count=cores, cache_dir=cache_dir)
-            certificate = quantised.certificate
-            if pinned is not None and not certificate.passes:
-                raise SettingInvalid(
-                    f"{checkpoint.id} is not served in {certificate.config}: {certificate.summary}. "
-                    f"It needs {COSINE_MIN} min and {COSINE_MEAN} mean; choose auto, fp32 or a more "
-                    "careful recipe"
-                )
-        tensors: Tensors
+            quantised = _quantised(checkpoint, precision, slot_count=cores, cache_dir=cache_dir)
         if quantised is not None and (precision == "int8" or quantised.certificate.passes):
-            config, tensors = quantised.config, quantised.tensors
+            scheme, tensors = quantised.scheme, quantised.tensors
         else:
-            config, tensors = FP32, fp32_tensors(checkpoint)
-        reference = None if quantised is None else quantised.references.get(config.name)
-        session = open_session(checkpoint, tensors, config, slot_count=cores, reference=reference)
-        backend = cls(checkpoint, session, config, quantised=quantised)
+            scheme, tensors = FP32, make_tensors(checkpoint, FP32)
+        reference = None if quantised is None else quantised.references.get(scheme.name)
+        session = open_session(checkpoint, tensors, scheme, slot_count=cores, reference=reference)
+        backend = cls(checkpoint, session, scheme, quantised)
         backend._warm()
         release_memory(mappings_of(tensors.values()))
         return backend
-
-    @property
-    def precision(self) -> str:
-        """`fp32` or `int8`."""
-        return self._config.precision
-
-    @property
-    def recipe(self) -> str:
-        """The exact name of the arithmetic, which `load` takes as its precision."""
-        return self._config.name
-
-    @property
-    def slot_count(self) -> int:
-        return self._slot_count
-
-    @property
-    def budget(self) -> BatchBudget:
-        return ROW_BUDGET
 
     def run(self, batch: Batch, *, slot: int) -> Vectors:
         """See `core.ports.Backend`. A sequence's bits do not depend on its neighbours or place."""
@@ -106,17 +79,14 @@ class OpenVinoBackend:
     def run_exact(self, batch: Batch, *, slot: int) -> Vectors:
         """*batch* in fp32, from the checkpoint's files; seconds for a large model, one at a time.
 
-        It is for the rare row that was not finite, so no fp32 copy is kept for it.
+        It is for the rare vector that was not finite, so no fp32 copy is kept for it.
         """
-        if self._config == FP32:
+        if self.precision == "fp32":
             return self.run(batch, slot=slot)
-        with self._exact:
+        with self._exact_lock:
+            tensors, reference = make_tensors(self._checkpoint, FP32), self._fp32_reference
             session = open_session(
-                self._checkpoint,
-                fp32_tensors(self._checkpoint),
-                FP32,
-                slot_count=1,
-                reference=self._references.get(FP32.name),
+                self._checkpoint, tensors, FP32, slot_count=1, reference=reference
             )
             return session.run(batch, slot=0)
 
@@ -126,66 +96,70 @@ class OpenVinoBackend:
     def _warm(self) -> None:
         """Run one text of each of `WARM_LENGTHS` on every slot at once."""
         limit = self._checkpoint.token_count_max
-        outputs = np.array([Output.DENSE], np.uint8)
 
         def warm(slot: int) -> None:
             for length in sorted({min(length, limit) for length in WARM_LENGTHS}):
-                ends = np.array([0, length], np.int32)
-                self.run(Batch(np.zeros(length, np.int32), ends, outputs), slot=slot)
+                self.run(as_batch(Sequences.pack([[0] * length]), Output.DENSE), slot=slot)
 
-        with ThreadPoolExecutor(self._slot_count, "trivec-warm") as pool:
-            list(pool.map(warm, range(self._slot_count)))
+        with ThreadPoolExecutor(self.slot_count, "trivec-warm") as pool:
+            list(pool.map(warm, range(self.slot_count)))
 
 
-def _pinned(checkpoint: Checkpoint, name: str) -> QuantConfig:
-    """The config called *name*. Raises `SettingInvalid` where there is none, or not here."""
-    config = QuantConfig.of_name(name)
-    if config is None:
+def _quantised(
+    checkpoint: Checkpoint, precision: str, *, slot_count: int, cache_dir: Path
+) -> QuantisedModel:
+    """*checkpoint* in int8, from the cache or made now and put there.
+
+    It is in the scheme called *precision*, or for `auto` and `int8` in the fastest that passes. What
+    is kept for one never answers for the other. Raises `SettingInvalid` for a scheme that there is
+    not, or whose certificate fails.
+    """
+    pinned = None if precision in ("auto", "int8") else _pinned(checkpoint, precision)
+    name = "int8" if pinned is None else pinned.name
+    folder = cache.cache_folder(checkpoint, precision=name, cache_dir=cache_dir)
+    if (kept := cache.load(folder)) is not None:
+        return kept
+    if pinned is None:
+        made = best_int8(checkpoint, slot_count=slot_count)
+    else:
+        made = Calibration(checkpoint, slot_count=slot_count).attempt(pinned)
+        if not made.certificate.passes:  # nothing is kept: another start may find otherwise
+            raise SettingInvalid(
+                f"{checkpoint.id} is not served in {pinned.name}: {made.certificate.summary}. "
+                f"It needs {COSINE_MIN} min and {COSINE_MEAN} mean; choose auto, fp32 or a more "
+                "careful recipe"
+            )
+    try:
+        cache.save(folder, made)
+    except OSError as error:
+        raise SettingInvalid(
+            f"the int8 tensors of {checkpoint.id} cannot be written to {folder}: {error}. Give the "
+            "data folder space and permission, or serve with --precision fp32."
+        ) from error
+    del made  # the mapped file takes the place of its memory
+    kept = cache.load(folder)
+    assert kept is not None, "what was just written reads back"
+    return kept
+
+
+def _pinned(checkpoint: Checkpoint, name: str) -> QuantScheme:
+    """The scheme called *name*. Raises `SettingInvalid` where there is none, or not here."""
+    scheme = QuantScheme.of_name(name)
+    if scheme is None:
         raise SettingInvalid(
             f"precision {name} is not for CPUs; choose auto, fp32, int8 or one of the recipes "
-            f"{', '.join(one.name for one in INT8_CONFIGS)}, each also with -exact- and the "
+            f"{', '.join(one.name for one in INT8_SCHEMES)}, each also with -exact- and the "
             "numbers of layers to keep in fp32, as -exact-0-11"
         )
     layer_count = checkpoint.config.num_hidden_layers
-    if config.exact_layers and max(config.exact_layers) >= layer_count:
+    if scheme.exact_layers and max(scheme.exact_layers) >= layer_count:
         raise SettingInvalid(
-            f"precision {name} names layer {max(config.exact_layers)}, and the layers of "
+            f"precision {name} names layer {max(scheme.exact_layers)}, and the layers of "
             f"{checkpoint.id} are 0 to {layer_count - 1}"
         )
-    if config.bf16_attention and not has_bf16():
+    if scheme.bf16_attention and not has_bf16():
         raise SettingInvalid(
             f"precision {name} needs a CPU with bf16 products, which this one has not; choose "
             f"{name.replace('-bf16', '')} for the whole fleet, or auto"
         )
-    return config
-
-
-def _quantised(
-    checkpoint: Checkpoint, pinned: QuantConfig | None, *, slot_count: int, cache_dir: Path
-) -> QuantisedModel:
-    """*checkpoint* in int8, from the cache or made now and put there.
-
-    It is in the config *pinned*, or in the fastest that passes. The two have a folder each: what
-    is kept for one never answers for the other.
-    """
-    precision = "int8" if pinned is None else pinned.name
-    folder = cache.cache_folder(checkpoint, precision=precision, cache_dir=cache_dir)
-    kept = cache.load(folder)
-    if kept is None:
-        if pinned is None:
-            made = best_int8(checkpoint, slot_count=slot_count)
-        else:
-            made = Calibration(checkpoint, slot_count=slot_count).attempt(pinned)
-            if not made.certificate.passes:  # it is refused, and another start may judge anew
-                return made
-        try:
-            cache.save(folder, made)
-        except OSError as error:
-            raise SettingInvalid(
-                f"the int8 form of {checkpoint.id} cannot be written to {folder}: {error}. Give the "
-                "data folder space and permission, or serve with --precision fp32."
-            ) from error
-        del made  # the mapped file takes the place of its memory
-        kept = cache.load(folder)
-        assert kept is not None, "what was just written reads back"
-    return kept
+    return scheme

@@ -1,44 +1,45 @@
 """Cache: a model's int8 tensors kept on disk beside their certificate, so that a start is quick.
 
-A folder a checkpoint and set of versions: `tensors.safetensors`, then `quantised.json` with its hash
-and the certificate, each written whole under another name and moved into place. A folder that is
-damaged is made again; a hash once computed is remembered beside the files as long as they stay as
-they are.
+A folder for each checkpoint, set of versions and CPU: `tensors.safetensors`, then `quantised.json`
+with its hash and the certificate, each moved into place when it is whole. A folder that is damaged
+is made again; a hash once computed is remembered beside the files as long as they stay as they are.
 """
 
 import hashlib
-import json
 import logging
 import os
-import tempfile
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import openvino as ov
-from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
-from trivec.backends.openvino.calibrate import Agreement, Certificate, QuantisedModel
-from trivec.backends.openvino.quantise import Form, QuantConfig
+from trivec.backends.openvino.calibrate import Certificate, QuantisedModel
+from trivec.backends.openvino.quantise import QuantScheme
 from trivec.backends.openvino.session import open_core
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.checkpoints.hashes import Hashes
+from trivec.checkpoints.tensor_files import open_tensor_file, write_safetensors
 from trivec.core.errors import CheckpointRefused
 
 _log = logging.getLogger("trivec.openvino")
 
-FORMAT = 4
+FORMAT = 5
 """Raised whenever the same checkpoint would give other tensors, or another graph would read them."""
 
 TENSORS, DESCRIBED = "tensors.safetensors", "quantised.json"
 REFERENCE = "self_test."  # begins the names of the tensors that are `QuantisedModel.references`
+DTYPES = {"F32": np.float32, "I8": np.int8}
 
-DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, CheckpointRefused)
+DAMAGE = (OSError, ValueError, KeyError, msgspec.MsgspecError, CheckpointRefused)
 """What reading a damaged folder raises."""
 
-DTYPES = {"F32": np.float32, "I8": np.int8}
+
+class Described(msgspec.Struct, frozen=True):
+    """The content of `quantised.json`."""
+
+    sha256: str  # of the tensors' file
+    certificate: Certificate
 
 
 def cache_folder(checkpoint: Checkpoint, *, precision: str, cache_dir: Path) -> Path:
@@ -57,23 +58,18 @@ def cache_folder(checkpoint: Checkpoint, *, precision: str, cache_dir: Path) -> 
 
 def save(folder: Path, model: QuantisedModel) -> None:
     """Write tensors and certificate; a crash in between leaves nothing that `load` takes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / TENSORS
     references = {REFERENCE + name: states for name, states in model.references.items()}
-    tensors = {**model.tensors, **references}
-    _replace(file, lambda path: save_file(tensors, path))
-    hashes = Hashes(folder)
-    sha256 = hashes.of(file, fresh=True).sha256
-    hashes.remember(file, sha256)  # which trusts no file so young but from its writer
-    config = {
-        "form": model.config.form.value,
-        "group_size": model.config.group_size,
-        "exact_layers": sorted(model.config.exact_layers),
-        "bf16_attention": model.config.bf16_attention,
-    }
-    described = {"sha256": sha256, "config": config, "certificate": asdict(model.certificate)}
-    text = json.dumps(described, indent=1)
-    _replace(folder / DESCRIBED, lambda path: path.write_text(text, "utf-8"))
+    tensors = dict(  # int8 last, so that each float32 begins at a multiple of its size
+        sorted({**model.tensors, **references}.items(), key=lambda item: -item[1].itemsize)
+    )
+    names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+    shapes = {name: (names[array.dtype], array.shape) for name, array in tensors.items()}
+    pieces = ([array.data.cast("B")] for array in tensors.values())
+    sha256 = write_safetensors(folder / TENSORS, shapes, pieces)
+    Hashes(folder).remember(folder / TENSORS, sha256)
+    unfinished = folder / f".{DESCRIBED}.{os.getpid()}.part"
+    unfinished.write_bytes(msgspec.json.encode(Described(sha256, model.certificate)))
+    unfinished.replace(folder / DESCRIBED)
 
 
 def load(folder: Path) -> QuantisedModel | None:
@@ -101,60 +97,21 @@ def check_cache(cache_dir: Path) -> dict[Path, str | None]:
 
 def _read(folder: Path, *, fresh: bool) -> QuantisedModel:
     """Raises one of `DAMAGE`. *fresh*: hash every byte, whatever is remembered."""
-    described = json.loads((folder / DESCRIBED).read_text("utf-8"))
-    file = folder / TENSORS
-    if Hashes(folder).of(file, fresh=fresh).sha256 != described["sha256"]:
+    described = msgspec.json.decode((folder / DESCRIBED).read_bytes(), type=Described)
+    certificate, file = described.certificate, folder / TENSORS
+    if Hashes(folder).of(file, fresh=fresh).sha256 != described.sha256:
         raise ValueError(f"the hash of {file.name} is another than when it was written")
-    config, certificate = described["config"], described["certificate"]
-    tensors = map_tensors(file)
+    scheme = QuantScheme.of_name(certificate.scheme)
+    if scheme is None:
+        raise ValueError(f"{certificate.scheme} is no int8 scheme")
+    opened = open_tensor_file(file)
+    tensors = {
+        name: np.frombuffer(opened.raw(name), DTYPES[stored.dtype]).reshape(stored.shape)
+        for name, stored in opened.tensors.items()
+    }
     references = {
         name.removeprefix(REFERENCE): np.array(tensors.pop(name), np.float32)
         for name in list(tensors)
         if name.startswith(REFERENCE)
     }
-    return QuantisedModel(
-        QuantConfig(
-            Form(config["form"]),
-            config["group_size"],
-            frozenset(config["exact_layers"]),
-            bf16_attention=config["bf16_attention"],
-        ),
-        Certificate(
-            config=certificate["config"],
-            agreements={name: Agreement(**one) for name, one in certificate["agreements"].items()},
-            probe_count=certificate["probe_count"],
-            script_count=certificate["script_count"],
-            refused=tuple(certificate["refused"]),
-        ),
-        tensors,
-        references,
-    )
-
-
-def map_tensors(file: Path) -> dict[str, NDArray[np.generic]]:
-    """Every tensor of a safetensors file as a read-only view of the mapped file."""
-    raw = np.memmap(file, np.uint8, mode="r")
-    header_bytes = int.from_bytes(raw[:8].tobytes(), "little")
-    header = json.loads(raw[8 : 8 + header_bytes].tobytes())
-    header.pop("__metadata__", None)
-    body = raw[8 + header_bytes :]
-    return {
-        name: body[slice(*entry["data_offsets"])]
-        .view(DTYPES[entry["dtype"]])
-        .reshape(entry["shape"])
-        for name, entry in header.items()
-    }
-
-
-def _replace(file: Path, write: Callable[[Path], object]) -> None:
-    """Let *write* fill a neighbour of *file*, flush it to disk and move it into place."""
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    os.close(handle)
-    path = Path(name)
-    try:
-        write(path)
-        with path.open("rb") as written:
-            os.fsync(written.fileno())
-        path.replace(file)
-    finally:
-        path.unlink(missing_ok=True)
+    return QuantisedModel(scheme, certificate, tensors, references)

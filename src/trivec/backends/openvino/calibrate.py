@@ -1,16 +1,17 @@
-"""Calibration: finds the fastest int8 config that keeps a model's vectors, and certifies it.
+"""Calibration: finds the fastest int8 scheme that keeps a model's vectors, and certifies it.
 
-The fp32 encoder runs once over the probe texts and is then let go; each config is quantised, compiled,
+The fp32 encoder runs once over the probe texts and is then let go; each scheme is quantised, compiled,
 run over the same probes and compared. At most half a minute for BGE-M3, once; then it is on disk.
 """
 
 import json
 import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import resources
+from timeit import timeit
 
 import numpy as np
 import openvino as ov
@@ -18,15 +19,16 @@ from numpy.typing import NDArray
 from openvino import opset15 as op
 from tokenizers import Tokenizer
 
-from trivec.backends.openvino.graph import Extra, attend
+from trivec.backends.openvino.graph import attend
+from trivec.backends.openvino.packing import as_batch
 from trivec.backends.openvino.quantise import (
     FP32,
-    INT8_CONFIGS,
     INT8_GROUPS_32,
-    ChannelRanges,
-    QuantConfig,
+    INT8_SCHEMES,
+    ActivationStatistics,
+    QuantScheme,
     Tensors,
-    int8_tensors,
+    make_tensors,
 )
 from trivec.backends.openvino.session import (
     Session,
@@ -36,16 +38,16 @@ from trivec.backends.openvino.session import (
     self_test_ids,
 )
 from trivec.checkpoints.checkpoint import Checkpoint
-from trivec.core.types import Batch, Float32Array, Output, Sequences, Vectors
+from trivec.core.types import Float32Array, Output, Sequences, Vectors
 from trivec.models.ops import AttentionSpec
-from trivec.models.registry import plan_of, tensor_shapes
+from trivec.models.registry import plan_of
 
 COSINE_MIN = 0.99
 COSINE_MEAN = 0.998
 
 LENGTHS_MADE = (3, 4, 6, 9, 64, 128, 256, 512)  # beside the sentences' own, special tokens included
 
-EXACT_SHARE = 0.25  # of the layers, in the last config
+EXACT_SHARE = 0.25  # of the layers, in the last scheme
 
 TRIAL_TOKENS = 512  # where attention is a quarter of the time of BGE-M3
 TRIAL_REPEATS = 5
@@ -53,8 +55,8 @@ BF16_SHARE_MAX = 0.9  # of fp32's time; what is nearer is not worth fewer digits
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
-    """Cosines between vectors of two arithmetics."""
+class CosineStatistics:
+    """Cosines between the vectors of two schemes."""
 
     minimum: float
     mean: float
@@ -67,46 +69,41 @@ class Agreement:
         return f"{self.minimum:.4f} min {self.mean:.4f} mean"
 
 
-NO_AGREEMENT = {"dense": Agreement(-1.0, -1.0)}  # of a config that computes nothing
+NO_VECTORS = {"dense": CosineStatistics(-1.0, -1.0)}  # of a scheme that does not run here
 
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """How near one config's vectors are to fp32's, on which probes."""
+    """How near one scheme's vectors are to fp32's, on which probes."""
 
-    config: str  # its name
-    agreements: Mapping[str, Agreement]  # dense, and sparse and multi where the model has them
+    scheme: str  # its name
+    cosines: Mapping[str, CosineStatistics]  # of dense, and of sparse and multi where there are any
     probe_count: int
     script_count: int
-    refused: tuple[str, ...]  # faster configs that did not pass
+    refused: tuple[str, ...]  # faster schemes that did not pass
 
     @property
-    def dense(self) -> Agreement:
-        return self.agreements["dense"]
+    def dense(self) -> CosineStatistics:
+        return self.cosines["dense"]
 
     @property
     def passes(self) -> bool:
-        """Whether every kind of vector is within the bars."""
-        return all(one.passes for one in self.agreements.values())
-
-    @property
-    def computes(self) -> bool:
-        """Whether the config gives any vectors on this machine."""
-        return self.agreements != NO_AGREEMENT
+        """Whether every kind of vector is within the thresholds."""
+        return all(one.passes for one in self.cosines.values())
 
     @property
     def summary(self) -> str:
         """One line for model lists and logs."""
-        shown = ", ".join(f"{name} {one}" for name, one in self.agreements.items())
+        shown = ", ".join(f"{name} {one}" for name, one in self.cosines.items())
         verdict = "passes" if self.passes else "FAILS"
         refused = f"; refused before: {', '.join(self.refused)}" if self.refused else ""
         return (
-            f"{self.config} {verdict} against fp32: cosine {shown}; {self.probe_count} probes "
+            f"{self.scheme} {verdict} against fp32: cosine {shown}; {self.probe_count} probes "
             f"in {self.script_count} scripts and languages{refused}"
         )
 
 
-def compare(exact: Vectors, other: Vectors) -> dict[str, Agreement]:
+def compare(exact: Vectors, other: Vectors) -> dict[str, CosineStatistics]:
     """Cosines of *other* with *exact*, sequence by sequence; rows of multi one by one."""
     found = {"dense": [_cosines(exact.dense, other.dense)], "sparse": [], "multi": []}
     for a, b in zip(exact.sparse, other.sparse, strict=True):
@@ -120,26 +117,18 @@ def compare(exact: Vectors, other: Vectors) -> dict[str, Agreement]:
             found["multi"].append(_cosines(x, y))
     joined = {name: np.concatenate(cosines) for name, cosines in found.items() if cosines}
     return {
-        name: Agreement(float(cosines.min()), float(cosines.mean()))
+        name: CosineStatistics(float(cosines.min()), float(cosines.mean()))
         for name, cosines in joined.items()
     }
 
 
 def _cosines(a: Float32Array, b: Float32Array) -> NDArray[np.float64]:
-    """Row by row, float64 `[rows]`; a row that is not finite agrees with nothing."""
+    """Row by row, float64 `[rows]`; -1 for a row that is not finite."""
     x, y = a.astype(np.float64), b.astype(np.float64)
     norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
     cosines: NDArray[np.float64] = (x * y).sum(axis=1) / np.maximum(norms, 1e-30)
     cosines[~np.isfinite(cosines)] = -1.0
     return cosines
-
-
-@dataclass(frozen=True, slots=True)
-class Probes:
-    """Texts of many scripts and lengths, tokenised for one model: two sets that share no sentence."""
-
-    calibration: Sequences  # shows how large each channel grows
-    judgement: Sequences  # whose vectors are compared
 
 
 def read_sentences() -> dict[str, tuple[str, str]]:
@@ -148,10 +137,11 @@ def read_sentences() -> dict[str, tuple[str, str]]:
     return {script: (pair[0], pair[1]) for script, pair in json.loads(text).items()}
 
 
-def make_probes(checkpoint: Checkpoint) -> Probes:
-    """The sentences, and sequences of `LENGTHS_MADE` tokens cut from them laid end to end.
+def make_probes(checkpoint: Checkpoint) -> tuple[Sequences, Sequences]:
+    """Texts to calibrate on and others to evaluate on, of many scripts and lengths.
 
-    All are in *checkpoint*'s own token ids, none longer than it reads.
+    Each are sentences, and sequences of `LENGTHS_MADE` tokens cut from these laid end to end, in
+    *checkpoint*'s own token ids and none longer than it reads.
     """
     tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_file))
     tokenizer.no_truncation()
@@ -165,17 +155,10 @@ def make_probes(checkpoint: Checkpoint) -> Probes:
         made = [
             [first, *bodies[shift : shift + length - 2], last]
             for shift, length in enumerate(LENGTHS_MADE)
-            if length <= limit
         ]
-        sets.append(Sequences.pack([one for one in ids if len(one) <= limit] + made))
-    calibration, judgement = sets
-    return Probes(calibration, judgement)
-
-
-def as_batch(sequences: Sequences, outputs: Output) -> Batch:
-    """*sequences* with the same *outputs* for each."""
-    flags = np.full(len(sequences), int(outputs), np.uint8)
-    return Batch(sequences.token_ids, sequences.cu_seqlens, flags)
+        sets.append(Sequences.pack([one for one in ids + made if len(one) <= limit]))
+    calibration, evaluation = sets
+    return calibration, evaluation
 
 
 def has_bf16() -> bool:
@@ -192,179 +175,145 @@ def bf16_pays(spec: AttentionSpec, *, tokens: int = TRIAL_TOKENS) -> bool:
     if not has_bf16():
         return False
     requests = [_attention_alone(spec, tokens, bf16=bf16) for bf16 in (False, True)]
-    turns = [[_time_s(request) for request in requests] for _ in range(TRIAL_REPEATS)]
+    turns = [
+        [timeit(request.infer, number=1) for request in requests] for _ in range(TRIAL_REPEATS)
+    ]
     fp32_s, bf16_s = np.array(turns).min(axis=0).tolist()
     return bool(bf16_s <= BF16_SHARE_MAX * fp32_s)
 
 
 def _attention_alone(spec: AttentionSpec, tokens: int, *, bf16: bool) -> ov.InferRequest:
     """One attention over a text of *tokens*, compiled for one thread and run once."""
-    x = op.parameter([-1, spec.size], np.float32)
-    own = op.parameter([-1, spec.kv_heads * spec.head_dim], np.float32)
+    kv_size = spec.kv_heads * spec.head_dim
+    q = op.parameter([-1, spec.size], np.float32)
+    kv = op.parameter([-1, kv_size], np.float32)
     gather = op.parameter([-1, -1], np.int32)
     bias = op.parameter([-1, 1, 1, -1], np.float32)
-    nodes = attend(x, own, own, spec=spec, gather=gather, bias=bias, mask=None, bf16=bf16)
-    model = ov.Model([op.result(nodes)], [x, own, gather, bias])
+    nodes = attend(q, kv, kv, spec=spec, gather=gather, bias=bias, mask=None, bf16=bf16)
+    model = ov.Model([op.result(nodes)], [q, kv, gather, bias])
     properties = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
     request = open_core().compile_model(model, "CPU", properties).create_infer_request()
-    states, own_states = (
-        np.full((tokens, int(node.get_output_partial_shape(0)[1].get_length())), 0.01, np.float32)
-        for node in (x, own)
-    )
+    states = (np.full((tokens, size), 0.01, np.float32) for size in (spec.size, kv_size))
     places = np.arange(tokens, dtype=np.int32)[None]
-    request.infer([states, own_states, places, np.zeros((1, 1, 1, tokens), np.float32)])
+    request.infer([*states, places, np.zeros((1, 1, 1, tokens), np.float32)])
     return request
-
-
-def _time_s(request: ov.InferRequest) -> float:
-    started_s = time.perf_counter()
-    request.infer()
-    return time.perf_counter() - started_s
 
 
 @dataclass(frozen=True, slots=True)
 class QuantisedModel:
-    """A model's tensors in one int8 config, ready to be compiled, and what proves each load sound.
+    """A model's tensors in one int8 scheme, ready to be compiled, and what proves each load sound.
 
-    The certificate compares the config with fp32; a session compiled later in either is compared
+    The certificate compares the scheme with fp32; a session compiled later in either is compared
     with the hidden states that the two sessions of the calibration computed for one text.
     """
 
-    config: QuantConfig
+    scheme: QuantScheme
     certificate: Certificate
     tensors: Tensors
-    # By the config's name and by "fp32": hidden states of `session.self_test_ids`, [tokens, hidden].
+    # Hidden states of `session.self_test_ids`, [tokens, hidden], by "fp32" and by the scheme's name;
+    # without the latter it does not run here.
     references: Mapping[str, Float32Array]
 
 
-def fp32_tensors(checkpoint: Checkpoint) -> dict[str, NDArray[np.generic]]:
-    """The encoder's own weights, most of them views of the checkpoint's mapped files."""
-    with checkpoint.weights() as weights:
-        tensors: dict[str, NDArray[np.generic]] = {
-            name: weights.take(name) for name in tensor_shapes(checkpoint.config)
-        }
-        weights.finish()
-    return tensors
-
-
 def best_int8(checkpoint: Checkpoint, *, slot_count: int) -> QuantisedModel:
-    """The fastest config that passes, or the last that computes, whose certificate then says so."""
+    """The fastest scheme that passes, or the last that runs, whose certificate then says so."""
     calibration = Calibration(checkpoint, slot_count=slot_count)
     best: QuantisedModel | None = None
     refused: list[str] = []
-    for config in calibration.candidates():
-        tried = calibration.attempt(config, refused=tuple(refused))
-        if best is None or tried.certificate.computes:
+    for scheme in calibration.candidates():
+        tried = calibration.attempt(scheme, refused=tuple(refused))
+        if best is None or scheme.name in tried.references:
             best = tried
         if tried.certificate.passes:
             break
-        refused.append(config.name)
+        refused.append(scheme.name)
     assert best is not None, "there are candidates"
     return best
 
 
 class Calibration:
-    """One model, its probes, and fp32's results for them: vectors, channel ranges, hidden states."""
+    """One model, its probes, and what fp32 makes of them: vectors, statistics, hidden states."""
 
     def __init__(self, checkpoint: Checkpoint, *, slot_count: int) -> None:
         self._checkpoint = checkpoint
         self._slot_count = slot_count
-        self._probes = make_probes(checkpoint)
-        tensors = fp32_tensors(checkpoint)
-        # Two compiles must agree before anything is judged by them, or kept: see `open_session`.
-        alone = open_session(checkpoint, tensors, FP32, slot_count=1)
-        self._reference = alone.hidden(self_test_ids(checkpoint.config), slot=0)
+        calibration, self._evaluation = make_probes(checkpoint)
+        self._calibration = as_batch(calibration, Output.DENSE)
+        self._self_test_ids = self_test_ids(checkpoint.config)
+        tensors = make_tensors(checkpoint, FP32)
+        alone = open_session(checkpoint, tensors, FP32, slot_count=1, with_statistics=True)
+        self._reference = alone.hidden(self._self_test_ids, slot=0)
+        # Two compiles must agree before anything is compared with them, or kept: see `open_session`.
         session = open_session(
-            checkpoint,
-            tensors,
-            FP32,
-            slot_count=slot_count,
-            reference=self._reference,
-            extra=Extra.RANGES,
+            checkpoint, tensors, FP32, slot_count=slot_count, reference=self._reference
         )
         self._exact = self._vectors(session)
-        calibration = as_batch(self._probes.calibration, Output.DENSE)
-        taps = [np.array(values) for values in zip(*session.extras(calibration), strict=True)]
-        self._ranges = {  # of each tap [rows, in]; two for each group of linear layers
-            group.names[0]: ChannelRanges(
-                largest=taps[2 * i].max(axis=0), mean=taps[2 * i + 1].mean(axis=0)
+        groups = plan_of(checkpoint.config).linears
+        self._layer_outputs: list[Float32Array] = []  # of one micro-batch, each [tokens, hidden]
+        parts = []
+        for part in alone.statistics(self._calibration):
+            self._layer_outputs = self._layer_outputs or part[2 * len(groups) :]
+            parts.append(part[: 2 * len(groups)])
+        self._statistics = {
+            group.names[0]: ActivationStatistics(
+                largest=np.array([part[2 * i] for part in parts]).max(axis=0),
+                mean=np.array([part[2 * i + 1] for part in parts]).mean(axis=0),
             )
-            for i, group in enumerate(plan_of(checkpoint.config).linears)
+            for i, group in enumerate(groups)
         }
 
-    def candidates(self) -> Iterator[QuantConfig]:
+    def candidates(self) -> Iterator[QuantScheme]:
         """From the fastest on; the last one is worked out only when it is reached."""
         pays = bf16_pays(plan_of(self._checkpoint.config).attention[0])
-        yield from (config for config in INT8_CONFIGS if pays or not config.bf16_attention)
+        yield from (scheme for scheme in INT8_SCHEMES if pays or not scheme.bf16_attention)
         try:
             layers = self._most_sensitive_layers(INT8_GROUPS_32)
         except WrongOutputShape:
-            return  # with some layers in fp32 it would compute as little
+            return  # with some layers in fp32 it would not run either
         yield replace(INT8_GROUPS_32, exact_layers=layers)
 
-    def attempt(self, config: QuantConfig, *, refused: tuple[str, ...] = ()) -> QuantisedModel:
-        """Quantise, compile, run the probes, compare; a config that computes nothing fails.
+    def attempt(self, scheme: QuantScheme, *, refused: tuple[str, ...] = ()) -> QuantisedModel:
+        """Quantise, compile, run the probes, compare; a scheme that does not run here fails.
 
         One that fails is compiled once more: the choice is kept, and the compile may be at fault.
         """
-        tensors = self.tensors(config)
-        made = self._judge(config, tensors, refused)
-        return made if made.certificate.passes else self._judge(config, tensors, refused)
+        tensors = self.tensors(scheme)
+        for _ in range(2):
+            cosines, references = NO_VECTORS, {FP32.name: self._reference}
+            with suppress(WrongOutputShape):
+                session = open_session(
+                    self._checkpoint, tensors, scheme, slot_count=self._slot_count
+                )
+                cosines = compare(self._exact, self._vectors(session))
+                references[scheme.name] = session.hidden(self._self_test_ids, slot=0)
+            certificate = Certificate(
+                scheme.name, cosines, len(self._evaluation), len(read_sentences()), refused
+            )
+            if certificate.passes:
+                break
+        return QuantisedModel(scheme, certificate, tensors, references)
 
-    def _judge(
-        self, config: QuantConfig, tensors: dict[str, NDArray[np.generic]], refused: tuple[str, ...]
-    ) -> QuantisedModel:
-        references = {FP32.name: self._reference}
-        try:
-            session = self._open(tensors, config)
-        except WrongOutputShape:
-            agreements = NO_AGREEMENT
-        else:
-            agreements = compare(self._exact, self._vectors(session))
-            token_ids = self_test_ids(self._checkpoint.config)
-            references[config.name] = session.hidden(token_ids, slot=0)
-        certificate = Certificate(
-            config.name, agreements, len(self._probes.judgement), len(read_sentences()), refused
-        )
-        return QuantisedModel(config, certificate, tensors, references)
+    def tensors(self, scheme: QuantScheme) -> dict[str, NDArray[np.generic]]:
+        """The model quantised for *scheme*."""
+        return make_tensors(self._checkpoint, scheme, self._statistics)
 
-    def tensors(self, config: QuantConfig) -> dict[str, NDArray[np.generic]]:
-        """The model quantised for *config*."""
-        with self._checkpoint.weights() as weights:
-            tensors = int8_tensors(weights.take, self._checkpoint.config, config, self._ranges)
-            weights.finish()
-        return tensors
-
-    def _open(self, tensors: Tensors, config: QuantConfig, extra: Extra = Extra.NOTHING) -> Session:
-        return open_session(
-            self._checkpoint,
-            tensors,
-            config,
-            slot_count=self._slot_count,
-            reference=self._reference if config == FP32 else None,
-            extra=extra,
-        )
-
-    def _most_sensitive_layers(self, config: QuantConfig) -> frozenset[int]:
+    def _most_sensitive_layers(self, scheme: QuantScheme) -> frozenset[int]:
         """The quarter of the layers that add most error to their own output, by its square."""
-        exact = self._layer_outputs(fp32_tensors(self._checkpoint), FP32)
-        int8 = self._layer_outputs(self.tensors(config), config)
+        session = open_session(
+            self._checkpoint, self.tensors(scheme), scheme, slot_count=1, with_statistics=True
+        )
+        int8 = next(session.statistics(self._calibration))[-len(self._layer_outputs) :]
         errors = [
             float(np.mean(((a - b) ** 2).sum(axis=1) / (a**2).sum(axis=1)))
-            for a, b in zip(exact, int8, strict=True)
+            for a, b in zip(self._layer_outputs, int8, strict=True)
         ]
         added = np.diff(np.array(errors), prepend=0)
         count = math.ceil(len(added) * EXACT_SHARE)
         return frozenset(np.argsort(-added, kind="stable")[:count].tolist())
 
-    def _layer_outputs(self, tensors: Tensors, config: QuantConfig) -> Sequence[Float32Array]:
-        """Hidden states `[tokens, hidden]` after each layer, for one row of the probes."""
-        session = self._open(tensors, config, Extra.LAYERS)
-        return next(session.extras(as_batch(self._probes.calibration, Output.DENSE)))
-
     def _vectors(self, session: Session) -> Vectors:
-        """Every kind of vector of the judgement set, computed on all slots at once."""
-        texts = np.split(self._probes.judgement.token_ids, self._probes.judgement.cu_seqlens[1:-1])
+        """Every kind of vector of the evaluation set, computed on all slots at once."""
+        texts = np.split(self._evaluation.token_ids, self._evaluation.cu_seqlens[1:-1])
         slots = min(self._slot_count, len(texts))
 
         def run(slot: int) -> Vectors:
@@ -375,6 +324,6 @@ class Calibration:
             parts = list(pool.map(run, range(slots)))
         return Vectors.of(
             dense=np.concatenate([part.dense for part in parts]),
-            sparse=tuple(one for part in parts for one in part.sparse),
-            multi=tuple(one for part in parts for one in part.multi),
+            sparse=[one for part in parts for one in part.sparse],
+            multi=[one for part in parts for one in part.multi],
         )

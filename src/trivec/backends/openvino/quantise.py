@@ -1,4 +1,4 @@
-"""Quantisation: which arithmetic an encoder runs in, and the int8 tensors made for it.
+"""Quantisation: the schemes an encoder can run in, and the int8 tensors made for them.
 
 Weights: symmetric, one scale an output channel. A token's activations share one scale, so channels
 that differ are first smoothed: each is divided by a factor that moves half of its size into the
@@ -7,173 +7,154 @@ shifted to start at zero, which doubles its resolution. All of it is undone: the
 weights, the shift in the bias, and there also what rounding the weights does to the mean input.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 from itertools import groupby
+from types import MappingProxyType
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.types import Float32Array
-from trivec.models.ops import Activation, ModelConfig
+from trivec.models.ops import Activation, LinearGroup
 from trivec.models.registry import plan_of
 
 INT8_MAX = 127
 INT16_MAX = 127 * 256  # so that the high half is at most 127
 TABLE_ROWS = 16384  # of a table at a time
 SCALE_FLOOR = 1e-8
-SHIFTS = {Activation.GELU: 0.17}  # no GELU is below -0.16998
+SHIFTS: Mapping[Activation | None, float] = {Activation.GELU: 0.17}  # no GELU is below -0.16998
 
 Tensors: TypeAlias = Mapping[str, NDArray[np.generic]]
 
 
-class Form(Enum):
-    """How a linear layer multiplies. All int8 weights are symmetric, one scale an output channel."""
-
-    FP32 = "fp32"
-    INT8_ROWS = "int8-rows"  # activations int8, one scale a token: the fastest kernel
-    INT8_GROUPS = "int8-groups"  # activations int8, one scale a token and group of channels
-
-
 @dataclass(frozen=True, slots=True)
-class QuantConfig:
-    """The arithmetic of one compiled encoder.
+class QuantScheme:
+    """The types that a compiled encoder multiplies in.
 
-    Linear layers have a form, the products of attention a type. Everything else (embeddings, norms,
-    softmax of the scores it is given, activations) is fp32 in every config.
+    Everything but linear layers and the products of attention is fp32 in every scheme.
     """
 
-    form: Form
-    group_size: int | None = None  # channels that share a scale, where the form has groups
-    exact_layers: frozenset[int] = frozenset()  # layers in fp32 whatever the form
-    bf16_attention: bool = False  # products of attention in bf16, but for exact layers
-
-    def __post_init__(self) -> None:
-        assert (self.group_size is not None) == (self.form is Form.INT8_GROUPS)
+    is_int8: bool = True  # linear layers: weights and activations
+    group_size: int | None = None  # channels of a token that share a scale; None: all, the fastest
+    exact_layers: frozenset[int] = frozenset()  # these are fp32 throughout
+    bf16_attention: bool = False
 
     @property
     def precision(self) -> str:
-        """What a model card calls it: fp32 or int8."""
-        return "fp32" if self.form is Form.FP32 else "int8"
+        """`fp32` or `int8`, as on the model's card."""
+        return "int8" if self.is_int8 else "fp32"
 
     @property
     def name(self) -> str:
         """A short exact name, fit for a file: `int8-rows-bf16`, `int8-groups-32-exact-0-11`."""
-        parts = [self.form.value]
-        if self.group_size is not None:
-            parts.append(str(self.group_size))
-        if self.bf16_attention:
-            parts.append("bf16")
-        if self.exact_layers:
-            parts += ["exact", *(str(layer) for layer in sorted(self.exact_layers))]
-        return "-".join(parts)
+        if not self.is_int8:
+            return "fp32"
+        name = "int8-rows" if self.group_size is None else f"int8-groups-{self.group_size}"
+        name += "-bf16" if self.bf16_attention else ""
+        layers = "".join(f"-{layer}" for layer in sorted(self.exact_layers))
+        return f"{name}-exact{layers}" if layers else name
 
     @classmethod
-    def of_name(cls, name: str) -> "QuantConfig | None":
-        """The int8 config of that exact name, also one with exact layers; None: there is none."""
+    def of_name(cls, name: str) -> "QuantScheme | None":
+        """The int8 scheme of that exact name, also one with exact layers; None: there is none."""
         base, _, exact = name.partition("-exact-")
         layers = frozenset(int(layer) for layer in exact.split("-") if layer.isdecimal())
-        found = (replace(one, exact_layers=layers) for one in INT8_CONFIGS if one.name == base)
-        return next((config for config in found if config.name == name), None)
-
-    def form_of(self, layer: int) -> Form:
-        """The form that *layer* runs in."""
-        return Form.FP32 if layer in self.exact_layers else self.form
-
-    def has_bf16_attention(self, layer: int) -> bool:
-        return self.bf16_attention and layer not in self.exact_layers
+        found = (replace(one, exact_layers=layers) for one in INT8_SCHEMES if one.name == base)
+        return next((scheme for scheme in found if scheme.name == name), None)
 
 
-FP32 = QuantConfig(Form.FP32)
-INT8_ROWS = QuantConfig(Form.INT8_ROWS)
-INT8_ROWS_BF16 = QuantConfig(Form.INT8_ROWS, bf16_attention=True)
-INT8_GROUPS_128 = QuantConfig(Form.INT8_GROUPS, group_size=128)
-INT8_GROUPS_32 = QuantConfig(Form.INT8_GROUPS, group_size=32)
-# From the fastest to the most careful.
-INT8_CONFIGS = (INT8_ROWS_BF16, INT8_ROWS, INT8_GROUPS_128, INT8_GROUPS_32)
+FP32 = QuantScheme(is_int8=False)
+INT8_ROWS = QuantScheme()
+INT8_ROWS_BF16 = QuantScheme(bf16_attention=True)
+INT8_GROUPS_128 = QuantScheme(group_size=128)
+INT8_GROUPS_32 = QuantScheme(group_size=32)
+INT8_SCHEMES = (INT8_ROWS_BF16, INT8_ROWS, INT8_GROUPS_128, INT8_GROUPS_32)  # the fastest first
 
 
 @dataclass(frozen=True, slots=True)
-class ChannelRanges:
-    """Ranges of the channels of one linear layer's input over the calibration texts: each `[in]`."""
+class ActivationStatistics:
+    """How large the channels of a linear layer's input grow on the calibration texts: each `[in]`."""
 
     largest: Float32Array  # of |x|
     mean: Float32Array
 
 
-def int8_tensors(
-    take: Callable[[str], Float32Array],
-    model: ModelConfig,
-    config: QuantConfig,
-    ranges: Mapping[str, ChannelRanges],
+def make_tensors(
+    checkpoint: Checkpoint,
+    scheme: QuantScheme,
+    statistics: Mapping[str, ActivationStatistics] = MappingProxyType({}),
 ) -> dict[str, NDArray[np.generic]]:
-    """Every tensor of the graph in *config*'s forms, from float32 weights that are each taken once.
+    """Every tensor of the graph in *scheme*; fp32 ones are mostly views of the checkpoint's files.
 
-    *ranges* are by the first name of each `LinearGroup`. Tables of token embeddings become 16-bit
-    numbers in two halves, see `split_int16`.
+    Int8 needs *statistics*, by the first name of each `LinearGroup`; its tables of token embeddings
+    are 16-bit numbers in two halves, see `split_int16`.
     """
-    plan = plan_of(model)
+    plan = plan_of(checkpoint.config)
     tensors: dict[str, NDArray[np.generic]] = {}
-    for layer, grouped in groupby(plan.linears, key=lambda group: group.layer):
-        groups, form = list(grouped), config.form_of(layer)
-        names = [name for group in groups for name in group.names]
-        weights = {name: take(f"{name}.weight") for name in names}
-        biases = {name: take(f"{name}.bias") for name in names if f"{name}.bias" in plan.shapes}
-        if form is Form.FP32:
-            tensors |= {f"{name}.weight": weight for name, weight in weights.items()}
-            tensors |= {f"{name}.bias": bias for name, bias in biases.items()}
-            continue
-        shifts = [
-            SHIFTS[group.activation] if group.activation and form is Form.INT8_ROWS else 0.0
-            for group in groups
-        ]
-        factors = [
-            smooth_factors(
-                ranges[group.names[0]].largest,
-                np.max([np.abs(weights[name]).max(axis=0) for name in group.names], axis=0),
-                shift=shift,
-            )
-            for group, shift in zip(groups, shifts, strict=True)
-        ]
-        for group, factor in zip(groups, factors, strict=True):
-            if group.values is None:
-                tensors[f"{group.names[0]}.channel_scale"] = 1 / factor
-            else:
-                # Attention averages values over tokens; so its output is divided where they are made.
-                weights[group.values] = weights[group.values] / factor[:, None]
-                if group.values in biases:
-                    biases[group.values] = biases[group.values] / factor
-        for group, factor, shift in zip(groups, factors, shifts, strict=True):
-            mean = (ranges[group.names[0]].mean / factor).astype(np.float32)
-            for name in group.names:
-                matrix = weights[name] * factor
-                whole, scale = quantise(matrix)
-                stored = whole * scale
-                shifted = stored @ (np.float32(shift) / factor)
-                bias = biases.get(name, np.float32(0)) - shifted + (matrix - stored) @ mean  # [out]
-                tensors[f"{name}.weight"], tensors[f"{name}.scale"] = whole, scale
-                tensors[f"{name}.bias"] = bias.astype(np.float32)
-    for table in plan.token_tables:
-        tensors |= {f"{table}.{k}": v for k, v in split_int16(take(f"{table}.weight")).items()}
-    linear = {name for group in plan.linears for name in group.names}
-    for name in plan.shapes:
-        owner = name.rpartition(".")[0]
-        if owner not in linear and owner not in plan.token_tables:
-            tensors[name] = take(name)
+    converted: set[str] = set()  # modules whose tensors are not those of the checkpoint
+    with checkpoint.weights() as weights:
+        if scheme.is_int8:
+            for table in plan.token_tables:
+                converted.add(table)
+                parts = split_int16(weights.take(f"{table}.weight"))
+                tensors |= {f"{table}.{part}": values for part, values in parts.items()}
+            for layer, grouped in groupby(plan.linears, key=lambda group: group.layer):
+                if layer in scheme.exact_layers:
+                    continue
+                groups = list(grouped)
+                names = [name for group in groups for name in group.names]
+                converted.update(names)
+                stored = [f"{name}.{part}" for name in names for part in ("weight", "bias")]
+                own = {name: weights.take(name) for name in stored if name in plan.shapes}
+                shifts = SHIFTS if scheme.group_size is None else {}
+                tensors |= int8_layer(groups, own, statistics, shifts)
+        for name in plan.shapes:
+            if name.rpartition(".")[0] not in converted:
+                tensors[name] = weights.take(name)
+        weights.finish()
     return tensors
 
 
-def smooth_factors(largest: Float32Array, columns: Float32Array, *, shift: float) -> Float32Array:
-    """What to divide the channels of an input by: float32 `[in]`.
-
-    *largest* is max |x| of each channel, *columns* max |weight| of its readers. A channel that is
-    always zero, or that nothing reads, keeps factor 1.
-    """
-    usable = (largest > SCALE_FLOOR) & (columns > SCALE_FLOOR)
-    ratio = np.where(usable, largest + shift, 1) / np.where(usable, columns, 1)
-    return np.sqrt(ratio).astype(np.float32)
+def int8_layer(
+    groups: Sequence[LinearGroup],
+    own: dict[str, Float32Array],
+    statistics: Mapping[str, ActivationStatistics],
+    shifts: Mapping[Activation | None, float],
+) -> dict[str, NDArray[np.generic]]:
+    """The tensors of one layer's linear modules, from those *own* to it in fp32, which change."""
+    tensors: dict[str, NDArray[np.generic]] = {}
+    factors: dict[LinearGroup, Float32Array] = {}
+    for group in groups:
+        columns = np.max(
+            [np.abs(own[f"{name}.weight"]).max(axis=0) for name in group.names], axis=0
+        )
+        largest, shift = statistics[group.names[0]].largest, shifts.get(group.activation, 0.0)
+        # A channel that is always zero, or that nothing reads, keeps factor 1.
+        usable = (largest > SCALE_FLOOR) & (columns > SCALE_FLOOR)
+        ratio = np.where(usable, largest + shift, 1) / np.where(usable, columns, 1)
+        factor = factors[group] = np.sqrt(ratio).astype(np.float32)  # [in]
+        if group.values is None:
+            tensors[f"{group.names[0]}.channel_scale"] = 1 / factor
+            continue
+        # Attention averages values over tokens; so its output is divided where they are made.
+        own[f"{group.values}.weight"] = own[f"{group.values}.weight"] / factor[:, None]
+        if f"{group.values}.bias" in own:
+            own[f"{group.values}.bias"] = own[f"{group.values}.bias"] / factor
+    for group, factor in factors.items():
+        offset = np.float32(shifts.get(group.activation, 0.0)) / factor  # [in]
+        mean = (statistics[group.names[0]].mean / factor).astype(np.float32)  # [in]
+        for name in group.names:
+            matrix = own[f"{name}.weight"] * factor
+            whole, scale = quantise(matrix)
+            rounded = whole * scale
+            shifted = own.get(f"{name}.bias", np.float32(0)) - rounded @ offset  # [out]
+            bias = shifted + (matrix - rounded) @ mean  # [out]
+            tensors[f"{name}.weight"], tensors[f"{name}.scale"] = whole, scale
+            tensors[f"{name}.bias"] = bias.astype(np.float32)
+    return tensors
 
 
 def split_int16(table: Float32Array) -> dict[str, NDArray[np.generic]]:

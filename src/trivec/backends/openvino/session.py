@@ -5,7 +5,6 @@ It knows the OpenVINO runtime: streams, requests, precision hints, and the memor
 
 import ctypes
 import mmap
-import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -13,41 +12,44 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from trivec.backends.openvino.graph import Extra, build_graph
+from trivec.backends.openvino.graph import build_graph
 from trivec.backends.openvino.packing import (
-    ROW_BUDGET,
-    Buffers,
-    PackedRow,
-    Row,
-    pack_row,
-    plan_rows,
+    MICRO_BATCH_BUDGET,
+    MicroBatch,
+    as_batch,
+    pack_micro_batch,
+    plan_micro_batches,
 )
-from trivec.backends.openvino.quantise import Form, QuantConfig, Tensors
+from trivec.backends.openvino.quantise import QuantScheme, Tensors
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.errors import StartError
-from trivec.core.types import Batch, Float32Array, Int32Array, Output, SparseVector, Vectors
+from trivec.core.types import (
+    Batch,
+    Float32Array,
+    Int32Array,
+    Output,
+    Sequences,
+    SparseVector,
+    Vectors,
+)
 from trivec.models.ops import ModelConfig
 from trivec.models.pooling import HiddenRows, Pooler, Pooling
+from trivec.models.registry import plan_of
 
-LONG_TOKENS = 2 * ROW_BUDGET.tokens_max
-"""Rows above this leave 74 kB a token behind in the plugin, which is given back (BGE-M3: 0.6 GB)."""
+LONG_TOKENS = 2 * MICRO_BATCH_BUDGET.tokens_max
+"""Micro-batches above this leave 74 kB a token in the plugin, which is given back (BGE-M3: 0.6 GB)."""
 
 COPIES_BYTES_MAX = 64 << 20
 """What the weights of a model may take again for all slots after the first: MiniLM, not BGE-M3."""
 
 SELF_TEST_TOKENS = 8
 COMPILES_MAX = 3
-COSINE_MIN = 0.9999  # of the same config on the same CPU; wrong weights gave 0.70 to 0.87
+COSINE_MIN = 0.9999  # of the same scheme on the same CPU; wrong weights gave 0.70 to 0.87
+STACK_T_BYTES = 64  # a `stack_t` of sigaltstack(2) takes 24
 
 
 class WrongOutputShape(StartError):
-    """A compiled model gives no hidden states of the text's shape: its config cannot run here."""
-
-
-class _SignalStack(ctypes.Structure):
-    """`stack_t` of sigaltstack(2) on Linux."""
-
-    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+    """A compiled model gives no hidden states of the text's shape: its scheme cannot run here."""
 
 
 def open_core() -> ov.Core:
@@ -58,57 +60,49 @@ def open_core() -> ov.Core:
     is left with memory that is gone, and the next signal ends the process: a Ctrl-C as a segmentation
     fault.
     """
-    stack = _SignalStack()
-    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-    if libc is not None and libc.sigaltstack(None, ctypes.byref(stack)) != 0:
-        raise OSError(ctypes.get_errno(), "sigaltstack")
-    try:
-        core = ov.Core()
-        core.get_property("CPU", "FULL_DEVICE_NAME")  # the plugin is loaded at the first question
-    finally:
-        if libc is not None:
-            libc.sigaltstack(ctypes.byref(stack), None)
+    libc, stack = ctypes.CDLL(None), ctypes.create_string_buffer(STACK_T_BYTES)
+    libc.sigaltstack(None, stack)
+    core = ov.Core()
+    core.get_property("CPU", "FULL_DEVICE_NAME")  # the plugin is loaded at the first question
+    libc.sigaltstack(stack, None)
     return core
 
 
-def mappings_of(arrays: Iterable[NDArray[np.generic]]) -> tuple[mmap.mmap, ...]:
-    """Every mapped file behind *arrays*, once; memory of their own is left alone."""
-    found: dict[int, mmap.mmap] = {}
+def mappings_of(arrays: Iterable[NDArray[np.generic]]) -> set[mmap.mmap]:
+    """Every mapped file behind *arrays*; memory of their own is left alone."""
+    found: set[mmap.mmap] = set()
     for array in arrays:
         held: object = array
-        while isinstance(held, np.ndarray):
-            held = held.base
-        if isinstance(held, memoryview):
-            held = held.obj
+        while isinstance(held, np.ndarray | memoryview):
+            held = held.base if isinstance(held, np.ndarray) else held.obj
         if isinstance(held, mmap.mmap):
-            found[id(held)] = held
-    return tuple(found.values())
+            found.add(held)
+    return found
 
 
 def release_memory(mappings: Iterable[mmap.mmap]) -> None:
-    """Drop the pages of *mappings* and what malloc holds free: some ms, not for every short row.
+    """Drop the pages of *mappings* and what malloc holds free: some ms, not for every short text.
 
     A mapped page is read from its file again when it is needed. glibc keeps for a thread what it has
-    freed; after loading, and after long rows, that is hundreds of MB. Other allocators have no such
+    freed; after loading, and after long texts, that is hundreds of MB. Other allocators have no such
     call.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(ctypes.c_size_t(0))
     for mapping in mappings:
-        if hasattr(mapping, "madvise"):  # Linux and macOS
-            mapping.madvise(mmap.MADV_DONTNEED)
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 class Session:
     """A compiled encoder with one stream of one thread a slot.
 
-    Two streams of one thread beat one stream of two by 10 to 25 % up to 512 tokens a row
+    Two streams of one thread beat one stream of two by 10 to 25 % up to 512 tokens a micro-batch
     (decision 0001), and a slot's thread is then the same core's work from end to end.
 
     A model of one stream runs in the thread that asks, and one of several hands over to a thread
     of its own. So each slot compiles its own where the copies of the weights are small
-    (decision 0001), and in the grouped form always: there the plugin (2026.4) finds shared weights
+    (decision 0001), and in grouped schemes always: there the plugin (2026.4) finds shared weights
     by the address of memory it has already given back, and a second model in the process may get
     those of the first (8 of 25 loads were wrong; decision 0001). Otherwise all slots share one.
     """
@@ -117,13 +111,14 @@ class Session:
         self,
         checkpoint: Checkpoint,
         tensors: Tensors,
-        config: QuantConfig,
+        scheme: QuantScheme,
         *,
         slot_count: int,
-        extra: Extra = Extra.NOTHING,
+        with_statistics: bool = False,
     ) -> None:
-        model = build_graph(checkpoint.config, tensors, config, extra)
-        streams = stream_count(config.form, packed_bytes(model), slot_count=slot_count)
+        model = build_graph(checkpoint.config, tensors, scheme, with_statistics=with_statistics)
+        weights_bytes = packed_bytes(checkpoint.config, tensors)
+        streams = stream_count(scheme, weights_bytes, slot_count=slot_count)
         properties: dict[str, str | int | bool] = {
             # Where the CPU has avx512_bf16 the plugin would take bf16, which switches int8
             # activations off (decision 0003).
@@ -134,153 +129,134 @@ class Session:
             # core while the event loop is on it and another stands idle (decision 0001).
             "ENABLE_CPU_PINNING": False,
         }
-        if config.group_size is not None:
-            properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = config.group_size
+        if scheme.group_size is not None:
+            properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = scheme.group_size
         core = open_core()
+        self.slot_count = slot_count
         self._compiled = [
             core.compile_model(model, "CPU", properties) for _ in range(slot_count // streams)
         ]
         self._requests = [
             self._compiled[slot // streams].create_infer_request() for slot in range(slot_count)
         ]
-        self._buffers = [Buffers() for _ in range(slot_count)]
         self._pooler = Pooler(checkpoint.pooling, checkpoint.normalize, checkpoint.heads)
-        self._position_offset = checkpoint.config.position_offset
+        self._config = checkpoint.config
         self._mapped = mappings_of(tensors.values())  # tables are read from these as needed
-        self._gate = threading.Lock()
+        self._lock = threading.Lock()  # of the two below
         self._running = 0
-        self._has_leftovers = False  # of a long row, in the plugin
-
-    @property
-    def slot_count(self) -> int:
-        return len(self._requests)
+        self._has_leftovers = False  # of a long micro-batch, in the plugin
 
     def run(self, batch: Batch, *, slot: int) -> Vectors:
         """Vectors of *batch*, one entry a sequence; on the thread that owns *slot*."""
-        rows, parts = [], []
-        for row, packed in self._pack(batch, slot):
-            hidden = self._infer(packed, slot)[0].data  # [kept_size, hidden]
+        # With CLS and LAST pooling a dense vector needs one hidden state.
+        whole = (batch.outputs & np.uint8(Output.SPARSE | Output.MULTI)) != 0
+        whole |= self._pooler.pooling is Pooling.MEAN
+        dense = np.empty((len(batch), self._config.hidden_size), np.float32)
+        sparse: list[SparseVector | None] = [None] * len(batch)
+        multi: list[Float32Array | None] = [None] * len(batch)
+        for packed in self._pack(batch, whole):
+            hidden = self._infer(packed, slot)[0].data  # [kept size, hidden]
             states = HiddenRows(
                 hidden=hidden[: len(packed.kept_token_ids)],
                 token_ids=packed.kept_token_ids,
                 cu_seqlens=packed.kept_cu_seqlens,
-                outputs=batch.outputs[row.members],
+                outputs=batch.outputs[packed.members],
             )
-            rows.append(row)
-            parts.append(self._pooler.vectors(states))
-        if len(batch) == 1:
-            return parts[0]
-        width = parts[0].dense.shape[1] if parts else 0
-        dense = np.empty((len(batch), width), np.float32)  # [sequences, dimensions]
-        sparse: list[SparseVector | None] = [None] * len(batch)
-        multi: list[Float32Array | None] = [None] * len(batch)
-        for row, part in zip(rows, parts, strict=True):
-            dense[row.members] = part.dense
-            for place, i in enumerate(row.members.tolist()):
-                sparse[i], multi[i] = part.sparse[place], part.multi[place]
-        return Vectors.of(dense, tuple(sparse), tuple(multi))
+            part = self._pooler.vectors(states)
+            if len(batch) == 1:
+                return part
+            dense[packed.members] = part.dense
+            for i, terms, rows in zip(
+                packed.members.tolist(), part.sparse, part.multi, strict=True
+            ):
+                sparse[i], multi[i] = terms, rows
+        return Vectors.of(dense, sparse, multi)
 
     def hidden(self, token_ids: Int32Array, *, slot: int) -> Float32Array:
         """Last hidden states of one short text: a copy, `[tokens, hidden]`."""
-        ends = np.array([0, len(token_ids)], np.int32)
-        batch = Batch(token_ids, ends, np.array([Output.DENSE], np.uint8))
-        ((_, packed),) = self._pack(batch, slot, whole=np.ones(1, np.bool_))
+        batch = as_batch(Sequences.pack([token_ids]), Output.DENSE)
+        (packed,) = self._pack(batch, np.ones(1, np.bool_))
         states: Float32Array = self._infer(packed, slot)[0].data
         return states[: len(token_ids)].copy()
 
-    def extras(self, batch: Batch) -> Iterator[Sequence[Float32Array]]:
-        """For each row of *batch*, copies of the outputs that `Extra` asked for; on slot 0.
+    def statistics(self, batch: Batch) -> Iterator[list[Float32Array]]:
+        """For each micro-batch of *batch*, copies of what `with_statistics` asked for; on slot 0.
 
         One token a sequence passes the last layer, whatever the pooling.
         """
-        for _, packed in self._pack(batch, 0, whole=np.zeros(len(batch), np.bool_)):
+        for packed in self._pack(batch, np.zeros(len(batch), np.bool_)):
             yield [output.data.copy() for output in self._infer(packed, 0)[1:]]
 
-    def _pack(
-        self, batch: Batch, slot: int, whole: NDArray[np.bool_] | None = None
-    ) -> Iterator[tuple[Row, PackedRow]]:
-        """The rows of *batch*, packed one at a time into the memory of *slot*."""
-        pooling = self._pooler.pooling
-        if whole is None:  # with CLS and LAST pooling a dense vector needs one hidden state
-            whole = (batch.outputs & np.uint8(Output.SPARSE | Output.MULTI)) != 0
-            whole |= pooling is Pooling.MEAN
-        for row in plan_rows(np.diff(batch.cu_seqlens)):
-            packed = pack_row(
+    def _pack(self, batch: Batch, whole: NDArray[np.bool_]) -> Iterator[MicroBatch]:
+        """The micro-batches of *batch*; *whole*: where every token's hidden state is wanted."""
+        for members in plan_micro_batches(np.diff(batch.cu_seqlens)):
+            yield pack_micro_batch(
                 batch,
-                row,
+                members,
                 whole=whole,
-                keeps_last=pooling is Pooling.LAST,
-                position_offset=self._position_offset,
-                buffers=self._buffers[slot],
+                keeps_last=self._pooler.pooling is Pooling.LAST,
+                position_offset=self._config.position_offset,
             )
-            yield row, packed
 
-    def _infer(self, row: PackedRow, slot: int) -> Sequence[ov.Tensor]:
-        """The outputs for *row*, valid until the slot's next one."""
+    def _infer(self, packed: MicroBatch, slot: int) -> Sequence[ov.Tensor]:
+        """The graph's outputs, valid until the slot's next ones; after long texts frees memory."""
         request = self._requests[slot]
-        for i, array in enumerate((row.tokens, row.gather, row.bias, row.kept)):
+        for i, array in enumerate((packed.tokens, packed.gather, packed.bias, packed.kept)):
             request.set_input_tensor(i, ov.Tensor(array, shared_memory=True))
-        with self._gate:
+        with self._lock:
             self._running += 1
         try:
             request.infer(share_outputs=True)  # or it would copy what is read in place
         finally:
-            self._give_back(was_long=row.tokens.shape[1] > LONG_TOKENS)
+            with self._lock:
+                self._running -= 1
+                self._has_leftovers |= packed.tokens.shape[1] > LONG_TOKENS
+                if self._has_leftovers and not self._running:  # outputs stay valid
+                    for compiled in self._compiled:
+                        compiled.release_memory()
+                    release_memory(self._mapped)  # a long text has read all over the table
+                    self._has_leftovers = False
         outputs: Sequence[ov.Tensor] = request.output_tensors
         return outputs
 
-    def _give_back(self, *, was_long: bool) -> None:
-        """After a long row, release memory once no slot runs; outputs stay valid."""
-        with self._gate:
-            self._running -= 1
-            self._has_leftovers |= was_long
-            if self._has_leftovers and not self._running:
-                for compiled in self._compiled:
-                    compiled.release_memory()
-                release_memory(self._mapped)  # a long text has read all over the table
-                self._has_leftovers = False
 
-
-def stream_count(form: Form, weights_bytes: int, *, slot_count: int) -> int:
+def stream_count(scheme: QuantScheme, weights_bytes: int, *, slot_count: int) -> int:
     """Streams of each compiled model: *slot_count* where all slots share one, else 1."""
     copies_bytes = (slot_count - 1) * weights_bytes
-    is_shared = form is not Form.INT8_GROUPS and copies_bytes > COPIES_BYTES_MAX
+    is_shared = scheme.group_size is None and copies_bytes > COPIES_BYTES_MAX
     return slot_count if is_shared else 1
 
 
-def packed_bytes(model: ov.Model) -> int:
+def packed_bytes(model: ModelConfig, tensors: Tensors) -> int:
     """What the plugin copies to pack it: matrices that are multiplied, not tables looked up in."""
-
-    def is_packed(node: ov.Node) -> bool:
-        is_matrix = node.get_type_name() == "Constant" and len(node.get_output_shape(0)) == 2
-        readers = {one.get_node().get_type_name() for one in node.output(0).get_target_inputs()}
-        return is_matrix and "Gather" not in readers
-
-    return sum(node.get_byte_size() for node in model.get_ordered_ops() if is_packed(node))
+    names = (name for group in plan_of(model).linears for name in group.names)
+    return sum(tensors[f"{name}.weight"].nbytes for name in names)
 
 
 def open_session(
     checkpoint: Checkpoint,
     tensors: Tensors,
-    config: QuantConfig,
+    scheme: QuantScheme,
     *,
     slot_count: int,
     reference: Float32Array | None = None,
-    extra: Extra = Extra.NOTHING,
+    with_statistics: bool = False,
 ) -> Session:
     """A session that has passed its self-test, compiled `COMPILES_MAX` times at most.
 
     A plugin that gives a layer another layer's weights answers as quickly as ever, and wrongly
     (decision 0001). So one text of random tokens runs on every slot: the slots must agree to the bit,
-    and each token's hidden state with *reference*, what *config* computed when the model was
-    calibrated (`[tokens, hidden]`; None where it never was). A result of another shape, such as
-    grouped int8 gives where oneDNN is kept from the CPU's instructions, agrees with nothing. Raises
-    `StartError`, and of it `WrongOutputShape` where the shape was wrong to the last.
+    and each token's hidden state with *reference*, those of *scheme* when the model was calibrated
+    (`[tokens, hidden]`; None where it never was). A result of another shape, such as grouped int8
+    gives where oneDNN is kept from the CPU's instructions, agrees with nothing. Raises `StartError`,
+    and of it `WrongOutputShape` where the shape was wrong to the last.
     """
     token_ids = self_test_ids(checkpoint.config)
     shape = (len(token_ids), checkpoint.config.hidden_size)
     for _ in range(COMPILES_MAX):
-        session = Session(checkpoint, tensors, config, slot_count=slot_count, extra=extra)
+        session = Session(
+            checkpoint, tensors, scheme, slot_count=slot_count, with_statistics=with_statistics
+        )
         found = [session.hidden(token_ids, slot=slot) for slot in range(slot_count)]
         slots_agree = all(np.array_equal(found[0], other) for other in found[1:])
         has_shape = all(one.shape == shape for one in found)
@@ -289,7 +265,7 @@ def open_session(
             return session
     kind = StartError if has_shape else WrongOutputShape
     raise kind(
-        f"The engine computes wrong vectors in {config.name}, {COMPILES_MAX} times in a row. "
+        f"The engine computes wrong vectors in {scheme.name}, {COMPILES_MAX} times in a row. "
         "Try --precision fp32, and report it with the CPU's name and the version of openvino."
     )
 
