@@ -20,27 +20,19 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.metrics import MetricWrapperBase
-from prometheus_client.metrics_core import CounterMetricFamily
-from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from trivec import __version__
-from trivec.core.events import (
-    BatchRan,
-    Event,
-    ModelLoaded,
-    PhaseChanged,
-    QueueChanged,
-    RequestServed,
-    RowNotFinite,
-)
+from trivec.core import events
+from trivec.core.events import Event
 
 SERIES_MAX = 500
 MODELS_MAX = 4  # models with series of their own; those loaded later share the label "other"
 REASONS_MAX = 23  # error codes with series of their own; the API has some 20, all its own words
 OTHER = "other"
 
-STATUS_CLASSES = ("2xx", "4xx", "5xx")
+STATUS_CLASSES = {2: "2xx", 4: "4xx", 5: "5xx"}
 PHASES = ("loading", "ready", "draining", "stopped")
 TIMED_ROUTES = ("/embeddings", "/tokenize")  # where a duration is work and not a lookup
 
@@ -65,13 +57,6 @@ def route_labels(route: str, method: str) -> tuple[str, str]:
     """
     labels = (_PARAMETER.sub("{id}", _PREFIX.sub("", route)), method)
     return labels if labels in SERVED else (OTHER, OTHER)
-
-
-@lru_cache(maxsize=1024)
-def status_class(status: int) -> str:
-    """`503` is `5xx`; what HTTP does not know is "other"."""
-    name = f"{status // 100}xx"
-    return name if name in STATUS_CLASSES else OTHER
 
 
 class Metrics:
@@ -151,7 +136,7 @@ class Metrics:
         """The numbers now, in Prometheus's text format."""
         return generate_latest(self._registry)
 
-    def collect(self) -> Iterable[Family]:
+    def collect(self) -> Iterable[Metric]:
         """What is counted elsewhere. Called by the registry."""
         yield CounterMetricFamily(
             "trivec_log_lines_dropped_total",
@@ -161,24 +146,24 @@ class Metrics:
 
     def observe(self, event: Event) -> None:
         match event:
-            case RequestServed():
+            case events.RequestServed():
                 self._count_request(event)
-            case BatchRan():
+            case events.BatchRan():
                 model = self._model(event.model)
                 self._batches(model, "failed" if event.failed else "ok").inc()
                 self._batch_fill(model).observe(event.tokens / event.tokens_max)
                 self._batch_tokens(model).inc(event.tokens)
                 self._batch_seconds(model).inc(event.duration_s)
-            case QueueChanged():
+            case events.QueueChanged():
                 model = self._model(event.model)
                 self._queue_requests(model).set(event.requests)
                 self._line_requests(model).set(event.requests)
                 self._queue_tokens(model).set(event.tokens)
                 self._line_tokens(model).set(event.tokens)
-            case RowNotFinite():
+            case events.RowNotFinite():
                 outcome = "recovered" if event.recovered else "lost"
                 self._rows_not_finite(self._model(event.model), outcome).inc()
-            case ModelLoaded(card=card):
+            case events.ModelLoaded(card=card):
                 if self._admit(card.id, self._models, MODELS_MAX) == OTHER:
                     return
                 verified = "true" if card.verified else "false"
@@ -186,13 +171,13 @@ class Metrics:
                 for statistic, cosine in (("min", event.cosine_min), ("mean", event.cosine_mean)):
                     if cosine is not None:
                         self._certificate_cosine(card.id, statistic).set(cosine)
-            case PhaseChanged():
+            case events.PhaseChanged():
                 for phase in PHASES:
                     self._phase(phase).set(phase == event.phase)
 
-    def _count_request(self, event: RequestServed) -> None:
+    def _count_request(self, event: events.RequestServed) -> None:
         route, method = route_labels(event.route, event.method)
-        status = status_class(event.status)
+        status = STATUS_CLASSES.get(event.status // 100, OTHER)
         self._requests(route, method, status).inc()
         if event.code is not None:
             self._refusals(self._admit(event.code, self._reasons, REASONS_MAX)).inc()
@@ -227,24 +212,19 @@ def merged_pages(pages: Mapping[str, bytes]) -> bytes:
 
     A process that is started again begins at zero under its own label, as Prometheus expects.
     """
-    merged: dict[str, Family] = {}
+    merged = _Families()
     for process, page in sorted(pages.items()):
         for family in text_string_to_metric_families(page.decode()):
-            whole = merged.setdefault(
-                family.name, Family(family.name, family.documentation, family.type)
-            )
-            whole.samples += [
+            empty = Metric(family.name, family.documentation, family.type)
+            merged.setdefault(family.name, empty).samples += [
                 sample._replace(labels={**sample.labels, "process": process})
                 for sample in family.samples
             ]
-    return generate_latest(_Families(list(merged.values())))
+    return generate_latest(merged)
 
 
-class _Families:
-    """What `generate_latest` reads, where there is no registry."""
+class _Families(dict[str, Metric]):
+    """Families by name: what `generate_latest` reads where there is no registry."""
 
-    def __init__(self, families: list[Family]) -> None:
-        self._families = families
-
-    def collect(self) -> list[Family]:
-        return self._families
+    def collect(self) -> Iterable[Metric]:
+        return self.values()
