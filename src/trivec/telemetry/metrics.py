@@ -76,7 +76,7 @@ class Metrics:
         def metric(
             kind: Callable[..., _M], name: str, says: str, *labels: str, **how: Sequence[float]
         ) -> Callable[..., _M]:
-            """A function from label values to the series, remembered: the lookup costs most of counting."""
+            """From label values to the series, remembered: the lookup costs most of counting."""
             return cache(kind(name, says, labels, registry=registry, **how).labels)
 
         # fmt: off
