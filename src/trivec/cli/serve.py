@@ -18,13 +18,7 @@ from typer.models import OptionInfo
 
 from trivec.cli.greeting import Greeting
 from trivec.core.errors import SettingInvalid
-from trivec.server.machine import (
-    check_certificate,
-    listen,
-    listen_shared,
-    raise_file_limit,
-    usable_cores,
-)
+from trivec.server import machine
 from trivec.server.processes import (
     STOPS,
     ChildProcess,
@@ -103,12 +97,12 @@ def run(settings: Settings) -> int:
     ignore_early_signals()
     for number in STOPS:  # until there are other handlers nothing was accepted; PID 1 needs one
         signal.signal(number, lambda _number, _frame: os._exit(0))
-    raise_file_limit()
+    machine.raise_file_limit()
     if settings.tls_cert and settings.tls_key:
-        check_certificate(settings.tls_cert, settings.tls_key)
+        machine.check_certificate(settings.tls_cert, settings.tls_key)
     if settings.api_processes > 1:
         return _serve_several(settings)
-    listener = listen(settings.host, settings.port)
+    listener = machine.listen(settings.host, settings.port)
     return exit_code_of(partial(_serve_alone, settings, listener), settings, say=_say)
 
 
@@ -121,7 +115,7 @@ def _serve_alone(settings: Settings, listener: socket.socket) -> int:
     return serve_http(
         settings,
         listener,
-        load=partial(load_models, settings, cores=usable_cores()),
+        load=partial(load_models, settings, cores=machine.usable_cores()),
         on_first_key=greeting.first_key,
         on_ready=greeting.ready,
     )
@@ -151,7 +145,9 @@ def _serve_several(settings: Settings) -> int:
                 "Set TMPDIR to a folder with a short path that can be written."
             )
         folder = SharedFolder(Path(path))
-        listeners = listen_shared(settings.host, settings.port, count=settings.api_processes)
+        listeners = machine.listen_shared(
+            settings.host, settings.port, count=settings.api_processes
+        )
         api = []
         for number, listener in enumerate(listeners, start=1):
             name = f"api-{number}"
@@ -166,7 +162,7 @@ def _serve_engine(settings: Settings, folder: "SharedFolder") -> int:
     from trivec.server.engine_process import run_engine
 
     check_models(settings)
-    load = partial(load_models, settings, cores=usable_cores(), takes_text=False)
+    load = partial(load_models, settings, cores=machine.usable_cores(), takes_text=False)
     return run_engine(settings, folder, load=load)
 
 
@@ -185,7 +181,7 @@ def _serve_api(
         if models.makes_first_key:
             greeting.ready(models)
 
-    cores = max(1, usable_cores() // settings.api_processes)
+    cores = max(1, machine.usable_cores() // settings.api_processes)
     return serve_http(
         settings,
         listener,

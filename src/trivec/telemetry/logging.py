@@ -1,7 +1,7 @@
 """The log: one line a request, and one for each change in the process's life.
 
-JSON for machines, readable on a terminal. A line holds ids, counts and durations. A thread of its own
-writes it, so that a stderr that is full, stuck or closed costs lines and never delays a request.
+JSON for machines, readable on a terminal. A line holds ids, counts and durations. A thread of its
+own writes it, so that a stderr that is full, stuck or closed costs lines and delays no request.
 """
 
 import logging
@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, Literal, TextIO
 
@@ -152,7 +153,8 @@ def configure_log(
     ]
     if process:
         common.append(lambda _logger, _method, line: {**line, "process": process})
-    rendering: list[Any] = [_Terminal(colors=is_terminal)]
+    other = structlog.dev.ConsoleRenderer(colors=is_terminal, timestamp_key="time")
+    rendering: list[Any] = [partial(_to_text, colors=is_terminal, other=other)]
     if log_format == "json" or (log_format == "auto" and not is_terminal):
         rendering = [structlog.processors.format_exc_info, _to_json]
     structlog.configure(
@@ -258,24 +260,20 @@ def _to_json(_logger: object, _method: str, line: Any) -> str:
     return msgspec.json.encode(line, enc_hook=repr).decode()  # several times faster than json.dumps
 
 
-class _Terminal:
+def _to_text(
+    logger: Any, method: str, line: Any, *, colors: bool, other: structlog.dev.ConsoleRenderer
+) -> str:
     """Renderer for people: a request is one short line, its status and duration first."""
-
-    def __init__(self, *, colors: bool) -> None:
-        self._colors = colors
-        self._other = structlog.dev.ConsoleRenderer(colors=colors, timestamp_key="time")
-
-    def __call__(self, logger: Any, method: str, line: Any) -> str:
-        if line.get("event") != "request":
-            return self._other(logger, method, line)
-        status = f"{line['status']}"
-        if self._colors:
-            color = {"4": "33", "5": "31"}.get(status[0], "32")  # yellow, red; green
-            status = f"\x1b[{color}m{status}\x1b[0m"
-        shown = f"{line['duration_ms']:9.1f} ms  {line['method']} {line['route']}"
-        if "model" in line:
-            shown += f"  {line['model']}  {line['inputs']} inputs  {line['tokens']} tokens"
-        if why := line.get("message") or line.get("code"):
-            # A message may repeat a client's own word: nothing in it may move the cursor.
-            shown += "  " + "".join(c if c.isprintable() else " " for c in why)[:MESSAGE_CHARS_MAX]
-        return f"{line['time'][11:19]} {status} {shown}  {line['request_id']}"
+    if line.get("event") != "request":
+        return other(logger, method, line)
+    status = f"{line['status']}"
+    if colors:
+        color = {"4": "33", "5": "31"}.get(status[0], "32")  # yellow, red; green
+        status = f"\x1b[{color}m{status}\x1b[0m"
+    shown = f"{line['duration_ms']:9.1f} ms  {line['method']} {line['route']}"
+    if "model" in line:
+        shown += f"  {line['model']}  {line['inputs']} inputs  {line['tokens']} tokens"
+    if why := line.get("message") or line.get("code"):
+        # A message may repeat a client's own word: nothing in it may move the cursor.
+        shown += "  " + "".join(c if c.isprintable() else " " for c in why)[:MESSAGE_CHARS_MAX]
+    return f"{line['time'][11:19]} {status} {shown}  {line['request_id']}"

@@ -1,7 +1,7 @@
 """Prometheus metrics: counts of events, and the page that shows them.
 
-Every label value comes from a closed or a capped set, so that no client can make the page grow beyond
-`SERIES_MAX` series; a test adds them up. `docs/metrics.md` is the same list for people.
+Every label value comes from a closed or a capped set, so that no client can make the page grow
+beyond `SERIES_MAX` series; a test adds them up. `docs/metrics.md` is the same list for people.
 """
 
 import re
@@ -37,7 +37,8 @@ PHASES = ("loading", "ready", "draining", "stopped")
 TIMED_ROUTES = ("/embeddings", "/tokenize")  # where a duration is work and not a lookup
 
 ROUTES = {
-    "POST": "/embeddings /tokenize /admin/v1/keys /admin/v1/keys/{id}/revoke /admin/v1/keys/{id}/rotate",
+    "POST": "/embeddings /tokenize "
+    "/admin/v1/keys /admin/v1/keys/{id}/revoke /admin/v1/keys/{id}/rotate",
     "GET": "/models /models/{id} /livez /readyz /health /metrics /openapi.json "
     "/admin/v1/keys /admin/v1/keys/{id} /admin/v1/usage",
 }
@@ -66,7 +67,8 @@ class Metrics:
     """
 
     def __init__(self, *, lines_dropped: Callable[[], int] = lambda: 0) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call] # a `_created` series for each of ours would double the page
+        # A `_created` series for each of ours would double the page.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._lines_dropped = lines_dropped
         self._lock = threading.Lock()  # of the growth of these two
         self._models: set[str] = set()
@@ -74,59 +76,72 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
 
         def metric(
-            kind: Callable[..., _M], name: str, says: str, *labels: str, **how: Sequence[float]
+            kind: Callable[..., _M],
+            name: str,
+            says: str,
+            *,
+            labels: Sequence[str] = ("model",),
+            **how: Sequence[float],
         ) -> Callable[..., _M]:
             """From label values to the series, remembered: the lookup costs most of counting."""
             return cache(kind(name, says, labels, registry=registry, **how).labels)
 
         # fmt: off
         self._requests = metric(Counter, "trivec_requests_total",
-            "Requests answered, by route, method and status class.", "route", "method", "status")
+            "Requests answered, by route, method and status class.",
+            labels=("route", "method", "status"))
         self._refusals = metric(Counter, "trivec_refusals_total",
-            "Requests answered with an error, by its code, or by its type where it has no code.", "reason")
+            "Requests answered with an error, by its code, or by its type where it has no code.",
+            labels=("reason",))
         self._request_seconds = metric(Histogram, "trivec_request_duration_seconds",
-            "From the first byte of a request to its answer, for the routes that work.", "route", "status",
+            "From the first byte of a request to its answer, for the routes that work.",
+            labels=("route", "status"),
             buckets=(0.003, 0.006, 0.0125, 0.025, 0.05, 0.1, 0.25, 1, 5, 30, 600))
         self._request_tokens = metric(Histogram, "trivec_request_tokens",
-            "Tokens of a request that was served, special tokens included.", "model",
+            "Tokens of a request that was served, special tokens included.",
             buckets=(8, 32, 128, 512, 2048, 8192, 32768, 131072))
-        self._inputs = metric(Counter, "trivec_inputs_total", "Texts of the requests that were served.", "model")
+        self._inputs = metric(Counter, "trivec_inputs_total",
+            "Texts of the requests that were served.")
         self._tokenize_seconds = Histogram("trivec_tokenize_seconds",
             "Time from text to token ids, a request.", registry=registry, buckets=SHORT_BUCKETS_S)
         self._queue_seconds = metric(Histogram, "trivec_queue_seconds",
-            "From joining the queue to the start of a request's first batch.", "model",
+            "From joining the queue to the start of a request's first batch.",
             buckets=(0.001, 0.005, 0.02, 0.1, 0.5, 1, 5, 10, 30))
         self._compute_seconds = metric(Histogram, "trivec_compute_seconds",
-            "From the start of a request's first batch to its last vector.", "model",
+            "From the start of a request's first batch to its last vector.",
             buckets=(0.002, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 30, 120))
         self._encode_seconds = Histogram("trivec_encode_seconds",
-            "Time to write the answer's JSON, a request.", registry=registry, buckets=SHORT_BUCKETS_S)
+            "Time to write the answer's JSON, a request.",
+            registry=registry, buckets=SHORT_BUCKETS_S)
         self._batches = metric(Counter, "trivec_batches_total",
-            "Batches run, by outcome: ok or failed.", "model", "outcome")
+            "Batches run, by outcome: ok or failed.", labels=("model", "outcome"))
         self._batch_fill = metric(Histogram, "trivec_batch_fill_ratio",
-            "Tokens of a batch over the budget it was filled against; one long text alone may exceed 1.",
-            "model", buckets=(0.1, 0.25, 0.5, 0.75, 0.9, 1))
+            "Tokens of a batch over the budget it was filled against; one long text alone may "
+            "exceed 1.", buckets=(0.1, 0.25, 0.5, 0.75, 0.9, 1))
         self._batch_tokens = metric(Counter, "trivec_batch_tokens_total",
-            "Tokens computed, failed batches and second tries included.", "model")
+            "Tokens computed, failed batches and second tries included.")
         self._batch_seconds = metric(Counter, "trivec_batch_busy_seconds_total",
-            "Seconds that worker slots spent inside the device; its rate over the slots is utilisation.", "model")
-        self._queue_requests = metric(Gauge, "trivec_queue_requests", "Requests in the queue now.", "model")
-        self._queue_tokens = metric(Gauge, "trivec_queue_tokens", "Tokens in the queue now.", "model")
-        self._line_requests = metric(Gauge, "trivec_line_requests",  # the old names, for one release
-            "Deprecated: read trivec_queue_requests instead.", "model")
+            "Seconds that worker slots spent inside the device; its rate over the slots is "
+            "utilisation.")
+        self._queue_requests = metric(Gauge, "trivec_queue_requests", "Requests in the queue now.")
+        self._queue_tokens = metric(Gauge, "trivec_queue_tokens", "Tokens in the queue now.")
+        self._line_requests = metric(Gauge, "trivec_line_requests",  # old names, for one release
+            "Deprecated: read trivec_queue_requests instead.")
         self._line_tokens = metric(Gauge, "trivec_line_tokens",
-            "Deprecated: read trivec_queue_tokens instead.", "model")
+            "Deprecated: read trivec_queue_tokens instead.")
         self._rows_not_finite = metric(Counter, "trivec_rows_not_finite_total",
-            "Vectors that held NaN or infinity, by outcome of the second try: recovered or lost.", "model", "outcome")
+            "Vectors that held NaN or infinity, by outcome of the second try: recovered or lost.",
+            labels=("model", "outcome"))
         self._phase = metric(Gauge, "trivec_phase",
-            "1 for the phase of life the process is in, 0 for the others.", "phase")
+            "1 for the phase of life the process is in, 0 for the others.", labels=("phase",))
         self._model_info = metric(Gauge, "trivec_model_info",
-            "1 for each served model, with its precision and whether its files match the catalogue.",
-            "model", "precision", "verified")
+            "1 for each served model, with its precision and whether its files match the "
+            "catalogue.", labels=("model", "precision", "verified"))
         self._certificate_cosine = metric(Gauge, "trivec_certificate_cosine",
-            "Cosine to fp32 over the probe texts, as the precision certificate has it: min and mean.",
-            "model", "statistic")
-        build_info = metric(Gauge, "trivec_build_info", "1, with the version of Trivec.", "version")
+            "Cosine to fp32 over the probe texts, as the precision certificate has it: min and "
+            "mean.", labels=("model", "statistic"))
+        build_info = metric(Gauge, "trivec_build_info", "1, with the version of Trivec.",
+            labels=("version",))
         # fmt: on
         build_info(__version__).set(1)
         registry.register(self)
