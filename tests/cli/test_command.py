@@ -20,17 +20,17 @@ def test_help_lists_the_commands_and_a_commands_help_its_options() -> None:
     shown = CliRunner().invoke(app, ["--help"]).output
     assert [name for name in COMMANDS if name not in shown] == []
     shown = CliRunner().invoke(app, ["keys", "create", "-h"], env={"COLUMNS": "200"}).output
-    assert "trivec keys create" in shown or "root keys create" in shown
+    assert "keys create" in shown
     assert "--truncate" in shown
 
 
 @pytest.mark.parametrize(
     ("words", "refusal"),
     [
-        pytest.param("usage --by zz", ["'--by'", "'zz'", "'model'", "usage --help"], id="choice"),
+        pytest.param("usage --by zz", ["'--by': 'zz'", "'model'", "usage --help"], id="choice"),
         pytest.param("keys create -n t --truncate zz", ["'--truncate'", "'end'"], id="literal"),
-        pytest.param("serve --truncate zz", ["--truncate", "'zz'"], id="setting"),
-        pytest.param("bench --seconds zz", ["'--seconds'", "'zz'"], id="number"),
+        pytest.param("serve --truncate zz", ["truncate is 'zz'", "'end'"], id="setting"),
+        pytest.param("bench --seconds zz", ["'--seconds'", "a number"], id="number"),
         pytest.param("serve --prot 1", ["No such option: --prot", "--port"], id="option"),
         pytest.param("kezs", ["No such command 'kezs'", "'keys'"], id="command"),
         pytest.param("keys create", ["Missing option '--name'"], id="missing"),

@@ -73,7 +73,7 @@ def main() -> None:
     except (
         typer.TyperException
     ) as refusal:  # empty where no argument was given: that prints the help
-        line = refusal.format_message()
+        line = refusal.format_message().replace("Value error, ", "")
         if line and (context := getattr(refusal, "ctx", None)):
             line = f"{line.rstrip('.')}; see {context.command_path} --help"
     except typer.Abort:

@@ -222,8 +222,6 @@ class RequestLog:
                 self._log.info("model_loaded", **{**fields, **card.notes})  # which may say more
             case events.PhaseChanged():
                 self._log.info("phase", **asdict(event))
-            case _:
-                pass
 
 
 def _request_fields(event: events.RequestServed) -> dict[str, object]:

@@ -53,9 +53,7 @@ _M = TypeVar("_M", bound=MetricWrapperBase)
 
 @lru_cache(maxsize=1024)
 def route_labels(route: str, method: str) -> tuple[str, str]:
-    """Labels `route` and `method` of a route's template: without the API's prefix; "other" where
-    nothing is served, or by another method.
-    """
+    """Labels `route`, without the API's prefix, and `method`; "other" where nothing is served."""
     labels = (_PARAMETER.sub("{id}", _PREFIX.sub("", route)), method)
     return labels if labels in SERVED else (OTHER, OTHER)
 

@@ -18,10 +18,7 @@ NANOSECONDS = 1_000_000_000
 
 
 class Tracing:
-    """An `Observer` that hands spans to an OpenTelemetry *processor*, which sends them.
-
-    Called from any thread.
-    """
+    """An `Observer` that hands spans to an OpenTelemetry *processor*. Called from any thread."""
 
     def __init__(self, processor: "SpanProcessor") -> None:
         from opentelemetry.sdk.resources import Resource
