@@ -313,9 +313,6 @@ def test_a_rotation_prints_a_second_key_and_says_how_long_the_first_goes_on(
             ["keys", "create", "--name", "t", "--rpm", "0"], FieldInvalid, "1 to", id="no-allowance"
         ),
         pytest.param(
-            ["keys", "create", "--name", "t", "--scope", "root"], SettingInvalid, "root", id="scope"
-        ),
-        pytest.param(
             ["keys", "create", "--name", "t", "--expires", "soon"], SettingInvalid, "30d", id="when"
         ),
         pytest.param(
@@ -352,6 +349,9 @@ def test_a_refusal_says_what_to_do(
     ("words", "choices"),
     [
         pytest.param(["usage", "--by", "moon"], ["key", "model", "day"], id="usage-by"),
+        pytest.param(
+            ["keys", "create", "--name", "t", "--scope", "root"], ["embed", "admin"], id="scope"
+        ),
         pytest.param(
             ["keys", "create", "--name", "t", "--truncate", "middle"],
             ["none", "end", "start"],

@@ -14,7 +14,7 @@ MODULE_LINES_MAX = 600
 LINES_MAX, FILES_MAX = 18_150, 113  # the aim is 11,500 in 100: a number here may only go down
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
-    "cli": (1_370, 10),
+    "cli": (1_300, 9),
     "server": (970, 6),
     "build": (450, 2),
     "settings": (400, 1),
@@ -25,7 +25,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "checkpoints": (1_760, 9),
     "tokenizer": (550, 2),
     "accounts": (3_430, 20),
-    "telemetry": (700, 4),
+    "telemetry": (660, 4),
     "ipc": (500, 5),
     "core": (770, 8),
 }

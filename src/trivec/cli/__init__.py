@@ -1,23 +1,39 @@
-"""The command `trivec`: arguments in, data on standard output, messages on standard error, exit codes.
-
-Heavy packages are imported by the commands that need them, so that asking for help is quick.
-"""
+"""The command `trivec`: data goes to standard output, messages to standard error."""
 
 import sys
-from typing import Annotated
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
+from typer.main import get_command
 
 from trivec import __version__
-from trivec.cli.bench import bench
-from trivec.cli.db import db_app
-from trivec.cli.keys import keys_app
-from trivec.cli.models import models_app
-from trivec.cli.serve import ServeCommand, serve
-from trivec.cli.usage import usage
 from trivec.core.errors import TrivecError
 
+if TYPE_CHECKING:
+    from typer._click.core import Context
+
 REFUSED_EXIT_CODE = 2
+COMMANDS = {  # module of this package, whose `app` it runs: its line in `trivec --help`
+    "serve": "Serve embeddings over HTTP until told to stop.",
+    "models": "List, pull and verify models.",
+    "keys": "Create, list, rotate and revoke API keys.",
+    "usage": "Sum what was used, by key, model or day: requests and the tokens they were billed.",
+    "db": "Look after the store of keys and usage.",
+    "bench": "Measure how fast a model is, in this process or, with --url, on a running server.",
+}
+
+
+class LazyCommand(TyperCommand):
+    """Command whose module is imported when it is called, so that `trivec --help` is quick."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: "Context | None" = None, **extra: Any
+    ) -> "Context":
+        command = get_command(import_module(f"trivec.cli.{self.name}").app)
+        return command.make_context(info_name, args, parent, **extra)
+
 
 app = typer.Typer(
     name="trivec",
@@ -26,12 +42,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(cls=ServeCommand)(serve)
-app.add_typer(models_app, name="models")
-app.add_typer(keys_app, name="keys")
-app.command()(usage)
-app.add_typer(db_app, name="db")
-app.command()(bench)
+for name, summary in COMMANDS.items():
+    app.command(name, cls=LazyCommand, help=summary)(lambda: None)
 
 
 def _print_version(is_asked: bool) -> None:
@@ -55,7 +67,17 @@ def _trivec(
 def main() -> None:
     """Run the command that the arguments name; one line and exit code 2 for what is refused."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))  # standalone, Typer draws boxes around refusals
     except TrivecError as refusal:
-        print(f"trivec: {refusal}", file=sys.stderr)
-        sys.exit(REFUSED_EXIT_CODE)
+        line = str(refusal)
+    except (
+        typer.TyperException
+    ) as refusal:  # empty where no argument was given: that prints the help
+        line = refusal.format_message().replace("Value error, ", "")
+        if line and (context := getattr(refusal, "ctx", None)):
+            line = f"{line.rstrip('.')}; see {context.command_path} --help"
+    except typer.Abort:
+        sys.exit("Aborted.")
+    if line:
+        print(f"trivec: {line}", file=sys.stderr)
+    sys.exit(REFUSED_EXIT_CODE)

@@ -1,7 +1,6 @@
 """`trivec bench`: how fast a model is in this process, or on a running server.
 
-A quick look at the machine at hand; `benchmarks/` of the repository has a leaner load generator, the
-peers and the limits of the hardware.
+A quick look; `benchmarks/` has a leaner load generator, the peers and the limits of the hardware.
 """
 
 import asyncio
@@ -11,33 +10,32 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from itertools import cycle
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import Annotated, TypeAlias
 from urllib.parse import urlsplit
 
+import typer
 from typer import Option
 
-from trivec.cli.common import AsJson, DataDir, print_json, print_table, say, settings_of
+from trivec.cli.common import AsJson, DataDir, Row, print_json, print_table, say, settings_of
 from trivec.core.errors import StartError
-
-if TYPE_CHECKING:
-    from trivec.core.ports import Clock, Observer
-    from trivec.settings import Settings
+from trivec.settings import Settings
 
 LENGTHS = (16, 128, 512, 2048, 8192)  # tokens a text
-CPU_REQUEST_TOKENS, GPU_REQUEST_TOKENS = 2048, 32_768  # about what such a device takes in a batch
+REQUEST_TOKENS = {"cpu": 2048, "cuda": 32_768}  # about what such a device takes in a batch
 SHAPES = ((1, 1), (16, 1), (8, 8), (4, 64))  # clients, texts a request
 WAIT_S_MAX = 3600.0  # a measurement brings more work than a server would admit
 ANSWER_S_MAX = 120.0
 WORDS = "the water of the city and the trains of its market reported in science and in most schools"
 
-Row: TypeAlias = dict[str, str | float]
 Measured: TypeAlias = tuple[dict[str, str | int], list[Row]]  # what was measured, and its figures
 
+app = typer.Typer(add_completion=False)
 
+
+@app.command()
 def bench(
     model: Annotated[str | None, Option("--model", "-m", help="ID, DIR or ID=DIR.")] = None,
     precision: Annotated[str, Option(help="auto, fp32, int8 or a recipe as int8-rows.")] = "auto",
@@ -62,38 +60,23 @@ def bench(
         subject, rows = asyncio.run(_measure_engine(settings, seconds=seconds))
     if as_json:
         print_json({**subject, "rows": rows})
-        return
-    say(", ".join(f"{name} {value}" for name, value in subject.items()))
-    cells = [
-        {name: one if isinstance(one, str) else f"{one:,.4g}" for name, one in row.items()}
-        for row in rows
-    ]
-    print_table(cells, numbers=list(cells[0])[1:])
+    else:
+        say(", ".join(f"{name} {value}" for name, value in subject.items()))
+        print_table(rows)
 
 
-@dataclass(frozen=True, slots=True)
-class BenchContext:
-    """What models are built with, where there are no accounts and no HTTP."""
-
-    settings: "Settings"
-    clock: "Clock"
-    observer: "Observer"
-
-
-async def _measure_engine(settings: "Settings", *, seconds: float) -> Measured:
+async def _measure_engine(settings: Settings, *, seconds: float) -> Measured:
     """Rates of the first model of *settings*, behind its own queue and workers."""
     from trivec.build import load_models
-    from trivec.core.clock import SystemClock
+    from trivec.build_several import open_engine_parts
     from trivec.core.types import Output, Sequences
     from trivec.server.machine import usable_cores
-    from trivec.telemetry import Observers
 
-    context = BenchContext(settings, SystemClock(), Observers())
-    models = load_models(settings, context, cores=usable_cores(), takes_text=False)
-    card = models.loaded[0].card
+    parts = open_engine_parts(settings)
+    models = load_models(settings, parts, cores=usable_cores(), takes_text=False)
+    card = models.cards[0]
     embedder = models.embedders[card.id]
-    on_cpu = models.choice.device == "cpu"
-    request_tokens = CPU_REQUEST_TOKENS if on_cpu else GPU_REQUEST_TOKENS
+    request_tokens = REQUEST_TOKENS[models.choice.device]
     in_flight = 2 * models.slot_count + 2  # a free worker always finds the next batch waiting
 
     async def client(request: Sequences, ends_s: float) -> int:
@@ -131,13 +114,15 @@ async def _measure_engine(settings: "Settings", *, seconds: float) -> Measured:
 def _measure_server(url: str, key: str | None, model: str | None, *, seconds: float) -> Measured:
     """Rates and latencies of the server at *url*, a thread a client. Raises `StartError`."""
     address = urlsplit(url)
-    scheme = HTTPSConnection if address.scheme == "https" else HTTPConnection
-    try:
-        scheme(address.netloc).close()
-    except HTTPException as fault:
-        raise StartError(f"--url {url} is no address: {fault}") from fault
     headers = {"Content-Type": "application/json"}
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
+
+    def connect() -> "closing[HTTPConnection]":
+        scheme = HTTPSConnection if address.scheme == "https" else HTTPConnection
+        try:
+            return closing(scheme(address.netloc, timeout=ANSWER_S_MAX))
+        except HTTPException as fault:
+            raise StartError(f"--url {url} is no address: {fault}") from fault
 
     def ask(connection: HTTPConnection, path: str, body: bytes | None = None) -> bytes:
         try:
@@ -159,14 +144,14 @@ def _measure_server(url: str, key: str | None, model: str | None, *, seconds: fl
     def client(bodies: Iterator[bytes], ends_s: float) -> list[float]:
         """Seconds that each answer took; a request that was sent is waited for."""
         latencies_s: list[float] = []
-        with closing(scheme(address.netloc, timeout=ANSWER_S_MAX)) as connection:
+        with connect() as connection:
             while not latencies_s or time.perf_counter() < ends_s:
                 sent_s = time.perf_counter()
                 ask(connection, "/embeddings", next(bodies))
                 latencies_s.append(time.perf_counter() - sent_s)
         return latencies_s
 
-    with closing(scheme(address.netloc, timeout=ANSWER_S_MAX)) as connection:
+    with connect() as connection:
         try:
             served = [str(one["id"]) for one in json.loads(ask(connection, "/models"))["data"]]
         except (ValueError, KeyError, TypeError) as fault:

@@ -4,8 +4,8 @@ import json
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trivec import __version__
@@ -29,9 +29,6 @@ class Greeting:
         self._say = say
         self._bearer: str | None = None  # of the curl line: a new key, or what prints it
 
-    def _say_fact(self, name: str, value: str) -> None:
-        self._say(f"  {name:<10} {value}")
-
     def first_key(self, new_key: "NewKey") -> None:
         """Show a new store's key at once: whatever happens next, it is never shown again.
 
@@ -44,7 +41,12 @@ class Greeting:
             return
         file = self._settings.data_dir.absolute() / FIRST_KEY_FILE
         try:
-            write_private(file, new_key.plain + "\n")
+            descriptor, draft = tempfile.mkstemp(dir=file.parent)  # that only this user can read
+            with open(descriptor, "w", encoding="utf-8") as out:
+                out.write(f"{new_key.plain}\n")
+                out.flush()
+                os.fsync(descriptor)
+            os.replace(draft, file)  # a link that lies there is replaced, not followed
         except OSError as fault:
             reason = fault.strerror or fault
             self._say_fact("key", f"made, but {file} cannot be written: {reason}")
@@ -58,14 +60,10 @@ class Greeting:
         settings, choice = self._settings, models.choice
         self._say(f"Trivec {__version__} is ready.")
         for card in models.cards:
-            verified = (
-                "files verified" if card.verified else "files NOT verified against the catalogue"
-            )
+            state = "verified" if card.verified else "NOT verified against the catalogue"
+            sizes = f"{card.dimensions} dimensions, {card.token_count_max} tokens a text"
             self._say_fact("model", card.id)
-            self._say_fact(
-                "",
-                f"{card.dimensions} dimensions, {card.token_count_max} tokens a text, {verified}",
-            )
+            self._say_fact("", f"{sizes}, files {state}")
             self._say_fact("precision", card.precision)
             if card.id in models.certificates:
                 self._say_fact("", models.certificates[card.id].summary)
@@ -87,15 +85,5 @@ class Greeting:
         for line in ("", "Try it:", f"  {curl} -d {shlex.quote(body)}", ""):
             self._say(line)
 
-
-def write_private(file: Path, text: str) -> None:
-    """Put *text* where only this user can read it, from the first byte on; a link is replaced."""
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fresh = file.with_name(f"{file.name}.{os.getpid()}")
-    fresh.unlink(missing_ok=True)
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(descriptor, "w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    fresh.replace(file)
+    def _say_fact(self, name: str, value: str) -> None:
+        self._say(f"  {name:<10} {value}")

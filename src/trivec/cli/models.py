@@ -1,13 +1,14 @@
 """`trivec models`: list what is known and what is here, pull, and verify."""
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
 
-from trivec.cli.common import AsJson, DataDir, print_json, print_table, say, settings_of
+from trivec.checkpoints import open_own
+from trivec.checkpoints.catalogue import entries, entry_of
+from trivec.cli.common import AsJson, DataDir, Row, print_json, print_table, say, settings_of
 from trivec.core.errors import CheckpointRefused
 
 if TYPE_CHECKING:
@@ -19,15 +20,12 @@ if TYPE_CHECKING:
 
 MISSED_EXIT_CODE = 1
 
-models_app = typer.Typer(help="List, pull and verify models.", no_args_is_help=True)
+app = typer.Typer(help="List, pull and verify models.", no_args_is_help=True, add_completion=False)
 
 
-@models_app.command("list")
+@app.command("list")
 def list_(data_dir: DataDir = None, as_json: AsJson = False) -> None:
     """List the models known by name and which of them are on this machine."""
-    from trivec.checkpoints import open_own
-    from trivec.checkpoints.catalogue import entries
-
     cache_dir = settings_of(data_dir).data_dir / "models"
     rows: list[dict[str, Any]] = []
     for entry in entries():
@@ -58,27 +56,25 @@ def list_(data_dir: DataDir = None, as_json: AsJson = False) -> None:
     if as_json:
         print_json(rows)
         return
-    cells = [
+    cells: list[Row] = [
         {
             "MODEL": row["id"],
             "HERE": row["source"] or "-",
-            "TOKENS": str(row["token_count_max"]),
-            "SIZE": str(row["dimensions"]),
+            "TOKENS": row["token_count_max"],
+            "SIZE": row["dimensions"],
             "OUTPUTS": " ".join(row["outputs"]),
         }
         for row in rows
     ]
-    print_table(cells, numbers=("TOKENS", "SIZE"), whole=("MODEL",))  # the id is what a user copies
+    print_table(cells, folded=("OUTPUTS",))  # never the id, which a user copies
 
 
-@models_app.command()
+@app.command()
 def pull(
     model: Annotated[str, Argument(help="A catalogue id, as baai/bge-m3.")],
     data_dir: DataDir = None,
 ) -> None:
     """Fetch a model from the hub into the data folder; resumes where it stopped."""
-    from trivec.checkpoints import open_own
-    from trivec.checkpoints.catalogue import entry_of
     from trivec.checkpoints.hub import pull as fetch
 
     entry, cache_dir = entry_of(model), settings_of(data_dir).data_dir / "models"
@@ -90,7 +86,7 @@ def pull(
     print(checkpoint.folder)
 
 
-@models_app.command()
+@app.command()
 def verify(
     model: Annotated[str | None, Argument(help="A catalogue id, or ID=DIR for a copy.")] = None,
     prepared: Annotated[bool, Option("--prepared", help="Check the prepared int8 models.")] = False,
@@ -104,29 +100,15 @@ def verify(
     if prepared == (model is not None):
         raise typer.BadParameter("give a model, or --prepared alone")
     if model is None:
-        from trivec.backends.openvino import check_cache
-
-        found = check_cache(settings_of(data_dir).data_dir / "models")
-        faults = sum(fault is not None for fault in found.values())
-        if as_json:
-            print_json([{"folder": str(one), "problem": fault} for one, fault in found.items()])
-        else:
-            for folder, fault in found.items():
-                print(f"{folder}: {fault or 'as it was written'}")
-        next_step = "; the next start makes a damaged one again" if faults else ""
-        whole = f"{len(found) - faults} of {len(found)} prepared models are as they were written"
-        say(whole + next_step)
-        if faults:
-            raise typer.Exit(MISSED_EXIT_CODE)
+        _verify_prepared(settings_of(data_dir), as_json=as_json)
         return
 
-    from trivec.checkpoints.catalogue import entry_of
     from trivec.checkpoints.verify import TOLERANCE
     from trivec.checkpoints.verify import verify as compare
 
     settings = settings_of(data_dir, precision="fp32", models=(model,))
     figures = compare(entry_of(model.partition("=")[0]).id, _embedding(settings))
-    rows = [
+    rows: list[Row] = [
         {
             "figure": one.name,
             "expected": one.expected,
@@ -139,47 +121,47 @@ def verify(
     if as_json:
         print_json(rows)
     else:
-        cells = [
-            {
-                "FIGURE": one.name,
-                "EXPECTED": f"{one.expected:.4f}",
-                "FOUND": f"{one.found:.4f}",
-                "DIFFERENCE": f"{one.difference:.5f}",
-                "": "" if one.is_met else "MISSED",
-            }
-            for one in figures
-        ]
-        print_table(cells, numbers=("EXPECTED", "FOUND", "DIFFERENCE"))
-    missed = sum(not one.is_met for one in figures)
-    say(f"{len(figures) - missed} of {len(figures)} figures are met (within {TOLERANCE})")
-    if missed:
+        print_table([{**row, "met": "yes" if row["met"] else "MISSED"} for row in rows])
+    met = sum(one.is_met for one in figures)
+    say(f"{met} of {len(figures)} figures are met (within {TOLERANCE})")
+    if met < len(figures):
         raise typer.Exit(MISSED_EXIT_CODE)
+
+
+def _verify_prepared(settings: "Settings", *, as_json: bool) -> None:
+    from trivec.backends.openvino import check_cache
+
+    found = check_cache(settings.data_dir / "models")
+    if as_json:
+        print_json([{"folder": str(one), "problem": fault} for one, fault in found.items()])
+    else:
+        for folder, fault in found.items():
+            print(f"{folder}: {fault or 'as it was written'}")
+    sound = sum(fault is None for fault in found.values())
+    line = f"{sound} of {len(found)} prepared models are as they were written"
+    if sound == len(found):
+        say(line)
+        return
+    say(f"{line}; the next start makes a damaged one again")
+    raise typer.Exit(MISSED_EXIT_CODE)
 
 
 def _embedding(settings: "Settings") -> "Embed":
     """Load the one model of *settings*; a function from texts to its vectors."""
     import numpy as np
 
-    from trivec.build import choose, load_model
+    from trivec.build import load_models
+    from trivec.build_several import open_engine_parts
     from trivec.core.types import Batch, LongText
     from trivec.server.machine import usable_cores
-    from trivec.tokenizer import Tokenizer
 
-    model = load_model(
-        settings.models[0], settings=settings, choice=choose(settings), cores=usable_cores()
-    )
-    checkpoint = model.checkpoint
-    tokenizer = Tokenizer(
-        checkpoint.tokenizer_file,
-        token_count_max=checkpoint.token_count_max,
-        vocabulary_size=checkpoint.config.vocab_size,
-        pool=ThreadPoolExecutor(1),
-    )
+    models = load_models(settings, open_engine_parts(settings), cores=usable_cores())
+    [model] = models.loaded
 
     def embed(texts: "Sequence[str]", outputs: "Output") -> "Vectors":
-        texts_ids = asyncio.run(tokenizer.tokenize(texts, long_text=LongText.REFUSE))
-        wanted = np.full(len(texts), outputs & checkpoint.outputs, np.uint8)  # [sequences]
-        batch = Batch(texts_ids.token_ids, texts_ids.cu_seqlens, wanted)
-        return model.backend.run(batch, slot=0)
+        tokenized = models.embedders[model.card.id].tokenize(texts, long_text=LongText.REFUSE)
+        ids = asyncio.run(tokenized)
+        wanted = np.full(len(texts), outputs & model.card.outputs, np.uint8)  # [sequences]
+        return model.backend.run(Batch(ids.token_ids, ids.cu_seqlens, wanted), slot=0)
 
     return embed

@@ -1,42 +1,59 @@
-"""`trivec serve`: flags to settings, settings to a server process."""
+"""`trivec serve`: flags to settings, and settings to one process or to several."""
 
+import asyncio
 import os
 import select
 import signal
+import socket
 import sys
+import tempfile
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TextIO, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand
+from typer.models import OptionInfo
 
 from trivec.cli.greeting import Greeting
-from trivec.server.machine import check_certificate, listen, raise_file_limit, usable_cores
-from trivec.server.processes import STOPS, exit_code_of, ignore_early_signals
+from trivec.core.errors import SettingInvalid
+from trivec.server import machine
+from trivec.server.processes import (
+    STOPS,
+    ChildProcess,
+    Processes,
+    exit_code_of,
+    ignore_early_signals,
+)
 from trivec.settings import HttpLimits, Settings, load_settings
 
 if TYPE_CHECKING:
     from typer._click.core import Context
 
+    from trivec.build import Models
+    from trivec.ipc.folder import SharedFolder
 
-def _help(name: str) -> str:
-    """A setting's help is written once, where the setting is."""
-    field = Settings.model_fields[name]
+FIELDS = {**HttpLimits.model_fields, **Settings.model_fields}
+SOCKET_PATH_MAX = 100  # bytes of a Unix socket's path that every system takes
+
+app = typer.Typer(add_completion=False)
+
+
+def _flag(name: str, *spellings: str, metavar: str | None = None) -> OptionInfo:
+    """Option for the setting *name*, whose help is written once, where the setting is."""
+    field = FIELDS[name]
     words = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
     notes = [" | ".join(words)] if words and all(isinstance(one, str) for one in words) else []
     if field.default not in (None, (), False):
         notes.append(f"default: {field.default}")
-    return f"{field.description}" + "".join(f" [dim]\\[{note}][/dim]" for note in notes)
-
-
-def _flag(name: str, *spellings: str) -> typer.models.OptionInfo:
-    info = typer.Option(*spellings, help=_help(name), show_default=False)
-    assert isinstance(info, typer.models.OptionInfo)
+    help_text = f"{field.description}" + "".join(f" [dim]\\[{note}][/]" for note in notes)
+    info: OptionInfo = typer.Option(*spellings, metavar=metavar, help=help_text, show_default=False)
     return info
 
 
 class ServeCommand(TyperCommand):
-    """Takes `--no-auth` and `--no-auth=anywhere`; Typer has no option with a value that may lack."""
+    """Takes `--no-auth` and `--no-auth=anywhere`; in Typer an option's value may not lack."""
 
     def parse_args(self, ctx: "Context", args: list[str]) -> list[str]:
         return super().parse_args(
@@ -44,42 +61,30 @@ class ServeCommand(TyperCommand):
         )
 
 
+@app.command(cls=ServeCommand)
 def serve(
     models: Annotated[list[str] | None, _flag("models", "--model", "-m")] = None,
-    host: Annotated[str | None, _flag("host", "--host")] = None,
+    host: Annotated[str | None, _flag("host")] = None,
     port: Annotated[str | None, _flag("port", "--port", "-p")] = None,
-    probe_port: Annotated[str | None, _flag("probe_port", "--probe-port")] = None,
-    tls_cert: Annotated[str | None, _flag("tls_cert", "--tls-cert")] = None,
-    tls_key: Annotated[str | None, _flag("tls_key", "--tls-key")] = None,
-    precision: Annotated[str | None, _flag("precision", "--precision")] = None,
-    device: Annotated[str | None, _flag("device", "--device")] = None,
-    backend: Annotated[str | None, _flag("backend", "--backend")] = None,
-    data_dir: Annotated[str | None, _flag("data_dir", "--data-dir")] = None,
-    config: Annotated[
-        str | None, typer.Option("--config", help="TOML file with any of the settings.")
-    ] = None,
-    truncate: Annotated[
-        str | None,
-        typer.Option(
-            "--truncate",
-            metavar="none|end|start",
-            help=HttpLimits.model_fields["truncate"].description,
-        ),
-    ] = None,
-    no_auth: Annotated[
-        str | None,
-        typer.Option("--no-auth", metavar="[=anywhere]", help=_help("no_auth"), show_default=False),
-    ] = None,
+    probe_port: Annotated[str | None, _flag("probe_port")] = None,
+    tls_cert: Annotated[str | None, _flag("tls_cert")] = None,
+    tls_key: Annotated[str | None, _flag("tls_key")] = None,
+    precision: Annotated[str | None, _flag("precision")] = None,
+    device: Annotated[str | None, _flag("device")] = None,
+    backend: Annotated[str | None, _flag("backend")] = None,
+    data_dir: Annotated[str | None, _flag("data_dir")] = None,
+    config: Annotated[str | None, typer.Option(help="TOML file with any of the settings.")] = None,
+    truncate: Annotated[str | None, _flag("truncate")] = None,
+    no_auth: Annotated[str | None, _flag("no_auth", metavar="[=anywhere]")] = None,
 ) -> None:
     """Serve embeddings over HTTP until told to stop.
 
     Every option is also a variable, --port as TRIVEC_PORT; all settings are in
     docs/configuration.md.
     """
-    flags = {name: value for name, value in locals().items() if value is not None}
-    flags["http"] = {"truncate": flags.pop("truncate", None)}
-    settings = load_settings(flags, os.environ, warn=_say)
-    exit_code = run(settings)
+    flags = locals()
+    flags["http"] = {"truncate": flags.pop("truncate")}
+    exit_code = run(load_settings(flags, os.environ, warn=_say))
     # At the interpreter's orderly end granian's own threads abort the process.
     sys.stdout.flush()
     if _takes_a_line(sys.stderr):  # else the log's thread is stuck in it, and holds its lock
@@ -92,31 +97,98 @@ def run(settings: Settings) -> int:
     ignore_early_signals()
     for number in STOPS:  # until there are other handlers nothing was accepted; PID 1 needs one
         signal.signal(number, lambda _number, _frame: os._exit(0))
-    raise_file_limit()
-
+    machine.raise_file_limit()
     if settings.tls_cert and settings.tls_key:
-        check_certificate(settings.tls_cert, settings.tls_key)
+        machine.check_certificate(settings.tls_cert, settings.tls_key)
     if settings.api_processes > 1:
-        from trivec.cli.several import serve_several
+        return _serve_several(settings)
+    listener = machine.listen(settings.host, settings.port)
+    return exit_code_of(partial(_serve_alone, settings, listener), settings, say=_say)
 
-        return serve_several(settings, say=_say)
-    listener = listen(settings.host, settings.port)
 
-    def main() -> int:
-        from trivec.build import check_models, load_models
-        from trivec.server.server import serve_http
+def _serve_alone(settings: Settings, listener: socket.socket) -> int:
+    from trivec.build import check_models, load_models
+    from trivec.server.server import serve_http
 
-        check_models(settings)
-        greeting = Greeting(settings, port=listener.getsockname()[1], say=_say)
-        return serve_http(
-            settings,
-            listener,
-            load=partial(load_models, settings, cores=usable_cores()),
-            on_first_key=greeting.first_key,
-            on_ready=greeting.ready,
+    check_models(settings)
+    greeting = Greeting(settings, port=listener.getsockname()[1], say=_say)
+    return serve_http(
+        settings,
+        listener,
+        load=partial(load_models, settings, cores=machine.usable_cores()),
+        on_first_key=greeting.first_key,
+        on_ready=greeting.ready,
+    )
+
+
+def _serve_several(settings: Settings) -> int:
+    """One engine process, and `api_processes` before it that share the port."""
+    from trivec.ipc.folder import SharedFolder
+
+    def child(
+        name: str, serve: Callable[[], int], listener: socket.socket | None = None
+    ) -> ChildProcess:
+        whole = partial(exit_code_of, serve, settings, say=_say, process=name)
+        return ChildProcess(name, whole, listener)
+
+    try:
+        made = tempfile.TemporaryDirectory(prefix="trivec-")  # that nobody else may look into
+    except OSError as fault:
+        raise SettingInvalid(
+            f"cannot make a folder for temporary files: {fault}. "
+            "Set TMPDIR to a folder that can be written."
+        ) from fault
+    with made as path:
+        if len(os.fsencode(f"{path}/engine")) > SOCKET_PATH_MAX:
+            raise SettingInvalid(
+                f"cannot make a socket at {path}: its path is too long. "
+                "Set TMPDIR to a folder with a short path that can be written."
+            )
+        folder = SharedFolder(Path(path))
+        listeners = machine.listen_shared(
+            settings.host, settings.port, count=settings.api_processes
         )
+        api = []
+        for number, listener in enumerate(listeners, start=1):
+            name = f"api-{number}"
+            serve_api = partial(_serve_api, settings, folder, name, listener)
+            api.append(child(name, serve_api, listener))
+        engine = child("engine", partial(_serve_engine, settings, folder))
+        return Processes(api, engine, say=_say).run()
 
-    return exit_code_of(main, settings, say=_say)
+
+def _serve_engine(settings: Settings, folder: "SharedFolder") -> int:
+    from trivec.build import check_models, load_models
+    from trivec.server.engine_process import run_engine
+
+    check_models(settings)
+    load = partial(load_models, settings, cores=machine.usable_cores(), takes_text=False)
+    return run_engine(settings, folder, load=load)
+
+
+def _serve_api(
+    settings: Settings, folder: "SharedFolder", name: str, listener: socket.socket
+) -> int:
+    from trivec.build_several import connect_models
+    from trivec.server.server import serve_http
+
+    greeting = Greeting(settings, port=listener.getsockname()[1], say=_say)
+    tasks = set[asyncio.Task[None]]()
+
+    async def greet_when_all_serve(models: "Models") -> None:
+        """The key was shown before: a process may die before all of them are ready."""
+        await folder.all_serving(name, count=settings.api_processes)
+        if models.makes_first_key:
+            greeting.ready(models)
+
+    cores = max(1, machine.usable_cores() // settings.api_processes)
+    return serve_http(
+        settings,
+        listener,
+        load=partial(connect_models, folder=folder, name=name, cores=cores),
+        on_first_key=greeting.first_key,
+        on_ready=lambda models: tasks.add(asyncio.create_task(greet_when_all_serve(models))),
+    )
 
 
 def _say(line: str) -> None:

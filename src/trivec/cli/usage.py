@@ -2,16 +2,18 @@
 
 import csv
 import sys
-from typing import Annotated, Literal
+from typing import Annotated
 
+import typer
 from typer import Option
 
+from trivec.accounts import UsageBy, UsageQuery
 from trivec.cli.common import (
     AsJson,
     ConfigFile,
     DataDir,
+    Row,
     administration,
-    counted,
     instant,
     print_json,
     print_table,
@@ -21,13 +23,16 @@ from trivec.cli.common import (
 )
 from trivec.core.errors import SettingInvalid
 
-NUMBERS = ("REQUESTS", "FAILED", "TOKENS", "SHARE")
+FOLDED = ("NAME", "KEY", "MODEL")
 SPARE = ("KEY", "SHARE", "FAILED", "REQUESTS")  # left out in a narrow terminal, the first one first
-HEADINGS = {"key": "KEY", "model": "MODEL", "day": "DAY (UTC)"}
+HEADINGS = {UsageBy.KEY: "KEY", UsageBy.MODEL: "MODEL", UsageBy.DAY: "DAY (UTC)"}
+
+app = typer.Typer(add_completion=False)
 
 
+@app.command()
 def usage(
-    by: Annotated[Literal["key", "model", "day"], Option(help="What is summed.")] = "key",
+    by: Annotated[UsageBy, Option(help="What is summed.")] = UsageBy.KEY,
     since: Annotated[str | None, Option(help="From this date, instant, or span as 7d ago.")] = None,
     until: Annotated[str | None, Option(help="Up to this date or instant, not included.")] = None,
     key: Annotated[str | None, Option(help="Only this key, by name or id.")] = None,
@@ -37,22 +42,19 @@ def usage(
     as_csv: Annotated[bool, Option("--csv", help="Print CSV instead of a table.")] = False,
 ) -> None:
     """Sum what was used, by key, model or day: requests and the tokens they were billed."""
-    from trivec.accounts import UsageBy, UsageQuery
-
     if as_json and as_csv:
         raise SettingInvalid("--json and --csv exclude each other; give one")
-    since_us = instant(since, option="--since", ahead=False)
-    until_us = instant(until, option="--until", ahead=False)
+    since_us = None if since is None else instant(since, option="--since", ahead=False)
+    until_us = None if until is None else instant(until, option="--until", ahead=False)
     with administration(settings_of(data_dir, config)) as books:
         key_id = None if key is None else books.key_id(key)
-        lines = books.usage(
-            UsageQuery(UsageBy(by), since_us=since_us, until_us=until_us, key_id=key_id)
-        )
+        query = UsageQuery(by, since_us=since_us, until_us=until_us, key_id=key_id)
+        lines = books.usage(query)
     total = sum(line.tokens for line in lines)
     rows = [
         {
             by: line.group,
-            **({"name": line.name} if by == "key" else {}),
+            **({"name": line.name} if by is UsageBy.KEY else {}),
             "requests": line.requests,
             "failed": line.failed,
             "tokens": line.tokens,
@@ -63,31 +65,31 @@ def usage(
     if as_json:
         print_json(rows)
     elif as_csv:
-        columns = [by, "name", "requests", "failed", "tokens", "share"]
-        if by != "key":
-            columns.remove("name")
+        names = ["name"] if by is UsageBy.KEY else []
+        columns = [by, *names, "requests", "failed", "tokens", "share"]
         writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     elif not lines:
         say("Nothing was used in that time.")
     else:
-        cells = [
+        cells: list[Row] = [
             {
-                **({"NAME": styled(line.name or "", "bold")} if by == "key" else {}),
-                HEADINGS[by]: styled(line.group or "none", "dim" if by == "key" else "bold"),
-                "REQUESTS": counted(line.requests),
-                "FAILED": counted(line.failed),
-                "TOKENS": counted(line.tokens),
-                "SHARE": f"{line.tokens / total:.1%}" if total else "",
+                **({"NAME": styled(line.name or "", "bold")} if by is UsageBy.KEY else {}),
+                HEADINGS[by]: styled(line.group or "none", "dim" if by is UsageBy.KEY else "bold"),
+                "REQUESTS": line.requests,
+                "FAILED": line.failed,
+                "TOKENS": line.tokens,
+                "SHARE": f"{line.tokens / total:6.1%}" if total else "",
             }
             for line in lines
         ]
-        sums = {
-            **dict.fromkeys(cells[0], ""),
-            next(iter(cells[0])): "total",
-            "REQUESTS": counted(sum(line.requests for line in lines)),
-            "FAILED": counted(sum(line.failed for line in lines)),
-            "TOKENS": counted(total),
-        }
-        print_table(cells, numbers=NUMBERS, spare=SPARE, total=sums if len(lines) > 1 else None)
+        if len(lines) > 1:
+            sums = {
+                "REQUESTS": sum(line.requests for line in lines),
+                "FAILED": sum(line.failed for line in lines),
+                "TOKENS": total,
+            }
+            first = next(iter(cells[0]))
+            cells.append({**dict.fromkeys(cells[0]), first: "[bold]total[/]", **sums})
+        print_table(cells, folded=FOLDED, spare=SPARE)

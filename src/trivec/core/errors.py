@@ -18,7 +18,6 @@ TrivecError
     └── EngineFault    our mistake; the message is only for the log
 """
 
-from asyncio import CancelledError
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -282,6 +281,8 @@ class EngineFault(ServiceError):
 
 def is_panic(error: BaseException) -> bool:
     """A Rust library's panic: no `Exception`, and yet no request to stop."""
+    from asyncio import CancelledError  # slow to import, as asking for help need not
+
     ours = (Exception, CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit)
     return not isinstance(error, ours)
 

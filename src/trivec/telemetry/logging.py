@@ -1,27 +1,23 @@
 """The log: one line a request, and one for each change in the process's life.
 
-JSON for machines, readable on a terminal. A line holds ids, counts and durations. A thread of its own
-writes it, so that a stderr that is full, stuck or closed costs lines and never delays a request.
+JSON for machines, readable on a terminal. A line holds ids, counts and durations. A thread of its
+own writes it, so that a stderr that is full, stuck or closed costs lines and delays no request.
 """
 
 import logging
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, Literal, TextIO
 
 import msgspec
 import structlog
 
-from trivec.core.events import (
-    BatchRan,
-    Event,
-    ModelLoaded,
-    PhaseChanged,
-    RequestServed,
-    RowNotFinite,
-)
+from trivec.core import events
+from trivec.core.events import Event
 
 LogFormat = Literal["auto", "json", "text"]
 
@@ -34,8 +30,8 @@ MESSAGE_CHARS_MAX = 160  # of an error, on a terminal
 PROBES = frozenset({"/livez", "/readyz", "/health", "/metrics"})  # polled every few seconds
 
 
-class LogThread(threading.Thread):
-    """Thread that writes lines to a stream, behind a queue bounded in bytes.
+class LogHandler(logging.Handler):
+    """Handler that writes lines on a thread of its own, behind a queue bounded in bytes.
 
     `put` never blocks. Lines beyond the bound, or refused by the stream, are dropped and counted; a
     line says how many as soon as one can be written again. Not `logging.handlers.QueueListener`: it
@@ -44,21 +40,21 @@ class LogThread(threading.Thread):
     """
 
     def __init__(self, stream: TextIO | None) -> None:
-        super().__init__(name="log", daemon=True)
+        super().__init__()
         self.dropped = 0  # lines since the start
         self._stream = stream
-        self._queue: SimpleQueue[str | None] = (
-            SimpleQueue()
-        )  # its `put` is reentrant; None: the end
+        self._queue = SimpleQueue[str | None]()  # its `put` is reentrant; None: the end
         self._waiting_bytes = 0
-        self._lock = threading.RLock()  # of the numbers; reentrant, since a signal handler may log
+        self._numbers = threading.RLock()  # guards them; reentrant, since a signal handler may log
         self._finishing = threading.Event()
         self._is_finished = False
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
 
     def put(self, line: str) -> None:
         """Hand over a line without its newline. Called from any thread."""
         size = sys.getsizeof(line)
-        with self._lock:
+        with self._numbers:
             if self._waiting_bytes + size > WAITING_BYTES_MAX:
                 self.dropped += 1
                 return
@@ -70,18 +66,20 @@ class LogThread(threading.Thread):
 
     debug = info = warning = error = critical = put  # structlog calls the method of the level
 
-    def drop(self, count: int) -> None:
-        """Count lines that cannot be written."""
-        with self._lock:
-            self.dropped += count
+    def emit(self, record: logging.LogRecord) -> None:
+        """A line of another library, by way of the standard library's loggers."""
+        try:
+            self.put(self.format(record))
+        except Exception:  # their mistakes; logging's own answer writes to stderr itself
+            self._drop(1)
 
     def finish(self, within_s: float) -> None:
         """Write what waits, unless that takes longer; later lines are written by their callers."""
         self._finishing.set()
         self._queue.put(None)
-        self.join(within_s)
+        self._thread.join(within_s)
 
-    def run(self) -> None:
+    def _run(self) -> None:
         reported = 0
         is_last = False
         while not is_last:
@@ -92,13 +90,17 @@ class LogThread(threading.Thread):
             if self._write(line for line in lines if line is not None) and self.dropped > reported:
                 count, reported = self.dropped - reported, self.dropped
                 structlog.get_logger().warning("log_lines_dropped", count=count)
-        with self._lock:
+        with self._numbers:
             self._is_finished = True
         self._write(line for line in self._drain() if line is not None)
 
     def _drain(self) -> Iterator[str | None]:
         while not self._queue.empty():  # only this thread takes lines out
             yield self._queue.get()
+
+    def _drop(self, count: int) -> None:
+        with self._numbers:
+            self.dropped += count
 
     def _write(self, lines: Iterable[str]) -> bool:
         """Write *lines* in pieces; whether the stream took the last of them."""
@@ -111,9 +113,9 @@ class LogThread(threading.Thread):
                 self._stream.flush()
                 is_taken = True
             except (OSError, ValueError):  # the reader has gone, the disk is full, or it was closed
-                self.drop(len(piece))
+                self._drop(len(piece))
                 is_taken = False
-            with self._lock:
+            with self._numbers:
                 self._waiting_bytes -= sum(map(sys.getsizeof, piece))
         return is_taken
 
@@ -133,20 +135,6 @@ def pieces(lines: Iterable[str]) -> Iterator[list[str]]:
         yield piece
 
 
-class LogHandler(logging.Handler):
-    """Handler of the standard library's loggers: formatted records go to the log thread."""
-
-    def __init__(self, thread: LogThread) -> None:
-        super().__init__()
-        self.thread = thread
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self.thread.put(self.format(record))
-        except Exception:  # other libraries' mistakes; logging's own answer writes to stderr itself
-            self.thread.drop(1)
-
-
 def configure_log(
     log_format: LogFormat = "auto", *, level: str = "info", process: str | None = None
 ) -> None:
@@ -157,8 +145,7 @@ def configure_log(
     """
     stderr: TextIO | None = sys.stderr  # None where the process began without one
     is_terminal = stderr is not None and stderr.isatty()
-    thread = LogThread(stderr)
-    thread.start()
+    handler = LogHandler(stderr)
     number = logging.getLevelNamesMapping()[level.upper()]
     common: list[Any] = [
         structlog.stdlib.add_log_level,
@@ -166,16 +153,16 @@ def configure_log(
     ]
     if process:
         common.append(lambda _logger, _method, line: {**line, "process": process})
-    rendering: list[Any] = [_Terminal(colors=is_terminal)]
+    other = structlog.dev.ConsoleRenderer(colors=is_terminal, timestamp_key="time")
+    rendering: list[Any] = [partial(_to_text, colors=is_terminal, other=other)]
     if log_format == "json" or (log_format == "auto" and not is_terminal):
         rendering = [structlog.processors.format_exc_info, _to_json]
     structlog.configure(
         processors=[*common, *rendering],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=lambda *_names: thread,
+        logger_factory=lambda *_names: handler,
         cache_logger_on_first_use=False,
     )
-    handler = LogHandler(thread)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*common, structlog.stdlib.add_logger_name],
@@ -187,20 +174,20 @@ def configure_log(
     root.setLevel(max(number, logging.WARNING))  # libraries talk when something is wrong
 
 
+def _handlers() -> list[LogHandler]:
+    """The one that `configure_log` made, if any."""
+    return [one for one in logging.getLogger().handlers if isinstance(one, LogHandler)]
+
+
 def lines_dropped() -> int:
     """How many lines of this process's log were dropped."""
-    return sum(thread.dropped for thread in _threads())
+    return sum(handler.dropped for handler in _handlers())
 
 
 def finish_log(within_s: float = FINISH_S_MAX) -> None:
     """Write the lines that still wait. Called when all else has ended."""
-    for thread in _threads():
-        thread.finish(within_s)
-
-
-def _threads() -> list[LogThread]:
-    """The one that `configure_log` started, if any."""
-    return [one.thread for one in logging.getLogger().handlers if isinstance(one, LogHandler)]
+    for handler in _handlers():
+        handler.finish(within_s)
 
 
 class RequestLog:
@@ -215,16 +202,15 @@ class RequestLog:
 
     def observe(self, event: Event) -> None:
         match event:
-            case RequestServed():
+            case events.RequestServed():
                 is_routine = event.route in PROBES and event.status < 400
                 log = self._log.debug if is_routine else self._log.info
-                log("request", **request_fields(event), message=event.message)
-            case BatchRan(failed=True) as batch:
-                fields = {name: getattr(batch, name) for name in batch.__slots__}
-                self._log.warning("batch_failed", **fields)
-            case RowNotFinite():
-                self._log.warning("row_not_finite", model=event.model, recovered=event.recovered)
-            case ModelLoaded(card=card):
+                log("request", **_request_fields(event))
+            case events.BatchRan(failed=True):
+                self._log.warning("batch_failed", **asdict(event))
+            case events.RowNotFinite():
+                self._log.warning("row_not_finite", **asdict(event))
+            case events.ModelLoaded(card=card):
                 fields = {
                     "model": card.id,
                     "precision": card.precision,
@@ -234,19 +220,12 @@ class RequestLog:
                     "cosine_mean": event.cosine_mean,
                 }
                 self._log.info("model_loaded", **{**fields, **card.notes})  # which may say more
-            case PhaseChanged():
-                self._log.info("phase", phase=event.phase, reason=event.reason)
-            case _:
-                pass
+            case events.PhaseChanged():
+                self._log.info("phase", **asdict(event))
 
 
-def request_fields(event: RequestServed) -> dict[str, object]:
+def _request_fields(event: events.RequestServed) -> dict[str, object]:
     """Fields of a request's line: milliseconds to the microsecond, and nothing that is absent."""
-    optional = {
-        "code": event.code,
-        "key_id": event.key_id,
-        "client_request_id": event.client_request_id,
-    }
     fields: dict[str, object] = {
         "request_id": event.request_id,
         "method": event.method,
@@ -255,17 +234,22 @@ def request_fields(event: RequestServed) -> dict[str, object]:
         "duration_ms": round(event.duration_s * 1e3, 3),
         "request_bytes": event.request_bytes,
         "answer_bytes": event.answer_bytes,
-        **{name: value for name, value in optional.items() if value is not None},
+        "code": event.code,
+        "key_id": event.key_id,
+        "client_request_id": event.client_request_id,
+        "message": event.message,
     }
     if event.model is not None:
-        fields["model"] = event.model
-        fields["inputs"] = event.input_count
-        fields["tokens"] = event.token_count
-        fields["tokenize_ms"] = round(event.tokenize_s * 1e3, 3)
-        fields["queue_ms"] = round(event.queue_s * 1e3, 3)
-        fields["compute_ms"] = round(event.compute_s * 1e3, 3)
-        fields["encode_ms"] = round(event.encode_s * 1e3, 3)
-    return fields
+        fields |= {
+            "model": event.model,
+            "inputs": event.input_count,
+            "tokens": event.token_count,
+            "tokenize_ms": round(event.tokenize_s * 1e3, 3),
+            "queue_ms": round(event.queue_s * 1e3, 3),
+            "compute_ms": round(event.compute_s * 1e3, 3),
+            "encode_ms": round(event.encode_s * 1e3, 3),
+        }
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _to_json(_logger: object, _method: str, line: Any) -> str:
@@ -274,24 +258,20 @@ def _to_json(_logger: object, _method: str, line: Any) -> str:
     return msgspec.json.encode(line, enc_hook=repr).decode()  # several times faster than json.dumps
 
 
-class _Terminal:
+def _to_text(
+    logger: Any, method: str, line: Any, *, colors: bool, other: structlog.dev.ConsoleRenderer
+) -> str:
     """Renderer for people: a request is one short line, its status and duration first."""
-
-    def __init__(self, *, colors: bool) -> None:
-        self._colors = colors
-        self._other = structlog.dev.ConsoleRenderer(colors=colors, timestamp_key="time")
-
-    def __call__(self, logger: Any, method: str, line: Any) -> str:
-        if line.get("event") != "request":
-            return self._other(logger, method, line)
-        status = int(line["status"])
-        shown = f"{status} {line['duration_ms']:9.1f} ms  {line['method']} {line['route']}"
-        if "model" in line:
-            shown += f"  {line['model']}  {line['inputs']} inputs  {line['tokens']} tokens"
-        if why := line.get("message") or line.get("code"):
-            # A message may repeat a client's own word: nothing in it may move the cursor.
-            shown += "  " + "".join(c if c.isprintable() else " " for c in why)[:MESSAGE_CHARS_MAX]
-        if self._colors:
-            color = "\x1b[31m" if status >= 500 else "\x1b[33m" if status >= 400 else "\x1b[32m"
-            shown = f"{color}{shown[:3]}\x1b[0m{shown[3:]}"
-        return f"{line['time'][11:19]} {shown}  {line['request_id']}"
+    if line.get("event") != "request":
+        return other(logger, method, line)
+    status = f"{line['status']}"
+    if colors:
+        color = {"4": "33", "5": "31"}.get(status[0], "32")  # yellow, red; green
+        status = f"\x1b[{color}m{status}\x1b[0m"
+    shown = f"{line['duration_ms']:9.1f} ms  {line['method']} {line['route']}"
+    if "model" in line:
+        shown += f"  {line['model']}  {line['inputs']} inputs  {line['tokens']} tokens"
+    if why := line.get("message") or line.get("code"):
+        # A message may repeat a client's own word: nothing in it may move the cursor.
+        shown += "  " + "".join(c if c.isprintable() else " " for c in why)[:MESSAGE_CHARS_MAX]
+    return f"{line['time'][11:19]} {status} {shown}  {line['request_id']}"

@@ -1,7 +1,7 @@
 """Prometheus metrics: counts of events, and the page that shows them.
 
-Every label value comes from a closed or a capped set, so that no client can make the page grow beyond
-`SERIES_MAX` series; a test adds them up. `docs/metrics.md` is the same list for people.
+Every label value comes from a closed or a capped set, so that no client can make the page grow
+beyond `SERIES_MAX` series; a test adds them up. `docs/metrics.md` is the same list for people.
 """
 
 import re
@@ -20,32 +20,25 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.metrics import MetricWrapperBase
-from prometheus_client.metrics_core import CounterMetricFamily
-from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from trivec import __version__
-from trivec.core.events import (
-    BatchRan,
-    Event,
-    ModelLoaded,
-    PhaseChanged,
-    QueueChanged,
-    RequestServed,
-    RowNotFinite,
-)
+from trivec.core import events
+from trivec.core.events import Event
 
 SERIES_MAX = 500
 MODELS_MAX = 4  # models with series of their own; those loaded later share the label "other"
 REASONS_MAX = 23  # error codes with series of their own; the API has some 20, all its own words
 OTHER = "other"
 
-STATUS_CLASSES = ("2xx", "4xx", "5xx")
+STATUS_CLASSES = {2: "2xx", 4: "4xx", 5: "5xx"}
 PHASES = ("loading", "ready", "draining", "stopped")
 TIMED_ROUTES = ("/embeddings", "/tokenize")  # where a duration is work and not a lookup
 
 ROUTES = {
-    "POST": "/embeddings /tokenize /admin/v1/keys /admin/v1/keys/{id}/revoke /admin/v1/keys/{id}/rotate",
+    "POST": "/embeddings /tokenize "
+    "/admin/v1/keys /admin/v1/keys/{id}/revoke /admin/v1/keys/{id}/rotate",
     "GET": "/models /models/{id} /livez /readyz /health /metrics /openapi.json "
     "/admin/v1/keys /admin/v1/keys/{id} /admin/v1/usage",
 }
@@ -60,18 +53,9 @@ _M = TypeVar("_M", bound=MetricWrapperBase)
 
 @lru_cache(maxsize=1024)
 def route_labels(route: str, method: str) -> tuple[str, str]:
-    """Labels `route` and `method` of a route's template: without the API's prefix; "other" where
-    nothing is served, or by another method.
-    """
+    """Labels `route`, without the API's prefix, and `method`; "other" where nothing is served."""
     labels = (_PARAMETER.sub("{id}", _PREFIX.sub("", route)), method)
     return labels if labels in SERVED else (OTHER, OTHER)
-
-
-@lru_cache(maxsize=1024)
-def status_class(status: int) -> str:
-    """`503` is `5xx`; what HTTP does not know is "other"."""
-    name = f"{status // 100}xx"
-    return name if name in STATUS_CLASSES else OTHER
 
 
 class Metrics:
@@ -81,7 +65,8 @@ class Metrics:
     """
 
     def __init__(self, *, lines_dropped: Callable[[], int] = lambda: 0) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call] # a `_created` series for each of ours would double the page
+        # A `_created` series for each of ours would double the page.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._lines_dropped = lines_dropped
         self._lock = threading.Lock()  # of the growth of these two
         self._models: set[str] = set()
@@ -89,59 +74,72 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
 
         def metric(
-            kind: Callable[..., _M], name: str, says: str, *labels: str, **how: Sequence[float]
+            kind: Callable[..., _M],
+            name: str,
+            says: str,
+            *,
+            labels: Sequence[str] = ("model",),
+            **how: Sequence[float],
         ) -> Callable[..., _M]:
-            """A function from label values to the series, remembered: the lookup costs most of counting."""
+            """From label values to the series, remembered: the lookup costs most of counting."""
             return cache(kind(name, says, labels, registry=registry, **how).labels)
 
         # fmt: off
         self._requests = metric(Counter, "trivec_requests_total",
-            "Requests answered, by route, method and status class.", "route", "method", "status")
+            "Requests answered, by route, method and status class.",
+            labels=("route", "method", "status"))
         self._refusals = metric(Counter, "trivec_refusals_total",
-            "Requests answered with an error, by its code, or by its type where it has no code.", "reason")
+            "Requests answered with an error, by its code, or by its type where it has no code.",
+            labels=("reason",))
         self._request_seconds = metric(Histogram, "trivec_request_duration_seconds",
-            "From the first byte of a request to its answer, for the routes that work.", "route", "status",
+            "From the first byte of a request to its answer, for the routes that work.",
+            labels=("route", "status"),
             buckets=(0.003, 0.006, 0.0125, 0.025, 0.05, 0.1, 0.25, 1, 5, 30, 600))
         self._request_tokens = metric(Histogram, "trivec_request_tokens",
-            "Tokens of a request that was served, special tokens included.", "model",
+            "Tokens of a request that was served, special tokens included.",
             buckets=(8, 32, 128, 512, 2048, 8192, 32768, 131072))
-        self._inputs = metric(Counter, "trivec_inputs_total", "Texts of the requests that were served.", "model")
+        self._inputs = metric(Counter, "trivec_inputs_total",
+            "Texts of the requests that were served.")
         self._tokenize_seconds = Histogram("trivec_tokenize_seconds",
             "Time from text to token ids, a request.", registry=registry, buckets=SHORT_BUCKETS_S)
         self._queue_seconds = metric(Histogram, "trivec_queue_seconds",
-            "From joining the queue to the start of a request's first batch.", "model",
+            "From joining the queue to the start of a request's first batch.",
             buckets=(0.001, 0.005, 0.02, 0.1, 0.5, 1, 5, 10, 30))
         self._compute_seconds = metric(Histogram, "trivec_compute_seconds",
-            "From the start of a request's first batch to its last vector.", "model",
+            "From the start of a request's first batch to its last vector.",
             buckets=(0.002, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 30, 120))
         self._encode_seconds = Histogram("trivec_encode_seconds",
-            "Time to write the answer's JSON, a request.", registry=registry, buckets=SHORT_BUCKETS_S)
+            "Time to write the answer's JSON, a request.",
+            registry=registry, buckets=SHORT_BUCKETS_S)
         self._batches = metric(Counter, "trivec_batches_total",
-            "Batches run, by outcome: ok or failed.", "model", "outcome")
+            "Batches run, by outcome: ok or failed.", labels=("model", "outcome"))
         self._batch_fill = metric(Histogram, "trivec_batch_fill_ratio",
-            "Tokens of a batch over the budget it was filled against; one long text alone may exceed 1.",
-            "model", buckets=(0.1, 0.25, 0.5, 0.75, 0.9, 1))
+            "Tokens of a batch over the budget it was filled against; one long text alone may "
+            "exceed 1.", buckets=(0.1, 0.25, 0.5, 0.75, 0.9, 1))
         self._batch_tokens = metric(Counter, "trivec_batch_tokens_total",
-            "Tokens computed, failed batches and second tries included.", "model")
+            "Tokens computed, failed batches and second tries included.")
         self._batch_seconds = metric(Counter, "trivec_batch_busy_seconds_total",
-            "Seconds that worker slots spent inside the device; its rate over the slots is utilisation.", "model")
-        self._queue_requests = metric(Gauge, "trivec_queue_requests", "Requests in the queue now.", "model")
-        self._queue_tokens = metric(Gauge, "trivec_queue_tokens", "Tokens in the queue now.", "model")
-        self._line_requests = metric(Gauge, "trivec_line_requests",  # the old names, for one release
-            "Deprecated: read trivec_queue_requests instead.", "model")
+            "Seconds that worker slots spent inside the device; its rate over the slots is "
+            "utilisation.")
+        self._queue_requests = metric(Gauge, "trivec_queue_requests", "Requests in the queue now.")
+        self._queue_tokens = metric(Gauge, "trivec_queue_tokens", "Tokens in the queue now.")
+        self._line_requests = metric(Gauge, "trivec_line_requests",  # old names, for one release
+            "Deprecated: read trivec_queue_requests instead.")
         self._line_tokens = metric(Gauge, "trivec_line_tokens",
-            "Deprecated: read trivec_queue_tokens instead.", "model")
+            "Deprecated: read trivec_queue_tokens instead.")
         self._rows_not_finite = metric(Counter, "trivec_rows_not_finite_total",
-            "Vectors that held NaN or infinity, by outcome of the second try: recovered or lost.", "model", "outcome")
+            "Vectors that held NaN or infinity, by outcome of the second try: recovered or lost.",
+            labels=("model", "outcome"))
         self._phase = metric(Gauge, "trivec_phase",
-            "1 for the phase of life the process is in, 0 for the others.", "phase")
+            "1 for the phase of life the process is in, 0 for the others.", labels=("phase",))
         self._model_info = metric(Gauge, "trivec_model_info",
-            "1 for each served model, with its precision and whether its files match the catalogue.",
-            "model", "precision", "verified")
+            "1 for each served model, with its precision and whether its files match the "
+            "catalogue.", labels=("model", "precision", "verified"))
         self._certificate_cosine = metric(Gauge, "trivec_certificate_cosine",
-            "Cosine to fp32 over the probe texts, as the precision certificate has it: min and mean.",
-            "model", "statistic")
-        build_info = metric(Gauge, "trivec_build_info", "1, with the version of Trivec.", "version")
+            "Cosine to fp32 over the probe texts, as the precision certificate has it: min and "
+            "mean.", labels=("model", "statistic"))
+        build_info = metric(Gauge, "trivec_build_info", "1, with the version of Trivec.",
+            labels=("version",))
         # fmt: on
         build_info(__version__).set(1)
         registry.register(self)
@@ -151,7 +149,7 @@ class Metrics:
         """The numbers now, in Prometheus's text format."""
         return generate_latest(self._registry)
 
-    def collect(self) -> Iterable[Family]:
+    def collect(self) -> Iterable[Metric]:
         """What is counted elsewhere. Called by the registry."""
         yield CounterMetricFamily(
             "trivec_log_lines_dropped_total",
@@ -161,24 +159,24 @@ class Metrics:
 
     def observe(self, event: Event) -> None:
         match event:
-            case RequestServed():
+            case events.RequestServed():
                 self._count_request(event)
-            case BatchRan():
+            case events.BatchRan():
                 model = self._model(event.model)
                 self._batches(model, "failed" if event.failed else "ok").inc()
                 self._batch_fill(model).observe(event.tokens / event.tokens_max)
                 self._batch_tokens(model).inc(event.tokens)
                 self._batch_seconds(model).inc(event.duration_s)
-            case QueueChanged():
+            case events.QueueChanged():
                 model = self._model(event.model)
                 self._queue_requests(model).set(event.requests)
                 self._line_requests(model).set(event.requests)
                 self._queue_tokens(model).set(event.tokens)
                 self._line_tokens(model).set(event.tokens)
-            case RowNotFinite():
+            case events.RowNotFinite():
                 outcome = "recovered" if event.recovered else "lost"
                 self._rows_not_finite(self._model(event.model), outcome).inc()
-            case ModelLoaded(card=card):
+            case events.ModelLoaded(card=card):
                 if self._admit(card.id, self._models, MODELS_MAX) == OTHER:
                     return
                 verified = "true" if card.verified else "false"
@@ -186,13 +184,13 @@ class Metrics:
                 for statistic, cosine in (("min", event.cosine_min), ("mean", event.cosine_mean)):
                     if cosine is not None:
                         self._certificate_cosine(card.id, statistic).set(cosine)
-            case PhaseChanged():
+            case events.PhaseChanged():
                 for phase in PHASES:
                     self._phase(phase).set(phase == event.phase)
 
-    def _count_request(self, event: RequestServed) -> None:
+    def _count_request(self, event: events.RequestServed) -> None:
         route, method = route_labels(event.route, event.method)
-        status = status_class(event.status)
+        status = STATUS_CLASSES.get(event.status // 100, OTHER)
         self._requests(route, method, status).inc()
         if event.code is not None:
             self._refusals(self._admit(event.code, self._reasons, REASONS_MAX)).inc()
@@ -227,24 +225,19 @@ def merged_pages(pages: Mapping[str, bytes]) -> bytes:
 
     A process that is started again begins at zero under its own label, as Prometheus expects.
     """
-    merged: dict[str, Family] = {}
+    merged = _Families()
     for process, page in sorted(pages.items()):
         for family in text_string_to_metric_families(page.decode()):
-            whole = merged.setdefault(
-                family.name, Family(family.name, family.documentation, family.type)
-            )
-            whole.samples += [
+            empty = Metric(family.name, family.documentation, family.type)
+            merged.setdefault(family.name, empty).samples += [
                 sample._replace(labels={**sample.labels, "process": process})
                 for sample in family.samples
             ]
-    return generate_latest(_Families(list(merged.values())))
+    return generate_latest(merged)
 
 
-class _Families:
-    """What `generate_latest` reads, where there is no registry."""
+class _Families(dict[str, Metric]):
+    """Families by name: what `generate_latest` reads where there is no registry."""
 
-    def __init__(self, families: list[Family]) -> None:
-        self._families = families
-
-    def collect(self) -> list[Family]:
-        return self._families
+    def collect(self) -> Iterable[Metric]:
+        return self.values()

@@ -1,6 +1,6 @@
 """OpenTelemetry spans of each request, made afterwards from its measured durations.
 
-Optional: needs the extra `tracing`. No other package knows of traces, so the stages' places in time are
+Needs the extra `tracing`. No other package knows of traces, so the stages' places in time are
 derived: they lie end to end before the answer, and what is left at the front is `accept` (headers,
 body, key, rate limits, validation).
 """
@@ -18,22 +18,17 @@ NANOSECONDS = 1_000_000_000
 
 
 class Tracing:
-    """An `Observer` that hands spans to an OpenTelemetry *processor*, which sends them.
-
-    Called from any thread.
-    """
+    """An `Observer` that hands spans to an OpenTelemetry *processor*. Called from any thread."""
 
     def __init__(self, processor: "SpanProcessor") -> None:
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         self._provider = TracerProvider(
             resource=Resource.create({"service.name": "trivec"}), shutdown_on_exit=False
         )
         self._provider.add_span_processor(processor)
         self._tracer = self._provider.get_tracer("trivec")
-        self._propagator = TraceContextTextMapPropagator()
 
     @classmethod
     def to(cls, endpoint: str) -> "Tracing":
@@ -50,30 +45,29 @@ class Tracing:
 
     def observe(self, event: Event) -> None:
         from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         if not isinstance(event, RequestServed):
             return
         end_ns = time.time_ns()
         start_ns = end_ns - int(event.duration_s * NANOSECONDS)
-        attributes: dict[str, str | int] = {
+        attributes: dict[str, str | int | None] = {
             "http.request.method": event.method,
             "http.route": event.route,
             "http.response.status_code": event.status,
+            "error.type": event.code,
             "trivec.request_id": event.request_id,
+            "trivec.model": event.model,
             "trivec.inputs": event.input_count,
             "trivec.tokens": event.token_count,
         }
-        if event.model is not None:
-            attributes["trivec.model"] = event.model
-        if event.code is not None:
-            attributes["error.type"] = event.code
         carrier = {"traceparent": event.traceparent} if event.traceparent else {}
         span = self._tracer.start_span(
             f"{event.method} {event.route}",
-            context=self._propagator.extract(carrier),
+            context=TraceContextTextMapPropagator().extract(carrier),
             kind=SpanKind.SERVER,
             start_time=start_ns,
-            attributes=attributes,
+            attributes={name: value for name, value in attributes.items() if value is not None},
         )
         stages_s = {
             "tokenise": event.tokenize_s,

@@ -1,0 +1,67 @@
+"""The command `trivec` itself: a line for each sub-command, and one line for what is refused."""
+
+import sys
+from importlib import import_module
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from trivec.cli import COMMANDS, app, main
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_of_each_command_what_it_says_of_itself(name: str) -> None:
+    command = get_command(import_module(f"trivec.cli.{name}").app)
+    assert (command.help or "").splitlines()[0] == COMMANDS[name]
+
+
+def test_help_lists_the_commands_and_a_commands_help_its_options() -> None:
+    shown = CliRunner().invoke(app, ["--help"]).output
+    assert [name for name in COMMANDS if name not in shown] == []
+    shown = CliRunner().invoke(app, ["keys", "create", "-h"], env={"COLUMNS": "200"}).output
+    assert "keys create" in shown
+    assert "--truncate" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "refusal"),
+    [
+        pytest.param("usage --by zz", ["'--by': 'zz'", "'model'", "usage --help"], id="choice"),
+        pytest.param("keys create -n t --truncate zz", ["'--truncate'", "'end'"], id="literal"),
+        pytest.param("serve --truncate zz", ["truncate is 'zz'", "'end'"], id="setting"),
+        pytest.param("bench --seconds zz", ["'--seconds'", "a number"], id="number"),
+        pytest.param("serve --prot 1", ["No such option: --prot", "--port"], id="option"),
+        pytest.param("kezs", ["No such command 'kezs'", "'keys'"], id="command"),
+        pytest.param("keys create", ["Missing option '--name'"], id="missing"),
+        pytest.param("usage --since then", ["--since is 'then'"], id="own-check"),
+    ],
+)
+def test_what_is_refused_is_one_line(
+    words: str,
+    refusal: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["trivec", *words.split()])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    [line] = shown.err.splitlines()
+    assert line.startswith("trivec: ")
+    assert [part for part in refusal if part not in line] == []
+
+
+@pytest.mark.parametrize("words", [[], ["keys"]])
+def test_no_argument_prints_the_help(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["trivec", *words])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    shown = capsys.readouterr()
+    assert "Usage:" in shown.out + shown.err
+    assert "trivec: " not in shown.err
