@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def _is_refused(origin: TokenOrigin, vocabulary_size: int, ids: Sequence[int]) -> bool:
-    return max(ids) >= vocabulary_size or origin.looks_foreign([np.array(ids, np.int32)])
+    return max(ids) >= vocabulary_size or origin.is_another([np.array(ids, np.int32)])
 
 
 def _arrays(encode: Encode, texts: Sequence[Sequence[str]], *, count: int) -> list[list[int]]:
