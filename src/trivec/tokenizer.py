@@ -102,7 +102,7 @@ class Tokenizer:
         self._blanks = _blank_runs(codec)
 
     async def tokenize(
-        self, inputs: Texts | TokenLists, *, long_text: LongText, are_own: bool = False
+        self, inputs: Texts | TokenLists, *, long_text: LongText, trusted: bool = False
     ) -> Sequences:
         """Ids of *inputs*, special tokens included, in their order.
 
@@ -115,10 +115,10 @@ class Tokenizer:
             if not isinstance(inputs[0], str):
                 lists = cast(TokenLists, inputs)
                 # Taking ids is array work; judging their origin asks the library about each.
-                inline_max = JOB_CHARACTERS_MAX if are_own else INLINE_CHARACTERS_MAX
+                inline_max = JOB_CHARACTERS_MAX if trusted else INLINE_CHARACTERS_MAX
                 if sum(map(len, lists)) <= inline_max:
-                    return self._with_specials(lists, long_text, are_own)
-                return await self._in_pool(self._with_specials, lists, long_text, are_own)
+                    return self._with_specials(lists, long_text, trusted)
+                return await self._in_pool(self._with_specials, lists, long_text, trusted)
             texts = cast(Texts, inputs)
             if sum(map(len, texts)) <= INLINE_CHARACTERS_MAX:
                 return self._encode(texts, long_text)
@@ -244,7 +244,7 @@ class Tokenizer:
         kept = encoded[-bytes_max:] if from_start else encoded[:bytes_max]
         return kept.decode("utf-8", "ignore"), True  # a character cut in two is dropped
 
-    def _with_specials(self, lists: TokenLists, long_text: LongText, are_own: bool) -> Sequences:
+    def _with_specials(self, lists: TokenLists, long_text: LongText, trusted: bool) -> Sequences:
         """A client's ids, checked, and put between special tokens unless they already are."""
         ids = np.concatenate(lists)  # [tokens]
         unknown = ids[(ids < 0) | (ids >= self.vocabulary_size)]
@@ -255,7 +255,7 @@ class Tokenizer:
                 vocabulary_size=self.vocabulary_size,
                 param=f"input[{i}]",
             )
-        if not are_own and self._origin.is_another(lists):
+        if not trusted and self._origin.is_another(lists):
             raise TokenIdsForeign
         prefix, suffix = self._prefix.tobytes(), self._suffix.tobytes()
         parts: list[Int32Array] = []

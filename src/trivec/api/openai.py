@@ -108,7 +108,7 @@ async def embeddings(request: Request) -> Response:
     sequences = await embedder.tokenize(
         tokenizer_inputs(asked.input, card),
         long_text=long_text,
-        are_own=asked.token_encoding is not None,
+        trusted=asked.token_encoding is not None,
     )
     context.tokenize_s = clock.now_s() - started_s
     token_count = sequences.token_count
@@ -186,7 +186,7 @@ async def count_tokens(context: RequestContext, body: bytes) -> Response:
     sequences = await embedder.tokenize(
         tokenizer_inputs(asked.input, embedder.card),
         long_text=LongText.KEEP,
-        are_own=asked.token_encoding is not None,
+        trusted=asked.token_encoding is not None,
     )
     context.tokenize_s = clock.now_s() - started_s
     token_count = sequences.token_count
