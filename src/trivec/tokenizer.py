@@ -182,7 +182,8 @@ class Tokenizer:
         """
         text, is_over = await self._in_pool(self._shorten, text, LongText.KEEP)
         ids = [self._prefix]
-        for piece in _PIECE.findall(text) if is_over else [text]:
+        pieces = (match[0] for match in _PIECE.finditer(text)) if is_over else [text]
+        for piece in pieces:
             part = await self._in_pool(self._encode, [piece], LongText.KEEP, first)
             ids.append(self._without_specials(part.token_ids))
             token_count += len(ids[-1])
@@ -318,10 +319,10 @@ class Tokenizer:
         for i, (query, whole) in enumerate(zip(queries, _split(documents), strict=True)):
             document, cut = self._without_specials(whole), documents.truncated.get(i)
             besides = len(before) + len(query) + len(between) + len(after)
-            original = len(whole) if cut is None else cut.original_tokens
+            room = self.token_count_max - besides
+            original = len(whole) if cut is None else cut.original_tokens  # None: not counted
             if original is not None:
                 original += besides - self._special_count
-            room = self.token_count_max - besides
             is_long = len(document) > room and long_text is not LongText.KEEP
             if is_long and (long_text is LongText.REFUSE or room < 1):
                 raise TextTooLong(
@@ -336,9 +337,9 @@ class Tokenizer:
             widths += [*ones[0], len(query), *ones[1], len(document), *ones[2]]
             if is_long or cut is not None:
                 truncated[i] = Truncated(original, min(lengths[i], self.token_count_max))
-        if self._pair_types is None:
-            return _pack(parts, lengths, truncated)
-        types = np.repeat(np.tile(np.array(self._pair_types, np.int32), len(queries)), widths)
+        types = None
+        if self._pair_types is not None:
+            types = np.repeat(np.tile(np.array(self._pair_types, np.int32), len(queries)), widths)
         return _pack(parts, lengths, truncated, types)
 
 
