@@ -86,9 +86,7 @@ class Tokenizer:
         self._pair_specials, types = _template(codec.encode("a", "a"))
         problem = None
         if id_count > vocabulary_size:  # ids that the embedding table does not hold
-            problem = (
-                f"has token ids up to {id_count - 1}, but the vocabulary has {vocabulary_size}"
-            )
+            problem = f"has token ids up to {id_count - 1}; the vocabulary has {vocabulary_size}"
         elif (len(specials), len(self._pair_specials)) != (2, 3):
             problem = "makes no token of the text 'a'"
         if problem is not None:

@@ -23,7 +23,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "models": (920, 8),
     "backends": (3_250, 17),
     "checkpoints": (1_600, 9),
-    "tokenizer": (505, 2),
+    "tokenizer": (506, 2),
     "accounts": (3_430, 20),
     "telemetry": (700, 4),
     "ipc": (500, 5),

@@ -139,23 +139,23 @@ def wheel_folder(wheel: Wheel) -> Path | None:
 def find_folder(reference: str) -> Location:
     """The user's own folder that `DIR` or `ID=DIR` names. Raises `CheckpointRefused`."""
     name, is_named, path = reference.partition("=")
-    if is_named and not MODEL_ID.fullmatch(name):
-        raise CheckpointRefused(f"{name!r} cannot be a model's id; use letters, digits and ._-/")
-    text = path if is_named else reference
+    path = path if is_named else reference
     try:
-        folder = Path(text).expanduser().resolve(strict=True)
+        folder = Path(path).expanduser().resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
         known = ", ".join(entry.id for entry in entries())
         raise CheckpointRefused(
-            f"{text!r} is neither a folder nor a known model. Known: {known}"
+            f"{path!r} is neither a folder nor a known model. Known: {known}"
         ) from error
-    if not is_named and not MODEL_ID.fullmatch(folder.name):
+    name = name if is_named else folder.name
+    if not MODEL_ID.fullmatch(name):
         raise CheckpointRefused(
-            f"{reference}: {folder.name!r} cannot be a model's id; give one as ID={reference}"
+            f"{name!r} cannot be a model's id; give one of letters, digits and ._-/ as ID={path}"
         )
     entry = CATALOGUE.get(name) if is_named else None
-    model_id = entry.id if entry else name if is_named else folder.name
-    return Location(model_id, entry, folder, "folder", entry.pins if entry else {})
+    if entry is None:
+        return Location(name, None, folder, "folder", {})
+    return Location(entry.id, entry, folder, "folder", entry.pins)
 
 
 def _open(found: Location, cache_dir: Path) -> Checkpoint:

@@ -398,8 +398,7 @@ class _StateDictUnpickler(pickle._Unpickler):
         return storage
 
     def _load_protocol(self) -> None:
-        version = ord(self.read(1))
-        if version != 2:
+        if (version := ord(self.read(1))) != 2:
             raise _Malformed(f"its pickle is of protocol {version}; torch writes 2")
 
     def _load_build(self) -> None:
