@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -167,9 +167,9 @@ def _open(found: Location, cache_dir: Path) -> Checkpoint:
     except ValueError as error:
         raise CheckpointRefused(f"{folder}: {error}") from error
     hashes = Hashes(cache_dir / "hashes")
-    if found.source != "folder":
-        _refuse_other_files(found, used, hashes)
     hashed = {name: hashes.of(folder / name) for name in used}
+    if found.source != "folder":
+        _refuse_other_files(found, hashed)
     sha256s = {name: file.sha256 for name, file in hashed.items()}
 
     config = read_config(folder)
@@ -207,21 +207,21 @@ def _open(found: Location, cache_dir: Path) -> Checkpoint:
     )
 
 
-def _refuse_other_files(found: Location, used: Sequence[str], hashes: Hashes) -> None:
-    """Raise `CheckpointRefused` unless the *used* files are those that are known, and all of them."""
-    for name in dict.fromkeys((*used, *found.pins)):
-        file, pin = found.folder / name, found.pins.get(name)
-        if name not in used:
+def _refuse_other_files(found: Location, hashed: Mapping[str, HashedFile]) -> None:
+    """Raise `CheckpointRefused` unless *hashed* are the files that are known, and all of them."""
+    for name in dict.fromkeys((*hashed, *found.pins)):
+        file, pin = hashed.get(name), found.pins.get(name)
+        if file is None:
             problem = "is missing"
         elif pin is None:
             problem = "is not among the model's known files"
-        elif (byte_count := file.stat().st_size) != pin.byte_count:
-            problem = f"has {byte_count:,} bytes, expected are {pin.byte_count:,}"
-        elif (sha256 := hashes.of(file).sha256) != pin.sha256:
-            problem = f"has sha256 {sha256}, expected is {pin.sha256}"
+        elif file.byte_count != pin.byte_count:
+            problem = f"has {file.byte_count:,} bytes, expected are {pin.byte_count:,}"
+        elif file.sha256 != pin.sha256:
+            problem = f"has sha256 {file.sha256}, expected is {pin.sha256}"
         else:
             continue
         raise CheckpointRefused(
-            f"{file}: {problem}. Fetch it again, or serve the copy as it is with "
+            f"{found.folder / name}: {problem}. Fetch it again, or serve the copy as it is with "
             f"{found.id}={found.folder} (shown as verified: false)."
         )
