@@ -22,7 +22,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "engine": (1_110, 5),
     "models": (920, 8),
     "backends": (3_250, 17),
-    "checkpoints": (1_600, 9),
+    "checkpoints": (1_595, 9),
     "tokenizer": (506, 2),
     "accounts": (3_430, 20),
     "telemetry": (700, 4),

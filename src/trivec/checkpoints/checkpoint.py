@@ -22,7 +22,7 @@ from trivec.checkpoints.layout import (
     read_tokenizer_length,
     scan,
 )
-from trivec.checkpoints.tensor_files import convert_torch_file, is_torch_file, open_tensor_file
+from trivec.checkpoints.tensor_files import as_safetensors, open_tensor_file
 from trivec.checkpoints.weights import Weights
 from trivec.core.errors import CheckpointRefused
 from trivec.core.types import Output
@@ -68,11 +68,8 @@ class Checkpoint:
         A torch file is converted first, once: seconds and as much disk under `cache_dir` again.
         Raises `CheckpointRefused`.
         """
-        file = self.weight_file.path
-        if is_torch_file(file):
-            file = convert_torch_file(self.weight_file, cache_dir=self.cache_dir)
-        shapes, family = tensor_shapes(self.config), FAMILIES[self.config.family]
-        return Weights(open_tensor_file(file), shapes, family)
+        opened = open_tensor_file(as_safetensors(self.weight_file, cache_dir=self.cache_dir))
+        return Weights(opened, tensor_shapes(self.config), FAMILIES[self.config.family])
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,7 @@ ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+TORCH_SUFFIXES = (".bin", ".pt")
 DIMENSIONS_MAX = 8
 PICKLE_BYTES_MAX = 4 * 1024 * 1024  # BGE-M3's 391 tensors take 60 kB
 
@@ -129,27 +130,24 @@ def open_tensor_file(file: Path) -> TensorFile:
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise CheckpointRefused(f"{file}: cannot be read: {error}") from error
     try:
-        read = _read_archive if is_torch_file(file) else _read_header
+        read = _read_archive if file.suffix in TORCH_SUFFIXES else _read_header
         return TensorFile(file, mapped, read(file, mapped))
     except (ValueError, SafetensorError, zipfile.BadZipFile, RuntimeError, struct.error) as error:
         problem = f"not a sound safetensors file: {error}. Fetch the file again."
-        if is_torch_file(file):
+        if file.suffix in TORCH_SUFFIXES:
             problem = f"refused: {error}. Take a copy in safetensors, or from a source you trust."
         raise CheckpointRefused(f"{file}: {problem}") from error
 
 
-def is_torch_file(file: Path) -> bool:
-    """Whether *file* is named as a torch file, which holds a pickle."""
-    return file.suffix in (".bin", ".pt")
-
-
-def convert_torch_file(source: HashedFile, *, cache_dir: Path) -> Path:
-    """The safetensors form of the torch file *source*, from the cache or made now.
+def as_safetensors(source: HashedFile, *, cache_dir: Path) -> Path:
+    """*source* itself, or of a torch file its safetensors form: from the cache or made now.
 
     A copy in the cache counts only while it has the hash it was written with; a damaged one is
     made again. Memory: what the kernel maps of *source*.
     Raises `CheckpointRefused` when *source* is not a plain state dict.
     """
+    if source.path.suffix not in TORCH_SUFFIXES:
+        return source.path
     folder, hashes = cache_dir / "converted" / source.sha256, Hashes(cache_dir / "hashes")
     file, note = folder / "model.safetensors", folder / "sha256"
     is_there = file.is_file() and note.is_file()
