@@ -1,7 +1,7 @@
-r"""How well foreign arrays of token ids are told from a model's own: rates by length.
+r"""How well arrays of another tokenizer's ids are told from a model's own: rates by length.
 
     python -m benchmarks.token_arrays --tokenizer tokenizer.json --sentences FOLDER \
-        --foreign cl100k_base.js --foreign other/tokenizer.json
+        --other cl100k_base.js --other other/tokenizer.json
 
 FOLDER holds CSV files of sentence pairs, a language each (STS-B); Python's own standard library is
 the code. Ranks are the files of the npm package js-tiktoken, and need `pip install tiktoken`. The
@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--sentences", type=Path, required=True)
-    parser.add_argument("--foreign", type=Path, action="append", default=[])
+    parser.add_argument("--other", type=Path, action="append", default=[])
     parser.add_argument("--arrays", type=int, default=20_000, help="of each kind")
     given = parser.parse_args()
     codec = _codec(given.tokenizer)
@@ -44,7 +44,7 @@ def main() -> None:
         return {"arrays": len(arrays), "refused": round(sum(verdicts) / max(1, len(arrays)), 5)}
 
     kinds: dict[str, Encode] = {"own": _encoder(codec)}
-    kinds |= {str(file.stem): _foreign(file) for file in given.foreign}
+    kinds |= {str(file.stem): _other(file) for file in given.other}
     report: dict[str, dict[str, object]] = {}
     for name, encode in kinds.items():
         arrays = _arrays(encode, texts, count=given.arrays)
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def _is_refused(origin: TokenOrigin, vocabulary_size: int, ids: Sequence[int]) -> bool:
-    return max(ids) >= vocabulary_size or origin.looks_foreign([np.array(ids, np.int32)])
+    return max(ids) >= vocabulary_size or origin.is_another([np.array(ids, np.int32)])
 
 
 def _arrays(encode: Encode, texts: Sequence[Sequence[str]], *, count: int) -> list[list[int]]:
@@ -103,7 +103,7 @@ def _encoder(codec: tokenizers.Tokenizer) -> Encode:
     return lambda text: codec.encode(text, add_special_tokens=False).ids
 
 
-def _foreign(file: Path) -> Encode:
+def _other(file: Path) -> Encode:
     if file.suffix == ".json":
         return _encoder(_codec(file))
     import tiktoken  # type: ignore[import-not-found] # not among our requirements

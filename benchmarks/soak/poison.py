@@ -87,11 +87,11 @@ def stages_that_raise(service: Service) -> Iterator[None]:
     not_to_encode: list[Sequences] = []
 
     async def tokenizing(
-        inputs: Texts | TokenLists, *, long_text: LongText, are_own: bool = False
+        inputs: Texts | TokenLists, *, long_text: LongText, trusted: bool = False
     ) -> Sequences:
         if any(isinstance(one, str) and "tokenizer" in one for one in inputs):
             raise Injected
-        sequences = await tokenize(inputs, long_text=long_text, are_own=are_own)
+        sequences = await tokenize(inputs, long_text=long_text, trusted=trusted)
         if any(isinstance(one, str) and "encoding" in one for one in inputs):
             not_to_encode.append(sequences)
         return sequences

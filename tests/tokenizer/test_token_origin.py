@@ -47,8 +47,8 @@ async def own(model: Tokenizer, text: str) -> Int32Array:
     return (await model.tokenize([text], long_text=LongText.REFUSE)).token_ids
 
 
-async def take(model: Tokenizer, arrays: list[Int32Array], *, are_own: bool = False) -> int:
-    sequences = await model.tokenize(arrays, long_text=LongText.REFUSE, are_own=are_own)
+async def take(model: Tokenizer, arrays: list[Int32Array], *, trusted: bool = False) -> int:
+    sequences = await model.tokenize(arrays, long_text=LongText.REFUSE, trusted=trusted)
     return len(sequences)
 
 
@@ -81,15 +81,15 @@ async def test_arrays_of_cl100k_are_refused_unless_they_are_said_to_be_own(
     with pytest.raises(TokenIdsForeign, match="check_embedding_ctx_length=False") as refusal:
         await take(model, [array])
     assert refusal.value.param == "input"
-    assert await take(model, [array], are_own=True) == 1
+    assert await take(model, [array], trusted=True) == 1
 
 
 async def test_a_request_is_judged_by_most_of_its_arrays(model: Tokenizer) -> None:
-    foreign = np.array([one for one in CL100K if one < model.vocabulary_size], np.int32)
+    another = np.array([one for one in CL100K if one < model.vocabulary_size], np.int32)
     genuine = [await own(model, text) for text in TEXTS[:2]]
-    assert await take(model, [*genuine, foreign]) == 3
+    assert await take(model, [*genuine, another]) == 3
     with pytest.raises(TokenIdsForeign):
-        await take(model, [*genuine, foreign, foreign, foreign])
+        await take(model, [*genuine, another, another, another])
 
 
 async def test_short_arrays_say_too_little(model: Tokenizer) -> None:

@@ -325,7 +325,7 @@ async def test_each_familys_ids_are_the_librarys(
     bare = [codec.encode(text, add_special_tokens=False).ids for text in texts[:2]]
     for given in (expected[:2], bare):
         arrays = [np.array(ids, np.int32) for ids in given]
-        found = await tokenizer.tokenize(arrays, long_text=LongText.REFUSE, are_own=True)
+        found = await tokenizer.tokenize(arrays, long_text=LongText.REFUSE, trusted=True)
         assert ids_of(found) == expected[:2]
 
 

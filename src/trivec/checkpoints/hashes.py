@@ -13,8 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from trivec.core.errors import CheckpointRefused
 
 REMEMBERED_BYTES_MIN = 1024 * 1024  # smaller files are hashed faster than they are looked up
@@ -30,12 +28,6 @@ class HashedFile:
     sha256: str
 
 
-class _CachedHash(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    path: str
-    stamp: tuple[int, int, int, int, int]  # device, inode, size, mtime_ns, ctime_ns
-    sha256: str
-
-
 class Hashes:
     """Hashes files and caches the results under *folder*. Several processes may share it."""
 
@@ -46,22 +38,25 @@ class Hashes:
     def of(self, file: Path, *, fresh: bool = False) -> HashedFile:
         """The hash of *file*, read anew when *fresh*. Raises `CheckpointRefused` if unreadable."""
         try:
-            before = _stamp(file)
-            if not fresh and (sha256 := self._cached(file, before)) is not None:
-                return HashedFile(file, before[2], sha256)
+            before, stamp = file.stat(), _stamp(file)
+            if not fresh:
+                with suppress(OSError):
+                    sha256, _, cached = self._note(file).read_bytes().partition(b" ")
+                    if cached == stamp:
+                        return HashedFile(file, before.st_size, sha256.decode())
             begun_s = self._wall_s()
             with file.open("rb") as opened:
-                sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
-            after = _stamp(file)
+                found = hashlib.file_digest(opened, "sha256").hexdigest()
+            is_same = _stamp(file) == stamp
         except OSError as error:
             raise CheckpointRefused(f"{file}: cannot be read: {error}") from error
-        if before != after:
+        if not is_same:
             raise CheckpointRefused(
                 f"{file}: changed while it was read; try again when it is still"
             )
-        if after[2] >= REMEMBERED_BYTES_MIN and begun_s - after[4] / 1e9 > SETTLED_S:
-            self.remember(file, sha256)
-        return HashedFile(file, after[2], sha256)
+        if before.st_size >= REMEMBERED_BYTES_MIN and begun_s - before.st_ctime > SETTLED_S:
+            self.remember(file, found)
+        return HashedFile(file, before.st_size, found)
 
     def remember(self, file: Path, sha256: str) -> None:
         """Cache the hash of a *file* that the caller has just written or read in full."""
@@ -70,21 +65,15 @@ class Hashes:
         with suppress(OSError):
             note.parent.mkdir(parents=True, exist_ok=True)
             unfinished = note.with_name(f".{note.name}.{os.getpid()}.part")
-            entry = _CachedHash(str(file.resolve()), _stamp(file), sha256)
-            unfinished.write_bytes(msgspec.json.encode(entry))
+            unfinished.write_bytes(sha256.encode() + b" " + _stamp(file))
             unfinished.replace(note)
 
-    def _cached(self, file: Path, stamp: tuple[int, ...]) -> str | None:
-        try:
-            found = msgspec.json.decode(self._note(file).read_bytes(), type=_CachedHash)
-        except (OSError, UnicodeDecodeError, msgspec.MsgspecError):
-            return None
-        return found.sha256 if (found.path, found.stamp) == (str(file.resolve()), stamp) else None
-
     def _note(self, file: Path) -> Path:
-        return self._folder / f"{hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:32]}.json"
+        return self._folder / hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:32]
 
 
-def _stamp(file: Path) -> tuple[int, int, int, int, int]:
+def _stamp(file: Path) -> bytes:
+    """What a cached hash is bound to: the file's place, size and times."""
     found = file.stat()
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    numbers = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return os.fsencode(f"{numbers} {file.resolve()}")

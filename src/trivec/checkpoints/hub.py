@@ -8,8 +8,7 @@ ours. HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN are the client's.
 import fcntl
 import hashlib
 import re
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -39,14 +38,10 @@ def pulled_folder(entry: CatalogueEntry, cache_dir: Path) -> Path:
 
 def pulled_pins(entry: CatalogueEntry, cache_dir: Path) -> Mapping[str, Pin] | None:
     """What the pulled files of *entry* must be; None while the pull is not complete."""
-    folder = pulled_folder(entry, cache_dir)
-    if entry.is_pinned:
-        pins = entry.pins
-    elif (folder / PINS_FILE).is_file():
+    folder, pins = pulled_folder(entry, cache_dir), entry.pins
+    if not pins and (folder / PINS_FILE).is_file():
         pins = read_json(folder / PINS_FILE, FirstPull).files
-    else:
-        return None
-    return pins if all((folder / name).is_file() for name in pins) else None
+    return pins if pins and all((folder / name).is_file() for name in pins) else None
 
 
 def pull(entry: CatalogueEntry, *, cache_dir: Path, endpoint: str | None = None) -> Path:
@@ -56,7 +51,7 @@ def pull(entry: CatalogueEntry, *, cache_dir: Path, endpoint: str | None = None)
     for as long as it takes; stopping it loses nothing. Raises `CheckpointRefused` when the hub
     cannot be reached, has other files than the catalogue, or another pull of this model runs.
     """
-    from huggingface_hub import constants
+    from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
         HfHubHTTPError,
         HTTPError,
@@ -66,7 +61,7 @@ def pull(entry: CatalogueEntry, *, cache_dir: Path, endpoint: str | None = None)
     constants.HF_HUB_DISABLE_TELEMETRY = True  # a pull tells the hub what it wants, no more
     folder = pulled_folder(entry, cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    instead = (
+    copy = (
         "Copy the model's folder from a machine that has it and serve it with "
         f"--model {entry.id}=DIR."
     )
@@ -77,74 +72,59 @@ def pull(entry: CatalogueEntry, *, cache_dir: Path, endpoint: str | None = None)
             raise CheckpointRefused(
                 f"{folder}: another pull of this model is running; wait for it"
             ) from error
-        fetch = partial(
-            _fetch, entry, folder=folder, hashes=Hashes(cache_dir / "hashes"), endpoint=endpoint
-        )
         try:
-            if entry.is_pinned:
-                for name, pin in entry.pins.items():
-                    fetch(name, entry.revision or "main", pin)
-            else:
-                _pull_unpinned(entry, folder, fetch, endpoint)
+            revision, names = entry.revision or "main", [*entry.pins]
+            if not entry.is_pinned:
+                revision, names = _list_files(entry, endpoint)
+            pins: dict[str, Pin] = {}
+            for name in names:
+                url = hf_hub_url(entry.hub_id, name, revision=revision, endpoint=endpoint)
+                pin, hashes = entry.pins.get(name), Hashes(cache_dir / "hashes")
+                pins[name] = _fetch(url, folder / name, pin, hashes, endpoint)
+            if not entry.is_pinned:  # the hub is believed this once
+                content = msgspec.json.encode(FirstPull(entry.hub_id, revision, pins))
+                (folder / PINS_FILE).write_bytes(msgspec.json.format(content))
         except OfflineModeIsEnabled as error:
             raise CheckpointRefused(
-                f"{entry.id} is not on this machine and HF_HUB_OFFLINE is set. Unset it, or: {instead}"
+                f"{entry.id} is not on this machine and HF_HUB_OFFLINE is set. Unset it, or: {copy}"
             ) from error
         except (HTTPError, OSError) as error:
             reason = str(error).partition("\n")[0][:200] or type(error).__name__
             problem = (
                 f"the files of {entry.hub_id} could not be fetched: {reason}. Try again (it "
-                f"resumes), set HF_ENDPOINT to a mirror, or: {instead}"
+                f"resumes), set HF_ENDPOINT to a mirror, or: {copy}"
             )
             if isinstance(error, HfHubHTTPError):
-                problem = f"the hub does not give the files of {entry.hub_id}: {reason} {instead}"
+                problem = f"the hub does not give the files of {entry.hub_id}: {reason} {copy}"
             raise CheckpointRefused(problem) from error
     return folder
 
 
-def _pull_unpinned(
-    entry: CatalogueEntry,
-    folder: Path,
-    fetch: Callable[[str, str, None], Pin],
-    endpoint: str | None,
-) -> None:
-    """Believe the hub this once, and write down what came."""
+def _list_files(entry: CatalogueEntry, endpoint: str | None) -> tuple[str, list[str]]:
+    """The hub's revision of *entry*, and the files in it that the model is made of."""
     from huggingface_hub import HfApi
 
     listed = HfApi(endpoint=endpoint).model_info(entry.hub_id, revision=entry.revision)
-    names = {sibling.rfilename for sibling in listed.siblings or []}
+    names = frozenset(sibling.rfilename for sibling in listed.siblings or [])
     if not entry.has_heads:
-        names = {name for name in names if Path(name).stem not in HEADS}
+        names = frozenset(name for name in names if Path(name).stem not in HEADS)
     try:
-        used = model_files(frozenset(names))
         if listed.sha is None:
             raise ValueError("has no revision")
+        return listed.sha, model_files(names)
     except ValueError as error:
         raise CheckpointRefused(f"{entry.hub_id} on the hub {error}") from error
-    pins = {name: fetch(name, listed.sha, None) for name in used}
-    content = msgspec.json.encode(FirstPull(entry.hub_id, listed.sha, pins))
-    (folder / PINS_FILE).write_bytes(msgspec.json.format(content))
 
 
-def _fetch(
-    entry: CatalogueEntry,
-    name: str,
-    revision: str,
-    pin: Pin | None,
-    *,
-    folder: Path,
-    hashes: Hashes,
-    endpoint: str | None,
-) -> Pin:
-    """Have the file *name* in *folder* as the hub has it, and as *pin* demands; what it is then.
+def _fetch(url: str, file: Path, pin: Pin | None, hashes: Hashes, endpoint: str | None) -> Pin:
+    """Have *file* as it is at *url*, and as *pin* demands; what it is then.
 
     Without a pin the hub's own sha256 is demanded, which it gives for large files.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub import get_hf_file_metadata
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-    url = hf_hub_url(entry.hub_id, name, revision=revision, endpoint=endpoint)
     headers = build_hf_headers(library_name="trivec")
     found = get_hf_file_metadata(url, headers=headers, endpoint=endpoint)
     if found.etag is None or found.size is None:
@@ -156,17 +136,15 @@ def _fetch(
     if pin is not None and found.size != pin.byte_count:
         raise CheckpointRefused(
             f"{found.location}: has {found.size:,} bytes, expected are {pin.byte_count:,}; the "
-            f"hub's file is not the one known as {entry.id}"
+            "hub's file is not the one that is known"
         )
-
-    file = folder / name
     if file.is_file() and file.stat().st_size == found.size:
         hashed = hashes.of(file)
         if pin is None or hashed.sha256 == pin.sha256:
             return Pin(hashed.byte_count, hashed.sha256)
         file.unlink()
     # Another version of the file has another part file.
-    version = hashlib.sha256(f"{entry.hub_id} {file.name} {found.etag}".encode()).hexdigest()
+    version = hashlib.sha256(found.etag.encode()).hexdigest()
     part = file.parent / f".{file.name}.{version[:16]}.part"
     part.parent.mkdir(parents=True, exist_ok=True)
     with part.open("ab") as out:

@@ -5,7 +5,6 @@ would change the result and is not understood is refused, with the reason and a 
 """
 
 import os
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +29,7 @@ TOKENS_MAX = 4_000_000  # a larger maximum is transformers' way to say that ther
 
 TOKENIZER_FILE = "tokenizer.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first one there is read
-HEADS = ("sparse_linear", "colbert_linear")  # files of BGE-M3's heads, with either suffix
-HEAD_SUFFIXES = (".safetensors", ".pt")
+HEADS = ("sparse_linear", "colbert_linear")  # files of BGE-M3's heads, .safetensors or .pt
 POOLING_FILE = "1_Pooling/config.json"
 LAYOUT_FILES = (
     "config.json",
@@ -43,20 +41,49 @@ LAYOUT_FILES = (
     "special_tokens_map.json",
     "tokenizer_config.json",
 )
-# What sentence-transformers 5 writes beside the length for an ordinary text encoder.
-SENTENCE_CONFIG_USUAL: Mapping[str, object] = {
-    "do_lower_case": False,
-    "transformer_task": "feature-extraction",
-    "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
-    "module_output_name": "token_embeddings",
-    "query_length": None,
-    "document_length": None,
-    "query_expansion": None,
+# Settings of sentence-transformers' files, and the values of an ordinary text encoder, which change
+# no vector here; `...`: any value. Others are refused, for the reason given or as not understood.
+ORDINARY_MODEL: Mapping[str, object] = {
+    "__version__": ...,
+    "prompts": ...,  # named here, put before a text by whoever sends it
+    "similarity_fn_name": ...,
+    "model_type": (None, "SentenceTransformer"),
+    "default_prompt_name": (None, ""),
 }
-# What 6.x writes for the vectors of a text; otherwise the output is normalised before it is pooled.
-NORMALIZE_USUAL = {
-    "module_input_name": "sentence_embedding",
-    "module_output_name": "sentence_embedding",
+ORDINARY_TRANSFORMER: Mapping[str, object] = {
+    "max_seq_length": ...,
+    "unpad_inputs": ...,  # how a batch is laid out in memory
+    "do_lower_case": (False,),
+    "transformer_task": ("feature-extraction",),
+    "modality_config": (
+        {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+    ),
+    "module_output_name": ("token_embeddings",),
+    "query_length": (None,),
+    "document_length": (None,),
+    "query_expansion": (None,),
+}
+# Of token vectors it would come before the pooling.
+ORDINARY_NORMALIZE = dict.fromkeys(
+    ("module_input_name", "module_output_name"), ("sentence_embedding",)
+)
+REASONS = {
+    "default_prompt_name": "puts a prompt before every text. Set it to null and let the client "
+    "send the prompt with its text.",
+    "truncate_dim": "keeps only the first numbers of each vector, which is not done here. Remove "
+    "it to serve whole vectors, and cut them where they are used.",
+    "include_prompt": "leaves a prompt's tokens out of the vector; here a text is pooled whole, "
+    "its prompt with it.",
+    "embedding_dimension": "is not the width of the encoder's vectors.",
+    "word_embedding_dimension": "is not the width of the encoder's vectors.",
+}
+POOLING_MODES = {  # flags that older sentence-transformers write, and what newer ones call them
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
 }
 # What never is a lexical weight, with the names XLM-R's tokenizer gives by default.
 IGNORED_TOKENS = {
@@ -78,30 +105,6 @@ class _Module(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     path: str
     idx: int = 0
     name: str = ""
-
-
-class _PoolingFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    word_embedding_dimension: int | None = None
-    embedding_dimension: int | None = None
-    include_prompt: bool = True
-    pooling_mode: str | list[str] | None = None
-    pooling_mode_cls_token: bool = False
-    pooling_mode_mean_tokens: bool = False
-    pooling_mode_max_tokens: bool = False
-    pooling_mode_mean_sqrt_len_tokens: bool = False
-    pooling_mode_weightedmean_tokens: bool = False
-    pooling_mode_lasttoken: bool = False
-
-
-class _ModelFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`config_sentence_transformers.json`. The first three change no vector of a text as sent."""
-
-    versions: Any = msgspec.field(default=None, name="__version__")
-    prompts: Any = None
-    similarity_fn_name: Any = None
-    model_type: str | None = None
-    default_prompt_name: str | None = None
-    truncate_dim: int | None = None
 
 
 class _AddedToken(msgspec.Struct, frozen=True):
@@ -144,23 +147,19 @@ def scan(folder: Path) -> frozenset[str]:
     for parent, folders, files in os.walk(folder, onerror=refuse_unreadable):
         for entry in (Path(parent, name) for name in sorted(folders + files)):
             if len(names) >= FILES_MAX:
-                raise CheckpointRefused(
-                    f"{folder}: more than {FILES_MAX:,} files; this is no model's folder"
-                )
-            if entry.is_symlink() and not entry.resolve().is_relative_to(link_root):
-                raise CheckpointRefused(
-                    f"{entry}: is a link that leads out of {link_root}. Put the file itself there."
-                )
-            if entry.is_dir():
+                problem = f"is one of more than {FILES_MAX:,} files; this is no model's folder"
+            elif entry.is_symlink() and not entry.resolve().is_relative_to(link_root):
+                problem = f"is a link that leads out of {link_root}. Put the file itself there."
+            elif entry.is_dir():
                 continue
-            if not entry.is_file():
-                raise CheckpointRefused(f"{entry}: is not an ordinary file. Remove it.")
-            if entry.suffix in (".py", ".pyc", ".so"):
-                raise CheckpointRefused(
-                    f"{entry}: is code, and no model's code is ever run. If the model works without "
-                    "it, remove it."
-                )
-            names.add(entry.relative_to(folder).as_posix())
+            elif not entry.is_file():
+                problem = "is not an ordinary file. Remove it."
+            elif entry.suffix in (".py", ".pyc", ".so"):
+                problem = "is code, and none is ever run. If the model works without it, remove it."
+            else:
+                names.add(entry.relative_to(folder).as_posix())
+                continue
+            raise CheckpointRefused(f"{entry}: {problem}")
     return frozenset(names)
 
 
@@ -185,22 +184,22 @@ def model_files(names: frozenset[str], *, known: Collection[str] = ()) -> list[s
         raise ValueError("holds no config.json, so it is no model's folder")
     if TOKENIZER_FILE not in names:
         raise ValueError(f"holds no {TOKENIZER_FILE}; save the model's fast tokenizer there")
-    weights = sorted(
-        names.intersection(WEIGHT_FILES),
-        key=lambda name: (name not in known, WEIGHT_FILES.index(name)),
-    )
+    weights = [name for name in WEIGHT_FILES if name in names]
     if not weights:
         raise ValueError(f"holds none of {', '.join(WEIGHT_FILES)}")
-    heads = [
-        next((head + suffix for suffix in HEAD_SUFFIXES if head + suffix in names), None)
+    weights.sort(key=lambda name: name not in known)
+    heads = {
+        head: head + suffix
         for head in HEADS
-    ]
-    found = [file for file in heads if file is not None]
-    if len(found) == 1:
-        lacking = HEADS[heads.index(None)]
-        raise ValueError(f"holds {found[0]} but no {lacking}.pt; copy both heads, or neither")
+        for suffix in (".pt", ".safetensors")  # the second where both are there
+        if head + suffix in names
+    }
+    if len(heads) == 1:
+        (lacking,) = {*HEADS} - {*heads}
+        (found,) = heads.values()
+        raise ValueError(f"holds {found} but no {lacking}.pt; copy both heads, or neither")
     layout = [name for name in LAYOUT_FILES if name in names]
-    return [*layout, TOKENIZER_FILE, weights[0], *found]
+    return [*layout, TOKENIZER_FILE, weights[0], *heads.values()]
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -208,9 +207,7 @@ def read_config(folder: Path) -> ModelConfig:
     file = folder / "config.json"
     try:
         return registry.read_config(read_json(file, dict[str, Any]))
-    except msgspec.ValidationError as error:
-        raise CheckpointRefused(f"{file}: not understood: {error}") from error
-    except ValueError as error:
+    except (ValueError, msgspec.ValidationError) as error:
         raise CheckpointRefused(f"{file}: {error}") from error
 
 
@@ -241,80 +238,44 @@ def read_sentence_settings(
         )
     if POOLING_FILE not in names:
         raise CheckpointRefused(f"{folder / POOLING_FILE}: is missing; copy the whole model")
-    if "config_sentence_transformers.json" in names:
-        _check_model_settings(folder / "config_sentence_transformers.json", hidden_size)
+    width = (None, hidden_size)
+    pooling = _read_settings(
+        folder / POOLING_FILE,
+        {"include_prompt": (True,), "embedding_dimension": width, "word_embedding_dimension": width}
+        | dict.fromkeys((*POOLING_MODES, "pooling_mode"), ...),
+    )
+    named = pooling.get("pooling_mode") or []
+    flags = [mode for name, mode in POOLING_MODES.items() if pooling.get(name)]
+    modes = dict.fromkeys([*flags, *map(str, named if isinstance(named, list) else [named])])
+    if [*modes] not in (["cls"], ["mean"], ["lasttoken"]):
+        raise CheckpointRefused(
+            f"{folder / POOLING_FILE}: asks for {' and '.join(modes) or 'no'} pooling; understood "
+            "is exactly one of cls, mean and lasttoken"
+        )
+    file = folder / "config_sentence_transformers.json"
+    if file.name in names:
+        _read_settings(file, {**ORDINARY_MODEL, "truncate_dim": width})
     if len(kinds) == 3 and (name := f"{modules[2].path}/config.json") in names:
-        normalize = read_json(folder / name, dict[str, Any])
-        if normalize != NORMALIZE_USUAL:
-            raise CheckpointRefused(
-                f"{folder / name}: {normalize!r} is not understood; normalised is the "
-                "sentence_embedding"
-            )
+        _read_settings(folder / name, ORDINARY_NORMALIZE)
+    file, length = folder / "sentence_bert_config.json", None
+    if file.name in names:
+        length = _read_settings(file, ORDINARY_TRANSFORMER).get("max_seq_length")
     return SentenceSettings(
-        pooling=_read_pooling(folder / POOLING_FILE, hidden_size),
+        pooling=Pooling(*modes),
         normalize=len(kinds) == 3,
-        token_count_max=_read_length(folder, names),
+        token_count_max=_token_count(file, "max_seq_length", length),
     )
 
 
-def _check_model_settings(file: Path, hidden_size: int) -> None:
-    """Refuse what `config_sentence_transformers.json` would do to a text or its vector."""
-    found = read_json(file, _ModelFile)
-    if found.default_prompt_name:
-        raise CheckpointRefused(
-            f"{file}: default_prompt_name = {found.default_prompt_name!r} puts a prompt before "
-            "every text. Set it to null and let the client send the prompt with its text."
-        )
-    if found.truncate_dim is not None and found.truncate_dim < hidden_size:
-        raise CheckpointRefused(
-            f"{file}: truncate_dim = {found.truncate_dim} keeps only the first numbers of each "
-            f"vector, which is not done here. Remove it to serve whole vectors of {hidden_size} "
-            "numbers, and cut them where they are used."
-        )
-    if found.model_type not in (None, "SentenceTransformer"):
-        raise CheckpointRefused(
-            f"{file}: model_type is {found.model_type!r}; understood is 'SentenceTransformer'"
-        )
-
-
-def _read_pooling(file: Path, hidden_size: int) -> Pooling:
-    found = read_json(file, _PoolingFile)
-    if not found.include_prompt:
-        raise CheckpointRefused(
-            f"{file}: include_prompt = false leaves a prompt's tokens out of the vector; here a "
-            "text is pooled whole, its prompt with it"
-        )
-    width = found.word_embedding_dimension or found.embedding_dimension
-    if width is not None and width != hidden_size:
-        raise CheckpointRefused(
-            f"{file}: pools vectors of {width} numbers, the encoder's have {hidden_size}"
-        )
-    named = found.pooling_mode or []
-    modes = [
-        re.sub(r"^pooling_mode_|_tokens?$", "", name)
-        for name, value in msgspec.structs.asdict(found).items()
-        if name.startswith("pooling_mode_") and value
-    ]
-    modes += [mode for mode in ([named] if isinstance(named, str) else named) if mode not in modes]
-    if modes not in (["cls"], ["mean"], ["lasttoken"]):
-        raise CheckpointRefused(
-            f"{file}: asks for {' and '.join(modes) or 'no'} pooling; understood is exactly one "
-            "of cls, mean and lasttoken"
-        )
-    return Pooling(modes[0])
-
-
-def _read_length(folder: Path, names: frozenset[str]) -> int | None:
-    if "sentence_bert_config.json" not in names:
-        return None
-    file = folder / "sentence_bert_config.json"
+def _read_settings(file: Path, ordinary: Mapping[str, object]) -> dict[str, Any]:
+    """The settings in *file*. Raises `CheckpointRefused` for one that is not as *ordinary*."""
     found = read_json(file, dict[str, Any])
-    length = found.pop("max_seq_length", None)
-    found.pop("unpad_inputs", None)  # how a batch is laid out in memory
-    for name, setting in found.items():
-        if SENTENCE_CONFIG_USUAL.get(name, ...) != setting:
-            raise CheckpointRefused(f"{file}: {name} = {setting!r} is not understood")
-    return _token_count(file, "max_seq_length", length)
+    for name, value in found.items():
+        values = ordinary.get(name, ())
+        if isinstance(values, tuple) and value not in values:
+            reason = REASONS.get(name, "is not understood")
+            raise CheckpointRefused(f"{file}: {name} = {value!r} {reason}")
+    return found
 
 
 def read_tokenizer_length(folder: Path, names: frozenset[str]) -> int | None:
@@ -344,10 +305,9 @@ def read_tokenizer_length(folder: Path, names: frozenset[str]) -> int | None:
 
 def _token_count(file: Path, name: str, value: object) -> int | None:
     """A maximum length as configs write it; None where it is null or beyond any model's."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is None or (is_number and value > TOKENS_MAX):  # type: ignore[operator]
+    if value is None or (isinstance(value, int | float) and value > TOKENS_MAX):
         return None
-    if not isinstance(value, int) or not is_number or value < 1:
+    if type(value) is not int or value < 1:
         raise CheckpointRefused(f"{file}: {name} = {value!r} is not a count of tokens")
     return value
 
@@ -388,19 +348,13 @@ def _ignored_token_ids(folder: Path) -> tuple[int, ...]:
     """Ids of the special tokens, by the names that the tokenizer's small files give them."""
     tokens = dict(IGNORED_TOKENS)
     for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
-        if not file.is_file():
-            continue
-        found = read_json(file, dict[str, Any])
+        found = read_json(file, dict[str, Any]) if file.is_file() else {}
         for name in IGNORED_TOKENS:
             # BERT's files call the closing token sep, and may have no eos.
-            written = name if name in found or name != "eos_token" else "sep_token"
-            if written not in found:
-                continue
-            try:
-                token = msgspec.convert(found[written], str | _AddedToken)
-            except msgspec.ValidationError as error:
-                raise CheckpointRefused(f"{file}: not understood: {error}") from error
-            tokens[name] = token if isinstance(token, str) else token.content
+            written = found.get(name) or (found.get("sep_token") if name == "eos_token" else None)
+            if written is not None:
+                content = written.get("content") if isinstance(written, dict) else written
+                tokens[name] = str(content)
     added = {token.content: token.id for token in _read_tokenizer(folder).added_tokens}
     for name, content in tokens.items():
         if content not in added:

@@ -21,10 +21,11 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from pathlib import Path
 from reprlib import Repr
-from typing import Any, ClassVar, NamedTuple, TypeGuard
+from typing import Any, ClassVar, TypeGuard, cast
 
 import msgspec
 import numpy as np
@@ -39,9 +40,9 @@ ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+TORCH_SUFFIXES = (".bin", ".pt")
 DIMENSIONS_MAX = 8
 PICKLE_BYTES_MAX = 4 * 1024 * 1024  # BGE-M3's 391 tensors take 60 kB
-CHUNK_BYTES = 16 * 1024 * 1024  # read at a time where a whole file is read
 
 
 class _Malformed(ValueError):
@@ -61,22 +62,22 @@ class StoredTensor:
         return prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
+@dataclass(frozen=True, slots=True)
 class TensorFile:
     """A mapped file and the tensors in it, whatever its format. Any thread may read.
 
     Views keep the map alive, so dropping this object is always safe.
     """
 
-    def __init__(self, file: Path, mapped: mmap.mmap, tensors: Mapping[str, StoredTensor]) -> None:
-        self.file = file
-        self.tensors = tensors
-        self._mapped = mapped
+    file: Path
+    mapped: mmap.mmap
+    tensors: Mapping[str, StoredTensor]
 
     def raw(self, name: str) -> memoryview:
         """The stored bytes of *name*, without a copy."""
         tensor = self.tensors[name]
         end = tensor.offset_bytes + tensor.byte_count
-        return memoryview(self._mapped)[tensor.offset_bytes : end]
+        return memoryview(self.mapped)[tensor.offset_bytes : end]
 
     def float32(self, name: str) -> Float32Array:
         """Tensor *name* as float32 in its own shape: a view where the file holds float32.
@@ -129,48 +130,32 @@ def open_tensor_file(file: Path) -> TensorFile:
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise CheckpointRefused(f"{file}: cannot be read: {error}") from error
     try:
-        if is_torch_file(file):
-            return TensorFile(file, mapped, _read_archive(file, mapped))
-        return TensorFile(file, mapped, _read_header(file, mapped))
+        read = _read_archive if file.suffix in TORCH_SUFFIXES else _read_header
+        return TensorFile(file, mapped, read(file, mapped))
     except (ValueError, SafetensorError, zipfile.BadZipFile, RuntimeError, struct.error) as error:
-        problem = f"{file}: not a sound safetensors file: {error}. Fetch the file again."
-        if is_torch_file(file):
-            problem = (
-                f"{file}: refused: {error}. Take a copy of the model in safetensors, or from a "
-                "source you trust."
-            )
-        raise CheckpointRefused(problem) from error
+        problem = f"not a sound safetensors file: {error}. Fetch the file again."
+        if file.suffix in TORCH_SUFFIXES:
+            problem = f"refused: {error}. Take a copy in safetensors, or from a source you trust."
+        raise CheckpointRefused(f"{file}: {problem}") from error
 
 
-def is_torch_file(file: Path) -> bool:
-    """Whether *file* is named as a torch file, which holds a pickle."""
-    return file.suffix in (".bin", ".pt")
-
-
-def convert_torch_file(source: HashedFile, *, cache_dir: Path) -> Path:
-    """The safetensors form of the torch file *source*, from the cache or made now.
+def as_safetensors(source: HashedFile, *, cache_dir: Path) -> Path:
+    """*source* itself, or of a torch file its safetensors form: from the cache or made now.
 
     A copy in the cache counts only while it has the hash it was written with; a damaged one is
-    made again. Memory: what the kernel maps of *source*, and one chunk.
+    made again. Memory: what the kernel maps of *source*.
     Raises `CheckpointRefused` when *source* is not a plain state dict.
     """
-    folder = cache_dir / "converted" / source.sha256
+    if source.path.suffix not in TORCH_SUFFIXES:
+        return source.path
+    folder, hashes = cache_dir / "converted" / source.sha256, Hashes(cache_dir / "hashes")
     file, note = folder / "model.safetensors", folder / "sha256"
-    hashes = Hashes(cache_dir / "hashes")
-    if (
-        file.is_file()
-        and note.is_file()
-        and hashes.of(file).sha256 == note.read_text(errors="replace")
-    ):
+    is_there = file.is_file() and note.is_file()
+    if is_there and hashes.of(file).sha256 == note.read_text(errors="replace"):
         return file
     opened = open_tensor_file(source.path)
-    note.unlink(missing_ok=True)
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in opened.tensors.items()}
-    raws = map(opened.raw, opened.tensors)
-    chunks = (
-        (raw[at : at + CHUNK_BYTES] for at in range(0, len(raw), CHUNK_BYTES)) for raw in raws
-    )
-    sha256 = write_safetensors(file, shapes, chunks)
+    sha256 = write_safetensors(file, shapes, ([opened.raw(name)] for name in shapes))
     note.write_text(sha256)
     hashes.remember(file, sha256)
     return file
@@ -210,27 +195,22 @@ def write_safetensors(
     The file is moved into place at the end: a reader never sees half of it.
     """
     entries: dict[str, dict[str, object]] = {}
-    ends: list[int] = []  # of each tensor, from the end of the header
-    offset = 0
+    end = 0  # of the tensor, from the end of the header
     for name, (dtype, shape) in shapes.items():
-        end = offset + prod(shape) * ITEM_BYTES[dtype]
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (offset, end)}
-        ends.append(end)
-        offset = end
+        begin, end = end, end + prod(shape) * ITEM_BYTES[dtype]
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (begin, end)}
     encoded = msgspec.json.encode({"__metadata__": {"format": "pt"}, **entries})
     encoded += b" " * (-len(encoded) % 8)  # so that the tensors begin at a multiple of eight
     head = len(encoded).to_bytes(8, "little") + encoded
-    sha256 = hashlib.sha256(head)
+    sha256 = hashlib.sha256()
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
         with unfinished.open("wb") as out:
-            out.write(head)
-            for end, pieces in zip(ends, tensors, strict=True):
-                for piece in pieces:
-                    sha256.update(piece)
-                    out.write(piece)
-                assert out.tell() == len(head) + end
+            for piece in chain([head], chain.from_iterable(tensors)):
+                sha256.update(piece)
+                out.write(piece)
+            assert out.tell() == len(head) + end
             out.flush()
             os.fsync(out.fileno())
         unfinished.replace(file)
@@ -247,13 +227,6 @@ PARTS = re.compile(
 )
 
 
-class _Part(NamedTuple):
-    """Where an entry's bytes are, in the mapped file."""
-
-    begin: int
-    end: int
-
-
 def _read_archive(file: Path, mapped: mmap.mmap) -> dict[str, StoredTensor]:
     """The tensors of a torch file, whose every part is where it says and undamaged."""
     if mapped[:1] == b"\x80":
@@ -268,25 +241,23 @@ def _read_archive(file: Path, mapped: mmap.mmap) -> dict[str, StoredTensor]:
         # Each entry's own header and its checksum, which the file is read once for.
         if (damaged := archive.testzip()) is not None:
             raise _Malformed(f"its entry {damaged} is damaged: its checksum does not match")
-    if (part := parts.get("byteorder")) is not None:
-        order = mapped[part.begin : min(part.end, part.begin + 16)]
-        if order.strip() != b"little":
-            raise _Malformed(f"its byte order is {order!r}; read is little-endian")
-    begin, end = parts["data.pkl"]
-    if end - begin > PICKLE_BYTES_MAX:
+    order = parts.get("byteorder")
+    if order is not None and (said := mapped[order.start : order[:16].stop]).strip() != b"little":
+        raise _Malformed(f"its byte order is {said!r}; read is little-endian")
+    pickled = parts["data.pkl"]
+    if len(pickled) > PICKLE_BYTES_MAX:
         raise _Malformed(f"its data.pkl has more than {PICKLE_BYTES_MAX:,} bytes")
     storages = {name[5:]: part for name, part in parts.items() if name.startswith("data/")}
-    tensors = _read_state_dict(mapped[begin:end], storages)
+    tensors = _read_state_dict(mapped[pickled.start : pickled.stop], storages)
     # A small file must not become a large one when it is converted.
-    stored_bytes = sum(part.end - part.begin for part in storages.values())
-    if sum(tensor.byte_count for tensor in tensors.values()) > 2 * stored_bytes:
+    if sum(one.byte_count for one in tensors.values()) > 2 * sum(map(len, storages.values())):
         raise _Malformed("its tensors share their storage until they are more than twice its size")
     return tensors
 
 
-def _locate_parts(mapped: mmap.mmap, listed: list[zipfile.ZipInfo]) -> dict[str, _Part]:
-    """The archive's entries by what follows their one top folder; uncompressed, none overlapping."""
-    parts: dict[str, _Part] = {}
+def _locate_parts(mapped: mmap.mmap, listed: list[zipfile.ZipInfo]) -> dict[str, range]:
+    """Where the archive's entries are, by what follows their one top folder; none overlap."""
+    parts: dict[str, range] = {}
     tops: set[str] = set()
     for info in listed:
         name = f"{info.orig_filename!r:.120}"
@@ -300,15 +271,15 @@ def _locate_parts(mapped: mmap.mmap, listed: list[zipfile.ZipInfo]) -> dict[str,
         # Only the entry's own header says how long its name and its extra field are.
         name_bytes, extra_bytes = struct.unpack_from("<2H", mapped, info.header_offset + 26)
         begin = info.header_offset + 30 + name_bytes + extra_bytes
-        parts[match["part"]] = _Part(begin, begin + info.file_size)
+        parts[match["part"]] = range(begin, begin + info.file_size)
         tops.add(match["top"])
     if len(tops) != 1 or "data.pkl" not in parts:
         raise _Malformed("it holds no data.pkl in one folder, so no state dict")
     end = 0
-    for name, part in sorted(parts.items(), key=lambda item: item[1]):
-        if part.begin < end or part.end > len(mapped):
+    for name, part in sorted(parts.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if part.start < end or part.stop > len(mapped):
             raise _Malformed(f"its entry {name} overlaps another or ends outside the file")
-        end = part.end
+        end = part.stop
     return parts
 
 
@@ -337,11 +308,9 @@ def _rebuild_tensor(  # of six values: a seventh may say that the stored ones ar
         raise _Malformed(f"its pickle rebuilds a tensor from {_brief(storage)}")
     if not _is_shape(shape):
         raise _Malformed(f"its pickle has a tensor of the impossible shape {_brief(shape)}")
-    expected = [prod(shape[axis + 1 :]) for axis in range(len(shape))]
     # The stride of an axis of length one says nothing.
     if not (_is_shape(strides) and len(strides) == len(shape)) or any(
-        size != 1 and stride != right
-        for size, stride, right in zip(shape, strides, expected, strict=True)
+        size != 1 and strides[axis] != prod(shape[axis + 1 :]) for axis, size in enumerate(shape)
     ):
         raise _Malformed(
             f"its pickle has a tensor of shape {_brief(shape)} with strides {_brief(strides)}, "
@@ -355,15 +324,11 @@ def _rebuild_tensor(  # of six values: a seventh may say that the stored ones ar
     return StoredTensor(storage.dtype, tuple(shape), begin)
 
 
-def _rebuild_parameter(tensor: object, requires_grad: object, hooks: object) -> object:
-    return tensor
-
-
 # What the names in a pickle stand for; a storage's type is a key of ITEM_BYTES.
 GLOBALS: Mapping[str, object] = {
     "collections.OrderedDict": _StateDict,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch._utils._rebuild_parameter": lambda tensor, _grad, _hooks: tensor,
     "torch.DoubleStorage": "F64",
     "torch.FloatStorage": "F32",
     "torch.HalfStorage": "F16",
@@ -406,7 +371,7 @@ class _StateDictUnpickler(pickle._Unpickler):
     metastack: list[list[object]]
     read: Callable[[int], bytes]
 
-    def __init__(self, pickled: bytes, storages: Mapping[str, _Part]) -> None:
+    def __init__(self, pickled: bytes, storages: Mapping[str, range]) -> None:
         super().__init__(io.BytesIO(pickled))
         self._storages = storages
 
@@ -425,18 +390,14 @@ class _StateDictUnpickler(pickle._Unpickler):
                 raise _Malformed(f"its pickle refers to {_brief(pid)}, which is no storage")
         if part is None:
             raise _Malformed(f"its pickle refers to storage {key!r:.40}, which is not there")
-        said, found = count * ITEM_BYTES[dtype], part.end - part.begin
-        if said != found:
-            raise _Malformed(f"storage {key} has {found:,} bytes, its pickle says {said:,}")
-        return StoredTensor(dtype, (count,), part.begin)
+        storage = StoredTensor(dtype, (count,), part.start)
+        if (said := storage.byte_count) != len(part):
+            raise _Malformed(f"storage {key} has {len(part):,} bytes, its pickle says {said:,}")
+        return storage
 
     def _load_protocol(self) -> None:
-        version = ord(self.read(1))
-        if version != 2:
+        if (version := ord(self.read(1))) != 2:
             raise _Malformed(f"its pickle is of protocol {version}; torch writes 2")
-
-    def _load_empty_dict(self) -> None:
-        self.stack.append(_StateDict())
 
     def _load_build(self) -> None:
         """Modules leave version numbers on their state dict, as its attribute `_metadata`."""
@@ -448,13 +409,13 @@ class _StateDictUnpickler(pickle._Unpickler):
         {code[0]: pickle._Unpickler.dispatch[code[0]] for code in ALLOWED_OPCODES}
         | {
             pickle.PROTO[0]: _load_protocol,
-            pickle.EMPTY_DICT[0]: _load_empty_dict,
+            pickle.EMPTY_DICT[0]: lambda self: self.stack.append(_StateDict()),
             pickle.BUILD[0]: _load_build,
         }
     )
 
 
-def _read_state_dict(pickled: bytes, storages: Mapping[str, _Part]) -> dict[str, StoredTensor]:
+def _read_state_dict(pickled: bytes, storages: Mapping[str, range]) -> dict[str, StoredTensor]:
     """Name to tensor, as *pickled* says, in *storages* (key to place). No code of it is run.
 
     Raises `ValueError`, which names the opcode, global or value that a state dict does not have.
@@ -470,14 +431,12 @@ def _read_state_dict(pickled: bytes, storages: Mapping[str, _Part]) -> dict[str,
         raise _Malformed("its pickle does not end in one value")
     if not isinstance(found, _StateDict):
         raise _Malformed(f"its pickle holds {_brief(found)} where a state dict is expected")
-    tensors: dict[str, StoredTensor] = {}
     for name, tensor in found.items():
         if not isinstance(tensor, StoredTensor):
             raise _Malformed(
                 f"its pickle maps {name!r} to {_brief(tensor)}, not a name to a tensor"
             )
-        tensors[name] = tensor
-    return tensors
+    return cast("dict[str, StoredTensor]", found)
 
 
 def _is_shape(sizes: object) -> TypeGuard[tuple[int, ...]]:

@@ -69,57 +69,44 @@ def verify(model_id: str, embed: Embed) -> list[Figure]:
         outputs |= Output.SPARSE | Output.MULTI
     queries, passages = embed(golden.queries, outputs), embed(golden.passages, outputs)
     figures: list[Figure] = []
-    for kind, output, expected, score in (
-        ("dense", Output.DENSE, golden.dense, _dense_score),
-        ("sparse", Output.SPARSE, golden.sparse, _sparse_score),
-        ("multi", Output.MULTI, golden.multi, _multi_score),
+    for kind, output, scores in (
+        ("dense", Output.DENSE, golden.dense),
+        ("sparse", Output.SPARSE, golden.sparse),
+        ("multi", Output.MULTI, golden.multi),
     ):
-        if expected and queries[output][0] is None:
+        if scores and queries[output][0] is None:
             raise CheckpointRefused(f"{model_id}: this copy yields no {kind} vectors")
-        figures += [
-            Figure(
-                name=f"{kind} query {i + 1} · passage {j + 1}",
-                expected=value,
-                found=score(queries[output][i], passages[output][j]),
-            )
-            for i, row in enumerate(expected)
-            for j, value in enumerate(row)
-        ]
+        for i, row in enumerate(scores):
+            for j, expected in enumerate(row):
+                found = _score(output, queries[output][i], passages[output][j])
+                figures.append(Figure(f"{kind} query {i + 1} · passage {j + 1}", expected, found))
     for i, numbers in enumerate(golden.first_numbers):
-        found = queries.dense[i].tolist()
-        figures += [
-            Figure(f"dense number {j} of query {i + 1}", number, found[j])
-            for j, number in enumerate(numbers)
-        ]
+        for j, number in enumerate(numbers):
+            name = f"dense number {j} of query {i + 1}"
+            figures.append(Figure(name, number, float(queries.dense[i, j])))
     if golden.lexical:
         vectors = embed([one.text for one in golden.lexical], Output.DENSE | Output.SPARSE)
         for one, vector in zip(golden.lexical, vectors.sparse, strict=True):
             assert vector is not None
             weights = dict(zip(vector.token_ids.tolist(), vector.weights.tolist(), strict=True))
-            text = one.text[:24].strip()
             compared = [
                 Figure(
-                    name=f"lexical weight of id {id_} in “{text}…”",
-                    expected=one.weights.get(id_, 0.0),
-                    found=weights.get(id_, 0.0),
+                    f"lexical weight of id {token_id} in “{one.text[:24].strip()}…”",
+                    one.weights.get(token_id, 0.0),
+                    weights.get(token_id, 0.0),
                 )
-                for id_ in sorted(one.weights.keys() | weights.keys())
+                for token_id in sorted(one.weights.keys() | weights.keys())
             ]
             # The weight that is furthest off, so that one line a text says all.
             figures.append(max(compared, key=lambda figure: figure.difference))
     return figures
 
 
-def _dense_score(query: Any, passage: Any) -> float:
+def _score(output: Output, query: Any, passage: Any) -> float:
+    """Dense: dot product. Sparse: over shared ids. Multi: mean of each query row's best product."""
+    if output == Output.SPARSE:
+        _, at, other_at = np.intersect1d(query.token_ids, passage.token_ids, return_indices=True)
+        return float(query.weights[at] @ passage.weights[other_at])
+    if output == Output.MULTI:
+        return float((query @ passage.T).max(axis=1).mean())
     return float(query @ passage)
-
-
-def _sparse_score(query: Any, passage: Any) -> float:
-    """Sum over shared ids of the products of two `SparseVector`s' weights."""
-    _, at, other_at = np.intersect1d(query.token_ids, passage.token_ids, return_indices=True)
-    return float(query.weights[at] @ passage.weights[other_at])
-
-
-def _multi_score(query: Any, passage: Any) -> float:
-    """Mean over the query's rows of the best dot product with the passage's."""
-    return float((query @ passage.T).max(axis=1).mean())

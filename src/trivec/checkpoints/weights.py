@@ -18,43 +18,32 @@ class Weights(AbstractContextManager["Weights"]):
     """Checked weights, each to be taken exactly once. One thread at a time."""
 
     def __init__(
-        self, files: Sequence[TensorFile], shapes: Mapping[str, tuple[int, ...]], family: Family
+        self, file: TensorFile, shapes: Mapping[str, tuple[int, ...]], family: Family
     ) -> None:
-        """Match *files* to *shapes* (the family's name to shape) by their headers alone.
+        """Match *file* to *shapes* (the family's name to shape) by its header alone.
 
-        Raises `CheckpointRefused` for a tensor that is missing, extra, doubled or mis-shaped.
+        Raises `CheckpointRefused` for a tensor that is missing, extra or mis-shaped.
         """
-        holders: dict[str, TensorFile] = {}
-        for file in files:
-            for name in file.tensors:
-                if name in holders:
-                    raise CheckpointRefused(
-                        f"{file.file}: {name} is in {holders[name].file.name} too"
-                    )
-                holders[name] = file
-        self._where = files[0].file if len(files) == 1 else files[0].file.parent
-        prefixes = [one for one in family.prefixes if one + family.key_tensor in holders]
+
+        def refusal(problem: str) -> CheckpointRefused:
+            return CheckpointRefused(f"{file.file}: {problem}. Is its config.json its own?")
+
+        self._file, stored = file, file.tensors
+        prefixes = [one for one in family.prefixes if one + family.key_tensor in stored]
         prefix = prefixes[0] if len(prefixes) == 1 else ""
-        places, stored_shapes = _stored(shapes, family.fused)
+        places, stored_shapes = _places(shapes, family.fused)
+        self._left = {name: (prefix + whole, rows) for name, (whole, rows) in places.items()}
         expected = {prefix + name: shape for name, shape in stored_shapes.items()}
-        if missing := [name for name in stored_shapes if prefix + name not in holders]:
-            raise self._refusal(f"lacks {_first_of(missing)}")
-        extra = [
-            name
-            for name in holders
-            if name not in expected
-            and not any(fnmatchcase(name.removeprefix(prefix), unused) for unused in family.unused)
-        ]
+        if missing := [name for name in stored_shapes if prefix + name not in stored]:
+            raise refusal(f"lacks {_first_of(missing)}")
+        unused = (*family.unused, *(prefix + pattern for pattern in family.unused))
+        extra = [name for name in stored if name not in expected]
+        extra = [name for name in extra if not any(fnmatchcase(name, one) for one in unused)]
         if extra:
-            raise self._refusal(f"holds {_first_of(extra)}, which this encoder does not have")
+            raise refusal(f"holds {_first_of(extra)}, which this encoder does not have")
         for name, shape in expected.items():
-            found = holders[name].tensors[name].shape
-            if found != shape:
-                raise self._refusal(
-                    f"{name} has shape {list(found)} where {list(shape)} is expected"
-                )
-        self._holders = holders
-        self._left = {name: (prefix + stored, rows) for name, (stored, rows) in places.items()}
+            if (found := stored[name].shape) != shape:
+                raise refusal(f"{name} has shape {list(found)} where {list(shape)} is expected")
 
     def take(self, name: str) -> Float32Array:
         """The tensor *name*, float32, in the shape the model's config gives it.
@@ -64,22 +53,19 @@ class Weights(AbstractContextManager["Weights"]):
         `CheckpointRefused` for a value that is not finite or a stored type that is not a float.
         """
         assert name in self._left, f"{name} was taken before, or is none of this encoder's"
-        stored, rows = self._left.pop(name)
-        return self._holders[stored].float32(stored)[rows]
+        whole, rows = self._left.pop(name)
+        return self._file.float32(whole)[rows]
 
     def finish(self) -> None:
         """Say that all was taken. Raises `CheckpointRefused`, naming what was not."""
         if self._left:
-            raise CheckpointRefused(f"{self._where}: nothing used {_first_of([*self._left])}")
+            raise CheckpointRefused(f"{self._file.file}: nothing used {_first_of([*self._left])}")
 
     def __exit__(self, *_: object) -> None:
-        self._left, self._holders = {}, {}  # views that are still in use keep their own map alive
-
-    def _refusal(self, problem: str) -> CheckpointRefused:
-        return CheckpointRefused(f"{self._where}: {problem}. Is its config.json its own?")
+        del self._left, self._file  # views that are still in use keep their own map alive
 
 
-def _stored(
+def _places(
     shapes: Mapping[str, tuple[int, ...]], fused: Mapping[str, tuple[str, ...]]
 ) -> tuple[dict[str, tuple[str, slice]], dict[str, tuple[int, ...]]]:
     """Where each tensor of *shapes* stands in a file (name, rows), and the shapes stored there.

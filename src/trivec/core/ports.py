@@ -30,13 +30,13 @@ class Embedder(Protocol):
     def card(self) -> ModelCard: ...
 
     async def tokenize(
-        self, inputs: Texts | TokenLists, *, long_text: LongText, are_own: bool = False
+        self, inputs: Texts | TokenLists, *, long_text: LongText, trusted: bool = False
     ) -> Sequences:
         """Ids of *inputs*, special tokens included.
 
         Raises `TextTooLong` (with the index of the first one) unless *long_text* says otherwise,
         `TokenIdUnknown` for an id outside the vocabulary, `TokenIdsForeign` for arrays that
-        another tokenizer made, unless the client says that they *are_own*.
+        another tokenizer made, unless they are *trusted*, since the client vouches for them.
         """
         ...
 

@@ -49,10 +49,10 @@ class Engine:
         return len(self._queue.open)
 
     async def tokenize(
-        self, inputs: Texts | TokenLists, *, long_text: LongText, are_own: bool = False
+        self, inputs: Texts | TokenLists, *, long_text: LongText, trusted: bool = False
     ) -> Sequences:
         assert self._tokenizer is not None, "asked with text, and made for ids"
-        return await self._tokenizer.tokenize(inputs, long_text=long_text, are_own=are_own)
+        return await self._tokenizer.tokenize(inputs, long_text=long_text, trusted=trusted)
 
     def token_strings(self, token_ids: Int32Array) -> list[str]:
         assert self._tokenizer is not None, "asked with text, and made for ids"
