@@ -20,7 +20,7 @@ from trivec.accounts import Accounts, KeyPlan, NewKey
 from trivec.accounts.stores.memory import MemoryStore
 from trivec.api import build_app
 from trivec.backends.fake import FakeBackend
-from trivec.build import Choice, LoadedModel, load_model, model_card
+from trivec.build import Choice, LoadedModel, load_checkpoint, model_card
 from trivec.checkpoints import open_checkpoint
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.clock import SystemClock
@@ -70,9 +70,8 @@ def device(checkpoint: Checkpoint, kind: str, folder: Path, *, tokens_per_s: flo
         size = checkpoint.config.hidden_size
         return FakeBackend(dimensions=size, tokens_per_s=tokens_per_s)
     settings = Settings(data_dir=folder, backend="openvino")
-    return load_model(
-        MODEL, settings=settings, choice=Choice("openvino", "cpu", "a soak"), cores=2
-    ).backend
+    choice = Choice("openvino", "cpu", "a soak")
+    return load_checkpoint(checkpoint, choice, settings=settings, cores=2).backend
 
 
 def faulty_model(

@@ -208,12 +208,6 @@ def choose(settings: Settings) -> Choice:
     return Choice(name, found.device, found.reason)
 
 
-def load_model(reference: str, *, settings: Settings, choice: Choice, cores: int) -> LoadedModel:
-    """Open, check and load one model. Raises `CheckpointRefused`, `SettingInvalid`."""
-    checkpoint = open_checkpoint(reference, cache_dir=settings.data_dir / "models")
-    return load_checkpoint(checkpoint, choice, settings=settings, cores=cores)
-
-
 def load_checkpoint(
     checkpoint: Checkpoint, choice: Choice, *, settings: Settings, cores: int
 ) -> LoadedModel:

@@ -154,6 +154,15 @@ async def test_noise_is_ignored_and_everybody_else_served(
     context.destroy(linger=0)
 
 
+async def test_an_answer_that_cannot_be_read_fails_its_request(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trivec.ipc.messages.Embedded.reply", lambda _: 1 / 0)
+    async with asyncio.timeout(60):
+        with pytest.raises(EngineFault, match="cannot be read"):
+            await pair.far.embedder.embed(sequences(5), Output.DENSE)
+
+
 async def test_a_mistake_of_the_engine_process_is_an_engine_fault(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

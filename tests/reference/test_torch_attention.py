@@ -7,7 +7,9 @@ from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 torch = pytest.importorskip("torch", reason="the torch backend needs torch")
 pytest.importorskip("transformers", reason="the reference is transformers")
@@ -43,6 +45,17 @@ LENGTHS = (1, 30, 33, 30, 30, 0, 200, 31, 2, QUERY_BLOCK, QUERY_BLOCK + 1, 700, 
 LIKE = torch.empty(0)
 
 
+def hidden_from(spec: AttentionSpec, length: int) -> NDArray[np.bool_]:
+    """Which key (column) a query (row) does not see: bool `[length, length]`."""
+    distance = np.arange(length)[None, :] - np.arange(length)[:, None]
+    hidden = np.zeros((length, length), np.bool_)
+    if spec.causal:
+        hidden |= distance > 0
+    if spec.window is not None:
+        hidden |= np.abs(distance) > spec.window
+    return hidden
+
+
 def packed_rows(lengths: tuple[int, ...], spec: AttentionSpec) -> tuple[Any, list[Any]]:
     """`cu_seqlens`, and random queries, keys and values."""
     heads = [spec.heads, spec.kv_heads, spec.kv_heads]
@@ -71,7 +84,7 @@ def test_every_kernel_computes_the_formula(kernel: Attention, spec: AttentionSpe
             one[first:last].double().transpose(0, 1) for one in (q, k[:, own_head], v[:, own_head])
         )
         scores = query @ key.transpose(1, 2) / math.sqrt(spec.head_dim)
-        scores[:, torch.from_numpy(spec.hidden_from(last - first))] = -torch.inf
+        scores[:, torch.from_numpy(hidden_from(spec, last - first))] = -torch.inf
         expected = (torch.softmax(scores, -1) @ value).transpose(0, 1).float()
         torch.testing.assert_close(found[first:last], expected, atol=1e-5, rtol=0)
 

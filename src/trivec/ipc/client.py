@@ -12,7 +12,7 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
-from trivec.core.errors import Draining
+from trivec.core.errors import Draining, EngineFault
 from trivec.core.types import ModelCard, Output, Reply, Sequences
 from trivec.ipc.folder import Served, SharedFolder
 from trivec.ipc.messages import (
@@ -144,7 +144,9 @@ class EngineClient:
                     _log.warning("the engine process is gone")
                 self._is_connected = False
                 self._refuse_all()
-            elif self._folder.read_served().is_same_service(self._served):
+                continue
+            served = await asyncio.to_thread(self._folder.read_served)
+            if served.is_same_service(self._served):
                 self._send(Hello())
                 self._is_connected = True
                 self._was_connected.set()
@@ -170,10 +172,13 @@ class EngineClient:
         future = self._open.get(message.id)
         if future is None or future.done():  # cancelled meanwhile
             return
-        if isinstance(message, Embedded):
-            future.set_result(message.reply())
-        else:
+        if isinstance(message, Refused):
             future.set_exception(message.exception())
+            return
+        try:
+            future.set_result(message.reply())
+        except Exception as fault:  # rows of no form of ours: nobody may wait for others
+            future.set_exception(EngineFault(f"an answer that cannot be read: {fault!r}"))
 
 
 class RemoteEmbedder:

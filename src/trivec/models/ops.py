@@ -11,7 +11,6 @@ from enum import Enum
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from trivec.core.types import Float32Array
 
@@ -86,16 +85,6 @@ class AttentionSpec:
     @property
     def sees_all(self) -> bool:
         return not self.causal and self.window is None
-
-    def hidden_from(self, length: int) -> NDArray[np.bool_]:
-        """Which key (column) a query (row) does not see: bool `[length, length]`."""
-        distance = np.arange(length)[None, :] - np.arange(length)[:, None]
-        hidden = np.zeros((length, length), np.bool_)
-        if self.causal:
-            hidden |= distance > 0
-        if self.window is not None:
-            hidden |= np.abs(distance) > self.window
-        return hidden
 
 
 @dataclass(frozen=True, slots=True)
