@@ -29,7 +29,7 @@ def test_help_lists_the_commands_and_a_commands_help_its_options() -> None:
     [
         pytest.param("usage --by zz", ["'--by': 'zz'", "'model'", "usage --help"], id="choice"),
         pytest.param("keys create -n t --truncate zz", ["'--truncate'", "'end'"], id="literal"),
-        pytest.param("serve --truncate zz", ["truncate is 'zz'", "'end'"], id="setting"),
+        pytest.param("serve --truncate zz", ["trivec: --truncate is 'zz'", "'end'"], id="setting"),
         pytest.param("bench --seconds zz", ["'--seconds'", "a number"], id="number"),
         pytest.param("serve --prot 1", ["No such option: --prot", "--port"], id="option"),
         pytest.param("kezs", ["No such command 'kezs'", "'keys'"], id="command"),

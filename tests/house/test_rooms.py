@@ -17,7 +17,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_300, 9),
     "server": (970, 6),
     "build": (440, 2),
-    "settings": (400, 1),
+    "settings": (373, 1),
     "api": (2_150, 14),
     "engine": (970, 5),
     "models": (915, 8),
