@@ -1,19 +1,16 @@
 """The command `trivec` itself: a line for each sub-command, and one line for what is refused."""
 
 import sys
-from importlib import import_module
 
 import pytest
-from typer.main import get_command
 from typer.testing import CliRunner
 
-from trivec.cli import COMMANDS, app, main
+from trivec.cli import COMMANDS, app, load_command, main
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_says_of_each_command_what_it_says_of_itself(name: str) -> None:
-    command = get_command(import_module(f"trivec.cli.{name}").app)
-    assert (command.help or "").splitlines()[0] == COMMANDS[name]
+    assert (load_command(name).help or "").splitlines()[0] == COMMANDS[name]
 
 
 def test_help_lists_the_commands_and_a_commands_help_its_options() -> None:

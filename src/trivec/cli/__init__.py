@@ -12,10 +12,10 @@ from trivec import __version__
 from trivec.core.errors import TrivecError
 
 if TYPE_CHECKING:
-    from typer._click.core import Context
+    from typer._click.core import Command, Context
 
 REFUSED_EXIT_CODE = 2
-COMMANDS = {  # module of this package, whose `app` it runs: its line in `trivec --help`
+COMMANDS = {  # name: its line in `trivec --help`
     "serve": "Serve embeddings over HTTP until told to stop.",
     "models": "List, pull and verify models.",
     "keys": "Create, list, rotate and revoke API keys.",
@@ -23,6 +23,7 @@ COMMANDS = {  # module of this package, whose `app` it runs: its line in `trivec
     "db": "Look after the store of keys and usage.",
     "bench": "Measure how fast a model is, in this process or, with --url, on a running server.",
 }
+MODULES = {"keys": "store", "usage": "store", "db": "store"}  # where it is not the command's name
 
 
 class LazyCommand(TyperCommand):
@@ -31,8 +32,13 @@ class LazyCommand(TyperCommand):
     def make_context(
         self, info_name: str | None, args: list[str], parent: "Context | None" = None, **extra: Any
     ) -> "Context":
-        command = get_command(import_module(f"trivec.cli.{self.name}").app)
-        return command.make_context(info_name, args, parent, **extra)
+        return load_command(str(self.name)).make_context(info_name, args, parent, **extra)
+
+
+def load_command(name: str) -> "Command":
+    """The command *name*, with all that it imports."""
+    module = import_module(f"trivec.cli.{MODULES.get(name, name)}")
+    return get_command(getattr(module, f"{name}_app"))
 
 
 app = typer.Typer(

@@ -32,10 +32,10 @@ WORDS = "the water of the city and the trains of its market reported in science 
 
 Measured: TypeAlias = tuple[dict[str, str | int], list[Row]]  # what was measured, and its figures
 
-app = typer.Typer(add_completion=False)
+bench_app = typer.Typer(add_completion=False)
 
 
-@app.command()
+@bench_app.command()
 def bench(
     model: Annotated[str | None, Option("--model", "-m", help="ID, DIR or ID=DIR.")] = None,
     precision: Annotated[str, Option(help="auto, fp32, int8 or a recipe as int8-rows.")] = "auto",
