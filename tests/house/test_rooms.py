@@ -14,8 +14,8 @@ MODULE_LINES_MAX = 600
 LINES_MAX, FILES_MAX = 17_600, 112  # the aim is 11,500 in 100: a number here may only go down
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
-    "cli": (1_300, 9),
-    "server": (970, 6),
+    "cli": (1_241, 6),
+    "server": (963, 6),
     "build": (440, 2),
     "settings": (373, 1),
     "api": (2_150, 14),

@@ -5,7 +5,6 @@ It speaks no HTTP and keeps no accounts.
 
 import asyncio
 import logging
-import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +16,7 @@ from trivec.core.health import Phase
 from trivec.ipc.folder import SharedFolder
 from trivec.ipc.server import EngineServer
 from trivec.server.machine import freeze_garbage_collector
-from trivec.server.processes import BROKEN, IGNORED, STOPS
+from trivec.server.processes import BROKEN, STOPS
 from trivec.settings import Settings
 
 REFUSAL_S_MAX = 2.0  # for sending what was answered, before leaving all the same
@@ -41,8 +40,6 @@ async def _run(
     told = asyncio.Event()
     for number in STOPS:
         asyncio.get_running_loop().add_signal_handler(number, told.set)
-    for number in (signal.SIGHUP, *IGNORED):
-        signal.signal(number, signal.SIG_IGN)
 
     def report(phase: Phase, reason: str) -> None:
         parts.observer.observe(PhaseChanged(phase, reason))

@@ -23,6 +23,7 @@ from trivec.server.machine import (
     check_certificate,
     freeze_garbage_collector,
     listen,
+    tell_watchdog_forever,
     usable_memory_bytes,
 )
 from trivec.server.processes import BROKEN, IGNORED, INTERRUPTED, SAME_REQUEST_S, STOPS
@@ -48,51 +49,46 @@ class SelfTest:
     """A fixed text embedded again and again, whose vector must stay the same for each model."""
 
     def __init__(self, embedders: Iterable[Embedder]) -> None:
-        by_id = {embedder.card.id: embedder for embedder in embedders}  # an alias is the same model
-        self._embedders = tuple(by_id.values())
-        self._first: dict[str, Float32Array] = {}  # by model, [dimensions]
-        self._problems: dict[str, str] = {}
-
-    @property
-    def problems(self) -> tuple[str, ...]:
-        """What the last check found wrong, a sentence a model."""
-        return tuple(self._problems.values())
+        # By model: an alias is the same.
+        self._embedders = {embedder.card.id: embedder for embedder in embedders}
+        self._first: dict[str, Float32Array] = {}  # [dimensions]
+        self.problems: dict[str, str] = {}  # what the last check found wrong, a sentence
 
     async def start(self) -> None:
         """Keep each model's first vector; this warms the models up, too."""
-        for embedder in self._embedders:
-            while embedder.card.id not in self._first:
+        for model in self._embedders:
+            while model not in self._first:
                 try:
-                    self._first[embedder.card.id] = await self._embed(embedder)
+                    self._first[model] = await self._embed(model)
                 except BusyError as busy:  # of an engine process that serves others already
                     await asyncio.sleep(min(busy.retry_after_s, START_RETRY_S_MAX))
 
     async def check(self) -> None:
         """Embed the text again and compare. A full queue proves nothing and changes nothing."""
-        for embedder in self._embedders:
-            model = embedder.card.id
+        for model, first in self._first.items():
             try:
                 async with asyncio.timeout(SELF_TEST_S_MAX):
-                    now, first = await self._embed(embedder), self._first[model]
+                    now = await self._embed(model)
             except BusyError:
                 continue
             except TimeoutError:
-                self._problems[model] = f"the self-test of {model} has not come back"
-                continue
+                problem = "has not come back"
             except Exception as fault:  # whatever it is, the model does not serve
-                self._problems[model] = f"the self-test of {model} failed: {fault}"
-                continue
-            with np.errstate(invalid="ignore", divide="ignore"):  # NaN is below every bound
-                cosine = np.dot(now, first) / (np.linalg.norm(now) * np.linalg.norm(first))
-            if cosine >= SELF_TEST_COSINE_MIN:
-                self._problems.pop(model, None)
+                problem = f"failed: {fault}"
             else:
-                self._problems[model] = (
-                    f"the self-test of {model} changed: cosine {cosine:.6f} to its first vector, "
-                    f"at least {SELF_TEST_COSINE_MIN} expected"
+                with np.errstate(invalid="ignore", divide="ignore"):  # NaN is below every bound
+                    cosine = np.dot(now, first) / (np.linalg.norm(now) * np.linalg.norm(first))
+                if cosine >= SELF_TEST_COSINE_MIN:
+                    self.problems.pop(model, None)
+                    continue
+                problem = (
+                    f"changed: cosine {cosine:.6f} to its first vector, at least "
+                    f"{SELF_TEST_COSINE_MIN} expected"
                 )
+            self.problems[model] = f"the self-test of {model} {problem}"
 
-    async def _embed(self, embedder: Embedder) -> Float32Array:
+    async def _embed(self, model: str) -> Float32Array:
+        embedder = self._embedders[model]
         sequences = await embedder.tokenize([SELF_TEST], long_text=LongText.CUT_END)
         reply = await embedder.embed(sequences, Output.DENSE)
         vector: Float32Array = reply.vectors.dense[0]  # [dimensions]
@@ -133,30 +129,17 @@ class HttpServer:
         self._app = SwappableApp(self._parts.app({}, self.health))
         self._listener = listener
         self._is_listening = True
-        self._granian = self._new_granian()
+        self._granian: GranianServer
         self._granian_tasks: set[asyncio.Task[None]] = set()
-        self._probes = self._new_probes() if settings.probe_port is not None else None
 
-    def _new_granian(self) -> GranianServer:
+    def _start_granian(self) -> None:
+        """Serve what connects from now on, with the certificate as its files are."""
         cert, key = self._settings.tls_cert, self._settings.tls_key
         tls = (cert, key) if cert and key else None
         # With TLS the next one, for a new certificate, takes the same socket.
         listener = self._listener.dup() if tls else self._listener
-        return GranianServer(self._app, listener, limits=self._settings.http, tls=tls)
-
-    def _new_probes(self) -> GranianServer:
-        """Connections that clients cannot use up; answered until the process ends."""
-        settings, port = self._settings, self._settings.probe_port
-        assert port is not None
-        several = settings.api_processes > 1
-        listener = listen(settings.host, port, shared=several, flag="--probe-port")
-        limits = settings.http.model_copy(
-            update={"connections_max": PROBE_CONNECTIONS_MAX, "idle_s_max": PROBE_IDLE_S_MAX}
-        )
-        return GranianServer(probes_only(self._app), listener, limits=limits, tls=None)
-
-    def _start_granian(self) -> None:
-        granian = self._granian
+        granian = GranianServer(self._app, listener, limits=self._settings.http, tls=tls)
+        self._granian = granian
         task = asyncio.create_task(granian.serve(), name="granian")
         self._granian_tasks.add(task)
 
@@ -184,7 +167,7 @@ class HttpServer:
             reasons.append("draining: asked to stop")
         elif self._phase == "stopped":
             reasons.append("draining: about to leave")
-        reasons += self._self_test.problems
+        reasons += self._self_test.problems.values()
         if not self._parts.accounts.health().writable:
             # Probes need no key, and the store's own words name hosts: those are in the log.
             reasons.append("the store cannot be written; the log says why")
@@ -192,12 +175,22 @@ class HttpServer:
             reasons += self._models.problems()
         if not reasons:
             return HEALTHY
-        assert self._phase is not None
-        return Health(self._phase, alive=not is_lost, ready=False, reason="; ".join(reasons))
+        return Health(
+            self._phase or "loading", alive=not is_lost, ready=False, reason="; ".join(reasons)
+        )
 
     async def run(self) -> int:
         """Serve until the end; the exit code. Raises what loading raised."""
-        loop = asyncio.get_running_loop()
+        loop, settings, probes = asyncio.get_running_loop(), self._settings, None
+        if settings.probe_port is not None:  # clients cannot use its connections up
+            several = settings.api_processes > 1
+            listener = listen(
+                settings.host, settings.probe_port, shared=several, flag="--probe-port"
+            )
+            limits = settings.http.model_copy(
+                update={"connections_max": PROBE_CONNECTIONS_MAX, "idle_s_max": PROBE_IDLE_S_MAX}
+            )
+            probes = GranianServer(probes_only(self._app), listener, limits=limits, tls=None)
         for number in STOPS:
             loop.add_signal_handler(number, self._stop_signal, number)
         for number in IGNORED:
@@ -205,10 +198,11 @@ class HttpServer:
         loop.add_signal_handler(signal.SIGHUP, self._reload_certificate)
         self._parts.accounts.start()
         self._start(self._watch(self._parts.accounts.lost()), "watch ledger")
+        self._start(tell_watchdog_forever(), "watchdog")
         self._enter("loading")
         self._start_granian()
-        if self._probes is not None:
-            self._start(self._probes.serve(), "probes")
+        if probes is not None:
+            self._start(probes.serve(), "probes")
         loading = asyncio.create_task(self._load_models(), name="loading")
         try:
             await _first(loading, self._stop_asked, self._closed, self._lost)
@@ -249,9 +243,7 @@ class HttpServer:
             await self._self_test.check()
 
     async def _watch(self, lost: Coroutine[None, None, str]) -> None:
-        reason = await lost
-        if not self._lost.done():
-            self._lost.set_result(reason)
+        self._lose(await lost)
 
     async def _serve_and_drain(self) -> None:
         models, life = self._models, self._settings.life
@@ -306,11 +298,15 @@ class HttpServer:
             self._phase = phase
             self._parts.observer.observe(PhaseChanged(phase, self.health().reason))
 
+    def _lose(self, reason: str) -> None:
+        if not self._lost.done():
+            self._lost.set_result(reason)
+
     def _start(self, work: Coroutine[None, None, None], name: str) -> None:
         def ended(task: "asyncio.Task[None]") -> None:
             self._tasks.discard(task)
-            if not task.cancelled() and task.exception() is not None and not self._lost.done():
-                self._lost.set_result(f"the task {name!r} failed: {task.exception()!r}")
+            if not task.cancelled() and task.exception() is not None:
+                self._lose(f"the task {name!r} failed: {task.exception()!r}")
 
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
@@ -338,15 +334,14 @@ class HttpServer:
         if not (cert and key) or self._phase not in ("loading", "ready"):
             _log.warning("SIGHUP is ignored: there is no certificate to read again")
             return
+        former = self._granian
         try:
             check_certificate(cert, key)
-            granian = self._new_granian()
+            self._start_granian()
         except (SettingInvalid, OSError) as fault:
             _log.error("the certificate is still the old one: %s", fault)
-            return
-        former, self._granian = self._granian, granian
-        self._start_granian()
-        former.stop()
+        else:
+            former.stop()
 
 
 async def _first(
