@@ -32,6 +32,7 @@ API_KEY_CHARS_MIN = 16
 API_KEY_CHARS_MAX = 1024  # longer bearers are refused unread
 ENVIRONMENT_PREFIX = "TRIVEC_"
 OTHER_NAMES = {"TRIVEC_MODEL": "models", "TRIVEC_CONFIG": "config"}
+OTHER_FLAGS = {"models": "--model"}  # that are not called as their setting
 SECRETS = ("api_key", "database_url", "secret")  # no message shows their values
 PRECISIONS = ("auto", "fp32", "int8", "bf16", "fp16")
 
@@ -264,8 +265,8 @@ def load_settings(
     expected. *warn* hears of variables that mean nothing to us.
     """
     variables = _variables(environ, warn)
-    arguments = {  # a flag is called as its setting, whatever the section that is in
-        path: _Given(value, f"--{path.split('.')[-1].replace('_', '-')}", "on the command line")
+    arguments = {
+        path: _Given(value, flag_name(path), "on the command line")
         for path, value in _leaves(flags)
         if value is not None
     }
@@ -309,6 +310,11 @@ def setting_paths(section: type[BaseModel] = Settings) -> Iterator[str]:
 def variable_name(path: str) -> str:
     """The environment variable of the setting at *path*."""
     return ENVIRONMENT_PREFIX + path.replace(".", "__").upper()
+
+
+def flag_name(path: str) -> str:
+    """The flag of the setting at *path*, whatever the section that is in."""
+    return OTHER_FLAGS.get(path, "--" + path.rpartition(".")[2].replace("_", "-"))
 
 
 def _variables(environ: Mapping[str, str], warn: Callable[[str], None]) -> dict[str, _Given]:

@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from trivec.cli import COMMANDS, app, load_command, main
+from trivec.settings import flag_name, setting_paths
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -62,3 +63,11 @@ def test_no_argument_prints_the_help(
     shown = capsys.readouterr()
     assert "Usage:" in shown.out + shown.err
     assert "trivec: " not in shown.err
+
+
+def test_a_refusal_of_a_setting_can_name_every_flag_of_serve() -> None:
+    paths = {path.rpartition(".")[2]: path for path in setting_paths()}
+    flags = {param.name: param.opts for param in load_command("serve").params}
+    own = {name: opts for name, opts in flags.items() if name in paths}
+    assert set(flags) - set(own) == {"config"}
+    assert {name: opts for name, opts in own.items() if flag_name(paths[name]) not in opts} == {}

@@ -15,9 +15,9 @@ LINES_MAX, FILES_MAX = 17_600, 112  # the aim is 11,500 in 100: a number here ma
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_241, 6),
-    "server": (963, 6),
+    "server": (968, 6),
     "build": (440, 2),
-    "settings": (373, 1),
+    "settings": (379, 1),
     "api": (2_150, 14),
     "engine": (970, 5),
     "models": (915, 8),

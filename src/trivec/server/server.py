@@ -49,46 +49,51 @@ class SelfTest:
     """A fixed text embedded again and again, whose vector must stay the same for each model."""
 
     def __init__(self, embedders: Iterable[Embedder]) -> None:
-        # By model: an alias is the same.
-        self._embedders = {embedder.card.id: embedder for embedder in embedders}
-        self._first: dict[str, Float32Array] = {}  # [dimensions]
-        self.problems: dict[str, str] = {}  # what the last check found wrong, a sentence
+        by_id = {embedder.card.id: embedder for embedder in embedders}  # an alias is the same model
+        self._embedders = tuple(by_id.values())
+        self._first: dict[str, Float32Array] = {}  # by model, [dimensions]
+        self._problems: dict[str, str] = {}
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What the last check found wrong, a sentence a model."""
+        return tuple(self._problems.values())
 
     async def start(self) -> None:
         """Keep each model's first vector; this warms the models up, too."""
-        for model in self._embedders:
-            while model not in self._first:
+        for embedder in self._embedders:
+            while embedder.card.id not in self._first:
                 try:
-                    self._first[model] = await self._embed(model)
+                    self._first[embedder.card.id] = await self._embed(embedder)
                 except BusyError as busy:  # of an engine process that serves others already
                     await asyncio.sleep(min(busy.retry_after_s, START_RETRY_S_MAX))
 
     async def check(self) -> None:
         """Embed the text again and compare. A full queue proves nothing and changes nothing."""
-        for model, first in self._first.items():
+        for embedder in self._embedders:
+            model = embedder.card.id
             try:
                 async with asyncio.timeout(SELF_TEST_S_MAX):
-                    now = await self._embed(model)
+                    now, first = await self._embed(embedder), self._first[model]
             except BusyError:
                 continue
             except TimeoutError:
-                problem = "has not come back"
+                self._problems[model] = f"the self-test of {model} has not come back"
+                continue
             except Exception as fault:  # whatever it is, the model does not serve
-                problem = f"failed: {fault}"
+                self._problems[model] = f"the self-test of {model} failed: {fault}"
+                continue
+            with np.errstate(invalid="ignore", divide="ignore"):  # NaN is below every bound
+                cosine = np.dot(now, first) / (np.linalg.norm(now) * np.linalg.norm(first))
+            if cosine >= SELF_TEST_COSINE_MIN:
+                self._problems.pop(model, None)
             else:
-                with np.errstate(invalid="ignore", divide="ignore"):  # NaN is below every bound
-                    cosine = np.dot(now, first) / (np.linalg.norm(now) * np.linalg.norm(first))
-                if cosine >= SELF_TEST_COSINE_MIN:
-                    self.problems.pop(model, None)
-                    continue
-                problem = (
-                    f"changed: cosine {cosine:.6f} to its first vector, at least "
-                    f"{SELF_TEST_COSINE_MIN} expected"
+                self._problems[model] = (
+                    f"the self-test of {model} changed: cosine {cosine:.6f} to its first vector, "
+                    f"at least {SELF_TEST_COSINE_MIN} expected"
                 )
-            self.problems[model] = f"the self-test of {model} {problem}"
 
-    async def _embed(self, model: str) -> Float32Array:
-        embedder = self._embedders[model]
+    async def _embed(self, embedder: Embedder) -> Float32Array:
         sequences = await embedder.tokenize([SELF_TEST], long_text=LongText.CUT_END)
         reply = await embedder.embed(sequences, Output.DENSE)
         vector: Float32Array = reply.vectors.dense[0]  # [dimensions]
@@ -167,7 +172,7 @@ class HttpServer:
             reasons.append("draining: asked to stop")
         elif self._phase == "stopped":
             reasons.append("draining: about to leave")
-        reasons += self._self_test.problems.values()
+        reasons += self._self_test.problems
         if not self._parts.accounts.health().writable:
             # Probes need no key, and the store's own words name hosts: those are in the log.
             reasons.append("the store cannot be written; the log says why")
