@@ -16,7 +16,7 @@ LINES_MAX, FILES_MAX = 17_600, 112  # the aim is 11,500 in 100: a number here ma
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_241, 6),
     "server": (968, 6),
-    "build": (440, 2),
+    "build": (404, 1),
     "settings": (379, 1),
     "api": (2_150, 14),
     "engine": (970, 5),
@@ -29,7 +29,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "ipc": (500, 5),
     "core": (770, 8),
 }
-ROOM_OF = {"build_several": "build", "token_origin": "tokenizer"}  # a room may be several modules
+ROOM_OF = {"token_origin": "tokenizer"}  # a room may be several modules
 
 
 def room_of(module: Path) -> str:

@@ -67,12 +67,11 @@ def bench(
 
 async def _measure_engine(settings: Settings, *, seconds: float) -> Measured:
     """Rates of the first model of *settings*, behind its own queue and workers."""
-    from trivec.build import load_models
-    from trivec.build_several import open_engine_parts
+    from trivec.build import load_models, open_parts
     from trivec.core.types import Output, Sequences
     from trivec.server.machine import usable_cores
 
-    parts = open_engine_parts(settings)
+    parts = open_parts(settings)
     models = load_models(settings, parts, cores=usable_cores(), takes_text=False)
     card = models.cards[0]
     embedder = models.embedders[card.id]

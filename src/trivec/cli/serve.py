@@ -174,7 +174,7 @@ def _serve_engine(settings: Settings, folder: "SharedFolder") -> int:
 def _serve_api(
     settings: Settings, folder: "SharedFolder", name: str, listener: socket.socket
 ) -> int:
-    from trivec.build_several import connect_models
+    from trivec.build import connect_models
     from trivec.server.server import serve_http
 
     greeting = Greeting(settings, port=listener.getsockname()[1], say=_say)

@@ -181,9 +181,9 @@ class Metrics:
                     return
                 verified = "true" if card.verified else "false"
                 self._model_info(card.id, card.precision, verified).set(1)
-                for statistic, cosine in (("min", event.cosine_min), ("mean", event.cosine_mean)):
-                    if cosine is not None:
-                        self._certificate_cosine(card.id, statistic).set(cosine)
+                if certificate := event.certificate:
+                    self._certificate_cosine(card.id, "min").set(certificate.cosine_min)
+                    self._certificate_cosine(card.id, "mean").set(certificate.cosine_mean)
             case events.PhaseChanged():
                 for phase in PHASES:
                     self._phase(phase).set(phase == event.phase)
