@@ -29,12 +29,10 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "ipc": (500, 5),
     "core": (770, 8),
 }
-ROOM_OF = {"token_origin": "tokenizer"}  # a room may be several modules
 
 
 def room_of(module: Path) -> str:
-    name = module.relative_to(SRC).parts[0].removesuffix(".py")
-    return ROOM_OF.get(name, name)
+    return module.relative_to(SRC).parts[0].removesuffix(".py")
 
 
 def lines_of(module: Path) -> int:

@@ -28,7 +28,7 @@ from trivec.core.errors import (
 )
 from trivec.core.ports import Texts, TokenLists
 from trivec.core.types import NOTHING_TRUNCATED, Int32Array, LongText, Sequences, Truncated
-from trivec.token_origin import TokenOrigin
+from trivec.tokenizer.origin import TokenOrigin
 
 # A text over this many bytes for each token of the maximum is not read, so that its cost is bounded.
 TEXT_BYTES_A_TOKEN = 64
