@@ -200,11 +200,11 @@ def choose(settings: Settings) -> Choice:
     """Which backend and device *settings* ask for. Raises `SettingInvalid` if they cannot be."""
     backend, device = settings.backend, settings.device
     if backend == "fake":
-        return Choice("fake", "cpu", "--backend fake was asked for")
+        return Choice("fake", "cpu", "backend fake was asked for")
     if backend == "openvino" and device == "cuda":
-        raise SettingInvalid("--backend openvino runs on cpu; use --backend torch with cuda")
+        raise SettingInvalid("backend openvino runs on cpu; use backend torch for device cuda")
     if backend == "openvino" or (backend == "auto" and device == "cpu"):
-        return Choice("openvino", "cpu", f"--backend {backend} --device {device}")
+        return Choice("openvino", "cpu", f"backend {backend}, device {device}")
 
     from trivec.backends.torch.device import choose_device, find_devices
 
