@@ -39,9 +39,7 @@ NONE = Hardware((), "torch 2.13.0+cpu is built without CUDA")
             "device cuda was asked for: cuda, found 2 (NVIDIA H200, Tesla T4)",
             id="cuda-takes-them-all",
         ),
-        pytest.param(
-            "cuda:1", TWO, "cuda", (1,), "device cuda:1 was asked for", id="one-of-them"
-        ),
+        pytest.param("cuda:1", TWO, "cuda", (1,), "device cuda:1 was asked for", id="one-of-them"),
     ],
 )
 def test_the_device_is_chosen_with_its_reason(
