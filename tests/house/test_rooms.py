@@ -11,23 +11,23 @@ import pytest
 SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
-LINES_MAX, FILES_MAX = 17_600, 112  # the aim is 11,500 in 100: a number here may only go down
+LINES_MAX, FILES_MAX = 17_410, 107  # the aim is 11,500 in 100: a number here may only go down
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
-    "cli": (1_241, 6),
-    "server": (968, 6),
-    "build": (404, 1),
+    "cli": (1_230, 6),
+    "server": (960, 6),
+    "build": (402, 1),
     "settings": (379, 1),
     "api": (2_150, 14),
-    "engine": (970, 5),
+    "engine": (962, 5),
     "models": (915, 8),
     "backends": (2_980, 17),
     "checkpoints": (1_590, 9),
-    "tokenizer": (510, 2),
+    "tokenizer": (506, 2),
     "accounts": (3_430, 20),
     "telemetry": (660, 4),
-    "ipc": (500, 5),
-    "core": (770, 8),
+    "ipc": (498, 5),
+    "core": (755, 7),
 }
 
 

@@ -35,6 +35,14 @@ if TYPE_CHECKING:
     from trivec.accounts.administration import Administration
 
 ISO = "%Y-%m-%dT%H:%M:%SZ"  # instants in JSON
+NOT_SET = {  # what null means in a key
+    "models": "all",
+    "requests_per_minute": "no limit",
+    "tokens_per_minute": "no limit",
+    "expires": "never",
+    "revoked": "never",
+    "truncate": "as the server does",
+}
 STATE_STYLES = {"live": "green", "revoked": "red", "expired": "red"}
 
 KeyReference: TypeAlias = Annotated[
@@ -189,26 +197,14 @@ def show(
     if as_json:
         print_json(_as_json(found))
         return
-    rpm, tpm = found.allowance.requests_per_minute, found.allowance.tokens_per_minute
-    ends_us = found.revoked_us or found.expires_us
-    facts: list[tuple[str, str | Text]] = [
-        ("name", Text(found.name, "bold")),
-        ("id", found.id),
-        ("state", _state(found)),
-        ("ends", f"{_shown(ends_us)} UTC" if ends_us else "never"),
-        ("scopes", " ".join(sorted(found.scopes))),
-        ("models", "all" if found.models is None else ", ".join(sorted(found.models))),
-        ("requests a minute", f"{rpm:,}" if rpm else "no limit"),
-        ("tokens a minute", f"{tpm:,}" if tpm else "no limit"),
-        ("long texts", f"truncate: {found.truncate}" if found.truncate else "as the server does"),
-        ("created", f"{_shown(found.created_us)} UTC"),
-    ]
-    for secret in found.secrets:
-        until = f", until {_shown(secret.expires_us)} UTC" if secret.expires_us else ""
-        facts.append(("key", f"{_hint(secret)} since {_shown(secret.created_us)} UTC{until}"))
-    console = Console(highlight=False)
-    for name, value in facts:
-        console.print(Text(f"{name:<20}", "dim") + value, soft_wrap=True)
+    facts: dict[str, object] = {"state": _state(found), **_as_json(found)}
+    for n, secret in enumerate(found.secrets, 1):
+        ends = f", until {_shown(secret.expires_us)}" if secret.expires_us else ""
+        facts[f"key {n}"] = f"{_hint(secret)} since {_shown(secret.created_us)}{ends}"
+    del facts["secrets"]
+    for name, value in facts.items():
+        shown = ", ".join(value) if isinstance(value, list) else value
+        print(f"{name.replace('_', ' '):<20} {NOT_SET[name] if shown is None else shown}")
 
 
 @keys_app.command()
@@ -288,7 +284,7 @@ def _shown(time_us: int | None, form: str = "%Y-%m-%d %H:%M") -> str:
 
 @usage_app.command()
 def usage(
-    by: Annotated[UsageBy, Option(help="What is summed.")] = UsageBy.KEY,
+    by: Annotated[UsageBy, Option(help="What is summed; a day is UTC's.")] = UsageBy.KEY,
     since: Annotated[str | None, Option(help="From this date, instant, or span as 7d ago.")] = None,
     until: Annotated[str | None, Option(help="Up to this date or instant, not included.")] = None,
     key: Annotated[str | None, Option(help="Only this key, by name or id.")] = None,
@@ -306,10 +302,12 @@ def usage(
         key_id = None if key is None else books.key_id(key)
         lines = books.usage(UsageQuery(by, since_us=since_us, until_us=until_us, key_id=key_id))
     total = sum(line.tokens for line in lines)
+    named = by is UsageBy.KEY
+    columns = [*(["name"] if named else []), by.value, "requests", "failed", "tokens", "share"]
     rows: list[Row] = [
         {
+            **({"name": line.name} if named else {}),
             by.value: line.group,
-            **({"name": line.name} if by is UsageBy.KEY else {}),
             "requests": line.requests,
             "failed": line.failed,
             "tokens": line.tokens,
@@ -320,37 +318,29 @@ def usage(
     if as_json:
         print_json(rows)
     elif as_csv:
-        names = ["name"] if by is UsageBy.KEY else []
-        columns = [by.value, *names, "requests", "failed", "tokens", "share"]
         writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    elif not lines:
+    elif not rows:
         say("Nothing was used in that time.")
     else:
-        group = "DAY (UTC)" if by is UsageBy.DAY else by.upper()
+        if len(rows) > 1:
+            sums: Row = {
+                "requests": sum(line.requests for line in lines),
+                "failed": sum(line.failed for line in lines),
+                "tokens": total,
+            }
+            rows.append({columns[0]: "total", **sums})
         cells: list[Row] = [
             {
-                **({"NAME": line.name} if by is UsageBy.KEY else {}),
-                group: line.group or "none",
-                "REQUESTS": line.requests,
-                "FAILED": line.failed,
-                "TOKENS": line.tokens,
-                "SHARE": f"{line.tokens / total:6.1%}" if total else "",
+                **{name.upper(): row.get(name) for name in columns},
+                "SHARE": f"{row['share']:.1%}" if "share" in row else None,
             }
-            for line in lines
+            for row in rows
         ]
-        first = next(iter(cells[0]))
-        if len(lines) > 1:
-            sums: Row = {
-                "REQUESTS": sum(line.requests for line in lines),
-                "FAILED": sum(line.failed for line in lines),
-                "TOKENS": total,
-            }
-            cells.append({**dict.fromkeys(cells[0]), first: "total", **sums})
         print_table(
             cells,
-            styles={"KEY": "dim", first: "bold"},
+            styles={"KEY": "dim", columns[0].upper(): "bold"},
             folded=("NAME", "KEY", "MODEL"),
             spare=("KEY", "SHARE", "FAILED", "REQUESTS"),
         )
