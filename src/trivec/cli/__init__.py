@@ -23,7 +23,8 @@ COMMANDS = {  # name: its line in `trivec --help`
     "db": "Look after the store of keys and usage.",
     "bench": "Measure how fast a model is, in this process or, with --url, on a running server.",
 }
-MODULES = {"keys": "store", "usage": "store", "db": "store"}  # where it is not the command's name
+# Where it is, as MODULE:VARIABLE, if not in `app` of the module of its name.
+PLACES = {"keys": "store:keys_app", "usage": "store:usage_app", "db": "store:db_app"}
 
 
 class LazyCommand(TyperCommand):
@@ -37,8 +38,8 @@ class LazyCommand(TyperCommand):
 
 def load_command(name: str) -> "Command":
     """The command *name*, with all that it imports."""
-    module = import_module(f"trivec.cli.{MODULES.get(name, name)}")
-    return get_command(getattr(module, f"{name}_app"))
+    module, _, variable = PLACES.get(name, f"{name}:app").partition(":")
+    return get_command(getattr(import_module(f"trivec.cli.{module}"), variable))
 
 
 app = typer.Typer(

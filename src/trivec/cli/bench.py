@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from itertools import cycle
@@ -32,10 +33,10 @@ WORDS = "the water of the city and the trains of its market reported in science 
 
 Measured: TypeAlias = tuple[dict[str, str | int], list[Row]]  # what was measured, and its figures
 
-bench_app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False)
 
 
-@bench_app.command()
+@app.command()
 def bench(
     model: Annotated[str | None, Option("--model", "-m", help="ID, DIR or ID=DIR.")] = None,
     precision: Annotated[str, Option(help="auto, fp32, int8 or a recipe as int8-rows.")] = "auto",
@@ -115,13 +116,11 @@ def _measure_server(url: str, key: str | None, model: str | None, *, seconds: fl
     address = urlsplit(url)
     headers = {"Content-Type": "application/json"}
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
-
-    def connect() -> "closing[HTTPConnection]":
-        scheme = HTTPSConnection if address.scheme == "https" else HTTPConnection
-        try:
-            return closing(scheme(address.netloc, timeout=ANSWER_S_MAX))
-        except HTTPException as fault:
-            raise StartError(f"--url {url} is no address: {fault}") from fault
+    scheme = HTTPSConnection if address.scheme == "https" else HTTPConnection
+    try:
+        connect = partial(scheme, address.hostname or "", address.port, timeout=ANSWER_S_MAX)
+    except ValueError as fault:
+        raise StartError(f"--url {url} is no address: {fault}") from fault
 
     def ask(connection: HTTPConnection, path: str, body: bytes | None = None) -> bytes:
         try:
@@ -143,18 +142,19 @@ def _measure_server(url: str, key: str | None, model: str | None, *, seconds: fl
     def client(bodies: Iterator[bytes], ends_s: float) -> list[float]:
         """Seconds that each answer took; a request that was sent is waited for."""
         latencies_s: list[float] = []
-        with connect() as connection:
+        with closing(connect()) as connection:
             while not latencies_s or time.perf_counter() < ends_s:
                 sent_s = time.perf_counter()
                 ask(connection, "/embeddings", next(bodies))
                 latencies_s.append(time.perf_counter() - sent_s)
         return latencies_s
 
-    with connect() as connection:
-        try:
-            served = [str(one["id"]) for one in json.loads(ask(connection, "/models"))["data"]]
-        except (ValueError, KeyError, TypeError) as fault:
-            raise StartError(f"{url}/models is no list of models; give a base URL") from fault
+    with closing(connect()) as connection:
+        answer = ask(connection, "/models")
+    try:
+        served = [str(one["id"]) for one in json.loads(answer)["data"]]
+    except (ValueError, KeyError, TypeError) as fault:
+        raise StartError(f"{url}/models is no list of models; give a base URL") from fault
     if not served or model not in (None, *served):
         raise StartError(f"{url} serves {', '.join(served) or 'no model yet'}, and not {model}")
     head = {"model": model or served[0], "encoding_format": "base64", "truncate": "end"}

@@ -20,12 +20,10 @@ if TYPE_CHECKING:
 
 MISSED_EXIT_CODE = 1
 
-models_app = typer.Typer(
-    help="List, pull and verify models.", no_args_is_help=True, add_completion=False
-)
+app = typer.Typer(help="List, pull and verify models.", no_args_is_help=True, add_completion=False)
 
 
-@models_app.command("list")
+@app.command("list")
 def list_(data_dir: DataDir = None, as_json: AsJson = False) -> None:
     """List the models known by name and which of them are on this machine."""
     cache_dir = settings_of(data_dir).data_dir / "models"
@@ -72,7 +70,7 @@ def list_(data_dir: DataDir = None, as_json: AsJson = False) -> None:
         print_table(cells, folded=("OUTPUTS",))  # never the id, which a user copies
 
 
-@models_app.command()
+@app.command()
 def pull(
     model: Annotated[str, Argument(help="A catalogue id, as baai/bge-m3.")],
     data_dir: DataDir = None,
@@ -89,7 +87,7 @@ def pull(
     print(checkpoint.folder)
 
 
-@models_app.command()
+@app.command()
 def verify(
     model: Annotated[str | None, Argument(help="A catalogue id, or ID=DIR for a copy.")] = None,
     prepared: Annotated[bool, Option("--prepared", help="Check the prepared int8 models.")] = False,

@@ -42,7 +42,7 @@ FIELDS = {**HttpLimits.model_fields, **Settings.model_fields}
 FIRST_KEY_FILE = "first-key"  # in the data folder
 SOCKET_PATH_MAX = 100  # bytes of a Unix socket's path that every system takes
 
-serve_app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False)
 
 
 def _flag(name: str, *spellings: str, metavar: str | None = None) -> OptionInfo:
@@ -66,7 +66,7 @@ class ServeCommand(TyperCommand):
         )
 
 
-@serve_app.command(cls=ServeCommand)
+@app.command(cls=ServeCommand)
 def serve(
     models: Annotated[list[str] | None, _flag("models", "--model", "-m")] = None,
     host: Annotated[str | None, _flag("host")] = None,

@@ -214,11 +214,12 @@ class Metrics:
 
     def _admit(self, value: str, known: set[str], known_max: int) -> str:
         """*value*, if it is among the first *known_max* of its label; else "other"."""
-        with self._lock:
-            if value in known or len(known) < known_max:
+        if value not in known:
+            with self._lock:
+                if value not in known and len(known) >= known_max:
+                    return OTHER
                 known.add(value)
-                return value
-        return OTHER
+        return value
 
 
 def merged_pages(pages: Mapping[str, bytes]) -> bytes:
