@@ -11,11 +11,11 @@ import pytest
 SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
-LINES_MAX, FILES_MAX = 17_410, 107  # the aim is 11,500 in 100: a number here may only go down
+LINES_MAX, FILES_MAX = 17_410, 106  # the aim is 11,500 in 100: a number here may only go down
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_228, 6),
-    "server": (960, 6),
+    "server": (961, 5),
     "build": (402, 1),
     "settings": (379, 1),
     "api": (2_150, 14),
@@ -25,7 +25,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "checkpoints": (1_590, 9),
     "tokenizer": (506, 2),
     "accounts": (3_430, 20),
-    "telemetry": (662, 4),
+    "telemetry": (661, 4),
     "ipc": (498, 5),
     "core": (755, 7),
 }

@@ -164,11 +164,11 @@ def _serve_several(settings: Settings) -> int:
 
 def _serve_engine(settings: Settings, folder: "SharedFolder") -> int:
     from trivec.build import check_models, load_models
-    from trivec.server.engine_process import run_engine
+    from trivec.server.server import serve_engine
 
     check_models(settings)
     load = partial(load_models, settings, cores=machine.usable_cores(), takes_text=False)
-    return run_engine(settings, folder, load=load)
+    return serve_engine(settings, folder, load=load)
 
 
 def _serve_api(
