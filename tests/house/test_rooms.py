@@ -15,7 +15,7 @@ LINES_MAX, FILES_MAX = 17_410, 106  # the aim is 11,500 in 100: a number here ma
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_228, 6),
-    "server": (961, 5),
+    "server": (963, 5),
     "build": (402, 1),
     "settings": (379, 1),
     "api": (2_150, 14),
