@@ -12,7 +12,7 @@ serve: $(VENV)/.serve
 	@exec $(VENV)/bin/trivec serve $(ARGS)
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -m "not reference" --ignore=tests/reference --ignore=tests/clients $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not reference" --ignore=tests/reference --ignore=tests/clients $(ARGS)
 
 check: $(VENV)/.test $(VENV)/.check
 	$(VENV)/bin/ruff check .
