@@ -31,7 +31,7 @@ def closing(status: int = 200, tokens: int = 7, *, user: str | None = None) -> R
 
 def plan_of(number: int) -> KeyPlan:
     """A key; every second one has limits, wide ones."""
-    return KeyPlan(f"k{number}", allowance=WIDE if number % 2 else RateLimits())
+    return KeyPlan(f"k{number}", limits=WIDE if number % 2 else RateLimits())
 
 
 def statuses(store: MemoryStore) -> list[int]:
@@ -61,5 +61,5 @@ async def record(
 
 
 async def caller_with(accounts: Accounts, limits: RateLimits) -> Caller:
-    new = await accounts.create_key(KeyPlan("t", allowance=limits))
+    new = await accounts.create_key(KeyPlan("t", limits=limits))
     return await accounts.identify(new.plain)

@@ -355,7 +355,7 @@ async def test_a_commit_that_hangs_is_503_for_all_who_wait(clock: HandClock, bre
     await asyncio.to_thread(store.told.wait)
     if not breaks:
         with pytest.raises(StoreUnavailable):
-            await accounts.identify("anybody")
+            await acquire(accounts, FIXED, opening())
     store.hangs = False
     store.let_go.set()
     await is_mended(accounts)

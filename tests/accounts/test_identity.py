@@ -28,7 +28,7 @@ async def test_a_key_is_known_with_everything_that_was_decided_about_it(
 
     assert (caller.key_id, caller.name) == (new.key.id, "t")
     assert (caller.scopes, caller.models) == (frozenset({Scope.ADMIN}), frozenset({"m"}))
-    assert caller.allowance == RateLimits(5, None)
+    assert caller.limits == RateLimits(5, None)
 
 
 async def test_no_header_is_another_refusal_than_a_wrong_key(accounts: Accounts) -> None:
@@ -151,7 +151,7 @@ async def test_the_environments_key_opens_everything_and_is_stored_nowhere(
 
     assert await accounts.identify(FIXED_KEY) == FIXED
     assert set(Scope) == FIXED.scopes
-    assert FIXED.allowance is None
+    assert FIXED.limits is None
     assert store.keys_since(0).keys == ()
     with pytest.raises(KeyInvalid):
         await accounts.identify(FIXED_KEY + "0")

@@ -34,7 +34,7 @@ class Caller:
     name: str
     scopes: frozenset[Scope]
     models: frozenset[str] | None = None  # None: every model
-    allowance: RateLimits | None = None  # None: no limit
+    limits: RateLimits | None = None  # None: no limit
     expires_us: int | None = None
     truncate: str | None = None  # none, end or start; None: the server's default
 
@@ -49,7 +49,7 @@ class Caller:
 
     def require_model(self, names: Sequence[str]) -> None:
         """Raise `ModelDenied` unless the key may use the model of *names*, its id first."""
-        if not self.may_use(names):
+        if self.models is not None and self.models.isdisjoint(names):
             raise ModelDenied(model=names[0])
 
     def require_no_more(self, other: "Key | KeyPlan") -> None:
@@ -61,9 +61,9 @@ class Caller:
             other.models is not None and other.models <= self.models
         ):
             raise GrantDenied(param="models", most=", ".join(sorted(self.models)))
-        own = self.allowance or RateLimits()
+        own = self.limits or RateLimits()
         for param in ("requests_per_minute", "tokens_per_minute"):
-            most, asked = getattr(own, param), getattr(other.allowance, param)
+            most, asked = getattr(own, param), getattr(other.limits, param)
             if most is not None and (asked is None or asked > most):
                 raise GrantDenied(param=param, most=f"{most}")
         if self.expires_us is not None and not (
@@ -125,7 +125,7 @@ class Key:
     name: str
     scopes: frozenset[Scope]
     models: frozenset[str] | None
-    allowance: RateLimits
+    limits: RateLimits
     created_us: int
     expires_us: int | None = None
     revoked_us: int | None = None
@@ -136,7 +136,7 @@ class Key:
         return self.revoked_us is None and (self.expires_us is None or now_us < self.expires_us)
 
     def caller(self) -> Caller:
-        limits = None if self.allowance == RateLimits() else self.allowance
+        limits = None if self.limits == RateLimits() else self.limits
         return Caller(
             self.id, self.name, self.scopes, self.models, limits, self.expires_us, self.truncate
         )
@@ -157,7 +157,7 @@ class KeyPlan:
     name: str
     scopes: frozenset[Scope] = frozenset({Scope.EMBED})
     models: frozenset[str] | None = None
-    allowance: RateLimits = RateLimits()
+    limits: RateLimits = RateLimits()
     expires_us: int | None = None
     truncate: str | None = None
 

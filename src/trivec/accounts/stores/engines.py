@@ -17,9 +17,9 @@ from threading import Lock
 from typing import Any
 from weakref import WeakSet
 
-from sqlalchemy import Connection, Dialect, Engine, create_engine, event
+from sqlalchemy import Dialect, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError
+from sqlalchemy.exc import ArgumentError
 
 from trivec.core.errors import SettingInvalid
 
@@ -30,16 +30,18 @@ READERS_MAX = 4
 WAL_BYTES_KEPT = 64 * 1024 * 1024
 SQLITE_FILE = "trivec.sqlite3"
 POSTGRES_DRIVER = "postgresql+psycopg"
-NO_SYNC = "trivec_no_sync"  # execution option: the commit may be lost in a power cut
 
 
 @dataclass(frozen=True, slots=True)
 class Engines:
     """Every way into one database."""
 
-    writing: Engine  # a commit is on disk when it returns, unless it has the option `NO_SYNC`
+    writing: Engine  # a commit is on disk when it returns
     reading: Engine
     summing: Engine  # reads too, one sum at a time
+    # Begin on the driver's connection of `writing`; a commit that is not durable may be lost in a
+    # power cut.
+    begin: Callable[[Any, bool], None]
     interrupt: Callable[[], None]  # break off what other threads wait for
 
     def dispose(self) -> None:
@@ -74,13 +76,15 @@ def sqlite_engines(file: Path) -> Engines:
     for engine in (writing, reading, summing):  # only its owner reads the ledger
         event.listen(engine, "do_connect", make_private)
     event.listen(writing, "connect", open_for_writing)
-    event.listen(writing, "begin", _begin_writing_sqlite)
+    event.listen(
+        writing, "begin", lambda made: _begin_sqlite(made.connection.driver_connection, True)
+    )
     for engine in (reading, summing):
         event.listen(engine, "connect", open_for_reading)
         # Python's own driver begins no transaction for reading.
         event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
     # Waiting for a lock has its own bound, and what waits for a disk cannot be broken off.
-    return Engines(writing, reading, summing, interrupt=lambda: None)
+    return Engines(writing, reading, summing, _begin_sqlite, interrupt=lambda: None)
 
 
 def postgres_engines(database_url: str) -> Engines:
@@ -113,14 +117,13 @@ def postgres_engines(database_url: str) -> Engines:
             ):
                 duplicate.shutdown(socket.SHUT_RDWR)
 
-    def begin_writing(connection: Connection) -> None:
-        if connection.get_execution_options().get(NO_SYNC):
-            connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
+    def begin(raw: Any, durable: bool) -> None:
+        if not durable:  # else the driver begins with the first statement
+            raw.execute("SET LOCAL synchronous_commit = off")
 
     for engine in (writers, readers, summers):
         event.listen(engine, "do_connect", connect)
-    event.listen(writers, "begin", begin_writing)
-    return Engines(writers, readers, summers, interrupt)
+    return Engines(writers, readers, summers, begin, interrupt)
 
 
 def is_the_stores(fault: Exception, dialect: Dialect) -> bool:
@@ -137,17 +140,19 @@ def is_the_stores(fault: Exception, dialect: Dialect) -> bool:
 
 def _engine(url: URL, connect_args: dict[str, Any], *, size: int) -> Engine:
     try:
-        engine = create_engine(
-            url, connect_args=connect_args, hide_parameters=True, pool_size=size, max_overflow=0
+        return create_engine(
+            url,
+            connect_args=connect_args,
+            hide_parameters=True,
+            pool_size=size,
+            max_overflow=0,
+            pool_timeout=LOCK_WAIT_S,
+            paramstyle="qmark" if url.get_backend_name() == "sqlite" else "format",  # positional
         )
     except ModuleNotFoundError as missing:
         raise SettingInvalid(
             "database_url needs the Postgres driver; run: pip install 'trivec[postgres]'"
         ) from missing
-    # A group's rows go into one INSERT. A driver gives up the interpreter's lock for each statement
-    # and waits for the event loop to get it back: a statement a row made a large group slow.
-    engine.dialect.use_insertmanyvalues_wo_returning = True
-    return engine
 
 
 def _postgres_url(database_url: str) -> URL:
@@ -196,21 +201,15 @@ def _make_private(file: Path) -> None:
         draft.unlink()
 
 
-def _begin_writing_sqlite(connection: Connection) -> None:
+def _begin_sqlite(raw: sqlite3.Connection, durable: bool) -> None:
     """Take the lock that all processes write under; the driver by itself would take it too late."""
-    raw = connection.connection.driver_connection
-    assert isinstance(raw, sqlite3.Connection)
-    no_sync = connection.get_execution_options().get(NO_SYNC)
 
     def begin() -> None:
         # The pragma may read the file, and so meet a lock as well.
-        _pragmas(raw, "synchronous=NORMAL" if no_sync else "synchronous=FULL")
+        _pragmas(raw, "synchronous=FULL" if durable else "synchronous=NORMAL")
         raw.execute("BEGIN IMMEDIATE").close()
 
-    try:
-        _with_lock(begin)
-    except sqlite3.DatabaseError as fault:  # a damaged file, too
-        raise DatabaseError("BEGIN IMMEDIATE", None, fault) from fault
+    _with_lock(begin)
 
 
 def _with_lock(work: Callable[[], None]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from threading import Lock
 
 from trivec.accounts.ledger import (
+    ERROR_FROM,
     Committed,
     Count,
     Entry,
@@ -31,69 +32,78 @@ class MemoryStore:
         self._lock = Lock()
         self._buckets: dict[str, Bucket] = {}
         self._keys: dict[str, Key] = {}
-        self._revisions: dict[str, int] = {}
+        self._changed: list[str] = []  # ids, one a change: a revision is how many there were
         self._secret_check: bytes | None = None
 
     def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
+        if self.broken:
+            raise unavailable() from OSError("the store in memory was broken on purpose")
         with self._lock:
-            self._check()
-            transaction = Transaction(now_us=now_us, buckets=self._buckets)
-            outcomes = [transaction.apply(entry) for entry in entries]
-            self._buckets.update(transaction.buckets_changed)
+            transaction = Transaction(entries, now_us=now_us, buckets=self._buckets)
+            self._buckets.update(transaction.buckets)
             self.rows.extend(transaction.rows)
             self.counts.update(transaction.counts)
-        return Committed(outcomes, transaction.now_us)
+        return transaction.committed
 
     def agree_secret_check(self, proposed: bytes) -> bytes:
         self._secret_check = self._secret_check or proposed
         return self._secret_check
 
     def keys_since(self, revision: int) -> KeyChanges:
+        if self.broken:
+            raise unavailable() from OSError("the store in memory was broken on purpose")
         with self._lock:
-            self._check()
-            changed = tuple(self._keys[k] for k, at in self._revisions.items() if at > revision)
-            return KeyChanges(max([revision, *self._revisions.values()]), changed)
+            changed = dict.fromkeys(self._changed[revision:])
+            return KeyChanges(len(self._changed), tuple(self._keys[one] for one in changed))
+
+    def find_key(self, reference: str, digest: bytes) -> Key | None:
+        found = [
+            key
+            for key in self.keys_since(0).keys
+            if reference in (key.id, key.name) or digest in {one.digest for one in key.secrets}
+        ]
+        return max(found, key=lambda key: (key.revoked_us is None, key.created_us), default=None)
+
+    def count_live_keys(self) -> int:
+        return sum(key.revoked_us is None for key in self.keys_since(0).keys)
 
     def add_key(self, key: Key) -> None:
         with self._lock:
-            self._check()
             if any(k.name == key.name and k.revoked_us is None for k in self._keys.values()):
                 raise name_taken(key.name)
             self._put_key(key)
 
     def change_key(self, key_id: str, change: Callable[[Key], Key]) -> Key:
         with self._lock:
-            self._check()
             if key_id not in self._keys:
                 raise ResourceUnknown(f"There is no key {key_id}.")
             return self._put_key(change(self._keys[key_id]))
 
     def usage(self, query: UsageQuery) -> list[UsageLine]:
-        totals: dict[str | None, Total] = {}
-
-        def add(one: LedgerRow | Count, time_us: int, requests: int, tokens: int) -> None:
-            if (
-                (query.since_us is not None and time_us < query.since_us)
-                or (query.until_us is not None and time_us >= query.until_us)
-                or (query.key_id is not None and one.key_id != query.key_id)
-            ):
-                return
-            match query.by:
-                case UsageBy.KEY:
-                    group: str | None = one.key_id
-                case UsageBy.MODEL:
-                    group = one.model
-                case UsageBy.DAY:
-                    group = day(time_us // DAY_US)
-            totals.setdefault(group, Total()).add(requests, status=one.status, tokens=tokens)
-
         with self._lock:
-            for row in self.rows:
-                add(row, row.time_us, 1, row.token_count)
-            for count, requests in self.counts.items():
-                add(count, count.minute * MINUTE_US, requests, 0)
+            used: list[tuple[LedgerRow | Count, int, int, int]]
+            used = [(row, row.time_us, 1, row.token_count) for row in self.rows]
+            used += [(one, one.minute * MINUTE_US, n, 0) for one, n in self.counts.items()]
+        totals: dict[str | None, Total] = {}
+        for one, time_us, requests, tokens in used:
+            if (
+                (query.since_us is None or time_us >= query.since_us)
+                and (query.until_us is None or time_us < query.until_us)
+                and query.key_id in (None, one.key_id)
+            ):
+                groups = {UsageBy.KEY: one.key_id, UsageBy.MODEL: one.model}
+                total = totals.setdefault(groups.get(query.by, day(time_us // DAY_US)), Total())
+                total.add(requests, requests if one.status >= ERROR_FROM else 0, tokens)
+        by_key = query.by is UsageBy.KEY
+        names: dict[str | None, str] = {key.id: key.name for key in self._keys.values()}
         return [
-            UsageLine(group, None, total.requests, total.failed, total.tokens)
+            UsageLine(
+                group,
+                names.get(group, group) if by_key else None,
+                total.requests,
+                total.failed,
+                total.tokens,
+            )
             for group, total in sorted(totals.items(), key=lambda item: item[0] or "")
         ]
 
@@ -103,11 +113,7 @@ class MemoryStore:
     def close(self) -> None:
         pass
 
-    def _check(self) -> None:
-        if self.broken:
-            raise unavailable() from OSError("the store in memory was broken on purpose")
-
     def _put_key(self, key: Key) -> Key:
         self._keys[key.id] = key
-        self._revisions[key.id] = max([0, *self._revisions.values()]) + 1
+        self._changed.append(key.id)
         return key
