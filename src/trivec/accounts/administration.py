@@ -75,18 +75,16 @@ class Administration:
     def show_key(self, reference: str) -> Key:
         """Raises `ResourceUnknown`."""
         digest = keys.digest(reference, secret=self._secret)
-        found = self._store.find_key(reference, digest)
-        if found is None:
+        found = self._store.find_keys(reference, digest)
+        if not found:
             hint = "trivec keys list shows them."
             if reference.startswith(keys.PREFIX) and not keys.is_well_formed(reference):
                 hint = "What looks like a key has a typo in it: its checksum does not fit."
-            shown = (
-                reference[: keys.FIRST_CHARS] + "…"
-                if len(reference) > NAME_CHARS_MAX
-                else reference
-            )
+            is_long = len(reference) > NAME_CHARS_MAX
+            shown = f"{reference[: keys.FIRST_CHARS]}…" if is_long else reference
             raise ResourceUnknown(f"There is no key {shown}. {hint}")
-        return found
+        # Names may be used again after a revocation: a live key comes before revoked ones.
+        return max(found, key=lambda key: (key.revoked_us is None, key.created_us))
 
     def key_id(self, reference: str) -> str:
         """The id for *reference*, also of the environment's key. Raises `ResourceUnknown`."""

@@ -203,8 +203,8 @@ class Store(Protocol):
         """Keys that were made or changed after *revision*; 0 for all."""
         ...
 
-    def find_key(self, reference: str, digest: bytes) -> Key | None:
-        """The key with this id, name or *digest*; of several the newest live one, else the newest."""
+    def find_keys(self, reference: str, digest: bytes) -> Sequence[Key]:
+        """The keys with this id, name or *digest*, revoked ones too."""
         ...
 
     def count_live_keys(self) -> int:

@@ -5,7 +5,6 @@ for long sums, so that these never hold a connection that keys are checked over.
 """
 
 import os
-import secrets
 import socket
 import sqlite3
 import time
@@ -21,6 +20,7 @@ from sqlalchemy import Dialect, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from trivec.accounts.keys import write_whole
 from trivec.core.errors import SettingInvalid
 
 LOCK_STEP_S = 0.0003
@@ -190,15 +190,8 @@ def _make_private(file: Path) -> None:
     Another process that leaves then takes itself for the last one and deletes the journal, and what
     is committed to it afterwards is lost.
     """
-    if file.exists():
-        return
-    draft = file.with_name(f"{file.name}.{secrets.token_hex(8)}")
-    os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-    try:
-        with suppress(FileExistsError):  # another process was quicker
-            os.link(draft, file)
-    finally:
-        draft.unlink()
+    if not file.exists():
+        write_whole(file, b"", replaces=False)
 
 
 def _begin_sqlite(raw: sqlite3.Connection, durable: bool) -> None:

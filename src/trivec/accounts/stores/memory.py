@@ -56,13 +56,12 @@ class MemoryStore:
             changed = dict.fromkeys(self._changed[revision:])
             return KeyChanges(len(self._changed), tuple(self._keys[one] for one in changed))
 
-    def find_key(self, reference: str, digest: bytes) -> Key | None:
-        found = [
+    def find_keys(self, reference: str, digest: bytes) -> Sequence[Key]:
+        return [
             key
             for key in self.keys_since(0).keys
             if reference in (key.id, key.name) or digest in {one.digest for one in key.secrets}
         ]
-        return max(found, key=lambda key: (key.revoked_us is None, key.created_us), default=None)
 
     def count_live_keys(self) -> int:
         return sum(key.revoked_us is None for key in self.keys_since(0).keys)

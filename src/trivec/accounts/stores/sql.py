@@ -222,16 +222,18 @@ class SqlStore:
 
     def keys_since(self, revision: int) -> KeyChanges:
         with self._reading() as connection:
-            found = tables.read_keys(connection, keys.c.revision > revision)
-            latest = connection.scalar(select(func.max(keys.c.revision)))
-        return KeyChanges(max(revision, latest or 0), tuple(found))
+            # First: a key that changes between the two statements is read twice, and never missed.
+            latest = connection.execute(select(key_revision.c.revision)).scalar_one()
+            if latest == revision:
+                return KeyChanges(revision, ())
+            changed = tables.read_keys(connection, keys.c.revision > revision)
+        return KeyChanges(latest, tuple(changed))
 
-    def find_key(self, reference: str, digest: bytes) -> Key | None:
+    def find_keys(self, reference: str, digest: bytes) -> Sequence[Key]:
         of_secret = select(secrets.c.key_id).where(secrets.c.digest == digest)
         is_meant = or_(keys.c.id == reference, keys.c.name == reference, keys.c.id.in_(of_secret))
         with self._reading() as connection:
-            found = tables.read_keys(connection, is_meant)
-        return max(found, key=lambda key: (key.revoked_us is None, key.created_us), default=None)
+            return tables.read_keys(connection, is_meant)
 
     def count_live_keys(self) -> int:
         is_live = keys.c.revoked_us.is_(None)
