@@ -72,20 +72,6 @@ class KeyDay(NamedTuple):
     day: int  # since the epoch, in UTC
 
 
-@dataclass(slots=True)
-class Total:
-    """Sums over requests."""
-
-    requests: int = 0
-    failed: int = 0
-    tokens: int = 0
-
-    def add(self, requests: int, failed: int, tokens: int) -> None:
-        self.requests += requests
-        self.failed += failed
-        self.tokens += tokens
-
-
 @dataclass(frozen=True, slots=True)
 class Reserve:
     """Take *cost* out of a key's bucket, all or nothing."""
@@ -133,7 +119,7 @@ class Transaction:
         self.buckets: dict[str, Bucket] = {}  # those that have changed
         self.rows: list[LedgerRow] = []
         self.counts: Counter[Count] = Counter()
-        self.totals: dict[KeyDay, Total] = {}  # of the rows and counts
+        self.totals: dict[KeyDay, list[int]] = {}  # requests, failed ones, tokens
         self.committed = Committed([self._apply(entry, now_us) for entry in entries], now_us)
 
     def _apply(self, entry: Entry, now_us: int) -> Outcome:
@@ -152,8 +138,9 @@ class Transaction:
                 else:
                     self.rows.append(row)
                 day = KeyDay(key_id, row.model, row.time_us // DAY_US)
-                total = self.totals.setdefault(day, Total())
-                total.add(1, row.status >= ERROR_FROM, row.token_count)
+                requests, failed, tokens = self.totals.get(day, (0, 0, 0))
+                failed += row.status >= ERROR_FROM
+                self.totals[day] = [requests + 1, failed, tokens + row.token_count]
                 if limits is None:
                     return None
                 found = self._buckets.get(key_id, Bucket())
@@ -288,7 +275,7 @@ class LedgerWriter:
         self._due_s = clock.now_s()  # of the next commit, even of nothing
         self._waiting: deque[PendingEntry] = deque()
         self._wake = Event()
-        self._group: Group = []  # in the thread's hands
+        self._group: list[PendingEntry] = []  # what the thread commits now
         self._is_stopping = False
         self._thread = Thread(target=self._run, name="trivec-ledger", daemon=True)
 
@@ -329,7 +316,15 @@ class LedgerWriter:
     def _run(self) -> None:
         try:
             while self._waiting or not self._is_stopping:
-                self._turn()  # a call each: nothing of a group is held while the next is waited for
+                if not self._waiting:
+                    self._wake.wait(min(max(0.0, self._due_s - self._clock.now_s()), IDLE_S))
+                self._wake.clear()
+                with suppress(IndexError):  # none is left; `give_up` takes them too
+                    while len(self._group) < GROUP_MAX:
+                        self._group.append(self._waiting.popleft())
+                if self._group or self._clock.now_s() >= self._due_s:
+                    self._commit(self._group)
+                self._group = []
         except BaseException as fault:
             # `_commit` catches what entries raise, so this is our own bug: the process refuses what
             # would be unmetered, and is to be restarted.
@@ -337,23 +332,6 @@ class LedgerWriter:
             self._note(StoreHealth(writable=False, reason=DIED))
             self.died.set_result(f"{DIED}: {type(fault).__name__}")
             self._fail(self._group)
-
-    def _turn(self) -> None:
-        """Commit what has gathered, or nothing where that is due."""
-        if not self._waiting:
-            self._wake.wait(min(max(0.0, self._due_s - self._clock.now_s()), IDLE_S))
-        self._wake.clear()
-        self._group = self._take(GROUP_MAX)
-        if self._group or self._clock.now_s() >= self._due_s:
-            self._commit(self._group)
-        self._group = []
-
-    def _take(self, count_max: int) -> list[PendingEntry]:
-        taken: list[PendingEntry] = []
-        with suppress(IndexError):  # none is left; `give_up` takes them on another thread
-            while len(taken) < count_max:
-                taken.append(self._waiting.popleft())
-        return taken
 
     def _commit(self, group: Group) -> None:
         began_s = self.busy_since_s = self._clock.now_s()
@@ -387,7 +365,10 @@ class LedgerWriter:
 
     def _fail(self, group: Group) -> None:
         """Fail *group* and all that waits behind it."""
-        failed = [*group, *self._take(WAITING_MAX)]
+        failed = list(group)
+        with suppress(IndexError):
+            while True:
+                failed.append(self._waiting.popleft())
         _answer(failed, [unavailable() for _ in failed])
 
     def _note(self, health: StoreHealth) -> None:

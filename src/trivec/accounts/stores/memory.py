@@ -11,7 +11,6 @@ from trivec.accounts.ledger import (
     Entry,
     KeyChanges,
     LedgerRow,
-    Total,
     Transaction,
     name_taken,
     unavailable,
@@ -83,7 +82,7 @@ class MemoryStore:
             used: list[tuple[LedgerRow | Count, int, int, int]]
             used = [(row, row.time_us, 1, row.token_count) for row in self.rows]
             used += [(one, one.minute * MINUTE_US, n, 0) for one, n in self.counts.items()]
-        totals: dict[str | None, Total] = {}
+        totals: dict[str | None, list[int]] = {}  # requests, failed ones, tokens
         for one, time_us, requests, tokens in used:
             if (
                 (query.since_us is None or time_us >= query.since_us)
@@ -91,17 +90,14 @@ class MemoryStore:
                 and query.key_id in (None, one.key_id)
             ):
                 groups = {UsageBy.KEY: one.key_id, UsageBy.MODEL: one.model}
-                total = totals.setdefault(groups.get(query.by, day(time_us // DAY_US)), Total())
-                total.add(requests, requests if one.status >= ERROR_FROM else 0, tokens)
-        by_key = query.by is UsageBy.KEY
+                total = totals.setdefault(groups.get(query.by, day(time_us // DAY_US)), [0, 0, 0])
+                failed = requests if one.status >= ERROR_FROM else 0
+                for at, more in enumerate((requests, failed, tokens)):
+                    total[at] += more
         names: dict[str | None, str] = {key.id: key.name for key in self._keys.values()}
         return [
             UsageLine(
-                group,
-                names.get(group, group) if by_key else None,
-                total.requests,
-                total.failed,
-                total.tokens,
+                group, names.get(group, group or "") if query.by is UsageBy.KEY else None, *total
             )
             for group, total in sorted(totals.items(), key=lambda item: item[0] or "")
         ]

@@ -46,7 +46,7 @@ from trivec.accounts.ledger import (
 )
 from trivec.accounts.rate_limits import Bucket
 from trivec.accounts.stores import tables
-from trivec.accounts.stores.engines import Engines, is_the_stores
+from trivec.accounts.stores.engines import Engines
 from trivec.accounts.stores.tables import (
     Values,
     archive,
@@ -123,7 +123,12 @@ class SqlStore:
     def __init__(self, engines: Engines, *, upgrades_itself: bool) -> None:
         self._engines = engines
         dialect = engines.writing.dialect
-        self._driver_error = dialect.loaded_dbapi.Error
+        driver = self._driver = dialect.loaded_dbapi
+        # Statements of ours that are wrong. A damaged file is the plain `DatabaseError`.
+        self._our_faults = (
+            *(driver.IntegrityError, driver.DataError),
+            *(driver.ProgrammingError, driver.NotSupportedError),
+        )
         self._lock_buckets = BulkStatement(
             lambda rows: (
                 select(buckets)
@@ -188,7 +193,7 @@ class SqlStore:
                     if not entries:
                         self._put_probe.run(cursor, [(1, now_us)])
                 raw.commit()
-            except self._driver_error:
+            except self._driver.Error:
                 pooled.invalidate()
                 raise
         return transaction.committed
@@ -199,13 +204,11 @@ class SqlStore:
         self._append_rows.run(cursor, transaction.rows)
         # Sorted: processes that add to the same rows would else wait for each other.
         days = [
-            (key_id, model or "", day, total.requests, total.failed, total.tokens)
-            for (key_id, model, day), total in transaction.totals.items()
+            (key, model or "", day, *sums) for (key, model, day), sums in transaction.totals.items()
         ]
         self._add_to_daily.run(cursor, sorted(days))
         counted = [
-            (key_id, model or "", status, minute, requests)
-            for (key_id, model, status, minute), requests in transaction.counts.items()
+            (key, model or "", *of, n) for (key, model, *of), n in transaction.counts.items()
         ]
         self._add_to_counts.run(cursor, sorted(counted))
 
@@ -398,9 +401,9 @@ class SqlStore:
         """
         try:
             yield
-        except (DBAPIError, self._driver_error) as fault:
+        except (DBAPIError, self._driver.Error) as fault:
             cause = fault.orig if isinstance(fault, DBAPIError) else fault
-            if cause is None or not is_the_stores(cause, self._engines.writing.dialect):
+            if cause is None or isinstance(cause, self._our_faults):
                 raise
             (disconnect or self._engines.dispose)()
             raise unavailable() from cause
