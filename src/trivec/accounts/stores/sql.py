@@ -125,9 +125,11 @@ class SqlStore:
         dialect = engines.writing.dialect
         driver = self._driver = dialect.loaded_dbapi
         # Statements of ours that are wrong. A damaged file is the plain `DatabaseError`.
-        self._our_faults = (
-            *(driver.IntegrityError, driver.DataError),
-            *(driver.ProgrammingError, driver.NotSupportedError),
+        self._our_faults: tuple[type[Exception], ...] = (
+            driver.IntegrityError,
+            driver.DataError,
+            driver.ProgrammingError,
+            driver.NotSupportedError,
         )
         self._lock_buckets = BulkStatement(
             lambda rows: (
@@ -167,12 +169,8 @@ class SqlStore:
 
     def upgrade(self) -> None:
         """Run the migrations that are missing, all or none."""
-        with self._translated():
-            with self._engines.writing.begin() as connection:
-                if tables.is_latest(connection):
-                    return
-            with self._engines.writing.begin() as connection:
-                tables.upgrade(connection)
+        with self._translated(), self._engines.writing.begin() as connection:
+            tables.upgrade(connection)
 
     def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
         self._ensure_prepared()

@@ -148,16 +148,11 @@ def revision(connection: Connection) -> str | None:
     return MigrationContext.configure(connection).get_current_revision()
 
 
-def is_latest(connection: Connection) -> bool:
-    return revision(connection) == _migrations().get_current_head()
-
-
 def upgrade(connection: Connection, target: str = "head") -> None:
     """Run the migrations that are missing, in the caller's transaction. Raises `StoreRefused`."""
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": UPGRADE_LOCK})
-    migrations = _migrations()
-    _check_known(revision(connection), migrations)
+    migrations = _migrations(connection)
     context = MigrationContext.configure(
         connection,
         opts={
@@ -174,26 +169,24 @@ def upgrade(connection: Connection, target: str = "head") -> None:
 def check_latest(connection: Connection) -> None:
     """Raise `StoreRefused` unless the schema is the one this version reads."""
     found = revision(connection)
-    _check_known(found, _migrations())
-    if not is_latest(connection):
+    if found != _migrations(connection).get_current_head():
         raise StoreRefused(
             f"the database's schema is {'absent' if found is None else f'of revision {found}'}, "
             "older than this version reads; run: trivec db upgrade"
         )
 
 
-def _check_known(found: str | None, migrations: ScriptDirectory) -> None:
-    known = {script.revision for script in migrations.walk_revisions()}
-    if found is not None and found not in known:
+def _migrations(connection: Connection) -> ScriptDirectory:
+    """All that this version knows. Raises `StoreRefused` where the schema is of a newer one."""
+    folder = Path(__file__).parent / "migrations"
+    migrations = ScriptDirectory(folder, version_locations=[folder])
+    found = revision(connection)
+    if found is not None and found not in {one.revision for one in migrations.walk_revisions()}:
         raise StoreRefused(
             f"the database's schema is of revision {found}, newer than this version of trivec "
             "reads; upgrade trivec, or restore an older copy of the database"
         )
-
-
-def _migrations() -> ScriptDirectory:
-    folder = Path(__file__).parent / "migrations"
-    return ScriptDirectory(folder, version_locations=[folder])
+    return migrations
 
 
 def key_values(key: Key, *, revision: int) -> Values:
