@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
-from tests.accounts.shelf import a_row, upgraded
+from tests.accounts.shelf import a_row, latest_sqlite
 
 from trivec.accounts import UsageBy, UsageLine, UsageQuery
 from trivec.accounts.archive import HEADER, NOTE, Archived, ArchiveFile, ArchivePlan, archive
@@ -32,9 +32,10 @@ class Crash(BaseException):
 @pytest.fixture(params=["sqlite", "postgres"])
 def engines(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engines]:
     if request.param == "sqlite":
+        (tmp_path / SQLITE_FILE).write_bytes(latest_sqlite())
         made = sqlite_engines(tmp_path / SQLITE_FILE)
     else:
-        made = postgres_engines(upgraded(request.getfixturevalue("postgres").new_database()))
+        made = postgres_engines(request.getfixturevalue("postgres").upgraded_database())
     yield made
     made.dispose()
 
@@ -158,8 +159,9 @@ def crashing_at(monkeypatch: pytest.MonkeyPatch, store: SqlStore, step: int) -> 
 
 @pytest.mark.parametrize("second", ["old.jsonl.gz", "other.jsonl.gz"])
 def test_a_crash_at_any_step_loses_and_doubles_nothing(
-    store: SqlStore, tmp_path: Path, second: str
+    store: SqlStore, tmp_path: Path, second: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # a thousand would wait for the disk
     crashes = 0
     for step in range(1_000):
         folder = tmp_path / str(step)

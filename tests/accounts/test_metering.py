@@ -17,7 +17,7 @@ from trivec.core.clock import SystemClock
 
 KEYS = 50
 CONNECTIONS = 16
-REQUESTS = long_or_short(long=100_000, short=3_000)
+REQUESTS = long_or_short(long=100_000, short=800)
 WORDS = ("river", "stone", "cloud", "amber", "fjord")
 
 
@@ -56,7 +56,7 @@ class Client:
 def shelf(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     if request.param == "sqlite":
         return sqlite_shelf(tmp_path_factory.mktemp("books"))
-    return postgres_shelf(request.getfixturevalue("postgres").new_database())
+    return postgres_shelf(request.getfixturevalue("postgres"))
 
 
 def processes_over(shelf: Shelf) -> list[Accounts]:

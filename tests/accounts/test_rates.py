@@ -20,7 +20,7 @@ from trivec.core.clock import SystemClock
 from trivec.core.errors import RateLimitExceeded
 from trivec.settings import Settings
 
-LIMIT = 300
+LIMIT = 100
 TIMES_OVER = 10
 SECONDS = 60
 
@@ -101,7 +101,7 @@ def test_two_servers_admit_what_the_limit_allows_at_ten_times_the_limit(
     tmp_path: Path, servers: tuple[list[Server], HandTime]
 ) -> None:
     both, time = servers
-    seconds = long_or_short(long=SECONDS, short=8)
+    seconds = long_or_short(long=SECONDS, short=12)
     with open_administration(Settings(data_dir=tmp_path / "data"), clock=SystemClock()) as books:
         key = books.create_key(KeyPlan("k", limits=RateLimits(LIMIT))).plain
     access = {"Authorization": f"Bearer {key}"}
