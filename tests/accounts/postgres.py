@@ -1,6 +1,7 @@
 """A Postgres server of the tests' own: in a folder of its own, on a free port, gone at the end.
 
-Nothing of it outlives the tests, so it syncs nothing and lies in memory where there is enough.
+Nothing of it outlives the tests, so it syncs nothing and lies in memory where there is enough; for
+benchmarks it may be durable.
 """
 
 import os
@@ -21,7 +22,7 @@ from trivec.accounts.stores.sql import SqlStore
 IN_MEMORY = Path("/dev/shm")  # of a container often too small
 MEMORY_BYTES_MIN = 1 << 30
 LATEST = "trivec_latest"  # a database with the latest schema, to be copied
-SETTINGS = "-c fsync=off -c full_page_writes=off -c max_wal_size=64MB -c shared_buffers=32MB"
+NOT_DURABLE = "-c fsync=off -c full_page_writes=off -c max_wal_size=64MB -c shared_buffers=32MB"
 INSTALLED = Path("/usr/lib/postgresql")
 ROOT = 0
 
@@ -41,12 +42,14 @@ class PostgresServer:
     folder: Path
     port: int
     user: str | None  # the server refuses root, so then it runs as somebody else
+    is_durable: bool
     databases: int = field(default=0)
     is_running: bool = field(default=False)
     _has_latest: bool = field(default=False)
 
     def start(self) -> None:
-        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -k {self.folder} {SETTINGS}"
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -k {self.folder}"
+        options += "" if self.is_durable else f" {NOT_DURABLE}"
         self._control("start", "-o", options, "-l", str(self.folder / "log"))
         self.is_running = True
 
@@ -98,15 +101,16 @@ class PostgresServer:
 
 
 @contextmanager
-def postgres_server(bin_folder: Path) -> Iterator[PostgresServer]:
+def postgres_server(bin_folder: Path, *, is_durable: bool = False) -> Iterator[PostgresServer]:
     """A running server without passwords, on the loopback address only."""
-    fits = IN_MEMORY.is_dir() and shutil.disk_usage(IN_MEMORY).free >= MEMORY_BYTES_MIN
-    place = IN_MEMORY if fits and os.access(IN_MEMORY, os.W_OK) else None
+    place = None if is_durable or not os.access(IN_MEMORY, os.W_OK) else IN_MEMORY
+    if place is not None and shutil.disk_usage(place).free < MEMORY_BYTES_MIN:
+        place = None
     folder = Path(tempfile.mkdtemp(prefix="trivec-postgres-", dir=place))
     user = "postgres" if os.geteuid() == ROOT else None
     if user is not None:
         shutil.chown(folder, user)
-    server = PostgresServer(bin_folder, folder, _free_port(), user)
+    server = PostgresServer(bin_folder, folder, _free_port(), user, is_durable)
     try:
         made = ("-D", str(folder / "data"), "-U", "trivec", "--auth=trust", "-E", "UTF8")
         server._run("initdb", *made, "--no-sync")
