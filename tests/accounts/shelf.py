@@ -7,11 +7,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tests.accounts.postgres import PostgresServer
+from tests.support.memory_store import MemoryStore
 
 from trivec.accounts.ledger import LedgerRow, Reserve, Store
 from trivec.accounts.rate_limits import Cost
 from trivec.accounts.stores.engines import SQLITE_FILE, postgres_engines, sqlite_engines
-from trivec.accounts.stores.memory import MemoryStore
 from trivec.accounts.stores.sql import SqlStore
 from trivec.accounts.types import Key, RateLimits, Scope, Secret
 

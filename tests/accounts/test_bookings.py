@@ -6,9 +6,9 @@ from collections.abc import Callable
 import pytest
 from tests.accounts.requests import acquire, caller_with, closing, opening, record, statuses
 from tests.hand_clock import HandClock
+from tests.support.memory_store import MemoryStore
 
 from trivec.accounts import ANONYMOUS, FIXED, Accounts, RateLimits, UsageBy
-from trivec.accounts.stores.memory import MemoryStore
 from trivec.accounts.types import UsageLine, UsageQuery
 from trivec.core.errors import (
     RateLimitExceeded,
@@ -27,7 +27,7 @@ async def test_a_served_request_has_one_row_with_what_it_was(
     await booking.close(closing(tokens=7, user="ada"))
 
     (row,) = store.rows
-    assert (row.request_id, row.key_id, row.model) == ("r1", FIXED.key_id, "m")
+    assert (row.request_id, row.key_id, row.model) == ("r1", FIXED.id, "m")
     assert (row.input_count, row.token_count, row.status) == (1, 7, 200)
     assert (row.duration_us, row.time_us) == (250_000, int(clock.wall_s() * 1_000_000))
     assert row.user_digest is not None
@@ -271,4 +271,4 @@ async def test_usage_names_the_keys(accounts: Accounts) -> None:
     lines = await accounts.usage(UsageQuery(UsageBy.KEY))
 
     assert {line.name: line.tokens for line in lines} == {"t": 7, FIXED.name: 7}
-    assert UsageLine(caller.key_id, "t", requests=1, failed=0, tokens=7) in lines
+    assert UsageLine(caller.id, "t", requests=1, failed=0, tokens=7) in lines

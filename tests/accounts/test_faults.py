@@ -21,6 +21,7 @@ from tests.accounts.processes import driver
 from tests.accounts.requests import acquire, closing, opening, record
 from tests.accounts.shelf import NOON_US, a_row
 from tests.hand_clock import HandClock
+from tests.support.memory_store import MemoryStore
 
 from trivec.accounts import FIXED, Accounts, KeyPlan, UsageBy, UsageQuery
 from trivec.accounts.ledger import (
@@ -32,7 +33,6 @@ from trivec.accounts.ledger import (
     unavailable,
 )
 from trivec.accounts.stores.engines import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
-from trivec.accounts.stores.memory import MemoryStore
 from trivec.accounts.stores.sql import SqlStore
 from trivec.core.clock import SystemClock
 from trivec.core.errors import KeyInvalid, StoreUnavailable

@@ -14,7 +14,7 @@ from tests.accounts.shelf import sqlite_shelf
 from tests.hand_clock import HandClock
 from tests.process.server import Server, started
 
-from trivec.accounts import Accounts, Caller, KeyPlan, RateLimits
+from trivec.accounts import Accounts, Key, KeyPlan, RateLimits
 from trivec.accounts.stores import open_administration
 from trivec.core.clock import SystemClock
 from trivec.core.errors import RateLimitExceeded
@@ -25,7 +25,7 @@ TIMES_OVER = 10
 SECONDS = 60
 
 
-async def is_let_in(accounts: Accounts, caller: Caller) -> bool:
+async def is_let_in(accounts: Accounts, caller: Key) -> bool:
     try:
         booking = await acquire(accounts, caller, opening())
     except RateLimitExceeded:

@@ -15,9 +15,9 @@ import httpx
 import numpy as np
 from starlette.types import ASGIApp
 from tests.hand_clock import HandClock, HandLoop
+from tests.support.memory_store import MemoryStore
 
 from trivec.accounts import Accounts, KeyPlan, RateLimits, Scope
-from trivec.accounts.stores.memory import MemoryStore
 from trivec.api import ByteBudget, build_app
 from trivec.api.openapi import Operation
 from trivec.backends.fake import FakeBackend

@@ -11,10 +11,10 @@ import httpx
 import pytest
 from tests.accounts.requests import statuses
 from tests.api.house import MODEL, House
+from tests.support.memory_store import MemoryStore
 
 from trivec.accounts import RateLimits
 from trivec.accounts.ledger import Committed, Count, Entry, LedgerRow, Reserve
-from trivec.accounts.stores.memory import MemoryStore
 from trivec.core.errors import EngineFault
 from trivec.settings import HttpLimits
 

@@ -18,9 +18,9 @@ import httpx
 from tests.api.house import READY, Heard
 from tests.contract.test_embedder import local_engine
 from tests.engine.rig import ALL
+from tests.support.memory_store import MemoryStore
 
 from trivec.accounts import Accounts, KeyPlan
-from trivec.accounts.stores.memory import MemoryStore
 from trivec.api import ByteBudget, build_app
 from trivec.backends.fake import FakeBackend
 from trivec.core.clock import SystemClock

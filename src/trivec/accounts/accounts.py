@@ -7,6 +7,7 @@ import asyncio
 import hmac
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from threading import Event, Thread
 from typing import TypeVar
 
@@ -28,10 +29,10 @@ from trivec.accounts.ledger import (
 )
 from trivec.accounts.rate_limits import NOTHING, Cost
 from trivec.accounts.types import (
-    Caller,
     Key,
     KeyPlan,
     NewKey,
+    RateLimits,
     RateLimitState,
     RequestMeta,
     RequestUsage,
@@ -43,8 +44,9 @@ from trivec.accounts.types import (
 from trivec.core.errors import KeyMissing, Overloaded, RequestTooLarge, StoreUnavailable
 from trivec.core.ports import Clock
 
-ANONYMOUS = Caller("anonymous", "anonymous", frozenset(Scope))
-FIXED = Caller(FIXED_KEY_ID, FIXED_KEY_ID, frozenset(Scope))
+UNLIMITED = RateLimits()
+ANONYMOUS = Key("anonymous", "anonymous", frozenset(Scope), None, UNLIMITED, created_us=0)
+FIXED = replace(ANONYMOUS, id=FIXED_KEY_ID, name=FIXED_KEY_ID)
 FIXED_KEY_CHARS_MIN = 16
 HANG_CHECK_S = 0.25  # between two checks for a call to the store that hangs
 SUMS_MAX = 16  # usage sums at a time: the running one and those that wait
@@ -113,7 +115,7 @@ class Accounts:
         """
         return await asyncio.shield(asyncio.wrap_future(self.writer.died))
 
-    async def identify(self, bearer: str | None) -> Caller:
+    async def identify(self, bearer: str | None) -> Key:
         """The caller with the key *bearer*; None when no Authorization header came.
 
         Raises `KeyMissing`, `KeyInvalid`, `StoreUnavailable`.
@@ -128,7 +130,7 @@ class Accounts:
                 return FIXED
         return await self._keys.find(bearer)
 
-    def reserve(self, caller: Caller, meta: RequestMeta) -> "Reservation":
+    def reserve(self, caller: Key, meta: RequestMeta) -> "Reservation":
         """A reservation that holds nothing yet; to be closed whatever happens."""
         return Reservation(self, caller, meta)
 
@@ -216,7 +218,7 @@ class Reservation:
     closing gives it back. For an anonymous caller nothing is limited and nothing is written.
     """
 
-    def __init__(self, accounts: Accounts, caller: Caller, meta: RequestMeta) -> None:
+    def __init__(self, accounts: Accounts, caller: Key, meta: RequestMeta) -> None:
         self.state: RateLimitState | None = None  # None: the key has no limits, or not asked yet
         self._accounts = accounts
         self._caller = caller
@@ -236,10 +238,10 @@ class Reservation:
             return
         if not self._accounts.writer.health.writable:
             raise unavailable()
-        if self._caller.limits is not None:
+        if self._caller.limits != UNLIMITED:
             # Where this process last saw plenty left, the request is all but sure to be let in, and
             # need not be taken before its texts are tokenised.
-            seen = self._accounts.limits_seen.get(self._caller.key_id)
+            seen = self._accounts.limits_seen.get(self._caller.id)
             limit = self._caller.limits.requests_per_minute or 0
             if (
                 tokens_follow
@@ -251,9 +253,7 @@ class Reservation:
             ):
                 self._owed = Cost(requests=1)
             else:
-                await self._commit(
-                    Reserve(self._caller.key_id, self._caller.limits, Cost(requests=1))
-                )
+                await self._commit(Reserve(self._caller.id, self._caller.limits, Cost(requests=1)))
         self._is_let_in = True
 
     async def reserve_tokens(self, count: int) -> None:
@@ -263,14 +263,14 @@ class Reservation:
         `RateLimitExceeded`; `RequestTooLarge` when a full bucket would not hold them;
         `StoreUnavailable`.
         """
-        if self._caller.limits is None:
+        if self._caller.limits == UNLIMITED:
             return
         limit = self._caller.limits.tokens_per_minute
         if limit is not None and count > limit:
             raise RequestTooLarge(token_count=count, token_count_max=limit)
         cost = Cost(self._owed.requests, 0 if limit is None else count)
         if cost != NOTHING:
-            await self._commit(Reserve(self._caller.key_id, self._caller.limits, cost))
+            await self._commit(Reserve(self._caller.id, self._caller.limits, cost))
 
     async def close(self, usage: RequestUsage) -> None:
         """Record the request: its ledger row is durable when this returns. A failure costs zero.
@@ -283,7 +283,8 @@ class Reservation:
         if self._is_closed:
             return
         self._is_closed = True
-        writer, key_id, limits = self._accounts.writer, self._caller.key_id, self._caller.limits
+        writer, key_id = self._accounts.writer, self._caller.id
+        limits = None if self._caller.limits == UNLIMITED else self._caller.limits
         is_success = usage.status < ERROR_FROM
         is_our_fault = usage.status >= OUR_FAULT_FROM
         if limits is not None and self._owed != NOTHING and not is_our_fault:
@@ -343,5 +344,5 @@ class Reservation:
                     )
                     self._owed = NOTHING
                 if (state := pending.result()) is not None:
-                    self.state = self._accounts.limits_seen[self._caller.key_id] = state
+                    self.state = self._accounts.limits_seen[self._caller.id] = state
             del pending  # else its error's traceback would hold itself and its callers' locals

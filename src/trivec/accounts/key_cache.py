@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from trivec.accounts import keys
 from trivec.accounts.ledger import CALL_S_MAX, KeyChanges, unavailable
-from trivec.accounts.types import Caller
+from trivec.accounts.types import Key
 from trivec.core.errors import KeyInvalid
 from trivec.core.ports import Clock
 
@@ -26,11 +26,11 @@ class CachedSecret(NamedTuple):
     """One secret of a live key."""
 
     digest: bytes
-    caller: Caller
+    key: Key | None
     expires_us: float  # the key or this secret of it, whichever is first
 
 
-NOBODY = CachedSecret(bytes(32), Caller("", "", frozenset()), 0)  # compared with an unknown key
+UNKNOWN = CachedSecret(bytes(32), None, 0)  # what an unknown key is compared with
 
 
 class KeyCache:
@@ -56,7 +56,7 @@ class KeyCache:
         self._digests: dict[str, tuple[bytes, ...]] = {}  # by key id
         self.busy_since_s: float | None = None  # when the running read began; None: none runs
 
-    async def find(self, bearer: str) -> Caller:
+    async def find(self, bearer: str) -> Key:
         """Raises `KeyInvalid` for a key that is unknown, revoked or expired; `StoreUnavailable`."""
         if len(bearer) > keys.BEARER_CHARS_MAX:
             raise KeyInvalid
@@ -69,11 +69,12 @@ class KeyCache:
             if (early_s := self._read_s + UNKNOWN_KEY_S - asked_s) > 0:
                 await asyncio.sleep(early_s)
             await self._refresh(asked_s)
-        found = self._by_digest.get(digest, NOBODY)
+        found = self._by_digest.get(digest, UNKNOWN)
         is_equal = hmac.compare_digest(digest, found.digest)
-        if not is_equal or self._clock.wall_s() * 1e6 >= found.expires_us:
+        is_over = self._clock.wall_s() * 1e6 >= found.expires_us
+        if not is_equal or is_over or found.key is None:
             raise KeyInvalid
-        return found.caller
+        return found.key
 
     def invalidate(self) -> None:
         """Read again before the next answer."""
@@ -122,7 +123,7 @@ class KeyCache:
             self._digests[key.id] = tuple(secret.digest for secret in key.secrets)
             for secret in key.secrets:
                 ends_us = [at for at in (key.expires_us, secret.expires_us) if at is not None]
-                found = CachedSecret(secret.digest, key.caller(), min(ends_us, default=inf))
+                found = CachedSecret(secret.digest, key, min(ends_us, default=inf))
                 self._by_digest[secret.digest] = found
         self._revision = changes.revision
         if invalidations == self._invalidations:

@@ -27,52 +27,6 @@ class RateLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Caller:
-    """The sender of a request, as its key describes it."""
-
-    key_id: str
-    name: str
-    scopes: frozenset[Scope]
-    models: frozenset[str] | None = None  # None: every model
-    limits: RateLimits | None = None  # None: no limit
-    expires_us: int | None = None
-    truncate: str | None = None  # none, end or start; None: the server's default
-
-    def require(self, scope: Scope) -> None:
-        """Raise `ScopeMissing` unless the key has *scope*."""
-        if scope not in self.scopes:
-            raise ScopeMissing(scope=scope)
-
-    def may_use(self, names: Sequence[str]) -> bool:
-        """Whether the key may use a model that has *names*, its id and aliases."""
-        return self.models is None or not self.models.isdisjoint(names)
-
-    def require_model(self, names: Sequence[str]) -> None:
-        """Raise `ModelDenied` unless the key may use the model of *names*, its id first."""
-        if self.models is not None and self.models.isdisjoint(names):
-            raise ModelDenied(model=names[0])
-
-    def require_no_more(self, other: "Key | KeyPlan") -> None:
-        """Raise `GrantDenied` unless *other* may do no more than this caller's own key.
-
-        Scopes are no limit here: a key with `admin` alone is made to hand out others.
-        """
-        if self.models is not None and not (
-            other.models is not None and other.models <= self.models
-        ):
-            raise GrantDenied(param="models", most=", ".join(sorted(self.models)))
-        own = self.limits or RateLimits()
-        for param in ("requests_per_minute", "tokens_per_minute"):
-            most, asked = getattr(own, param), getattr(other.limits, param)
-            if most is not None and (asked is None or asked > most):
-                raise GrantDenied(param=param, most=f"{most}")
-        if self.expires_us is not None and not (
-            other.expires_us is not None and other.expires_us <= self.expires_us
-        ):
-            raise GrantDenied(param="expires", most=moment(self.expires_us).isoformat())
-
-
-@dataclass(frozen=True, slots=True)
 class RateLimitState:
     """Values of the `x-ratelimit-*` headers. Each is None where the key has no such limit."""
 
@@ -119,7 +73,7 @@ class Secret:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One name, one rate limit and one line in the usage, whatever its secrets."""
+    """One name, one rate limit and one line in the usage, whatever its secrets; so, a caller."""
 
     id: str
     name: str
@@ -135,11 +89,37 @@ class Key:
     def is_live(self, now_us: int) -> bool:
         return self.revoked_us is None and (self.expires_us is None or now_us < self.expires_us)
 
-    def caller(self) -> Caller:
-        limits = None if self.limits == RateLimits() else self.limits
-        return Caller(
-            self.id, self.name, self.scopes, self.models, limits, self.expires_us, self.truncate
-        )
+    def require(self, scope: Scope) -> None:
+        """Raise `ScopeMissing` unless it has *scope*."""
+        if scope not in self.scopes:
+            raise ScopeMissing(scope=scope)
+
+    def may_use(self, names: Sequence[str]) -> bool:
+        """Whether it may use a model that has *names*, its id and aliases."""
+        return self.models is None or not self.models.isdisjoint(names)
+
+    def require_model(self, names: Sequence[str]) -> None:
+        """Raise `ModelDenied` unless it may use the model of *names*, its id first."""
+        if self.models is not None and self.models.isdisjoint(names):
+            raise ModelDenied(model=names[0])
+
+    def require_no_more(self, other: "Key | KeyPlan") -> None:
+        """Raise `GrantDenied` unless *other* may do no more than this key.
+
+        Scopes are no limit here: a key with `admin` alone is made to hand out others.
+        """
+        if self.models is not None and not (
+            other.models is not None and other.models <= self.models
+        ):
+            raise GrantDenied(param="models", most=", ".join(sorted(self.models)))
+        for param in ("requests_per_minute", "tokens_per_minute"):
+            most, asked = getattr(self.limits, param), getattr(other.limits, param)
+            if most is not None and (asked is None or asked > most):
+                raise GrantDenied(param=param, most=f"{most}")
+        if self.expires_us is not None and not (
+            other.expires_us is not None and other.expires_us <= self.expires_us
+        ):
+            raise GrantDenied(param="expires", most=moment(self.expires_us).isoformat())
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,7 +178,7 @@ async def usage(context: RequestContext) -> Response:
         )
     by = UsageBy(word)
     key_id = given.get("key")
-    if key_id is not None and key_id != FIXED.key_id:  # the environment's key is in no store
+    if key_id is not None and key_id != FIXED.id:  # the environment's key is in no store
         key_id = (await context.app.accounts.show_key(key_id)).id
     since_us, until_us = _instant_us("since", given), _instant_us("until", given)
     query = UsageQuery(by=by, since_us=since_us, until_us=until_us, key_id=key_id)

@@ -19,6 +19,7 @@ from weakref import WeakSet
 from sqlalchemy import Dialect, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
+from sqlalchemy.pool import QueuePool
 
 from trivec.accounts.keys import write_whole
 from trivec.core.errors import SettingInvalid
@@ -101,6 +102,18 @@ def sqlite_engines(file: Path) -> Engines:
     return Engines(writing, reading, summing, begin, interrupt=lambda: None)
 
 
+def memory_engines() -> Engines:
+    """A database that is gone with the process: one connection, which all take in turn."""
+    url = URL.create("sqlite+pysqlite")
+    engine = _engine(url, 1, isolation_level=None, check_same_thread=False)
+    event.listen(engine, "begin", lambda made: made.exec_driver_sql("BEGIN"))
+
+    def begin(raw: Any, durable: bool) -> None:
+        raw.execute("BEGIN")
+
+    return Engines(engine, engine, engine, begin, interrupt=lambda: None)
+
+
 def postgres_engines(database_url: str) -> Engines:
     """A server that may go away and come back. Raises `SettingInvalid` for an unfit URL."""
     try:
@@ -155,6 +168,7 @@ def _engine(url: URL, connections_max: int, **connect_args: Any) -> Engine:
     try:
         return create_engine(
             url,
+            poolclass=QueuePool,
             connect_args=connect_args,
             hide_parameters=True,
             pool_size=connections_max,

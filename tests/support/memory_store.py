@@ -1,4 +1,4 @@
-"""Store in memory, gone with the process: for tests, for `no_auth`, and to compare the SQL stores with."""
+"""Store in memory, without SQL: the slow twin of the SQL store, and quick to make."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
