@@ -242,15 +242,9 @@ class Reservation:
             # Where this process last saw plenty left, the request is all but sure to be let in, and
             # need not be taken before its texts are tokenised.
             seen = self._accounts.limits_seen.get(self._caller.id)
-            limit = self._caller.limits.requests_per_minute or 0
-            if (
-                tokens_follow
-                and seen is not None
-                and (
-                    seen.remaining_requests is None
-                    or seen.remaining_requests > limit * PLENTY_SHARE
-                )
-            ):
+            left = None if seen is None else seen.remaining_requests
+            enough = (self._caller.limits.requests_per_minute or 0) * PLENTY_SHARE
+            if tokens_follow and seen is not None and (left is None or left > enough):
                 self._owed = Cost(requests=1)
             else:
                 await self._commit(Reserve(self._caller.id, self._caller.limits, Cost(requests=1)))
@@ -338,10 +332,7 @@ class Reservation:
         finally:  # also when the task was cancelled: the entry is done by then
             if pending.done() and pending.exception() is None:
                 if isinstance(entry, Reserve):
-                    requests, tokens = self._reserved
-                    self._reserved = Cost(
-                        requests + entry.cost.requests, tokens + entry.cost.tokens
-                    )
+                    self._reserved = Cost(*map(sum, zip(self._reserved, entry.cost, strict=True)))
                     self._owed = NOTHING
                 if (state := pending.result()) is not None:
                     self.state = self._accounts.limits_seen[self._caller.id] = state

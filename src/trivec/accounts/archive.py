@@ -31,6 +31,8 @@ FILE_NAME = "ledger.jsonl"  # in each member's header
 HEADER = b"\x1f\x8b\x08\x08\0\0\0\0\0\xff" + FILE_NAME.encode() + b"\0"
 GZIP_WINDOW = 31  # for zlib: a gzip header and trailer around it
 CHUNK_BYTES = 256 * 1024
+WRITABLE = "make the data folder writable and make room in it"
+ANOTHER_FILE = "make room or the folder writable, or name another file with --to"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,9 @@ def archive(store: SqlStore, plan: ArchivePlan, *, told: Callable[[int], None]) 
         plan.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder = os.open(plan.data_dir, os.O_RDONLY)
     try:
-        with _explained(plan.data_dir):  # the system frees the lock of a run that was killed
+        with _explained(
+            plan.data_dir, WRITABLE
+        ):  # the system frees the lock of a run that was killed
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with store.archiving():
             return _Run(store, plan, told).move_all()
@@ -83,7 +87,7 @@ class _Run:
     def move_all(self) -> Archived:
         file = self._plan.file.absolute()
         unfinished = None
-        with _explained(self._note):
+        with _explained(self._note, WRITABLE):
             if self._note.exists():
                 unfinished = Path(os.fsdecode(self._note.read_bytes()))
         if unfinished is not None and not unfinished.exists():
@@ -95,13 +99,12 @@ class _Run:
             with closing(ArchiveFile(unfinished)) as opened:
                 self._settle(opened, may_be_torn=True)
             self._clear_note()
-        rows = self._oldest(0)
-        if not rows and not file.exists():
+        if not file.exists() and not self._oldest(0):
             self._store.end_archive(self._plan.before_us)
             return Archived(self._moved, 0, None)
         with closing(ArchiveFile(file)) as opened:
             self._settle(opened, may_be_torn=unfinished == file)
-            with _explained(self._note):
+            with _explained(self._note, WRITABLE):
                 write_whole(self._note, os.fsencode(file), replaces=True)
             rows = self._oldest(0)
             while rows:
@@ -145,7 +148,7 @@ class _Run:
         self._told(self._moved)
 
     def _clear_note(self) -> None:
-        with _explained(self._note):
+        with _explained(self._note, WRITABLE):
             self._note.unlink(missing_ok=True)
             sync_folder(self._note.parent)
 
@@ -246,9 +249,7 @@ class ArchiveFile:
 
 
 @contextmanager
-def _explained(
-    path: Path, next_step: str = "make room or its folder writable, or name another file with --to"
-) -> Iterator[None]:
+def _explained(path: Path, next_step: str = ANOTHER_FILE) -> Iterator[None]:
     """Raise `StoreRefused` where another run has locked *path*, `SettingInvalid` for other faults."""
     try:
         yield
