@@ -36,16 +36,6 @@ ANOTHER_FILE = "make room or the folder writable, or name another file with --to
 
 
 @dataclass(frozen=True, slots=True)
-class ArchivePlan:
-    """What to move, and where to."""
-
-    before_us: int  # the beginning of a UTC day, microseconds since the epoch
-    file: Path
-    data_dir: Path  # holds the note
-    batch_rows: int = BATCH_ROWS
-
-
-@dataclass(frozen=True, slots=True)
 class Archived:
     """The outcome of a run."""
 
@@ -54,69 +44,72 @@ class Archived:
     file: Path | None  # None: there was no row, and no file
 
 
-def archive(store: SqlStore, plan: ArchivePlan, *, told: Callable[[int], None]) -> Archived:
-    """Move every row before `plan.before_us`; *told* is called with the rows moved so far.
-
-    Raises `SettingInvalid` for a file that cannot be used, `StoreRefused` where another run is at
-    work, `StoreUnavailable`. Each of them may come after some batches: the next run goes on.
-    """
-    with _explained(plan.data_dir, "choose another with --data-dir"):
-        plan.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder = os.open(plan.data_dir, os.O_RDONLY)
-    try:
-        with _explained(
-            plan.data_dir, WRITABLE
-        ):  # the system frees the lock of a run that was killed
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with store.archiving():
-            return _Run(store, plan, told).move_all()
-    finally:
-        os.close(folder)
-
-
-class _Run:
+@dataclass(slots=True)
+class ArchiveRun:
     """One run, from settling what an earlier one left to the last batch."""
 
-    def __init__(self, store: SqlStore, plan: ArchivePlan, told: Callable[[int], None]) -> None:
-        self._store = store
-        self._plan = plan
-        self._told = told
-        self._note = plan.data_dir / NOTE
-        self._moved = 0
+    store: SqlStore
+    before_us: int  # the beginning of a UTC day, microseconds since the epoch
+    file: Path
+    data_dir: Path  # holds the note
+    told: Callable[[int], None]  # called with the rows moved so far
+    batch_rows: int = BATCH_ROWS
+    moved: int = 0
 
-    def move_all(self) -> Archived:
-        file = self._plan.file.absolute()
+    def run(self) -> Archived:
+        """Move every row before `before_us`.
+
+        Raises `SettingInvalid` for a file that cannot be used, `StoreRefused` where another run is
+        at work, `StoreUnavailable`. Each may come after some batches: the next run goes on.
+        """
+        with _explained(self.data_dir, "choose another with --data-dir"):
+            self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder = os.open(self.data_dir, os.O_RDONLY)
+        try:
+            with _explained(self.data_dir, WRITABLE):  # the system frees it when a run is killed
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with self.store.archiving():
+                return self._move_all()
+        finally:
+            os.close(folder)
+
+    @property
+    def note(self) -> Path:
+        return self.data_dir / NOTE
+
+    def _move_all(self) -> Archived:
+        file = self.file.absolute()
         unfinished = None
-        with _explained(self._note, WRITABLE):
-            if self._note.exists():
-                unfinished = Path(os.fsdecode(self._note.read_bytes()))
+        with _explained(self.note, WRITABLE):
+            if self.note.exists():
+                unfinished = Path(os.fsdecode(self.note.read_bytes()))
         if unfinished is not None and not unfinished.exists():
             raise SettingInvalid(
                 f"the last run wrote to {unfinished} and was cut off, and that file is gone: put it "
-                f"back, or, if it is lost for good, delete {self._note}"
+                f"back, or, if it is lost for good, delete {self.note}"
             )
         if unfinished is not None and unfinished != file:
             with closing(ArchiveFile(unfinished)) as opened:
                 self._settle(opened, may_be_torn=True)
             self._clear_note()
         if not file.exists() and not self._oldest(0):
-            self._store.end_archive(self._plan.before_us)
-            return Archived(self._moved, 0, None)
+            self.store.end_archive(self.before_us)
+            return Archived(self.moved, 0, None)
         with closing(ArchiveFile(file)) as opened:
             self._settle(opened, may_be_torn=unfinished == file)
-            with _explained(self._note, WRITABLE):
-                write_whole(self._note, os.fsencode(file), replaces=True)
+            with _explained(self.note, WRITABLE):
+                write_whole(self.note, os.fsencode(file), replaces=True)
             rows = self._oldest(0)
             while rows:
                 self._move(opened, rows)
                 rows = self._oldest(rows[-1]["time_us"])
-            self._store.end_archive(self._plan.before_us)
+            self.store.end_archive(self.before_us)
             self._clear_note()
-            return Archived(self._moved, opened.byte_count, file)
+            return Archived(self.moved, opened.byte_count, file)
 
     def _oldest(self, from_us: int) -> list[Values]:
-        return self._store.oldest_rows(
-            from_us=from_us, before_us=self._plan.before_us, limit=self._plan.batch_rows
+        return self.store.oldest_rows(
+            from_us=from_us, before_us=self.before_us, limit=self.batch_rows
         )
 
     def _move(self, file: "ArchiveFile", rows: list[Values]) -> None:
@@ -138,19 +131,19 @@ class _Run:
         """Delete from the store what *file* holds: of a run cut off, or of a store put back."""
         for archived in file.members(may_be_torn=may_be_torn):
             # Whole rows are compared: SQLite gives a sequence again once all later rows are gone.
-            here = self._store.rows_numbered([row["sequence"] for row in archived])
+            here = self.store.rows_numbered([row["sequence"] for row in archived])
             if both := [row for row in here if row in archived]:
                 self._drop(both)
 
     def _drop(self, rows: list[Values]) -> None:
-        self._store.drop_rows(rows)
-        self._moved += len(rows)
-        self._told(self._moved)
+        self.store.drop_rows(rows)
+        self.moved += len(rows)
+        self.told(self.moved)
 
     def _clear_note(self) -> None:
-        with _explained(self._note, WRITABLE):
-            self._note.unlink(missing_ok=True)
-            sync_folder(self._note.parent)
+        with _explained(self.note, WRITABLE):
+            self.note.unlink(missing_ok=True)
+            sync_folder(self.note.parent)
 
 
 class ArchiveFile:

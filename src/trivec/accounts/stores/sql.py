@@ -3,17 +3,17 @@
 A `Transaction` decides; this reads and locks the rows that it needs, and writes what has changed.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from threading import Lock
 from typing import Any, TypeAlias
 
 from sqlalchemy import (
     ClauseElement,
-    Column,
     ColumnElement,
     Connection,
     Dialect,
+    Engine,
     Select,
     Table,
     bindparam,
@@ -64,6 +64,7 @@ from trivec.accounts.utc import DAY_US, MINUTE_US, day, moment
 from trivec.core.errors import FieldInvalid, ResourceUnknown, StoreRefused
 
 MINUTES_A_DAY = DAY_US // MINUTE_US
+FOREVER_US = 3_000_000 * DAY_US  # whole days, beyond the year 9999
 ROWS_MAX = 32  # of one bulk statement
 COUNTS_AT_ONCE = 5_000  # deleted in one transaction
 ARCHIVE_LOCK = 7_472_697_666  # Postgres' advisory lock, beside the one for migrations
@@ -158,28 +159,29 @@ class SqlStore:
             if self._upgrades_itself:
                 self.upgrade()
             else:
-                with self._translated(), self._engines.reading.connect() as connection:
+                with (
+                    self._translated(self._engines.reading),
+                    self._engines.reading.connect() as connection,
+                ):
                     tables.check_latest(connection)
             self._is_prepared = True
 
     def revision(self) -> str | None:
         """The schema's; None for an empty database."""
-        with self._translated(), self._engines.writing.begin() as connection:
+        with self._translated(self._engines.writing), self._engines.writing.begin() as connection:
             return tables.revision(connection)
 
     def upgrade(self) -> None:
         """Run the migrations that are missing, all or none."""
-        with self._translated(), self._engines.writing.begin() as connection:
+        with self._translated(self._engines.writing), self._engines.writing.begin() as connection:
             tables.upgrade(connection)
 
     def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
         self._ensure_prepared()
         # Only what was billed must outlive a power cut; a reservation is forgotten in a minute.
         durable = any(isinstance(one, RecordUsage) and one.row.token_count for one in entries)
-        with (
-            self._translated(),
-            closing(self._engines.writing.raw_connection()) as pooled,
-        ):
+        writing = self._engines.writing
+        with self._translated(writing), closing(writing.raw_connection()) as pooled:
             raw: Any = pooled.driver_connection
             try:
                 self._engines.begin(raw, durable or not entries)
@@ -212,17 +214,17 @@ class SqlStore:
 
     def agree_secret_check(self, proposed: bytes) -> bytes:
         agreed = select(key_revision.c.secret_check)
-        with self._reading() as connection:
+        with self._transaction(self._engines.reading) as connection:
             found = connection.scalar(agreed)
         if found is None:
-            with self._writing() as connection:
+            with self._transaction(self._engines.writing) as connection:
                 unset = key_revision.c.secret_check.is_(None)
                 connection.execute(update(key_revision).where(unset).values(secret_check=proposed))
                 found = connection.scalar(agreed)
         return bytes(found or b"")
 
     def keys_since(self, revision: int) -> KeyChanges:
-        with self._reading() as connection:
+        with self._transaction(self._engines.reading) as connection:
             # First: a key that changes between the two statements is read twice, and never missed.
             latest = connection.execute(select(key_revision.c.revision)).scalar_one()
             if latest == revision:
@@ -233,17 +235,17 @@ class SqlStore:
     def find_keys(self, reference: str, digest: bytes) -> Sequence[Key]:
         of_secret = select(secrets.c.key_id).where(secrets.c.digest == digest)
         is_meant = or_(keys.c.id == reference, keys.c.name == reference, keys.c.id.in_(of_secret))
-        with self._reading() as connection:
+        with self._transaction(self._engines.reading) as connection:
             return tables.read_keys(connection, is_meant)
 
     def count_live_keys(self) -> int:
         is_live = keys.c.revoked_us.is_(None)
-        with self._reading() as connection:
+        with self._transaction(self._engines.reading) as connection:
             return connection.scalar(select(func.count()).select_from(keys).where(is_live)) or 0
 
     def add_key(self, key: Key) -> None:
         try:
-            with self._writing() as connection:
+            with self._transaction(self._engines.writing) as connection:
                 revision = connection.execute(NEXT_REVISION).scalar_one()
                 connection.execute(insert(keys), tables.key_values(key, revision=revision))
                 connection.execute(insert(secrets), tables.secret_values(key))
@@ -252,7 +254,7 @@ class SqlStore:
             raise name_taken(key.name) from taken
 
     def change_key(self, key_id: str, change: Callable[[Key], Key]) -> Key:
-        with self._writing() as connection:
+        with self._transaction(self._engines.writing) as connection:
             revision = connection.execute(NEXT_REVISION).scalar_one()
             found = tables.read_keys(connection, keys.c.id == key_id)
             if not found:
@@ -266,12 +268,7 @@ class SqlStore:
         return key
 
     def usage(self, query: UsageQuery) -> list[UsageLine]:
-        self._ensure_prepared()
-        # A failure here drops no connection that the writer or the checks of keys use.
-        with (
-            self._translated(self._engines.summing.dispose),
-            self._engines.summing.begin() as connection,
-        ):
+        with self._transaction(self._engines.summing) as connection:
             found = connection.execute(_usage_sums(query)).all()
             # The key of the environment has no row; its id is its name.
             named = (
@@ -304,7 +301,7 @@ class SqlStore:
         if self._engines.writing.dialect.name == "sqlite":
             yield
             return
-        with self._translated(), self._engines.summing.connect() as connection:
+        with self._translated(self._engines.reading), self._engines.summing.connect() as connection:
             is_taken = connection.scalar(select(func.pg_try_advisory_lock(ARCHIVE_LOCK)))
             connection.commit()  # the lock is the session's; an open transaction holds up vacuum
             if not is_taken:
@@ -330,18 +327,18 @@ class SqlStore:
             .order_by(ledger.c.time_us, ledger.c.sequence)
             .limit(limit)
         )
-        with self._reading() as connection:
+        with self._transaction(self._engines.reading) as connection:
             return [dict(row) for row in connection.execute(statement).mappings()]
 
     def rows_numbered(self, sequences: Sequence[int]) -> list[Values]:
         """The ledger rows with these sequences, where they are there."""
         statement = select(ledger).where(ledger.c.sequence.in_(sequences))
-        with self._reading() as connection:
+        with self._transaction(self._engines.reading) as connection:
             return [dict(row) for row in connection.execute(statement).mappings()]
 
     def drop_rows(self, archived: Sequence[Values]) -> None:
         """Delete rows that are safe elsewhere, all or none. Raises `StoreRefused` if some are gone."""
-        with self._writing() as connection:
+        with self._transaction(self._engines.writing) as connection:
             _move_mark(connection, max(row["time_us"] for row in archived) + 1)
             sequences = [row["sequence"] for row in archived]
             deleted = connection.execute(delete(ledger).where(ledger.c.sequence.in_(sequences)))
@@ -350,18 +347,18 @@ class SqlStore:
 
     def end_archive(self, before_us: int) -> None:
         """Move the mark to *before_us* and delete the counts before it, some at a time."""
-        with self._writing() as connection:
+        with self._transaction(self._engines.writing) as connection:
             _move_mark(connection, before_us)
         is_old = counts.c.minute < before_us // MINUTE_US
         next_keys = select(*counts.primary_key.columns).where(is_old)
         next_keys = next_keys.order_by(*counts.primary_key.columns).limit(COUNTS_AT_ONCE)
         while True:
-            with self._reading() as connection:
+            with self._transaction(self._engines.reading) as connection:
                 found = connection.execute(next_keys).all()
             if not found:
                 return
             last = tuple(found[-1])
-            with self._writing() as connection:
+            with self._transaction(self._engines.writing) as connection:
                 connection.execute(delete(counts).where(is_old, last >= COUNT_KEY))
             next_keys = next_keys.where(last < COUNT_KEY)
 
@@ -372,15 +369,9 @@ class SqlStore:
         self._engines.dispose()
 
     @contextmanager
-    def _writing(self) -> Iterator[Connection]:
+    def _transaction(self, engine: Engine) -> Iterator[Connection]:
         self._ensure_prepared()
-        with self._translated(), self._engines.writing.begin() as connection:
-            yield connection
-
-    @contextmanager
-    def _reading(self) -> Iterator[Connection]:
-        self._ensure_prepared()
-        with self._translated(), self._engines.reading.begin() as connection:
+        with self._translated(engine), engine.begin() as connection:
             yield connection
 
     def _ensure_prepared(self) -> None:
@@ -392,10 +383,11 @@ class SqlStore:
             raise unavailable() from refused
 
     @contextmanager
-    def _translated(self, disconnect: Callable[[], None] | None = None) -> Iterator[None]:
+    def _translated(self, engine: Engine) -> Iterator[None]:
         """Raise `StoreUnavailable` for a failure of the store, and connect anew afterwards.
 
-        A file that was read-only stays so for an open connection.
+        A file that was read-only stays so for an open connection. A sum that fails drops no connection
+        that the writer or the checks of keys use.
         """
         try:
             yield
@@ -403,7 +395,7 @@ class SqlStore:
             cause = fault.orig if isinstance(fault, DBAPIError) else fault
             if cause is None or isinstance(cause, self._our_faults):
                 raise
-            (disconnect or self._engines.dispose)()
+            (engine if engine is self._engines.summing else self._engines).dispose()
             raise unavailable() from cause
         except TimeoutError as fault:  # every connection is taken
             raise unavailable() from fault
@@ -445,9 +437,9 @@ def _move_mark(connection: Connection, before_us: int) -> None:
 def _usage_sums(query: UsageQuery) -> Select[Any]:
     """Group, requests, failed and tokens: of whole days from their totals, else from each row."""
     days, parts = _days_and_parts(query)
-    used = [select(daily).where(*_within(daily.c.day, *days))]
-    for since_us, until_us in parts:
-        row, count = ledger.c, counts.c
+    row, count = ledger.c, counts.c
+    used = [select(daily).where(daily.c.day >= days.start, daily.c.day < days.stop)]
+    for part in parts:
         used.append(
             select(
                 row.key_id,
@@ -456,10 +448,10 @@ def _usage_sums(query: UsageQuery) -> Select[Any]:
                 literal(1),
                 case((row.status >= ERROR_FROM, 1), else_=0),
                 row.token_count,
-            ).where(*_within(row.time_us, since_us, until_us))
+            ).where(row.time_us >= part.start, row.time_us < part.stop)
         )
         # A count belongs to the part that its minute begins in.
-        minutes = -(-since_us // MINUTE_US), -(-until_us // MINUTE_US)
+        first, end = -(-part.start // MINUTE_US), -(-part.stop // MINUTE_US)
         used.append(
             select(
                 count.key_id,
@@ -468,7 +460,7 @@ def _usage_sums(query: UsageQuery) -> Select[Any]:
                 count.requests,
                 case((count.status >= ERROR_FROM, count.requests), else_=0),
                 literal(0),
-            ).where(*_within(count.minute, *minutes))
+            ).where(count.minute >= first, count.minute < end)
         )
     summed = union_all(*used).subquery().c
     group = {UsageBy.KEY: summed.key_id, UsageBy.MODEL: summed.model, UsageBy.DAY: summed.day}
@@ -477,34 +469,15 @@ def _usage_sums(query: UsageQuery) -> Select[Any]:
     return statement if query.key_id is None else statement.where(summed.key_id == query.key_id)
 
 
-def _within(
-    column: Column[Any], first: int | None, end: int | None
-) -> Iterable[ColumnElement[bool]]:
-    if first is not None:
-        yield column >= first
-    if end is not None:
-        yield column < end
-
-
-Bounds: TypeAlias = tuple[int | None, int | None]
-
-
-def _days_and_parts(query: UsageQuery) -> tuple[Bounds, list[tuple[int, int]]]:
-    """The whole days asked for, from the first to before the end; and what is left, in microseconds.
-
-    A bound of None is none. Each part is within one day.
-    """
-    since_us, until_us = query.since_us, query.until_us
-    first = None if since_us is None else -(-since_us // DAY_US)
-    end = None if until_us is None else until_us // DAY_US
-    if since_us is not None and until_us is not None and (first or 0) > (end or 0):
-        return (0, 0), [(since_us, until_us)]  # both within a day
-    parts = []
-    if since_us is not None and first is not None and since_us < first * DAY_US:
-        parts.append((since_us, first * DAY_US))
-    if until_us is not None and end is not None and end * DAY_US < until_us:
-        parts.append((end * DAY_US, until_us))
-    return (first, end), parts
+def _days_and_parts(query: UsageQuery) -> tuple[range, list[range]]:
+    """The whole days asked for, and what is left in microseconds, each part within one day."""
+    since_us = query.since_us or 0
+    until_us = FOREVER_US if query.until_us is None else query.until_us
+    first, end = -(-since_us // DAY_US), until_us // DAY_US
+    if first > end:  # both within a day
+        return range(0), [range(since_us, until_us)]
+    parts = range(since_us, first * DAY_US), range(end * DAY_US, until_us)
+    return range(first, end), [part for part in parts if part]
 
 
 def _check_not_archived(query: UsageQuery, *, before_us: int) -> None:
@@ -512,12 +485,12 @@ def _check_not_archived(query: UsageQuery, *, before_us: int) -> None:
 
     Of rows before *before_us* only the totals of their days are left.
     """
-    for since_us, until_us in _days_and_parts(query)[1]:
-        if since_us < min(until_us, before_us):
-            param = "since" if since_us == query.since_us else "until"
+    for part in _days_and_parts(query)[1]:
+        if part.start < min(part.stop, before_us):
+            param = "since" if part.start == query.since_us else "until"
             raise FieldInvalid(
                 f"Usage before {moment(before_us):%Y-%m-%d %H:%M} UTC is known for whole UTC days "
                 f"only: its rows are archived. Give {param} as a date, such as "
-                f"{day(since_us // DAY_US)}.",
+                f"{day(part.start // DAY_US)}.",
                 param=param,
             )
