@@ -15,9 +15,9 @@ import httpx
 import numpy as np
 from starlette.types import ASGIApp
 from tests.hand_clock import HandClock, HandLoop
+from tests.support.memory_store import MemoryStore
 
 from trivec.accounts import Accounts, KeyPlan, RateLimits, Scope
-from trivec.accounts.stores.memory import MemoryStore
 from trivec.api import ByteBudget, build_app
 from trivec.api.openapi import Operation
 from trivec.backends.fake import FakeBackend
@@ -219,7 +219,7 @@ class House:
 
     async def new_key_async(self, name: str, allowance: RateLimits) -> str:
         """A plain key, made on the running loop."""
-        return (await self.accounts.create_key(KeyPlan(name, allowance=allowance))).plain
+        return (await self.accounts.create_key(KeyPlan(name, limits=allowance))).plain
 
     def client(self, key: str | None = None) -> httpx.AsyncClient:
         """A client that speaks to the app without a socket, with the key that may do all."""

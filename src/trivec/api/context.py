@@ -14,7 +14,7 @@ from http import HTTPMethod, HTTPStatus
 
 from starlette.types import Receive, Scope
 
-from trivec.accounts import Accounts, Caller, RateLimitState, RequestMeta, Reservation
+from trivec.accounts import Accounts, Key, RateLimitState, RequestMeta, Reservation
 from trivec.api.memory import ByteBudget, MemoryReservation
 from trivec.api.schemas import shown
 from trivec.api.timeout import RequestTimeout
@@ -65,7 +65,7 @@ class AppState:
                 return
         last.check_admission(TOKENS_MIN)
 
-    def cards_for(self, caller: Caller) -> list[ModelCard]:
+    def cards_for(self, caller: Key) -> list[ModelCard]:
         """The cards of the models that *caller* may use, in the order they were configured."""
         cards = {one.card.id: one.card for one in self.embedders.values()}
         return [card for card in cards.values() if caller.may_use(card.names)]
@@ -96,7 +96,7 @@ class RequestContext:
         self.timeout = RequestTimeout(receive, request_s_max=request_s_max)
         self.memory = MemoryReservation(app.memory)
 
-        self.caller: Caller | None = None
+        self.caller: Key | None = None
         self.rate_limits: RateLimitState | None = None
         self.user: str | None = None  # the client's word for its user, on its way to be hashed
         self.error_code: str | None = None
@@ -125,7 +125,7 @@ class RequestContext:
         return b"expect" in self.headers and not self.is_body_asked_for
 
     @property
-    def known_caller(self) -> Caller:
+    def known_caller(self) -> Key:
         """The caller, on a route that asks for a key."""
         assert self.caller is not None, "the route is open"
         return self.caller

@@ -109,7 +109,7 @@ def observe(context: RequestContext, scope: Scope) -> None:
             route=scope["route"].path_format if "route" in scope else "other",
             status=status,
             code=context.error_code,
-            key_id=context.caller.key_id if context.caller is not None else None,
+            key_id=context.caller.id if context.caller is not None else None,
             model=context.model,
             input_count=context.input_count,
             token_count=context.token_count if status < 400 else 0,

@@ -51,7 +51,7 @@ def archive(
     as_json: AsJson = False,
 ) -> None:
     """Move old ledger rows into a gzip file of JSON lines; the totals of their days stay."""
-    from trivec.accounts.archive import ArchivePlan, archive
+    from trivec.accounts.archive import ArchiveRun
     from trivec.accounts.stores import open_store
 
     now = datetime.now(UTC)
@@ -64,13 +64,18 @@ def archive(
         )
     settings = settings_of(data_dir, config)
     file = to or settings.data_dir / f"ledger-until-{day:%Y-%m-%d}.jsonl.gz"
-    plan = ArchivePlan(microseconds(day), file, settings.data_dir)
     with (
         store_refusals(settings),
         closing(open_store(settings)) as store,
         Console(stderr=True).status("") as status,  # silent where that is no terminal
     ):
-        done = archive(store, plan, told=lambda rows: status.update(f"{rows:,} rows moved"))
+        done = ArchiveRun(
+            store,
+            microseconds(day),
+            file,
+            settings.data_dir,
+            told=lambda rows: status.update(f"{rows:,} rows moved"),
+        ).run()
     if as_json:
         file_name = None if done.file is None else str(done.file)
         moved = {"rows": done.rows, "bytes": done.byte_count, "file": file_name}

@@ -233,7 +233,7 @@ class RateLimitError(ServiceError):
 
 
 class RateLimitExceeded(RateLimitError):
-    """The key's own allowance is used up for now."""
+    """The key's own rate limit is used up for now."""
 
     def __init__(
         self, *, kind: str, limit: int, requested: int, retry_after_s: float, subject: str = ""
