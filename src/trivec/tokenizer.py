@@ -326,7 +326,7 @@ class Tokenizer:
                 raise TextTooLong(
                     token_count=original or besides + len(document),
                     token_count_max=self.token_count_max,
-                    index=i,
+                    index=i if room > 0 else None,
                 )
             if is_long:
                 document = _cut(document, room, long_text)

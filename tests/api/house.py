@@ -42,6 +42,8 @@ from trivec.settings import HttpLimits
 MODEL = "baai/bge-m3"
 ALIAS = "BAAI/bge-m3"
 PLAIN_MODEL = "all-minilm-l6-v2"  # dense only, dimensions selectable: the opposite in everything
+RERANKER = "baai/bge-reranker-v2-m3"  # scores only
+CLASSIFIER = "emotions"  # scores of several labels
 OPENING, CLOSING = 0, 2
 FIRST_BYTE_ID = 4
 READY = Health("ready", alive=True, ready=True, reason="ok")
@@ -61,6 +63,8 @@ CARD = ModelCard(
 PLAIN_CARD = replace(
     CARD, id=PLAIN_MODEL, outputs=Output.DENSE, dimensions_selectable=True, aliases=()
 )
+RERANKER_CARD = replace(CARD, id=RERANKER, outputs=Output.SCORE, labels=1, aliases=())
+CLASSIFIER_CARD = replace(RERANKER_CARD, id=CLASSIFIER, labels=3)
 
 
 def metrics_page() -> bytes:
@@ -79,7 +83,9 @@ class StandIn:
         self.entered = threading.Event()
         self.left = threading.Event()  # an `embed` was cancelled
         self.embedded: list[tuple[Sequences, Output, float | None]] = []
-        self._backend = FakeBackend(dimensions=card.dimensions, outputs=card.outputs)
+        self._backend = FakeBackend(
+            dimensions=card.dimensions, outputs=card.outputs, labels=max(1, card.labels)
+        )
 
     async def tokenize(
         self, inputs: Texts | TokenLists, *, long_text: LongText, trusted: bool = False
@@ -97,6 +103,23 @@ class StandIn:
             room = count_max - 2
             kept = kept[-room:] if long_text is LongText.CUT_START else kept[:room]
             ids[i] = [OPENING, *kept, CLOSING]
+        return Sequences.pack(ids, truncated)
+
+    async def tokenize_pairs(
+        self, pairs: Sequence[tuple[str, str]], *, long_text: LongText
+    ) -> Sequences:
+        ids, truncated = [], {}
+        for i, (query, document) in enumerate(pairs):
+            before, after = self._ids(query), self._ids(document)[1:]
+            count, count_max = len(before) + len(after), self.card.token_count_max
+            if count > count_max:
+                room = count_max - len(before) - 1
+                if long_text is LongText.REFUSE or room < 1:
+                    index = None if room < 1 else i
+                    raise TextTooLong(token_count=count, token_count_max=count_max, index=index)
+                truncated[i] = Truncated(count, count_max)
+                after = [*after[:room], CLOSING]
+            ids.append([*before, *after])
         return Sequences.pack(ids, truncated)
 
     def _ids(self, one: "str | Int32Array") -> list[int]:
@@ -160,6 +183,8 @@ class House:
 
     model: StandIn = field(default_factory=StandIn)
     plain_model: StandIn = field(default_factory=lambda: StandIn(PLAIN_CARD))
+    reranker: StandIn = field(default_factory=lambda: StandIn(RERANKER_CARD))
+    classifier: StandIn = field(default_factory=lambda: StandIn(CLASSIFIER_CARD))
     # A suite sends thousands of bad requests with one key.
     limits: HttpLimits = field(
         default_factory=lambda: HttpLimits(unpaid_requests_per_minute=1_000_000)
@@ -168,6 +193,7 @@ class House:
     heard: Heard = field(default_factory=Heard)
     health: Health = READY
     no_auth: bool = False
+    has_rerankers: bool = False
     is_loading: bool = False
     memory: ByteBudget = field(default_factory=ByteBudget)
     clock: HandClock = field(default_factory=HandClock)
@@ -202,7 +228,10 @@ class House:
         )
 
     def embedders(self) -> Mapping[str, Embedder]:
-        return {MODEL: self.model, ALIAS: self.model, PLAIN_MODEL: self.plain_model}
+        served = {MODEL: self.model, ALIAS: self.model, PLAIN_MODEL: self.plain_model}
+        if self.has_rerankers:
+            served |= {RERANKER: self.reranker, CLASSIFIER: self.classifier}
+        return served
 
     def new_key(
         self,
@@ -232,6 +261,8 @@ class House:
     def open_gates(self) -> None:
         self.model.gate.set()
         self.plain_model.gate.set()
+        self.reranker.gate.set()
+        self.classifier.gate.set()
 
     def close(self) -> None:
         self.accounts.stop()

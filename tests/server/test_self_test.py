@@ -1,5 +1,7 @@
 """The self-test: a changed vector is a problem, a full queue is none, and a cure ends it."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -47,6 +49,11 @@ class StubEmbedder:
         self, inputs: Texts | TokenLists, *, long_text: LongText, trusted: bool = False
     ) -> Sequences:
         return Sequences.pack([[1]])
+
+    async def tokenize_pairs(
+        self, pairs: Sequence[tuple[str, str]], *, long_text: LongText
+    ) -> Sequences:
+        raise NotImplementedError
 
     async def embed(
         self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None

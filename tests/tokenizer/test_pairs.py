@@ -131,7 +131,7 @@ async def test_a_query_that_leaves_no_room_is_refused(
     pairs = [("w0", "w1"), (text_of(*range(6)), "w1")]
     with pytest.raises(TextTooLong, match="requested 10 tokens") as refusal:
         await words(tmp_path, pool).encode_pairs(pairs, long_text=long_text)
-    assert refusal.value.index == 1
+    assert refusal.value.param == "query"
 
 
 async def test_pairs_are_bounded_as_a_request_is(tmp_path: Path, pool: ThreadPoolExecutor) -> None:

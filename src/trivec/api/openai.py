@@ -91,15 +91,15 @@ async def embeddings(context: RequestContext) -> Response:
         truncate = asked.truncate
     sequences = await tokenize_input(asked, embedder, context, long_text=LONG_TEXT[truncate])
     token_count = sequences.token_count
-    if token_count > limits.request_tokens_max:
-        raise RequestTooLarge(token_count=token_count, token_count_max=limits.request_tokens_max)
     response_bytes, vector_bytes = estimate_bytes(
         asked, outputs, card, rows=rows, tokens=token_count
     )
-    if response_bytes > limits.answer_bytes_max:
-        raise AnswerTooLarge(answer_bytes=response_bytes, answer_bytes_max=limits.answer_bytes_max)
-    context.memory.add(response_bytes + vector_bytes - least_bytes, is_response=True)
-    await context.reservation.reserve_tokens(token_count)
+    await context.admit(
+        token_count,
+        response_bytes=response_bytes,
+        vector_bytes=vector_bytes,
+        reserved_bytes=least_bytes,
+    )
 
     reply = await embedder.embed(sequences, outputs, deadline_s=context.deadline_s - clock.now_s())
     context.token_count = token_count

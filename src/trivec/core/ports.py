@@ -40,6 +40,16 @@ class Embedder(Protocol):
         """
         ...
 
+    async def tokenize_pairs(
+        self, pairs: Sequence[tuple[str, str]], *, long_text: LongText
+    ) -> Sequences:
+        """Ids of (query, document) *pairs*, as a cross-encoder reads them; for `Output.SCORE`.
+
+        Only the document is cut. Raises as `tokenize` does, where the index is the pair's, and
+        `TextTooLong` without an index for a query that leaves no room for its document.
+        """
+        ...
+
     async def embed(
         self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
     ) -> Reply:

@@ -4,6 +4,7 @@ All of it runs on the event loop and none of it computes.
 """
 
 import asyncio
+from collections.abc import Sequence
 
 from trivec.core.ports import Backend, Texts, TokenLists
 from trivec.core.types import Int32Array, LongText, ModelCard, Output, Reply, Sequences
@@ -53,6 +54,12 @@ class Engine:
     ) -> Sequences:
         assert self._tokenizer is not None, "asked with text, and made for ids"
         return await self._tokenizer.tokenize(inputs, long_text=long_text, trusted=trusted)
+
+    async def tokenize_pairs(
+        self, pairs: Sequence[tuple[str, str]], *, long_text: LongText
+    ) -> Sequences:
+        assert self._tokenizer is not None, "asked with text, and made for ids"
+        return await self._tokenizer.encode_pairs(pairs, long_text=long_text)
 
     def token_strings(self, token_ids: Int32Array) -> list[str]:
         assert self._tokenizer is not None, "asked with text, and made for ids"

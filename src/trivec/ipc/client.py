@@ -189,6 +189,7 @@ class RemoteEmbedder:
     ) -> None:
         self.card = card
         self.tokenize = tokenizer.tokenize
+        self.tokenize_pairs = tokenizer.encode_pairs
         self.token_strings = tokenizer.token_strings
         self._index = index
         self._client = client
