@@ -8,7 +8,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from trivec.accounts import Accounts
-from trivec.api import admin, health, openai
+from trivec.api import admin, health, openai, rerank
 from trivec.api.auth import Endpoint, UnpaidRate
 from trivec.api.context import AppState, RequestContext
 from trivec.api.memory import ByteBudget
@@ -61,7 +61,9 @@ def all_operations(has_metrics: bool, *, metrics_open: bool) -> list[Operation]:
     and its route's path is whole in logs and metrics.
     """
     operations = [
-        replace(one, path=prefix + one.path) for prefix in PREFIXES for one in openai.OPERATIONS
+        replace(one, path=prefix + one.path)
+        for prefix in PREFIXES
+        for one in (*openai.OPERATIONS, *rerank.OPERATIONS)
     ]
     operations += [*admin.OPERATIONS, *health.OPERATIONS]
     if has_metrics:

@@ -83,9 +83,7 @@ def status_of(error: BaseException, shape: ErrorShape) -> int:
     return CLIENT_GONE if is_cancelled or isinstance(error, ClientDisconnected) else 500
 
 
-def error_response(
-    error: ServiceError, *, request_id: str, shape: ErrorShape = OPENAI
-) -> Response:
+def error_response(error: ServiceError, *, request_id: str, shape: ErrorShape = OPENAI) -> Response:
     """The whole response: body, and the headers that tell a client what it may do next."""
     row, message = TABLE[type(error)], str(error)
     if isinstance(error, e.EngineFault):  # its own message is for the log
