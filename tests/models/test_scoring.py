@@ -14,7 +14,8 @@ DIMENSIONS = 16
 
 def unit_rows(seed: int, count: int, dimensions: int = DIMENSIONS) -> Float32Array:
     rows = np.random.default_rng(seed).standard_normal((count, dimensions), np.float32)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows
 
 
 def sparse(seed: int, count: int) -> SparseVector:
@@ -31,7 +32,7 @@ def plain_max_sim(query: Float32Array, document: Float32Array) -> float:
 def plain_lexical(query: SparseVector, document: SparseVector) -> float:
     theirs = dict(zip(document.token_ids.tolist(), document.weights.tolist(), strict=True))
     ours = zip(query.token_ids.tolist(), query.weights.tolist(), strict=True)
-    return sum(weight * theirs.get(token_id, 0.0) for token_id, weight in ours)
+    return float(sum(weight * theirs.get(token_id, 0.0) for token_id, weight in ours))
 
 
 @pytest.mark.parametrize(("query", "document"), [(1, 1), (3, 7), (7, 3), (20, 50)])

@@ -260,7 +260,7 @@ async def _by_vectors(
         sequences.token_count, response_bytes=response_bytes, vector_bytes=vector_bytes
     )
     scores: list[float] = []
-    query: dict[Output, Row] = {}
+    query: dict[Output, Row | None] = {}
 
     def add_scores(vectors: Vectors, first: int) -> None:
         """Of the sequences from *first* on, whose rows are in *vectors*."""

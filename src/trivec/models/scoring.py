@@ -48,9 +48,11 @@ def max_sim(query: Float32Array, document: Float32Array) -> float:
 
 
 def fused_score(
-    query: Mapping[Output, Row], document: Mapping[Output, Row], weights: Mapping[Output, float]
+    query: Mapping[Output, Row | None],
+    document: Mapping[Output, Row | None],
+    weights: Mapping[Output, float],
 ) -> float:
-    """Weighted mean of the scores of those outputs that have a weight."""
+    """Weighted mean of the scores of those outputs that have a weight, and so a row in both."""
     total = 0.0
     for output, weight in weights.items():
         match query[output], document[output]:
