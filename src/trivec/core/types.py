@@ -13,6 +13,7 @@ Int32Array: TypeAlias = NDArray[np.int32]
 Float32Array: TypeAlias = NDArray[np.float32]
 
 NOTHING_TRUNCATED: "Mapping[int, Truncated]" = MappingProxyType({})
+NO_PROMPTS: Mapping[str, str] = MappingProxyType({})
 
 
 class Output(IntFlag):
@@ -52,6 +53,8 @@ class Sequences:
         default_factory=lambda: NOTHING_TRUNCATED
     )
     token_types: Int32Array | None = None  # [tokens]; None: all zero
+    # [sequences]; leading tokens left out of a pooled mean, special ones included. None: none are
+    skip: Int32Array | None = None
 
     def __post_init__(self) -> None:
         assert self.cu_seqlens[0] == 0
@@ -97,6 +100,7 @@ class Batch:
     cu_seqlens: Int32Array  # [sequences + 1]
     outputs: NDArray[np.uint8]  # [sequences]; Output flags
     token_types: Int32Array | None = None  # [tokens]; None: all zero
+    skip: Int32Array | None = None  # [sequences]; as in `Sequences`
 
     def __post_init__(self) -> None:
         assert self.cu_seqlens[0] == 0
@@ -209,6 +213,11 @@ class ModelCard:
     created: int  # Unix seconds
     owned_by: str
     dimensions_selectable: bool = False  # trained so that a leading slice of a vector is a vector
+    matryoshka_dimensions: tuple[int, ...] = ()  # sizes a vector may be cut to; empty: only its own
+    prompts: Mapping[str, str] = field(default_factory=lambda: NO_PROMPTS)  # put before a text
+    default_prompt_name: str | None = None  # the prompt of a text whose request names none
+    include_prompt: bool = True  # False: a prompt's tokens are left out of the pooled mean
+    labels: int = 0  # numbers in a score
     verified: bool = False  # every file matched the catalogue's hash
     aliases: tuple[str, ...] = ()
     recipe: str | None = None  # the exact arithmetic, where the backend has a name for it
