@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from trivec.checkpoints.layout import (
 from trivec.checkpoints.tensor_files import as_safetensors, open_tensor_file
 from trivec.checkpoints.weights import Weights
 from trivec.core.errors import CheckpointRefused
-from trivec.core.types import Output
+from trivec.core.types import NO_PROMPTS, Output
 from trivec.models.ops import ModelConfig
 from trivec.models.pooling import Heads, Pooling
 from trivec.models.registry import FAMILIES, tensor_shapes
@@ -54,6 +54,16 @@ class Checkpoint:
     dimensions_selectable: bool
     weight_file: HashedFile
     cache_dir: Path
+    prompts: Mapping[str, str] = field(default_factory=lambda: NO_PROMPTS)  # put before a text
+    default_prompt_name: str | None = None
+    include_prompt: bool = True  # False: a prompt's tokens are left out of the pooled mean
+    matryoshka_dimensions: tuple[int, ...] = ()  # sizes a vector may be cut to
+    labels: int = 0  # numbers in a score
+
+    @property
+    def dimensions(self) -> int:
+        """Numbers in a dense vector."""
+        return self.config.hidden_size
 
     @property
     def outputs(self) -> Output:

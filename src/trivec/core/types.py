@@ -22,6 +22,7 @@ class Output(IntFlag):
     DENSE = 1
     SPARSE = 2
     MULTI = 4
+    SCORE = 8  # of a pair of texts, by a reranker or classifier
 
 
 class LongText(Enum):
@@ -133,33 +134,39 @@ Rows: TypeAlias = Float32Array | tuple[Row | None, ...]
 class Vectors:
     """What a forward pass yielded: rows by output, one a sequence, in the order given.
 
-    Everything is float32 on the host. An output that no sequence asked for has no entry.
-    DENSE: `[sequences, dimensions]`, of length 1 where the model normalises; always there.
-    SPARSE: a `SparseVector` or None. MULTI: `[tokens - 1, dimensions]` or None.
+    Everything is float32 on the host. An output that no sequence asked for has no entry, but for
+    one that the model yields of every text without more work.
+    DENSE: `[sequences, dimensions]`, of length 1 where the model normalises.
+    SPARSE: a `SparseVector` or None. MULTI: `[rows, dimensions]` or None.
+    SCORE: `[sequences, labels]`, as the model's last layer gives them.
     """
 
     rows: Mapping[Output, Rows]
 
     def __post_init__(self) -> None:
-        assert Output.DENSE in self.rows
         assert len({len(rows) for rows in self.rows.values()}) == 1
 
     @classmethod
     def of(
         cls,
-        dense: Float32Array,
+        dense: Float32Array | None = None,
         sparse: Sequence[SparseVector | None] = (),
         multi: Sequence[Float32Array | None] = (),
+        score: Float32Array | None = None,
     ) -> "Vectors":
         """From the rows of each output; those of nothing but None are left out."""
-        rows: dict[Output, Rows] = {Output.DENSE: dense}
+        rows: dict[Output, Rows] = {}
+        if dense is not None:
+            rows[Output.DENSE] = dense
         for output, given in ((Output.SPARSE, sparse), (Output.MULTI, multi)):
             if any(row is not None for row in given):
                 rows[output] = tuple(given)
+        if score is not None:
+            rows[Output.SCORE] = score
         return cls(rows)
 
     def __len__(self) -> int:
-        return len(self.dense)
+        return len(next(iter(self.rows.values())))
 
     def __getitem__(self, output: Output) -> Rows:
         """The rows of *output*, where any sequence asked for it; None for each otherwise."""
@@ -177,6 +184,10 @@ class Vectors:
     @property
     def multi(self) -> tuple[Float32Array | None, ...]:
         return cast("tuple[Float32Array | None, ...]", self[Output.MULTI])
+
+    @property
+    def score(self) -> Float32Array:
+        return cast("Float32Array", self.rows[Output.SCORE])
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +238,11 @@ class ModelCard:
     def names(self) -> tuple[str, ...]:
         """All that the model is called: its id, then its aliases."""
         return (self.id, *self.aliases)
+
+    @property
+    def main_output(self) -> Output:
+        """The first of its outputs: dense where it has that."""
+        return next(iter(self.outputs))
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,7 @@ class Request:
         if len(self.parts) > 1 or indices != sorted(indices):
             places = np.argsort(indices)  # of each sequence's row in the parts
             rows: dict[Output, Rows] = {}
-            for output in Output.DENSE | self.outputs:
+            for output in self.outputs:
                 parts = [own[output] for _, own in self.parts]
                 if isinstance(parts[0], np.ndarray):
                     array: Float32Array = np.concatenate([np.asarray(part) for part in parts])
