@@ -54,6 +54,8 @@ class Sequences:
         default_factory=lambda: NOTHING_TRUNCATED
     )
     token_types: Int32Array | None = None  # [tokens]; None: all zero
+    # [sequences]; leading tokens left out of a pooled mean, special ones included. None: none are
+    skip: Int32Array | None = None
 
     def __post_init__(self) -> None:
         assert self.cu_seqlens[0] == 0
@@ -99,6 +101,7 @@ class Batch:
     cu_seqlens: Int32Array  # [sequences + 1]
     outputs: NDArray[np.uint8]  # [sequences]; Output flags
     token_types: Int32Array | None = None  # [tokens]; None: all zero
+    skip: Int32Array | None = None  # [sequences]; as in `Sequences`
 
     def __post_init__(self) -> None:
         assert self.cu_seqlens[0] == 0

@@ -45,6 +45,7 @@ class HiddenRows:
         Int32Array  # [sequences + 1]; with CLS pooling a sequence may have its first row only
     )
     outputs: NDArray[np.uint8]  # [sequences]; Output flags
+    skip: Int32Array | None = None  # [sequences]; leading rows left out of a mean, at least one stays
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +78,13 @@ class Pooler:
             return rows.hidden[first]
         if self.pooling is Pooling.LAST:
             return rows.hidden[rows.cu_seqlens[1:] - 1]
-        lengths = np.diff(rows.cu_seqlens).astype(np.float32)
-        pooled: Float32Array = np.add.reduceat(rows.hidden, first, axis=0)
+        skip = 0 if rows.skip is None else rows.skip
+        lengths = (np.diff(rows.cu_seqlens) - skip).astype(np.float32)
+        if rows.skip is None:
+            pooled: Float32Array = np.add.reduceat(rows.hidden, first, axis=0)
+        else:  # sums of what is skipped and of the rest, by turns
+            bounds = np.column_stack((first, first + skip)).reshape(-1)  # [2 * sequences]
+            pooled = np.add.reduceat(rows.hidden, bounds, axis=0)[1::2]
         pooled /= lengths[:, None]
         return pooled
 

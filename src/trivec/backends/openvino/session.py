@@ -161,6 +161,7 @@ class Session:
                 token_ids=packed.kept_token_ids,
                 cu_seqlens=packed.kept_cu_seqlens,
                 outputs=batch.outputs[packed.members],
+                skip=None if batch.skip is None else batch.skip[packed.members],
             )
             part = self._pooler.vectors(states)
             if len(batch) == 1:

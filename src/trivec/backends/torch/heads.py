@@ -46,7 +46,8 @@ class DeviceHeads:
 
         *hidden* and *packed* may end in filler, which is passed over.
         """
-        results = {"dense": self._dense(hidden, packed.cu_seqlens[: len(batch) + 1])}
+        skip = None if batch.skip is None else upload(batch.skip)
+        results = {"dense": self._dense(hidden, packed.cu_seqlens[: len(batch) + 1], skip)}
         if not self._linear:
             return results
         sparse_tokens = _tokens_wanting(batch, Output.SPARSE)
@@ -64,17 +65,22 @@ class DeviceHeads:
         weight, bias = self._linear[f"{head}_weight"], self._linear[f"{head}_bias"]
         return functional.linear(rows.float(), weight, bias)
 
-    def _dense(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """One row a sequence: fp32 `[sequences, hidden]`."""
+    def _dense(self, hidden: Tensor, cu_seqlens: Tensor, skip: Tensor | None) -> Tensor:
+        """One row a sequence: fp32 `[sequences, hidden]`. A mean leaves out *skip* `[sequences]`."""
         if self._pooling is Pooling.CLS:
             pooled = hidden[cu_seqlens[:-1]].float()
         elif self._pooling is Pooling.LAST:
             pooled = hidden[cu_seqlens[1:] - 1].float()
         else:
+            offsets = cu_seqlens.long()
+            if skip is not None:  # segments of what is skipped and of the rest, by turns
+                starts = torch.stack((offsets[:-1], offsets[:-1] + skip), dim=1).flatten()
+                offsets = torch.cat((starts, offsets[-1:]))
             # `unsafe` leaves out a check of the offsets that would wait for the device.
             pooled = torch.segment_reduce(
-                hidden.float(), "mean", offsets=cu_seqlens.long(), axis=0, unsafe=True
+                hidden.float(), "mean", offsets=offsets, axis=0, unsafe=True
             )
+            pooled = pooled if skip is None else pooled[1::2]
         return functional.normalize(pooled, dim=-1) if self._normalize else pooled
 
     def _sparse_terms(
