@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from starlette.responses import Response
 
 from trivec.api.context import RequestContext
-from trivec.api.openai import LONG_TEXT, OUTPUTS, PARSE_IN_LINE_BYTES_MAX, refuse_too_many_items
+from trivec.api.openai import LONG_TEXT, parse
 from trivec.api.responses import FLOAT_TEXT_BYTES, IN_LINE_BYTES_MAX, ITEM_FRAME_BYTES
 from trivec.api.schemas import Decoder
 from trivec.core.errors import FieldInvalid, RequestError, TextTooLong
-from trivec.core.ports import Embedder, Texts, TokenLists
+from trivec.core.ports import Embedder, Texts
 from trivec.core.types import LongText, Output, Row, Sequences, Truncated, Vectors
 from trivec.models.scoring import WEIGHTS, fused_score
 
@@ -28,14 +28,6 @@ T = TypeVar("T")
 
 WINDOW_BYTES = 128 * 1024 * 1024  # token vectors that are held at a time to score pairs with
 _INPUT = re.compile(r"input\[(\d+)\]")
-
-
-@dataclass(frozen=True, slots=True)
-class EmbeddedTexts:
-    """The sequences of some texts and their vectors."""
-
-    sequences: Sequences
-    vectors: Vectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +57,7 @@ async def read(decoder: Decoder[T], context: RequestContext) -> T:
     """The request in the body. Raises what `RequestContext.read_body` and the decoder do."""
     body = await context.read_body()
     context.app.check_admission()
-
-    def decode() -> T:
-        if len(body) > PARSE_IN_LINE_BYTES_MAX:
-            refuse_too_many_items(body, context.app.limits)
-        return decoder.decode(body)
-
-    in_line = len(body) <= PARSE_IN_LINE_BYTES_MAX
-    return decode() if in_line else await asyncio.to_thread(decode)
+    return await parse(decoder, body, context)
 
 
 def choose_embedder(context: RequestContext, name: str | None, outputs: Output) -> Embedder:
@@ -123,41 +108,6 @@ def blamed_on(field: Callable[[int], str]) -> Iterator[None]:
         error.args = (str(error).replace(found[0], name),)
         error.param = name
         raise
-
-
-async def embed_texts(
-    context: RequestContext,
-    embedder: Embedder,
-    inputs: Texts | TokenLists,
-    outputs: Output,
-    *,
-    long_text: LongText,
-    field: str,
-) -> EmbeddedTexts:
-    """Vectors of *inputs*, which came in *field*; counted and reserved, for an answer in floats."""
-    card, rows = embedder.card, len(inputs)
-    if absent := outputs & ~card.outputs:
-        named = [name for name, output in OUTPUTS.items() if output in absent and name != "colbert"]
-        raise FieldInvalid(f"This model has no {' and no '.join(named)} output.", param="model")
-    context.input_count = rows
-    context.timeout.watch_client()
-    await context.reservation.acquire(tokens_follow=True)
-    started_s = context.app.clock.now_s()
-    with blamed_on(lambda i: f"{field}[{i}]"):
-        sequences = await embedder.tokenize(inputs, long_text=long_text)
-    context.tokenize_s = context.app.clock.now_s() - started_s
-    tokens = sequences.token_count
-    numbers = rows * card.dimensions if Output.DENSE in outputs else 0
-    numbers += 2 * tokens if Output.SPARSE in outputs else 0
-    numbers += tokens * card.dimensions if Output.MULTI in outputs else 0
-    await context.admit(
-        tokens,
-        response_bytes=rows * ITEM_FRAME_BYTES + numbers * FLOAT_TEXT_BYTES,
-        vector_bytes=4 * numbers,
-    )
-    vectors = await _compute(context, embedder, sequences, outputs)
-    context.token_count = tokens
-    return EmbeddedTexts(sequences, vectors)
 
 
 async def score_pairs(
