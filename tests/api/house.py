@@ -33,6 +33,7 @@ from trivec.core.types import (
     Output,
     Reply,
     Sequences,
+    TextToken,
     Truncated,
 )
 from trivec.server.granian_server import GranianServer
@@ -112,12 +113,18 @@ class StandIn:
         return Sequences.pack(ids, truncated)
 
     async def tokenize_pairs(
-        self, pairs: Sequence[tuple[str, str]], *, long_text: LongText
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        long_text: LongText,
+        document_tokens_max: int | None = None,
     ) -> Sequences:
         ids, truncated = [], {}
         for i, (query, document) in enumerate(pairs):
             before, after = self._ids(query), self._ids(document)[1:]
             count, count_max = len(before) + len(after), self.card.token_count_max
+            if document_tokens_max is not None:
+                count_max = min(count_max, len(before) + document_tokens_max - 1)
             if count > count_max:
                 room = count_max - len(before) - 1
                 if long_text is LongText.REFUSE or room < 1:
@@ -159,6 +166,26 @@ class StandIn:
 
     def token_strings(self, token_ids: Int32Array) -> list[str]:
         return [f"‹{token_id}›" for token_id in token_ids.tolist()]
+
+    async def find_tokens(self, texts: Texts, *, special_tokens: bool) -> list[list[TextToken]]:
+        found = []
+        for text in texts:
+            own = [
+                TextToken(ord(c) + FIRST_BYTE_ID, c, False, i, i + 1) for i, c in enumerate(text)
+            ]
+            opening, closing = (TextToken(i, f"‹{i}›", True, 0, 0) for i in (OPENING, CLOSING))
+            found.append([opening, *own, closing] if special_tokens else own)
+        return found
+
+    async def decode(self, lists: TokenLists, *, special_tokens: bool) -> list[str]:
+        return [
+            "".join(
+                chr(token_id - FIRST_BYTE_ID) if token_id >= FIRST_BYTE_ID else f"‹{token_id}›"
+                for token_id in ids.tolist()
+                if special_tokens or token_id >= FIRST_BYTE_ID
+            )
+            for ids in lists
+        ]
 
 
 class Heard:

@@ -132,6 +132,27 @@ async def test_texts_and_their_own_ids_are_the_same_sequences(embedder: Embedder
     ]
 
 
+async def test_tokens_are_found_in_their_text_and_made_into_texts_again(
+    embedder: Embedder,
+) -> None:
+    whole = await embedder.find_tokens(["w1  w20"], special_tokens=True)
+    bare = await embedder.find_tokens(["w1  w20"], special_tokens=False)
+    assert [tuple(token) for token in whole[0]] == [
+        (0, "<s>", True, 0, 0),
+        (4, "w1", False, 0, 2),
+        (23, "w20", False, 4, 7),
+        (1, "</s>", True, 0, 0),
+    ]
+    assert bare == [whole[0][1:3]]
+    ids = [np.array([0, 4, 23, 1], np.int32), np.array([5], np.int32)]
+    assert await embedder.decode(ids, special_tokens=False) == ["w1 w20", "w2"]
+    assert (await embedder.decode(ids, special_tokens=True))[0] == "<s> w1 w20 </s>"
+    with pytest.raises(TokenIdUnknown):
+        await embedder.decode([np.array([VOCABULARY_SIZE], np.int32)], special_tokens=True)
+    with pytest.raises(TextTooLong):
+        await embedder.find_tokens(["w1", "w2 " * 1000], special_tokens=True)
+
+
 async def test_what_cannot_be_read_is_refused_by_its_place(embedder: Embedder) -> None:
     with pytest.raises(TextTooLong) as long:
         await read(embedder, "w1", "w1 " * TOKEN_COUNT_MAX)

@@ -15,6 +15,7 @@ from trivec.core.types import (
     Output,
     Reply,
     Sequences,
+    TextToken,
     Vectors,
 )
 from trivec.server.server import SelfTest
@@ -51,8 +52,18 @@ class StubEmbedder:
         return Sequences.pack([[1]])
 
     async def tokenize_pairs(
-        self, pairs: Sequence[tuple[str, str]], *, long_text: LongText
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        long_text: LongText,
+        document_tokens_max: int | None = None,
     ) -> Sequences:
+        raise NotImplementedError
+
+    async def find_tokens(self, texts: Texts, *, special_tokens: bool) -> list[list[TextToken]]:
+        raise NotImplementedError
+
+    async def decode(self, lists: TokenLists, *, special_tokens: bool) -> list[str]:
         raise NotImplementedError
 
     async def embed(

@@ -5,10 +5,9 @@ with `respond`. Models without a head for scores rerank by their vectors.
 """
 
 import asyncio
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -21,13 +20,20 @@ from trivec.api.responses import FLOAT_TEXT_BYTES, IN_LINE_BYTES_MAX, ITEM_FRAME
 from trivec.api.schemas import Decoder
 from trivec.core.errors import FieldInvalid, RequestError, TextTooLong
 from trivec.core.ports import Embedder, Texts
-from trivec.core.types import LongText, Output, Row, Sequences, Truncated, Vectors
+from trivec.core.types import (
+    Float32Array,
+    LongText,
+    Output,
+    Row,
+    Sequences,
+    Truncated,
+    Vectors,
+)
 from trivec.models.scoring import WEIGHTS, fused_score
 
 T = TypeVar("T")
 
 WINDOW_BYTES = 128 * 1024 * 1024  # token vectors that are held at a time to score pairs with
-_INPUT = re.compile(r"input\[(\d+)\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +103,15 @@ def check_text(text: object, field: str) -> None:
 
 
 @contextmanager
-def blamed_on(field: Callable[[int], str]) -> Iterator[None]:
-    """Let a refusal of `input[i]` name the field that this face has for it."""
+def blamed_on(fields: Mapping[str, str]) -> Iterator[None]:
+    """Let a refusal name the field that this face has: *fields*, by what OpenAI calls them."""
     try:
         yield
     except RequestError as error:
-        if (found := _INPUT.fullmatch(error.param or "")) is None:
-            raise
-        name = field(int(found[1]))
-        error.args = (str(error).replace(found[0], name),)
-        error.param = name
+        ours, bracket, index = (error.param or "").partition("[")
+        if theirs := fields.get(ours):
+            message = str(error).replace(f"({ours}", f"({theirs}").replace(f"'{ours}", f"'{theirs}")
+            error.args, error.param = (message,), theirs + bracket + index
         raise
 
 
@@ -117,95 +122,116 @@ async def score_pairs(
     documents: Texts,
     *,
     long_text: LongText,
+    document_tokens_max: int | None = None,
     weights: Mapping[Output, float] | None = None,
+    prompts: tuple[str, str] = ("", ""),
     response_bytes: int = 0,
     fields: tuple[str, str] = ("query", "documents"),
 ) -> PairScores:
     """Scores of *documents*, each for the one of *queries*, or for its own where there are many.
 
-    By the model's head for scores, or else by its vectors, whose scores are weighted by *weights*.
-    Only documents are cut. *response_bytes*: what the answer takes beside its numbers. *fields*:
-    what the face calls a query and the documents.
+    By the model's head for scores, or else by its vectors, whose scores are weighted by *weights*
+    and whose texts follow *prompts*. Only documents are cut, to *document_tokens_max* at most.
+    *response_bytes*: what the answer takes beside its numbers. *fields*: what the face
+    calls a query and the documents.
     """
     assert len(queries) in (1, len(documents))
-    context.input_count = len(documents)
-    context.timeout.watch_client()
-    await context.reservation.acquire(tokens_follow=True)
-    response_bytes += len(documents) * ITEM_FRAME_BYTES
-    by_head = Output.SCORE in embedder.card.outputs
+    card, clock = embedder.card, context.app.clock
+    by_head = Output.SCORE in card.outputs
     if by_head and weights is not None:
         raise FieldInvalid(
             "This model scores pairs of texts itself; 'weights' are for models that compare vectors.",
             param="weights",
         )
-    try:
-        with blamed_on(lambda i: f"{fields[1]}[{i}]"):
-            if by_head:
-                return await _by_head(
-                    context, embedder, queries, documents, long_text, response_bytes
-                )
-            return await _by_vectors(
-                context, embedder, queries, documents, long_text, response_bytes, weights
+    await _begin(context, len(documents))
+    started_s = clock.now_s()
+    with blamed_on({"input": fields[1], "query": fields[0]}):
+        if by_head:
+            asked = list(queries) * (len(documents) if len(queries) == 1 else 1)
+            sequences = await embedder.tokenize_pairs(
+                list(zip(asked, documents, strict=True)),
+                long_text=long_text,
+                document_tokens_max=document_tokens_max,
             )
-    except RequestError as error:
-        if error.param == "query":
-            error.args, error.param = (str(error).replace("(query)", f"({fields[0]})"),), fields[0]
-        raise
-
-
-async def _by_head(
-    context: RequestContext,
-    embedder: Embedder,
-    queries: Texts,
-    documents: Texts,
-    long_text: LongText,
-    response_bytes: int,
-) -> PairScores:
-    started_s = context.app.clock.now_s()
-    asked = list(queries) * (len(documents) if len(queries) == 1 else 1)
-    pairs = list(zip(asked, documents, strict=True))
-    sequences = await embedder.tokenize_pairs(pairs, long_text=long_text)
-    context.tokenize_s = context.app.clock.now_s() - started_s
-    vector_bytes = 4 * len(pairs) * embedder.card.labels
-    await context.admit(
-        sequences.token_count, response_bytes=response_bytes, vector_bytes=vector_bytes
-    )
-    vectors = await _compute(context, embedder, sequences, Output.SCORE)
+            truncated = sequences.truncated
+        else:
+            kept = await embedder.tokenize(queries, long_text=LongText.KEEP, prompt=prompts[0])
+            longest = int(kept.lengths().max())
+            if longest > card.token_count_max or kept.truncated:
+                raise TextTooLong(
+                    token_count=longest, token_count_max=card.token_count_max, index=None
+                )
+            answers = await embedder.tokenize(
+                documents,
+                long_text=long_text,
+                prompt=prompts[1],
+                token_count_max=document_tokens_max,
+            )
+            sequences, truncated = interleave(kept, answers), answers.truncated
+    context.tokenize_s = clock.now_s() - started_s
+    response_bytes += len(documents) * ITEM_FRAME_BYTES
+    if by_head:
+        scores = await _score_by_head(context, embedder, sequences, response_bytes)
+    else:
+        if weights is None:
+            weights = {output: WEIGHTS[output] for output in WEIGHTS if output in card.outputs}
+        scores = await _score_by_vectors(
+            context, embedder, sequences, len(queries), weights, response_bytes
+        )
     context.token_count = sequences.token_count
-    return PairScores(vectors.score, True, sequences.token_count, sequences.truncated)
+    return PairScores(scores, by_head, sequences.token_count, truncated)
 
 
-async def _by_vectors(
+async def score_texts(
+    context: RequestContext, embedder: Embedder, texts: Texts, *, long_text: LongText, field: str
+) -> PairScores:
+    """Scores of *texts* alone, which came in *field*, by a classifier."""
+    await _begin(context, len(texts))
+    with blamed_on({"input": field}):
+        sequences = await embedder.tokenize(texts, long_text=long_text)
+    scores = await _score_by_head(context, embedder, sequences, len(texts) * ITEM_FRAME_BYTES)
+    context.token_count = sequences.token_count
+    return PairScores(scores, True, sequences.token_count, sequences.truncated)
+
+
+async def _begin(context: RequestContext, count: int) -> None:
+    context.input_count = count
+    context.timeout.watch_client()
+    await context.reservation.acquire(tokens_follow=True)
+
+
+async def _score_by_head(
+    context: RequestContext, embedder: Embedder, sequences: Sequences, response_bytes: int
+) -> Float32Array:
+    """Logits `[sequences, labels]`."""
+    number_count = len(sequences) * embedder.card.labels
+    response_bytes += number_count * FLOAT_TEXT_BYTES
+    await context.admit(
+        sequences.token_count, response_bytes=response_bytes, vector_bytes=4 * number_count
+    )
+    return (await _compute(context, embedder, sequences, Output.SCORE)).score
+
+
+async def _score_by_vectors(
     context: RequestContext,
     embedder: Embedder,
-    queries: Texts,
-    documents: Texts,
-    long_text: LongText,
+    sequences: Sequences,
+    query_count: int,
+    weights: Mapping[Output, float],
     response_bytes: int,
-    weights: Mapping[Output, float] | None,
-) -> PairScores:
-    card, started_s = embedder.card, context.app.clock.now_s()
-    if weights is None:
-        weights = {output: weight for output, weight in WEIGHTS.items() if output in card.outputs}
-    kept = await embedder.tokenize(queries, long_text=LongText.KEEP)
-    if (longest := int(kept.lengths().max())) > card.token_count_max or kept.truncated:
-        raise TextTooLong(token_count=longest, token_count_max=card.token_count_max, index=None)
-    asked = _split(kept)
-    answers = await embedder.tokenize(documents, long_text=long_text)
-    # A query comes before its documents, and its rows are kept until the next.
-    pairs = zip(asked, _split(answers), strict=False)
-    rest = _split(answers)[1:] if len(asked) == 1 else []
-    sequences = Sequences.pack([ids for pair in pairs for ids in pair] + rest)
-    context.tokenize_s = context.app.clock.now_s() - started_s
+) -> NDArray[np.floating]:
+    """Scores `[documents, 1]` of *sequences*, in which each query comes before its documents.
 
-    outputs = Output(0)
+    In one pass, but for token vectors: of those only `WINDOW_BYTES` are held at a time.
+    """
+    outputs, dimensions = Output(0), embedder.card.dimensions
     for output in weights:
         outputs |= output
     tokens_max = sequences.token_count
+    vector_bytes = 4 * len(sequences) * dimensions + 8 * sequences.token_count
     if Output.MULTI in outputs:
-        tokens_max = min(tokens_max, WINDOW_BYTES // (4 * card.dimensions))
-    vector_bytes = 4 * len(sequences) * card.dimensions + 8 * sequences.token_count
-    vector_bytes += 4 * tokens_max * card.dimensions if Output.MULTI in outputs else 0
+        tokens_max = min(tokens_max, WINDOW_BYTES // (4 * dimensions))
+        vector_bytes += 4 * tokens_max * dimensions
     await context.admit(
         sequences.token_count, response_bytes=response_bytes, vector_bytes=vector_bytes
     )
@@ -216,22 +242,42 @@ async def _by_vectors(
         """Of the sequences from *first* on, whose rows are in *vectors*."""
         for i in range(len(vectors)):
             row = {output: vectors[output][i] for output in weights}
-            place = first + i
-            if place == 0 or (len(asked) > 1 and place % 2 == 0):
+            if first + i == 0 or (query_count > 1 and (first + i) % 2 == 0):
                 query.update(row)
             else:
                 scores.append(fused_score(query, row, weights))
 
     for first, end in windows(sequences, tokens_max):
         begin, stop = sequences.cu_seqlens[[first, end]]
-        starts = sequences.cu_seqlens[first : end + 1] - begin
-        window = Sequences(sequences.token_ids[begin:stop], starts)
+        window = Sequences(
+            sequences.token_ids[begin:stop],
+            sequences.cu_seqlens[first : end + 1] - begin,
+            skip=None if sequences.skip is None else sequences.skip[first:end],
+        )
         vectors = await _compute(context, embedder, window, outputs)
         await asyncio.to_thread(add_scores, vectors, first)
         del vectors  # before the next are computed
-    context.token_count = sequences.token_count
-    found = np.array(scores, np.float64)[:, np.newaxis]  # [pairs, 1]
-    return PairScores(found, False, sequences.token_count, answers.truncated)
+    return np.array(scores)[:, np.newaxis]
+
+
+def interleave(queries: Sequences, documents: Sequences) -> Sequences:
+    """Each query before its document; a lone one before them all."""
+    order = [0, *range(1, 1 + len(documents))]
+    if len(queries) > 1:
+        order = np.arange(2 * len(queries)).reshape(2, -1).T.ravel().tolist()
+    parts = [
+        ids
+        for sequences in (queries, documents)
+        for ids in np.split(sequences.token_ids, sequences.cu_seqlens[1:-1])
+    ]
+    packed = Sequences.pack([parts[i] for i in order])
+    if queries.skip is None and documents.skip is None:
+        return packed
+    skips = [
+        np.zeros(len(sequences), np.int32) if sequences.skip is None else sequences.skip
+        for sequences in (queries, documents)
+    ]
+    return replace(packed, skip=np.concatenate(skips)[order])
 
 
 def windows(sequences: Sequences, tokens_max: int) -> Iterator[tuple[int, int]]:
@@ -253,10 +299,6 @@ async def _compute(
     context.queue_s += reply.queue_s
     context.compute_s += reply.compute_s
     return reply.vectors
-
-
-def _split(sequences: Sequences) -> list[NDArray[np.int32]]:
-    return np.split(sequences.token_ids, sequences.cu_seqlens[1:-1])
 
 
 async def respond(
