@@ -34,6 +34,7 @@ def tokenizer_file(folder: Path) -> Path:
     codec = tokenizers.Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
     )
+    codec.add_special_tokens(["<s>", "</s>"])
     codec.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     codec.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>",

@@ -59,9 +59,9 @@ class PairScores:
         return normalised
 
 
-async def read(decoder: Decoder[T], context: RequestContext) -> T:
-    """The request in the body. Raises what `RequestContext.read_body` and the decoder do."""
-    body = await context.read_body()
+async def read(decoder: Decoder[T], context: RequestContext, body: bytes | None = None) -> T:
+    """The request in *body*, which is read unless it is given. Raises what reading it does."""
+    body = await context.read_body() if body is None else body
     context.app.check_admission()
     return await parse(decoder, body, context)
 

@@ -2,7 +2,8 @@
 
 import asyncio
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar, cast
@@ -164,15 +165,20 @@ async def embed(asked: EmbeddingsRequest, context: RequestContext) -> EmbeddedIn
 
 
 async def tokenize(context: RequestContext) -> Response:
-    """Count tokens without spending any.
-
-    A large request waits for its turn, for it takes the tokenizer's threads from embeddings.
-    """
-    app = context.app
+    """Count tokens without spending any."""
     body = await context.read_body()
     context.timeout.watch_client()
-    if len(body) < LARGE_TOKENIZE_BYTES:
+    async with tokenizer_turn(context):
         return await count_tokens(body, context)
+
+
+@asynccontextmanager
+async def tokenizer_turn(context: RequestContext) -> AsyncIterator[None]:
+    """Let a large request wait for its turn, for it takes the tokenizer's threads from embeddings."""
+    app = context.app
+    if context.request_bytes < LARGE_TOKENIZE_BYTES:
+        yield
+        return
     if app.large_tokenize_count >= LARGE_TOKENIZE_MAX:
         raise Overloaded(
             f"{LARGE_TOKENIZE_MAX - 1} large requests to tokenize are waiting, which is the most. "
@@ -182,7 +188,7 @@ async def tokenize(context: RequestContext) -> Response:
     app.large_tokenize_count += 1
     try:
         async with app.large_tokenize:
-            return await count_tokens(body, context)
+            yield
     finally:
         app.large_tokenize_count -= 1
 
@@ -368,7 +374,7 @@ def choose_prompt(asked: TokenizeRequest, card: ModelCard, *, are_texts: bool) -
     return prompt if are_texts else ""
 
 
-def check_inputs(given: str | list[str | int | list[int]], limits: HttpLimits) -> int:
+def check_inputs(given: str | Sequence[str | int | list[int]], limits: HttpLimits) -> int:
     """How many inputs are *given*. Raises `FieldInvalid` for none of the four forms that `input`
     has, `RequestTooLarge`.
     """

@@ -44,7 +44,7 @@ def openapi_document(operations: Sequence[Operation]) -> bytes:
     for one in operations:
         given = (one.body_type, one.response_type, one.error_shape.response_type)
         types |= {kind for kind in given if kind is not None}
-    ordered = sorted(types, key=lambda kind: kind.__name__)
+    ordered = sorted(types, key=str)
     schemas, components = msgspec.json.schema_components(ordered, ref_template=_REF)
     schema_of = dict(zip(ordered, schemas, strict=True))
     paths: dict[str, Json] = {}

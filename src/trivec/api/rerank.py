@@ -17,15 +17,16 @@ from trivec.api.inference import (
     read,
     score_pairs,
 )
-from trivec.api.openai import OUTPUTS, output_names
+from trivec.api.openai import OUTPUTS, choose_prompt, output_names
 from trivec.api.openapi import Operation
 from trivec.api.responses import json_response
-from trivec.api.schemas import Decoder, Truncate, doc, shown
+from trivec.api.schemas import Decoder, InputType, TokenizeRequest, Truncate, doc, shown
 from trivec.core.errors import FieldInvalid
 from trivec.core.ports import Embedder
 from trivec.core.types import ModelCard, Output, Truncated
 
 DOCUMENTS_MAX = 1000
+INPUT_TYPES: tuple[InputType, InputType] = ("query", "document")
 
 
 class Document(Struct, frozen=True):
@@ -96,9 +97,9 @@ class RerankResponse(Struct, frozen=True, omit_defaults=True):
 _decoder = Decoder(RerankRequest)
 
 
-async def rerank(context: RequestContext) -> Response:
+async def rerank(context: RequestContext, body: bytes | None = None) -> Response:
     """Order documents by their relevance to a query."""
-    asked = await read(_decoder, context)
+    asked = await read(_decoder, context, body)
     context.user = asked.user
     embedder = context.find_embedder(asked.model)
     texts = [one if isinstance(one, str) else one.text for one in asked.documents]
@@ -142,21 +143,32 @@ async def rank(
     texts: Sequence[str],
     *,
     truncate: bool | str | None,
+    document_tokens_max: int | None = None,
     weights: Mapping[Output, float] | None = None,
     with_texts: bool = False,
     field: str = "documents",
 ) -> PairScores:
-    """Scores of *texts*, which came in *field*, for one *query*. Raises `FieldInvalid` as well."""
+    """Scores of *texts*, which came in *field*, for one *query*. Raises `FieldInvalid` as well.
+
+    A model that has prompts for queries and documents compares the vectors of texts behind them.
+    """
     check_text(query, "query")
     check_texts(texts, field, DOCUMENTS_MAX)
-    require_one_label(embedder.card)
+    card = embedder.card
+    require_one_label(card)
+    of_query, of_document = (
+        choose_prompt(TokenizeRequest(card.id, "", input_type=kind), card, are_texts=True)
+        for kind in INPUT_TYPES
+    )
     return await score_pairs(
         context,
         embedder,
         [query],
         texts,
         long_text=choose_long_text(context, truncate),
+        document_tokens_max=document_tokens_max,
         weights=weights,
+        prompts=(of_query, of_document),
         response_bytes=2 * sum(map(len, texts)) if with_texts else 0,
         fields=("query", field),
     )
