@@ -451,7 +451,9 @@ def choose_outputs(asked: EmbeddingsRequest, card: ModelCard) -> Output:
             have = f"at most {sizes[-1]}"
             if not card.dimensions_selectable:
                 have = ", ".join(map(str, sizes))
-            message = f"Invalid value for '{param}' = {dimensions}. This model's vectors have {have}."
+            message = (
+                f"Invalid value for '{param}' = {dimensions}. This model's vectors have {have}."
+            )
         raise FieldInvalid(message, param=param)
     if asked.dtype in ("binary", "ubinary") and dimensions % 8:
         raise FieldInvalid(

@@ -45,7 +45,9 @@ class HiddenRows:
         Int32Array  # [sequences + 1]; with CLS pooling a sequence may have its first row only
     )
     outputs: NDArray[np.uint8]  # [sequences]; Output flags
-    skip: Int32Array | None = None  # [sequences]; leading rows left out of a mean, at least one stays
+    skip: Int32Array | None = (
+        None  # [sequences]; leading rows left out of a mean, at least one stays
+    )
 
 
 @dataclass(frozen=True, slots=True)
