@@ -2,7 +2,7 @@
 
 Clients such as LangChain's `OpenAIEmbeddings` send ids of `cl100k_base` to any server. Decoding
 needs no tokenizer: a token is some bytes, and a text is its tokens' bytes end to end. Which bytes
-is read from the data files of an installed package, which is not imported (decision 0016).
+is read from the data files of an installed package, which is not imported (decision 0011).
 """
 
 import gzip
