@@ -31,7 +31,7 @@ def with_default() -> Iterator[House]:
     house.close()
 
 
-async def post(house: House, url: str = "/embeddings", **given: object) -> dict[str, Any]:
+async def post(house: House, url: str = "/embeddings", /, **given: object) -> dict[str, Any]:
     async with house.client() as client:
         body = {"model": MODEL, "input": "hello", **given}
         answer: dict[str, Any] = (await client.post(url, json=body)).json()

@@ -14,7 +14,7 @@ from tests.api.house import CARD, MODEL, House, StandIn
 
 from trivec import token_encodings
 from trivec.build import check_models
-from trivec.core.errors import SettingInvalid
+from trivec.core.errors import FieldInvalid, SettingInvalid
 from trivec.settings import HttpLimits, Settings, load_settings
 
 try:
@@ -33,7 +33,7 @@ def ids_of(text: str, encoding: str = "cl100k_base") -> list[int]:
     return found
 
 
-async def post(house: House, url: str = "/embeddings", **given: object) -> dict[str, Any]:
+async def post(house: House, url: str = "/embeddings", /, **given: object) -> dict[str, Any]:
     async with house.client() as client:
         answer: dict[str, Any] = (await client.post(url, json={"model": MODEL, **given})).json()
     return answer
@@ -167,7 +167,7 @@ def test_a_table_that_is_not_openais_is_not_used(
     (tmp_path / "cl100k_base.tiktoken.gz").write_bytes(gzip.compress(b"IQ== 0\n"))
     token_encodings.token_table.cache_clear()
     monkeypatch.setattr(metadata, "distribution", lambda _: Installed())
-    with pytest.raises(token_encodings.FieldInvalid, match="is not OpenAI's"):
+    with pytest.raises(FieldInvalid, match="is not OpenAI's"):
         token_encodings.token_table("cl100k_base")
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -89,10 +90,10 @@ async def test_a_cut_vector_is_normalised_after_the_cut_as_there(
 
 @pytest.mark.parametrize("dtype", ["binary", "ubinary"])
 async def test_bits_are_packed_as_there(
-    backend: Backend, checkpoint: Checkpoint, dtype: str
+    backend: Backend, checkpoint: Checkpoint, dtype: Literal["binary", "ubinary"]
 ) -> None:
     vectors = await embed(backend, checkpoint, prompt="", include_prompt=True)
-    expected = quantize_embeddings(vectors, dtype)  # type: ignore[arg-type]
-    found = quantise(vectors, dtype)  # type: ignore[arg-type]
+    expected = quantize_embeddings(vectors, dtype)
+    found = quantise(vectors, dtype)
     assert found.dtype == expected.dtype
     np.testing.assert_array_equal(found, expected)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,9 +128,9 @@ async def test_without_a_prompt_nothing_is_left_out(skipping: Tokenizer) -> None
     ids=["end", "start"],
 )
 async def test_fewer_tokens_than_the_model_reads(
-    words: Tokenizer, given: object, long_text: LongText, kept: list[int]
+    words: Tokenizer, given: Any, long_text: LongText, kept: list[int]
 ) -> None:
-    found = await words.tokenize([given], long_text=long_text, token_count_max=3)  # type: ignore[list-item]
+    found = await words.tokenize([given], long_text=long_text, token_count_max=3)
     assert ids_of(found) == [kept]
     assert found.truncated == {0: Truncated(5, 3)}
 
