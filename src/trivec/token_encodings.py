@@ -2,11 +2,12 @@
 
 Clients such as LangChain's `OpenAIEmbeddings` send ids of `cl100k_base` to any server. Decoding
 needs no tokenizer: a token is some bytes, and a text is its tokens' bytes end to end. Which bytes
-is read from the data files of an installed package, which is not imported (decision 0016).
+is read from the data files of an installed package, which is not imported (decision 0011).
 """
 
 import gzip
 import hashlib
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import metadata
@@ -55,14 +56,23 @@ def decode(lists: Sequence[Sequence[int]], encoding: str) -> list[str]:
 
 @cache
 def token_table(encoding: str) -> Mapping[int, bytes]:
-    """The bytes of each token of *encoding*, by id. Raises `FieldInvalid` where it is not here."""
+    """The bytes of each token of *encoding*, by id. Raises as `table_bytes` does."""
+    tokens = dict(SPECIAL_TOKENS[encoding])
+    for line in table_bytes(encoding).splitlines():  # a token in base64, a blank, its id
+        token, _, token_id = line.partition(b" ")
+        tokens[int(token_id)] = pybase64.b64decode(token)
+    return tokens
+
+
+def table_bytes(encoding: str) -> bytes:
+    """The table of *encoding* as OpenAI publishes it. Raises `FieldInvalid` where it is not here."""
     try:
         folder = metadata.distribution(DISTRIBUTION).locate_file("bpe_openai/data")
         packed = Path(str(folder), f"{encoding}.tiktoken.gz").read_bytes()
         lines = gzip.decompress(packed)
-    except (metadata.PackageNotFoundError, OSError, EOFError) as fault:
+    except (metadata.PackageNotFoundError, OSError, EOFError, zlib.error) as fault:
         raise FieldInvalid(
-            f"This server cannot read {encoding}: {fault}. Send texts instead; whoever runs it can "
+            f"This server lacks the table of {encoding}. Send texts instead; whoever runs it can "
             "install trivec[openai-tokens].",
             param="token_encoding",
         ) from fault
@@ -72,8 +82,4 @@ def token_table(encoding: str) -> Mapping[int, bytes]:
             f"it must install {DISTRIBUTION} again.",
             param="token_encoding",
         )
-    tokens = dict(SPECIAL_TOKENS[encoding])
-    for line in lines.splitlines():  # a token in base64, a blank, its id
-        token, _, token_id = line.partition(b" ")
-        tokens[int(token_id)] = pybase64.b64decode(token)
-    return tokens
+    return lines

@@ -142,7 +142,13 @@ async def embed(asked: EmbeddingsRequest, context: RequestContext) -> EmbeddedIn
         truncate = truncate if said is None else said
     long_text, count_max = LONG_TEXT[truncate], asked.truncate_prompt_tokens
     if count_max is not None:
-        count_max = None if count_max == -1 else count_max
+        count_max = card.token_count_max if count_max == -1 else count_max
+        if not 1 <= count_max <= card.token_count_max:
+            raise FieldInvalid(
+                f"Invalid value for 'truncate_prompt_tokens' = {count_max}. It is -1, or 1 to "
+                f"{card.token_count_max}, which is all that this model reads.",
+                param="truncate_prompt_tokens",
+            )
         long_text = LongText.CUT_END if long_text is LongText.REFUSE else long_text
     sequences = await tokenize_input(
         asked, embedder, context, long_text=long_text, token_count_max=count_max

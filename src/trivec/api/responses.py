@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from starlette.responses import Response
 
 from trivec.api.schemas import EmbeddingsRequest, Encoding, OutputDtype
-from trivec.core.types import Float32Array, Int32Array, ModelCard, Output, Sequences, Vectors
+from trivec.core.types import Float32Array, ModelCard, Output, Sequences, Vectors
 
 NO_STORE = {"cache-control": "no-store"}
 # Up to these sizes encoding is about 0.2 ms of work, and a thread would only add its hand-over.

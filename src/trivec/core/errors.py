@@ -21,7 +21,6 @@ TrivecError
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-
 OPENAI_IDS = (
     "In LangChain's OpenAIEmbeddings set check_embedding_ctx_length=False. If they are OpenAI's, "
     'send "token_encoding": "cl100k_base" (or "o200k_base") and they are made into texts again.'
