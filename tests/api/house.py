@@ -19,6 +19,7 @@ from tests.hand_clock import HandClock, HandLoop
 from trivec.accounts import Accounts, KeyPlan, RateLimits, Scope
 from trivec.accounts.stores.memory import MemoryStore
 from trivec.api import ByteBudget, build_app
+from trivec.api.app import FACES
 from trivec.api.openapi import Operation
 from trivec.backends.fake import FakeBackend
 from trivec.core.errors import Overloaded, TextTooLong
@@ -227,6 +228,7 @@ class House:
     health: Health = READY
     no_auth: bool = False
     has_rerankers: bool = False
+    faces: tuple[str, ...] = tuple(FACES)
     is_loading: bool = False
     memory: ByteBudget = field(default_factory=ByteBudget)
     clock: HandClock = field(default_factory=HandClock)
@@ -257,6 +259,7 @@ class House:
             metrics=metrics,
             metrics_open=metrics_open,
             memory=self.memory,
+            faces=self.faces,
             operations=operations,
         )
 
