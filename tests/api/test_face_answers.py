@@ -32,7 +32,8 @@ async def ask(house: House, path: str, body: object, *, status: int = 200) -> An
 
 async def usual(house: House, texts: list[str], **given: object) -> Any:
     """What OpenAI's face says of *texts*."""
-    answer = await ask(house, "/v1/embeddings", {"model": MODEL, "input": texts} | given)
+    body: dict[str, object] = {"model": MODEL, "input": texts}
+    answer = await ask(house, "/v1/embeddings", body | given)
     return answer["data"]
 
 

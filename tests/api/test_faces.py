@@ -69,9 +69,9 @@ async def post(house: House, path: str, body: object) -> httpx.Response:
 def assert_is_error(path: str, answer: httpx.Response) -> None:
     """In the shape that the face's clients read."""
     shape = OPERATIONS[path].error_shape
-    found = msgspec.convert(answer.json(), shape.response_type, strict=True)
-    assert set(answer.json()) == set(shape.response_type.__struct_fields__)  # type: ignore[attr-defined]
-    assert found is not None
+    kind: Any = shape.response_type
+    msgspec.convert(answer.json(), kind, strict=True)
+    assert set(answer.json()) == set(kind.__struct_fields__)
 
 
 def test_every_face_has_a_switch_and_every_switch_a_face() -> None:
@@ -111,7 +111,8 @@ async def test_rerank_without_a_prefix_is_vllms_where_tei_is_left_out(fresh: Hou
 async def test_an_answer_has_the_type_that_is_described(house: House, path: str) -> None:
     answer = await post(house, path, EVERY[path])
     assert answer.status_code == 200, answer.text
-    assert msgspec.convert(answer.json(), OPERATIONS[path].response_type, strict=True) is not None
+    kind: Any = OPERATIONS[path].response_type
+    msgspec.convert(answer.json(), kind, strict=True)
 
 
 @pytest.mark.parametrize(("path", "field"), FIELDS, ids=lambda one: getattr(one, "name", one))
