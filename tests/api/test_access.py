@@ -38,6 +38,7 @@ TEI_ROUTES = (
 )
 OF_FACES = {
     ("POST", "/v2/rerank"): "embed",
+    ("POST", "/v1/embed"): "embed",
     ("POST", "/v2/embed"): "embed",
     ("GET", "/info"): "embed",
     **{("POST", f"/{name}"): "embed" for name in TEI_ROUTES},
@@ -69,6 +70,7 @@ BODIES = {
     "tokenize": {"model": MODEL, "input": "hello"},
     "rerank": RERANK,
     "/v2/rerank": RERANK,
+    "/v1/embed": {"model": MODEL, "texts": ["hello"]},
     "/v2/embed": {"model": MODEL, "texts": ["hello"]},
     "/embed": {"inputs": "hello"},
     "/embed_sparse": {"inputs": "hello"},

@@ -59,10 +59,18 @@ async def test_cohere_embeds_in_every_type_at_once(house: House) -> None:
     assert found["float"] == expected
     rows = np.array(expected, np.float32)
     for dtype in ("int8", "uint8", "binary", "ubinary"):
-        assert found[dtype] == quantise(rows, dtype).tolist()  # type: ignore[arg-type]
+        assert found[dtype] == quantise(rows, dtype).tolist()
     read = [np.frombuffer(base64.b64decode(one), "<f4") for one in found["base64"]]
     np.testing.assert_array_equal(read, rows)
     assert (answer["texts"], answer["response_type"]) == (TEXTS, "embeddings_by_type")
+
+
+async def test_coheres_first_version_embeds_in_floats_or_by_type(house: House) -> None:
+    body = {"model": MODEL, "texts": TEXTS}
+    plain = await ask(house, "/v1/embed", body)
+    typed = await ask(house, "/v1/embed", body | {"embedding_types": ["float"]})
+    assert plain["embeddings"] == typed["embeddings"]["float"] == await vectors(house, TEXTS)
+    assert plain["response_type"] == "embeddings_floats"
 
 
 async def test_cohere_reads_inputs_in_parts_and_a_smaller_dimension(house: House) -> None:

@@ -20,6 +20,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/rerank": {"model": RERANKER, "query": "hello", "documents": ["a", "bb"]},
     "/v2/rerank": {"model": RERANKER, "query": "hello", "documents": ["a", "bb"], "top_n": 1},
     "/v2/embed": {"model": MODEL, "texts": ["hello", "a"], "input_type": "search_query"},
+    "/v1/embed": {"model": MODEL, "texts": ["hello"], "truncate": "END"},
     "/v1/score": {"model": RERANKER, "text_1": "hello", "text_2": ["a", "bb"]},
     "/score": {"model": MODEL, "queries": ["hello", "b"], "documents": ["a", "bb"]},
     "/embed": {"inputs": ["hello", "a"], "truncate": False},
