@@ -119,6 +119,7 @@ def test_voyage_embeds_and_reranks(server: Server, expected: list[list[float]]) 
     assert (len(ranked.results), ranked.total_tokens > 0) == (2, True)
 
 
+@pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecationWarning")  # of cohere's
 def test_langchains_cohere_embeds_and_reranks(server: Server, expected: list[list[float]]) -> None:
     langchain = pytest.importorskip("langchain_cohere", reason=COMES_WITH)
     options = {"model": MODEL, "cohere_api_key": server.key, "base_url": server.url}
