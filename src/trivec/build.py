@@ -266,7 +266,7 @@ def load_checkpoint(
     earned = backend.certificate
     if earned is None:
         return LoadedModel(checkpoint, backend, card, None)
-    certificate = CertificateSummary(earned.dense.minimum, earned.dense.mean, earned.summary)
+    certificate = CertificateSummary(earned.main.minimum, earned.main.mean, earned.summary)
     card = replace(card, notes={"certificate": earned.summary})
     return LoadedModel(checkpoint, backend, card, certificate)
 

@@ -115,6 +115,15 @@ class Batch:
     def token_count(self) -> int:
         return len(self.token_ids)
 
+    def take(self, indices: NDArray[np.integer]) -> "Batch":
+        """The sequences at *indices*, in that order."""
+        lengths = np.diff(self.cu_seqlens)[indices]
+        starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int32))).astype(np.int32)
+        shift = self.cu_seqlens[indices] - starts[:-1]
+        tokens = np.arange(starts[-1], dtype=np.int32) + np.repeat(shift, lengths)
+        types = None if self.token_types is None else self.token_types[tokens]
+        return Batch(self.token_ids[tokens], starts, self.outputs[indices], types)
+
 
 @dataclass(frozen=True, slots=True)
 class SparseVector:
@@ -164,6 +173,22 @@ class Vectors:
         if score is not None:
             rows[Output.SCORE] = score
         return cls(rows)
+
+    @classmethod
+    def join(
+        cls, parts: Sequence["Vectors"], places: NDArray[np.integer] | None = None
+    ) -> "Vectors":
+        """The rows of *parts* end to end; with *places*, row i is then the `places[i]`th of these."""
+        joined: dict[Output, Rows] = {}
+        for output in sorted({output for part in parts for output in part.rows}):
+            own = [part[output] for part in parts]
+            if all(isinstance(rows, np.ndarray) for rows in own):
+                array: Float32Array = np.concatenate([np.asarray(rows) for rows in own])
+                joined[output] = array if places is None else array[places]
+            else:
+                listed = tuple(row for rows in own for row in rows)
+                joined[output] = listed if places is None else tuple(listed[i] for i in places)
+        return cls(joined)
 
     def __len__(self) -> int:
         return len(next(iter(self.rows.values())))
