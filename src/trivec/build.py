@@ -69,6 +69,7 @@ class ServerParts:
             metrics=metrics_page or self.metrics.page,
             metrics_open=self.settings.metrics_open,
             memory=self.memory,
+            faces=self.settings.faces,
         )
 
     def close(self) -> None:

@@ -33,6 +33,7 @@ from trivec.core.types import (
     Output,
     Reply,
     Sequences,
+    TextToken,
     Truncated,
 )
 from trivec.server.granian_server import GranianServer
@@ -42,6 +43,8 @@ from trivec.settings import HttpLimits
 MODEL = "baai/bge-m3"
 ALIAS = "BAAI/bge-m3"
 PLAIN_MODEL = "all-minilm-l6-v2"  # dense only, dimensions selectable: the opposite in everything
+RERANKER = "baai/bge-reranker-v2-m3"  # scores only
+CLASSIFIER = "emotions"  # scores of several labels
 OPENING, CLOSING = 0, 2
 FIRST_BYTE_ID = 4
 READY = Health("ready", alive=True, ready=True, reason="ok")
@@ -61,6 +64,8 @@ CARD = ModelCard(
 PLAIN_CARD = replace(
     CARD, id=PLAIN_MODEL, outputs=Output.DENSE, dimensions_selectable=True, aliases=()
 )
+RERANKER_CARD = replace(CARD, id=RERANKER, outputs=Output.SCORE, labels=1, aliases=())
+CLASSIFIER_CARD = replace(RERANKER_CARD, id=CLASSIFIER, labels=3)
 
 
 def metrics_page() -> bytes:
@@ -79,7 +84,9 @@ class StandIn:
         self.entered = threading.Event()
         self.left = threading.Event()  # an `embed` was cancelled
         self.embedded: list[tuple[Sequences, Output, float | None]] = []
-        self._backend = FakeBackend(dimensions=card.dimensions, outputs=card.outputs)
+        self._backend = FakeBackend(
+            dimensions=card.dimensions, outputs=card.outputs, labels=max(1, card.labels)
+        )
 
     async def tokenize(
         self,
@@ -103,6 +110,29 @@ class StandIn:
             room = count_max - 2
             kept = kept[-room:] if long_text is LongText.CUT_START else kept[:room]
             ids[i] = [OPENING, *kept, CLOSING]
+        return Sequences.pack(ids, truncated)
+
+    async def tokenize_pairs(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        long_text: LongText,
+        document_tokens_max: int | None = None,
+    ) -> Sequences:
+        ids, truncated = [], {}
+        for i, (query, document) in enumerate(pairs):
+            before, after = self._ids(query), self._ids(document)[1:]
+            count, count_max = len(before) + len(after), self.card.token_count_max
+            if document_tokens_max is not None:
+                count_max = min(count_max, len(before) + document_tokens_max - 1)
+            if count > count_max:
+                room = count_max - len(before) - 1
+                if long_text is LongText.REFUSE or room < 1:
+                    index = None if room < 1 else i
+                    raise TextTooLong(token_count=count, token_count_max=count_max, index=index)
+                truncated[i] = Truncated(count, count_max)
+                after = [*after[:room], CLOSING]
+            ids.append([*before, *after])
         return Sequences.pack(ids, truncated)
 
     def _ids(self, one: "str | Int32Array") -> list[int]:
@@ -137,6 +167,26 @@ class StandIn:
     def token_strings(self, token_ids: Int32Array) -> list[str]:
         return [f"‹{token_id}›" for token_id in token_ids.tolist()]
 
+    async def find_tokens(self, texts: Texts, *, special_tokens: bool) -> list[list[TextToken]]:
+        found = []
+        for text in texts:
+            own = [
+                TextToken(ord(c) + FIRST_BYTE_ID, c, False, i, i + 1) for i, c in enumerate(text)
+            ]
+            opening, closing = (TextToken(i, f"‹{i}›", True, 0, 0) for i in (OPENING, CLOSING))
+            found.append([opening, *own, closing] if special_tokens else own)
+        return found
+
+    async def decode(self, lists: TokenLists, *, special_tokens: bool) -> list[str]:
+        return [
+            "".join(
+                chr(token_id - FIRST_BYTE_ID) if token_id >= FIRST_BYTE_ID else f"‹{token_id}›"
+                for token_id in ids.tolist()
+                if special_tokens or token_id >= FIRST_BYTE_ID
+            )
+            for ids in lists
+        ]
+
 
 class Heard:
     """An `Observer` that remembers."""
@@ -166,6 +216,8 @@ class House:
 
     model: StandIn = field(default_factory=StandIn)
     plain_model: StandIn = field(default_factory=lambda: StandIn(PLAIN_CARD))
+    reranker: StandIn = field(default_factory=lambda: StandIn(RERANKER_CARD))
+    classifier: StandIn = field(default_factory=lambda: StandIn(CLASSIFIER_CARD))
     # A suite sends thousands of bad requests with one key.
     limits: HttpLimits = field(
         default_factory=lambda: HttpLimits(unpaid_requests_per_minute=1_000_000)
@@ -174,6 +226,7 @@ class House:
     heard: Heard = field(default_factory=Heard)
     health: Health = READY
     no_auth: bool = False
+    has_rerankers: bool = False
     is_loading: bool = False
     memory: ByteBudget = field(default_factory=ByteBudget)
     clock: HandClock = field(default_factory=HandClock)
@@ -208,7 +261,10 @@ class House:
         )
 
     def embedders(self) -> Mapping[str, Embedder]:
-        return {MODEL: self.model, ALIAS: self.model, PLAIN_MODEL: self.plain_model}
+        served = {MODEL: self.model, ALIAS: self.model, PLAIN_MODEL: self.plain_model}
+        if self.has_rerankers:
+            served |= {RERANKER: self.reranker, CLASSIFIER: self.classifier}
+        return served
 
     def new_key(
         self,
@@ -238,6 +294,8 @@ class House:
     def open_gates(self) -> None:
         self.model.gate.set()
         self.plain_model.gate.set()
+        self.reranker.gate.set()
+        self.classifier.gate.set()
 
     def close(self) -> None:
         self.accounts.stop()

@@ -17,6 +17,7 @@ SCOPES = {"open": None, "embed": Scope.EMBED, "admin": Scope.ADMIN, "scrape": Sc
 EXPECTED = {
     ("POST", "/v1/embeddings"): "embed",
     ("POST", "/v1/tokenize"): "embed",
+    ("POST", "/v1/rerank"): "embed",
     ("GET", "/v1/models"): "embed",
     ("GET", "/v1/models/{id:path}"): "embed",
     ("GET", "/admin/v1/keys"): "admin",
@@ -44,6 +45,7 @@ NAMING_A_MODEL = [
 BODIES = {
     "embeddings": {"model": MODEL, "input": "hello"},
     "tokenize": {"model": MODEL, "input": "hello"},
+    "rerank": {"model": MODEL, "query": "hello", "documents": ["a"]},
     "keys": {"name": "another"},
     "rotate": {},
     "revoke": {},

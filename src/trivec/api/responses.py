@@ -99,10 +99,8 @@ def encode_embeddings(
     dense: NDArray[np.generic] | None = None  # [sequences, numbers]
     if Output.DENSE in outputs:
         numbers = vectors.dense
-        if asked.size not in (None, numbers.shape[1]):
-            # Dividing by the slice's own length undoes the model's normalisation of the whole row,
-            # so this equals truncating first and normalising after.
-            numbers = unit(numbers[:, : asked.size])
+        if asked.size is not None:
+            numbers = cut(numbers, asked.size)
         dense = numbers if asked.dtype == "float" else quantise(numbers, asked.dtype)
     body = bytearray(b'{"object":"list","model":%b,"data":[' % _encoder.encode(asked.model))
     for i, (terms, rows) in enumerate(zip(vectors.sparse, vectors.multi, strict=True)):
@@ -133,6 +131,15 @@ def encode_embeddings(
         body += b',"token_encoding":%b' % _encoder.encode(token_encoding)
     body += b"}"
     return memoryview(body)
+
+
+def cut(rows: Float32Array, size: int | None) -> Float32Array:
+    """The first *size* numbers of each row, brought back to length 1: float32 `[rows, size]`.
+
+    Dividing by the slice's own length undoes the model's normalisation of the whole row, so this
+    equals truncating first and normalising after.
+    """
+    return rows if size in (None, rows.shape[1]) else unit(rows[:, :size])
 
 
 def unit(rows: Float32Array) -> Float32Array:

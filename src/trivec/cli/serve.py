@@ -65,6 +65,7 @@ class ServeCommand(TyperCommand):
 def serve(
     models: Annotated[list[str] | None, _flag("models", "--model", "-m")] = None,
     aliases: Annotated[list[str] | None, _flag("aliases", "--alias", metavar="NAME=ID")] = None,
+    faces: Annotated[list[str] | None, _flag("faces", "--face")] = None,
     host: Annotated[str | None, _flag("host")] = None,
     port: Annotated[str | None, _flag("port", "--port", "-p")] = None,
     probe_port: Annotated[str | None, _flag("probe_port")] = None,

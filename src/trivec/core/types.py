@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntFlag
 from types import MappingProxyType
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,16 @@ class Truncated:
 
     original_tokens: int | None  # None: the text was too long even to be counted
     kept_tokens: int
+
+
+class TextToken(NamedTuple):
+    """A token, and which characters of its text it is made of."""
+
+    token_id: int
+    text: str  # those characters; of a special token the vocabulary's string
+    is_special: bool
+    start: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,18 @@ All of it runs on the event loop and none of it computes.
 """
 
 import asyncio
+from collections.abc import Sequence
 
 from trivec.core.ports import Backend, Texts, TokenLists
-from trivec.core.types import Int32Array, LongText, ModelCard, Output, Reply, Sequences
+from trivec.core.types import (
+    Int32Array,
+    LongText,
+    ModelCard,
+    Output,
+    Reply,
+    Sequences,
+    TextToken,
+)
 from trivec.engine.scheduler import ModelQueue
 from trivec.engine.worker import Workers
 from trivec.settings import QueueLimits
@@ -66,9 +75,29 @@ class Engine:
             token_count_max=token_count_max,
         )
 
+    async def tokenize_pairs(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        long_text: LongText,
+        document_tokens_max: int | None = None,
+    ) -> Sequences:
+        assert self._tokenizer is not None, "asked with text, and made for ids"
+        return await self._tokenizer.encode_pairs(
+            pairs, long_text=long_text, document_tokens_max=document_tokens_max
+        )
+
     def token_strings(self, token_ids: Int32Array) -> list[str]:
         assert self._tokenizer is not None, "asked with text, and made for ids"
         return self._tokenizer.token_strings(token_ids)
+
+    async def find_tokens(self, texts: Texts, *, special_tokens: bool) -> list[list[TextToken]]:
+        assert self._tokenizer is not None, "asked with text, and made for ids"
+        return await self._tokenizer.find_tokens(texts, special_tokens=special_tokens)
+
+    async def decode(self, lists: TokenLists, *, special_tokens: bool) -> list[str]:
+        assert self._tokenizer is not None, "asked with text, and made for ids"
+        return await self._tokenizer.decode(lists, special_tokens=special_tokens)
 
     def check_admission(self, token_count: int) -> None:
         self._scheduler.check_admission(self._queue, token_count)

@@ -192,6 +192,9 @@ class RemoteEmbedder:
     ) -> None:
         self.card = card
         self.tokenize = tokenizer.tokenize
+        self.tokenize_pairs = tokenizer.encode_pairs
+        self.find_tokens = tokenizer.find_tokens
+        self.decode = tokenizer.decode
         self.token_strings = tokenizer.token_strings
         self._index = index
         self._client = client
