@@ -132,7 +132,8 @@ class Batch:
         shift = self.cu_seqlens[indices] - starts[:-1]
         tokens = np.arange(starts[-1], dtype=np.int32) + np.repeat(shift, lengths)
         types = None if self.token_types is None else self.token_types[tokens]
-        return Batch(self.token_ids[tokens], starts, self.outputs[indices], types)
+        skip = None if self.skip is None else self.skip[indices]
+        return Batch(self.token_ids[tokens], starts, self.outputs[indices], types, skip)
 
 
 @dataclass(frozen=True, slots=True)
