@@ -291,6 +291,7 @@ def model_card(
         default_prompt_name=checkpoint.default_prompt_name,
         include_prompt=checkpoint.include_prompt,
         labels=checkpoint.labels,
+        late_chunking=checkpoint.late_chunking,
         verified=checkpoint.verified,
         aliases=checkpoint.aliases,
         notes=notes,

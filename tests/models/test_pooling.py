@@ -110,6 +110,22 @@ def test_a_prompt_is_left_out_of_whatever_counts_all_tokens() -> None:
         np.testing.assert_allclose(found[i], np.concatenate(expected), rtol=0, atol=1e-6)
 
 
+def test_a_chunks_vector_is_the_mean_of_its_tokens() -> None:
+    lengths = [9, 4, 3]
+    chunks = [np.array([1, 3, 8], np.int32), np.zeros(1, np.int32), np.array([0, 3], np.int32)]
+    outputs = [Output.CHUNKS, Output.DENSE, Output.CHUNKS]
+    rows = replace(rows_of(lengths, outputs), chunks=chunks)
+    found = Pooler((Pooling.MEAN,), True, None).vectors(rows).chunks
+    assert found[1] is None
+    for i, spans in ((0, [(1, 3), (3, 8)]), (2, [(0, 3)])):
+        own = rows.hidden[rows.cu_seqlens[i] : rows.cu_seqlens[i + 1]]
+        means = np.array([own[start:end].mean(axis=0) for start, end in spans])
+        expected = means / np.linalg.norm(means, axis=1, keepdims=True)
+        one = found[i]
+        assert one is not None
+        np.testing.assert_allclose(one, expected, rtol=0, atol=1e-6)
+
+
 def test_not_a_number_is_never_hidden_by_the_heads() -> None:
     """The engine checks that vectors are finite; a NaN must reach it in every kind of vector."""
     rows = rows_of([6], [ALL])
