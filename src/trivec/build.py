@@ -267,7 +267,7 @@ def load_checkpoint(
     earned = backend.certificate
     if earned is None:
         return LoadedModel(checkpoint, backend, card, None)
-    certificate = CertificateSummary(earned.dense.minimum, earned.dense.mean, earned.summary)
+    certificate = CertificateSummary(earned.main.minimum, earned.main.mean, earned.summary)
     card = replace(card, notes={"certificate": earned.summary})
     return LoadedModel(checkpoint, backend, card, certificate)
 
@@ -291,6 +291,7 @@ def model_card(
         default_prompt_name=checkpoint.default_prompt_name,
         include_prompt=checkpoint.include_prompt,
         labels=checkpoint.labels,
+        late_chunking=checkpoint.late_chunking,
         verified=checkpoint.verified,
         aliases=checkpoint.aliases,
         notes=notes,

@@ -181,6 +181,32 @@ class Tokenizer:
             {i: cut for part in done for i, cut in part.truncated.items()},
         )
 
+    async def tokenize_chunks(
+        self, texts: Texts, *, prompt: str = "", chunk_size: int | None = None
+    ) -> Sequences:
+        """See `core.ports.Embedder`. Texts are tokenised each alone, whatever lies beside them."""
+        if chunk_size is not None:
+            whole = await self.tokenize(texts, long_text=LongText.REFUSE, prompt=prompt)
+            lead, ends = len(self._prefix), whole.lengths() - len(self._suffix)
+            if prompt:
+                lead = len(self._codec.encode(prompt)) - len(self._suffix)
+            bounds = [np.array([*range(lead, end, chunk_size), end], np.int32) for end in ends]
+        else:
+            alone = _split(await self.tokenize(texts, long_text=LongText.KEEP))
+            opening = np.array(self._codec.encode(prompt, add_special_tokens=False).ids, np.int32)
+            parts = [self._prefix, opening, *map(self._without_specials, alone)]
+            whole = Sequences.pack([np.concatenate([*parts, self._suffix])])
+            bounds = [np.cumsum([len(part) for part in parts], dtype=np.int32)[1:]]
+            if whole.token_count > self.token_count_max:
+                raise RequestTooLarge(
+                    token_count=whole.token_count, token_count_max=self.token_count_max
+                )
+        counts = [len(own) - 1 for own in bounds] if chunk_size else np.diff(bounds[0]).tolist()
+        if 0 in counts:
+            param = f"input[{counts.index(0)}]"
+            raise FieldInvalid(f"{param} makes no token of which a chunk could be.", param=param)
+        return replace(whole, skip=None, chunks=tuple(bounds))
+
     async def encode_pairs(
         self,
         pairs: Sequence[tuple[str, str]],

@@ -158,7 +158,7 @@ class StandIn:
         if self.fault is not None:
             raise self.fault
         flags = np.full(len(sequences), int(outputs), np.uint8)
-        batch = Batch(sequences.token_ids, sequences.cu_seqlens, flags)
+        batch = Batch(sequences.token_ids, sequences.cu_seqlens, flags, chunks=sequences.chunks)
         return Reply(self._backend.run(batch, slot=0), queue_s=0.002, compute_s=0.003)
 
     def check_admission(self, token_count: int) -> None:
@@ -167,6 +167,20 @@ class StandIn:
 
     def token_strings(self, token_ids: Int32Array) -> list[str]:
         return [f"‹{token_id}›" for token_id in token_ids.tolist()]
+
+    async def tokenize_chunks(
+        self, texts: Texts, *, prompt: str = "", chunk_size: int | None = None
+    ) -> Sequences:
+        """Of ASCII, where a character is a token."""
+        given = ["".join(texts)] if chunk_size is None else texts
+        whole = await self.tokenize(given, long_text=LongText.REFUSE, prompt=prompt)
+        lead = 1 + len(prompt)
+        if chunk_size is None:
+            bounds = [np.cumsum([lead, *map(len, texts)], dtype=np.int32)]
+        else:
+            ends = [lead + len(text) for text in texts]
+            bounds = [np.array([*range(lead, end, chunk_size), end], np.int32) for end in ends]
+        return replace(whole, chunks=tuple(bounds))
 
     async def find_tokens(self, texts: Texts, *, special_tokens: bool) -> list[list[TextToken]]:
         found = []

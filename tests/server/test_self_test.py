@@ -66,6 +66,11 @@ class StubEmbedder:
     ) -> Sequences:
         raise NotImplementedError
 
+    async def tokenize_chunks(
+        self, texts: Texts, *, prompt: str = "", chunk_size: int | None = None
+    ) -> Sequences:
+        raise NotImplementedError
+
     async def find_tokens(self, texts: Texts, *, special_tokens: bool) -> list[list[TextToken]]:
         raise NotImplementedError
 

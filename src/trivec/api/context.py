@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope
 
 from trivec.accounts import Accounts, Caller, RateLimitState, RequestMeta, Reservation
 from trivec.api.memory import ByteBudget, MemoryReservation
-from trivec.api.schemas import shown
+from trivec.api.schemas import Chunk, shown
 from trivec.api.timeout import RequestTimeout
 from trivec.core.errors import (
     AnswerTooLarge,
@@ -106,6 +106,7 @@ class RequestContext:
         self.model: str | None = None  # a served id, never what the client merely claimed
         self.input_count = self.token_count = 0
         self.token_encoding: str | None = None  # of the ids in it that were decoded
+        self.chunks: list[Chunk] = []  # of its texts, where it asked to have them cut
         self.request_bytes = 0  # of body, that were read
         self.is_body_asked_for = self.is_body_read = False  # read: to its end
         self.status: int | None = None  # of the response that has begun to leave

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import TypeVar, cast
 
 import numpy as np
@@ -22,6 +23,7 @@ from trivec.api.responses import (
     json_response,
 )
 from trivec.api.schemas import (
+    Chunk,
     Decoder,
     EmbeddingsRequest,
     EmbeddingsResponse,
@@ -113,6 +115,7 @@ async def embeddings(context: RequestContext) -> Response:
         outputs=outputs,
         token_strings=token_strings or None,
         token_encoding=context.token_encoding,
+        chunks=context.chunks,
     )
     in_line = embedded.response_bytes <= IN_LINE_BYTES_MAX[asked.encoding]
     encoded = encode() if in_line else await asyncio.to_thread(encode)
@@ -154,6 +157,8 @@ async def embed(asked: EmbeddingsRequest, context: RequestContext) -> EmbeddedIn
         asked, embedder, context, long_text=long_text, token_count_max=count_max
     )
     token_count = sequences.token_count
+    if sequences.chunks is not None:
+        rows = sum(len(bounds) - 1 for bounds in sequences.chunks)
     response_bytes, vector_bytes = estimate_bytes(
         asked, outputs, card, rows=rows, tokens=token_count
     )
@@ -164,10 +169,14 @@ async def embed(asked: EmbeddingsRequest, context: RequestContext) -> EmbeddedIn
         reserved_bytes=least_bytes,
     )
 
-    reply = await embedder.embed(sequences, outputs, deadline_s=context.deadline_s - clock.now_s())
+    wanted = outputs if sequences.chunks is None else Output.CHUNKS
+    reply = await embedder.embed(sequences, wanted, deadline_s=context.deadline_s - clock.now_s())
     context.token_count = token_count
     context.queue_s, context.compute_s = reply.queue_s, reply.compute_s
-    return EmbeddedInputs(sequences, reply.vectors, outputs, response_bytes)
+    vectors = reply.vectors
+    if sequences.chunks is not None:  # each as a text of its own would be
+        vectors = Vectors.of(np.concatenate([rows for rows in vectors.chunks if rows is not None]))
+    return EmbeddedInputs(sequences, vectors, outputs, response_bytes)
 
 
 async def tokenize(context: RequestContext) -> Response:
@@ -275,6 +284,7 @@ def _model(card: ModelCard, name: str, context: RequestContext) -> Model:
         prompts=dict(card.prompts),
         default_prompt_name=card.default_prompt_name,
         labels=card.labels,
+        late_chunking=card.late_chunking,
         output_types=output_names(card.outputs),
         truncate=context.known_caller.truncate or context.app.limits.truncate,
         precision=card.precision,
@@ -331,13 +341,21 @@ async def tokenize_input(
     prompt = ""
     if asked.names_prompt or embedder.card.default_prompt_name is not None:
         prompt = choose_prompt(asked, embedder.card, are_texts=isinstance(inputs[0], str))
-    sequences = await embedder.tokenize(
-        inputs,
-        long_text=long_text,
-        trusted=encoding == "model",
-        prompt=prompt,
-        token_count_max=token_count_max,
-    )
+    if isinstance(asked, EmbeddingsRequest) and asked.is_chunked:
+        texts = cast("list[str]", inputs)
+        sequences = await embedder.tokenize_chunks(
+            texts, prompt=prompt, chunk_size=asked.chunk_size
+        )
+        if asked.chunk_size is not None:
+            context.chunks = await find_chunks(texts, sequences, embedder, prompt=prompt)
+    else:
+        sequences = await embedder.tokenize(
+            inputs,
+            long_text=long_text,
+            trusted=encoding == "model",
+            prompt=prompt,
+            token_count_max=token_count_max,
+        )
     context.tokenize_s = context.app.clock.now_s() - started_s
     return sequences
 
@@ -487,6 +505,8 @@ def choose_outputs(asked: EmbeddingsRequest, card: ModelCard) -> Output:
                 f"Invalid value for '{param}' = {dimensions}. This model's vectors have {have}."
             )
         raise FieldInvalid(message, param=param)
+    if asked.is_chunked:
+        check_chunks(asked, outputs, card)
     if asked.dtype in ("binary", "ubinary") and dimensions % 8:
         raise FieldInvalid(
             f"'output_dtype' = {asked.dtype} packs eight numbers in a byte, and {dimensions} is no "
@@ -494,6 +514,43 @@ def choose_outputs(asked: EmbeddingsRequest, card: ModelCard) -> Output:
             param="output_dtype",
         )
     return outputs
+
+
+def check_chunks(asked: EmbeddingsRequest, outputs: Output, card: ModelCard) -> None:
+    """Refuse chunks where the model has none, and what does not go with them. `FieldInvalid`."""
+    param = "late_chunking" if asked.late_chunking else "chunk_size"
+    is_text = isinstance(asked.input, str) or isinstance(asked.input[0], str)
+    cuts = LONG_TEXT[asked.truncate or asked.truncation or False] is not LongText.REFUSE
+    problem = None
+    if not card.late_chunking:
+        problem = "needs a model whose vector is the mean of its tokens (late_chunking in /models)"
+    elif asked.late_chunking and asked.chunk_size is not None:
+        problem = "takes each text for a chunk, and chunk_size cuts texts: send one of them"
+    elif outputs != Output.DENSE:
+        problem = "gives dense vectors alone"
+    elif not is_text:
+        problem = "is of texts, and 'input' holds token ids"
+    elif cuts or asked.truncate_prompt_tokens is not None:
+        problem = "reads texts whole, so none can be cut"
+    if problem is not None:
+        raise FieldInvalid(f"'{param}' {problem}.", param=param)
+
+
+async def find_chunks(
+    texts: Texts, sequences: Sequences, embedder: Embedder, *, prompt: str
+) -> list[Chunk]:
+    """Where each chunk of *sequences* lies in its text, which had *prompt* before it."""
+    found = await embedder.find_tokens([prompt + text for text in texts], special_tokens=True)
+    assert sequences.chunks is not None
+    return [
+        Chunk(
+            i,
+            (int(start), int(end)),
+            (max(0, tokens[start].start - len(prompt)), tokens[end - 1].end - len(prompt)),
+        )
+        for i, (tokens, bounds) in enumerate(zip(found, sequences.chunks, strict=True))
+        for start, end in pairwise(bounds.tolist())
+    ]
 
 
 def output_names(outputs: Output) -> list[str]:

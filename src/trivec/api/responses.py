@@ -13,7 +13,7 @@ import pybase64
 from numpy.typing import NDArray
 from starlette.responses import Response
 
-from trivec.api.schemas import EmbeddingsRequest, Encoding, OutputDtype
+from trivec.api.schemas import Chunk, EmbeddingsRequest, Encoding, OutputDtype
 from trivec.core.types import Float32Array, ModelCard, Output, Sequences, Vectors
 
 NO_STORE = {"cache-control": "no-store"}
@@ -91,6 +91,7 @@ def encode_embeddings(
     outputs: Output,
     token_strings: Sequence[list[str]] | None,  # [sequences]: of the sparse ids
     token_encoding: str | None,
+    chunks: Sequence[Chunk] = (),  # of each row, where texts were cut into them
 ) -> memoryview:
     """The body of an embeddings response; a large one is slow, so its caller encodes in a thread."""
     write = to_json if asked.encoding == "float" else to_base64
@@ -122,6 +123,8 @@ def encode_embeddings(
             item["multi_embedding"] = {**frame, "shape": own.shape, "data": data}
         if i in sequences.truncated:
             item["truncated"] = sequences.truncated[i]
+        if chunks:
+            item["chunk"] = chunks[i]
         if i:
             body += b","
         _encoder.encode_into(item, body, -1)

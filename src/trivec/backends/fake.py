@@ -95,6 +95,7 @@ class FakeBackend:
         score = np.empty((len(batch), self.labels), np.float32)  # [sequences, labels]
         sparse: list[SparseVector | None] = [None] * len(batch)
         multi: list[Float32Array | None] = [None] * len(batch)
+        chunks: list[Float32Array | None] = [None] * len(batch)
         for i, flags in enumerate(batch.outputs.tolist()):
             ids = batch.token_ids[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]]
             effects = {self.poison[token] for token in ids.tolist() if token in self.poison}
@@ -112,6 +113,11 @@ class FakeBackend:
             score[i] = np.nan if is_nan else draw.standard_normal(self.labels, np.float32)
             if Output.MULTI in wanted:
                 multi[i] = rows[1:]
+            if Output.CHUNKS in Output(flags) and batch.chunks is not None:
+                means = draw.standard_normal(
+                    (len(batch.chunks[i]) - 1, self.dimensions), np.float32
+                )
+                chunks[i] = means / np.linalg.norm(means, axis=1, keepdims=True)
             if Output.SPARSE in wanted:
                 distinct = np.unique(ids[ids >= SPECIAL_IDS])
                 weights = (distinct.astype(np.int64) * 7919 % 1000 + 1) / 1000
@@ -121,4 +127,5 @@ class FakeBackend:
             sparse,
             multi,
             score if Output.SCORE in self.outputs else None,
+            chunks,
         )

@@ -65,6 +65,17 @@ class Embedder(Protocol):
         """
         ...
 
+    async def tokenize_chunks(
+        self, texts: Texts, *, prompt: str = "", chunk_size: int | None = None
+    ) -> Sequences:
+        """For `Output.CHUNKS`: one sequence, of which each of *texts* is a chunk; or, with
+        *chunk_size*, a sequence of each text, in chunks of so many tokens.
+
+        *prompt* goes once before a sequence, and is in no chunk. Raises as `tokenize` does, and
+        `FieldInvalid` for a text of no token.
+        """
+        ...
+
     async def embed(
         self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
     ) -> Reply:

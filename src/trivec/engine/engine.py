@@ -87,6 +87,12 @@ class Engine:
             pairs, long_text=long_text, document_tokens_max=document_tokens_max
         )
 
+    async def tokenize_chunks(
+        self, texts: Texts, *, prompt: str = "", chunk_size: int | None = None
+    ) -> Sequences:
+        assert self._tokenizer is not None, "asked with text, and made for ids"
+        return await self._tokenizer.tokenize_chunks(texts, prompt=prompt, chunk_size=chunk_size)
+
     def token_strings(self, token_ids: Int32Array) -> list[str]:
         assert self._tokenizer is not None, "asked with text, and made for ids"
         return self._tokenizer.token_strings(token_ids)
@@ -107,7 +113,8 @@ class Engine:
     ) -> Reply:
         """See `core.ports.Embedder`. A *deadline_s* beyond the setting's limit is the limit."""
         assert len(sequences) > 0
-        assert outputs in self.card.outputs, "the route refuses what the model lacks"
+        assert outputs in self.card.outputs | Output.CHUNKS, "the route refuses what it lacks"
+        assert self.card.late_chunking or Output.CHUNKS not in outputs
         scheduler, queue = self._scheduler, self._queue
         limit_s = queue.limits.first_batch_s_max
         wait_s = limit_s if deadline_s is None else min(deadline_s, limit_s)
