@@ -22,7 +22,7 @@ from trivec.api import ByteBudget, build_app
 from trivec.api.app import FACES
 from trivec.api.openapi import Operation
 from trivec.backends.fake import FakeBackend
-from trivec.core.errors import Overloaded, TextTooLong
+from trivec.core.errors import Overloaded, TextTooLong, TokenIdUnknown
 from trivec.core.events import Event, RequestServed
 from trivec.core.health import Health
 from trivec.core.ports import Embedder, Texts, TokenLists
@@ -193,6 +193,11 @@ class StandIn:
         return found
 
     async def decode(self, lists: TokenLists, *, special_tokens: bool) -> list[str]:
+        size = self.card.vocabulary_size
+        for i, ids in enumerate(lists):
+            if ids.max() >= size:
+                param = f"input[{i}]"
+                raise TokenIdUnknown(token_id=int(ids.max()), vocabulary_size=size, param=param)
         return [
             "".join(
                 chr(token_id - FIRST_BYTE_ID) if token_id >= FIRST_BYTE_ID else f"‹{token_id}›"

@@ -172,6 +172,34 @@ async def test_a_bad_body_is_refused_in_the_faces_shape_and_costs_nothing(
     assert len(house.store.rows) == before
 
 
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        pytest.param(
+            "/v2/embed",
+            {"texts": None, "inputs": [{"content": [{"type": "image_url", "text": "a"}]}]},
+            id="a-part-that-is-no-text",
+        ),
+        pytest.param("/v2/embed", {"texts": None, "inputs": [{"content": []}]}, id="no-parts"),
+        pytest.param("/v2/embed", {"inputs": []}, id="texts-twice"),
+        pytest.param("/similarity", {"parameters": {"truncation_direction": "up"}}, id="a-word"),
+        pytest.param("/similarity", {"inputs": {"sentences": ["a"]}}, id="no-source"),
+        pytest.param("/predict", {"inputs": [["a", "b", "c"]]}, id="three-of-a-pair"),
+        pytest.param("/v1/rerank", {"documents": [{"txt": "a"}]}, id="a-document-without-text"),
+        pytest.param("/v1/rerank", {"weights": {"dense": -1}}, id="a-negative-weight"),
+        pytest.param("/decode", {"ids": [[10**9]]}, id="an-unknown-id"),
+    ],
+)
+async def test_what_is_wrong_deep_inside_is_refused_too(
+    house: House, path: str, change: dict[str, Any]
+) -> None:
+    before = len(house.store.rows)
+    answer = await post(house, path, EVERY[path] | change)
+    assert 400 <= answer.status_code < 500, answer.text
+    assert_is_error(path, answer)
+    assert len(house.store.rows) == before
+
+
 @pytest.mark.parametrize("path", BODIES)
 @pytest.mark.parametrize(
     ("fault", "status"),
