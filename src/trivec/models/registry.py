@@ -7,6 +7,7 @@ from typing import Any
 
 from trivec.models import bert, modernbert, qwen3
 from trivec.models.ops import ModelConfig, Ops, Plan, Recorder, T
+from trivec.models.pooling import HeadPlan, Pooling
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +21,19 @@ class Family:
     unused: tuple[str, ...]  # patterns of tensors that files carry and nobody reads
     # Matrices of a file that hold several layers, and whose rows are whose: names within a block.
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # (architecture, config.json, config) to the head of a classifier or masked language model.
+    head_plan: Callable[[str, Mapping[str, Any], Any], HeadPlan | None] = lambda *_: None
+    pooling: Pooling = Pooling.MEAN  # where a folder does not say
 
 
-BERT = Family(bert.read_config, bert.forward, bert.PREFIXES, bert.KEY_TENSOR, bert.UNUSED)
+BERT = Family(
+    bert.read_config,
+    bert.forward,
+    bert.PREFIXES,
+    bert.KEY_TENSOR,
+    bert.UNUSED,
+    head_plan=bert.head_plan,
+)
 MODERN_BERT = Family(
     modernbert.read_config,
     modernbert.forward,
@@ -30,8 +41,17 @@ MODERN_BERT = Family(
     modernbert.KEY_TENSOR,
     modernbert.UNUSED,
     modernbert.FUSED,
+    head_plan=modernbert.head_plan,
 )
-QWEN3 = Family(qwen3.read_config, qwen3.forward, qwen3.PREFIXES, qwen3.KEY_TENSOR, qwen3.UNUSED)
+QWEN3 = Family(
+    qwen3.read_config,
+    qwen3.forward,
+    qwen3.PREFIXES,
+    qwen3.KEY_TENSOR,
+    qwen3.UNUSED,
+    head_plan=qwen3.head_plan,
+    pooling=Pooling.LAST,
+)
 FAMILIES: Mapping[str, Family] = {
     **dict.fromkeys(bert.MODEL_TYPES, BERT),
     **dict.fromkeys(modernbert.MODEL_TYPES, MODERN_BERT),
@@ -58,6 +78,15 @@ def read_config(config: Mapping[str, object]) -> ModelConfig:
     if found.token_count_max < 1:
         raise ValueError("max_position_embeddings leaves no position for a token")
     return found
+
+
+def head_plan(file: Mapping[str, Any], config: ModelConfig) -> HeadPlan | None:
+    """The head of the class that `config.json`, *file*, names; None for a bare encoder.
+
+    Raises `ValueError` with the reason for a head that is not understood.
+    """
+    architectures = file.get("architectures") or [""]
+    return FAMILIES[config.family].head_plan(str(architectures[0]), file, config)
 
 
 def forward(ops: Ops[T], config: ModelConfig) -> T:
