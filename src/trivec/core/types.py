@@ -54,6 +54,8 @@ class Sequences:
         default_factory=lambda: NOTHING_TRUNCATED
     )
     token_types: Int32Array | None = None  # [tokens]; None: all zero
+    # [sequences]; leading tokens left out of a pooled mean, special ones included. None: none are
+    skip: Int32Array | None = None
 
     def __post_init__(self) -> None:
         assert self.cu_seqlens[0] == 0
@@ -99,6 +101,7 @@ class Batch:
     cu_seqlens: Int32Array  # [sequences + 1]
     outputs: NDArray[np.uint8]  # [sequences]; Output flags
     token_types: Int32Array | None = None  # [tokens]; None: all zero
+    skip: Int32Array | None = None  # [sequences]; as in `Sequences`
 
     def __post_init__(self) -> None:
         assert self.cu_seqlens[0] == 0
@@ -119,7 +122,8 @@ class Batch:
         shift = self.cu_seqlens[indices] - starts[:-1]
         tokens = np.arange(starts[-1], dtype=np.int32) + np.repeat(shift, lengths)
         types = None if self.token_types is None else self.token_types[tokens]
-        return Batch(self.token_ids[tokens], starts, self.outputs[indices], types)
+        skip = None if self.skip is None else self.skip[indices]
+        return Batch(self.token_ids[tokens], starts, self.outputs[indices], types, skip)
 
 
 @dataclass(frozen=True, slots=True)

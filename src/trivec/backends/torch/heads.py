@@ -71,7 +71,8 @@ class DeviceHeads:
         head = self._pooler.token_head
         results: dict[str, Tensor] = {}
         if self._pooler.pooling:
-            results["pooled"] = self._pooled(hidden, packed.cu_seqlens[: len(batch) + 1])
+            skip = None if batch.skip is None else upload(batch.skip)
+            results["pooled"] = self._pooled(hidden, packed.cu_seqlens[: len(batch) + 1], skip)
         sparse_tokens = _tokens_wanting(batch, Output.SPARSE) if self._sparse else ()
         if len(sparse_tokens):
             terms = self._logits if isinstance(head, SpladeHead) else self._sparse_terms
@@ -123,10 +124,10 @@ class DeviceHeads:
         # The first token, <s>, has no vector.
         return tokens[~np.isin(tokens, batch.cu_seqlens[:-1], assume_unique=True)]
 
-    def _pooled(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def _pooled(self, hidden: Tensor, cu_seqlens: Tensor, skip: Tensor | None) -> Tensor:
         """One row a sequence: fp32 `[sequences, dimensions]`, or `[sequences, labels]`."""
         pooler = self._pooler
-        parts = [_pool(pooling, hidden, cu_seqlens) for pooling in pooler.pooling]
+        parts = [_pool(pooling, hidden, cu_seqlens.long(), skip) for pooling in pooler.pooling]
         pooled = _through(self._layers, torch.cat(parts, dim=1))
         if pooler.normalize:
             pooled = functional.normalize(pooled, dim=-1)
@@ -194,24 +195,28 @@ def _through(layers: Sequence[DeviceLayer], rows: Tensor) -> Tensor:
     return rows
 
 
-def _pool(pooling: Pooling, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """One row a sequence: fp32 `[sequences, hidden]`."""
+def _pool(pooling: Pooling, hidden: Tensor, cu_seqlens: Tensor, skip: Tensor | None) -> Tensor:
+    """One row a sequence: fp32 `[sequences, hidden]`; *skip* `[sequences]` leading rows take no part."""
+    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    first = starts if skip is None else starts + skip
     if pooling is Pooling.CLS:
-        return hidden[cu_seqlens[:-1]].float()
+        return hidden[first].float()
     if pooling is Pooling.LAST:
-        return hidden[cu_seqlens[1:] - 1].float()
-    rows, offsets = hidden.float(), cu_seqlens.long()
-    counts = (offsets[1:] - offsets[:-1]).float()[:, None]  # [sequences, 1]
+        return hidden[ends - 1].float()
+    rows, counts = hidden.float(), (ends - first).float()[:, None]  # counts: [sequences, 1]
     how = {Pooling.MAX: "max", Pooling.MEAN: "mean"}.get(pooling, "sum")
     if pooling is Pooling.WEIGHTED_MEAN:
         tokens = torch.arange(len(rows), device=rows.device)
-        owners = torch.searchsorted(offsets, tokens, right=True) - 1
-        starts = offsets[owners.clamp(max=len(offsets) - 1)]
-        rows = rows * (tokens - starts + 1)[:, None]
+        owners = torch.searchsorted(cu_seqlens, tokens, right=True) - 1
+        rows = rows * (tokens - cu_seqlens[owners] + 1)[:, None]
+    offsets = cu_seqlens
+    if skip is not None:  # segments of what is skipped and of the rest, by turns
+        offsets = torch.cat((torch.stack((starts, first), dim=1).flatten(), cu_seqlens[-1:]))
     # `unsafe` leaves out a check of the offsets that would wait for the device.
     pooled = torch.segment_reduce(rows, how, offsets=offsets, axis=0, unsafe=True)
-    if pooling is Pooling.WEIGHTED_MEAN:
-        pooled = pooled / (counts * (counts + 1) / 2)
+    pooled = pooled if skip is None else pooled[1::2]
+    if pooling is Pooling.WEIGHTED_MEAN:  # by the sum of the places pooled
+        return pooled / (counts * (ends + first - 2 * starts + 1)[:, None] / 2)
     return pooled / counts.sqrt() if pooling is Pooling.MEAN_SQRT_LEN else pooled
 
 
