@@ -196,7 +196,7 @@ class Settings(Section):
     aliases: Aliases = ()
     """Another name for a served model, as NAME=ID. May be repeated."""
     faces: Faces = ("cohere", "tei", "vllm", "ollama")
-    """API served beside OpenAI's and Novita's, which always are: cohere, tei, vllm, ollama; openai is none more. May be repeated."""
+    """API to serve beside OpenAI's: cohere, tei, vllm or ollama; openai alone for none of them. May be repeated."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = Field(8000, ge=0, le=65535)

@@ -19,9 +19,10 @@ from tests.hand_clock import HandClock, HandLoop
 from trivec.accounts import Accounts, KeyPlan, RateLimits, Scope
 from trivec.accounts.stores.memory import MemoryStore
 from trivec.api import ByteBudget, build_app
+from trivec.api.app import FACES
 from trivec.api.openapi import Operation
 from trivec.backends.fake import FakeBackend
-from trivec.core.errors import Overloaded, TextTooLong
+from trivec.core.errors import Overloaded, TextTooLong, TokenIdUnknown
 from trivec.core.events import Event, RequestServed
 from trivec.core.health import Health
 from trivec.core.ports import Embedder, Texts, TokenLists
@@ -192,6 +193,11 @@ class StandIn:
         return found
 
     async def decode(self, lists: TokenLists, *, special_tokens: bool) -> list[str]:
+        size = self.card.vocabulary_size
+        for i, ids in enumerate(lists):
+            if ids.max() >= size:
+                param = f"input[{i}]"
+                raise TokenIdUnknown(token_id=int(ids.max()), vocabulary_size=size, param=param)
         return [
             "".join(
                 chr(token_id - FIRST_BYTE_ID) if token_id >= FIRST_BYTE_ID else f"‹{token_id}›"
@@ -241,6 +247,7 @@ class House:
     health: Health = READY
     no_auth: bool = False
     has_rerankers: bool = False
+    faces: tuple[str, ...] = tuple(FACES)
     is_loading: bool = False
     memory: ByteBudget = field(default_factory=ByteBudget)
     clock: HandClock = field(default_factory=HandClock)
@@ -271,6 +278,7 @@ class House:
             metrics=metrics,
             metrics_open=metrics_open,
             memory=self.memory,
+            faces=self.faces,
             operations=operations,
         )
 

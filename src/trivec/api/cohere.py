@@ -1,6 +1,6 @@
-"""Cohere's API, version 2: `/v2/rerank` and `/v2/embed`.
+"""Cohere's API: `/v2/rerank`, `/v2/embed`, and `/v1/embed`, which LangChain's class still asks.
 
-Its texts are cut at the end unless a request says NONE, which is its own default; the answer warns
+Its first version's `/v1/rerank` reads and says what ours does. Its texts are cut at the end unless a request says NONE, which is its own default; the answer warns
 of each that was.
 """
 
@@ -109,11 +109,14 @@ class CohereRerankResponse(Struct, frozen=True):
 
 
 class CohereEmbedResponse(Struct, frozen=True):
-    """Response of `POST /v2/embed`: of each type that was asked for, one a text."""
+    """Response of `POST /v2/embed`: of each type that was asked for, one a text.
+
+    Only `/v1/embed` answers with plain floats, where no type was asked for.
+    """
 
     id: str
-    response_type: Literal["embeddings_by_type"]
-    embeddings: dict[EmbeddingType, list[list[float] | str]]
+    response_type: Literal["embeddings_by_type", "embeddings_floats"]
+    embeddings: dict[EmbeddingType, list[list[float] | str]] | list[list[float]]
     texts: list[str]
     meta: CohereMeta
 
@@ -147,9 +150,18 @@ async def rerank(context: RequestContext) -> Response:
     return json_response(CohereRerankResponse(context.request_id, results, meta))
 
 
+async def embed_v1(context: RequestContext) -> Response:
+    """Turn texts into vectors, as Cohere's first version does."""
+    asked = await read(_embed_decoder, context)
+    return await _embed(asked, context, by_type=asked.embedding_types is not None)
+
+
 async def embed_v2(context: RequestContext) -> Response:
     """Turn texts into vectors, as Cohere does."""
-    asked = await read(_embed_decoder, context)
+    return await _embed(await read(_embed_decoder, context), context, by_type=True)
+
+
+async def _embed(asked: CohereEmbedRequest, context: RequestContext, *, by_type: bool) -> Response:
     if (asked.texts is None) == (asked.inputs is None):
         raise FieldInvalid("Send either 'texts' or 'inputs'.", param="texts")
     field, texts = "texts", asked.texts
@@ -192,8 +204,8 @@ async def embed_v2(context: RequestContext) -> Response:
         return _encode(
             {
                 "id": context.request_id,
-                "response_type": "embeddings_by_type",
-                "embeddings": found,
+                "response_type": "embeddings_by_type" if by_type else "embeddings_floats",
+                "embeddings": found if by_type else found["float"],
                 "texts": texts,
                 "meta": meta,
             }
@@ -221,6 +233,15 @@ OPERATIONS = (
         Scope.EMBED,
         CohereRerankResponse,
         CohereRerankRequest,
+        error_shape=COHERE,
+    ),
+    Operation(
+        "POST",
+        "/v1/embed",
+        embed_v1,
+        Scope.EMBED,
+        CohereEmbedResponse,
+        CohereEmbedRequest,
         error_shape=COHERE,
     ),
     Operation(

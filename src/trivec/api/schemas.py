@@ -383,8 +383,9 @@ class Decoder(Generic[T]):
         message = f"Invalid value for '{param}'. {problem}."
         if problem.startswith(_NOT_LISTED):
             value = shown(problem.removeprefix(_NOT_LISTED).removesuffix("'"))
-            words = list(self._words[param.partition("[")[0]])
-            message = f"Invalid value for '{param}' = {value}. Supported values: {words}."
+            message = f"Invalid value for '{param}' = {value}."
+            if words := self._words.get(param.partition("[")[0]):  # not of a structure within
+                message += f" Supported values: {list(words)}."
         elif wrong is not None:
             expected = wrong["expected"].replace(" | ", " or ")
             message = f"Invalid type for '{param}': expected {expected}, "

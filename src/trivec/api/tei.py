@@ -469,7 +469,7 @@ OPERATIONS = (
     _operation("/embed_sparse", embed_sparse, list[list[SparseValue]], TeiEmbedRequest),
     _operation("/embed_all", embed_all, list[list[list[float]]], TeiEmbedRequest),
     _operation("/rerank", rerank, list[Rank], TeiRerankRequest),
-    _operation("/predict", predict, list[list[Prediction]], TeiPredictRequest),
+    _operation("/predict", predict, list[Prediction | list[Prediction]], TeiPredictRequest),
     _operation("/similarity", similarity, list[float], SimilarityRequest),
     _operation("/tokenize", tokenize, list[list[SimpleToken]], TeiTokenizeRequest),
     _operation("/decode", decode, list[str], DecodeRequest),
