@@ -62,12 +62,15 @@ async def local_engine(
                 precision="fp32",
                 created=0,
                 owned_by="tests",
+                late_chunking=True,
+                include_prompt=False,
             ),
             tokenizer=Tokenizer(
                 tokenizer_file(folder),
                 token_count_max=TOKEN_COUNT_MAX,
                 vocabulary_size=VOCABULARY_SIZE,
                 pool=pool,
+                include_prompt=False,
             ),
             backend=backend,
             workers=workers,
@@ -222,6 +225,32 @@ async def test_of_a_long_pair_the_document_is_cut_or_it_is_refused_by_its_place(
     with pytest.raises(TextTooLong) as query:
         await reranker.tokenize_pairs([("w1 " * 12, "w2")], long_text=LongText.CUT_END)
     assert query.value.param == "query"
+
+
+async def test_a_prompt_is_before_each_text_and_may_be_left_out_of_the_mean(
+    embedder: Embedder, backend: FakeBackend
+) -> None:
+    texts = ["w1", "w2 w3"]
+    found = await embedder.tokenize(texts, long_text=LongText.REFUSE, prompt="w8 w9 ")
+    np.testing.assert_array_equal(
+        found.token_ids, (await read(embedder, "w8 w9 w1", "w8 w9 w2 w3")).token_ids
+    )
+    assert found.skip is not None
+    assert found.skip.tolist() == [3, 3]  # with the opening token
+    await embedder.embed(found, Output.DENSE)
+    skips = [call.batch.skip for call in backend.ran]
+    assert [one.tolist() for one in skips if one is not None] == [[3, 3]]
+
+
+@pytest.mark.parametrize(
+    ("chunk_size", "counts"), [(None, [2]), (1, [3, 1])], ids=["each-text", "each-token"]
+)
+async def test_chunks_have_vectors_of_their_own(
+    embedder: Embedder, chunk_size: int | None, counts: list[int]
+) -> None:
+    found = await embedder.tokenize_chunks(["w1 w2 w3", "w4"], chunk_size=chunk_size)
+    reply = await embedder.embed(found, Output.CHUNKS)
+    assert [len(rows) for rows in reply.vectors.chunks if rows is not None] == counts
 
 
 async def test_times_are_told_and_are_never_negative(embedder: Embedder) -> None:

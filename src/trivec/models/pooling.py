@@ -154,8 +154,7 @@ class HiddenRows:
         Int32Array  # [sequences + 1]; with CLS pooling a sequence may have its first row only
     )
     outputs: NDArray[np.uint8]  # [sequences]; Output flags
-    # [sequences]; leading rows that no mean and no maximum counts, at least one stays
-    skip: Int32Array | None = None
+    skip: Int32Array | None = None  # [sequences]; leading rows not pooled, at least one stays
     chunks: Sequence[Int32Array] | None = None  # [sequences] of [chunks + 1]; as in `Sequences`
 
 
@@ -245,29 +244,29 @@ def erf(x: Float32Array) -> Float32Array:
 
 def _pool(pooling: Pooling, rows: HiddenRows) -> Float32Array:
     """One row a sequence: float32 `[sequences, hidden]`."""
-    first = rows.cu_seqlens[:-1]
+    starts, hidden = rows.cu_seqlens[:-1], rows.hidden
+    skip = np.zeros_like(starts) if rows.skip is None else rows.skip
+    first: Int32Array = starts + skip
     if pooling is Pooling.CLS:
-        return rows.hidden[first]
+        return hidden[first]
     if pooling is Pooling.LAST:
-        return rows.hidden[rows.cu_seqlens[1:] - 1]
-    bounds, step = first, 1
-    skip = np.zeros(len(first), np.int32) if rows.skip is None else rows.skip
-    if rows.skip is not None:  # what is skipped and the rest, by turns
-        bounds, step = np.column_stack((first, first + skip)).reshape(-1), 2
-    if pooling is Pooling.MAX:
-        largest: Float32Array = np.maximum.reduceat(rows.hidden, bounds, axis=0)[step - 1 :: step]
-        return largest
+        return hidden[rows.cu_seqlens[1:] - 1]
     lengths = np.diff(rows.cu_seqlens)
     counts: Float32Array = (lengths - skip).astype(np.float32)
-    hidden = rows.hidden
     if pooling is Pooling.WEIGHTED_MEAN:
-        places = np.arange(1, len(hidden) + 1) - np.repeat(first, lengths)  # from 1 in each
+        places = np.arange(1, len(hidden) + 1) - np.repeat(starts, lengths)  # from 1 in each
         hidden = hidden * places.astype(np.float32)[:, None]
-        counts *= ((lengths + skip).astype(np.float32) + 1) / 2
+        counts *= ((lengths + skip + 1) / 2).astype(np.float32)  # the sum of the places pooled
     elif pooling is Pooling.MEAN_SQRT_LEN:
         counts = np.sqrt(counts)
-    pooled: Float32Array = np.add.reduceat(hidden, bounds, axis=0)[step - 1 :: step]
-    pooled /= counts[:, None]
+    reduced = np.maximum if pooling is Pooling.MAX else np.add
+    if rows.skip is None:
+        pooled: Float32Array = reduced.reduceat(hidden, first, axis=0)
+    else:  # of what is skipped and of the rest, by turns
+        bounds = np.column_stack((starts, first)).reshape(-1)  # [2 * sequences]
+        pooled = reduced.reduceat(hidden, bounds, axis=0)[1::2]
+    if pooling is not Pooling.MAX:
+        pooled /= counts[:, None]
     return pooled
 
 

@@ -150,6 +150,8 @@ class Session:
         # With CLS and LAST pooling a dense vector needs one hidden state.
         whole = (batch.outputs & np.uint8(Output.SPARSE | Output.MULTI)) != 0
         whole |= self._pooler.token is None
+        if batch.skip is not None:  # a first token that is not the sequence's first
+            whole |= batch.skip > 0
         parts, members = list[Vectors](), list[Int32Array]()
         for packed in self._pack(batch, whole):
             hidden = self._infer(packed, slot)[0].data  # [kept size, hidden]

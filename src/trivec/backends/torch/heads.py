@@ -68,10 +68,10 @@ class DeviceHeads:
 
         *hidden* and *packed* may end in filler, which is passed over.
         """
-        skip = None if batch.skip is None else upload(batch.skip)
         head = self._pooler.token_head
         results: dict[str, Tensor] = {}
         if self._pooler.pooling:
+            skip = None if batch.skip is None else upload(batch.skip)
             results["pooled"] = self._pooled(hidden, packed.cu_seqlens[: len(batch) + 1], skip)
         if batch.chunks is not None:
             bounds, places = _chunk_bounds(batch)
@@ -138,7 +138,8 @@ class DeviceHeads:
 
     def _pooled(self, hidden: Tensor, cu_seqlens: Tensor, skip: Tensor | None) -> Tensor:
         """One row a sequence: fp32 `[sequences, dimensions]`, or `[sequences, labels]`."""
-        parts = [_pool(pooling, hidden, cu_seqlens, skip) for pooling in self._pooler.pooling]
+        poolings, bounds = self._pooler.pooling, cu_seqlens.long()
+        parts = [_pool(pooling, hidden, bounds, skip) for pooling in poolings]
         return self._finished(torch.cat(parts, dim=1))
 
     def _finished(self, pooled: Tensor) -> Tensor:
@@ -211,30 +212,27 @@ def _through(layers: Sequence[DeviceLayer], rows: Tensor) -> Tensor:
 
 
 def _pool(pooling: Pooling, hidden: Tensor, cu_seqlens: Tensor, skip: Tensor | None) -> Tensor:
-    """One row a sequence: fp32 `[sequences, hidden]`; *skip* `[sequences]` as in `HiddenRows`."""
+    """One row a sequence: fp32 `[sequences, hidden]`; *skip* `[sequences]` leading rows take no part."""
+    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    first = starts if skip is None else starts + skip
     if pooling is Pooling.CLS:
-        return hidden[cu_seqlens[:-1]].float()
+        return hidden[first].float()
     if pooling is Pooling.LAST:
-        return hidden[cu_seqlens[1:] - 1].float()
-    rows, offsets = hidden.float(), cu_seqlens.long()
-    lengths = offsets[1:] - offsets[:-1]  # [sequences]
-    skipped = torch.zeros_like(lengths) if skip is None else skip
-    counts = (lengths - skipped).float()[:, None]  # [sequences, 1]
+        return hidden[ends - 1].float()
+    rows, counts = hidden.float(), (ends - first).float()[:, None]  # counts: [sequences, 1]
     how = {Pooling.MAX: "max", Pooling.MEAN: "mean"}.get(pooling, "sum")
     if pooling is Pooling.WEIGHTED_MEAN:
         tokens = torch.arange(len(rows), device=rows.device)
-        owners = torch.searchsorted(offsets, tokens, right=True) - 1
-        starts = offsets[owners.clamp(max=len(offsets) - 1)]
-        rows = rows * (tokens - starts + 1)[:, None]
-    step = 1
-    if skip is not None:  # what is skipped and the rest, by turns
-        turns = torch.stack((offsets[:-1], offsets[:-1] + skip), dim=1).flatten()
-        offsets, step = torch.cat((turns, offsets[-1:])), 2
+        owners = torch.searchsorted(cu_seqlens, tokens, right=True) - 1
+        rows = rows * (tokens - cu_seqlens[owners] + 1)[:, None]
+    offsets = cu_seqlens
+    if skip is not None:  # segments of what is skipped and of the rest, by turns
+        offsets = torch.cat((torch.stack((starts, first), dim=1).flatten(), cu_seqlens[-1:]))
     # `unsafe` leaves out a check of the offsets that would wait for the device.
     pooled = torch.segment_reduce(rows, how, offsets=offsets, axis=0, unsafe=True)
-    pooled = pooled[step - 1 :: step]
-    if pooling is Pooling.WEIGHTED_MEAN:
-        pooled = pooled / (counts * ((lengths + skipped).float()[:, None] + 1) / 2)
+    pooled = pooled if skip is None else pooled[1::2]
+    if pooling is Pooling.WEIGHTED_MEAN:  # by the sum of the places pooled
+        return pooled / (counts * (ends + first - 2 * starts + 1)[:, None] / 2)
     return pooled / counts.sqrt() if pooling is Pooling.MEAN_SQRT_LEN else pooled
 
 
