@@ -92,6 +92,18 @@ def test_a_mask_costs_a_byte_a_pair_of_tokens(
     assert precisions == ["u8"]
 
 
+@pytest.mark.parametrize("family", ["mpnet"])
+def test_a_bias_by_distance_leaves_attention_in_one_kernel(
+    open_tiny: OpenTiny, family: str
+) -> None:
+    """Apart from each other products and softmax take half as long again."""
+    checkpoint = open_tiny(family, Pooling.MEAN)
+    session = Session(checkpoint, make_tensors(checkpoint, FP32), FP32, slot_count=1)
+    nodes = session._compiled[0].get_runtime_model().get_ordered_ops()
+    kinds = {node.get_rt_info()["layerType"].astype(str) for node in nodes}
+    assert kinds.isdisjoint({"MatMul", "Softmax"})
+
+
 @pytest.mark.parametrize(
     ("keeps_last", "kept"), [(False, [0, 2, 3, 4]), (True, [1, 2, 3, 4])], ids=["cls", "last"]
 )

@@ -16,6 +16,9 @@ from trivec.models.pooling import Pooling
 
 VOCABULARY_SIZE, HIDDEN, POSITIONS = 2000, 128, 700
 CONFIGS: Mapping[str, Mapping[str, object]] = {  # of the families that `write_tiny` does not write
+    "camembert": {"intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "distilbert": {"dim": HIDDEN, "n_layers": 2, "n_heads": 4, "hidden_dim": 160},
+    "mpnet": {"intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4},
     "modernbert": {
         "intermediate_size": 96,
         "num_hidden_layers": 4,
@@ -66,7 +69,7 @@ def open_family(folder: Path, family: str, pooling: Pooling) -> Checkpoint:
         if len(shape) == 2:
             tensors[name] = noise * np.float32(shape[1] ** -0.5)
         else:  # norms around one, biases around zero
-            tensors[name] = (0.2 * noise + name.endswith("norm.weight")).astype(np.float32)
+            tensors[name] = (0.2 * noise + name.lower().endswith("norm.weight")).astype(np.float32)
     for whole, parts in registry.FAMILIES[family].fused.items():
         for first in [name for name in tensors if name.endswith(f"{parts[0]}.weight")]:
             at = first.removesuffix(f"{parts[0]}.weight")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from trivec.models import bert, modernbert, qwen3
+from trivec.models import bert, distilbert, modernbert, mpnet, qwen3
 from trivec.models.ops import ModelConfig, Ops, Plan, Recorder, T
 
 
@@ -20,9 +20,34 @@ class Family:
     unused: tuple[str, ...]  # patterns of tensors that files carry and nobody reads
     # Matrices of a file that hold several layers, and whose rows are whose: names within a block.
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    renamed: tuple[tuple[str, str], ...] = ()  # parts of names: as files have them, as here
+    # How the names begin of classes in `auto_map` whose code this family stands for.
+    stands_for: tuple[str, ...] = ()
+
+    def own_name(self, name: str) -> str:
+        """What this family calls the tensor *name* of a file."""
+        for theirs, ours in self.renamed:
+            name = name.replace(theirs, ours)
+        return name
 
 
 BERT = Family(bert.read_config, bert.forward, bert.PREFIXES, bert.KEY_TENSOR, bert.UNUSED)
+DISTILBERT = Family(
+    distilbert.read_config,
+    bert.forward,
+    distilbert.PREFIXES,
+    bert.KEY_TENSOR,
+    distilbert.UNUSED,
+    renamed=distilbert.RENAMED,
+)
+MPNET = Family(
+    mpnet.read_config,
+    bert.forward,
+    mpnet.PREFIXES,
+    bert.KEY_TENSOR,
+    mpnet.UNUSED,
+    renamed=mpnet.RENAMED,
+)
 MODERN_BERT = Family(
     modernbert.read_config,
     modernbert.forward,
@@ -34,6 +59,8 @@ MODERN_BERT = Family(
 QWEN3 = Family(qwen3.read_config, qwen3.forward, qwen3.PREFIXES, qwen3.KEY_TENSOR, qwen3.UNUSED)
 FAMILIES: Mapping[str, Family] = {
     **dict.fromkeys(bert.MODEL_TYPES, BERT),
+    **dict.fromkeys(distilbert.MODEL_TYPES, DISTILBERT),
+    **dict.fromkeys(mpnet.MODEL_TYPES, MPNET),
     **dict.fromkeys(modernbert.MODEL_TYPES, MODERN_BERT),
     **dict.fromkeys(qwen3.MODEL_TYPES, QWEN3),
 }
