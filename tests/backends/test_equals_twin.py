@@ -92,7 +92,7 @@ def test_a_mask_costs_a_byte_a_pair_of_tokens(
     assert precisions == ["u8"]
 
 
-@pytest.mark.parametrize("family", ["mpnet"])
+@pytest.mark.parametrize("family", ["mpnet", "jina_bert"])
 def test_a_bias_by_distance_leaves_attention_in_one_kernel(
     open_tiny: OpenTiny, family: str
 ) -> None:

@@ -1,9 +1,11 @@
 # ruff: noqa: E402 - what is imported below needs what is asked for above it
 """Each family against transformers' own code: a small seeded checkpoint, as transformers saves it."""
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -13,12 +15,14 @@ pytest.importorskip("transformers", reason="the reference is transformers")
 
 import transformers
 from tests.checkpoints.tiny import write_tiny
+from tests.reference.jina_bert import JinaBertModel
 
 from trivec.backends.openvino import OpenVinoBackend
 from trivec.backends.torch.backend import TorchBackend
 from trivec.checkpoints import open_checkpoint
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.types import Batch, Float32Array, Output, Sequences
+from trivec.models import nomic_bert
 from trivec.models.pooling import Pooling
 
 pytestmark = pytest.mark.reference
@@ -63,7 +67,7 @@ BERT = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": POSITIONS + 2,
-    "initializer_range": 0.3,
+    "initializer_range": 0.15,
 }
 DISTILBERT = {
     "vocab_size": VOCABULARY_SIZE,
@@ -74,10 +78,71 @@ DISTILBERT = {
     "max_position_embeddings": POSITIONS,
     "initializer_range": 0.3,
 }
-FAMILIES = {
+NTK_FACTOR = 8.0
+
+
+class Names(NamedTuple):
+    """In which spelling a model of transformers is saved, and what is changed afterwards."""
+
+    save_original_format: bool = True  # names as on the hub; else as in transformers 5
+    after: Callable[[Any, Path], None] = lambda model, folder: None
+
+
+def as_new(model: Any, folder: Path) -> None:
+    """Make a GTE of transformers what Alibaba's own code calls "new", with NTK-scaled angles.
+
+    transformers has no such scaling; so its angles are set to those of the published formula.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    theta = config.pop("rope_parameters")["rope_theta"]
+    code = {"AutoModel": "Alibaba-NLP/new-impl--modeling.NewModel"}
+    scaling = {"type": "ntk", "factor": NTK_FACTOR}
+    config |= {"model_type": "new", "auto_map": code, "rope_theta": theta, "rope_scaling": scaling}
+    (folder / "config.json").write_text(json.dumps(config))
+    head_dim = HIDDEN // config["num_attention_heads"]
+    steps = torch.arange(0, head_dim, 2) / head_dim
+    frequencies = (theta * NTK_FACTOR) ** -steps / NTK_FACTOR ** (2 / head_dim)
+    model.rotary_emb.inv_freq.copy_(frequencies)
+
+
+def as_nomic(model: Any, folder: Path) -> None:
+    """Name the settings as in the config of nomic-embed-text-v1.5."""
+    config = json.loads((folder / "config.json").read_text())
+    ours = {
+        theirs: config.pop(name) for theirs, name in nomic_bert.SETTINGS.items() if name in config
+    }
+    ours |= {
+        "activation_function": "swiglu",
+        "rotary_emb_base": config.pop("rope_parameters")["rope_theta"],
+        "rotary_emb_fraction": 1.0,
+        "rotary_scaling_factor": None,
+        "auto_map": {
+            "AutoModel": "nomic-ai/nomic-bert-2048--modeling_hf_nomic_bert.NomicBertModel"
+        },
+    }
+    (folder / "config.json").write_text(
+        json.dumps(
+            {"model_type": "nomic_bert"}
+            | ours
+            | {name: config[name] for name in ("vocab_size", "type_vocab_size")}
+        )
+    )
+
+
+JINA_BERT = BERT | {
+    "layer_norm_eps": 1e-12,
+    "position_embedding_type": "alibi",
+    "feed_forward_type": "geglu",
+}
+FAMILIES: dict[str, tuple[Any, ...]] = {
     "camembert": ("Camembert", BERT, Pooling.MEAN),
     "distilbert": ("DistilBert", DISTILBERT, Pooling.MEAN),
     "mpnet": ("MPNet", BERT | {"layer_norm_eps": 1e-5}, Pooling.MEAN),
+    "nomic-bert": ("NomicBert", BERT, Pooling.MEAN, Names(after=as_nomic)),
+    "nomic-bert-of-transformers-5": ("NomicBert", BERT, Pooling.MEAN, Names(False)),
+    "gte-ntk": ("Gte", BERT | {"type_vocab_size": 0}, Pooling.CLS, Names(after=as_new)),
+    "gte-of-transformers-5": ("Gte", BERT, Pooling.CLS, Names(False)),
+    "jina-bert": ("JinaBert", JINA_BERT, Pooling.MEAN),
     "modernbert-mean": ("ModernBert", MODERN_BERT, Pooling.MEAN),
     "modernbert-cls": ("ModernBert", MODERN_BERT, Pooling.CLS),
     "modernbert-with-biases": ("ModernBert", MODERN_BERT | BIASES, Pooling.CLS),
@@ -90,12 +155,22 @@ FAMILIES = {
 class Saved:
     """A model of transformers, and the same one opened by us from the files it wrote."""
 
-    def __init__(self, folder: Path, name: str, config: dict[str, Any], pooling: Pooling) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        config: dict[str, Any],
+        pooling: Pooling,
+        names: Names | None = None,
+    ) -> None:
         torch.manual_seed(3)
-        config_type = getattr(transformers, f"{name}Config")
-        self.model = getattr(transformers, f"{name}Model")(
-            config_type(**config, attn_implementation="eager")
-        ).eval()
+        if name == "JinaBert":
+            self.model = JinaBertModel(config).eval()
+        else:
+            config_type = getattr(transformers, f"{name}Config")
+            self.model = getattr(transformers, f"{name}Model")(
+                config_type(**config, attn_implementation="eager")
+            ).eval()
         with torch.no_grad():
             for weight in self.model.parameters():
                 if weight.ndim == 1:  # norms and biases, which start at one and at zero
@@ -108,7 +183,13 @@ class Saved:
             pooling=Pooling.CLS,
             heads=False,
         )
-        self.model.save_pretrained(folder / "model")
+        if names is None:
+            self.model.save_pretrained(folder / "model")
+        else:
+            self.model.save_pretrained(
+                folder / "model", save_original_format=names.save_original_format
+            )
+            names.after(self.model, folder / "model")
         opened = open_checkpoint(str(folder / "model"), cache_dir=folder / "cache")
         self.checkpoint: Checkpoint = replace(opened, pooling=pooling)
 
@@ -143,8 +224,7 @@ def assert_equal(found: Float32Array, expected: Float32Array) -> None:
 
 @pytest.fixture(params=list(FAMILIES))
 def saved(tmp_path: Path, request: pytest.FixtureRequest) -> Saved:
-    name, config, pooling = FAMILIES[request.param]
-    return Saved(tmp_path, name, config, pooling)
+    return Saved(tmp_path, *FAMILIES[request.param])
 
 
 def test_torch_equals_transformers(saved: Saved) -> None:

@@ -19,6 +19,27 @@ CONFIGS: Mapping[str, Mapping[str, object]] = {  # of the families that `write_t
     "camembert": {"intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4},
     "distilbert": {"dim": HIDDEN, "n_layers": 2, "n_heads": 4, "hidden_dim": 160},
     "mpnet": {"intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "nomic_bert": {"intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "new": {
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "rope_scaling": {"type": "ntk", "factor": 8.0},
+    },
+    "gte": {
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "type_vocab_size": 1,
+    },
+    "jina_bert": {
+        "model_type": "bert",
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "position_embedding_type": "alibi",
+        "feed_forward_type": "geglu",
+    },
     "modernbert": {
         "intermediate_size": 96,
         "num_hidden_layers": 4,
@@ -71,10 +92,10 @@ def open_family(folder: Path, family: str, pooling: Pooling) -> Checkpoint:
         else:  # norms around one, biases around zero
             tensors[name] = (0.2 * noise + name.lower().endswith("norm.weight")).astype(np.float32)
     for whole, parts in registry.FAMILIES[family].fused.items():
-        for first in [name for name in tensors if name.endswith(f"{parts[0]}.weight")]:
-            at = first.removesuffix(f"{parts[0]}.weight")
-            split = [tensors.pop(f"{at}{part}.weight") for part in parts]
-            tensors[f"{at}{whole}.weight"] = np.concatenate(split)
+        for first in [name for name in tensors if f"{parts[0]}." in name]:
+            at, kind = first.split(parts[0])
+            split = [tensors.pop(f"{at}{part}{kind}") for part in parts]
+            tensors[f"{at}{whole}{kind}"] = np.concatenate(split)
     save_file(tensors, next((folder / "model").glob("*.safetensors")))
     opened = open_checkpoint(str(folder / "model"), cache_dir=folder / "cache")
     return replace(opened, pooling=pooling)
