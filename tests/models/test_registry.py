@@ -55,6 +55,9 @@ def test_positions_begin_where_the_family_begins_them(
 
 
 GTE = {**CONFIG, "model_type": "new", "pad_token_id": 0}
+GEMMA = {
+    **CONFIG, "model_type": "gemma3_text", "num_key_value_heads": 1, "sliding_window": 512
+}  # fmt: skip
 JINA = {**CONFIG, "model_type": "bert", "position_embedding_type": "alibi"}
 
 
@@ -78,6 +81,20 @@ def test_code_that_a_family_stands_for_is_not_needed_and_other_code_is_refused(
     other = known | {"AutoTokenizer": "somebody/implementation--tokenization.Tokenizer"}
     with pytest.raises(ValueError, match="run code"):
         registry.read_config({**config, "auto_map": other})
+
+
+@pytest.mark.parametrize(
+    ("both_ways", "window"), [(True, 256), (False, 511)], ids=["both-ways", "causal"]
+)
+def test_gemma_s_window_is_of_both_sides_or_counts_the_token_itself(
+    both_ways: bool, window: int
+) -> None:
+    config = {**GEMMA, "use_bidirectional_attention": both_ways, "sliding_window_pattern": 2}
+    sliding, full = registry.plan_of(registry.read_config(config)).attention
+    assert (sliding.window, full.window) == (window, None)
+    assert sliding.rope == Rope(10_000.0, 10)
+    assert full.rope == Rope(1_000_000.0, 10)
+    assert full.causal != both_ways
 
 
 def test_ntk_scaling_slows_every_rotation_by_the_published_formula() -> None:
@@ -133,6 +150,8 @@ def test_near_distances_have_a_bucket_each_and_far_ones_share_one() -> None:
         pytest.param({"model_type": "nomic_bert", "num_experts": 8}, "num_experts", id="experts"),
         pytest.param({**GTE, "logn_attention_scale": True}, "logn", id="gte"),
         pytest.param({**GTE, "rope_scaling": {"type": "yarn"}}, "scaled", id="gte-by-yarn"),
+        pytest.param({**GEMMA, "query_pre_attn_scalar": 168}, "query_pre", id="gemma-by-a-scale"),
+        pytest.param({**GEMMA, "attn_logit_softcapping": 50.0}, "softcapping", id="gemma-2"),
         pytest.param({**JINA, "feed_forward_type": "reglu"}, "feed_forward_type", id="jina"),
         pytest.param({**GTE, "num_attention_heads": 8}, "even multiple", id="heads-of-one-number"),
     ],

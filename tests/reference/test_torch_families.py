@@ -134,6 +134,27 @@ JINA_BERT = BERT | {
     "position_embedding_type": "alibi",
     "feed_forward_type": "geglu",
 }
+GEMMA3 = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "query_pre_attn_scalar": 32,
+    "pad_token_id": 1,
+    "max_position_embeddings": POSITIONS,
+    "sliding_window": 32,
+    "layer_types": [
+        "sliding_attention",
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention",
+    ],
+    "initializer_range": 0.2,
+}
+BOTH_WAYS = {"use_bidirectional_attention": True}
 FAMILIES: dict[str, tuple[Any, ...]] = {
     "camembert": ("Camembert", BERT, Pooling.MEAN),
     "distilbert": ("DistilBert", DISTILBERT, Pooling.MEAN),
@@ -146,6 +167,8 @@ FAMILIES: dict[str, tuple[Any, ...]] = {
     "modernbert-mean": ("ModernBert", MODERN_BERT, Pooling.MEAN),
     "modernbert-cls": ("ModernBert", MODERN_BERT, Pooling.CLS),
     "modernbert-with-biases": ("ModernBert", MODERN_BERT | BIASES, Pooling.CLS),
+    "gemma3-both-ways": ("Gemma3Text", GEMMA3 | BOTH_WAYS, Pooling.MEAN),
+    "gemma3-causal": ("Gemma3Text", GEMMA3, Pooling.LAST),
     "qwen3": ("Qwen3", QWEN3, Pooling.LAST),
     "qwen3-without-groups": ("Qwen3", QWEN3 | {"num_key_value_heads": 4}, Pooling.LAST),
     "qwen3-with-biases": ("Qwen3", QWEN3 | {"attention_bias": True}, Pooling.LAST),

@@ -48,6 +48,17 @@ CONFIGS: Mapping[str, Mapping[str, object]] = {  # of the families that `write_t
         "global_attn_every_n_layers": 3,
         "norm_bias": True,
     },
+    "gemma3_text": {
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 32,
+        "sliding_window_pattern": 3,
+        "use_bidirectional_attention": True,
+    },
     "qwen3": {
         "intermediate_size": 160,
         "num_hidden_layers": 3,

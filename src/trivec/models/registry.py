@@ -8,6 +8,7 @@ from typing import Any
 from trivec.models import (
     bert,
     distilbert,
+    gemma3,
     gte,
     jina_bert,
     modernbert,
@@ -95,6 +96,9 @@ JINA_BERT = Family(
     jina_bert.RENAMED,
     jina_bert.STANDS_FOR,
 )
+GEMMA3 = Family(
+    gemma3.read_config, gemma3.forward, gemma3.PREFIXES, gemma3.KEY_TENSOR, gemma3.UNUSED
+)
 QWEN3 = Family(qwen3.read_config, qwen3.forward, qwen3.PREFIXES, qwen3.KEY_TENSOR, qwen3.UNUSED)
 FAMILIES: Mapping[str, Family] = {
     **dict.fromkeys(bert.MODEL_TYPES, BERT),
@@ -104,6 +108,7 @@ FAMILIES: Mapping[str, Family] = {
     **dict.fromkeys(nomic_bert.MODEL_TYPES, NOMIC_BERT),
     **dict.fromkeys(gte.MODEL_TYPES, GTE),
     jina_bert.FAMILY_NAME: JINA_BERT,
+    **dict.fromkeys(gemma3.MODEL_TYPES, GEMMA3),
     **dict.fromkeys(qwen3.MODEL_TYPES, QWEN3),
 }
 
