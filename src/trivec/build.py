@@ -216,7 +216,7 @@ def load_checkpoint(
         from trivec.backends.fake import FakeBackend
 
         fake = FakeBackend(
-            dimensions=checkpoint.config.hidden_size, outputs=checkpoint.outputs, slot_count=cores
+            dimensions=checkpoint.dimensions, outputs=checkpoint.outputs, slot_count=cores
         )
         return LoadedModel(checkpoint, fake, model_card(checkpoint, "fake"), None)
 
@@ -239,7 +239,7 @@ def load_checkpoint(
     earned = backend.certificate
     if earned is None:
         return LoadedModel(checkpoint, backend, card, None)
-    certificate = CertificateSummary(earned.dense.minimum, earned.dense.mean, earned.summary)
+    certificate = CertificateSummary(earned.main.minimum, earned.main.mean, earned.summary)
     card = replace(card, notes={"certificate": earned.summary})
     return LoadedModel(checkpoint, backend, card, certificate)
 
@@ -252,12 +252,17 @@ def model_card(
         id=checkpoint.id,
         token_count_max=checkpoint.token_count_max,
         vocabulary_size=checkpoint.config.vocab_size,
-        dimensions=checkpoint.config.hidden_size,
+        dimensions=checkpoint.dimensions,
         outputs=checkpoint.outputs,
         precision=precision,
         created=checkpoint.created,
         owned_by=checkpoint.owned_by,
         dimensions_selectable=checkpoint.dimensions_selectable,
+        matryoshka_dimensions=checkpoint.matryoshka_dimensions,
+        prompts=checkpoint.prompts,
+        default_prompt_name=checkpoint.default_prompt_name,
+        include_prompt=checkpoint.include_prompt,
+        labels=checkpoint.labels,
         verified=checkpoint.verified,
         aliases=checkpoint.aliases,
         notes=notes,

@@ -75,6 +75,7 @@ def connect_models(parts: ServerParts, *, folder: SharedFolder, name: str, cores
                 vocabulary_size=model.card.vocabulary_size,
                 pool=pool,
                 request_tokens_max=parts.settings.http.request_tokens_max,
+                include_prompt=model.card.include_prompt,
             ),
             client,
         )

@@ -43,7 +43,7 @@ def lexical_weights(head: Heads, rows: HiddenRows, i: int) -> dict[int, float]:
 
 def test_sparse_is_the_largest_weight_of_each_id_in_each_text() -> None:
     rows = rows_of([5, 1, 12, 40, 2], [ALL] * 5)
-    found = Pooler(Pooling.CLS, True, heads()).vectors(rows).sparse
+    found = Pooler((Pooling.CLS,), True, heads()).vectors(rows).sparse
     for i, sparse in enumerate(found):
         expected = lexical_weights(heads(), rows, i)
         assert sparse is not None
@@ -54,13 +54,13 @@ def test_sparse_is_the_largest_weight_of_each_id_in_each_text() -> None:
 
 def test_a_text_of_special_tokens_only_has_an_empty_sparse_vector() -> None:
     rows = rows_of([4, 6], [ALL, ALL], vocabulary=3)
-    found = Pooler(Pooling.CLS, True, heads()).vectors(rows).sparse
+    found = Pooler((Pooling.CLS,), True, heads()).vectors(rows).sparse
     assert [len(one.token_ids) for one in found if one is not None] == [0, 0]
 
 
 def test_multi_drops_the_first_token_and_has_rows_of_length_one() -> None:
     rows = rows_of([5, 2, 9], [Output.DENSE, Output.MULTI, ALL])
-    found = Pooler(Pooling.CLS, True, heads()).vectors(rows).multi
+    found = Pooler((Pooling.CLS,), True, heads()).vectors(rows).multi
     assert found[0] is None
     for i, count in ((1, 1), (2, 8)):
         own = rows.hidden[rows.cu_seqlens[i] + 1 : rows.cu_seqlens[i + 1]]
@@ -83,7 +83,7 @@ def test_multi_drops_the_first_token_and_has_rows_of_length_one() -> None:
 )
 def test_dense_pools_each_text_alone(pooling: Pooling, normalize: bool) -> None:
     rows = rows_of([5, 1, 12], [Output.DENSE] * 3)
-    found = Pooler(pooling, normalize, None).vectors(rows).dense
+    found = Pooler((pooling,), normalize, None).vectors(rows).dense
     for i in range(3):
         own = rows.hidden[rows.cu_seqlens[i] : rows.cu_seqlens[i + 1]].astype(np.float64)
         expected = own.mean(axis=0) if pooling is Pooling.MEAN else own[0]
@@ -96,7 +96,7 @@ def test_not_a_number_is_never_hidden_by_the_heads() -> None:
     rows = rows_of([6], [ALL])
     rows.token_ids[:] = 7
     rows.hidden[:] = np.nan
-    found = Pooler(Pooling.CLS, True, heads()).vectors(rows)
+    found = Pooler((Pooling.CLS,), True, heads()).vectors(rows)
     sparse, multi = found.sparse[0], found.multi[0]
     assert sparse is not None
     assert multi is not None
@@ -108,13 +108,13 @@ def test_not_a_number_is_never_hidden_by_the_heads() -> None:
 def test_a_zero_row_stays_zero() -> None:
     rows = rows_of([2], [Output.DENSE])
     rows.hidden[:] = 0
-    assert not Pooler(Pooling.MEAN, True, None).vectors(rows).dense.any()
+    assert not Pooler((Pooling.MEAN,), True, None).vectors(rows).dense.any()
 
 
 def test_vectors_are_no_views_of_the_hidden_states() -> None:
     """The hidden states are the device's memory, overwritten by the next row."""
     rows = rows_of([3, 4], [ALL, ALL])
-    found = Pooler(Pooling.CLS, False, heads()).vectors(rows)
+    found = Pooler((Pooling.CLS,), False, heads()).vectors(rows)
     before = [found.dense.copy(), *(one.copy() for one in found.multi if one is not None)]
     rows.hidden[:] = 0
     after = [found.dense, *(one for one in found.multi if one is not None)]

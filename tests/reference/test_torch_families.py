@@ -214,7 +214,7 @@ class Saved:
             )
             names.after(self.model, folder / "model")
         opened = open_checkpoint(str(folder / "model"), cache_dir=folder / "cache")
-        self.checkpoint: Checkpoint = replace(opened, pooling=pooling)
+        self.checkpoint: Checkpoint = replace(opened, pooling=(pooling,))
 
     def expected(self, batch: Batch) -> Float32Array:
         """Unit vectors of transformers, each text alone: `[sequences, hidden]`."""

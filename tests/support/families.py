@@ -77,14 +77,15 @@ def open_family(folder: Path, family: str, pooling: Pooling) -> Checkpoint:
     write_tiny(
         folder / "model",
         family="bert" if written else family,
-        pooling=Pooling.CLS if written else pooling,
+        pooling=Pooling.CLS,
         hidden=HIDDEN,
         vocabulary_size=VOCABULARY_SIZE,
         heads=pooling is Pooling.CLS and not written,
         position_count=POSITIONS,
     )
     if written is None:
-        return open_checkpoint(str(folder / "model"), cache_dir=folder / "cache")
+        opened = open_checkpoint(str(folder / "model"), cache_dir=folder / "cache")
+        return replace(opened, pooling=(pooling,))
     config = {
         "model_type": family,
         "hidden_size": HIDDEN,
@@ -109,4 +110,4 @@ def open_family(folder: Path, family: str, pooling: Pooling) -> Checkpoint:
             tensors[f"{at}{whole}{kind}"] = np.concatenate(split)
     save_file(tensors, next((folder / "model").glob("*.safetensors")))
     opened = open_checkpoint(str(folder / "model"), cache_dir=folder / "cache")
-    return replace(opened, pooling=pooling)
+    return replace(opened, pooling=(pooling,))

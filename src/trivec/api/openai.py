@@ -223,6 +223,10 @@ def _model(card: ModelCard, name: str, context: RequestContext) -> Model:
         context_size=card.token_count_max,
         dimensions=card.dimensions,
         dimensions_selectable=card.dimensions_selectable,
+        matryoshka_dimensions=list(card.matryoshka_dimensions),
+        prompts=dict(card.prompts),
+        default_prompt_name=card.default_prompt_name,
+        labels=card.labels,
         output_types=output_names(card.outputs),
         truncate=context.known_caller.truncate or context.app.limits.truncate,
         precision=card.precision,
@@ -378,7 +382,7 @@ def choose_outputs(asked: EmbeddingsRequest, card: ModelCard) -> Output:
 
 def output_names(outputs: Output) -> list[str]:
     """The public names of *outputs*, as `/models` lists them."""
-    return [name for name in ("dense", "sparse", "multi") if OUTPUTS[name] in outputs]
+    return [str(output.name).lower() for output in outputs]
 
 
 OPERATIONS = (

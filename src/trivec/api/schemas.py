@@ -172,6 +172,10 @@ class Model(Struct, frozen=True, kw_only=True):
     context_size: int
     dimensions: int
     dimensions_selectable: bool
+    matryoshka_dimensions: Annotated[list[int], doc("Sizes a vector may be cut to.")]
+    prompts: Annotated[dict[str, str], doc("By name: what is put before a text.")]
+    default_prompt_name: Annotated[str | None, doc("The prompt where a request names none.")]
+    labels: Annotated[int, doc("Numbers in a score; 0 where the model gives none.")]
     output_types: list[str]
     truncate: Annotated[str, doc("For this key, where a request does not say.")]
     precision: str

@@ -98,7 +98,8 @@ class FakeBackend:
             if Poison.RAISE in effects:
                 raise RuntimeError("a poisoned token was in the batch")
             wanted = Output(flags) & self.outputs
-            digest = hashlib.blake2b(ids.astype("<i4").tobytes(), digest_size=8).digest()
+            skip = b"" if batch.skip is None or not batch.skip[i] else batch.skip[i].tobytes()
+            digest = hashlib.blake2b(ids.astype("<i4").tobytes() + skip, digest_size=8).digest()
             draw = np.random.default_rng(int.from_bytes(digest, "little"))
             row_count = len(ids) if Output.MULTI in wanted else 1
             rows = draw.standard_normal((row_count, self.dimensions), np.float32)

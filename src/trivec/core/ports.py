@@ -30,9 +30,18 @@ class Embedder(Protocol):
     def card(self) -> ModelCard: ...
 
     async def tokenize(
-        self, inputs: Texts | TokenLists, *, long_text: LongText, trusted: bool = False
+        self,
+        inputs: Texts | TokenLists,
+        *,
+        long_text: LongText,
+        trusted: bool = False,
+        prompt: str = "",
+        token_count_max: int | None = None,
     ) -> Sequences:
         """Ids of *inputs*, special tokens included.
+
+        *prompt* is put before each text and never cut; only texts may have one. *token_count_max*
+        is of each sequence, where that is less than the model's own.
 
         Raises `TextTooLong` (with the index of the first one) unless *long_text* says otherwise,
         `TokenIdUnknown` for an id outside the vocabulary, `TokenIdsForeign` for arrays that

@@ -49,10 +49,22 @@ class Engine:
         return len(self._queue.open)
 
     async def tokenize(
-        self, inputs: Texts | TokenLists, *, long_text: LongText, trusted: bool = False
+        self,
+        inputs: Texts | TokenLists,
+        *,
+        long_text: LongText,
+        trusted: bool = False,
+        prompt: str = "",
+        token_count_max: int | None = None,
     ) -> Sequences:
         assert self._tokenizer is not None, "asked with text, and made for ids"
-        return await self._tokenizer.tokenize(inputs, long_text=long_text, trusted=trusted)
+        return await self._tokenizer.tokenize(
+            inputs,
+            long_text=long_text,
+            trusted=trusted,
+            prompt=prompt,
+            token_count_max=token_count_max,
+        )
 
     def token_strings(self, token_ids: Int32Array) -> list[str]:
         assert self._tokenizer is not None, "asked with text, and made for ids"

@@ -234,9 +234,11 @@ def pack(items: Sequence[BatchItem]) -> Batch:
     outputs = np.array([request.outputs for request, own in items for _ in own], np.uint8)
     if len(items) == 1 and len(items[0].request.order) == 1:  # a lone text: nothing to copy
         alone = items[0].request.sequences
-        return Batch(alone.token_ids, alone.cu_seqlens, outputs, alone.token_types)
+        return Batch(alone.token_ids, alone.cu_seqlens, outputs, alone.token_types, alone.skip)
     has_types = any(item.request.sequences.token_types is not None for item in items)
+    has_skip = any(item.request.sequences.skip is not None for item in items)
     ids, types = list[Int32Array](), list[Int32Array]()  # [tokens] of each sequence
+    skips = list[Int32Array]()  # [sequences] of each request
     for request, indices in items:
         sequences, starts = request.sequences, request.sequences.cu_seqlens
         spans = [slice(starts[i], starts[i + 1]) for i in indices]
@@ -246,9 +248,13 @@ def pack(items: Sequence[BatchItem]) -> Batch:
             if own_types is None:
                 own_types = np.zeros(sequences.token_count, np.int32)
             types += [own_types[span] for span in spans]
+        if has_skip:
+            own_skip = sequences.skip
+            skips.append(np.zeros(len(spans), np.int32) if own_skip is None else own_skip[indices])
     cu_seqlens = np.cumsum([0, *map(len, ids)], dtype=np.int32)
     token_types = np.concatenate(types) if has_types else None
-    return Batch(np.concatenate(ids), cu_seqlens, outputs, token_types)
+    skip = np.concatenate(skips) if has_skip else None
+    return Batch(np.concatenate(ids), cu_seqlens, outputs, token_types, skip)
 
 
 def one_by_one(items: Sequence[BatchItem]) -> list[BatchItem]:

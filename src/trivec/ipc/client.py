@@ -117,11 +117,14 @@ class EngineClient:
         await self._was_connected.wait()
         self.check_connected()
         self._last_id = request_id = self._last_id + 1
-        ids, bounds, types = sequences.token_ids, sequences.cu_seqlens, sequences.token_types
+        ids, bounds = sequences.token_ids, sequences.cu_seqlens
+        types, skip = sequences.token_types, sequences.skip
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._open[request_id] = future
         try:
-            self._send(EmbedRequest(request_id, model, outputs, ids, bounds, types, deadline_s))
+            self._send(
+                EmbedRequest(request_id, model, outputs, ids, bounds, types, deadline_s, skip)
+            )
             return await future
         except asyncio.CancelledError:
             self._send(Cancel(request_id))

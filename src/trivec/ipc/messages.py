@@ -30,9 +30,12 @@ class EmbedRequest(msgspec.Struct, frozen=True, tag=True):
     cu_seqlens: np.ndarray  # int32 [sequences + 1]
     token_types: np.ndarray | None  # int32 [tokens]
     deadline_s: float | None  # counts from when the engine process reads it
+    skip: np.ndarray | None = None  # int32 [sequences]
 
     def sequences(self) -> Sequences:
-        return Sequences(self.token_ids, self.cu_seqlens, token_types=self.token_types)
+        return Sequences(
+            self.token_ids, self.cu_seqlens, token_types=self.token_types, skip=self.skip
+        )
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
+from trivec.core.types import Output
 from trivec.models.config import Count, Rows, Width
 from trivec.models.ops import (
     Activation,
@@ -23,6 +24,7 @@ from trivec.models.ops import (
     Ops,
     Table,
 )
+from trivec.models.pooling import HeadPlan, LinearName, Nonlinearity, NormName, Pooling
 
 T = TypeVar("T")
 
@@ -105,6 +107,39 @@ def _why_not(found: _BertFile) -> str | None:
             f"{found.num_attention_heads}"
         )
     return None
+
+
+def head_plan(architecture: str, file: Mapping[str, object], config: BertConfig) -> HeadPlan | None:
+    """The head of a class of transformers, whose `config.json` is *file*; None for another class."""
+    if architecture == "BertForSequenceClassification":
+        names = ("pooler.dense", "classifier")
+    elif architecture.endswith("ForSequenceClassification"):
+        names = ("classifier.dense", "classifier.out_proj")
+    elif architecture.endswith("ForMaskedLM"):
+        is_bert = config.family == "bert"
+        dense, norm, bias = (
+            (
+                "cls.predictions.transform.dense",
+                "cls.predictions.transform.LayerNorm",
+                "cls.predictions.bias",
+            )
+            if is_bert
+            else ("lm_head.dense", "lm_head.layer_norm", "lm_head.bias")
+        )
+        words = KEY_TENSOR
+        if file.get("tie_word_embeddings") is False:
+            words = "cls.predictions.decoder.weight" if is_bert else "lm_head.decoder.weight"
+        layers = (
+            LinearName.of(dense, Nonlinearity.GELU),
+            NormName(f"{norm}.weight", f"{norm}.bias", config.layer_norm_eps),
+            LinearName(words, bias),
+        )
+        return HeadPlan(Output.SPARSE, (), layers)
+    else:
+        return None
+    first, last = names
+    score = (LinearName.of(first, Nonlinearity.TANH), LinearName.of(last))
+    return HeadPlan(Output.SCORE, (Pooling.CLS,), score)
 
 
 def forward(ops: Ops[T], config: BertConfig) -> T:

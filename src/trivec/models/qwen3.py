@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from trivec.core.types import Output
 from trivec.models.config import Count, Eps, Rows, Theta, Width
 from trivec.models.ops import (
     Activation,
@@ -20,6 +21,7 @@ from trivec.models.ops import (
     Rope,
     Table,
 )
+from trivec.models.pooling import HeadPlan, LinearName, Pooling
 
 T = TypeVar("T")
 
@@ -94,6 +96,15 @@ def read_config(config: Mapping[str, object]) -> Qwen3Config:
         attention_bias=found.attention_bias,
         is_causal=not found.use_bidirectional_attention,
     )
+
+
+def head_plan(
+    architecture: str, file: Mapping[str, object], config: Qwen3Config
+) -> HeadPlan | None:
+    """The head of a class of transformers; None for another class."""
+    if not architecture.endswith("ForSequenceClassification"):
+        return None
+    return HeadPlan(Output.SCORE, (Pooling.LAST,), (LinearName("score.weight", None),))
 
 
 def forward(ops: Ops[T], config: Qwen3Config) -> T:

@@ -17,6 +17,7 @@ from trivec.models import (
     qwen3,
 )
 from trivec.models.ops import ModelConfig, Ops, Plan, Recorder, T
+from trivec.models.pooling import HeadPlan, Pooling
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,9 @@ class Family:
     renamed: tuple[tuple[str, str], ...] = ()  # parts of names: as files have them, as here
     # How the names begin of classes in `auto_map` whose code this family stands for.
     stands_for: tuple[str, ...] = ()
+    # (architecture, config.json, config) to the head of a classifier or masked language model.
+    head_plan: Callable[[str, Mapping[str, Any], Any], HeadPlan | None] = lambda *_: None
+    pooling: Pooling = Pooling.MEAN  # where a folder does not say
 
     def own_name(self, name: str) -> str:
         """What this family calls the tensor *name* of a file."""
@@ -41,7 +45,14 @@ class Family:
         return name
 
 
-BERT = Family(bert.read_config, bert.forward, bert.PREFIXES, bert.KEY_TENSOR, bert.UNUSED)
+BERT = Family(
+    bert.read_config,
+    bert.forward,
+    bert.PREFIXES,
+    bert.KEY_TENSOR,
+    bert.UNUSED,
+    head_plan=bert.head_plan,
+)
 DISTILBERT = Family(
     distilbert.read_config,
     bert.forward,
@@ -65,6 +76,16 @@ MODERN_BERT = Family(
     modernbert.KEY_TENSOR,
     modernbert.UNUSED,
     modernbert.FUSED,
+    head_plan=modernbert.head_plan,
+)
+QWEN3 = Family(
+    qwen3.read_config,
+    qwen3.forward,
+    qwen3.PREFIXES,
+    qwen3.KEY_TENSOR,
+    qwen3.UNUSED,
+    head_plan=qwen3.head_plan,
+    pooling=Pooling.LAST,
 )
 NOMIC_BERT = Family(
     nomic_bert.read_config,
@@ -99,7 +120,6 @@ JINA_BERT = Family(
 GEMMA3 = Family(
     gemma3.read_config, gemma3.forward, gemma3.PREFIXES, gemma3.KEY_TENSOR, gemma3.UNUSED
 )
-QWEN3 = Family(qwen3.read_config, qwen3.forward, qwen3.PREFIXES, qwen3.KEY_TENSOR, qwen3.UNUSED)
 FAMILIES: Mapping[str, Family] = {
     **dict.fromkeys(bert.MODEL_TYPES, BERT),
     **dict.fromkeys(distilbert.MODEL_TYPES, DISTILBERT),
@@ -143,6 +163,15 @@ def _is_known_code(auto_map: object, family: Family) -> bool:
     targets = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
     names = [str(target).rpartition(".")[2] for target in targets if target is not None]
     return all(name.startswith(family.stands_for) for name in names)
+
+
+def head_plan(file: Mapping[str, Any], config: ModelConfig) -> HeadPlan | None:
+    """The head of the class that `config.json`, *file*, names; None for a bare encoder.
+
+    Raises `ValueError` with the reason for a head that is not understood.
+    """
+    architectures = file.get("architectures") or [""]
+    return FAMILIES[config.family].head_plan(str(architectures[0]), file, config)
 
 
 def forward(ops: Ops[T], config: ModelConfig) -> T:
