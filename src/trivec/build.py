@@ -19,7 +19,7 @@ from trivec.api import ByteBudget, budget_bytes, build_app
 from trivec.checkpoints import Checkpoint, find_folder, open_checkpoint
 from trivec.checkpoints.catalogue import CATALOGUE
 from trivec.core.clock import SystemClock
-from trivec.core.errors import SettingInvalid
+from trivec.core.errors import FieldInvalid, SettingInvalid
 from trivec.core.events import ModelLoaded
 from trivec.core.health import Health
 from trivec.core.ports import Backend, Clock, Embedder, Observer
@@ -27,6 +27,7 @@ from trivec.core.types import CertificateSummary, ModelCard
 from trivec.engine import Engine, Workers
 from trivec.settings import Settings
 from trivec.telemetry import Metrics, Observers, RequestLog, Tracing, lines_dropped
+from trivec.token_encodings import token_table
 from trivec.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -156,10 +157,19 @@ def open_server_parts(settings: Settings, *, machine_bytes: int = 1 << 31) -> Se
 
 
 def check_models(settings: Settings) -> None:
-    """Raise `CheckpointRefused` for a name of no model, before anything is begun."""
+    """Raise `CheckpointRefused` for a name of no model, before anything is begun.
+
+    `SettingInvalid` where the token encoding that requests are to be decoded with is not here.
+    """
     for reference in settings.models:
         if reference not in CATALOGUE:
             find_folder(reference)
+    encoding = settings.http.token_encoding
+    if encoding not in (None, "model"):
+        try:
+            token_table(encoding)
+        except FieldInvalid as absent:
+            raise SettingInvalid(f"--token-encoding {encoding}: {absent}") from absent
 
 
 def load_models(
@@ -170,10 +180,13 @@ def load_models(
     *takes_text*: requests bring texts; one that brings only token ids needs no tokeniser.
     """
     choice = choose(settings)
-    checkpoints = [
-        open_checkpoint(reference, cache_dir=settings.data_dir / "models")
-        for reference in settings.models or (DEFAULT_MODEL,)
-    ]
+    checkpoints = with_aliases(
+        [
+            open_checkpoint(reference, cache_dir=settings.data_dir / "models")
+            for reference in settings.models or (DEFAULT_MODEL,)
+        ],
+        settings.aliases,
+    )
     has_compiled = threading.Event()
 
     def read_vocabularies() -> list[Tokenizer]:
@@ -189,6 +202,20 @@ def load_models(
     ]
     has_compiled.set()
     return set_up(loaded, choice, context=context, tokenizers=reading.result())
+
+
+def with_aliases(checkpoints: Sequence[Checkpoint], aliases: Sequence[str]) -> list[Checkpoint]:
+    """*checkpoints* with further names, each as NAME=ID. Raises `SettingInvalid`."""
+    named = list(checkpoints)
+    for name, _, model in (pair.partition("=") for pair in aliases):
+        i = next((i for i, one in enumerate(named) if model in (one.id, *one.aliases)), None)
+        if i is None:
+            raise SettingInvalid(
+                f"alias {name}={model} is of a model that is not served; "
+                f"served are {', '.join(one.id for one in named)}"
+            )
+        named[i] = replace(named[i], aliases=(*named[i].aliases, name))
+    return named
 
 
 def choose(settings: Settings) -> Choice:
@@ -281,6 +308,7 @@ def make_tokenizers(
             vocabulary_size=checkpoint.config.vocab_size,
             pool=pool,
             request_tokens_max=context.settings.http.request_tokens_max,
+            include_prompt=checkpoint.include_prompt,
         )
         for checkpoint in checkpoints
     ]

@@ -82,11 +82,17 @@ class StandIn:
         self._backend = FakeBackend(dimensions=card.dimensions, outputs=card.outputs)
 
     async def tokenize(
-        self, inputs: Texts | TokenLists, *, long_text: LongText, trusted: bool = False
+        self,
+        inputs: Texts | TokenLists,
+        *,
+        long_text: LongText,
+        trusted: bool = False,
+        prompt: str = "",
+        token_count_max: int | None = None,
     ) -> Sequences:
-        ids = [self._ids(one) for one in inputs]
+        ids = [self._ids(prompt + one if isinstance(one, str) else one) for one in inputs]
         truncated: dict[int, Truncated] = {}
-        count_max = self.card.token_count_max
+        count_max = min(token_count_max or self.card.token_count_max, self.card.token_count_max)
         for i, one in enumerate(ids):
             if len(one) <= count_max or long_text is LongText.KEEP:
                 continue

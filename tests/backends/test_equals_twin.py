@@ -1,5 +1,6 @@
 """The OpenVINO encoder and the vectorised heads against the slow twin, in every family we serve."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,24 @@ def test_dense_equals_the_twin_for_every_family_and_pooling(
     np.testing.assert_allclose(found, expected, atol=5e-6, rtol=0)
     for i in (0, 3, 7):  # the same bits alone and beside others
         assert backend.run(batch_of([texts[i]]), slot=0).dense.tobytes() == found[i].tobytes()
+
+
+def test_a_mean_without_a_prompt_equals_the_twin_alone_and_beside_others(
+    open_tiny: OpenTiny, tmp_path: Path
+) -> None:
+    """In micro-batches, of which each has its own sequences' counts."""
+    checkpoint = open_tiny("bert", Pooling.MEAN)
+    texts = random_ids(LENGTHS)
+    skip = np.array([0, 1, 2, 5, 0, 39, 7, 100], np.int32)
+    backend, twin = fp32(checkpoint, tmp_path), Twin(checkpoint)
+    found = backend.run(replace(batch_of(texts), skip=skip), slot=0).dense
+    for i, ids in enumerate(texts):
+        expected = twin.hidden(ids)[skip[i] :].mean(axis=0)
+        if checkpoint.normalize:
+            expected = expected / np.linalg.norm(expected)
+        np.testing.assert_allclose(found[i], expected, atol=5e-6, rtol=0)
+        alone = replace(batch_of([ids]), skip=skip[i : i + 1])
+        assert backend.run(alone, slot=0).dense.tobytes() == found[i].tobytes()
 
 
 def test_sparse_and_multi_equal_the_twin(tiny_m3: Checkpoint, tmp_path: Path) -> None:

@@ -42,12 +42,20 @@ def vectors(outputs: Output, *row_counts: int) -> Vectors:
 
 @pytest.mark.parametrize("deadline_s", [None, 0.25, -1.0])
 @pytest.mark.parametrize("types", [None, np.array([0, 0, 1, 0], np.int32)], ids=["none", "types"])
+@pytest.mark.parametrize("skip", [None, np.array([2, 0], np.int32)], ids=["whole", "skip"])
 def test_a_request_arrives_as_it_was_sent(
-    deadline_s: float | None, types: np.ndarray | None
+    deadline_s: float | None, types: np.ndarray | None, skip: np.ndarray | None
 ) -> None:
     asked = sequences(3, 1)
     sent = EmbedRequest(
-        7, 1, Output.DENSE | Output.MULTI, asked.token_ids, asked.cu_seqlens, types, deadline_s
+        7,
+        1,
+        Output.DENSE | Output.MULTI,
+        asked.token_ids,
+        asked.cu_seqlens,
+        types,
+        deadline_s,
+        skip,
     )
     found = decode(encode(sent))
     assert isinstance(found, EmbedRequest)
@@ -56,6 +64,7 @@ def test_a_request_arrives_as_it_was_sent(
     np.testing.assert_array_equal(found.sequences().token_ids, asked.token_ids)
     np.testing.assert_array_equal(found.sequences().cu_seqlens, asked.cu_seqlens)
     np.testing.assert_array_equal(found.sequences().token_types, types)
+    np.testing.assert_array_equal(found.sequences().skip, skip)
     assert found.token_ids.flags.aligned
 
 

@@ -1,5 +1,7 @@
 """The vectorised heads against loops, and what a mixed batch gets."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tests.backends.batches import ALL
@@ -89,6 +91,17 @@ def test_dense_pools_each_text_alone(pooling: Pooling, normalize: bool) -> None:
         expected = own.mean(axis=0) if pooling is Pooling.MEAN else own[0]
         expected = expected / np.linalg.norm(expected) if normalize else expected
         np.testing.assert_allclose(found[i], expected, rtol=0, atol=1e-6)
+
+
+def test_a_mean_leaves_out_what_a_prompt_takes() -> None:
+    rows = rows_of([5, 1, 12, 4], [Output.DENSE] * 4)
+    skip = [3, 0, 0, 3]
+    found = Pooler((Pooling.MEAN,), False, None).vectors(
+        replace(rows, skip=np.array(skip, np.int32))
+    )
+    for i in range(4):
+        own = rows.hidden[rows.cu_seqlens[i] + skip[i] : rows.cu_seqlens[i + 1]]
+        np.testing.assert_allclose(found.dense[i], own.mean(axis=0), rtol=0, atol=1e-6)
 
 
 def test_not_a_number_is_never_hidden_by_the_heads() -> None:

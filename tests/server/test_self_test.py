@@ -44,7 +44,13 @@ class StubEmbedder:
         )
 
     async def tokenize(
-        self, inputs: Texts | TokenLists, *, long_text: LongText, trusted: bool = False
+        self,
+        inputs: Texts | TokenLists,
+        *,
+        long_text: LongText,
+        trusted: bool = False,
+        prompt: str = "",
+        token_count_max: int | None = None,
     ) -> Sequences:
         return Sequences.pack([[1]])
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def file(request: pytest.FixtureRequest) -> Path:
     return Path(spec.submodule_search_locations[0]) / "model" / "tokenizer.json"
 
 
-def words(folder: Path, pool: ThreadPoolExecutor, **options: int) -> Tokenizer:
+def words(folder: Path, pool: ThreadPoolExecutor, **options: Any) -> Tokenizer:
     """One id a word, `w5` is 9; pairs as BERT's: two segments, each with its closing token."""
     codec = tokenizers.Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")

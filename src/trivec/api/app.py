@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
@@ -19,6 +20,14 @@ from trivec.core.ports import Clock, Embedder, Observer
 from trivec.settings import HttpLimits
 
 PREFIXES = ("/v1", "/openai/v1", "/v3/openai")  # the first is matched first
+CORS_HEADERS = (  # of an answer, that a page's scripts may read
+    *("x-request-id", "openai-processing-ms", "server-timing", "retry-after", "retry-after-ms"),
+    *(
+        f"x-ratelimit-{what}-{kind}"
+        for what in ("limit", "remaining", "reset")
+        for kind in ("requests", "tokens")
+    ),
+)
 
 
 def build_app(
@@ -51,7 +60,16 @@ def build_app(
     served.append(Operation("GET", "/openapi.json", openapi, None, None))
     unpaid = UnpaidRate(limits.unpaid_requests_per_minute)
     routes = [Route(one.path, Endpoint(one, unpaid), methods=[one.method]) for one in served]
-    return RequestMiddleware(Router(routes, redirect_slashes=False), state)
+    app: ASGIApp = RequestMiddleware(Router(routes, redirect_slashes=False), state)
+    if limits.cors_origins:  # outermost: a page may read refusals, too, and a preflight has no key
+        app = CORSMiddleware(
+            app,
+            allow_origins=limits.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=CORS_HEADERS,
+        )
+    return app
 
 
 def all_operations(has_metrics: bool, *, metrics_open: bool) -> list[Operation]:

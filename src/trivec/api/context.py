@@ -103,6 +103,7 @@ class RequestContext:
         self.error_message: str | None = None  # where the client is at fault
         self.model: str | None = None  # a served id, never what the client merely claimed
         self.input_count = self.token_count = 0
+        self.token_encoding: str | None = None  # of the ids in it that were decoded
         self.request_bytes = 0  # of body, that were read
         self.is_body_asked_for = self.is_body_read = False  # read: to its end
         self.status: int | None = None  # of the response that has begun to leave

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TypeVar, cast
 
@@ -40,6 +40,7 @@ from trivec.core.errors import (
 from trivec.core.ports import Embedder, Texts, TokenLists
 from trivec.core.types import LongText, ModelCard, Output, Sequences
 from trivec.settings import HttpLimits
+from trivec.token_encodings import decode
 
 Asked = TypeVar("Asked", bound=TokenizeRequest)
 
@@ -55,6 +56,13 @@ OUTPUTS = {
     "sparse": Output.SPARSE,
     "multi": Output.MULTI,
     "colbert": Output.MULTI,
+}
+QUERY = ("query", "search_query", "retrieval.query")
+DOCUMENT = ("document", "passage", "search_document", "retrieval.passage", "corpus")
+# What an `input_type` may be called among a model's prompts, beside its own word.
+PROMPT_NAMES: Mapping[str, Sequence[str]] = {
+    **dict.fromkeys(("query", "search_query", "retrieval.query"), QUERY),
+    **dict.fromkeys(("document", "search_document", "passage", "retrieval.passage"), DOCUMENT),
 }
 LONG_TEXT: Mapping[bool | str, LongText] = {
     False: LongText.REFUSE,
@@ -87,9 +95,21 @@ async def embeddings(context: RequestContext) -> Response:
     await context.reservation.acquire(tokens_follow=True)
 
     truncate: bool | str = context.known_caller.truncate or limits.truncate
-    if asked.truncate is not None:
-        truncate = asked.truncate
-    sequences = await tokenize_input(asked, embedder, context, long_text=LONG_TEXT[truncate])
+    for said in (asked.truncation, asked.truncate):
+        truncate = truncate if said is None else said
+    long_text, count_max = LONG_TEXT[truncate], asked.truncate_prompt_tokens
+    if count_max is not None:
+        count_max = card.token_count_max if count_max == -1 else count_max
+        if not 1 <= count_max <= card.token_count_max:
+            raise FieldInvalid(
+                f"Invalid value for 'truncate_prompt_tokens' = {count_max}. It is -1, or 1 to "
+                f"{card.token_count_max}, which is all that this model reads.",
+                param="truncate_prompt_tokens",
+            )
+        long_text = LongText.CUT_END if long_text is LongText.REFUSE else long_text
+    sequences = await tokenize_input(
+        asked, embedder, context, long_text=long_text, token_count_max=count_max
+    )
     token_count = sequences.token_count
     if token_count > limits.request_tokens_max:
         raise RequestTooLarge(token_count=token_count, token_count_max=limits.request_tokens_max)
@@ -116,11 +136,10 @@ async def embeddings(context: RequestContext) -> Response:
         encode_embeddings,
         reply.vectors,
         sequences,
-        model=asked.model,
+        asked=asked,
         outputs=outputs,
-        encoding=asked.encoding,
-        dimensions=asked.dimensions,
         token_strings=token_strings or None,
+        token_encoding=context.token_encoding,
     )
     in_line = response_bytes <= IN_LINE_BYTES_MAX[asked.encoding]
     encoded = encode() if in_line else await asyncio.to_thread(encode)
@@ -195,6 +214,7 @@ async def count_tokens(body: bytes, context: RequestContext) -> Response:
         total_tokens=token_count,
         request_tokens_max=limits.request_tokens_max,
         fits=token_count <= limits.request_tokens_max and all(text.fits for text in data),
+        token_encoding=context.token_encoding,
     )
     in_line = response_bytes <= IN_LINE_BYTES_MAX["float"]
     encode = partial(json_response, counted)
@@ -251,9 +271,12 @@ async def tokenize_input(
     context: RequestContext,
     *,
     long_text: LongText,
+    token_count_max: int | None = None,
 ) -> Sequences:
     """The sequences of the texts or token ids in *asked*. Raises what `Embedder.tokenize` does."""
     given, vocabulary_size = asked.input, embedder.card.vocabulary_size
+    encoding = asked.token_encoding or context.app.limits.token_encoding
+    started_s = context.app.clock.now_s()
     inputs: Texts | TokenLists
     if isinstance(given, str):
         inputs = [given]
@@ -262,6 +285,11 @@ async def tokenize_input(
     else:
         is_flat = isinstance(given[0], int)  # the ids of one text, without a list around them
         lists = cast("list[list[int]]", [given] if is_flat else given)
+        if encoding not in (None, "model"):
+            inputs = await asyncio.to_thread(decode, lists, encoding)
+            context.memory.add(sum(map(len, inputs)))
+            context.token_encoding = encoding
+            lists = []
         for i, ids in enumerate(lists):
             if min(ids) < 0 or max(ids) >= vocabulary_size:
                 at = next(k for k, one in enumerate(ids) if not 0 <= one < vocabulary_size)
@@ -270,12 +298,58 @@ async def tokenize_input(
                     vocabulary_size=vocabulary_size,
                     param=f"input[{at}]" if is_flat else f"input[{i}][{at}]",
                 )
-        inputs = [np.array(ids, np.int32) for ids in lists]  # each [tokens]
-    started_s = context.app.clock.now_s()
-    trusted = asked.token_encoding is not None
-    sequences = await embedder.tokenize(inputs, long_text=long_text, trusted=trusted)
+        if lists:
+            inputs = [np.array(ids, np.int32) for ids in lists]  # each [tokens]
+    prompt = ""
+    if asked.names_prompt or embedder.card.default_prompt_name is not None:
+        prompt = choose_prompt(asked, embedder.card, are_texts=isinstance(inputs[0], str))
+    sequences = await embedder.tokenize(
+        inputs,
+        long_text=long_text,
+        trusted=encoding == "model",
+        prompt=prompt,
+        token_count_max=token_count_max,
+    )
     context.tokenize_s = context.app.clock.now_s() - started_s
     return sequences
+
+
+def choose_prompt(asked: TokenizeRequest, card: ModelCard, *, are_texts: bool) -> str:
+    """What goes before every input: what *asked* names, else the model's default prompt.
+
+    An `input_type` that none of the model's prompts is for leaves the default, as in
+    sentence-transformers. Token ids take no prompt. Raises `FieldInvalid`.
+    """
+    fields = ("prompt", "prompt_name", "input_type")
+    named = [field for field in fields if getattr(asked, field) is not None]
+    if len(named) > 1:
+        raise FieldInvalid(
+            f"'{named[0]}' and '{named[1]}' both say what goes before each input. Send one of them.",
+            param=named[1],
+        )
+    prompts, listed = card.prompts, ", ".join(sorted(card.prompts)) or "none"
+    prompt = prompts.get(card.default_prompt_name or "", "")
+    if asked.prompt is not None:
+        prompt = asked.prompt
+    elif asked.prompt_name is not None:
+        if asked.prompt_name not in prompts:
+            raise FieldInvalid(
+                f"This model has no prompt called {shown(asked.prompt_name)}. It has: {listed}.",
+                param="prompt_name",
+            )
+        prompt = prompts[asked.prompt_name]
+    elif asked.input_type is not None:
+        by_word = {name.lower(): text for name, text in prompts.items()}
+        words = (asked.input_type, *PROMPT_NAMES.get(asked.input_type, ()))
+        found = [by_word[word] for word in words if word in by_word]
+        prompt = next(filter(None, found), "") if found else prompt
+    if prompt and named and not are_texts:
+        raise FieldInvalid(
+            f"'{named[0]}' puts a prompt before texts, and 'input' holds token ids. Send texts, or "
+            "ids that begin with the prompt's.",
+            param=named[0],
+        )
+    return prompt if are_texts else ""
 
 
 def decode_inputs(decoder: Decoder[Asked], body: bytes, limits: HttpLimits) -> tuple[Asked, int]:
@@ -345,7 +419,7 @@ def _empty(param: str, kind: str) -> FieldInvalid:
 
 
 def choose_outputs(asked: EmbeddingsRequest, card: ModelCard) -> Output:
-    """What `output_type` asks for. Raises `FieldInvalid` where the model lacks it, or `dimensions`."""
+    """What `output_type` asks for. Raises `FieldInvalid` where the model lacks it, or the size."""
     given = asked.output_type
     if given == []:
         raise FieldInvalid(
@@ -368,14 +442,30 @@ def choose_outputs(asked: EmbeddingsRequest, card: ModelCard) -> Output:
             f"output; it has {', '.join(output_names(card.outputs))}.",
             param="output_type",
         )
-    dimensions = asked.dimensions or card.dimensions  # to ask for them all changes nothing
-    if dimensions != card.dimensions and not card.dimensions_selectable:
-        raise FieldInvalid("This model does not support specifying dimensions.", param="dimensions")
-    if dimensions > card.dimensions:
+    dimensions = asked.size or card.dimensions  # to ask for them all changes nothing
+    param = "dimensions" if asked.dimensions else "output_dimension"
+    if dimensions != (asked.output_dimension or dimensions):
         raise FieldInvalid(
-            f"Invalid value for 'dimensions' = {dimensions}. "
-            f"This model's vectors have {card.dimensions}.",
-            param="dimensions",
+            f"'dimensions' is {dimensions} and 'output_dimension' {asked.output_dimension}. They "
+            "mean the same: send one of them.",
+            param="output_dimension",
+        )
+    sizes = sorted({*card.matryoshka_dimensions, card.dimensions})
+    if dimensions not in sizes and not (card.dimensions_selectable and dimensions < sizes[-1]):
+        message = "This model does not support specifying dimensions."
+        if card.dimensions_selectable or card.matryoshka_dimensions:
+            have = f"at most {sizes[-1]}"
+            if not card.dimensions_selectable:
+                have = ", ".join(map(str, sizes))
+            message = (
+                f"Invalid value for '{param}' = {dimensions}. This model's vectors have {have}."
+            )
+        raise FieldInvalid(message, param=param)
+    if asked.dtype in ("binary", "ubinary") and dimensions % 8:
+        raise FieldInvalid(
+            f"'output_dtype' = {asked.dtype} packs eight numbers in a byte, and {dimensions} is no "
+            "multiple of 8.",
+            param="output_dtype",
         )
     return outputs
 

@@ -64,6 +64,7 @@ class ServeCommand(TyperCommand):
 @app.command(cls=ServeCommand)
 def serve(
     models: Annotated[list[str] | None, _flag("models", "--model", "-m")] = None,
+    aliases: Annotated[list[str] | None, _flag("aliases", "--alias", metavar="NAME=ID")] = None,
     host: Annotated[str | None, _flag("host")] = None,
     port: Annotated[str | None, _flag("port", "--port", "-p")] = None,
     probe_port: Annotated[str | None, _flag("probe_port")] = None,
@@ -75,6 +76,8 @@ def serve(
     data_dir: Annotated[str | None, _flag("data_dir")] = None,
     config: Annotated[str | None, typer.Option(help="TOML file with any of the settings.")] = None,
     truncate: Annotated[str | None, _flag("truncate")] = None,
+    token_encoding: Annotated[str | None, _flag("token_encoding")] = None,
+    cors_origins: Annotated[list[str] | None, _flag("cors_origins", "--cors-origin")] = None,
     no_auth: Annotated[str | None, _flag("no_auth", metavar="[=anywhere]")] = None,
 ) -> None:
     """Serve embeddings over HTTP until told to stop.
@@ -83,7 +86,9 @@ def serve(
     docs/configuration.md.
     """
     flags = locals()
-    flags["http"] = {"truncate": flags.pop("truncate")}
+    flags["http"] = {
+        name: flags.pop(name) for name in ("truncate", "token_encoding", "cors_origins")
+    }
     exit_code = run(load_settings(flags, os.environ, warn=_say))
     # At the interpreter's orderly end granian's own threads abort the process.
     sys.stdout.flush()

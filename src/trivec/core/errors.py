@@ -21,6 +21,11 @@ TrivecError
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+OPENAI_IDS = (
+    "In LangChain's OpenAIEmbeddings set check_embedding_ctx_length=False. If they are OpenAI's, "
+    'send "token_encoding": "cl100k_base" (or "o200k_base") and they are made into texts again.'
+)
+
 
 class TrivecError(Exception):
     """Every error we raise on purpose."""
@@ -75,8 +80,7 @@ class TokenIdUnknown(FieldInvalid):
     def __init__(self, *, token_id: int, vocabulary_size: int, param: str) -> None:
         super().__init__(
             f"Token id {token_id} is outside this model's vocabulary of {vocabulary_size} ids. "
-            "Send the text itself, or ids of this model's own tokenizer. In LangChain's "
-            "OpenAIEmbeddings set check_embedding_ctx_length=False.",
+            f"Send the text itself, or ids of this model's own tokenizer. {OPENAI_IDS}",
             param=param,
         )
 
@@ -87,9 +91,8 @@ class TokenIdsForeign(RequestError):
     def __init__(self) -> None:
         super().__init__(
             "The token ids in 'input' do not look like this model's own: ids of another tokenizer, "
-            "as OpenAI's tiktoken, name other words here. Send texts instead. In LangChain's "
-            "OpenAIEmbeddings set check_embedding_ctx_length=False. If they are this model's, send "
-            '"token_encoding": "model" and they are taken as they are.',
+            f"as OpenAI's tiktoken, name other words here. Send texts instead. {OPENAI_IDS} If "
+            'they are this model\'s, send "token_encoding": "model" and they are taken as they are.',
             param="input",
         )
 

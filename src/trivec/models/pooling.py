@@ -230,7 +230,7 @@ def _pool(pooling: Pooling, rows: HiddenRows) -> Float32Array:
     """One row a sequence: float32 `[sequences, hidden]`."""
     starts, hidden = rows.cu_seqlens[:-1], rows.hidden
     skip = np.zeros_like(starts) if rows.skip is None else rows.skip
-    first = starts + skip
+    first: Int32Array = starts + skip
     if pooling is Pooling.CLS:
         return hidden[first]
     if pooling is Pooling.LAST:
