@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ torch = pytest.importorskip("torch", reason="the torch backend needs torch")
 pytest.importorskip("transformers", reason="the reference is transformers")
 
 import transformers
+from safetensors.torch import load_file, save_file
 from tests.checkpoints.tiny import write_tiny
 from tests.reference.jina_bert import JinaBertModel
 
@@ -129,6 +131,25 @@ def as_nomic(model: Any, folder: Path) -> None:
     )
 
 
+def as_voyage(model: Any, folder: Path) -> None:
+    """Let a Qwen3 see both ways, and project what it yields, as voyage-4-nano's code does."""
+    file, pooling = folder / "model.safetensors", folder / "1_Pooling" / "config.json"
+    projection = torch.randn(2 * HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(1)) / 8
+    save_file(load_file(file) | {"linear.weight": projection}, file, metadata={"format": "pt"})
+    for path, changed in (
+        (folder / "config.json", {"use_bidirectional_attention": True, "num_labels": 2 * HIDDEN}),
+        (pooling, {"word_embedding_dimension": 2 * HIDDEN}),
+    ):
+        path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    plain = model.forward
+
+    def forward(input_ids: Any) -> SimpleNamespace:
+        hidden = plain(input_ids=input_ids, attention_mask={"full_attention": None})
+        return SimpleNamespace(last_hidden_state=hidden.last_hidden_state @ projection.T)
+
+    model.forward = forward
+
+
 JINA_BERT = BERT | {
     "layer_norm_eps": 1e-12,
     "position_embedding_type": "alibi",
@@ -171,6 +192,7 @@ FAMILIES: dict[str, tuple[Any, ...]] = {
     "gemma3-causal": ("Gemma3Text", GEMMA3, Pooling.LAST),
     "qwen3": ("Qwen3", QWEN3, Pooling.LAST),
     "qwen3-without-groups": ("Qwen3", QWEN3 | {"num_key_value_heads": 4}, Pooling.LAST),
+    "qwen3-both-ways-and-projected": ("Qwen3", QWEN3, Pooling.MEAN, Names(after=as_voyage)),
     "qwen3-with-biases": ("Qwen3", QWEN3 | {"attention_bias": True}, Pooling.LAST),
 }
 

@@ -84,6 +84,7 @@ QWEN3 = Family(
     qwen3.PREFIXES,
     qwen3.KEY_TENSOR,
     qwen3.UNUSED,
+    stands_for=qwen3.STANDS_FOR,
     head_plan=qwen3.head_plan,
     pooling=Pooling.LAST,
 )
