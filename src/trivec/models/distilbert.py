@@ -7,11 +7,14 @@ from collections.abc import Mapping
 
 import msgspec
 
-from trivec.models.bert import BertConfig
+from trivec.core.types import Output
+from trivec.models.bert import KEY_TENSOR, BertConfig
 from trivec.models.config import Count, Rows, Width
+from trivec.models.pooling import HeadPlan, LinearName, Nonlinearity, NormName, Pooling
 
 MODEL_TYPES = ("distilbert",)
 PREFIXES = ("", "distilbert.")
+LAYER_NORM_EPS = 1e-12  # of every model; no config says it
 UNUSED = ("vocab_*", "pre_classifier.*", "classifier.*", "*.position_ids")
 RENAMED = (
     ("transformer.layer.", "encoder.layer."),
@@ -57,6 +60,24 @@ def read_config(config: Mapping[str, object]) -> BertConfig:
         max_position_embeddings=found.max_position_embeddings,
         position_offset=0,
         pad_token_id=found.pad_token_id or 0,
-        layer_norm_eps=1e-12,
+        layer_norm_eps=LAYER_NORM_EPS,
         type_vocab_size=0,
     )
+
+
+def head_plan(architecture: str, file: Mapping[str, object], _: BertConfig) -> HeadPlan | None:
+    """The head of a class of transformers, whose `config.json` is *file*; None for another class."""
+    if architecture.endswith("ForSequenceClassification"):
+        score = (LinearName.of("pre_classifier", Nonlinearity.RELU), LinearName.of("classifier"))
+        return HeadPlan(Output.SCORE, (Pooling.CLS,), score)
+    if not architecture.endswith("ForMaskedLM"):
+        return None
+    is_tied = file.get("tie_word_embeddings") is not False
+    norm = NormName("vocab_layer_norm.weight", "vocab_layer_norm.bias", LAYER_NORM_EPS)
+    words = KEY_TENSOR if is_tied else "vocab_projector.weight"
+    layers = (
+        LinearName.of("vocab_transform", Nonlinearity.GELU),
+        norm,
+        LinearName(words, "vocab_projector.bias"),
+    )
+    return HeadPlan(Output.SPARSE, (), layers)

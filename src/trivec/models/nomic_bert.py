@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from trivec.core.types import Output
 from trivec.models.config import Count, Eps, Rows, Theta, Width
 from trivec.models.ops import (
     Activation,
@@ -22,6 +23,7 @@ from trivec.models.ops import (
     Rope,
     Table,
 )
+from trivec.models.pooling import HeadPlan, LinearName, Nonlinearity, Pooling
 
 T = TypeVar("T")
 
@@ -131,6 +133,16 @@ def read_config(config: Mapping[str, object]) -> GatedBertConfig:
         has_bias=False,
         rope=Rope(file.rope_theta, file.max_position_embeddings),
     )
+
+
+def head_plan(
+    architecture: str, _file: Mapping[str, object], _config: GatedBertConfig
+) -> HeadPlan | None:
+    """The head of a class of transformers or of the model's own code; None for another class."""
+    if not architecture.endswith("ForSequenceClassification"):
+        return None
+    score = (LinearName.of("pooler.dense", Nonlinearity.TANH), LinearName.of("classifier"))
+    return HeadPlan(Output.SCORE, (Pooling.CLS,), score)
 
 
 def forward(ops: Ops[T], config: GatedBertConfig) -> T:

@@ -60,6 +60,7 @@ DISTILBERT = Family(
     bert.KEY_TENSOR,
     distilbert.UNUSED,
     renamed=distilbert.RENAMED,
+    head_plan=distilbert.head_plan,
 )
 MPNET = Family(
     mpnet.read_config,
@@ -68,6 +69,7 @@ MPNET = Family(
     bert.KEY_TENSOR,
     mpnet.UNUSED,
     renamed=mpnet.RENAMED,
+    head_plan=bert.head_plan,
 )
 MODERN_BERT = Family(
     modernbert.read_config,
@@ -97,6 +99,7 @@ NOMIC_BERT = Family(
     nomic_bert.FUSED,
     nomic_bert.RENAMED,
     nomic_bert.STANDS_FOR,
+    nomic_bert.head_plan,
 )
 GTE = Family(
     gte.read_config,
@@ -107,6 +110,8 @@ GTE = Family(
     gte.FUSED,
     gte.RENAMED,
     gte.STANDS_FOR,
+    nomic_bert.head_plan,
+    Pooling.CLS,
 )
 JINA_BERT = Family(
     jina_bert.read_config,
@@ -117,6 +122,7 @@ JINA_BERT = Family(
     jina_bert.FUSED,
     jina_bert.RENAMED,
     jina_bert.STANDS_FOR,
+    nomic_bert.head_plan,
 )
 GEMMA3 = Family(
     gemma3.read_config, gemma3.forward, gemma3.PREFIXES, gemma3.KEY_TENSOR, gemma3.UNUSED
