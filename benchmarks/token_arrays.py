@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from trivec.token_origin import TokenOrigin
+from trivec.tokenizer.origin import TokenOrigin
 
 Encode = Callable[[str], Sequence[int]]
 LENGTHS = (2, 5, 8, 16, 32, 64, 600)

@@ -36,24 +36,24 @@ at the top that have a flag are listed by `trivec serve --help`.
 
 def page() -> str:
     """The whole page."""
-    return "\n".join([INTRODUCTION, *_tables(Settings, ())])
+    return "\n".join([INTRODUCTION, *_tables(Settings)])
 
 
-def _tables(section: type[BaseModel], path: tuple[str, ...]) -> Iterator[str]:
+def _tables(section: type[BaseModel], path: str = "") -> Iterator[str]:
     plain = {name: one for name, one in section.model_fields.items() if not _section_of(one)}
     if path:
-        yield f"## [{'.'.join(path)}]\n\n{section.__doc__}\n"
+        yield f"## [{path}]\n\n{section.__doc__}\n"
     else:
         yield "## At the top\n"
     yield "| setting | default | environment | what it is |\n|---|---|---|---|"
     for name, field in plain.items():
-        here = (*path, name)
-        variable = "TRIVEC_MODEL" if here == ("models",) else variable_name(here)
+        here = f"{path}.{name}" if path else name
+        variable = "TRIVEC_MODEL" if here == "models" else variable_name(here)
         yield f"| `{name}` | {_default(field)} | `{variable}` | {_meaning(field)} |"
     yield ""
     for name, field in section.model_fields.items():
         if inner := _section_of(field):
-            yield from _tables(inner, (*path, name))
+            yield from _tables(inner, f"{path}.{name}" if path else name)
 
 
 def _section_of(field: FieldInfo) -> type[BaseModel] | None:

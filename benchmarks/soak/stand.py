@@ -24,7 +24,7 @@ from trivec.build import (
     make_tokenizers,
     set_up,
 )
-from trivec.cli.greeting import Greeting
+from trivec.cli.serve import Greeting
 from trivec.engine import worker
 from trivec.server.machine import listen
 from trivec.server.processes import exit_code_of

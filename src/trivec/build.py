@@ -1,15 +1,17 @@
-"""Composition root: from Settings to the parts of a running service.
+"""Composition root: from Settings to the parts of a running service, in one process or several.
 
 The only file where classes of several packages meet. It chooses implementations and computes nothing;
-packages that are slow to import are imported by the function that needs them.
+packages that are slow to import are imported by the function that needs them. Of several processes
+the engine process has models and no HTTP; an API process has HTTP, and its models at a distance.
 """
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp
 
@@ -26,13 +28,23 @@ from trivec.core.ports import Backend, Clock, Embedder, Observer
 from trivec.core.types import CertificateSummary, ModelCard
 from trivec.engine import Engine, Workers
 from trivec.settings import Settings
-from trivec.telemetry import Metrics, Observers, RequestLog, Tracing, lines_dropped
-from trivec.token_encodings import token_table
+from trivec.telemetry import (
+    Metrics,
+    Observers,
+    RequestLog,
+    Tracing,
+    lines_dropped,
+    merged_pages,
+)
 from trivec.tokenizer import Tokenizer
+from trivec.tokenizer.encodings import token_table
 
 if TYPE_CHECKING:
     from trivec.ipc.client import EngineClient
+    from trivec.ipc.folder import Served, SharedFolder
 
+ENGINE = "engine"  # the engine process's name
+FIRST_API = "api-1"  # the API process that makes the first key, and greets for all
 DEFAULT_MODEL = "all-minilm-l6-v2"
 # Reading a vocabulary of 250,000 takes a second, and all that time the GIL: it had better be the
 # second in which compiling does without.
@@ -40,14 +52,20 @@ COMPILING_AFTER_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class ServerParts:
-    """Everything an HTTP process has before its models are loaded."""
+class Parts:
+    """What models need of their process, whether it has HTTP or not."""
 
     settings: Settings
     clock: Clock
-    accounts: Accounts
     metrics: Metrics
     observer: Observer
+
+
+@dataclass(frozen=True, slots=True)
+class ServerParts(Parts):
+    """Everything an HTTP process has before its models are loaded."""
+
+    accounts: Accounts
     tracing: Tracing | None
     memory: ByteBudget
 
@@ -77,17 +95,6 @@ class ServerParts:
         self.accounts.stop()
         if self.tracing is not None:
             self.tracing.close()
-
-
-class ModelContext(Protocol):
-    """What models need of their process: `ServerParts`, or less where there is no HTTP."""
-
-    @property
-    def settings(self) -> Settings: ...
-    @property
-    def clock(self) -> Clock: ...
-    @property
-    def observer(self) -> Observer: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,28 +134,26 @@ class Models:
     def loaded_events(self, *, load_s: float) -> Iterator[ModelLoaded]:
         """That each model is ready, for the observer."""
         for card in self.cards:
-            certificate = self.certificates.get(card.id)
-            yield ModelLoaded(
-                card=card,
-                load_s=load_s,
-                cosine_min=certificate.cosine_min if certificate else None,
-                cosine_mean=certificate.cosine_mean if certificate else None,
-            )
+            yield ModelLoaded(card, load_s, self.certificates.get(card.id))
+
+
+def open_parts(settings: Settings, *further: Observer) -> Parts:
+    """What the models of a process without HTTP need; *further* observers hear what ours do."""
+    metrics = Metrics(lines_dropped=lines_dropped)
+    return Parts(settings, SystemClock(), metrics, Observers(metrics, RequestLog(), *further))
 
 
 def open_server_parts(settings: Settings, *, machine_bytes: int = 1 << 31) -> ServerParts:
     """Everything but the models, on a machine of so much memory; quick. Raises `StartError`."""
-    clock = SystemClock()
-    metrics = Metrics(lines_dropped=lines_dropped)
     endpoint = settings.telemetry.trace_endpoint
     tracing = Tracing.to(endpoint) if endpoint else None
-    observers: list[Observer] = [metrics, RequestLog(), *([tracing] if tracing else [])]
+    parts = open_parts(settings, *([tracing] if tracing else []))
     return ServerParts(
-        settings=settings,
-        clock=clock,
-        accounts=open_accounts(settings, clock=clock),
-        metrics=metrics,
-        observer=Observers(*observers),
+        settings,
+        parts.clock,
+        parts.metrics,
+        parts.observer,
+        accounts=open_accounts(settings, clock=parts.clock),
         tracing=tracing,
         memory=ByteBudget(
             budget_bytes(settings, machine_bytes=machine_bytes),
@@ -174,7 +179,7 @@ def check_models(settings: Settings) -> None:
 
 
 def load_models(
-    settings: Settings, context: ModelContext, *, cores: int, takes_text: bool = True
+    settings: Settings, context: Parts, *, cores: int, takes_text: bool = True
 ) -> Models:
     """Load every model of *settings*; blocks for seconds. Raises `StartError`.
 
@@ -223,11 +228,11 @@ def choose(settings: Settings) -> Choice:
     """Which backend and device *settings* ask for. Raises `SettingInvalid` if they cannot be."""
     backend, device = settings.backend, settings.device
     if backend == "fake":
-        return Choice("fake", "cpu", "--backend fake was asked for")
+        return Choice("fake", "cpu", "backend fake was asked for")
     if backend == "openvino" and device == "cuda":
-        raise SettingInvalid("--backend openvino runs on cpu; use --backend torch with cuda")
+        raise SettingInvalid("backend openvino runs on cpu; use backend torch for device cuda")
     if backend == "openvino" or (backend == "auto" and device == "cpu"):
-        return Choice("openvino", "cpu", f"--backend {backend} --device {device}")
+        return Choice("openvino", "cpu", f"backend {backend}, device {device}")
 
     from trivec.backends.torch.device import choose_device, find_devices
 
@@ -299,7 +304,7 @@ def model_card(
 
 
 def make_tokenizers(
-    checkpoints: Sequence[Checkpoint], *, context: ModelContext, cores: int
+    checkpoints: Sequence[Checkpoint], *, context: Parts, cores: int
 ) -> list[Tokenizer]:
     """A tokeniser for each of *checkpoints*, on threads that they share."""
     pool = ThreadPoolExecutor(cores, thread_name_prefix="trivec-tokenizer")
@@ -321,7 +326,7 @@ def set_up(
     loaded: Sequence[LoadedModel],
     choice: Choice,
     *,
-    context: ModelContext,
+    context: Parts,
     tokenizers: Sequence[Tokenizer] = (),
 ) -> Models:
     """Give *loaded* models an engine each, and the workers that they share.
@@ -366,3 +371,75 @@ def by_name(embedders: Sequence[Embedder]) -> Mapping[str, Embedder]:
                     f"two models are called {name}; serve one of them as ANOTHER_ID=FOLDER"
                 )
     return MappingProxyType(named)
+
+
+def served(models: Models) -> "Served":
+    """What the engine process tells the others of *models*."""
+    from trivec import __version__
+    from trivec.ipc.folder import Served, ServedModel
+
+    return Served(
+        version=__version__,
+        backend=models.choice.backend,
+        device=models.choice.device,
+        reason=models.choice.reason,
+        slot_count=models.slot_count,
+        models=tuple(
+            ServedModel(
+                one.card,
+                str(one.checkpoint.tokenizer_file),
+                one.certificate,
+                one.checkpoint.config.token_type_count,
+            )
+            for one in models.loaded
+        ),
+    )
+
+
+def connect_models(parts: ServerParts, *, folder: "SharedFolder", name: str, cores: int) -> Models:
+    """The engine process's models for API process *name*; blocks until that has loaded them."""
+    from trivec.ipc.client import EngineClient, RemoteEmbedder
+
+    what = folder.read_served()
+    client = EngineClient(folder, name, served=what, metrics=parts.metrics.page)
+
+    def metrics_page() -> bytes:
+        """Of all processes. An engine process that is away is not ready, whatever its last page says."""
+        pages = dict(folder.read_metrics())
+        if client.problems:
+            pages.pop(ENGINE, None)
+        return merged_pages({**pages, name: parts.metrics.page()})
+
+    pool = ThreadPoolExecutor(cores, thread_name_prefix="trivec-tokenizer")
+    embedders = [
+        RemoteEmbedder(
+            index,
+            model.card,
+            Tokenizer(
+                Path(model.tokenizer_file),
+                token_count_max=model.card.token_count_max,
+                vocabulary_size=model.card.vocabulary_size,
+                pool=pool,
+                request_tokens_max=parts.settings.http.request_tokens_max,
+                token_type_count=model.token_type_count,
+                include_prompt=model.card.include_prompt,
+            ),
+            client,
+        )
+        for index, model in enumerate(what.models)
+    ]
+    return Models(
+        choice=Choice(what.backend, what.device, what.reason),
+        cards=[model.card for model in what.models],
+        certificates={
+            model.card.id: model.certificate
+            for model in what.models
+            if model.certificate is not None
+        },
+        embedders=by_name(embedders),
+        workers=client,
+        slot_count=what.slot_count,
+        metrics_page=metrics_page,
+        problems=lambda: client.problems,
+        makes_first_key=name == FIRST_API,
+    )

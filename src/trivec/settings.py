@@ -9,9 +9,9 @@ import difflib
 import ipaddress
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -32,18 +32,10 @@ MEBIBYTE = 1024 * 1024
 API_KEY_CHARS_MIN = 16
 API_KEY_CHARS_MAX = 1024  # longer bearers are refused unread
 ENVIRONMENT_PREFIX = "TRIVEC_"
-NESTING = "__"
 OTHER_NAMES = {"TRIVEC_MODEL": "models", "TRIVEC_CONFIG": "config"}
-# Names of the first edition, read for one release with a warning.
-RENAMED_SECTIONS: Mapping[str, str] = {"line": "queue"}
-RENAMED: Mapping[tuple[str, ...], tuple[str, ...]] = {
-    ("life", "canary_every_s"): ("life", "self_test_every_s")
-}
-_RESTARTS = "systemd, Compose or Kubernetes starts the server again; deploy/ has their files"
-REMOVED: Mapping[tuple[str, ...], str] = {
-    ("life", "supervised"): _RESTARTS,
-    ("life", "heartbeat_s_max"): _RESTARTS,
-}
+OTHER_FLAGS = {"models": "--model"}  # that are not called as their setting
+SECRETS = ("api_key", "database_url", "secret")  # no message shows their values
+PRECISIONS = ("auto", "fp32", "int8", "bf16", "fp16")
 
 
 def _split_at_commas(value: object) -> object:
@@ -59,7 +51,6 @@ def _as_bool(value: object) -> object:
 
 
 NoAuth: TypeAlias = Annotated[Literal[False, True, "anywhere"], BeforeValidator(_as_bool)]
-PRECISIONS = ("auto", "fp32", "int8", "bf16", "fp16")
 
 
 def _check_precision(name: str) -> str:
@@ -255,11 +246,10 @@ class Settings(Section):
 
 def _check_api_key(key: str) -> None:
     """Refuse a key that no `Authorization` header can carry as it is. Never shows the key."""
-    if len(key) < API_KEY_CHARS_MIN:
-        raise ValueError(f"api_key is too short; give it at least {API_KEY_CHARS_MIN} characters")
-    if len(key) > API_KEY_CHARS_MAX:
+    if not API_KEY_CHARS_MIN <= len(key) <= API_KEY_CHARS_MAX:
         raise ValueError(
-            f"api_key has {len(key)} characters; give it at most {API_KEY_CHARS_MAX:,}"
+            f"api_key has {len(key)} characters; give it {API_KEY_CHARS_MIN} to "
+            f"{API_KEY_CHARS_MAX:,}"
         )
     if not all("!" <= character <= "~" for character in key):
         raise ValueError(
@@ -276,6 +266,23 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+# Names of the first edition, read for one release with a warning.
+RENAMED: Mapping[str, str] = {
+    **{f"line.{name}": f"queue.{name}" for name in QueueLimits.model_fields},
+    "life.canary_every_s": "life.self_test_every_s",
+}
+_RESTARTS = "systemd, Compose or Kubernetes starts the server again; deploy/ has their files"
+REMOVED: Mapping[str, str] = {"life.supervised": _RESTARTS, "life.heartbeat_s_max": _RESTARTS}
+
+
+class _Given(NamedTuple):
+    """A value that somebody gave to a setting."""
+
+    value: object
+    name: str  # as it was written: --port, TRIVEC_PORT or port
+    origin: str  # where that was
+
+
 def load_settings(
     flags: Mapping[str, Any],
     environ: Mapping[str, str],
@@ -285,73 +292,66 @@ def load_settings(
     """Merge file, environment and *flags* (nested by section; None is unset) and check them.
 
     The file is what `config` among the flags, or `TRIVEC_CONFIG`, names. Raises `SettingInvalid`
-    with one line that names the key, where it came from, its value and what was expected.
-    *warn* hears of variables that mean nothing to us.
+    with one line that names the key as it was given, where that was, its value and what was
+    expected. *warn* hears of variables that mean nothing to us.
     """
-    variables = dict(_variables(environ, warn))
-    given = {path: value for path, value in _leaves(flags) if value is not None}
-    from_flag = given.pop(("config",), None)
-    from_variable = variables.pop(("config",), None)
-    config = from_flag if from_flag is not None else from_variable
-
-    merged: dict[str, Any] = {}
-    origins: dict[tuple[str, ...], str] = {}
-    layers = (
-        (f"in {config}", _file_leaves(Path(config)) if config is not None else ()),
-        ("in the environment", variables.items()),
-        ("on the command line", given.items()),
-    )
-    for origin, leaves in layers:
-        for named, value in leaves:
-            path = _current_path(named, origin, warn)
-            if path is not None:
-                _put(merged, path, value)
-                origins[path] = origin
+    variables = _variables(environ, warn)
+    arguments = {
+        path: _Given(value, flag_name(path), "on the command line")
+        for path, value in _leaves(flags)
+        if value is not None
+    }
+    named = arguments.pop("config", variables.pop("config", None))
+    from_file = {} if named is None else _file_settings(str(named.value))
+    given: dict[str, _Given] = {}  # by path
+    for layer in (from_file, variables, arguments):
+        for path, one in layer.items():
+            if path in REMOVED:
+                warn(f"{path} {one.origin} is no longer read: {REMOVED[path]}")
+            elif path in RENAMED:
+                warn(f"{path} {one.origin} is now called {RENAMED[path]}; please rename it")
+                given[RENAMED[path]] = one
+            else:
+                given[path] = one
+    tree: dict[str, Any] = {}
+    for path, one in given.items():
+        *sections, name = path.split(".")
+        inner = tree
+        for section in sections:
+            if not isinstance(inner.get(section), dict):  # a plain value there gives way
+                inner[section] = {}
+            inner = inner[section]
+        inner[name] = one.value
     try:
-        return Settings.model_validate(merged)
+        return Settings.model_validate(tree)
     except ValidationError as refused:
-        raise SettingInvalid(_sentence(refused.errors()[0], origins)) from None
+        raise SettingInvalid(_sentence(refused.errors()[0], given)) from None
 
 
-def _current_path(
-    path: tuple[str, ...], origin: str, warn: Callable[[str], None]
-) -> tuple[str, ...] | None:
-    """Where the setting at *path* is now; None where it is no longer read. Warns of old names."""
-    if path in REMOVED:
-        warn(f"{'.'.join(path)} {origin} is no longer read: {REMOVED[path]}")
-        return None
-    if path in RENAMED:
-        current = RENAMED[path]
-    elif path[0] in RENAMED_SECTIONS and len(path) > 1:
-        current = (RENAMED_SECTIONS[path[0]], *path[1:])
-    else:
-        return path
-    warn(f"{'.'.join(path)} {origin} is now called {'.'.join(current)}; please rename it")
-    return current
-
-
-def setting_paths(section: type[BaseModel] = Settings) -> Iterator[tuple[str, ...]]:
-    """The path of every setting, as `("http", "body_bytes_max")`."""
+def setting_paths(section: type[BaseModel] = Settings) -> Iterator[str]:
+    """The path of every setting, as `http.body_bytes_max`."""
     for name, field in section.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from ((name, *rest) for rest in setting_paths(inner))
+            yield from (f"{name}.{rest}" for rest in setting_paths(inner))
         else:
-            yield (name,)
+            yield name
 
 
-def _variables(
-    environ: Mapping[str, str], warn: Callable[[str], None]
-) -> Iterator[tuple[tuple[str, ...], str]]:
-    known = {variable_name(path): path for path in setting_paths()}
-    known |= {name: (setting,) for name, setting in OTHER_NAMES.items()}
-    for old, new in RENAMED_SECTIONS.items():
-        known |= {
-            variable_name((old, *path[1:])): (old, *path[1:])
-            for path in setting_paths()
-            if path[0] == new
-        }
-    known |= {variable_name(path): path for path in (*RENAMED, *REMOVED)}
+def variable_name(path: str) -> str:
+    """The environment variable of the setting at *path*."""
+    return ENVIRONMENT_PREFIX + path.replace(".", "__").upper()
+
+
+def flag_name(path: str) -> str:
+    """The flag of the setting at *path*, whatever the section that is in."""
+    return OTHER_FLAGS.get(path, "--" + path.rpartition(".")[2].replace("_", "-"))
+
+
+def _variables(environ: Mapping[str, str], warn: Callable[[str], None]) -> dict[str, _Given]:
+    paths = (*setting_paths(), *RENAMED, *REMOVED)
+    known = {variable_name(path): path for path in paths} | OTHER_NAMES
+    found: dict[str, _Given] = {}
     for name, value in sorted(environ.items()):
         if not name.startswith(ENVIRONMENT_PREFIX):
             continue
@@ -361,69 +361,50 @@ def _variables(
                 "set enableServiceLinks: false, or name the service otherwise"
             )
         elif name in known:
-            yield known[name], value
+            found[known[name]] = _Given(value, name, "in the environment")
         else:
             warn(f"{name} is no setting of ours and is ignored{_did_you_mean(name, known)}")
+    return found
 
 
-def variable_name(path: tuple[str, ...]) -> str:
-    """The environment variable of the setting at *path*."""
-    return ENVIRONMENT_PREFIX + NESTING.join(path).upper()
-
-
-def _file_leaves(file: Path) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _file_settings(file: str) -> dict[str, _Given]:
     try:
-        tree = tomllib.loads(file.expanduser().read_text("utf-8"))
+        tree = tomllib.loads(Path(file).expanduser().read_text("utf-8"))
     except OSError as fault:
         raise SettingInvalid(
             f"cannot read the settings in {file}: {fault.strerror or fault}"
         ) from fault
     except ValueError as fault:  # TOML's own complaint, or bytes that are not UTF-8
         raise SettingInvalid(f"{file} is not TOML in UTF-8: {fault}") from fault
-    yield from _leaves(tree)
+    return {path: _Given(value, path, f"in {file}") for path, value in _leaves(tree)}
 
 
-def _leaves(
-    tree: Mapping[str, Any], prefix: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of *tree*, each by its path."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, (*prefix, name))
+            yield from _leaves(value, f"{prefix}{name}.")
         else:
-            yield (*prefix, name), value
+            yield prefix + name, value
 
 
-def _put(tree: dict[str, Any], path: tuple[str, ...], value: object) -> None:
-    *sections, name = path
-    for section in sections:
-        inner = tree.get(section)
-        if not isinstance(inner, dict):  # a plain value where a section belongs gives way
-            inner = tree[section] = {}
-        tree = inner
-    tree[name] = value
-
-
-def _sentence(fault: ErrorDetails, origins: Mapping[tuple[str, ...], str]) -> str:
-    path = tuple(str(part) for part in fault["loc"])
-    if not path:
-        return fault["msg"].removeprefix("Value error, ")
-    key = ".".join(path)
-    origin = next((origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins), None)
-    if origin is None:
-        origin = next(where for at, where in origins.items() if at[: len(path)] == path)
+def _sentence(fault: ErrorDetails, given: Mapping[str, _Given]) -> str:
+    path = ".".join(map(str, fault["loc"]))
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error" and isinstance(fault["input"], dict):  # of several settings
+        return f"{path}: {message}" if path else message
+    one = next(  # given to the setting itself, within its section, or to a list that it is in
+        one
+        for at, one in given.items()
+        if f"{at}.".startswith(f"{path}.") or path.startswith(f"{at}.")
+    )
     if fault["type"] == "extra_forbidden":
-        known = [".".join(one) for one in setting_paths()]
-        return f"unknown setting {key} {origin}{_did_you_mean(key, known)}"
-    if origin == "in the environment":
-        key = variable_name(path)
-    elif origin == "on the command line":
-        key = "--" + key.replace("_", "-")
-    value = "***" if path[0] in ("api_key", "database_url", "secret") else repr(fault["input"])
-    expected = fault["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
-    expected = expected.partition(", unable to parse")[0]
-    return f"{key} is {value} {origin}; it {expected}"
+        return f"unknown setting {path} {one.origin}{_did_you_mean(path, setting_paths())}"
+    value = "***" if path in SECRETS else repr(fault["input"])
+    expected = message.replace("Input should be", "must be").partition(", unable to parse")[0]
+    return f"{one.name} is {value} {one.origin}; it {expected}"
 
 
-def _did_you_mean(name: str, known: "Mapping[str, object] | list[str]") -> str:
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else ""

@@ -8,9 +8,9 @@ import httpx
 import pytest
 from tests.api.house import READY, Heard
 from tests.checkpoints.tiny import write_tiny
+from tests.support.memory_store import MemoryStore
 
 from trivec.accounts import Accounts, KeyPlan
-from trivec.accounts.stores.memory import MemoryStore
 from trivec.api import build_app
 from trivec.build import Models, load_models, open_server_parts
 from trivec.core.clock import SystemClock

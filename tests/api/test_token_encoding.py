@@ -12,10 +12,10 @@ import pytest
 from tests.api.corpus import TEXTS
 from tests.api.house import CARD, MODEL, House, StandIn
 
-from trivec import token_encodings
 from trivec.build import check_models
 from trivec.core.errors import FieldInvalid, SettingInvalid
 from trivec.settings import HttpLimits, Settings, load_settings
+from trivec.tokenizer import encodings as token_encodings
 
 try:
     with warnings.catch_warnings():  # it opens its files in an old way

@@ -30,18 +30,16 @@ NONE = Hardware((), "torch 2.13.0+cpu is built without CUDA")
         pytest.param(
             "auto", NONE, "cpu", (), f"auto: cpu, since {NONE.no_cuda_reason}", id="a-cpu-build"
         ),
-        pytest.param("cpu", TWO, "cpu", (), "--device cpu was asked for", id="cpu-beside-gpus"),
+        pytest.param("cpu", TWO, "cpu", (), "device cpu was asked for", id="cpu-beside-gpus"),
         pytest.param(
             "cuda",
             TWO,
             "cuda",
             (0, 1),
-            "--device cuda was asked for: cuda, found 2 (NVIDIA H200, Tesla T4)",
+            "device cuda was asked for: cuda, found 2 (NVIDIA H200, Tesla T4)",
             id="cuda-takes-them-all",
         ),
-        pytest.param(
-            "cuda:1", TWO, "cuda", (1,), "--device cuda:1 was asked for", id="one-of-them"
-        ),
+        pytest.param("cuda:1", TWO, "cuda", (1,), "device cuda:1 was asked for", id="one-of-them"),
     ],
 )
 def test_the_device_is_chosen_with_its_reason(
@@ -54,7 +52,7 @@ def test_the_device_is_chosen_with_its_reason(
 @pytest.mark.parametrize(
     ("asked", "hardware", "message"),
     [
-        pytest.param("cuda", NONE, "built without CUDA; use --device cpu", id="no-cuda"),
+        pytest.param("cuda", NONE, "built without CUDA; use device cpu", id="no-cuda"),
         pytest.param("cuda:2", TWO, "has 2 CUDA devices", id="one-too-many"),
         pytest.param("tpu", TWO, "unknown", id="unknown-device"),
         pytest.param("cuda:x", TWO, "unknown", id="no-number"),

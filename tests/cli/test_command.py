@@ -1,19 +1,17 @@
 """The command `trivec` itself: a line for each sub-command, and one line for what is refused."""
 
 import sys
-from importlib import import_module
 
 import pytest
-from typer.main import get_command
 from typer.testing import CliRunner
 
-from trivec.cli import COMMANDS, app, main
+from trivec.cli import COMMANDS, app, load_command, main
+from trivec.settings import flag_name, setting_paths
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_says_of_each_command_what_it_says_of_itself(name: str) -> None:
-    command = get_command(import_module(f"trivec.cli.{name}").app)
-    assert (command.help or "").splitlines()[0] == COMMANDS[name]
+    assert (load_command(name).help or "").splitlines()[0] == COMMANDS[name]
 
 
 def test_help_lists_the_commands_and_a_commands_help_its_options() -> None:
@@ -29,7 +27,7 @@ def test_help_lists_the_commands_and_a_commands_help_its_options() -> None:
     [
         pytest.param("usage --by zz", ["'--by': 'zz'", "'model'", "usage --help"], id="choice"),
         pytest.param("keys create -n t --truncate zz", ["'--truncate'", "'end'"], id="literal"),
-        pytest.param("serve --truncate zz", ["truncate is 'zz'", "'end'"], id="setting"),
+        pytest.param("serve --truncate zz", ["trivec: --truncate is 'zz'", "'end'"], id="setting"),
         pytest.param("bench --seconds zz", ["'--seconds'", "a number"], id="number"),
         pytest.param("serve --prot 1", ["No such option: --prot", "--port"], id="option"),
         pytest.param("kezs", ["No such command 'kezs'", "'keys'"], id="command"),
@@ -65,3 +63,11 @@ def test_no_argument_prints_the_help(
     shown = capsys.readouterr()
     assert "Usage:" in shown.out + shown.err
     assert "trivec: " not in shown.err
+
+
+def test_a_refusal_of_a_setting_can_name_every_flag_of_serve() -> None:
+    paths = {path.rpartition(".")[2]: path for path in setting_paths()}
+    flags = {param.name: param.opts for param in load_command("serve").params}
+    own = {name: opts for name, opts in flags.items() if name in paths}
+    assert set(flags) - set(own) == {"config"}
+    assert {name: opts for name, opts in own.items() if flag_name(paths[name]) not in opts} == {}

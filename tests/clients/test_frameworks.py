@@ -11,7 +11,7 @@ import openai
 import pytest
 from tests.process.server import Server, running
 
-from trivec.token_encodings import table_bytes
+from trivec.tokenizer.encodings import table_bytes
 
 COMES_WITH = "comes with: make test-clients"
 MODEL = "all-minilm-l6-v2"

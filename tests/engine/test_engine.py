@@ -21,9 +21,8 @@ from tests.hand_clock import HandClock, HandLoop
 from trivec.backends.fake import FakeBackend
 from trivec.core.errors import DeadlineExceeded, Overloaded
 from trivec.core.events import BatchRan, QueueChanged
-from trivec.core.retry import spread_retry_s
 from trivec.core.types import Batch, BatchBudget, Output, Vectors
-from trivec.engine.scheduler import ModelQueue, Scheduler
+from trivec.engine.scheduler import ModelQueue, Scheduler, spread_retry_s
 from trivec.settings import QueueLimits
 
 

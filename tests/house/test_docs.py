@@ -31,7 +31,7 @@ def test_the_configuration_page_is_what_the_settings_say() -> None:
 def test_every_setting_is_on_the_configuration_page() -> None:
     text = page("configuration.md")
     for path in setting_paths():
-        name = "TRIVEC_MODEL" if path == ("models",) else variable_name(path)
+        name = "TRIVEC_MODEL" if path == "models" else variable_name(path)
         assert f"`{name}`" in text
 
 

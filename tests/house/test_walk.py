@@ -55,8 +55,8 @@ def counts(code: CodeType) -> bool:
     name = code.co_name
     if name.startswith("<") or (name.startswith("__") and name != "__call__"):
         return False
-    module = ".".join(Path(code.co_filename).relative_to(SRC).with_suffix("").parts)
-    found: Any = sys.modules[module]
+    parts = Path(code.co_filename).relative_to(SRC).with_suffix("").parts
+    found: Any = sys.modules[".".join(parts).removesuffix(".__init__")]
     for part in code.co_qualname.split("."):
         if part == "<locals>":
             return True

@@ -8,8 +8,8 @@ from trivec.backends.fake import FakeBackend
 from trivec.build import (
     Choice,
     LoadedModel,
-    ModelContext,
     Models,
+    Parts,
     make_tokenizers,
     model_card,
     set_up,
@@ -32,9 +32,7 @@ class LosingBackend(FakeBackend):
         return super().run(batch, slot=slot)
 
 
-def load(
-    settings: Settings, context: ModelContext, *, cores: int, takes_text: bool = True
-) -> Models:
+def load(settings: Settings, context: Parts, *, cores: int, takes_text: bool = True) -> Models:
     checkpoint = open_checkpoint("all-minilm-l6-v2", cache_dir=settings.data_dir / "models")
     backend = LosingBackend(dimensions=checkpoint.config.hidden_size)
     loaded = LoadedModel(checkpoint, backend, model_card(checkpoint, "fake"), None)

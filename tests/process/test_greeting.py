@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from trivec.accounts import Key, NewKey, RateLimits, Scope
-from trivec.cli.greeting import Greeting
+from trivec.cli.serve import Greeting
 from trivec.settings import Settings
 
 PLAIN = "tv_" + "x" * 49

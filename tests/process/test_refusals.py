@@ -60,4 +60,4 @@ def test_a_certificate_that_is_none(tmp_path: Path) -> None:
         *("--port", "0", "--tls-cert", str(tmp_path / "cert.pem")),
         *("--tls-key", str(tmp_path / "key.pem")),
     )
-    assert "--tls-cert" in line
+    assert "tls_cert" in line

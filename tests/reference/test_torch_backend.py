@@ -256,7 +256,7 @@ def test_a_checkpoint_with_a_tensor_of_no_use_is_refused(tmp_path: Path) -> None
 def test_notes_say_what_was_chosen_and_why(backend: TorchBackend) -> None:
     assert backend.precision == "fp32"
     assert set(backend.notes) == {"device", "precision", "attention", "compiled", "cuda_graphs"}
-    assert backend.notes["device"] == "--device cpu was asked for"
+    assert backend.notes["device"] == "device cpu was asked for"
     assert backend.notes["attention"].startswith("grouped")
 
 

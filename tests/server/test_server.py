@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import signal
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -307,6 +308,20 @@ async def test_a_problem_makes_it_unready_and_is_named(tmp_path: Path) -> None:
         assert unready.status_code == 503
         assert "the self-test of stub changed" in unready.json()["reason"]
         assert (await rig.get("/livez")).status_code == 200
+
+
+async def test_systemds_watchdog_hears_of_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "2000")
+        loop = asyncio.get_running_loop()
+        async with ready(tmp_path):
+            for _ in range(3):
+                assert await loop.sock_recv(systemd, 100) == b"WATCHDOG=1"
 
 
 async def test_a_store_that_is_away_is_not_named_to_strangers(

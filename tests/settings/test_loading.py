@@ -28,6 +28,7 @@ def test_the_file_may_be_named_by_the_environment(tmp_path: Path) -> None:
     file = tmp_path / "trivec.toml"
     file.write_text("port = 7")
     assert load_settings({}, {"TRIVEC_CONFIG": str(file)}).port == 7
+    assert load_settings({"config": str(file)}, {"TRIVEC_CONFIG": "nowhere.toml"}).port == 7
 
 
 def test_models_are_a_list_in_the_file_and_separated_by_commas_in_the_environment() -> None:
@@ -84,7 +85,7 @@ def test_aliases_and_origins_are_lists_in_the_file_too(tmp_path: Path) -> None:
             id="a-certificate-that-is-not-there",
         ),
         pytest.param(
-            {}, {"TRIVEC_API_KEY": "short"}, ["api_key is too short", "16"], id="a-key-too-short"
+            {}, {"TRIVEC_API_KEY": "short"}, ["api_key has 5", "16"], id="a-key-too-short"
         ),
         pytest.param(
             {}, {"TRIVEC_API_KEY": "k" * 1025}, ["api_key has 1025", "1,024"], id="a-key-too-long"
@@ -112,6 +113,22 @@ def test_aliases_and_origins_are_lists_in_the_file_too(tmp_path: Path) -> None:
         pytest.param(
             {"http": {"cors_origins": ["a.example"]}}, {}, ["must be * or SCHEME://HOST"],
             id="an-origin-without-a-scheme",
+        ),
+        pytest.param(
+            {"http": {"truncate": "zz"}}, {}, ["--truncate is 'zz' on the command line"],
+            id="a-flag-of-a-setting-in-a-section",
+        ),
+        pytest.param(
+            {}, {"TRIVEC_HTTP__TRUNCATE": "zz"}, ["TRIVEC_HTTP__TRUNCATE is 'zz' in the env"],
+            id="a-variable-of-a-setting-in-a-section",
+        ),
+        pytest.param(
+            {}, {"TRIVEC_LINE__TOKENS_MAX": "0"}, ["TRIVEC_LINE__TOKENS_MAX is '0'"],
+            id="a-variable-of-an-older-name",
+        ),
+        pytest.param(
+            {}, {"TRIVEC_QUEUE__FIRST_BATCH_S_MAX": "1"}, ["queue: first_batch_s_max is 1 s"],
+            id="two-settings-that-do-not-go-together",
         ),
         pytest.param(
             {"config": "nowhere.toml"}, {}, ["cannot read", "nowhere.toml"],
@@ -142,10 +159,17 @@ def test_an_unknown_key_in_the_file_is_refused_by_name_with_the_nearest_one(tmp_
         load_settings({"config": str(file)}, {})
 
 
+def test_a_value_in_the_file_is_named_by_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "trivec.toml"
+    file.write_text('[http]\ntruncate = "zz"\n')
+    with pytest.raises(SettingInvalid, match=rf"^http\.truncate is 'zz' in {file}; it must be"):
+        load_settings({"config": str(file)}, {})
+
+
 def test_a_plain_value_where_a_section_belongs_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "trivec.toml"
     file.write_text("http = 3\n")
-    with pytest.raises(SettingInvalid, match="http is 3"):
+    with pytest.raises(SettingInvalid, match=f"http is 3 in {file}"):
         load_settings({"config": str(file)}, {})
 
 

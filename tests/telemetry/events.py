@@ -1,5 +1,6 @@
 """Events as the rooms send them, with every field in its usual range."""
 
+from itertools import product
 from typing import Any
 
 from trivec.core.events import (
@@ -11,8 +12,8 @@ from trivec.core.events import (
     RequestServed,
     RowNotFinite,
 )
-from trivec.core.types import ModelCard, Output
-from trivec.telemetry.metrics import MODELS_MAX, REASONS_MAX, SERVED
+from trivec.core.types import CertificateSummary, ModelCard, Output
+from trivec.telemetry.metrics import MODELS_MAX, REASONS_MAX, ROUTES_MAX
 
 
 def request(**changes: Any) -> RequestServed:
@@ -63,7 +64,7 @@ def loaded(model: str = "baai/bge-m3") -> ModelLoaded:
         owned_by="baai",
         verified=True,
     )
-    return ModelLoaded(card, load_s=2.5, cosine_min=0.9931, cosine_mean=0.9987)
+    return ModelLoaded(card, 2.5, CertificateSummary(0.9931, 0.9987, "passed"))
 
 
 def every_kind() -> list[Event]:
@@ -73,12 +74,11 @@ def every_kind() -> list[Event]:
         events += [request(model=model), batch(model=model), batch(model=model, failed=True)]
         events += [RowNotFinite(model, recovered=recovered) for recovered in (True, False)]
         events.append(QueueChanged(model, requests=7, tokens=900))
-    for method in ("GET", "POST", "BREW"):
-        for route in {route for route, _ in SERVED} | {"other"}:
-            prefixed = route if route.startswith("/admin") else f"/v1{route}"
-            events += [
-                request(route=prefixed, method=method, status=status, token_count=0)
-                for status in (200, 404, 503, 999)
-            ]
+    unknown = (f"/v1/{number}" for number in range(ROUTES_MAX))
+    for route in ("/v1/embeddings", "/v1/tokenize", *unknown, "other"):
+        events += [
+            request(route=route, method=method, status=status, token_count=0)
+            for method, status in product(("GET", "POST"), (200, 404, 405, 503, 999))
+        ]
     events += [request(status=503, code=f"code_{number}") for number in range(REASONS_MAX + 10)]
     return [*events, PhaseChanged("loading", "start"), PhaseChanged("unheard of", "")]

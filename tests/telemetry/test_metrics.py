@@ -13,7 +13,7 @@ from tests.telemetry.events import batch, every_kind, loaded, request
 
 from trivec.core.events import Event, PhaseChanged, QueueChanged, RowNotFinite
 from trivec.telemetry import Metrics, merged_pages
-from trivec.telemetry.metrics import REASONS_MAX, SERIES_MAX
+from trivec.telemetry.metrics import REASONS_MAX, ROUTES_MAX, SERIES_MAX
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -156,8 +156,12 @@ def test_the_page_never_exceeds_the_series_bound(metrics: Metrics) -> None:
     assert len(series(metrics)) <= SERIES_MAX
 
 
-def test_models_and_error_codes_beyond_their_number_share_a_label(metrics: Metrics) -> None:
+def test_models_routes_and_error_codes_beyond_their_number_share_a_label(metrics: Metrics) -> None:
     page = series(metrics)
+    labels = [sample.labels for sample in samples(metrics, "trivec_requests")]
+    routes = {(one["route"], one["method"]) for one in labels}
+    assert len(routes) == ROUTES_MAX + 1
+    assert ("other", "other") in routes
     inputs = {name for name in page if name.startswith("trivec_inputs_total")}
     assert inputs == {
         f'trivec_inputs_total{{model="{model}"}}'
@@ -186,15 +190,14 @@ def test_the_three_prefixes_are_one_route(prefix: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("route", "method"),
+    ("route", "method", "status"),
     [
-        pytest.param("/v1/embeddings", "DELETE", id="a-wrong-method"),
-        pytest.param("other", "GET", id="an-unknown-path"),
-        pytest.param("/v1/v1/embeddings", "POST", id="a-prefix-twice"),
+        pytest.param("/v1/embeddings", "DELETE", 405, id="a-wrong-method"),
+        pytest.param("other", "GET", 404, id="an-unknown-path"),
     ],
 )
-def test_what_is_not_served_shares_one_label(route: str, method: str) -> None:
-    labels = counted_as(route, method)
+def test_what_is_not_served_shares_one_label(route: str, method: str, status: int) -> None:
+    labels = counted_as(route, method, status)
     assert (labels["route"], labels["method"]) == ("other", "other")
 
 

@@ -44,7 +44,7 @@ from trivec.core.errors import (
 from trivec.core.ports import Embedder, Texts, TokenLists
 from trivec.core.types import LongText, ModelCard, Output, Sequences, Vectors
 from trivec.settings import HttpLimits
-from trivec.token_encodings import decode
+from trivec.tokenizer.encodings import decode
 
 Asked = TypeVar("Asked")
 

@@ -12,10 +12,10 @@ from trivec import __version__
 from trivec.core.errors import TrivecError
 
 if TYPE_CHECKING:
-    from typer._click.core import Context
+    from typer._click.core import Command, Context
 
 REFUSED_EXIT_CODE = 2
-COMMANDS = {  # module of this package, whose `app` it runs: its line in `trivec --help`
+COMMANDS = {  # name: its line in `trivec --help`
     "serve": "Serve embeddings over HTTP until told to stop.",
     "models": "List, pull and verify models.",
     "keys": "Create, list, rotate and revoke API keys.",
@@ -23,6 +23,8 @@ COMMANDS = {  # module of this package, whose `app` it runs: its line in `trivec
     "db": "Look after the store of keys and usage.",
     "bench": "Measure how fast a model is, in this process or, with --url, on a running server.",
 }
+# Where it is, as MODULE:VARIABLE, if not in `app` of the module of its name.
+PLACES = {"keys": "store:keys_app", "usage": "store:usage_app", "db": "store:db_app"}
 
 
 class LazyCommand(TyperCommand):
@@ -31,8 +33,13 @@ class LazyCommand(TyperCommand):
     def make_context(
         self, info_name: str | None, args: list[str], parent: "Context | None" = None, **extra: Any
     ) -> "Context":
-        command = get_command(import_module(f"trivec.cli.{self.name}").app)
-        return command.make_context(info_name, args, parent, **extra)
+        return load_command(str(self.name)).make_context(info_name, args, parent, **extra)
+
+
+def load_command(name: str) -> "Command":
+    """The command *name*, with all that it imports."""
+    module, _, variable = PLACES.get(name, f"{name}:app").partition(":")
+    return get_command(getattr(import_module(f"trivec.cli.{module}"), variable))
 
 
 app = typer.Typer(

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from itertools import cycle
@@ -67,12 +68,11 @@ def bench(
 
 async def _measure_engine(settings: Settings, *, seconds: float) -> Measured:
     """Rates of the first model of *settings*, behind its own queue and workers."""
-    from trivec.build import load_models
-    from trivec.build_several import open_engine_parts
+    from trivec.build import load_models, open_parts
     from trivec.core.types import Sequences
     from trivec.server.machine import usable_cores
 
-    parts = open_engine_parts(settings)
+    parts = open_parts(settings)
     models = load_models(settings, parts, cores=usable_cores(), takes_text=False)
     card = models.cards[0]
     embedder = models.embedders[card.id]
@@ -116,13 +116,11 @@ def _measure_server(url: str, key: str | None, model: str | None, *, seconds: fl
     address = urlsplit(url)
     headers = {"Content-Type": "application/json"}
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
-
-    def connect() -> "closing[HTTPConnection]":
-        scheme = HTTPSConnection if address.scheme == "https" else HTTPConnection
-        try:
-            return closing(scheme(address.netloc, timeout=ANSWER_S_MAX))
-        except HTTPException as fault:
-            raise StartError(f"--url {url} is no address: {fault}") from fault
+    scheme = HTTPSConnection if address.scheme == "https" else HTTPConnection
+    try:
+        connect = partial(scheme, address.hostname or "", address.port, timeout=ANSWER_S_MAX)
+    except ValueError as fault:
+        raise StartError(f"--url {url} is no address: {fault}") from fault
 
     def ask(connection: HTTPConnection, path: str, body: bytes | None = None) -> bytes:
         try:
@@ -144,18 +142,19 @@ def _measure_server(url: str, key: str | None, model: str | None, *, seconds: fl
     def client(bodies: Iterator[bytes], ends_s: float) -> list[float]:
         """Seconds that each answer took; a request that was sent is waited for."""
         latencies_s: list[float] = []
-        with connect() as connection:
+        with closing(connect()) as connection:
             while not latencies_s or time.perf_counter() < ends_s:
                 sent_s = time.perf_counter()
                 ask(connection, "/embeddings", next(bodies))
                 latencies_s.append(time.perf_counter() - sent_s)
         return latencies_s
 
-    with connect() as connection:
-        try:
-            served = [str(one["id"]) for one in json.loads(ask(connection, "/models"))["data"]]
-        except (ValueError, KeyError, TypeError) as fault:
-            raise StartError(f"{url}/models is no list of models; give a base URL") from fault
+    with closing(connect()) as connection:
+        answer = ask(connection, "/models")
+    try:
+        served = [str(one["id"]) for one in json.loads(answer)["data"]]
+    except (ValueError, KeyError, TypeError) as fault:
+        raise StartError(f"{url}/models is no list of models; give a base URL") from fault
     if not served or model not in (None, *served):
         raise StartError(f"{url} serves {', '.join(served) or 'no model yet'}, and not {model}")
     head = {"model": model or served[0], "encoding_format": "base64", "truncate": "end"}

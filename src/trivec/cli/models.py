@@ -1,7 +1,7 @@
 """`trivec models`: list what is known and what is here, pull, and verify."""
 
 import asyncio
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
@@ -27,26 +27,37 @@ app = typer.Typer(help="List, pull and verify models.", no_args_is_help=True, ad
 def list_(data_dir: DataDir = None, as_json: AsJson = False) -> None:
     """List the models known by name and which of them are on this machine."""
     cache_dir = settings_of(data_dir).data_dir / "models"
-    rows: list[dict[str, Any]] = []
+    found: list[dict[str, object]] = []
+    cells: list[Row] = []
     for entry in entries():
         checkpoint, problem = None, None
         try:
             checkpoint = open_own(entry, cache_dir=cache_dir)  # checks its hashes
         except CheckpointRefused as refusal:
             problem = str(refusal)
-        rows.append(
+        outputs = ["dense", "sparse", "multi"] if entry.has_heads else ["dense"]
+        found.append(
             {
                 "id": entry.id,
                 "aliases": list(entry.aliases),
-                "source": checkpoint.source if checkpoint else None,
-                "verified": checkpoint.verified if checkpoint else None,
+                "source": checkpoint and checkpoint.source,
+                "verified": checkpoint and checkpoint.verified,
                 "pinned": entry.is_pinned,
-                "folder": str(checkpoint.folder) if checkpoint else None,
+                "folder": checkpoint and str(checkpoint.folder),
                 "token_count_max": entry.token_count_max,
                 "dimensions": entry.dimensions,
-                "outputs": ["dense", "sparse", "multi"] if entry.has_heads else ["dense"],
+                "outputs": outputs,
                 "prompts": dict(entry.prompts),
                 "problem": problem,
+            }
+        )
+        cells.append(
+            {
+                "MODEL": entry.id,
+                "HERE": checkpoint.source if checkpoint else "-",
+                "TOKENS": entry.token_count_max,
+                "SIZE": entry.dimensions,
+                "OUTPUTS": " ".join(outputs),
             }
         )
         if checkpoint and not checkpoint.verified:
@@ -54,19 +65,9 @@ def list_(data_dir: DataDir = None, as_json: AsJson = False) -> None:
         if problem and not as_json:
             say(f"{entry.id}: {problem}")
     if as_json:
-        print_json(rows)
-        return
-    cells: list[Row] = [
-        {
-            "MODEL": row["id"],
-            "HERE": row["source"] or "-",
-            "TOKENS": row["token_count_max"],
-            "SIZE": row["dimensions"],
-            "OUTPUTS": " ".join(row["outputs"]),
-        }
-        for row in rows
-    ]
-    print_table(cells, folded=("OUTPUTS",))  # never the id, which a user copies
+        print_json(found)
+    else:
+        print_table(cells, folded=("OUTPUTS",))  # never the id, which a user copies
 
 
 @app.command()
@@ -114,14 +115,11 @@ def verify(
             "expected": one.expected,
             "found": one.found,
             "difference": one.difference,
-            "met": one.is_met,
+            "met": one.is_met if as_json else "yes" if one.is_met else "MISSED",
         }
         for one in figures
     ]
-    if as_json:
-        print_json(rows)
-    else:
-        print_table([{**row, "met": "yes" if row["met"] else "MISSED"} for row in rows])
+    (print_json if as_json else print_table)(rows)
     met = sum(one.is_met for one in figures)
     say(f"{met} of {len(figures)} figures are met (within {TOLERANCE})")
     if met < len(figures):
@@ -138,24 +136,22 @@ def _verify_prepared(settings: "Settings", *, as_json: bool) -> None:
         for folder, fault in found.items():
             print(f"{folder}: {fault or 'as it was written'}")
     sound = sum(fault is None for fault in found.values())
-    line = f"{sound} of {len(found)} prepared models are as they were written"
-    if sound == len(found):
-        say(line)
-        return
-    say(f"{line}; the next start makes a damaged one again")
-    raise typer.Exit(MISSED_EXIT_CODE)
+    is_sound = sound == len(found)
+    next_step = "" if is_sound else "; the next start makes a damaged one again"
+    say(f"{sound} of {len(found)} prepared models are as they were written{next_step}")
+    if not is_sound:
+        raise typer.Exit(MISSED_EXIT_CODE)
 
 
 def _embedding(settings: "Settings") -> "Embed":
     """Load the one model of *settings*; a function from texts to its vectors."""
     import numpy as np
 
-    from trivec.build import load_models
-    from trivec.build_several import open_engine_parts
+    from trivec.build import load_models, open_parts
     from trivec.core.types import Batch, LongText
     from trivec.server.machine import usable_cores
 
-    models = load_models(settings, open_engine_parts(settings), cores=usable_cores())
+    models = load_models(settings, open_parts(settings), cores=usable_cores())
     [model] = models.loaded
 
     def embed(texts: "Sequence[str]", outputs: "Output") -> "Vectors":

@@ -6,8 +6,5 @@ import time
 class SystemClock:
     """`Clock` by the operating system."""
 
-    def now_s(self) -> float:
-        return time.monotonic()
-
-    def wall_s(self) -> float:
-        return time.time()
+    now_s = staticmethod(time.monotonic)
+    wall_s = staticmethod(time.time)

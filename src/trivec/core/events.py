@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from trivec.core.types import ModelCard
+from trivec.core.types import CertificateSummary, ModelCard
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,7 @@ class ModelLoaded:
 
     card: ModelCard
     load_s: float
-    cosine_min: float | None  # the precision certificate's, dense; None without a certificate
-    cosine_mean: float | None
+    certificate: CertificateSummary | None = None  # of its precision, where it has one
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,18 +4,10 @@ All of it runs on the event loop and none of it computes.
 """
 
 import asyncio
-from collections.abc import Sequence
+from functools import partial
 
-from trivec.core.ports import Backend, Texts, TokenLists
-from trivec.core.types import (
-    Int32Array,
-    LongText,
-    ModelCard,
-    Output,
-    Reply,
-    Sequences,
-    TextToken,
-)
+from trivec.core.ports import Backend
+from trivec.core.types import ModelCard, Output, Reply, Sequences
 from trivec.engine.scheduler import ModelQueue
 from trivec.engine.worker import Workers
 from trivec.settings import QueueLimits
@@ -37,10 +29,17 @@ class Engine:
         """*tokenizer* None: every request brings ids, as API processes do (decision 0013)."""
         assert workers.slot_count <= backend.slot_count, "slots that the backend does not have"
         self.card = card
-        self._tokenizer = tokenizer
+        if tokenizer is not None:
+            self.tokenize = tokenizer.tokenize
+            self.tokenize_pairs = tokenizer.encode_pairs
+            self.tokenize_chunks = tokenizer.tokenize_chunks
+            self.find_tokens = tokenizer.find_tokens
+            self.decode = tokenizer.decode
+            self.token_strings = tokenizer.token_strings
         self._scheduler = workers.scheduler
         self._queue = ModelQueue(card.id, backend, limits, backend.budget)
         self._scheduler.add_queue(self._queue)
+        self.check_admission = partial(self._scheduler.check_admission, self._queue)
 
     @property
     def queued_requests(self) -> int:
@@ -56,57 +55,6 @@ class Engine:
     def open_requests(self) -> int:
         """Requests without a reply: those in the queue, and those in batches."""
         return len(self._queue.open)
-
-    async def tokenize(
-        self,
-        inputs: Texts | TokenLists,
-        *,
-        long_text: LongText,
-        trusted: bool = False,
-        prompt: str = "",
-        token_count_max: int | None = None,
-    ) -> Sequences:
-        assert self._tokenizer is not None, "asked with text, and made for ids"
-        return await self._tokenizer.tokenize(
-            inputs,
-            long_text=long_text,
-            trusted=trusted,
-            prompt=prompt,
-            token_count_max=token_count_max,
-        )
-
-    async def tokenize_pairs(
-        self,
-        pairs: Sequence[tuple[str, str]],
-        *,
-        long_text: LongText,
-        document_tokens_max: int | None = None,
-    ) -> Sequences:
-        assert self._tokenizer is not None, "asked with text, and made for ids"
-        return await self._tokenizer.encode_pairs(
-            pairs, long_text=long_text, document_tokens_max=document_tokens_max
-        )
-
-    async def tokenize_chunks(
-        self, texts: Texts, *, prompt: str = "", chunk_size: int | None = None
-    ) -> Sequences:
-        assert self._tokenizer is not None, "asked with text, and made for ids"
-        return await self._tokenizer.tokenize_chunks(texts, prompt=prompt, chunk_size=chunk_size)
-
-    def token_strings(self, token_ids: Int32Array) -> list[str]:
-        assert self._tokenizer is not None, "asked with text, and made for ids"
-        return self._tokenizer.token_strings(token_ids)
-
-    async def find_tokens(self, texts: Texts, *, special_tokens: bool) -> list[list[TextToken]]:
-        assert self._tokenizer is not None, "asked with text, and made for ids"
-        return await self._tokenizer.find_tokens(texts, special_tokens=special_tokens)
-
-    async def decode(self, lists: TokenLists, *, special_tokens: bool) -> list[str]:
-        assert self._tokenizer is not None, "asked with text, and made for ids"
-        return await self._tokenizer.decode(lists, special_tokens=special_tokens)
-
-    def check_admission(self, token_count: int) -> None:
-        self._scheduler.check_admission(self._queue, token_count)
 
     async def embed(
         self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None

@@ -15,12 +15,15 @@ from itertools import islice
 from trivec.core.errors import DeadlineExceeded, Draining, Overloaded, ServiceError
 from trivec.core.events import BatchRan, QueueChanged
 from trivec.core.ports import Backend, Clock, Observer
-from trivec.core.retry import spread_retry_s
 from trivec.core.types import BatchBudget, Output, Reply, Sequences, Vectors
 from trivec.engine.request import CANDIDATES_MAX, BatchItem, Request, RequestQueue
 from trivec.settings import QueueLimits
 
 RESTART_S = 10.0  # after which a client should find a process that has started again
+# When a refused client should come back, spread so that not all come at once.
+RETRY_S_MIN = 5.0  # official clients retry twice: told 1 s, they give up after three
+RETRY_S_MAX = 60.0  # and told more than a minute they do not wait at all
+SPREAD = 0.5  # the last of those refused at one moment comes back this much later than the first
 SPLIT_MAX = 4  # free slots share what waits, in batches of no less than this part of the budget
 
 # The throughput estimate. WINDOW_S: device seconds after which a measurement counts for 1/e. Until
@@ -182,7 +185,7 @@ class Scheduler:
         raise Overloaded(
             f"The queue for {queue.model} is full: {depth} requests with {queued} tokens wait; "
             f"{reason}. Please try again later.",
-            retry_after_s=_retry_s(max(wait_s - limits.wait_s_max, room_in_s)),
+            retry_after_s=spread_retry_s(max(wait_s - limits.wait_s_max, room_in_s)),
         )
 
     def submit(
@@ -223,7 +226,7 @@ class Scheduler:
                 others_s = others * queue.throughput.s_per_token / self._slot_count
                 error = DeadlineExceeded(
                     f"The request waited too long for {queue.model}. Please try again later.",
-                    retry_after_s=_retry_s(others_s),
+                    retry_after_s=spread_retry_s(others_s),
                 )
                 self.fail(queue, request, error)
 
@@ -341,8 +344,10 @@ class Scheduler:
         return batch
 
 
-def _retry_s(wait_s: float) -> float:
-    return spread_retry_s(wait_s, random.random())  # noqa: S311
+def spread_retry_s(wait_s: float, share: float | None = None) -> float:
+    """*wait_s*, at least 5, and up to half as much more by *share* in [0, 1), at random; at most 60."""
+    share = random.random() if share is None else share  # noqa: S311
+    return min(max(wait_s, RETRY_S_MIN), RETRY_S_MAX / (1 + SPREAD)) * (1 + SPREAD * share)
 
 
 def _resolve_soon(replies: Sequence[tuple[Request, Reply | ServiceError]]) -> None:

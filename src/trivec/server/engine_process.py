@@ -5,19 +5,17 @@ It speaks no HTTP and keeps no accounts.
 
 import asyncio
 import logging
-import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from trivec.build import Models
-from trivec.build_several import ENGINE, EngineParts, open_engine_parts, served
+from trivec.build import ENGINE, Models, Parts, open_parts, served
 from trivec.core.events import PhaseChanged
 from trivec.core.health import Phase
 from trivec.ipc.folder import SharedFolder
 from trivec.ipc.server import EngineServer
 from trivec.server.machine import freeze_garbage_collector
-from trivec.server.processes import BROKEN, IGNORED, STOPS
+from trivec.server.processes import BROKEN, STOPS
 from trivec.settings import Settings
 
 REFUSAL_S_MAX = 2.0  # for sending what was answered, before leaving all the same
@@ -26,23 +24,17 @@ LEAVE_S_MAX = 5.0  # for the workers to end, before leaving all the same
 _log = logging.getLogger("trivec.server")
 
 
-def run_engine(
-    settings: Settings, folder: SharedFolder, *, load: Callable[[EngineParts], Models]
-) -> int:
+def run_engine(settings: Settings, folder: SharedFolder, *, load: Callable[[Parts], Models]) -> int:
     """Load and serve until told to stop; the exit code. Raises what *load* raises."""
     # Not asyncio.run: it would wait for the thread that loads a model, and we leave the process.
     return asyncio.new_event_loop().run_until_complete(_run(settings, folder, load))
 
 
-async def _run(
-    settings: Settings, folder: SharedFolder, load: Callable[[EngineParts], Models]
-) -> int:
-    parts = open_engine_parts(settings)
+async def _run(settings: Settings, folder: SharedFolder, load: Callable[[Parts], Models]) -> int:
+    parts = open_parts(settings)
     told = asyncio.Event()
     for number in STOPS:
         asyncio.get_running_loop().add_signal_handler(number, told.set)
-    for number in (signal.SIGHUP, *IGNORED):
-        signal.signal(number, signal.SIG_IGN)
 
     def report(phase: Phase, reason: str) -> None:
         parts.observer.observe(PhaseChanged(phase, reason))

@@ -1,5 +1,6 @@
 """What the operating system gives this process: sockets, cores, memory and open files."""
 
+import asyncio
 import gc
 import os
 import socket
@@ -26,7 +27,7 @@ def listen(host: str, port: int, *, shared: bool = False, flag: str = "--port") 
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except socket.gaierror as fault:
-        raise SettingInvalid(f"--host {host} is no address: {fault.strerror}") from fault
+        raise SettingInvalid(f"host {host} is no address: {fault.strerror}") from fault
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -61,7 +62,7 @@ def check_certificate(cert: Path, key: Path) -> None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=no_password)
     except (ssl.SSLError, OSError, ValueError) as fault:
         raise SettingInvalid(
-            f"--tls-cert {cert} and --tls-key {key} do not work together: {fault}"
+            f"tls_cert {cert} and tls_key {key} do not work together: {fault}"
         ) from fault
 
 
@@ -116,6 +117,22 @@ def _lines(file: Path) -> list[str]:
         return file.read_text().splitlines()
     except OSError:
         return []
+
+
+async def tell_watchdog_forever() -> None:
+    """Say to systemd that the event loop turns, where the unit has a `WatchdogSec`.
+
+    See sd_notify(3). Any process of the service may say so: the unit has `NotifyAccess=all`.
+    """
+    address, period_us = os.environ.get("NOTIFY_SOCKET"), os.environ.get("WATCHDOG_USEC")
+    if not address or not period_us:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.setblocking(False)
+        while True:
+            with suppress(OSError):  # its buffer is full, or it is being started again
+                systemd.sendto(b"WATCHDOG=1", address.replace("@", "\0", 1))  # an abstract one
+            await asyncio.sleep(int(period_us) / 2e6)
 
 
 def raise_file_limit() -> None:

@@ -14,8 +14,9 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkProcess
 from types import FrameType
@@ -34,9 +35,8 @@ RESTARTS_MAX, RESTARTS_WITHIN_S = 5, 600.0  # more than that is no accident any 
 RESTART_AFTER_S = 1.0
 KILLED_BY_A_STOP = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 
-_fork = multiprocessing.get_context(
-    "fork"
-)  # sockets are inherited; no thread of the parent holds a lock of ours
+# Sockets are inherited; no thread of the parent holds a lock of ours.
+_fork = multiprocessing.get_context("fork")
 
 
 @dataclass(slots=True)
@@ -103,34 +103,45 @@ class Processes:
 
     def run(self) -> int:
         """The exit code to leave with."""
-        with self._signals():
-            while True:
-                now_s = time.monotonic()
-                for member in self._members:
-                    if member.start_at_s is not None and now_s >= member.start_at_s:
-                        self._start(member)
-                running = [one.process for one in self._members if one.process is not None]
-                if self._is_stopping and not running:
-                    return self._exit_code
-                if self._is_stopping and running == [self._engine.process]:
-                    self._engine.signal(signal.SIGTERM)
-                due = [one.start_at_s for one in self._members if one.start_at_s is not None]
-                timeout_s = max(min(due) - now_s, 0.0) if due else None
-                sentinels = [process.sentinel for process in running]
-                if self._wake_read in wait([self._wake_read, *sentinels], timeout_s):
-                    os.read(self._wake_read, 4096)
-                for member in self._members:
-                    if member.process is not None and member.process.exitcode is not None:
-                        self._ended(member, member.process.exitcode)
+        os.set_blocking(self._wake_write, False)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        for number in STOPS:
+            signal.signal(number, self._asked_to_stop)
+        signal.signal(signal.SIGHUP, lambda _number, _frame: self._signal_api(signal.SIGHUP))
+        for number in IGNORED:
+            signal.signal(number, self._ignore)
+        while True:
+            now_s = time.monotonic()
+            for member in self._members:
+                if member.start_at_s is not None and now_s >= member.start_at_s:
+                    self._start(member)
+            running = [one.process for one in self._members if one.process is not None]
+            if self._is_stopping and not running:
+                signal.set_wakeup_fd(-1)
+                return self._exit_code
+            if self._is_stopping and running == [self._engine.process]:
+                self._engine.signal(signal.SIGTERM)
+            due = [one.start_at_s for one in self._members if one.start_at_s is not None]
+            timeout_s = max(min(due) - now_s, 0.0) if due else None
+            sentinels = [process.sentinel for process in running]
+            if self._wake_read in wait([self._wake_read, *sentinels], timeout_s):
+                os.read(self._wake_read, 4096)
+            for member in self._members:
+                if member.process is not None and member.process.exitcode is not None:
+                    self._ended(member, member.process.exitcode)
 
     def _start(self, member: ChildProcess) -> None:
-        with _stops_held():  # one that comes meanwhile is heard when the process has its number
+        # A stop that comes meanwhile is heard when the process has its number.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        try:
             member.start_at_s = None
-            if self._is_stopping:
-                return
-            member.start_count += 1
-            member.process = _fork.Process(target=self._run_child, args=(member,), name=member.name)
-            member.process.start()
+            if not self._is_stopping:
+                member.start_count += 1
+                run = partial(self._run_child, member)
+                member.process = _fork.Process(target=run, name=member.name)
+                member.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
     def _run_child(self, member: ChildProcess) -> None:
         os.setsid()  # Ctrl-C is the parent's alone
@@ -179,21 +190,11 @@ class Processes:
         for member in self._api:
             assert member.listener is not None
             member.listener.close()
-            member.signal(number)
+        self._signal_api(number)
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        os.set_blocking(self._wake_write, False)
-        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
-        for number in STOPS:
-            signal.signal(number, self._asked_to_stop)
-        signal.signal(signal.SIGHUP, self._pass_on)
-        for number in IGNORED:
-            signal.signal(number, self._ignore)
-        try:
-            yield
-        finally:
-            signal.set_wakeup_fd(-1)
+    def _signal_api(self, number: signal.Signals) -> None:
+        for member in self._api:
+            member.signal(number)
 
     def _asked_to_stop(self, number: int, frame: FrameType | None) -> None:
         if number != signal.SIGINT:
@@ -208,22 +209,8 @@ class Processes:
             for member in self._members:
                 member.signal(signal.SIGKILL)
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        for member in self._api:
-            member.signal(signal.SIGHUP)
-
     def _ignore(self, number: int, frame: FrameType | None) -> None:
         self._say(f"trivec: {signal.Signals(number).name} means nothing here; it is ignored.")
-
-
-@contextlib.contextmanager
-def _stops_held() -> Iterator[None]:
-    """Let signals to stop wait until the block's end."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 def _leave_with_parent() -> None:

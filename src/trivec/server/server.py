@@ -6,8 +6,9 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from trivec.server.machine import (
     check_certificate,
     freeze_garbage_collector,
     listen,
+    tell_watchdog_forever,
     usable_memory_bytes,
 )
 from trivec.server.processes import BROKEN, IGNORED, INTERRUPTED, SAME_REQUEST_S, STOPS
@@ -39,6 +41,10 @@ SELF_TEST_COSINE_MIN = 0.9999
 
 SELF_TEST_S_MAX = 60.0  # for waiting in a busy queue, and computing
 START_RETRY_S_MAX = 5.0
+STOPPING: Mapping[Phase | None, str] = {
+    "draining": "draining: asked to stop",
+    "stopped": "draining: about to leave",
+}
 HEALTHY = Health("ready", alive=True, ready=True, reason="ok")
 
 _log = logging.getLogger("trivec.server")
@@ -123,7 +129,7 @@ class HttpServer:
         self._phase: Phase | None = None
         self._models: Models | None = None
         self._self_test = SelfTest(())
-        self._tasks: set[asyncio.Task[None]] = set()  # cancelled at the end
+        self._tasks: set[asyncio.Task[str | None]] = set()  # cancelled at the end
 
         loop = asyncio.get_running_loop()
         self._stop_asked: asyncio.Future[None] = loop.create_future()
@@ -137,39 +143,28 @@ class HttpServer:
         self._app = SwappableApp(self._parts.app({}, self.health))
         self._listener = listener
         self._is_listening = True
-        self._granian = self._new_granian()
+        self._granian: GranianServer
         self._granian_tasks: set[asyncio.Task[None]] = set()
-        self._probes = self._new_probes() if settings.probe_port is not None else None
 
-    def _new_granian(self) -> GranianServer:
+    def _start_granian(self) -> None:
+        """Serve what connects from now on, with the certificate as its files are."""
         cert, key = self._settings.tls_cert, self._settings.tls_key
         tls = (cert, key) if cert and key else None
         # With TLS the next one, for a new certificate, takes the same socket.
         listener = self._listener.dup() if tls else self._listener
-        return GranianServer(self._app, listener, limits=self._settings.http, tls=tls)
-
-    def _new_probes(self) -> GranianServer:
-        """Connections that clients cannot use up; answered until the process ends."""
-        settings, port = self._settings, self._settings.probe_port
-        assert port is not None
-        several = settings.api_processes > 1
-        listener = listen(settings.host, port, shared=several, flag="--probe-port")
-        limits = settings.http.model_copy(
-            update={"connections_max": PROBE_CONNECTIONS_MAX, "idle_s_max": PROBE_IDLE_S_MAX}
-        )
-        return GranianServer(probes_only(self._app), listener, limits=limits, tls=None)
-
-    def _start_granian(self) -> None:
-        granian = self._granian
+        granian = GranianServer(self._app, listener, limits=self._settings.http, tls=tls)
+        self._granian = granian
         task = asyncio.create_task(granian.serve(), name="granian")
         self._granian_tasks.add(task)
 
         def ended(task: "asyncio.Task[None]") -> None:
             self._granian_tasks.discard(task)
-            if granian is self._granian:
-                self._closed.set_result(None)
-            else:
+            if granian is not self._granian:
                 _log.warning("the certificate was read again")
+                return
+            if self._is_listening:
+                self._lose("the HTTP server ended by itself")
+            self._closed.set_result(None)
 
         task.add_done_callback(ended)
 
@@ -184,10 +179,8 @@ class HttpServer:
         reasons = [self._lost.result()] if is_lost else []
         if self._phase == "loading":
             reasons.append(f"loading: {', '.join(self._settings.models) or 'the default model'}")
-        elif self._phase == "draining":
-            reasons.append("draining: asked to stop")
-        elif self._phase == "stopped":
-            reasons.append("draining: about to leave")
+        elif self._phase in STOPPING:
+            reasons.append(STOPPING[self._phase])
         reasons += self._self_test.problems
         if not self._parts.accounts.health().writable:
             # Probes need no key, and the store's own words name hosts: those are in the log.
@@ -196,42 +189,53 @@ class HttpServer:
             reasons += self._models.problems()
         if not reasons:
             return HEALTHY
-        assert self._phase is not None
-        return Health(self._phase, alive=not is_lost, ready=False, reason="; ".join(reasons))
+        return Health(
+            self._phase or "loading", alive=not is_lost, ready=False, reason="; ".join(reasons)
+        )
 
     async def run(self) -> int:
         """Serve until the end; the exit code. Raises what loading raised."""
-        loop = asyncio.get_running_loop()
+        loop, settings, probes = asyncio.get_running_loop(), self._settings, None
+        if settings.probe_port is not None:  # clients cannot use its connections up
+            several = settings.api_processes > 1
+            listener = listen(
+                settings.host, settings.probe_port, shared=several, flag="--probe-port"
+            )
+            limits = settings.http.model_copy(
+                update={"connections_max": PROBE_CONNECTIONS_MAX, "idle_s_max": PROBE_IDLE_S_MAX}
+            )
+            probes = GranianServer(probes_only(self._app), listener, limits=limits, tls=None)
         for number in STOPS:
             loop.add_signal_handler(number, self._stop_signal, number)
         for number in IGNORED:
             loop.add_signal_handler(number, _log.warning, "%s is ignored", number.name)
         loop.add_signal_handler(signal.SIGHUP, self._reload_certificate)
         self._parts.accounts.start()
-        self._start(self._watch(self._parts.accounts.lost()), "watch ledger")
+        self._start(self._parts.accounts.lost(), "watch ledger")
+        self._start(tell_watchdog_forever(), "watchdog")
         self._enter("loading")
         self._start_granian()
-        if self._probes is not None:
-            self._start(self._probes.serve(), "probes")
+        if probes is not None:
+            self._start(probes.serve(), "probes")
         loading = asyncio.create_task(self._load_models(), name="loading")
         try:
-            await _first(loading, self._stop_asked, self._closed, self._lost)
+            await _first(loading, self._stop_asked, self._lost)
             if loading.done() and not self._lost.done():
-                loading.result()
-                await self._serve_and_drain()
-            failure = self._failure()
-            if failure is not None:
-                _log.critical("cannot go on: %s; leaving with exit code %d", failure, BROKEN)
+                await self._serve_and_drain(loading.result())
+            exit_code = 0
+            if self._lost.done():
+                exit_code, reason = BROKEN, self._lost.result()
+                _log.critical("cannot go on: %s; leaving with exit code %d", reason, exit_code)
             self._enter("stopped")
-            return 0 if failure is None else BROKEN
+            return exit_code
         finally:
             await self._leave()
 
-    async def _load_models(self) -> None:
+    async def _load_models(self) -> Models:
         began_s = time.monotonic()
         models = await asyncio.to_thread(self._load, self._parts)
         models.workers.start()
-        self._start(self._watch(models.workers.lost()), "watch workers")
+        self._start(models.workers.lost(), "watch workers")
         self._self_test = SelfTest(models.embedders.values())
         await self._self_test.start()
         if models.makes_first_key:
@@ -246,27 +250,22 @@ class HttpServer:
             models.embedders, self.health, metrics_page=models.metrics_page
         )
         self._start(self._self_test_forever(), "self-test")
+        return models
 
     async def _self_test_forever(self) -> None:
         while True:
             await asyncio.sleep(self._settings.life.self_test_every_s)
             await self._self_test.check()
 
-    async def _watch(self, lost: Coroutine[None, None, str]) -> None:
-        reason = await lost
-        if not self._lost.done():
-            self._lost.set_result(reason)
-
-    async def _serve_and_drain(self) -> None:
-        models, life = self._models, self._settings.life
-        assert models is not None
+    async def _serve_and_drain(self, models: Models) -> None:
+        life = self._settings.life
         freeze_garbage_collector()
         self._enter("ready")
         self._on_ready(models)
-        await _first(self._stop_asked, self._lost, self._closed)
+        await _first(self._stop_asked, self._lost)
 
         hurries = (self._stop_asked_again, self._lost, self._closed)
-        if self._failure() is None:
+        if not self._lost.done():
             self._enter("draining")
             if not self._skips_grace:
                 await _first(*hurries, timeout_s=life.drain_grace_s)
@@ -281,14 +280,6 @@ class HttpServer:
             if not self._lost.done():
                 self._start(models.workers.stop(0), "stop workers")
             await _first(self._closed, timeout_s=REFUSAL_S_MAX)
-
-    def _failure(self) -> str | None:
-        """Why this process must end and another be started; None if it need not."""
-        if self._lost.done():
-            return self._lost.result()
-        if self._closed.done() and self._is_listening:
-            return "the HTTP server ended by itself"
-        return None
 
     async def _leave(self) -> None:
         """Stop the background tasks, then let the ledger finish its writes."""
@@ -310,11 +301,20 @@ class HttpServer:
             self._phase = phase
             self._parts.observer.observe(PhaseChanged(phase, self.health().reason))
 
-    def _start(self, work: Coroutine[None, None, None], name: str) -> None:
-        def ended(task: "asyncio.Task[None]") -> None:
+    def _lose(self, reason: str) -> None:
+        if not self._lost.done():
+            self._lost.set_result(reason)
+
+    def _start(self, work: Coroutine[None, None, str | None], name: str) -> None:
+        """Let *work* run in the background; why we are lost, where it fails or returns a reason."""
+
+        def ended(task: "asyncio.Task[str | None]") -> None:
             self._tasks.discard(task)
-            if not task.cancelled() and task.exception() is not None and not self._lost.done():
-                self._lost.set_result(f"the task {name!r} failed: {task.exception()!r}")
+            if not task.cancelled():
+                fault = task.exception()
+                reason = f"the task {name!r} failed: {fault!r}" if fault else task.result()
+                if reason is not None:
+                    self._lose(reason)
 
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
@@ -342,20 +342,17 @@ class HttpServer:
         if not (cert and key) or self._phase not in ("loading", "ready"):
             _log.warning("SIGHUP is ignored: there is no certificate to read again")
             return
+        former = self._granian
         try:
             check_certificate(cert, key)
-            granian = self._new_granian()
+            self._start_granian()
         except (SettingInvalid, OSError) as fault:
             _log.error("the certificate is still the old one: %s", fault)
-            return
-        former, self._granian = self._granian, granian
-        self._start_granian()
-        former.stop()
+        else:
+            former.stop()
 
 
-async def _first(
-    *futures: "asyncio.Future[None] | asyncio.Future[str]", timeout_s: float | None = None
-) -> None:
+async def _first(*futures: "asyncio.Future[Any]", timeout_s: float | None = None) -> None:
     """Wait until one of *futures* is done, at most *timeout_s*."""
     await asyncio.wait(futures, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
 

@@ -211,14 +211,15 @@ class RequestLog:
             case events.RowNotFinite():
                 self._log.warning("row_not_finite", **asdict(event))
             case events.ModelLoaded(card=card):
-                fields = {
+                fields: dict[str, object] = {
                     "model": card.id,
                     "precision": card.precision,
                     "verified": card.verified,
                     "load_ms": round(event.load_s * 1e3),
-                    "cosine_min": event.cosine_min,
-                    "cosine_mean": event.cosine_mean,
                 }
+                if certificate := event.certificate:
+                    fields["cosine_min"] = certificate.cosine_min
+                    fields["cosine_mean"] = certificate.cosine_mean
                 self._log.info("model_loaded", **{**fields, **card.notes})  # which may say more
             case events.PhaseChanged():
                 self._log.info("phase", **asdict(event))

@@ -7,7 +7,8 @@ beyond `SERIES_MAX` series; a test adds them up. `docs/metrics.md` is the same l
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import cache
+from http import HTTPStatus
 from typing import TypeVar
 
 from prometheus_client import (
@@ -27,23 +28,16 @@ from trivec import __version__
 from trivec.core import events
 from trivec.core.events import Event
 
-SERIES_MAX = 500
-MODELS_MAX = 4  # models with series of their own; those loaded later share the label "other"
-REASONS_MAX = 23  # error codes with series of their own; the API has some 20, all its own words
+SERIES_MAX = 1_500
+# Values of a label with series of their own; those that come later share the label "other".
+MODELS_MAX = 4
+REASONS_MAX = 23  # error codes; the API has some 20, all its own words
+ROUTES_MAX = 60  # each with its method
+TIMED_ROUTES_MAX = 16
 OTHER = "other"
 
 STATUS_CLASSES = {2: "2xx", 4: "4xx", 5: "5xx"}
 PHASES = ("loading", "ready", "draining", "stopped")
-TIMED_ROUTES = ("/embeddings", "/tokenize")  # where a duration is work and not a lookup
-
-ROUTES = {
-    "POST": "/embeddings /tokenize "
-    "/admin/v1/keys /admin/v1/keys/{id}/revoke /admin/v1/keys/{id}/rotate",
-    "GET": "/models /models/{id} /livez /readyz /health /metrics /openapi.json "
-    "/admin/v1/keys /admin/v1/keys/{id} /admin/v1/usage",
-}
-SERVED = {(route, method) for method, routes in ROUTES.items() for route in routes.split()}
-
 SHORT_BUCKETS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 1)
 
 _PREFIX = re.compile(r"^/(?:openai/v1|v3/openai|v1)(?=/)")
@@ -51,11 +45,10 @@ _PARAMETER = re.compile(r"\{[^/]*\}")
 _M = TypeVar("_M", bound=MetricWrapperBase)
 
 
-@lru_cache(maxsize=1024)
-def route_labels(route: str, method: str) -> tuple[str, str]:
-    """Labels `route`, without the API's prefix, and `method`; "other" where nothing is served."""
-    labels = (_PARAMETER.sub("{id}", _PREFIX.sub("", route)), method)
-    return labels if labels in SERVED else (OTHER, OTHER)
+@cache
+def route_label(route: str) -> str:
+    """A route's template without the API's prefix, its parameters all called alike."""
+    return _PARAMETER.sub("{id}", _PREFIX.sub("", route))
 
 
 class Metrics:
@@ -68,9 +61,11 @@ class Metrics:
         # A `_created` series for each of ours would double the page.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._lines_dropped = lines_dropped
-        self._lock = threading.Lock()  # of the growth of these two
+        self._lock = threading.Lock()  # of the growth of these
         self._models: set[str] = set()
         self._reasons: set[str] = set()
+        self._routes: set[str] = set()
+        self._timed_routes: set[str] = set()
         self._registry = registry = CollectorRegistry()
 
         def metric(
@@ -181,21 +176,27 @@ class Metrics:
                     return
                 verified = "true" if card.verified else "false"
                 self._model_info(card.id, card.precision, verified).set(1)
-                for statistic, cosine in (("min", event.cosine_min), ("mean", event.cosine_mean)):
-                    if cosine is not None:
-                        self._certificate_cosine(card.id, statistic).set(cosine)
+                if certificate := event.certificate:
+                    self._certificate_cosine(card.id, "min").set(certificate.cosine_min)
+                    self._certificate_cosine(card.id, "mean").set(certificate.cosine_mean)
             case events.PhaseChanged():
                 for phase in PHASES:
                     self._phase(phase).set(phase == event.phase)
 
     def _count_request(self, event: events.RequestServed) -> None:
-        route, method = route_labels(event.route, event.method)
+        route, method = OTHER, OTHER
+        if event.status != HTTPStatus.METHOD_NOT_ALLOWED and event.route != OTHER:
+            served = "GET" if event.method == "HEAD" else event.method
+            pair = self._admit(f"{served} {route_label(event.route)}", self._routes, ROUTES_MAX)
+            if pair != OTHER:
+                method, route = pair.split()
         status = STATUS_CLASSES.get(event.status // 100, OTHER)
         self._requests(route, method, status).inc()
         if event.code is not None:
             self._refusals(self._admit(event.code, self._reasons, REASONS_MAX)).inc()
-        if route in TIMED_ROUTES and status != OTHER:
-            self._request_seconds(route, status).observe(event.duration_s)
+        if method == "POST" and not route.startswith("/admin/") and status != OTHER:
+            timed = self._admit(route, self._timed_routes, TIMED_ROUTES_MAX)
+            self._request_seconds(timed, status).observe(event.duration_s)
         if status != "2xx" or event.model is None or not event.token_count:
             return
         self._tokenize_seconds.observe(event.tokenize_s)
@@ -213,11 +214,12 @@ class Metrics:
 
     def _admit(self, value: str, known: set[str], known_max: int) -> str:
         """*value*, if it is among the first *known_max* of its label; else "other"."""
-        with self._lock:
-            if value in known or len(known) < known_max:
+        if value not in known:
+            with self._lock:
+                if value not in known and len(known) >= known_max:
+                    return OTHER
                 known.add(value)
-                return value
-        return OTHER
+        return value
 
 
 def merged_pages(pages: Mapping[str, bytes]) -> bytes:

@@ -96,23 +96,23 @@ def choose_device(asked: str, hardware: Hardware) -> DeviceChoice:
     Raises `SettingInvalid`, with the next step, where the asked device is not there.
     """
     if asked == "cpu":
-        return DeviceChoice("cpu", (), "--device cpu was asked for")
+        return DeviceChoice("cpu", (), "device cpu was asked for")
     if asked not in {"auto", "cuda"} and not asked.removeprefix("cuda:").isdigit():
-        raise SettingInvalid(f"--device {asked} is unknown; use auto, cpu, cuda or cuda:N")
+        raise SettingInvalid(f"device {asked} is unknown; use auto, cpu, cuda or cuda:N")
     count = len(hardware.cuda)
     if not count:
         if asked == "auto":
             return DeviceChoice("cpu", (), f"auto: cpu, since {hardware.no_cuda_reason}")
-        raise SettingInvalid(f"--device {asked}: {hardware.no_cuda_reason}; use --device cpu")
+        raise SettingInvalid(f"device {asked}: {hardware.no_cuda_reason}; use device cpu")
     if asked.startswith("cuda:"):
         index = int(asked.removeprefix("cuda:"))
         if index >= count:
             raise SettingInvalid(
-                f"--device {asked}: this machine has {count} CUDA devices, from cuda:0 on"
+                f"device {asked}: this machine has {count} CUDA devices, from cuda:0 on"
             )
-        return DeviceChoice("cuda", (index,), f"--device {asked} was asked for")
+        return DeviceChoice("cuda", (index,), f"device {asked} was asked for")
     names = ", ".join(device.name for device in hardware.cuda)
-    origin = "auto" if asked == "auto" else "--device cuda was asked for"
+    origin = "auto" if asked == "auto" else "device cuda was asked for"
     return DeviceChoice("cuda", tuple(range(count)), f"{origin}: cuda, found {count} ({names})")
 
 
@@ -123,17 +123,17 @@ def choose_precision(asked: str, choice: DeviceChoice, hardware: Hardware) -> tu
     """
     if asked.startswith("int8"):
         raise SettingInvalid(
-            f"--precision {asked} is for the openvino backend; torch has auto, fp32, bf16 and fp16"
+            f"precision {asked} is for the openvino backend; torch has auto, fp32, bf16 and fp16"
         )
     if asked not in PRECISIONS:
-        raise SettingInvalid(f"--precision {asked} is unknown; use auto, fp32, bf16 or fp16")
+        raise SettingInvalid(f"precision {asked} is unknown; use auto, fp32, bf16 or fp16")
     devices = [hardware.cuda[index] for index in choice.indices]
     oldest = min(devices, key=lambda device: device.capability, default=None)
     has_bf16 = oldest is None or oldest.capability >= BF16_CAPABILITY
     if asked == "bf16" and oldest is not None and not has_bf16:
-        raise SettingInvalid(f"--precision bf16: {oldest.name} has none; use fp16 or fp32")
+        raise SettingInvalid(f"precision bf16: {oldest.name} has none; use fp16 or fp32")
     if asked != "auto":
-        return asked, f"--precision {asked} was asked for"
+        return asked, f"precision {asked} was asked for"
     if oldest is None:
         return "fp32", "auto: fp32 is the fastest exact arithmetic of torch on CPUs"
     if not has_bf16:

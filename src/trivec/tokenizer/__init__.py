@@ -37,7 +37,7 @@ from trivec.core.types import (
     TextToken,
     Truncated,
 )
-from trivec.token_origin import TokenOrigin
+from trivec.tokenizer.origin import TokenOrigin
 
 # A text over this many bytes for each token of the maximum is not read, so that its cost is bounded.
 TEXT_BYTES_A_TOKEN = 64
