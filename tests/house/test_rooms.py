@@ -19,6 +19,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "build": (440, 2),
     "settings": (400, 1),
     "api": (2_150, 14),
+    "jobs": (1_300, 5),
     "engine": (970, 5),
     "models": (915, 8),
     "backends": (2_980, 17),

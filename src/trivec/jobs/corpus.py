@@ -43,7 +43,7 @@ class Source:
 
     name: str
     format: str  # one of the values of FORMATS
-    byte_count: int | None  # as it lies on disk; None: unknown
+    byte_count: int | None  # as it lies on disk; None: unknown, as of a pipe
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
@@ -165,7 +165,9 @@ def find_sources(given: str, *, form: str | None = None) -> list[Source]:
         is_folder = path.is_dir()
         files = sorted(one for one in path.rglob("*") if one.is_file()) if is_folder else [path]
         sources = [
-            Source(str(f), found, f.stat().st_size) for f in files if (found := format_of(f))
+            Source(str(f), found, f.stat().st_size or None)
+            for f in files
+            if (found := format_of(f))
         ]
     if not sources:
         problem = "has no file that ends in" if is_folder else "ends in none of"

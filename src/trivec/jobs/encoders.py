@@ -168,7 +168,7 @@ class HttpEncoder:
         self._headers = {"Content-Type": "application/json"}
         if key is not None:
             self._headers["Authorization"] = f"Bearer {key}"
-        self._of_thread = threading.local()
+        self._idle: list[HTTPConnection] = []
         self._closed = threading.Event()
         self._pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="trivec-http")
         names = {Output.DENSE: "dense", Output.SPARSE: "sparse", Output.MULTI: "multi"}
@@ -215,6 +215,12 @@ class HttpEncoder:
         """Ask nothing more; what was asked is waited for."""
         self._closed.set()
         self._pool.shutdown(cancel_futures=True)
+        self._close_idle()
+
+    def _close_idle(self) -> None:
+        with suppress(IndexError):
+            while True:
+                self._idle.pop().close()
 
     def _request(self, texts: Sequence[str]) -> tuple[list[_Answer | str], int]:
         """A row or a reason for each of *texts*, and their tokens."""
@@ -247,17 +253,18 @@ class HttpEncoder:
         """The answer to one request, or the error in it where its texts are at fault. Blocks."""
         reason, pause_s, tries = "", 1.0, 0
         while tries < TRIES_MAX and not self._closed.is_set():
+            connection = self._connection()
             try:
-                connection = self._connection()
                 content = None if body is None else msgspec.json.encode(body)
                 method = "GET" if body is None else "POST"
                 connection.request(method, self._address.path + path, content, self._headers)
                 answer = connection.getresponse()
                 read = answer.read()
             except (OSError, HTTPException) as fault:
-                self._of_thread.connection = None
+                connection.close()
                 reason = f"{type(fault).__name__}: {fault}"
             else:
+                self._idle.append(connection)
                 if answer.status == HTTPStatus.OK:
                     return _json_object(read)
                 error = _json_object(read).get("error")
@@ -276,16 +283,16 @@ class HttpEncoder:
             if tries < TRIES_MAX:
                 self._closed.wait(min(pause_s, PAUSE_S_MAX))
                 pause_s *= 2
+        self._close_idle()
         raise JobFailed(f"{self._url}{path} does not answer as it should: {reason}")
 
     def _connection(self) -> HTTPConnection:
-        """The calling thread's own, kept between requests."""
-        kept: HTTPConnection | None = getattr(self._of_thread, "connection", None)
-        if kept is None:
+        """One that waits between two requests, or a new one."""
+        try:
+            return self._idle.pop()
+        except IndexError:
             scheme = HTTPSConnection if self._address.scheme == "https" else HTTPConnection
-            kept = scheme(self._address.netloc, timeout=ANSWER_S_MAX)
-            self._of_thread.connection = kept
-        return kept
+            return scheme(self._address.netloc, timeout=ANSWER_S_MAX)
 
 
 def joined(parts: Sequence[Vectors]) -> Vectors:

@@ -82,8 +82,10 @@ def quantise(rows: Float32Array, dtype: DType) -> NDArray[Any]:
         return np.packbits(rows > 0, axis=1)
     if dtype == "int8":
         largest = np.abs(rows).max(axis=1, keepdims=True, initial=0.0)
-        return np.rint(rows * (127 / np.maximum(largest, np.float32(1e-12)))).astype(np.int8)
-    return rows.astype(np.dtype(dtype))
+        scale = 127 / np.maximum(largest, np.float32(1e-12))  # [n, 1]
+        rounded: Float32Array = np.rint(rows * scale)
+        return rounded.astype(np.int8)
+    return rows.astype(np.float16 if dtype == "float16" else np.float32)
 
 
 @dataclass(frozen=True, slots=True)
