@@ -17,7 +17,7 @@ from tests.process.server import clean_environment, running
 pq = pytest.importorskip("pyarrow.parquet", reason="comes with: make test")
 
 DYING = Path(__file__).parents[1] / "jobs" / "dying.py"
-KILLS = 5
+KILLS = 4
 COUNT = 160
 FAKE = ("--backend", "fake")
 SMALL = ("--shard-rows", "16", "--id-column", "id")
@@ -46,17 +46,16 @@ def embed(
 
 
 def test_kills_at_any_step_change_no_vector_and_no_id(corpus: Path, tmp_path: Path) -> None:
-    """The small model at fp32: its vectors, too, are the same whatever was embedded beside them."""
-    options = (*SMALL, "--precision", "fp32", "--data-dir", tmp_path / "data")
-    whole, out = tmp_path / "whole.parquet", tmp_path / "out.parquet"
-    undisturbed = embed("0", corpus, whole, *options, program=[str(DYING)])
+    options = (*SMALL, *FAKE, "--data-dir", tmp_path / "data")
+    whole, counted, out, late = (tmp_path / f"{name}.parquet" for name in ("whole", "a", "b", "c"))
+    undisturbed = embed(corpus, whole, *options)
     assert undisturbed.returncode == 0, undisturbed.stderr
-    step_count = int(undisturbed.stdout)
+    step_count = int(embed("0", corpus, counted, *options, program=[str(DYING)]).stdout)
     assert step_count > 5 * COUNT / 16
     draw = random.Random(20261129)
-    late = tmp_path / "late.parquet"  # dies when all is computed, while the final file is made
     steps = [(out, draw.randint(1, step_count // KILLS)) for _ in range(KILLS - 1)]
-    for file, step in (*steps, (late, step_count - draw.randint(0, 10))):
+    in_the_end = step_count - draw.randint(0, 10)  # while the final file is made
+    for file, step in (*steps, (late, in_the_end)):
         killed = embed(str(step), corpus, file, *options, program=[str(DYING)])
         assert killed.returncode == -signal.SIGKILL, killed.stderr
     for file in (out, late):
@@ -64,12 +63,21 @@ def test_kills_at_any_step_change_no_vector_and_no_id(corpus: Path, tmp_path: Pa
         assert finished.returncode == 0, finished.stderr
         assert pq.read_table(file)["id"].to_pylist() == list(range(COUNT))
         assert file.read_bytes() == whole.read_bytes()
-        assert sorted(
-            one.name.removeprefix(file.name) for one in tmp_path.glob(f"{file.name}*")
-        ) == [
-            "",
-            ".manifest.json",
-        ]
+        left = sorted(one.name.removeprefix(file.name) for one in tmp_path.glob(f"{file.name}*"))
+        assert left == ["", ".manifest.json"]
+
+
+def test_a_kill_leaves_the_small_models_vectors_as_they_are(corpus: Path, tmp_path: Path) -> None:
+    """A resumed run embeds other texts together, and a vector does not depend on its neighbours."""
+    options = (*SMALL, "--precision", "fp32", "--data-dir", tmp_path / "data")
+    whole, out = tmp_path / "whole.parquet", tmp_path / "out.parquet"
+    undisturbed = embed(corpus, whole, *options)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    killed = embed("30", corpus, out, *options, program=[str(DYING)])
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert 0 < len(list((tmp_path / "out.parquet.parts").glob("*.arrow"))) < COUNT / 16
+    assert embed(corpus, out, *options).returncode == 0
+    assert out.read_bytes() == whole.read_bytes()
 
 
 def test_exit_codes_and_messages_tell_how_it_went(corpus: Path, tmp_path: Path) -> None:
@@ -121,7 +129,7 @@ def test_asked_to_stop_it_finishes_what_is_begun_and_goes_on_later(
     process.stderr.close()
     assert process.wait(60) == 130
     assert "run the same command again" in said
-    parts = sorted((tmp_path / "out.parquet.parts").glob("*.parquet"))
+    parts = sorted((tmp_path / "out.parquet.parts").glob("*.arrow"))
     assert 5 <= len(parts) < COUNT / 16
     resumed = embed(corpus, out, *FAKE, *SMALL)
     assert resumed.returncode == 0, resumed.stderr

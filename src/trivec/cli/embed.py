@@ -19,6 +19,7 @@ from trivec.core.errors import JobFailed, SettingInvalid
 from trivec.settings import Settings
 
 if TYPE_CHECKING:
+    from trivec.build import Models
     from trivec.core.types import Output
     from trivec.jobs.embedding import Progress
     from trivec.jobs.encoders import Encoder, Truncate
@@ -84,9 +85,16 @@ def embed(
     failed; 130 stopped.
     """
     try:
-        from trivec.jobs.corpus import Columns, Corpus, ShardSize, check_columns, find_sources
+        from trivec.jobs.corpus import (
+            GO_ON,
+            Columns,
+            Corpus,
+            ShardSize,
+            check_columns,
+            find_sources,
+        )
         from trivec.jobs.embedding import embed_corpus
-        from trivec.jobs.results import ENDINGS, GO_ON, RESERVED, Layout, Results
+        from trivec.jobs.results import ENDINGS, RESERVED, Layout, Results
     except ImportError as fault:
         if fault.name != "pyarrow":
             raise
@@ -105,12 +113,14 @@ def embed(
     sources = find_sources(given, form=form)
     check_columns(sources, columns)
 
+    if url is None:
+        flags = {"precision": precision, "device": device, "backend": backend}
+        models = _load(_bulk_settings(data_dir, config, model, flags), wanted)
+        opened = _in_process(models, wanted, truncate)
+    else:
+        opened = _on_server(url, key, model, wanted, truncate)
+
     async def run() -> "Totals | None":
-        if url is None:
-            flags = {"precision": precision, "device": device, "backend": backend}
-            opened = _in_process(_bulk_settings(data_dir, config, model, flags), wanted, truncate)
-        else:
-            opened = _on_server(url, key, model, wanted, truncate)
         async with opened as encoder:
             dimensions = encoder.model["dimensions"]
             assert isinstance(dimensions, int), "the model says how long its vectors are"
@@ -180,33 +190,41 @@ def _bulk_settings(
     return settings
 
 
-@asynccontextmanager
-async def _in_process(
-    settings: Settings, outputs: "Output", truncate: "Truncate"
-) -> AsyncIterator["Encoder"]:
-    """The model of *settings* and its workers, until the block ends. Raises `StartError`."""
+def _load(settings: Settings, outputs: "Output") -> "Models":
+    """The model of *settings*. Raises `StartError`."""
     from trivec.build import load_models
     from trivec.build_several import open_engine_parts
-    from trivec.jobs.encoders import EmbedderEncoder
     from trivec.server.machine import usable_cores
-    from trivec.telemetry import configure_log, finish_log
+    from trivec.telemetry import configure_log
 
     configure_log(settings.telemetry.log_format, level="warning")
     models = load_models(settings, open_engine_parts(settings), cores=usable_cores())
-    card, checkpoint = models.cards[0], models.loaded[0].checkpoint
+    card = models.cards[0]
     if outputs not in card.outputs:
         raise SettingInvalid(f"{card.id} has no such --outputs; it has {card.outputs.name}")
     say(f"{card.id} in {card.precision} on {models.choice.device} ({models.choice.backend})")
+    return models
+
+
+@asynccontextmanager
+async def _in_process(
+    models: "Models", outputs: "Output", truncate: "Truncate"
+) -> AsyncIterator["Encoder"]:
+    """The first of *models* with its workers, until the block ends."""
+    from trivec.jobs.encoders import EmbedderEncoder
+    from trivec.telemetry import finish_log
+
+    card = models.cards[0]
     identity = {
         "id": card.id,
-        "files": checkpoint.digest,
+        "files": models.loaded[0].checkpoint.digest,
         "precision": card.precision,
         "recipe": card.recipe,
         "backend": models.choice.backend,
         "dimensions": card.dimensions,
     }
     models.workers.start()
-    watch = asyncio.create_task(models.workers.lost())
+    watch = asyncio.create_task(models.workers.lost())  # which fails the requests, if it is
     try:
         yield EmbedderEncoder(models.embedders[card.id], outputs, model=identity, truncate=truncate)
     finally:

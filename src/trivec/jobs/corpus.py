@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from trivec.core.errors import JobFailed
 
+GO_ON = "What is finished is kept: run the same command again to go on"
 STDIN = "-"
 FORMATS = {
     ".jsonl": "jsonl",
@@ -306,10 +307,7 @@ def read_faults(name: str) -> Iterator[None]:
         yield
     except (OSError, EOFError, csv.Error, pa.ArrowException) as fault:
         said = " ".join(str(getattr(fault, "strerror", None) or fault).split())
-        raise JobFailed(
-            f"cannot read {name}: {said}. What is finished is kept: mend it, and run the same "
-            "command again"
-        ) from fault
+        raise JobFailed(f"cannot read {name}: {said}. {GO_ON}, when it is mended") from fault
 
 
 def _checked(block: _Block, columns: Columns, *, number: int, first_row: int) -> Shard:

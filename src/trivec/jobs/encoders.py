@@ -33,6 +33,7 @@ from trivec.core.types import (
     Truncated,
     Vectors,
 )
+from trivec.jobs.corpus import GO_ON
 
 Truncate: TypeAlias = Literal["none", "end", "start"]
 ModelIdentity: TypeAlias = Mapping[str, str | int | None]
@@ -131,7 +132,7 @@ class EmbedderEncoder:
         try:
             return [(await self._embedder.embed(sequences, self._outputs)).vectors], {}
         except BusyError as fault:
-            raise JobFailed(f"the model cannot go on: {fault}") from fault
+            raise JobFailed(f"the model cannot go on: {fault} {GO_ON}") from fault
         except EngineFault:
             if len(sequences) == 1:
                 return [], {0: "the model failed on it"}

@@ -9,8 +9,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from trivec.core.errors import JobFailed
 from trivec.core.types import Float32Array, Output, Vectors
-from trivec.jobs.corpus import BadRow, Shard, as_json_text
+from trivec.jobs.corpus import GO_ON, BadRow, Shard, as_json_text
 
 DType: TypeAlias = Literal["float32", "float16", "int8", "binary"]
 ENDINGS = (".parquet", ".jsonl", ".npy")
@@ -36,7 +36,6 @@ RESERVED = frozenset((*VECTORS, TRUNCATED))
 FOOTER = b"trivec"  # key of our own metadata in a part
 ROW_GROUP_ROWS, ROW_GROUP_BYTES = 65_536, 64 * 1024 * 1024  # of the final file, whichever is first
 _encoder = msgspec.json.Encoder(enc_hook=str)
-GO_ON = "What is finished is kept: run the same command again to go on"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,33 +128,32 @@ class Results:
     @contextmanager
     def open(self) -> Iterator["Results"]:
         """Begin the job, or go on with it. Raises `JobFailed` where it was another job."""
-        with write_faults(self._out):
-            begun = self._read_manifest()
-            if begun is None and self._out.exists():
-                raise JobFailed(
-                    f"{self._out} exists, and {self._manifest.name} is not there to say of what it "
-                    "was made; name another file, or remove it"
-                )
-            if begun is not None:
-                self._compare(begun["job"])
-            if begun is not None and begun["finished"] is not None:
-                self.finished = Totals(**begun["finished"])
-                shutil.rmtree(self._parts, ignore_errors=True)  # that a death left there
-                yield self
-                return
-            self._parts.mkdir(exist_ok=True)
-            with (self._parts / "lock").open("wb") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
+        with ExitStack() as held:
+            with write_faults(self._out):
+                begun = self._read_manifest()
+                if begun is None and self._out.exists():
                     raise JobFailed(
-                        f"another process is writing {self._out}; wait for it"
-                    ) from None
-                for left in self._parts.glob("*.tmp"):
-                    left.unlink()
-                if begun is None:
-                    self._write_manifest(None)
-                yield self
+                        f"{self._out} exists, and no {self._manifest.name} says of what it was "
+                        "made; name another file, or remove it"
+                    )
+                if begun is not None:
+                    self._compare(begun["job"])
+                if begun is not None and begun["finished"] is not None:
+                    self.finished = Totals(**begun["finished"])
+                    shutil.rmtree(self._parts, ignore_errors=True)  # that a death left there
+                else:
+                    self._parts.mkdir(exist_ok=True)
+                    lock = held.enter_context((self._parts / "lock").open("wb"))
+                    try:
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        busy = f"another process is writing {self._out}; wait for it"
+                        raise JobFailed(busy) from None
+                    for left in self._parts.glob("*.tmp"):
+                        left.unlink()
+                    if begun is None:
+                        self._write_manifest(None)
+            yield self
 
     def part(self, shard: Shard) -> Part | None:
         """What an earlier run has made of *shard*. Raises `JobFailed` where it was another."""
@@ -163,7 +161,7 @@ class Results:
         if not file.exists():
             return None
         try:
-            part = _footer(pq.read_schema(file))
+            part = _footer(_read(file).schema)
         except (OSError, pa.ArrowException):
             return None  # damaged: it is made again
         if part.digest != shard.digest or part.row_count != shard.row_count:
@@ -203,43 +201,48 @@ class Results:
             bad=tuple(bad_rows),
         )
         table = table.replace_schema_metadata({FOOTER: _encoder.encode(part)})
-        with write_faults(self._out), self._replacing(self._part_file(shard.number)) as file:
-            pq.write_table(table, file, compression="none", use_dictionary=False)
+        with (
+            write_faults(self._out),
+            self._replacing(self._part_file(shard.number)) as file,
+            pa.ipc.new_file(file, table.schema) as writer,
+        ):
+            writer.write_table(table)
         return part
 
     def assemble(self, shard_count: int) -> Totals:
         """Make the final file of the parts, all of which are there, and remove them. Blocks."""
         files = [self._part_file(number) for number in range(shard_count)]
-        if len(list(self._parts.glob("*.parquet"))) != shard_count:
+        if len(list(self._parts.glob("*.arrow"))) != shard_count:
             raise self._changed("at its end: it was longer")
         with write_faults(self._out):
-            schemas = [pq.read_schema(file) for file in files]
-            parts = [_footer(schema) for schema in schemas]
-            bad_rows = [asdict(row) for part in parts for row in part.bad]
-            row_count = sum(part.row_count for part in parts)
-            totals = Totals(
-                rows=row_count,
-                texts=row_count - len(bad_rows),
-                tokens=sum(part.token_count for part in parts),
-                truncated=sum(part.truncated_count for part in parts),
-                bad=len(bad_rows),
-                digest=joined_digest(part.digest for part in parts),
-            )
-            if bad_rows:
-                with self._replacing(self._errors) as file:
-                    file.writelines(_encoder.encode(row) + b"\n" for row in bad_rows)
-            else:
-                self._errors.unlink(missing_ok=True)
-            schema = unified(schemas)
-            tables = (conformed(pq.ParquetFile(file).read(), schema) for file in files)
-            with self._replacing(self._out) as file:
+            types: dict[str, pa.DataType] = {}
+            rows = tokens = truncated = bad = 0
+            digest = sha256()
+            with self._replacing(self._errors) as errors:
+                for file in files:
+                    schema = _read(file).schema
+                    part = _footer(schema)
+                    unify(types, schema)
+                    errors.writelines(_encoder.encode(row) + b"\n" for row in part.bad)
+                    rows += part.row_count
+                    tokens += part.token_count
+                    truncated += part.truncated_count
+                    bad += len(part.bad)
+                    digest.update(part.digest.encode())
+            if not bad:
+                self._errors.unlink()
+            totals = Totals(rows, rows - bad, tokens, truncated, bad, digest.hexdigest())
+            schema = pa.schema([(name, types[name]) for name in sorted(types, key=is_vector)])
+            tables = (conformed(_read(file).read_all(), schema) for file in files)
+            with self._replacing(self._out) as final:
                 if self._out.suffix == ".parquet":
-                    _write_parquet(file, tables, schema)
+                    _write_parquet(final, tables, schema)
                 elif self._out.suffix == ".jsonl":
                     for table in tables:
-                        file.writelines(_encoder.encode(row) + b"\n" for row in table.to_pylist())
+                        final.writelines(_encoder.encode(row) + b"\n" for row in table.to_pylist())
                 else:
-                    _write_npy(file, tables, parts, row_count=row_count)
+                    parts = (_footer(_read(file).schema) for file in files)
+                    _write_npy(final, tables, parts, row_count=rows)
             self._write_manifest(totals)
         shutil.rmtree(self._parts, ignore_errors=True)
         return totals
@@ -247,7 +250,10 @@ class Results:
     def check_unchanged(self, digests: Iterator[str]) -> None:
         """Raise `JobFailed` unless the finished job was made of the shards with these *digests*."""
         assert self.finished is not None
-        if joined_digest(digests) != self.finished.digest:
+        joined = sha256()
+        for digest in digests:
+            joined.update(digest.encode())
+        if joined.hexdigest() != self.finished.digest:
             raise self._changed("since")
 
     def _changed(self, where: str) -> JobFailed:
@@ -261,7 +267,7 @@ class Results:
         )
 
     def _part_file(self, number: int) -> Path:
-        return self._parts / f"{number:08}.parquet"
+        return self._parts / f"{number:08}.arrow"
 
     def _read_manifest(self) -> dict[str, Any] | None:
         """The manifest of a job that is begun, or finished with its file still there."""
@@ -314,18 +320,17 @@ def write_faults(file: Path) -> Iterator[None]:
         raise JobFailed(f"cannot write {file}: {' '.join(reason.split())}. {GO_ON}") from fault
 
 
-def joined_digest(digests: Iterable[str]) -> str:
-    """One digest of several, in their order."""
-    return sha256("".join(digests).encode()).hexdigest()
+def is_vector(name: str) -> bool:
+    """Whether the column *name* is our own, and comes after those that are kept."""
+    return name in RESERVED
 
 
-def unified(schemas: Sequence[pa.Schema]) -> pa.Schema:
-    """A schema that the tables of all *schemas* can have; text where types have nothing in common.
+def unify(types: dict[str, pa.DataType], schema: pa.Schema) -> None:
+    """Widen *types*, of columns by name, to what *schema* has, too: text if nothing else fits both.
 
     Parts of JSONL have the types that their own rows suggest.
     """
-    types: dict[str, pa.DataType] = {}
-    for field in (field for schema in schemas for field in schema):
+    for field in schema:
         known = types.setdefault(field.name, field.type)
         if known != field.type:
             both = [pa.schema([(field.name, one)]) for one in (known, field.type)]
@@ -333,7 +338,6 @@ def unified(schemas: Sequence[pa.Schema]) -> pa.Schema:
                 types[field.name] = pa.unify_schemas(both, promote_options="permissive")[0].type
             except pa.ArrowException:
                 types[field.name] = pa.string()
-    return pa.schema([(name, types[name]) for name in sorted(types, key=RESERVED.__contains__)])
 
 
 def conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -355,6 +359,10 @@ def conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 def _offsets(lengths: Sequence[int]) -> pa.Array:
     return pa.array(np.cumsum([0, *lengths], dtype=np.int32))
+
+
+def _read(file: Path) -> pa.RecordBatchFileReader:
+    return pa.ipc.open_file(pa.memory_map(str(file)))
 
 
 def _footer(schema: pa.Schema) -> Part:
@@ -385,7 +393,7 @@ def _write_parquet(file: IO[bytes], tables: Iterator[pa.Table], schema: pa.Schem
 
 
 def _write_npy(
-    file: IO[bytes], tables: Iterator[pa.Table], parts: Sequence[Part], *, row_count: int
+    file: IO[bytes], tables: Iterator[pa.Table], parts: Iterator[Part], *, row_count: int
 ) -> None:
     """Dense vectors `[rows, dimensions]`: row i is the input's, all zero where that was bad."""
     for number, (table, part) in enumerate(zip(tables, parts, strict=True)):
