@@ -1,7 +1,7 @@
 """`trivec embed` that kills itself at a chosen step of what it puts on the disk.
 
-Run as `python dying.py STEP ARGUMENT …`. Steps are the opening of a file to write, and what comes
-before and after an fsync and a rename; with STEP 0 it lives, and says how many there were.
+Run as `python dying.py STEP ARGUMENT …`. A file of the job's has five steps: before it is opened,
+and before and after it is flushed to the disk and renamed.
 """
 
 import os
@@ -18,15 +18,19 @@ STEP = int(sys.argv.pop(1))
 steps = count(1)
 
 
-def step() -> None:
-    if next(steps) == STEP:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 def stepped(function: Callable[..., Any], *, after: bool = True) -> Callable[..., Any]:
-    def call(*arguments: Any, **named: Any) -> Any:
+    """*function*, of a file or its descriptor, with a step before and maybe one after it."""
+
+    def call(file: Path | int, *arguments: Any, **named: Any) -> Any:
+        path = str(file) if isinstance(file, Path) else os.readlink(f"/proc/self/fd/{file}")
+        is_of_job = ".parts/" in path and path.endswith(".tmp")
+
+        def step() -> None:
+            if is_of_job and next(steps) == STEP:
+                os.kill(os.getpid(), signal.SIGKILL)
+
         step()
-        result = function(*arguments, **named)
+        result = function(file, *arguments, **named)
         if after:
             step()
         return result
@@ -38,7 +42,4 @@ os.fsync = stepped(os.fsync)
 Path.replace = stepped(Path.replace)  # type: ignore[method-assign]
 Path.open = stepped(Path.open, after=False)  # type: ignore[method-assign]
 sys.argv = ["trivec", "embed", *sys.argv[1:]]
-try:
-    main()
-finally:
-    sys.stdout.write(str(next(steps) - 1))
+main()
