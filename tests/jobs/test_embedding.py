@@ -127,6 +127,21 @@ def test_a_text_that_is_too_long_is_a_bad_row_or_cut_and_marked(job: Job) -> Non
     assert job.errors == []
 
 
+@pytest.mark.parametrize("ending", [".parquet", ".jsonl", ".npy"])
+def test_a_shard_may_be_bad_as_a_whole(job: Job, ending: str) -> None:
+    given = rows(COUNT)
+    for i in range(25):
+        given[i]["text"] = "x" * 100 if i < 20 else None
+    write(job.given, given)
+    job.out = job.out.with_suffix(ending)
+    totals = job.run()
+    assert totals is not None
+    assert (totals.texts, totals.bad) == (COUNT - 25, 25)
+    if ending == ".parquet":
+        assert pq.read_table(job.out)["id"].to_pylist() == [row["id"] for row in given[25:]]
+    assert [one["row"] for one in job.errors] == list(range(25))
+
+
 class Faulty(StandIn):
     """Fails on every sequence with the token of "!", and cannot tokenise a "?"."""
 
@@ -265,6 +280,13 @@ def test_a_model_that_cannot_go_on_stops_the_job_and_loses_nothing(job: Job) -> 
     job.asked.clear()
     job.run()
     assert len(job.asked) == COUNT - kept
+
+
+def test_a_model_that_fails_on_everything_stops_the_job(job: Job) -> None:
+    job.model.fault = EngineFault("the driver said something")
+    with pytest.raises(JobFailed, match="failed on"):
+        job.run()
+    assert job.left_over() == [".manifest.json", ".parts"]
 
 
 def test_an_input_that_breaks_off_keeps_what_is_before_and_goes_on_when_mended(

@@ -109,7 +109,7 @@ def test_a_text_that_is_cut_is_named(house: House) -> None:
 
 def test_a_server_that_fails_on_everything_stops_the_job(house: House) -> None:
     with pytest.raises(JobFailed, match="failed on"):
-        encoded_by(house, ["!a", "!b", "!c"])
+        encoded_by(house, [f"!{i}" for i in range(8)])
 
 
 def test_a_busy_server_is_asked_again(house: House) -> None:

@@ -39,6 +39,8 @@ Truncate: TypeAlias = Literal["none", "end", "start"]
 ModelIdentity: TypeAlias = Mapping[str, str | int | None]
 LONG_TEXT = {"none": LongText.KEEP, "end": LongText.CUT_END, "start": LongText.CUT_START}
 OPEN_REQUESTS = 2  # while one ends, the other keeps the device busy
+# Texts in a row on which a model fails one by one: then it is the model, and not the texts.
+FAILED_MAX = 8
 
 CONNECTIONS = 4
 REQUEST_TEXTS, REQUEST_CHARACTERS = 64, 128 * 1024  # whichever is reached first
@@ -105,6 +107,8 @@ class EmbedderEncoder:
             sequences = Sequences.pack([ids[i] for i in places])
         async with self._open_requests:
             parts, failed = await self._embed(sequences)
+        if not parts and len(failed) >= FAILED_MAX:
+            raise JobFailed(f"the model failed on {len(failed)} texts in a row. {GO_ON}")
         bad |= {places[i]: reason for i, reason in failed.items()}
         vectors = joined(parts) if parts else None
         return Encoded(vectors, sequences.token_count, bad, [i for i in truncated if i not in bad])
@@ -226,8 +230,9 @@ class HttpEncoder:
     def _request(self, texts: Sequence[str]) -> tuple[list[_Answer | str], int]:
         """A row or a reason for each of *texts*, and their tokens."""
         rows, token_count = self._rows(texts)
-        if len(texts) > 1 and all(isinstance(one, str) and FAILED in one for one in rows):
-            raise JobFailed(f"{self._url} failed on {len(texts)} texts in a row: {rows[0]}")
+        is_down = all(isinstance(one, str) and FAILED in one for one in rows)
+        if is_down and len(texts) >= FAILED_MAX:
+            raise JobFailed(f"{self._url} failed on {len(texts)} texts in a row. {GO_ON}")
         return rows, token_count
 
     def _rows(self, texts: Sequence[str]) -> tuple[list[_Answer | str], int]:

@@ -189,7 +189,8 @@ class Results:
             marks[list(truncated)] = True
             table = table.append_column(TRUNCATED, pa.array(marks))
         if bad:
-            table = table.take(pa.array([i for i in range(len(shard.texts)) if i not in bad]))
+            good = [i for i in range(len(shard.texts)) if i not in bad]
+            table = table.take(pa.array(good, pa.int64()))
         for name, column in self._layout.columns(vectors).items():
             table = table.append_column(name, column)
         part = Part(
