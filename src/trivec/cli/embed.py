@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from trivec.build import Models
     from trivec.core.types import Output
     from trivec.jobs.embedding import Progress
-    from trivec.jobs.encoders import Encoder, Truncate
+    from trivec.jobs.encoders import TextEncoder, Truncate
     from trivec.jobs.results import Totals
 
 SHARD_ROWS = 2048  # some dozen batches of a CPU
@@ -209,7 +209,7 @@ def _load(settings: Settings, outputs: "Output") -> "Models":
 @asynccontextmanager
 async def _in_process(
     models: "Models", outputs: "Output", truncate: "Truncate"
-) -> AsyncIterator["Encoder"]:
+) -> AsyncIterator["TextEncoder"]:
     """The first of *models* with its workers, until the block ends."""
     from trivec.jobs.encoders import EmbedderEncoder
     from trivec.telemetry import finish_log
@@ -236,7 +236,7 @@ async def _in_process(
 @asynccontextmanager
 async def _on_server(
     url: str, key: str | None, model: str | None, outputs: "Output", truncate: "Truncate"
-) -> AsyncIterator["Encoder"]:
+) -> AsyncIterator["TextEncoder"]:
     """The server at *url*. Raises `JobFailed` where it does not answer."""
     from trivec.jobs.encoders import HttpEncoder
 

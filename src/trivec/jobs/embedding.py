@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from trivec.core.errors import JobFailed
 from trivec.jobs.corpus import Corpus, Shard
-from trivec.jobs.encoders import Encoded, Encoder
+from trivec.jobs.encoders import Encoded, TextEncoder
 from trivec.jobs.results import Results, Totals
 
 # Two that are being embedded, two tokenised ahead, one on its way to the disk.
@@ -31,7 +31,7 @@ class Progress:
 async def embed_corpus(
     corpus: Corpus,
     results: Results,
-    encoder: Encoder,
+    encoder: TextEncoder,
     *,
     stop: asyncio.Event,
     on_progress: Callable[[Progress], None],

@@ -62,7 +62,7 @@ class Encoded:
     truncated: Sequence[int] = ()  # indices
 
 
-class Encoder(Protocol):
+class TextEncoder(Protocol):
     """Turns texts into vectors; on the event loop, and for several shards at a time."""
 
     @property
@@ -88,7 +88,7 @@ class EmbedderEncoder:
         self._open_requests = asyncio.Semaphore(OPEN_REQUESTS)
 
     async def encode(self, texts: Sequence[str]) -> Encoded:
-        """See `Encoder`."""
+        """See `TextEncoder`."""
         sequences, bad = await self._tokenize(texts)
         truncated = [*sequences.truncated]
         if self._long_text is LongText.KEEP:
@@ -195,7 +195,7 @@ class HttpEncoder:
         }
 
     async def encode(self, texts: Sequence[str]) -> Encoded:
-        """See `Encoder`."""
+        """See `TextEncoder`."""
         loop = asyncio.get_running_loop()
         asked = [
             loop.run_in_executor(self._pool, self._request, part) for part in _in_requests(texts)
