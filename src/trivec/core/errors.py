@@ -4,6 +4,7 @@ TrivecError
 ├── StartError         the process cannot start: one line on stderr, exit code 2
 │   └── SettingInvalid · CheckpointRefused · StoreRefused
 ├── DeviceLost         a backend's device is gone for good
+├── JobFailed          bulk work is refused, or stops: one line on stderr, exit code 2
 └── ServiceError       a request is answered with it; `api/errors.py` holds the table
     ├── RequestError   the client must change the request
     │   └── MalformedBody · FieldInvalid (TokenIdUnknown) · TokenIdsForeign · TextTooLong ·
@@ -52,6 +53,10 @@ class DeviceLost(TrivecError):
 
     The engine fails what waits with a `ServiceError`, and says that the process is not ready.
     """
+
+
+class JobFailed(TrivecError):
+    """Bulk work cannot begin or go on, and why, in one line that ends in a next step."""
 
 
 class ServiceError(TrivecError):
