@@ -186,6 +186,7 @@ class House:
         metrics: Callable[[], bytes] | None = metrics_page,
         metrics_open: bool = False,
         operations: Sequence[Operation] = (),
+        pages: Sequence[Operation] = (),
     ) -> None:
         """Build the app anew."""
         self.app: ASGIApp = build_app(
@@ -199,6 +200,7 @@ class House:
             metrics_open=metrics_open,
             memory=self.memory,
             operations=operations,
+            pages=pages,
         )
 
     def embedders(self) -> Mapping[str, Embedder]:

@@ -71,6 +71,8 @@ class Greeting:
         self._say_fact("device", f"{choice.device} with {choice.backend}, {workers}")
         self._say_fact("", choice.reason)
         self._say_fact("listening", self._url)
+        if settings.http.page:
+            self._say_fact("page", f"{self._url}/")
         if settings.no_auth:
             anywhere = settings.no_auth == "anywhere"
             reach = f"reaches {settings.host}" if anywhere else "is on this machine"

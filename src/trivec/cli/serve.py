@@ -75,6 +75,7 @@ def serve(
     data_dir: Annotated[str | None, _flag("data_dir")] = None,
     config: Annotated[str | None, typer.Option(help="TOML file with any of the settings.")] = None,
     truncate: Annotated[str | None, _flag("truncate")] = None,
+    page: Annotated[bool | None, _flag("page", "--page/--no-page")] = None,
     no_auth: Annotated[str | None, _flag("no_auth", metavar="[=anywhere]")] = None,
 ) -> None:
     """Serve embeddings over HTTP until told to stop.
@@ -83,7 +84,7 @@ def serve(
     docs/configuration.md.
     """
     flags = locals()
-    flags["http"] = {"truncate": flags.pop("truncate")}
+    flags["http"] = {name: flags.pop(name) for name in ("truncate", "page")}
     exit_code = run(load_settings(flags, os.environ, warn=_say))
     # At the interpreter's orderly end granian's own threads abort the process.
     sys.stdout.flush()
