@@ -11,7 +11,7 @@ import pytest
 SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
-LINES_MAX, FILES_MAX = 17_636, 113  # the aim is 11,500 in 100: a number here may only go down
+LINES_MAX, FILES_MAX = 17_633, 113  # the aim is 11,500 in 100: a number here may only go down
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_300, 9),
@@ -19,7 +19,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "build": (440, 2),
     "settings": (400, 1),
     "api": (2_151, 14),
-    "playground": (91, 1),
+    "playground": (89, 1),
     "engine": (970, 5),
     "models": (915, 8),
     "backends": (2_980, 17),

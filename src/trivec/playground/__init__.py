@@ -82,10 +82,8 @@ def page_operations(*, has_keys: bool) -> tuple[Operation, ...]:
     async def send_named(context: RequestContext) -> Response:
         return await send(context.path_params["name"], context)
 
-    handlers = {
-        "/": partial(send, "index.html"),
-        "/usage": partial(send, "usage.html"),
-        "/docs": partial(send, docs),
-        "/page/{name}": send_named,
-    }
-    return tuple(Operation("GET", path, handler, None, None) for path, handler in handlers.items())
+    pages = {"/": "index.html", "/usage": "usage.html", "/docs": docs}
+    return (
+        *(Operation("GET", path, partial(send, name), None, None) for path, name in pages.items()),
+        Operation("GET", "/page/{name}", send_named, None, None),
+    )

@@ -22,8 +22,8 @@ export function heatMap(texts, matrix, { kind, onPick }) {
   const heat = (value) => Math.min(1, Math.max(0, (value - least) / (most - least || 1)));
   const isSmall = texts.length <= 12;
   const cell = (value, i, j) => make("td", {
-    tabindex: i + j ? -1 : 0, "data-at": `${i},${j}`, "--heat": heat(value), class: heat(value) > 0.55 && "hot",
-    "aria-label": `${i + 1} with ${j + 1}: ${fixed(value)}`,
+    tabindex: i + j ? -1 : 0, "data-at": `${i},${j}`, "--heat": heat(value),
+    title: `${i + 1} with ${j + 1}: ${fixed(value)}`,
     onclick: () => onPick(i, j), onfocus: () => onPick(i, j),
   }, isSmall ? value.toFixed(2) : "");
   const rows = matrix.map((row, i) => make("tr", {},
@@ -163,7 +163,7 @@ export function alignment(query, passage, found) {
     const mark = (isOn) => () => [lines[i], met[match]].forEach((one) => one.classList.toggle("on", isOn));
     return chip(token, {
       tag: "button", type: "button", label: score.toFixed(2), weight: strength(score),
-      "aria-label": `${readable(token)} met ${readable(passage[match])}, ${score.toFixed(3)}`,
+      title: `${readable(token)} met ${readable(passage[match])}, ${score.toFixed(3)}`,
       onpointerenter: mark(true), onfocus: mark(true), onpointerleave: mark(false), onblur: mark(false),
     });
   });

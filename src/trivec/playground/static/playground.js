@@ -40,10 +40,10 @@ async function connect() {
   byId("reranker").replaceChildren(...rerankers.map(({ id }) => make("option", {}, id)));
   const { paths } = await call("openapi.json");
   reveal("rerank", "/v1/rerank" in paths && rerankers.length > 0);
-  showModel();
+  await showModel();
 }
 
-function showModel() {
+async function showModel() {
   const card = model();
   if (!card) return;
   const facts = {
@@ -59,7 +59,7 @@ function showModel() {
   };
   byId("card").replaceChildren(...Object.entries(facts).filter(([, value]) => value).flatMap(([name, value]) =>
     [make("dt", {}, name), make("dd", {}, String(value))]));
-  showTokens();
+  await showTokens();
 }
 
 async function tokenize(texts, signal) {
@@ -110,7 +110,7 @@ async function embed() {
     progress.max = texts.length;
     progress.value = 0;
     progress.hidden = texts.length <= SHOWN;
-    const tokens = (await tokenize(texts.slice(0, SHOWN))).data.map((one) => one);
+    const tokens = (await tokenize(texts.slice(0, SHOWN))).data;
     const items = await embedSome(texts.slice(0, SHOWN), outputs, times);
     while (items.length < texts.length) {
       progress.value = items.length;

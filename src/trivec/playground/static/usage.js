@@ -108,8 +108,8 @@ function ask(title, content, yes, act, kind = "primary") {
   const form = make("form", { onsubmit: async (event) => {
     event.preventDefault();
     const answer = await attempt(() => act(new FormData(form)), form.querySelector(`.${kind}`));
-    dialog.close();
     if (answer?.key) showOnce(answer);
+    else dialog.close();
     if (answer) await attempt(showKeys);
   } }, make("h2", { id: "dialog-title" }, title), content, make("div", { class: "row" },
     make("button", { type: "button", autofocus: kind === "danger", onclick: () => dialog.close() }, "Cancel"),
@@ -118,7 +118,7 @@ function ask(title, content, yes, act, kind = "primary") {
   dialog.showModal();
 }
 
-/** A new key, this once: it is nowhere else, and gone when the dialog closes. */
+/** A new key in the open dialog: it is nowhere else, and gone when that closes. */
 function showOnce({ name, key, warnings = [] }) {
   const dialog = byId("dialog");
   dialog.addEventListener("close", () => dialog.replaceChildren(), { once: true });
@@ -126,7 +126,6 @@ function showOnce({ name, key, warnings = [] }) {
     make("p", { class: "note" }, "It is shown only now. Keep it where your program reads it."),
     warnings.map((text) => make("p", { class: "over note" }, text)), make("div", { class: "row" }, copyButton(() => key),
       make("button", { type: "button", class: "primary", onclick: () => dialog.close() }, "Done")));
-  dialog.showModal();
 }
 
 const field = (label, attributes) => make("label", {}, label, make("input", attributes));
