@@ -17,9 +17,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from benchmarks.dummy import blueprint_of, write_dummy
 from numpy.typing import NDArray
 from tests.api.house import MODEL, PLAIN_MODEL, House
-from tests.process.server import Server
+from tests.process.server import Server, running
 
 from trivec import playground
 from trivec.playground import STATIC, page_operations, static_files
@@ -74,6 +75,16 @@ def house() -> Iterator[House]:
 def address(house: House) -> Iterator[str]:
     with house.listening() as address:
         yield address
+
+
+@pytest.fixture(scope="module")
+def dummy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A real server with all three vectors, of random weights."""
+    folder = tmp_path_factory.mktemp("dummy")
+    write_dummy(folder / "model", blueprint_of(MODEL).with_layers(1))
+    with running(folder, "--model", f"{MODEL}={folder / 'model'}", "--precision", "fp32") as server:
+        assert server.url
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -192,15 +203,28 @@ def similarities(items: list[dict[str, Any]], kind: str) -> NDArray[np.float64]:
     return np.array([[(a @ b.T).max(axis=1).mean() for b in tokens] for a in tokens])
 
 
-def test_the_heat_map_is_what_the_api_answers(visit: Visit, house: House, address: str) -> None:
+def check_heat_maps(visit: Visit, key: str) -> None:
+    """Embed two texts, and compare every map with numpy's from the API's own vectors."""
     visit.embed(TWO)
-    items = vectors_of(address, house.key, MODEL, TWO)
+    items = vectors_of(visit.address, key, MODEL, TWO)
     wanted = {kind: similarities(items, kind) for kind in ("dense", "sparse", "multi")}
     wanted["fused"] = 0.4 * wanted["dense"] + 0.2 * wanted["sparse"] + 0.4 * wanted["multi"]
     for kind, expected in wanted.items():
         visit.page.get_by_role("radio", name=kind).check()
         decimals = 1 if np.abs(expected).max() >= 10 else 3
         np.testing.assert_allclose(visit.matrix(2), expected, atol=0.51 * 10**-decimals)
+
+
+def test_the_heat_maps_are_what_the_api_answers(visit: Visit, house: House) -> None:
+    check_heat_maps(visit, house.key)
+
+
+def test_three_vectors_of_a_real_server(visits: Callable[..., Visit], dummy: Server) -> None:
+    visit = visits(dummy.url)
+    visit.open("/", dummy.key)
+    check_heat_maps(visit, dummy.key)
+    assert visit.page.locator("#alignment path").count() > 0
+    assert visit.page.locator("#sparse .token small").count() > 0
 
 
 def test_the_weights_of_the_fused_map_can_be_moved(
@@ -384,7 +408,7 @@ def test_by_keyboard_alone(visits: Callable[..., Visit], house: House, address: 
     keyboard.press("ArrowRight")
     keyboard.press("ArrowDown")
     assert visit.page.evaluate("document.activeElement.dataset.at") == "1,1"
-    assert "2 “two” with 2 “two”" in visit.page.locator("#pair").inner_text()
+    assert "is 2 “two” with 2 “two”" in visit.page.locator("#pair").inner_text()
     tab_to("#alignment button")
     assert visit.page.locator("#alignment path.on").count() == 1
     tab_to(".map")

@@ -152,7 +152,7 @@ function showSimilarity() {
 function showPair(matrix) {
   const [i, j] = state.pair;
   const name = (k) => make("bdi", {}, `${k + 1} “${shorten(state.texts[k], 60)}”`);
-  byId("pair").replaceChildren(`${matrix[i][j].toFixed(4)}  `, name(i), " with ", name(j));
+  byId("pair").replaceChildren(`${matrix[i][j].toFixed(4)} is `, name(i), " with ", name(j));
   reveal("alignment", state.outputs.includes("multi"));
   if (!state.outputs.includes("multi")) return;
   const [query, passage] = [i, j].map((k) => state.items[k].multi);

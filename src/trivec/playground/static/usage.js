@@ -45,7 +45,7 @@ async function look() {
     Math.max(0, total(now, name, labels) - total(history[i].metrics, name, labels)) / (at - history[i].at_s));
   const levels = (name) => history.map(({ metrics: now }) => total(now, name));
   const phase = metrics.find(({ name, value }) => name === "trivec_phase" && value === 1);
-  const rate = (values) => [values.length ? values.at(-1).toFixed(1) : "…", values];
+  const rate = (values) => [values.length ? number(Math.round(values.at(-1) * 10) / 10) : "…", values];
   const latency = (share) => [seconds(quantile(share, metrics, "trivec_request_duration_seconds", EMBEDDINGS))];
   const tiles = {
     phase: [phase?.labels.phase ?? "unknown"],
