@@ -150,6 +150,12 @@ def test_no_file_names_an_outside_address() -> None:
         assert not re.findall(r"(?:https?:)?//[\w.-]+\.\w", text), file.name
 
 
+def test_every_address_is_relative_so_that_a_proxy_may_serve_below_a_path() -> None:
+    absolute = r"""(?:src|href)="/|(?:call|request|fetch|URL|url:)[( ]+["'`]/"""
+    for file in OURS:
+        assert not re.findall(absolute, file.read_text("utf-8")), file.name
+
+
 def test_no_file_writes_markup_or_runs_text() -> None:
     forbidden = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function"
     inline = r"\sstyle=|\son\w+=\"|<style|<script(?![^>]* src=)"
