@@ -27,6 +27,7 @@ from trivec.core.health import Health
 from trivec.core.ports import Backend, Clock, Embedder, Observer
 from trivec.core.types import CertificateSummary, ModelCard
 from trivec.engine import Engine, Workers
+from trivec.playground import page_operations
 from trivec.settings import Settings
 from trivec.telemetry import (
     Metrics,
@@ -77,17 +78,19 @@ class ServerParts(Parts):
         metrics_page: Callable[[], bytes] | None = None,
     ) -> ASGIApp:
         """HTTP surface of *embedders*, none while loading; *metrics_page*: None for our own."""
+        settings = self.settings
         return build_app(
             embedders=embedders,
             accounts=self.accounts,
             observer=self.observer,
             clock=self.clock,
-            limits=self.settings.http,
+            limits=settings.http,
             health=health,
             metrics=metrics_page or self.metrics.page,
-            metrics_open=self.settings.metrics_open,
+            metrics_open=settings.metrics_open,
             memory=self.memory,
             faces=self.settings.faces,
+            pages=page_operations(has_keys=not settings.no_auth) if settings.http.page else (),
         )
 
     def close(self) -> None:

@@ -93,7 +93,7 @@ class Section(BaseModel):
 
 
 class HttpLimits(Section):
-    """Bounds of one request and of one connection."""
+    """Bounds of one request and of one connection, and whether there are pages to look at."""
 
     body_bytes_max: int = Field(8 * MEBIBYTE, ge=1024)
     """Largest request body."""
@@ -133,6 +133,8 @@ class HttpLimits(Section):
     """Most connections at a time; more wait in the kernel's queue."""
     idle_s_max: int = Field(30, ge=1)
     """Seconds a connection may be silent between requests, or take to send a request's head."""
+    page: bool = True
+    """Serve the playground at /, the usage page at /usage and the API page at /docs."""
 
 
 class QueueLimits(Section):

@@ -266,6 +266,7 @@ class House:
         metrics: Callable[[], bytes] | None = metrics_page,
         metrics_open: bool = False,
         operations: Sequence[Operation] = (),
+        pages: Sequence[Operation] = (),
     ) -> None:
         """Build the app anew."""
         self.app: ASGIApp = build_app(
@@ -280,6 +281,7 @@ class House:
             memory=self.memory,
             faces=self.faces,
             operations=operations,
+            pages=pages,
         )
 
     def embedders(self) -> Mapping[str, Embedder]:

@@ -50,13 +50,13 @@ def build_app(
     memory: ByteBudget | None = None,
     faces: Collection[str] = FACES.keys(),
     operations: Sequence[Operation] = (),
+    pages: Sequence[Operation] = (),
 ) -> ASGIApp:
     """The whole HTTP surface as one plain ASGI app, for granian, uvicorn or Ray Serve.
 
     *embedders* maps every served id and alias; empty while loading. *metrics* None: not served.
     *memory* is shared by the apps of one process. *faces*: of `FACES`, those that are served.
-    *operations* are served beside our own. The app
-    starts and owns nothing.
+    *operations* are served beside our own, and *pages* too, undescribed. The app starts and owns nothing.
     """
     memory = memory or ByteBudget(connections_max=limits.connections_max)
     state = AppState(embedders, accounts, observer, clock, limits, health, metrics, memory)
@@ -67,7 +67,7 @@ def build_app(
     async def openapi(_: RequestContext) -> Response:
         return Response(document, media_type="application/json")
 
-    served.append(Operation("GET", "/openapi.json", openapi, None, None))
+    served += [Operation("GET", "/openapi.json", openapi, None, None), *pages]
     unpaid = UnpaidRate(limits.unpaid_requests_per_minute)
     routes = [Route(one.path, Endpoint(one, unpaid), methods=[one.method]) for one in served]
     app: ASGIApp = RequestMiddleware(Router(routes, redirect_slashes=False), state)

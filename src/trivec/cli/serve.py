@@ -85,6 +85,7 @@ def serve(
     truncate: Annotated[str | None, _flag("truncate")] = None,
     token_encoding: Annotated[str | None, _flag("token_encoding")] = None,
     cors_origins: Annotated[list[str] | None, _flag("cors_origins", "--cors-origin")] = None,
+    page: Annotated[bool | None, _flag("page", "--page/--no-page")] = None,
     no_auth: Annotated[str | None, _flag("no_auth", metavar="[=anywhere]")] = None,
 ) -> None:
     """Serve embeddings over HTTP until told to stop.
@@ -94,7 +95,7 @@ def serve(
     """
     flags = locals()
     flags["http"] = {
-        name: flags.pop(name) for name in ("truncate", "token_encoding", "cors_origins")
+        name: flags.pop(name) for name in ("truncate", "token_encoding", "cors_origins", "page")
     }
     exit_code = run(load_settings(flags, os.environ, warn=_say))
     # At the interpreter's orderly end granian's own threads abort the process.
@@ -256,6 +257,8 @@ class Greeting:
         self._say_fact("device", f"{choice.device} with {choice.backend}, {workers}")
         self._say_fact("", choice.reason)
         self._say_fact("listening", self._url)
+        if settings.http.page:
+            self._say_fact("page", f"{self._url}/")
         if settings.no_auth:
             anywhere = settings.no_auth == "anywhere"
             reach = f"reaches {settings.host}" if anywhere else "is on this machine"
