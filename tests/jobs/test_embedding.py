@@ -146,11 +146,23 @@ class Faulty(StandIn):
     """Fails on every sequence with the token of "!", and cannot tokenise a "?"."""
 
     async def tokenize(
-        self, inputs: Texts | TokenLists, *, long_text: LongText, trusted: bool = False
+        self,
+        inputs: Texts | TokenLists,
+        *,
+        long_text: LongText,
+        trusted: bool = False,
+        prompt: str = "",
+        token_count_max: int | None = None,
     ) -> Sequences:
         if any("?" in str(one) for one in inputs):
             raise EngineFault("the tokenizer panicked")
-        return await super().tokenize(inputs, long_text=long_text, trusted=trusted)
+        return await super().tokenize(
+            inputs,
+            long_text=long_text,
+            trusted=trusted,
+            prompt=prompt,
+            token_count_max=token_count_max,
+        )
 
     async def embed(
         self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None

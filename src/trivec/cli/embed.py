@@ -192,13 +192,12 @@ def _bulk_settings(
 
 def _load(settings: Settings, outputs: "Output") -> "Models":
     """The model of *settings*. Raises `StartError`."""
-    from trivec.build import load_models
-    from trivec.build_several import open_engine_parts
+    from trivec.build import load_models, open_parts
     from trivec.server.machine import usable_cores
     from trivec.telemetry import configure_log
 
     configure_log(settings.telemetry.log_format, level="warning")
-    models = load_models(settings, open_engine_parts(settings), cores=usable_cores())
+    models = load_models(settings, open_parts(settings), cores=usable_cores())
     card = models.cards[0]
     if outputs not in card.outputs:
         raise SettingInvalid(f"{card.id} has no such --outputs; it has {card.outputs.name}")
