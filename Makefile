@@ -6,13 +6,13 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet --no-input
 INSTALL := $(PIP) install --no-deps --require-hashes
 ARGS ?=
 
-.PHONY: serve test check test-reference test-clients lock clean
+.PHONY: serve test check test-reference test-clients wheel lock clean
 
 serve: $(VENV)/.serve
 	@exec $(VENV)/bin/trivec serve $(ARGS)
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -m "not reference" --ignore=tests/reference --ignore=tests/clients $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not reference" --ignore=tests/reference --ignore=tests/clients $(ARGS)
 
 check: $(VENV)/.test $(VENV)/.check
 	$(VENV)/bin/ruff check .
@@ -27,6 +27,11 @@ test-clients: $(VENV)/.clients $(VENV)-openai/.done
 # Compares with torch, transformers and FlagEmbedding: about 1 GB of packages.
 test-reference: $(VENV)/.test $(VENV)/.reference
 	$(VENV)/bin/python -m pytest -m reference --ignore=tests/clients $(ARGS)
+
+# The wheel that is published, with Swagger UI for /docs; needs npm.
+wheel: $(VENV)/.serve
+	scripts/vendor
+	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 # Moves every pin to the newest version that fits; needs uv on the path.
 lock:

@@ -115,7 +115,7 @@ async def measure(folder: Path, *, seconds: float) -> dict[str, float]:
     accounts = open_accounts(Settings(data_dir=folder), clock=SystemClock())
     accounts.start()
     free = await accounts.create_key(KeyPlan("free"))
-    limited = await accounts.create_key(KeyPlan("limited", allowance=RateLimits(PLENTY, PLENTY)))
+    limited = await accounts.create_key(KeyPlan("limited", limits=RateLimits(PLENTY, PLENTY)))
     cores = len(os.sched_getaffinity(0))
     device = Device(cores)
     figures: dict[str, float] = {"cores": cores}

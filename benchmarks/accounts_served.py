@@ -66,7 +66,7 @@ def targets(model: str, folder: Path) -> Iterator[dict[str, Target]]:
     keys = {"free": RateLimits(), "limited": RateLimits(PLENTY, PLENTY)}
     with open_administration(Settings(data_dir=folder), clock=SystemClock()) as books:
         plain = {
-            name: books.create_key(KeyPlan(name, allowance=allowance)).plain
+            name: books.create_key(KeyPlan(name, limits=allowance)).plain
             for name, allowance in keys.items()
         }
     with (

@@ -23,10 +23,9 @@ from tokenizers import Tokenizer
 from trivec.api.responses import to_base64, to_json
 from trivec.backends.torch.backend import TorchBackend
 from trivec.backends.torch.device import TorchOptions
-from trivec.backends.torch.heads import to_vectors
 from trivec.backends.torch.ops import DTYPES, pack
 from trivec.checkpoints.checkpoint import Checkpoint
-from trivec.core.types import Batch, BatchBudget, Output, Sequences
+from trivec.core.types import Batch, BatchBudget, Output, Sequences, Vectors
 from trivec.models.ops import ModelConfig
 
 Keep: TypeAlias = Callable[[dict[str, Any]], None]
@@ -229,7 +228,7 @@ def host_rates(
         "tokenise": lambda: [one.ids for one in tokenizer.encode_batch_fast(texts)],
         "pack": lambda: Sequences.pack(ids),
         "lay_out": lambda: pack(batch, position_offset=2),
-        "cut": lambda: list(to_vectors({"dense": dense}, batch, config.vocab_size).dense),
+        "cut": lambda: list(Vectors.of(dense).dense),
         "encode_base64": lambda: [to_base64(row) for row in dense],
         "encode_floats": lambda: [to_json(row) for row in dense],
     }

@@ -15,9 +15,9 @@ from typing import Self
 import httpx
 import tokenizers
 from benchmarks.soak.faulty import Fault, Faulty
+from tests.support.memory_store import MemoryStore
 
 from trivec.accounts import Accounts, KeyPlan, NewKey
-from trivec.accounts.stores.memory import MemoryStore
 from trivec.api import build_app
 from trivec.backends.fake import FakeBackend
 from trivec.build import Choice, LoadedModel, load_checkpoint, model_card

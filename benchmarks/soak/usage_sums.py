@@ -28,7 +28,6 @@ from benchmarks.soak.report import Report, command
 from benchmarks.soak.stands import ACCESS, body_of, stand
 from benchmarks.texts import sentences
 from tests.accounts.postgres import binaries, postgres_server
-from tests.accounts.shelf import upgraded
 
 from trivec.accounts.stores import open_administration
 from trivec.accounts.stores.engines import SQLITE_FILE
@@ -196,8 +195,8 @@ def run(seconds: float = 60.0, rows: int = 2_000_000, backend: str = "openvino")
     if programs is None:
         report.figures["postgres"] = "not installed"
         return report
-    with postgres_server(programs) as books, tempfile.TemporaryDirectory() as name:
-        url = upgraded(books.new_database())
+    with postgres_server(programs, is_durable=True) as books, tempfile.TemporaryDirectory() as name:
+        url = books.upgraded_database()
         fill_postgres(url, rows=rows, since_us=since_us)
         environ = {"TRIVEC_DATABASE_URL": url}
         with stand(Path(name), "--backend", backend, environ=environ) as server:

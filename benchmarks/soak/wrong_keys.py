@@ -29,7 +29,6 @@ from benchmarks.soak.report import Report, command
 from benchmarks.soak.stands import ACCESS, body_of, stand
 from benchmarks.texts import sentences
 from tests.accounts.postgres import binaries, postgres_server
-from tests.accounts.shelf import upgraded
 
 GOOD, WRONG, TEXTS = 16, 4, 64
 BURST, BURSTS, CONNECTIONS = 1000, 3, 100
@@ -191,8 +190,8 @@ def run(seconds: float = 60.0, backend: str = "openvino") -> Report:
     if folder is None:
         report.figures["postgres"] = "not installed"
         return report
-    with postgres_server(folder) as server:
-        database = upgraded(server.new_database())
+    with postgres_server(folder, is_durable=True) as server:
+        database = server.upgraded_database()
         with far_away(server.port) as port:
             there = urlsplit(database)
             far = there._replace(netloc=there.netloc.replace(f":{server.port}", f":{port}"))

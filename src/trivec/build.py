@@ -21,12 +21,13 @@ from trivec.api import ByteBudget, budget_bytes, build_app
 from trivec.checkpoints import Checkpoint, find_folder, open_checkpoint
 from trivec.checkpoints.catalogue import CATALOGUE
 from trivec.core.clock import SystemClock
-from trivec.core.errors import SettingInvalid
+from trivec.core.errors import FieldInvalid, SettingInvalid
 from trivec.core.events import ModelLoaded
 from trivec.core.health import Health
 from trivec.core.ports import Backend, Clock, Embedder, Observer
 from trivec.core.types import CertificateSummary, ModelCard
 from trivec.engine import Engine, Workers
+from trivec.playground import page_operations
 from trivec.settings import Settings
 from trivec.telemetry import (
     Metrics,
@@ -37,6 +38,7 @@ from trivec.telemetry import (
     merged_pages,
 )
 from trivec.tokenizer import Tokenizer
+from trivec.tokenizer.encodings import token_table
 
 if TYPE_CHECKING:
     from trivec.ipc.client import EngineClient
@@ -76,16 +78,19 @@ class ServerParts(Parts):
         metrics_page: Callable[[], bytes] | None = None,
     ) -> ASGIApp:
         """HTTP surface of *embedders*, none while loading; *metrics_page*: None for our own."""
+        settings = self.settings
         return build_app(
             embedders=embedders,
             accounts=self.accounts,
             observer=self.observer,
             clock=self.clock,
-            limits=self.settings.http,
+            limits=settings.http,
             health=health,
             metrics=metrics_page or self.metrics.page,
-            metrics_open=self.settings.metrics_open,
+            metrics_open=settings.metrics_open,
             memory=self.memory,
+            faces=self.settings.faces,
+            pages=page_operations(has_keys=not settings.no_auth) if settings.http.page else (),
         )
 
     def close(self) -> None:
@@ -161,10 +166,19 @@ def open_server_parts(settings: Settings, *, machine_bytes: int = 1 << 31) -> Se
 
 
 def check_models(settings: Settings) -> None:
-    """Raise `CheckpointRefused` for a name of no model, before anything is begun."""
+    """Raise `CheckpointRefused` for a name of no model, before anything is begun.
+
+    `SettingInvalid` where the token encoding that requests are to be decoded with is not here.
+    """
     for reference in settings.models:
         if reference not in CATALOGUE:
             find_folder(reference)
+    encoding = settings.http.token_encoding
+    if encoding not in (None, "model"):
+        try:
+            token_table(encoding)
+        except FieldInvalid as absent:
+            raise SettingInvalid(f"--token-encoding {encoding}: {absent}") from absent
 
 
 def load_models(
@@ -175,10 +189,13 @@ def load_models(
     *takes_text*: requests bring texts; one that brings only token ids needs no tokeniser.
     """
     choice = choose(settings)
-    checkpoints = [
-        open_checkpoint(reference, cache_dir=settings.data_dir / "models")
-        for reference in settings.models or (DEFAULT_MODEL,)
-    ]
+    checkpoints = with_aliases(
+        [
+            open_checkpoint(reference, cache_dir=settings.data_dir / "models")
+            for reference in settings.models or (DEFAULT_MODEL,)
+        ],
+        settings.aliases,
+    )
     has_compiled = threading.Event()
 
     def read_vocabularies() -> list[Tokenizer]:
@@ -194,6 +211,20 @@ def load_models(
     ]
     has_compiled.set()
     return set_up(loaded, choice, context=context, tokenizers=reading.result())
+
+
+def with_aliases(checkpoints: Sequence[Checkpoint], aliases: Sequence[str]) -> list[Checkpoint]:
+    """*checkpoints* with further names, each as NAME=ID. Raises `SettingInvalid`."""
+    named = list(checkpoints)
+    for name, _, model in (pair.partition("=") for pair in aliases):
+        i = next((i for i, one in enumerate(named) if model in (one.id, *one.aliases)), None)
+        if i is None:
+            raise SettingInvalid(
+                f"alias {name}={model} is of a model that is not served; "
+                f"served are {', '.join(one.id for one in named)}"
+            )
+        named[i] = replace(named[i], aliases=(*named[i].aliases, name))
+    return named
 
 
 def choose(settings: Settings) -> Choice:
@@ -221,7 +252,7 @@ def load_checkpoint(
         from trivec.backends.fake import FakeBackend
 
         fake = FakeBackend(
-            dimensions=checkpoint.config.hidden_size, outputs=checkpoint.outputs, slot_count=cores
+            dimensions=checkpoint.dimensions, outputs=checkpoint.outputs, slot_count=cores
         )
         return LoadedModel(checkpoint, fake, model_card(checkpoint, "fake"), None)
 
@@ -244,7 +275,7 @@ def load_checkpoint(
     earned = backend.certificate
     if earned is None:
         return LoadedModel(checkpoint, backend, card, None)
-    certificate = CertificateSummary(earned.dense.minimum, earned.dense.mean, earned.summary)
+    certificate = CertificateSummary(earned.main.minimum, earned.main.mean, earned.summary)
     card = replace(card, notes={"certificate": earned.summary})
     return LoadedModel(checkpoint, backend, card, certificate)
 
@@ -257,12 +288,18 @@ def model_card(
         id=checkpoint.id,
         token_count_max=checkpoint.token_count_max,
         vocabulary_size=checkpoint.config.vocab_size,
-        dimensions=checkpoint.config.hidden_size,
+        dimensions=checkpoint.dimensions,
         outputs=checkpoint.outputs,
         precision=precision,
         created=checkpoint.created,
         owned_by=checkpoint.owned_by,
         dimensions_selectable=checkpoint.dimensions_selectable,
+        matryoshka_dimensions=checkpoint.matryoshka_dimensions,
+        prompts=checkpoint.prompts,
+        default_prompt_name=checkpoint.default_prompt_name,
+        include_prompt=checkpoint.include_prompt,
+        labels=checkpoint.labels,
+        late_chunking=checkpoint.late_chunking,
         verified=checkpoint.verified,
         aliases=checkpoint.aliases,
         notes=notes,
@@ -281,6 +318,8 @@ def make_tokenizers(
             vocabulary_size=checkpoint.config.vocab_size,
             pool=pool,
             request_tokens_max=context.settings.http.request_tokens_max,
+            token_type_count=checkpoint.config.token_type_count,
+            include_prompt=checkpoint.include_prompt,
         )
         for checkpoint in checkpoints
     ]
@@ -349,7 +388,12 @@ def served(models: Models) -> "Served":
         reason=models.choice.reason,
         slot_count=models.slot_count,
         models=tuple(
-            ServedModel(one.card, str(one.checkpoint.tokenizer_file), one.certificate)
+            ServedModel(
+                one.card,
+                str(one.checkpoint.tokenizer_file),
+                one.certificate,
+                one.checkpoint.config.token_type_count,
+            )
             for one in models.loaded
         ),
     )
@@ -380,6 +424,8 @@ def connect_models(parts: ServerParts, *, folder: "SharedFolder", name: str, cor
                 vocabulary_size=model.card.vocabulary_size,
                 pool=pool,
                 request_tokens_max=parts.settings.http.request_tokens_max,
+                token_type_count=model.token_type_count,
+                include_prompt=model.card.include_prompt,
             ),
             client,
         )

@@ -7,6 +7,7 @@ environment.
 
 import difflib
 import ipaddress
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -32,7 +33,12 @@ API_KEY_CHARS_MIN = 16
 API_KEY_CHARS_MAX = 1024  # longer bearers are refused unread
 ENVIRONMENT_PREFIX = "TRIVEC_"
 OTHER_NAMES = {"TRIVEC_MODEL": "models", "TRIVEC_CONFIG": "config"}
-OTHER_FLAGS = {"models": "--model"}  # that are not called as their setting
+OTHER_FLAGS = {  # that are not called as their setting
+    "models": "--model",
+    "aliases": "--alias",
+    "http.cors_origins": "--cors-origin",
+    "faces": "--face",
+}
 SECRETS = ("api_key", "database_url", "secret")  # no message shows their values
 PRECISIONS = ("auto", "fp32", "int8", "bf16", "fp16")
 
@@ -59,7 +65,29 @@ def _check_precision(name: str) -> str:
     return name
 
 
+def _check_alias(pair: str) -> str:
+    name, _, model = pair.partition("=")
+    if not name or not model:
+        raise ValueError("must be NAME=ID, as text-embedding-3-small=baai/bge-m3")
+    return pair
+
+
+def _check_origin(origin: str) -> str:
+    """A browser sends scheme, host and port, and the two are compared as texts."""
+    if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+", origin):
+        raise ValueError("must be * or SCHEME://HOST[:PORT], as https://chat.example.org")
+    return origin
+
+
+Aliases: TypeAlias = Annotated[
+    tuple[Annotated[str, AfterValidator(_check_alias)], ...], BeforeValidator(_split_at_commas)
+]
+Origins: TypeAlias = Annotated[
+    tuple[Annotated[str, AfterValidator(_check_origin)], ...], BeforeValidator(_split_at_commas)
+]
 Models: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_split_at_commas)]
+FaceName: TypeAlias = Literal["openai", "cohere", "tei", "vllm", "ollama"]
+Faces: TypeAlias = Annotated[tuple[FaceName, ...], BeforeValidator(_split_at_commas)]
 Folder: TypeAlias = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
@@ -70,10 +98,12 @@ class Section(BaseModel):
 
 
 class HttpLimits(Section):
-    """Bounds of one request and of one connection."""
+    """Bounds of one request and of one connection, and whether there are pages to look at."""
 
     body_bytes_max: int = Field(8 * MEBIBYTE, ge=1024)
     """Largest request body."""
+    cors_origins: Origins = ()
+    """Web page, as https://chat.example.org, whose scripts may send requests from a browser; * is any. May be repeated."""
     body_s_max: float = Field(30.0, gt=0)
     """Seconds in which a request body must have arrived."""
     body_chunks_max: int = Field(4096, ge=1)
@@ -100,12 +130,16 @@ class HttpLimits(Section):
     """Requests that cost no tokens (refused ones, /models, /tokenize) that each key may send a minute to this process."""
     truncate: Literal["none", "end", "start"] = "none"
     """Which end of a text is cut that is too long, where neither its request nor its key says; none: it is an error."""
+    token_encoding: Literal["model", "cl100k_base", "o200k_base"] | None = None
+    """Whose token ids arrays in a request are that does not say: OpenAI's are decoded and tokenised anew; unset: the model's own, and another's are refused."""
     request_s_max: float = Field(600.0, gt=0)
     """Seconds a whole request may take."""
     connections_max: int = Field(1024, ge=1)
     """Most connections at a time; more wait in the kernel's queue."""
     idle_s_max: int = Field(30, ge=1)
     """Seconds a connection may be silent between requests, or take to send a request's head."""
+    page: bool = True
+    """Serve the playground at /, the usage page at /usage and the API page at /docs."""
 
 
 class QueueLimits(Section):
@@ -157,6 +191,10 @@ class Settings(Section):
 
     models: Models = ()
     """Model to serve: a catalogue ID, a folder, or ID=FOLDER. May be repeated."""
+    aliases: Aliases = ()
+    """Another name for a served model, as NAME=ID. May be repeated."""
+    faces: Faces = ("cohere", "tei", "vllm", "ollama")
+    """API to serve beside OpenAI's: cohere, tei, vllm or ollama; openai alone for none of them. May be repeated."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = Field(8000, ge=0, le=65535)

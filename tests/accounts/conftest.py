@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from tests.hand_clock import HandClock
+from tests.support.memory_store import MemoryStore
 
 from trivec.accounts import Accounts
-from trivec.accounts.stores.memory import MemoryStore
 
 SECRET = b"a secret of the tests, 32 bytes."
 

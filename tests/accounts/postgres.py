@@ -1,4 +1,8 @@
-"""A Postgres server of the tests' own: in a folder of its own, on a free port, gone at the end."""
+"""A Postgres server of the tests' own: in a folder of its own, on a free port, gone at the end.
+
+Nothing of it outlives the tests, so it syncs nothing and lies in memory where there is enough; for
+benchmarks it may be durable.
+"""
 
 import os
 import shutil
@@ -6,12 +10,19 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psycopg
 
+from trivec.accounts.stores.engines import postgres_engines
+from trivec.accounts.stores.sql import SqlStore
+
+IN_MEMORY = Path("/dev/shm")  # of a container often too small
+MEMORY_BYTES_MIN = 1 << 30
+LATEST = "trivec_latest"  # a database with the latest schema, to be copied
+NOT_DURABLE = "-c fsync=off -c full_page_writes=off -c max_wal_size=64MB -c shared_buffers=32MB"
 INSTALLED = Path("/usr/lib/postgresql")
 ROOT = 0
 
@@ -31,21 +42,38 @@ class PostgresServer:
     folder: Path
     port: int
     user: str | None  # the server refuses root, so then it runs as somebody else
+    is_durable: bool
     databases: int = field(default=0)
+    is_running: bool = field(default=False)
+    _has_latest: bool = field(default=False)
 
     def start(self) -> None:
-        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -k {self.folder} -c fsync=on"
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -k {self.folder}"
+        options += "" if self.is_durable else f" {NOT_DURABLE}"
         self._control("start", "-o", options, "-l", str(self.folder / "log"))
+        self.is_running = True
 
     def stop(self, *, mode: str = "immediate") -> None:
         self._control("stop", "-m", mode)
+        self.is_running = False
 
-    def new_database(self) -> str:
-        """The URL of an empty database."""
+    def new_database(self, *, template: str = "template1") -> str:
+        """The URL of an empty database; the one before it is dropped."""
+        self.sql("postgres", f"DROP DATABASE IF EXISTS trivec_{self.databases} WITH (FORCE)")
         self.databases += 1
         name = f"trivec_{self.databases}"
-        self.sql("postgres", f"CREATE DATABASE {name}")
+        self.sql("postgres", f"CREATE DATABASE {name} TEMPLATE {template}")
         return self.url(name)
+
+    def upgraded_database(self) -> str:
+        """The URL of a database with the latest schema and nothing in it."""
+        if not self._has_latest:
+            self.sql("postgres", f"CREATE DATABASE {LATEST}")
+            engines = postgres_engines(self.url(LATEST))
+            with closing(SqlStore(engines, upgrades_itself=False)) as store:
+                store.upgrade()
+            self._has_latest = True
+        return self.new_database(template=LATEST)
 
     def url(self, database: str) -> str:
         return f"postgresql://trivec@127.0.0.1:{self.port}/{database}"
@@ -73,22 +101,25 @@ class PostgresServer:
 
 
 @contextmanager
-def postgres_server(bin_folder: Path) -> Iterator[PostgresServer]:
+def postgres_server(bin_folder: Path, *, is_durable: bool = False) -> Iterator[PostgresServer]:
     """A running server without passwords, on the loopback address only."""
-    folder = Path(tempfile.mkdtemp(prefix="trivec-postgres-"))
+    place = None if is_durable or not os.access(IN_MEMORY, os.W_OK) else IN_MEMORY
+    if place is not None and shutil.disk_usage(place).free < MEMORY_BYTES_MIN:
+        place = None
+    folder = Path(tempfile.mkdtemp(prefix="trivec-postgres-", dir=place))
     user = "postgres" if os.geteuid() == ROOT else None
     if user is not None:
         shutil.chown(folder, user)
-    server = PostgresServer(bin_folder, folder, _free_port(), user)
+    server = PostgresServer(bin_folder, folder, _free_port(), user, is_durable)
     try:
-        server._run(
-            "initdb", "-D", str(folder / "data"), "-U", "trivec", "--auth=trust", "-E", "UTF8"
-        )
+        made = ("-D", str(folder / "data"), "-U", "trivec", "--auth=trust", "-E", "UTF8")
+        server._run("initdb", *made, "--no-sync")
         server.start()
         try:
             yield server
         finally:
-            server.stop()
+            if server.is_running:
+                server.stop()
     finally:
         shutil.rmtree(folder)
 

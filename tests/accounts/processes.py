@@ -26,25 +26,20 @@ def long_or_short(*, long: int, short: int) -> int:
 
 @contextmanager
 def driver(
-    folder: Path,
-    database_url: str | None,
-    *arguments: str,
-    obeys_modes: bool = False,
-    disk_bytes: int | None = None,
+    folder: Path, *, obeys_modes: bool = False, disk_bytes: int | None = None
 ) -> "Iterator[subprocess.Popen[str]]":
     """A running driver that has said that it started; killed at the end if it still runs.
 
     *obeys_modes*: the modes of files bind it even when it is root. *disk_bytes*: it has the folder
     on a disk of this size that nobody else sees.
     """
-    where = [str(folder), database_url or "-"]
     prefix = WITHOUT_PRIVILEGE if obeys_modes and os.geteuid() == ROOT else []
     if disk_bytes is not None:
         rights = "--mount" if os.geteuid() == ROOT else "-Urm"
         mounted = ["unshare", rights, "sh", "-c", ON_A_DISK_OF_ITS_OWN, str(disk_bytes)]
         prefix = [*mounted, str(folder)]
     process = subprocess.Popen(
-        [*prefix, sys.executable, "-m", "tests.accounts.driver", *where, *arguments],
+        [*prefix, sys.executable, "-m", "tests.accounts.driver", str(folder)],
         cwd=ROOT_FOLDER,
         env=os.environ | {"PYTHONPATH": "src", "PYTHONDONTWRITEBYTECODE": "1"},
         stdin=subprocess.PIPE,

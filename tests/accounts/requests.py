@@ -3,9 +3,11 @@
 from collections import Counter
 from itertools import count as numbers
 
+from tests.support.memory_store import MemoryStore
+
 from trivec.accounts import (
     Accounts,
-    Caller,
+    Key,
     KeyPlan,
     RateLimits,
     RateLimitState,
@@ -13,7 +15,6 @@ from trivec.accounts import (
     RequestUsage,
     Reservation,
 )
-from trivec.accounts.stores.memory import MemoryStore
 
 _numbers = numbers()
 WIDE = RateLimits(requests_per_minute=1_000_000, tokens_per_minute=1_000_000_000)
@@ -31,7 +32,7 @@ def closing(status: int = 200, tokens: int = 7, *, user: str | None = None) -> R
 
 def plan_of(number: int) -> KeyPlan:
     """A key; every second one has limits, wide ones."""
-    return KeyPlan(f"k{number}", allowance=WIDE if number % 2 else RateLimits())
+    return KeyPlan(f"k{number}", limits=WIDE if number % 2 else RateLimits())
 
 
 def statuses(store: MemoryStore) -> list[int]:
@@ -43,7 +44,7 @@ def statuses(store: MemoryStore) -> list[int]:
 
 
 async def acquire(
-    accounts: Accounts, caller: Caller, opening: RequestMeta, *, tokens_follow: bool = False
+    accounts: Accounts, caller: Key, opening: RequestMeta, *, tokens_follow: bool = False
 ) -> Reservation:
     """The booking of a request that was let in."""
     booking = accounts.reserve(caller, opening)
@@ -52,7 +53,7 @@ async def acquire(
 
 
 async def record(
-    accounts: Accounts, caller: Caller, opening: RequestMeta, closing: RequestUsage
+    accounts: Accounts, caller: Key, opening: RequestMeta, closing: RequestUsage
 ) -> RateLimitState | None:
     """Write down a request that failed before it was let in; what its key has left."""
     booking = accounts.reserve(caller, opening)
@@ -60,6 +61,6 @@ async def record(
     return booking.state
 
 
-async def caller_with(accounts: Accounts, limits: RateLimits) -> Caller:
-    new = await accounts.create_key(KeyPlan("t", allowance=limits))
+async def caller_with(accounts: Accounts, limits: RateLimits) -> Key:
+    new = await accounts.create_key(KeyPlan("t", limits=limits))
     return await accounts.identify(new.plain)

@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 from contextlib import closing
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tests.accounts.postgres import PostgresServer
+from tests.support.memory_store import MemoryStore
 
 from trivec.accounts.ledger import LedgerRow, Reserve, Store
 from trivec.accounts.rate_limits import Cost
 from trivec.accounts.stores.engines import SQLITE_FILE, postgres_engines, sqlite_engines
-from trivec.accounts.stores.memory import MemoryStore
 from trivec.accounts.stores.sql import SqlStore
 from trivec.accounts.types import Key, RateLimits, Scope, Secret
 
@@ -38,20 +42,24 @@ def memory_shelf() -> Shelf:
     return Shelf(lambda: store)
 
 
+@cache
+def latest_sqlite() -> bytes:
+    """A SQLite file with the latest schema and nothing in it: migrations take longer than a test."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / SQLITE_FILE
+        with closing(SqlStore(sqlite_engines(file), upgrades_itself=True)) as store:
+            store.prepare()
+        return file.read_bytes()
+
+
 def sqlite_shelf(folder: Path) -> Shelf:
+    (folder / SQLITE_FILE).write_bytes(latest_sqlite())
     return Shelf(lambda: SqlStore(sqlite_engines(folder / SQLITE_FILE), upgrades_itself=True))
 
 
-def postgres_shelf(url: str) -> Shelf:
-    upgraded(url)
+def postgres_shelf(server: PostgresServer) -> Shelf:
+    url = server.upgraded_database()
     return Shelf(lambda: SqlStore(postgres_engines(url), upgrades_itself=False))
-
-
-def upgraded(url: str) -> str:
-    """*url* itself, of a Postgres database that now has the latest schema."""
-    with closing(SqlStore(postgres_engines(url), upgrades_itself=False)) as store:
-        store.upgrade()
-    return url
 
 
 def a_key(name: str, allowance: RateLimits | None = None) -> Key:

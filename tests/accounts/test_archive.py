@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
-from tests.accounts.shelf import a_row, upgraded
+from tests.accounts.shelf import a_row, latest_sqlite
 
 from trivec.accounts import UsageBy, UsageLine, UsageQuery
-from trivec.accounts.archive import HEADER, NOTE, Archived, ArchiveFile, ArchivePlan, archive
+from trivec.accounts.archive import HEADER, NOTE, Archived, ArchiveFile, ArchiveRun
 from trivec.accounts.ledger import RecordUsage
 from trivec.accounts.stores.engines import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
 from trivec.accounts.stores.sql import SqlStore
@@ -32,9 +32,10 @@ class Crash(BaseException):
 @pytest.fixture(params=["sqlite", "postgres"])
 def engines(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engines]:
     if request.param == "sqlite":
+        (tmp_path / SQLITE_FILE).write_bytes(latest_sqlite())
         made = sqlite_engines(tmp_path / SQLITE_FILE)
     else:
-        made = postgres_engines(upgraded(request.getfixturevalue("postgres").new_database()))
+        made = postgres_engines(request.getfixturevalue("postgres").upgraded_database())
     yield made
     made.dispose()
 
@@ -56,12 +57,14 @@ def fill(store: SqlStore, name: str = "r") -> None:
     store.commit([RecordUsage(row) for row in rows], now_us=BEFORE_US)
 
 
-def plan(folder: Path, file: str = "old.jsonl.gz") -> ArchivePlan:
-    return ArchivePlan(BEFORE_US, folder / file, folder, BATCH_ROWS)
-
-
-def run(store: Any, folder: Path, file: str = "old.jsonl.gz") -> Archived:
-    return archive(store, plan(folder, file), told=lambda _: None)
+def run(
+    store: Any,
+    folder: Path,
+    file: str = "old.jsonl.gz",
+    *,
+    told: Callable[[int], None] = lambda _: None,
+) -> Archived:
+    return ArchiveRun(store, BEFORE_US, folder / file, folder, told, BATCH_ROWS).run()
 
 
 def here(store: SqlStore) -> list[dict[str, Any]]:
@@ -158,8 +161,9 @@ def crashing_at(monkeypatch: pytest.MonkeyPatch, store: SqlStore, step: int) -> 
 
 @pytest.mark.parametrize("second", ["old.jsonl.gz", "other.jsonl.gz"])
 def test_a_crash_at_any_step_loses_and_doubles_nothing(
-    store: SqlStore, tmp_path: Path, second: str
+    store: SqlStore, tmp_path: Path, second: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # a thousand would wait for the disk
     crashes = 0
     for step in range(1_000):
         folder = tmp_path / str(step)
@@ -269,10 +273,10 @@ def test_two_runs_at_once_are_refused(store: SqlStore, engines: Engines, tmp_pat
             closing(SqlStore(twin, upgrades_itself=False)) as second,
             pytest.raises(StoreRefused, match="another trivec db archive"),
         ):
-            archive(second, plan(other), told=lambda _: None)
+            run(second, other)
 
     url = engines.writing.url.render_as_string(hide_password=False)
     is_sqlite = engines.writing.dialect.name == "sqlite"
     twin = sqlite_engines(tmp_path / SQLITE_FILE) if is_sqlite else postgres_engines(url)
-    archive(store, plan(tmp_path), told=meanwhile)
+    run(store, tmp_path, told=meanwhile)
     twin.dispose()

@@ -21,10 +21,11 @@ from unittest.mock import patch
 import pytest
 from tests.accounts.postgres import PostgresServer
 from tests.accounts.requests import acquire, closing, opening
+from tests.accounts.shelf import latest_sqlite
 from tests.process.server import TRIVEC
 from typer.testing import CliRunner
 
-from trivec.accounts.stores import open_accounts, open_administration
+from trivec.accounts.stores import open_accounts
 from trivec.accounts.stores.engines import SQLITE_FILE
 from trivec.cli import app
 from trivec.core.clock import SystemClock
@@ -50,8 +51,8 @@ Trivec = Callable[..., Said]
 @pytest.fixture
 def trivec(tmp_path: Path, trivec_in_a_new_folder: Trivec) -> Trivec:
     """Runs a command on a data folder with an empty store; its refusal is raised."""
-    with open_administration(Settings(data_dir=tmp_path), clock=SystemClock()):
-        return trivec_in_a_new_folder
+    (tmp_path / SQLITE_FILE).write_bytes(latest_sqlite())
+    return trivec_in_a_new_folder
 
 
 @pytest.fixture

@@ -16,13 +16,15 @@ from subprocess import Popen
 import psycopg
 import pytest
 from sqlalchemy import event
-from tests.accounts.postgres import PostgresServer, binaries, postgres_server
+from tests.accounts.postgres import PostgresServer
 from tests.accounts.processes import driver
 from tests.accounts.requests import acquire, closing, opening, record
-from tests.accounts.shelf import NOON_US, a_row, upgraded
+from tests.accounts.shelf import NOON_US, a_row, sqlite_shelf
 from tests.hand_clock import HandClock
+from tests.support.memory_store import MemoryStore
 
 from trivec.accounts import FIXED, Accounts, KeyPlan, UsageBy, UsageQuery
+from trivec.accounts.keys import server_secret
 from trivec.accounts.ledger import (
     CALL_S_MAX,
     Committed,
@@ -32,7 +34,6 @@ from trivec.accounts.ledger import (
     unavailable,
 )
 from trivec.accounts.stores.engines import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
-from trivec.accounts.stores.memory import MemoryStore
 from trivec.accounts.stores.sql import SqlStore
 from trivec.core.clock import SystemClock
 from trivec.core.errors import KeyInvalid, StoreUnavailable
@@ -81,7 +82,8 @@ async def rows_of(accounts: Accounts) -> int:
     return line.requests - line.failed
 
 
-async def test_a_locked_database(tmp_path: Path) -> None:
+async def test_a_locked_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trivec.accounts.stores.engines.LOCK_WAIT_S", 0.05)
     file = tmp_path / SQLITE_FILE
     async with accounts_over(sqlite_engines(file), upgrades_itself=True) as accounts:
         await serve(accounts)
@@ -147,7 +149,7 @@ def filled_up(engines: Engines) -> Iterator[None]:
 
 @pytest.mark.process
 def test_a_disk_that_is_full_for_a_while(tmp_path: Path) -> None:
-    with driver(tmp_path, None, "ask", disk_bytes=4 << 20) as process:
+    with driver(tmp_path, disk_bytes=4 << 20) as process:
         inside = Path(f"/proc/{process.pid}/root{tmp_path}")
         assert answer_of(process) == "200 writable"
         filler = inside / "filler"
@@ -207,12 +209,12 @@ def sqlite_store(folder: Path) -> SqlStore:
 
 @pytest.mark.process
 def test_a_folder_that_is_read_only_for_a_while(tmp_path: Path) -> None:
-    with driver(tmp_path, None, "ask", obeys_modes=True) as first:
-        assert answer_of(first) == "200 writable"
+    sqlite_shelf(tmp_path)
+    server_secret(tmp_path, given=None)
     for file in tmp_path.iterdir():
         file.chmod(0o400)
     tmp_path.chmod(0o500)
-    with driver(tmp_path, None, "ask", obeys_modes=True) as process:
+    with driver(tmp_path, obeys_modes=True) as process:
         assert answer_of(process) == "503 not-writable"
         assert answer_of(process) == "503 not-writable"
         tmp_path.chmod(0o700)
@@ -231,17 +233,15 @@ def answer_of(process: "Popen[str]") -> str:
 
 
 @pytest.fixture
-def own_postgres() -> Iterator[PostgresServer]:
-    """A server that this test alone may stop."""
-    folder = binaries()
-    if folder is None:
-        pytest.skip("Postgres is not installed (no initdb on PATH or in /usr/lib/postgresql)")
-    with postgres_server(folder) as server:
-        yield server
+def own_postgres(postgres: PostgresServer) -> Iterator[PostgresServer]:
+    """The tests' server, which this one may stop: it runs again afterwards."""
+    yield postgres
+    if not postgres.is_running:
+        postgres.start()
 
 
 async def test_postgres_that_stops_and_comes_back(own_postgres: PostgresServer) -> None:
-    url = upgraded(own_postgres.new_database())
+    url = own_postgres.upgraded_database()
     async with accounts_over(postgres_engines(url), upgrades_itself=False) as accounts:
         await serve(accounts)
         own_postgres.stop()
@@ -254,7 +254,7 @@ async def test_postgres_that_stops_and_comes_back(own_postgres: PostgresServer) 
 
 
 async def test_postgres_that_is_not_there_at_the_start(own_postgres: PostgresServer) -> None:
-    url = upgraded(own_postgres.new_database())
+    url = own_postgres.upgraded_database()
     own_postgres.stop()
     async with accounts_over(postgres_engines(url), upgrades_itself=False) as accounts:
         await is_refused(accounts)
@@ -282,9 +282,10 @@ def backends_stopped(server: PostgresServer, database: str) -> Iterator[None]:
 
 
 async def test_postgres_that_hangs_is_given_up_and_comes_back(
-    own_postgres: PostgresServer,
+    own_postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url = upgraded(own_postgres.new_database())
+    monkeypatch.setattr("trivec.accounts.accounts.CALL_S_MAX", 1.0)
+    url = own_postgres.upgraded_database()
     async with accounts_over(postgres_engines(url), upgrades_itself=False) as accounts:
         await serve(accounts)
         new = await accounts.create_key(KeyPlan("t"))
@@ -355,7 +356,7 @@ async def test_a_commit_that_hangs_is_503_for_all_who_wait(clock: HandClock, bre
     await asyncio.to_thread(store.told.wait)
     if not breaks:
         with pytest.raises(StoreUnavailable):
-            await accounts.identify("anybody")
+            await acquire(accounts, FIXED, opening())
     store.hangs = False
     store.let_go.set()
     await is_mended(accounts)

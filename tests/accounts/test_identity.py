@@ -4,15 +4,29 @@ import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tests.hand_clock import HandClock
+from tests.support.memory_store import MemoryStore
 
-from trivec.accounts import ANONYMOUS, FIXED, Accounts, KeyPlan, RateLimits, Scope, key_cache, keys
+from trivec.accounts import (
+    ANONYMOUS,
+    FIXED,
+    Accounts,
+    KeyPlan,
+    RateLimits,
+    Scope,
+    UsageBy,
+    UsageQuery,
+    key_cache,
+    keys,
+)
 from trivec.accounts.key_cache import STALE_S
 from trivec.accounts.ledger import KeyChanges
-from trivec.accounts.stores.memory import MemoryStore
+from trivec.accounts.stores import open_accounts
 from trivec.core.errors import KeyInvalid, KeyMissing, ModelDenied, ScopeMissing, StoreUnavailable
+from trivec.settings import Settings
 
 FIXED_KEY = "0123456789abcdef"
 Process = Callable[..., Accounts]
@@ -26,9 +40,9 @@ async def test_a_key_is_known_with_everything_that_was_decided_about_it(
 
     caller = await accounts.identify(new.plain)
 
-    assert (caller.key_id, caller.name) == (new.key.id, "t")
+    assert (caller.id, caller.name) == (new.key.id, "t")
     assert (caller.scopes, caller.models) == (frozenset({Scope.ADMIN}), frozenset({"m"}))
-    assert caller.allowance == RateLimits(5, None)
+    assert caller.limits == RateLimits(5, None)
 
 
 async def test_no_header_is_another_refusal_than_a_wrong_key(accounts: Accounts) -> None:
@@ -117,7 +131,7 @@ async def test_a_new_key_is_known_to_every_process_at_once(
 
     clock.move(0.001)
 
-    assert (await other.identify(new.plain)).key_id == new.key.id
+    assert (await other.identify(new.plain)).id == new.key.id
 
 
 async def test_after_a_rotation_both_keys_are_the_same_caller_until_the_old_one_ends(
@@ -128,7 +142,7 @@ async def test_after_a_rotation_both_keys_are_the_same_caller_until_the_old_one_
 
     assert await accounts.identify(old.plain) == await accounts.identify(new.plain)
     clock.move(60)
-    assert (await accounts.identify(new.plain)).key_id == old.key.id
+    assert (await accounts.identify(new.plain)).id == old.key.id
     with pytest.raises(KeyInvalid):
         await accounts.identify(old.plain)
 
@@ -151,7 +165,7 @@ async def test_the_environments_key_opens_everything_and_is_stored_nowhere(
 
     assert await accounts.identify(FIXED_KEY) == FIXED
     assert set(Scope) == FIXED.scopes
-    assert FIXED.allowance is None
+    assert FIXED.limits == RateLimits()
     assert store.keys_since(0).keys == ()
     with pytest.raises(KeyInvalid):
         await accounts.identify(FIXED_KEY + "0")
@@ -169,6 +183,24 @@ async def test_without_authentication_everybody_is_anonymous(
     process: Process, bearer: str | None
 ) -> None:
     assert await process(no_auth=True).identify(bearer) == ANONYMOUS
+
+
+async def test_without_authentication_a_store_in_memory_serves_an_administrator(
+    tmp_path: Path, clock: HandClock
+) -> None:
+    accounts = open_accounts(Settings(no_auth=True, data_dir=tmp_path / "none"), clock=clock)
+    accounts.start()
+    try:
+        plans = [KeyPlan(f"k{number}") for number in range(8)]
+        made = await asyncio.gather(*map(accounts.create_key, plans))
+        await accounts.revoke_key("k0")
+        asked = [accounts.usage(UsageQuery(UsageBy.KEY)) for _ in range(4)]
+        assert await asyncio.gather(*asked) == [[]] * 4
+        assert {key.id for key in await accounts.list_keys()} == {new.key.id for new in made}
+        assert accounts.health().writable
+    finally:
+        accounts.stop()
+    assert not (tmp_path / "none").exists()
 
 
 async def test_no_key_is_taken_on_trust_while_the_store_cannot_be_read(
@@ -284,7 +316,7 @@ async def test_a_read_that_is_done_but_not_yet_called_back_does_not_stop_the_loo
         store.reads = 0
         bearers = [new.plain, "mistyped"] * 100
         told = await asyncio.gather(*map(accounts.identify, bearers), return_exceptions=True)
-        assert [type(one).__name__ for one in told] == ["Caller", "KeyInvalid"] * 100
+        assert [type(one).__name__ for one in told] == ["Key", "KeyInvalid"] * 100
         assert store.reads <= 3
     finally:
         accounts.stop()

@@ -12,12 +12,12 @@ from tests.accounts.processes import long_or_short
 from tests.accounts.requests import acquire, closing, opening, plan_of
 from tests.accounts.shelf import Shelf, postgres_shelf, sqlite_shelf
 
-from trivec.accounts import Accounts, Caller, UsageBy, UsageQuery
+from trivec.accounts import Accounts, Key, UsageBy, UsageQuery
 from trivec.core.clock import SystemClock
 
 KEYS = 50
 CONNECTIONS = 16
-REQUESTS = long_or_short(long=100_000, short=3_000)
+REQUESTS = long_or_short(long=100_000, short=800)
 WORDS = ("river", "stone", "cloud", "amber", "fjord")
 
 
@@ -29,7 +29,7 @@ def tokenized(text: str) -> int:
 class Client:
     """One connection: sends requests with any of the keys, keeps its own accounts of each."""
 
-    def __init__(self, processes: list[Accounts], callers: list[Caller], *, seed: int) -> None:
+    def __init__(self, processes: list[Accounts], callers: list[Key], *, seed: int) -> None:
         self._processes = processes
         self._callers = callers
         self._dice = random.Random(seed)
@@ -42,9 +42,9 @@ class Client:
             if self._dice.random() < 0.1:
                 await self._ask(caller, text, status=503)
             await self._ask(caller, text, status=200)
-            self.billed[caller.key_id] += tokenized(text)
+            self.billed[caller.id] += tokenized(text)
 
-    async def _ask(self, caller: Caller, text: str, *, status: int) -> None:
+    async def _ask(self, caller: Key, text: str, *, status: int) -> None:
         process = self._dice.choice(self._processes)
         follow = self._dice.random() < 0.5
         booking = await acquire(process, caller, opening(), tokens_follow=follow)
@@ -56,7 +56,7 @@ class Client:
 def shelf(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     if request.param == "sqlite":
         return sqlite_shelf(tmp_path_factory.mktemp("books"))
-    return postgres_shelf(request.getfixturevalue("postgres").new_database())
+    return postgres_shelf(request.getfixturevalue("postgres"))
 
 
 def processes_over(shelf: Shelf) -> list[Accounts]:

@@ -111,7 +111,7 @@ def test_a_store_of_the_first_edition_keeps_its_keys_ledger_and_rate_limits(
     store.upgrade()
 
     a, b = sorted(store.keys_since(0).keys, key=lambda key: key.id)
-    assert (a.name, a.allowance, a.models, a.truncate) == (
+    assert (a.name, a.limits, a.models, a.truncate) == (
         "a",
         RateLimits(10, 100),
         frozenset({"m"}),
@@ -123,9 +123,9 @@ def test_a_store_of_the_first_edition_keeps_its_keys_ledger_and_rate_limits(
     rows = store.oldest_rows(from_us=0, before_us=100, limit=10)
     assert [(row["request_id"], row["token_count"]) for row in rows] == [("r1", 7), ("r2", 0)]
     # All ten requests of the minute were spent, and a second has paid for none of them yet.
-    spent = store.commit([ask(a.allowance)], now_us=1_700_000_001_000_000).outcomes
+    spent = store.commit([ask(a.limits)], now_us=1_700_000_001_000_000).outcomes
     assert isinstance(spent[0], RateLimitExceeded)
-    later = store.commit([ask(a.allowance)], now_us=1_700_000_006_000_000).outcomes
+    later = store.commit([ask(a.limits)], now_us=1_700_000_006_000_000).outcomes
     assert isinstance(later[0], RateLimitState)
     with engines.writing.begin() as connection:
         assert differences(connection) == []

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trivec.accounts import RateLimits, rate_limits
-from trivec.accounts.rate_limits import LIMIT_MAX, Bucket, Cost, LimitExceeded
+from trivec.accounts.rate_limits import LIMIT_MAX, Bucket, Cost
 from trivec.accounts.utc import MINUTE_US, SECOND_US
+from trivec.core.errors import RateLimitExceeded
 
 ONE = Cost(requests=1)
 limits_a_minute = st.integers(1, LIMIT_MAX)
@@ -44,14 +45,15 @@ def test_whoever_waits_as_long_as_told_is_let_in_and_not_a_microsecond_before(
 
     short = rate_limits.reserve(full, allowed, Cost(tokens=tokens), now_us=now_us)
 
-    assert isinstance(short, LimitExceeded)
-    assert 0 < short.retry_after_us <= MINUTE_US
-    then_us = now_us + short.retry_after_us
+    assert isinstance(short, RateLimitExceeded)
+    wait_us = round(short.retry_after_s * SECOND_US)
+    assert 0 < wait_us <= MINUTE_US
+    then_us = now_us + wait_us
     assert isinstance(
         rate_limits.reserve(full, allowed, Cost(tokens=tokens), now_us=then_us), Bucket
     )
     early = rate_limits.reserve(full, allowed, Cost(tokens=tokens), now_us=then_us - 1)
-    assert isinstance(early, LimitExceeded)
+    assert isinstance(early, RateLimitExceeded)
 
 
 @given(
@@ -104,7 +106,9 @@ def test_requests_and_tokens_are_taken_together_or_not_at_all() -> None:
     short = rate_limits.reserve(Bucket(), allowed, Cost(requests=1, tokens=11), now_us=0)
     taken = rate_limits.reserve(Bucket(), allowed, Cost(requests=1, tokens=10), now_us=0)
 
-    assert short == LimitExceeded("tokens", 10, 11, retry_after_us=6 * SECOND_US)
+    assert isinstance(short, RateLimitExceeded)
+    assert (short.kind, short.retry_after_s) == ("tokens", 6.0)
+    assert "limit 10, requested 11" in str(short)
     assert taken == Bucket(MINUTE_US, 10 * MINUTE_US, 0)
 
 
@@ -136,14 +140,14 @@ def test_the_state_says_what_is_left_and_when_all_of_it_is_back() -> None:
     allowed = RateLimits(requests_per_minute=60, tokens_per_minute=1000)
     bucket = Bucket(requests_debt=3 * MINUTE_US, tokens_debt=500 * MINUTE_US, at_us=0)
 
-    state = rate_limits.state(bucket, allowed, now_us=500_000)
+    state = rate_limits.state(rate_limits.refill(bucket, allowed, now_us=500_000), allowed)
 
     assert (state.limit_requests, state.remaining_requests, state.reset_requests_s) == (60, 57, 2.5)
     assert (state.limit_tokens, state.remaining_tokens, state.reset_tokens_s) == (1000, 508, 29.5)
 
 
 def test_the_state_is_silent_where_there_is_no_limit() -> None:
-    state = rate_limits.state(Bucket(), RateLimits(tokens_per_minute=5), now_us=0)
+    state = rate_limits.state(Bucket(), RateLimits(tokens_per_minute=5))
 
     assert (state.limit_requests, state.remaining_requests, state.reset_requests_s) == (None,) * 3
     assert (state.limit_tokens, state.remaining_tokens, state.reset_tokens_s) == (5, 5, 0.0)

@@ -14,18 +14,18 @@ from tests.accounts.shelf import sqlite_shelf
 from tests.hand_clock import HandClock
 from tests.process.server import Server, started
 
-from trivec.accounts import Accounts, Caller, KeyPlan, RateLimits
+from trivec.accounts import Accounts, Key, KeyPlan, RateLimits
 from trivec.accounts.stores import open_administration
 from trivec.core.clock import SystemClock
 from trivec.core.errors import RateLimitExceeded
 from trivec.settings import Settings
 
-LIMIT = 300
+LIMIT = 100
 TIMES_OVER = 10
 SECONDS = 60
 
 
-async def is_let_in(accounts: Accounts, caller: Caller) -> bool:
+async def is_let_in(accounts: Accounts, caller: Key) -> bool:
     try:
         booking = await acquire(accounts, caller, opening())
     except RateLimitExceeded:
@@ -43,7 +43,7 @@ async def test_two_processes_share_a_limit_that_no_restart_refills(tmp_path: Pat
         return accounts
 
     processes = [started(), started()]
-    new = await processes[0].create_key(KeyPlan("k", allowance=RateLimits(LIMIT)))
+    new = await processes[0].create_key(KeyPlan("k", limits=RateLimits(LIMIT)))
     caller = await processes[0].identify(new.plain)
     burst = [await is_let_in(processes[n % 2], caller) for n in range(LIMIT + 10)]
     processes[1].stop()
@@ -101,9 +101,9 @@ def test_two_servers_admit_what_the_limit_allows_at_ten_times_the_limit(
     tmp_path: Path, servers: tuple[list[Server], HandTime]
 ) -> None:
     both, time = servers
-    seconds = long_or_short(long=SECONDS, short=8)
+    seconds = long_or_short(long=SECONDS, short=12)
     with open_administration(Settings(data_dir=tmp_path / "data"), clock=SystemClock()) as books:
-        key = books.create_key(KeyPlan("k", allowance=RateLimits(LIMIT))).plain
+        key = books.create_key(KeyPlan("k", limits=RateLimits(LIMIT))).plain
     access = {"Authorization": f"Bearer {key}"}
     with (
         httpx.Client(base_url=both[0].url, headers=access, timeout=60) as one,

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 from tests.accounts.requests import acquire, caller_with, closing, opening, statuses
 from tests.hand_clock import HandClock
+from tests.support.memory_store import MemoryStore
 
-from trivec.accounts import FIXED, Accounts, Caller, RateLimits, Reservation
+from trivec.accounts import FIXED, Accounts, Key, RateLimits, Reservation
 from trivec.accounts.ledger import Committed, Entry, RecordUsage, Reserve
 from trivec.accounts.rate_limits import Cost
-from trivec.accounts.stores.memory import MemoryStore
 from trivec.core.errors import RateLimitExceeded
 
 Process = Callable[..., Accounts]
@@ -87,7 +87,7 @@ async def test_whoever_leaves_while_the_store_lets_it_in_holds_nothing_afterward
     assert statuses(store) == [503]
 
 
-async def open_with_tokens(accounts: Accounts, caller: Caller, count: int) -> Reservation:
+async def open_with_tokens(accounts: Accounts, caller: Key, count: int) -> Reservation:
     booking = accounts.reserve(caller, opening())
     await booking.acquire(tokens_follow=True)
     await booking.reserve_tokens(count)

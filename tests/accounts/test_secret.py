@@ -7,11 +7,11 @@ import pytest
 from pydantic import SecretStr
 from tests.accounts.requests import closing, opening, record
 from tests.hand_clock import HandClock
+from tests.support.memory_store import MemoryStore
 
 from trivec.accounts import FIXED, Accounts, KeyPlan
 from trivec.accounts.keys import SECRET_FILE, server_secret
 from trivec.accounts.stores import open_accounts, open_administration
-from trivec.accounts.stores.memory import MemoryStore
 from trivec.core.errors import SettingInvalid, StoreRefused, StoreUnavailable
 from trivec.settings import Settings
 

@@ -15,7 +15,6 @@ import pytest
 from sqlalchemy import Row, select, text
 from tests.accounts.processes import long_or_short
 from tests.accounts.requests import plan_of
-from tests.accounts.shelf import upgraded
 from tests.process.server import Server, running
 
 from trivec.accounts.stores import open_administration
@@ -26,8 +25,9 @@ from trivec.settings import load_settings
 
 pytestmark = pytest.mark.process
 
-KILLS = long_or_short(long=100, short=4)
-AUDITED = long_or_short(long=100_000, short=1_000)
+KILLS = long_or_short(long=100, short=2)
+CLIENTS = 8  # while it is killed
+AUDITED = long_or_short(long=100_000, short=320)
 KEYS = 50
 CONNECTIONS = 16
 FIXED_KEY = "a-fixed-key-of-the-tests"
@@ -53,7 +53,7 @@ def books(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Books]:
     if request.param == "sqlite":
         engines = sqlite_engines(tmp_path / SQLITE_FILE)
     else:
-        url = upgraded(request.getfixturevalue("postgres").new_database())
+        url = request.getfixturevalue("postgres").upgraded_database()
         engines, environ["TRIVEC_DATABASE_URL"] = postgres_engines(url), url
     yield Books(tmp_path, environ, engines)
     engines.dispose()
@@ -105,8 +105,8 @@ def test_every_200_that_was_seen_has_its_row_whenever_the_server_was_killed(book
     for _ in range(KILLS):
         with running(books.folder, "--backend", "fake", environ=books.environ) as server:
             crowd = Crowd(server.url, seen)
-            with ThreadPoolExecutor(8) as threads, crowd:
-                asking = [threads.submit(crowd.ask_without_end, seed) for seed in range(8)]
+            with ThreadPoolExecutor(CLIENTS) as threads, crowd:
+                asking = [threads.submit(crowd.ask_without_end, seed) for seed in range(CLIENTS)]
                 crowd.wait_for_more(dice.randrange(1, 100))
                 server.signal(signal.SIGKILL)
                 server.exit_code()
@@ -117,6 +117,7 @@ def test_every_200_that_was_seen_has_its_row_whenever_the_server_was_killed(book
     written = {row.request_id: row.token_count for row in rows if row.status == 200}
     assert len({row.request_id for row in rows}) == len(rows)
     assert {name: written.get(name) for name in seen} == seen
+    assert len(written) - len(seen) <= KILLS * CLIENTS, "more than was on its way"
     assert len(seen) > KILLS
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 from tests.accounts.shelf import sqlite_shelf
+from tests.support.memory_store import MemoryStore
 
 from trivec.accounts import Accounts, UsageBy, UsageLine, UsageQuery
 from trivec.accounts.accounts import SUMS_MAX
 from trivec.accounts.stores.engines import READERS_MAX, SQLITE_FILE, sqlite_engines
-from trivec.accounts.stores.memory import MemoryStore
 from trivec.accounts.stores.sql import SqlStore
 from trivec.core.clock import SystemClock
 from trivec.core.errors import KeyInvalid, Overloaded

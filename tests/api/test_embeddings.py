@@ -171,6 +171,44 @@ async def test_which_end_is_cut(house: House, word: object, kept: str) -> None:
     assert cut["data"][0]["embedding"] == whole["data"][0]["embedding"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [
+        pytest.param({"truncate": "END"}, "x" * 62, id="capitals"),
+        pytest.param({"truncate": "START"}, "y" * 62, id="capitals-start"),
+        pytest.param({"truncation": True}, "x" * 62, id="voyages-word"),
+        pytest.param({"truncation": False, "truncate": "end"}, "x" * 62, id="our-word-wins"),
+        pytest.param({"truncate_prompt_tokens": 12}, "x" * 10, id="so-many-tokens"),
+        pytest.param(
+            {"truncate_prompt_tokens": 12, "truncate": "start"}, "y" * 10, id="the-last-so-many"
+        ),
+        pytest.param({"truncate_prompt_tokens": -1}, "x" * 62, id="as-many-as-the-model-reads"),
+        pytest.param({"truncate_prompt_tokens": 64}, "x" * 62, id="the-models-own-number"),
+    ],
+)
+async def test_every_word_for_cutting(house: House, asked: dict[str, object], kept: str) -> None:
+    cut = await vectors(house, input="x" * 62 + "y" * 62, **asked)
+    whole = await vectors(house, input=kept)
+    assert cut["data"][0]["embedding"] == whole["data"][0]["embedding"]
+    assert cut["data"][0]["truncated"] == {"original_tokens": 126, "kept_tokens": len(kept) + 2}
+    assert cut["usage"] == whole["usage"]
+
+
+@pytest.mark.parametrize("asked", [{"truncate": "NONE"}, {"truncation": False}])
+async def test_words_for_not_cutting(house: House, asked: dict[str, object]) -> None:
+    response = await embed(house, input="x" * 100, **asked)
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("count", [0, 65, -2, 1.5, "9"])
+async def test_a_number_of_tokens_that_cannot_be_is_refused(house: House, count: object) -> None:
+    response = await embed(house, truncate_prompt_tokens=count)
+    assert (response.status_code, response.json()["error"]["param"]) == (
+        400,
+        "truncate_prompt_tokens",
+    )
+
+
 @pytest.mark.parametrize("word", [None, False, "none"])
 async def test_a_long_text_is_an_error_unless_it_may_be_cut(house: House, word: object) -> None:
     response = await embed(house, input="x" * 100, truncate=word)
@@ -232,6 +270,14 @@ async def test_a_leading_slice_is_a_vector_of_length_one(house: House) -> None:
         "truncate",
         "return_tokens",
         "token_encoding",
+        "input_type",
+        "prompt_name",
+        "prompt",
+        "output_dimension",
+        "output_dtype",
+        "truncation",
+        "truncate_prompt_tokens",
+        "some_field_of_another_server",
     ],
 )
 async def test_null_is_unset(house: House, field: str) -> None:

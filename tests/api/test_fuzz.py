@@ -55,7 +55,16 @@ OPTIONAL = {
     "output_type": OUTPUT_WORDS | OUTPUT_WORDS.map("&".join) | ANYTHING,
     "truncate": st.sampled_from([True, False, "end", "start", "none"]) | ANYTHING,
     "return_tokens": st.booleans() | ANYTHING,
-    "token_encoding": st.just("model") | ANYTHING,
+    "token_encoding": st.sampled_from(["model", "cl100k_base", "o200k_base"]) | ANYTHING,
+    "input_type": st.sampled_from(["query", "document", "clustering"]) | ANYTHING,
+    "prompt_name": ANYTHING,
+    "prompt": st.text() | ANYTHING,
+    "output_dimension": st.integers(-1, 9) | ANYTHING,
+    "output_dtype": st.sampled_from(["float", "int8", "uint8", "binary", "ubinary"]) | ANYTHING,
+    "truncation": st.booleans() | ANYTHING,
+    "truncate_prompt_tokens": st.integers(-2, 70) | ANYTHING,
+    "late_chunking": st.booleans() | ANYTHING,
+    "chunk_size": st.integers(-1, 9) | ANYTHING,
     "stream": ANYTHING,
 }
 BODIES = st.fixed_dictionaries(REQUIRED, optional=OPTIONAL)

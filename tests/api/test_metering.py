@@ -6,16 +6,18 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx
 import pytest
 from tests.accounts.requests import statuses
-from tests.api.house import MODEL, House
+from tests.api.house import MODEL, READY, House
+from tests.support.memory_store import MemoryStore
 
 from trivec.accounts import RateLimits
-from trivec.accounts.ledger import Committed, Count, Entry, LedgerRow, Reserve
-from trivec.accounts.stores.memory import MemoryStore
+from trivec.accounts.ledger import Committed, Count, Entry, LedgerRow, RecordUsage, Reserve
 from trivec.core.errors import EngineFault
+from trivec.server.granian_server import SwappableApp
 from trivec.settings import HttpLimits
 
 BODY = {"model": MODEL, "input": ["hello", "a"], "user": "someone"}
@@ -222,6 +224,43 @@ async def test_a_client_that_leaves_while_its_tokens_are_reserved_gets_them_back
         await leave_while_held(client, store)
         for _ in range(2):
             assert (await client.post("/embeddings", json=BODY)).is_success
+
+
+class HeldRows(MemoryStore):
+    """Commits of rows wait until they may go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.may_go_on = threading.Event(), threading.Event()
+
+    def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
+        if any(isinstance(entry, RecordUsage) for entry in entries):
+            self.begun.set()
+            assert self.may_go_on.wait(60)
+        return super().commit(entries, now_us=now_us)
+
+
+@pytest.mark.parametrize(("breaks", "status"), [(False, 200), (True, 503)])
+async def test_a_request_that_a_stop_cancels_while_its_row_is_written_is_answered_as_it_is_billed(
+    breaks: bool, status: int
+) -> None:
+    store = HeldRows()
+    house = await asyncio.to_thread(House, store=store)
+    in_flight = SwappableApp(house.app)
+    house.app = in_flight
+    try:
+        async with house.client() as client:
+            asked = asyncio.create_task(client.post("/embeddings", json=BODY))
+            assert await asyncio.to_thread(store.begun.wait, 60)
+            house.health = replace(READY, phase="stopped")
+            await in_flight.cancel_requests(after_s=0)
+            store.broken = breaks
+            store.may_go_on.set()
+            response = await asked
+    finally:
+        await asyncio.to_thread(house.close)
+    assert response.status_code == status
+    assert [row.status for row in store.rows] == ([] if breaks else [200])
 
 
 async def test_the_observer_hears_one_event_a_request(house: House) -> None:

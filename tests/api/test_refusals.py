@@ -44,10 +44,11 @@ def assert_refused(response: httpx.Response) -> None:
             id="a-side-nobody-knows",
         ),
         pytest.param(
-            {"token_encoding": "cl100k_base"},
-            "Invalid value for 'token_encoding' = cl100k_base. Supported values: ['model'].",
+            {"token_encoding": "p50k_base"},
+            "Invalid value for 'token_encoding' = p50k_base. "
+            "Supported values: ['model', 'cl100k_base', 'o200k_base'].",
             "token_encoding",
-            id="another-tokenizers-ids",
+            id="an-encoding-of-token-ids-nobody-knows",
         ),
         pytest.param(
             {"dimensions": 4},
@@ -57,7 +58,7 @@ def assert_refused(response: httpx.Response) -> None:
         ),
         pytest.param(
             {"dimensions": 9, "model": PLAIN_MODEL},
-            "Invalid value for 'dimensions' = 9. This model's vectors have 8.",
+            "Invalid value for 'dimensions' = 9. This model's vectors have at most 8.",
             "dimensions",
             id="more-dimensions-than-there-are",
         ),
@@ -84,7 +85,9 @@ def assert_refused(response: httpx.Response) -> None:
             {"input": [[5, 1000]]},
             "Token id 1000 is outside this model's vocabulary of 1000 ids. "
             "Send the text itself, or ids of this model's own tokenizer. In LangChain's "
-            "OpenAIEmbeddings set check_embedding_ctx_length=False.",
+            "OpenAIEmbeddings set check_embedding_ctx_length=False. If they are OpenAI's, "
+            'send "token_encoding": "cl100k_base" (or "o200k_base") and they are made into texts '
+            "again.",
             "input[0][1]",
             id="a-foreign-token-id",
         ),

@@ -1,5 +1,7 @@
 """The OpenVINO encoder and the vectorised heads against the slow twin, in every family we serve."""
 
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from trivec.backends.openvino.packing import pack_micro_batch, plan_micro_batche
 from trivec.backends.openvino.quantise import FP32, make_tensors
 from trivec.backends.openvino.session import Session
 from trivec.checkpoints.checkpoint import Checkpoint
-from trivec.core.types import Batch
+from trivec.core.types import Batch, Output
 from trivec.models.pooling import Pooling
 from trivec.models.registry import FAMILIES
 
@@ -25,11 +27,13 @@ def fp32(checkpoint: Checkpoint, folder: Path) -> OpenVinoBackend:
     return OpenVinoBackend.load(checkpoint, precision="fp32", cores=1, cache_dir=folder)
 
 
-POOLED = [  # the last token of a model that sees both ways is nobody's pooling
+POOLED = [  # every pooling of one family; of the others those that their models have
     pytest.param(family, pooling, id=f"{family}-{pooling.value}")
     for family in FAMILIES
     for pooling in Pooling
-    if pooling is not Pooling.LAST or family == "qwen3"
+    if family == "bert"
+    or pooling in (Pooling.CLS, Pooling.MEAN)
+    or (pooling is Pooling.LAST and family in ("qwen3", "gemma3_text"))
 ]
 
 
@@ -46,6 +50,46 @@ def test_dense_equals_the_twin_for_every_family_and_pooling(
     np.testing.assert_allclose(found, expected, atol=5e-6, rtol=0)
     for i in (0, 3, 7):  # the same bits alone and beside others
         assert backend.run(batch_of([texts[i]]), slot=0).dense.tobytes() == found[i].tobytes()
+
+
+def test_a_mean_without_a_prompt_equals_the_twin_alone_and_beside_others(
+    open_tiny: OpenTiny, tmp_path: Path
+) -> None:
+    """In micro-batches, of which each has its own sequences' counts."""
+    checkpoint = open_tiny("bert", Pooling.MEAN)
+    texts = random_ids(LENGTHS)
+    skip = np.array([0, 1, 2, 5, 0, 39, 7, 100], np.int32)
+    backend, twin = fp32(checkpoint, tmp_path), Twin(checkpoint)
+    found = backend.run(replace(batch_of(texts), skip=skip), slot=0).dense
+    for i, ids in enumerate(texts):
+        expected = twin.hidden(ids)[skip[i] :].mean(axis=0)
+        if checkpoint.normalize:
+            expected = expected / np.linalg.norm(expected)
+        np.testing.assert_allclose(found[i], expected, atol=5e-6, rtol=0)
+        alone = replace(batch_of([ids]), skip=skip[i : i + 1])
+        assert backend.run(alone, slot=0).dense.tobytes() == found[i].tobytes()
+
+
+def test_chunks_equal_the_twin_alone_and_beside_others(open_tiny: OpenTiny, tmp_path: Path) -> None:
+    checkpoint = open_tiny("bert", Pooling.MEAN)
+    texts = random_ids([40, 5, 129, 513, 3])
+    spans = [[1, 7, 39], [0], [1, 2, 100, 128], [3, 500], [0, 3]]
+    chunks = tuple(np.array(own, np.int32) for own in spans)
+    asked = [Output.DENSE if len(own) == 1 else Output.CHUNKS for own in spans]
+    backend, twin = fp32(checkpoint, tmp_path), Twin(checkpoint)
+    found = backend.run(replace(batch_of(texts, asked), chunks=chunks), slot=0).chunks
+    assert [one is None for one in found] == [False, True, False, False, False]
+    for i in (0, 2, 3, 4):
+        hidden, own = twin.hidden(texts[i]), found[i]
+        means = np.array([hidden[a:b].mean(axis=0) for a, b in pairwise(spans[i])])
+        if checkpoint.normalize:
+            means /= np.linalg.norm(means, axis=1, keepdims=True)
+        assert own is not None
+        np.testing.assert_allclose(own, means, atol=5e-6, rtol=0)
+        one = replace(batch_of([texts[i]], Output.CHUNKS), chunks=(chunks[i],))
+        (alone,) = backend.run(one, slot=0).chunks
+        assert alone is not None
+        assert alone.tobytes() == own.tobytes()
 
 
 def test_sparse_and_multi_equal_the_twin(tiny_m3: Checkpoint, tmp_path: Path) -> None:
@@ -90,6 +134,18 @@ def test_a_mask_costs_a_byte_a_pair_of_tokens(
         if any(one.is_static and list(one.to_shape())[-2:] == [768, 768] for one in shapes):
             precisions.append(info["outputPrecisions"].astype(str))
     assert precisions == ["u8"]
+
+
+@pytest.mark.parametrize("family", ["mpnet", "jina_bert"])
+def test_a_bias_by_distance_leaves_attention_in_one_kernel(
+    open_tiny: OpenTiny, family: str
+) -> None:
+    """Apart from each other products and softmax take half as long again."""
+    checkpoint = open_tiny(family, Pooling.MEAN)
+    session = Session(checkpoint, make_tensors(checkpoint, FP32), FP32, slot_count=1)
+    nodes = session._compiled[0].get_runtime_model().get_ordered_ops()
+    kinds = {node.get_rt_info()["layerType"].astype(str) for node in nodes}
+    assert kinds.isdisjoint({"MatMul", "Softmax"})
 
 
 @pytest.mark.parametrize(

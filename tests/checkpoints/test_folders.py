@@ -76,18 +76,25 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a-dense-module": (
         _write("modules.json", _modules(ST + "Transformer", ST + "Pooling", ST + "Dense")),
-        "Transformer, Pooling, Dense",
+        "2_Dense/config.json: is missing",
+    ),
+    "a-router": (
+        _write("modules.json", _modules(ST + "Router", ST + "Pooling")),
+        "Router, Pooling; the first is no Transformer",
+    ),
+    "two-pooling-modules": (
+        _write("modules.json", _modules(ST + "Transformer", ST + "Pooling", ST + "Pooling")),
+        "2_Pooling/config.json: is missing",
     ),
     "no-pooling-module": (_write("modules.json", _modules(ST + "Transformer")), "modules.json"),
-    "no-modules-file": (_delete("modules.json"), "no modules.json"),
     "no-pooling-file": (_delete("1_Pooling/config.json"), "1_Pooling/config.json: is missing"),
     "no-tokenizer": (_delete("tokenizer.json"), "holds no tokenizer.json"),
     "no-weights": (_delete("model.safetensors"), "none of model.safetensors"),
     "no-config": (_delete("config.json"), "holds no config.json"),
     "one-head-of-two": (_delete("colbert_linear.safetensors"), "no colbert_linear"),
-    "max-pooling": (
-        _set_json("1_Pooling/config.json", pooling_mode_max_tokens=True),
-        "cls and max pooling",
+    "an-unknown-pooling": (
+        _set_json("1_Pooling/config.json", pooling_mode="attention"),
+        "pooling_mode = 'attention' is not understood",
     ),
     "no-pooling-mode": (
         _set_json("1_Pooling/config.json", pooling_mode_cls_token=False),
@@ -125,13 +132,13 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
         _set_json("sentence_bert_config.json", query_length=32),
         "query_length = 32 is not understood",
     ),
-    "vectors-that-are-cut": (
-        _write("config_sentence_transformers.json", '{"truncate_dim": 32}'),
-        "truncate_dim = 32 keeps only the first numbers",
+    "vectors-that-are-cut-to-nothing": (
+        _write("config_sentence_transformers.json", '{"truncate_dim": 0}'),
+        "truncate_dim = 0 leaves nothing",
     ),
-    "a-sparse-encoder": (
-        _write("config_sentence_transformers.json", '{"model_type": "SparseEncoder"}'),
-        "model_type = 'SparseEncoder' is not understood",
+    "an-encoder-of-another-kind": (
+        _write("config_sentence_transformers.json", '{"model_type": "AudioEncoder"}'),
+        "model_type = 'AudioEncoder' is not understood",
     ),
     "an-unknown-setting-of-the-model": (
         _write("config_sentence_transformers.json", '{"window": 7}'),
@@ -145,21 +152,25 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
         _set_json("1_Pooling/config.json", window=7),
         "1_Pooling/config.json: window = 7 is not understood",
     ),
-    "a-prompt-that-is-not-pooled": (
-        _set_json("1_Pooling/config.json", include_prompt=False),
-        "include_prompt = False leaves",
+    "a-prompt-that-is-half-pooled": (
+        _set_json("1_Pooling/config.json", include_prompt="half"),
+        "include_prompt = 'half' is not understood",
     ),
-    "two-poolings-in-a-list": (
-        _write("1_Pooling/config.json", '{"pooling_mode": ["cls", "mean"]}'),
-        "asks for cls and mean pooling",
+    "a-pooling-that-is-a-number": (
+        _write("1_Pooling/config.json", '{"pooling_mode": [7]}'),
+        "pooling_mode = .7. is not understood",
     ),
     "token-vectors-that-are-normalised": (
         _make("2_Normalize/config.json", '{"module_input_name": "token_embeddings"}'),
         "2_Normalize/config.json: .*token_embeddings",
     ),
-    "a-default-prompt": (
+    "a-default-prompt-that-is-none": (
         _write("config_sentence_transformers.json", '{"default_prompt_name": "query"}'),
-        "default_prompt_name = 'query'",
+        "default_prompt_name = 'query' is none of its prompts",
+    ),
+    "prompts-that-are-no-texts": (
+        _write("config_sentence_transformers.json", '{"prompts": {"query": 7}}'),
+        "config_sentence_transformers.json: not understood: .*query|`str`",
     ),
     "another-family": (_set_json("config.json", model_type="t5"), "model_type is 't5'"),
     "another-activation": (_set_json("config.json", hidden_act="gelu_new"), "'gelu_new'"),

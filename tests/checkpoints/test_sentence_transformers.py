@@ -109,7 +109,7 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_a_saved_fine_tune_is_understood_and_keeps_its_length(saved: Path, cache_dir: Path) -> None:
     checkpoint = open_checkpoint(str(saved), cache_dir=cache_dir)
     assert checkpoint.token_count_max == 64
-    assert checkpoint.pooling is Pooling.MEAN
+    assert checkpoint.pooling == (Pooling.MEAN,)
     assert checkpoint.normalize
 
 

@@ -1,13 +1,17 @@
 """Frameworks work unchanged with nothing but a base URL and a key, or say what they need."""
 
+import hashlib
 import math
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from tests.process.server import Server
+from tests.process.server import Server, running
+
+from trivec.tokenizer.encodings import table_bytes
 
 COMES_WITH = "comes with: make test-clients"
 MODEL = "all-minilm-l6-v2"
@@ -94,6 +98,39 @@ def test_langchain_with_its_defaults_is_told_the_setting_it_needs(
     with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length=False") as refusal:
         embeddings.embed_documents(TEXTS)
     assert refusal.value.code == "token_ids_foreign"
+
+
+@pytest.fixture(scope="module")
+def repairing_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that takes arrays of ids for cl100k_base's."""
+    pytest.importorskip("tiktoken", reason=COMES_WITH)
+    folder: Path = tmp_path_factory.mktemp("data")
+    with running(folder, "--token-encoding", "cl100k_base") as started:
+        yield started
+
+
+@pytest.fixture
+def tiktoken_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cl100k_base where tiktoken keeps what it has fetched."""
+    address = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
+    file = tmp_path / hashlib.sha1(address.encode(), usedforsecurity=False).hexdigest()
+    file.write_bytes(table_bytes("cl100k_base"))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.usefixtures("tiktoken_cache")
+def test_langchain_with_its_defaults_gets_the_vectors_of_its_texts_where_ids_are_repaired(
+    repairing_server: Server, http: httpx.Client
+) -> None:
+    """In batches of 1,000 arrays, as its default is."""
+    base_url = f"{repairing_server.url}/v1"
+    texts = [f"{text} {i}" for i in range(350) for text in (*TEXTS, "Zürich 日本語 😀")]
+    sends_ids = langchain(
+        base_url, repairing_server, http_client=http, check_embedding_ctx_length=True
+    )
+    sends_texts = langchain(base_url, repairing_server, http_client=http)
+    assert sends_ids.embed_documents(texts) == sends_texts.embed_documents(texts)
+    assert sends_ids.embed_query(texts[0]) == sends_texts.embed_query(texts[0])
 
 
 def test_haystack_embeds_documents_and_queries(

@@ -15,6 +15,6 @@ def shelf(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Shelf]:
         case "sqlite":
             made = sqlite_shelf(tmp_path)
         case _:
-            made = postgres_shelf(request.getfixturevalue("postgres").new_database())
+            made = postgres_shelf(request.getfixturevalue("postgres"))
     yield made
     made.close()

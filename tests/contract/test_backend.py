@@ -1,6 +1,7 @@
 """What the engine may rely on, whichever backend runs: one suite for all implementations."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -88,6 +89,14 @@ def test_fills_exactly_the_outputs_each_sequence_asked_for(backend: Backend) -> 
     found = backend.run(batch_of(texts(4), asked), slot=0)
     assert [one is not None for one in found.sparse] == [False, True, False, True]
     assert [one is not None for one in found.multi] == [False, False, True, True]
+
+
+def test_what_a_mean_leaves_out_changes_that_sequence_alone(backend: Backend) -> None:
+    plain = batch_of(texts(3))
+    found = backend.run(plain, slot=0)
+    skipping = backend.run(replace(plain, skip=np.array([0, 1, 0], np.int32)), slot=0)
+    same = [bits(found, i) == bits(skipping, i) for i in range(3)]
+    assert same == [True, False, True]  # with CLS pooling the first token that is left counts
 
 
 def test_multi_has_one_row_fewer_than_tokens_and_sparse_ids_ascend(backend: Backend) -> None:

@@ -15,7 +15,7 @@ from tests.accounts.shelf import (
     ask,
 )
 
-from trivec.accounts.ledger import Entry, Outcome, RecordUsage, Store, WriteCheck
+from trivec.accounts.ledger import Entry, Outcome, RecordUsage, Store
 from trivec.accounts.rate_limits import Cost
 from trivec.accounts.types import RateLimits, RateLimitState, UsageBy, UsageLine, UsageQuery
 from trivec.accounts.utc import DAY_US
@@ -126,7 +126,7 @@ ROWS = [
     [
         pytest.param(
             UsageBy.KEY,
-            [UsageLine("key_a", None, 2, 0, 27), UsageLine("key_b", None, 2, 1, 7)],
+            [UsageLine("key_a", "a", 2, 0, 27), UsageLine("key_b", "key_b", 2, 1, 7)],
             id="by-key",
         ),
         pytest.param(
@@ -147,6 +147,7 @@ ROWS = [
 )
 def test_usage_is_the_sum_of_the_ledger(shelf: Shelf, by: UsageBy, lines: list[UsageLine]) -> None:
     store = shelf.open()
+    store.add_key(a_key("a"))
     store.commit([RecordUsage(row) for row in ROWS], now_us=NOON_US)
 
     assert used(shelf.open(), by) == lines
@@ -210,7 +211,7 @@ def test_what_costs_no_tokens_is_counted_by_the_minute(shelf: Shelf) -> None:
     for _ in range(2):
         store.commit(unpaid, now_us=NOON_US)  # twice the same id: a row each would be refused
 
-    assert used(store) == [UsageLine("key_a", None, 1000, 1000, 0)]
+    assert used(store) == [UsageLine("key_a", "key_a", 1000, 1000, 0)]
     assert used(store, UsageBy.MODEL) == [UsageLine(None, None, 1000, 1000, 0)]
 
 
@@ -229,10 +230,10 @@ def test_a_group_is_written_whole_when_some_of_it_is_refused(shelf: Shelf) -> No
     assert used(store)[0].requests == 2
 
 
-def test_a_probe_adds_nothing_to_the_ledger(shelf: Shelf) -> None:
+def test_a_group_of_nothing_is_written_and_adds_nothing_to_the_ledger(shelf: Shelf) -> None:
     store = shelf.open()
 
-    assert one(store, WriteCheck()) is None
+    assert store.commit([], now_us=NOON_US).outcomes == []
     assert used(store) == []
 
 
@@ -263,6 +264,24 @@ def test_two_keys_never_share_a_name_while_both_live(shelf: Shelf) -> None:
     store.add_key(namesake)
 
     assert {key.id for key in store.keys_since(0).keys} == {"key_a", "key_b"}
+
+
+def test_keys_are_found_by_id_name_and_digest_and_live_ones_counted(shelf: Shelf) -> None:
+    store = shelf.open()
+    for number in range(3):
+        key = a_key(f"k{number}")
+        store.add_key(replace(key, name="a"))
+        if number < 2:
+            store.change_key(key.id, lambda key: replace(key, revoked_us=NOON_US))
+
+    def found(reference: str, digest: bytes = b"none") -> set[str]:
+        return {key.id for key in shelf.open().find_keys(reference, digest)}
+
+    assert found("a") == {"key_k0", "key_k1", "key_k2"}
+    assert found("key_k0") == {"key_k0"}
+    assert found("tv_secret", a_key("k2").secrets[0].digest) == {"key_k2"}
+    assert found("b") == set()
+    assert store.count_live_keys() == 1
 
 
 def test_a_key_that_does_not_exist_cannot_change(shelf: Shelf) -> None:

@@ -445,3 +445,41 @@ async def test_token_types_travel_with_their_sequences_in_any_packing() -> None:
     assert lengths(mixed) == [9, 6, 7, 8]
     assert mixed.token_types is not None
     assert mixed.token_types.tolist() == [0] * 4 + [1] * 5 + [0] * 3 + [1] * 3 + [0] * 7 + [1] * 8
+
+
+async def test_what_a_mean_leaves_out_travels_with_its_sequence_in_any_packing() -> None:
+    """A request without a prompt has zeros where others of its batch have some."""
+    skips = [np.array([3, 4], np.int32), np.array([5], np.int32)]
+    given = [sequences(6, 9, first=100), sequences(8, first=20_000)]
+    prompted = [replace(own, skip=skip) for own, skip in zip(given, skips, strict=True)]
+    async with Rig() as rig:
+        await rig.engine.embed(prompted[1], Output.DENSE)
+        holder = await rig.occupy()
+        sent = [rig.send(prompted[0]), rig.send(sequences(7)), rig.send(prompted[1])]
+        await rig.queued(*sent)
+        rig.backend.gate.set()
+        await asyncio.gather(holder, *sent)
+    alone, without, mixed = (call.batch for call in rig.backend.ran)
+    assert alone.skip is not None
+    assert alone.skip.tolist() == [5]
+    assert without.skip is None
+    assert lengths(mixed) == [9, 6, 7, 8]
+    assert mixed.skip is not None
+    assert mixed.skip.tolist() == [4, 3, 0, 5]
+
+
+async def test_chunks_travel_with_their_sequence_in_any_packing() -> None:
+    given = sequences(6, 9, first=100)
+    bounds = (np.array([1, 3, 5], np.int32), np.array([1, 8], np.int32))
+    chunked = replace(given, chunks=bounds)
+    async with Rig() as rig:
+        holder = await rig.occupy()
+        sent = [rig.send(chunked, Output.CHUNKS), rig.send(sequences(7))]
+        await rig.queued(*sent)
+        rig.backend.gate.set()
+        _, reply, _ = await asyncio.gather(holder, *sent)
+    assert [len(rows) for rows in reply.vectors.chunks if rows is not None] == [2, 1]
+    mixed = rig.backend.ran[-1].batch
+    assert lengths(mixed) == [9, 6, 7]
+    assert mixed.chunks is not None
+    assert [own.tolist() for own in mixed.chunks] == [[1, 8], [1, 3, 5], [0]]

@@ -18,16 +18,16 @@ import httpx
 from tests.api.house import READY, Heard
 from tests.contract.test_embedder import local_engine
 from tests.engine.rig import ALL
+from tests.support.memory_store import MemoryStore
 
 from trivec.accounts import Accounts, KeyPlan
-from trivec.accounts.stores.memory import MemoryStore
 from trivec.api import ByteBudget, build_app
 from trivec.backends.fake import FakeBackend
 from trivec.core.clock import SystemClock
 from trivec.settings import HttpLimits
 
 SRC = Path(__file__).resolve().parents[2] / "src"
-FUNCTIONS_MAX, FILES_MAX = 86, 23  # the aim is 60 in 25: a number here may only go down
+FUNCTIONS_MAX, FILES_MAX = 78, 23  # the aim is 60 in 25: a number here may only go down
 
 
 class Walk:

@@ -1,5 +1,7 @@
 """The vectorised heads against loops, and what a mixed batch gets."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tests.backends.batches import ALL
@@ -43,7 +45,7 @@ def lexical_weights(head: Heads, rows: HiddenRows, i: int) -> dict[int, float]:
 
 def test_sparse_is_the_largest_weight_of_each_id_in_each_text() -> None:
     rows = rows_of([5, 1, 12, 40, 2], [ALL] * 5)
-    found = Pooler(Pooling.CLS, True, heads()).vectors(rows).sparse
+    found = Pooler((Pooling.CLS,), True, heads()).vectors(rows).sparse
     for i, sparse in enumerate(found):
         expected = lexical_weights(heads(), rows, i)
         assert sparse is not None
@@ -54,13 +56,13 @@ def test_sparse_is_the_largest_weight_of_each_id_in_each_text() -> None:
 
 def test_a_text_of_special_tokens_only_has_an_empty_sparse_vector() -> None:
     rows = rows_of([4, 6], [ALL, ALL], vocabulary=3)
-    found = Pooler(Pooling.CLS, True, heads()).vectors(rows).sparse
+    found = Pooler((Pooling.CLS,), True, heads()).vectors(rows).sparse
     assert [len(one.token_ids) for one in found if one is not None] == [0, 0]
 
 
 def test_multi_drops_the_first_token_and_has_rows_of_length_one() -> None:
     rows = rows_of([5, 2, 9], [Output.DENSE, Output.MULTI, ALL])
-    found = Pooler(Pooling.CLS, True, heads()).vectors(rows).multi
+    found = Pooler((Pooling.CLS,), True, heads()).vectors(rows).multi
     assert found[0] is None
     for i, count in ((1, 1), (2, 8)):
         own = rows.hidden[rows.cu_seqlens[i] + 1 : rows.cu_seqlens[i + 1]]
@@ -83,7 +85,7 @@ def test_multi_drops_the_first_token_and_has_rows_of_length_one() -> None:
 )
 def test_dense_pools_each_text_alone(pooling: Pooling, normalize: bool) -> None:
     rows = rows_of([5, 1, 12], [Output.DENSE] * 3)
-    found = Pooler(pooling, normalize, None).vectors(rows).dense
+    found = Pooler((pooling,), normalize, None).vectors(rows).dense
     for i in range(3):
         own = rows.hidden[rows.cu_seqlens[i] : rows.cu_seqlens[i + 1]].astype(np.float64)
         expected = own.mean(axis=0) if pooling is Pooling.MEAN else own[0]
@@ -91,12 +93,45 @@ def test_dense_pools_each_text_alone(pooling: Pooling, normalize: bool) -> None:
         np.testing.assert_allclose(found[i], expected, rtol=0, atol=1e-6)
 
 
+def test_a_prompt_is_left_out_of_whatever_counts_all_tokens() -> None:
+    poolings = (Pooling.MEAN, Pooling.MAX, Pooling.WEIGHTED_MEAN, Pooling.MEAN_SQRT_LEN)
+    skip = [3, 0, 0, 3]
+    rows = replace(rows_of([5, 1, 12, 4], [Output.DENSE] * 4), skip=np.array(skip, np.int32))
+    found = Pooler(poolings, False, None).vectors(rows).dense
+    for i in range(4):
+        own = rows.hidden[rows.cu_seqlens[i] + skip[i] : rows.cu_seqlens[i + 1]]
+        weights = np.arange(skip[i] + 1, skip[i] + 1 + len(own))
+        expected = (
+            own.mean(axis=0),
+            own.max(axis=0),
+            np.average(own, axis=0, weights=weights),
+            own.sum(axis=0) / len(own) ** 0.5,
+        )
+        np.testing.assert_allclose(found[i], np.concatenate(expected), rtol=0, atol=1e-6)
+
+
+def test_a_chunks_vector_is_the_mean_of_its_tokens() -> None:
+    lengths = [9, 4, 3]
+    chunks = [np.array([1, 3, 8], np.int32), np.zeros(1, np.int32), np.array([0, 3], np.int32)]
+    outputs = [Output.CHUNKS, Output.DENSE, Output.CHUNKS]
+    rows = replace(rows_of(lengths, outputs), chunks=chunks)
+    found = Pooler((Pooling.MEAN,), True, None).vectors(rows).chunks
+    assert found[1] is None
+    for i, spans in ((0, [(1, 3), (3, 8)]), (2, [(0, 3)])):
+        own = rows.hidden[rows.cu_seqlens[i] : rows.cu_seqlens[i + 1]]
+        means = np.array([own[start:end].mean(axis=0) for start, end in spans])
+        expected = means / np.linalg.norm(means, axis=1, keepdims=True)
+        one = found[i]
+        assert one is not None
+        np.testing.assert_allclose(one, expected, rtol=0, atol=1e-6)
+
+
 def test_not_a_number_is_never_hidden_by_the_heads() -> None:
     """The engine checks that vectors are finite; a NaN must reach it in every kind of vector."""
     rows = rows_of([6], [ALL])
     rows.token_ids[:] = 7
     rows.hidden[:] = np.nan
-    found = Pooler(Pooling.CLS, True, heads()).vectors(rows)
+    found = Pooler((Pooling.CLS,), True, heads()).vectors(rows)
     sparse, multi = found.sparse[0], found.multi[0]
     assert sparse is not None
     assert multi is not None
@@ -108,13 +143,13 @@ def test_not_a_number_is_never_hidden_by_the_heads() -> None:
 def test_a_zero_row_stays_zero() -> None:
     rows = rows_of([2], [Output.DENSE])
     rows.hidden[:] = 0
-    assert not Pooler(Pooling.MEAN, True, None).vectors(rows).dense.any()
+    assert not Pooler((Pooling.MEAN,), True, None).vectors(rows).dense.any()
 
 
 def test_vectors_are_no_views_of_the_hidden_states() -> None:
     """The hidden states are the device's memory, overwritten by the next row."""
     rows = rows_of([3, 4], [ALL, ALL])
-    found = Pooler(Pooling.CLS, False, heads()).vectors(rows)
+    found = Pooler((Pooling.CLS,), False, heads()).vectors(rows)
     before = [found.dense.copy(), *(one.copy() for one in found.multi if one is not None)]
     rows.hidden[:] = 0
     after = [found.dense, *(one for one in found.multi if one is not None)]

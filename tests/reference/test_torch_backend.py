@@ -26,6 +26,7 @@ from trivec.backends.torch import backend as backend_module
 from trivec.backends.torch.backend import DeviceModel, TorchBackend
 from trivec.backends.torch.device import CudaDevice, Hardware
 from trivec.backends.torch.graphs import DeviceStream
+from trivec.backends.torch.heads import DeviceHeads
 from trivec.backends.torch.ops import BlockOps, Encoder, PackedBatch
 from trivec.core.clock import SystemClock
 from trivec.core.errors import CheckpointRefused, DeviceLost, SettingInvalid
@@ -104,11 +105,11 @@ def test_a_batch_whose_results_are_awaited_holds_no_memory_of_the_device(
         held.append(weakref.ref(hidden))
         return hidden
 
-    def to_vectors(*_: object) -> None:
+    def vectors(*_: object) -> None:
         assert [one() for one in held] == [None]
 
     monkeypatch.setattr(Encoder, "__call__", encode)
-    monkeypatch.setattr(backend_module, "to_vectors", to_vectors)
+    monkeypatch.setattr(DeviceHeads, "vectors", vectors)
     backend.run(random_batch([9], XLM_ROBERTA), slot=0)
     assert held
 

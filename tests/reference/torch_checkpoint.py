@@ -79,7 +79,7 @@ def write_tiny(
         aliases=(),
         folder=folder,
         config=config,
-        pooling=pooling,
+        pooling=(pooling,),
         normalize=True,
         token_count_max=config.token_count_max,
         tokenizer_file=folder / "tokenizer.json",
@@ -98,7 +98,7 @@ def write_tiny(
         created=0,
         owned_by="tests",
         dimensions_selectable=False,
-        weight_file=HashedFile(file, file.stat().st_size, "0" * 64),
+        weight_files=(HashedFile(file, file.stat().st_size, "0" * 64),),
         cache_dir=folder,
     )
     return Tiny(checkpoint, weights)

@@ -39,7 +39,13 @@ class HeldEmbedder(StubEmbedder):
         self._is_self_test = False
 
     async def tokenize(
-        self, inputs: Any, *, long_text: LongText, trusted: bool = False
+        self,
+        inputs: Any,
+        *,
+        long_text: LongText,
+        trusted: bool = False,
+        prompt: str = "",
+        token_count_max: int | None = None,
     ) -> Sequences:
         self._is_self_test = inputs == [SELF_TEST]
         return Sequences.pack([[1]])

@@ -39,6 +39,16 @@ def test_models_are_a_list_in_the_file_and_separated_by_commas_in_the_environmen
     )
 
 
+def test_aliases_and_origins_are_lists_in_the_file_too(tmp_path: Path) -> None:
+    file = tmp_path / "trivec.toml"
+    file.write_text('aliases = ["a=x", "b=y"]\n[http]\ncors_origins = ["https://a.example:8443"]\n')
+    settings = load_settings({"config": str(file)}, {})
+    assert settings.aliases == ("a=x", "b=y")
+    assert settings.http.cors_origins == ("https://a.example:8443",)
+    environ = {"TRIVEC_ALIASES": "c=z", "TRIVEC_HTTP__CORS_ORIGINS": "*"}
+    assert load_settings({"config": str(file)}, environ).aliases == ("c=z",)
+
+
 @pytest.mark.parametrize(
     ("flags", "environ", "expected"),
     [
@@ -89,6 +99,20 @@ def test_models_are_a_list_in_the_file_and_separated_by_commas_in_the_environmen
         pytest.param(
             {}, {"TRIVEC_API_KEY": "0123456789abcdef\u00e9"}, ["outside ASCII"],
             id="a-key-outside-ascii",
+        ),
+        pytest.param(
+            {"aliases": ["small"]}, {}, ["'small'", "must be NAME=ID"], id="an-alias-of-nothing"
+        ),
+        pytest.param(
+            {}, {"TRIVEC_ALIASES": "=one"}, ["'=one'", "must be NAME=ID"], id="an-alias-without-a-name"
+        ),
+        pytest.param(
+            {"http": {"cors_origins": ["https://a.example/"]}}, {}, ["must be * or SCHEME://HOST"],
+            id="an-origin-with-a-path",
+        ),
+        pytest.param(
+            {"http": {"cors_origins": ["a.example"]}}, {}, ["must be * or SCHEME://HOST"],
+            id="an-origin-without-a-scheme",
         ),
         pytest.param(
             {"http": {"truncate": "zz"}}, {}, ["--truncate is 'zz' on the command line"],

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.support.memory_store import MemoryStore
+
 from trivec.accounts.ledger import Committed, Entry
-from trivec.accounts.stores.memory import MemoryStore
 
 
 class ToyStore(MemoryStore):

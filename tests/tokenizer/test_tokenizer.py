@@ -55,7 +55,7 @@ def words(tmp_path: Path, pool: ThreadPoolExecutor) -> Tokenizer:
     return saved(word_codec(), tmp_path, pool)
 
 
-def saved(codec: tokenizers.Tokenizer, folder: Path, pool: Executor, **options: int) -> Tokenizer:
+def saved(codec: tokenizers.Tokenizer, folder: Path, pool: Executor, **options: Any) -> Tokenizer:
     file = folder / "tokenizer.json"
     codec.save(str(file))
     options = {"token_count_max": 6, "vocabulary_size": len(WORDS)} | options

@@ -6,7 +6,6 @@ Nothing here depends on HTTP, on models, or on what an embedding is. Plain keys 
 from trivec.accounts.accounts import ANONYMOUS, FIXED, Accounts, Reservation
 from trivec.accounts.rate_limits import LIMIT_MAX
 from trivec.accounts.types import (
-    Caller,
     Key,
     KeyPlan,
     NewKey,
@@ -27,7 +26,6 @@ __all__ = [
     "FIXED",
     "LIMIT_MAX",
     "Accounts",
-    "Caller",
     "Key",
     "KeyPlan",
     "NewKey",

@@ -7,6 +7,7 @@ import asyncio
 import hmac
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from threading import Event, Thread
 from typing import TypeVar
 
@@ -17,9 +18,10 @@ from trivec.accounts.ledger import (
     CALL_S_MAX,
     ERROR_FROM,
     HANGS,
+    Entry,
     LedgerRow,
     LedgerWriter,
-    Promise,
+    PendingEntry,
     RecordUsage,
     Reserve,
     Store,
@@ -27,10 +29,10 @@ from trivec.accounts.ledger import (
 )
 from trivec.accounts.rate_limits import NOTHING, Cost
 from trivec.accounts.types import (
-    Caller,
     Key,
     KeyPlan,
     NewKey,
+    RateLimits,
     RateLimitState,
     RequestMeta,
     RequestUsage,
@@ -42,8 +44,9 @@ from trivec.accounts.types import (
 from trivec.core.errors import KeyMissing, Overloaded, RequestTooLarge, StoreUnavailable
 from trivec.core.ports import Clock
 
-ANONYMOUS = Caller("anonymous", "anonymous", frozenset(Scope))
-FIXED = Caller(FIXED_KEY_ID, FIXED_KEY_ID, frozenset(Scope))
+UNLIMITED = RateLimits()
+ANONYMOUS = Key("anonymous", "anonymous", frozenset(Scope), None, UNLIMITED, created_us=0)
+FIXED = replace(ANONYMOUS, id=FIXED_KEY_ID, name=FIXED_KEY_ID)
 FIXED_KEY_CHARS_MIN = 16
 HANG_CHECK_S = 0.25  # between two checks for a call to the store that hangs
 SUMS_MAX = 16  # usage sums at a time: the running one and those that wait
@@ -66,31 +69,31 @@ class Accounts:
         no_auth: bool = False,
     ) -> None:
         assert fixed_key is None or len(fixed_key) >= FIXED_KEY_CHARS_MIN
-        self._store = store
-        self._clock = clock
-        self._secret = secret
-        self._fixed = None if fixed_key is None else keys.digest(fixed_key, secret=secret)
-        self._no_auth = no_auth
-        self._writer = LedgerWriter(
+        self.clock = clock
+        self.secret = secret
+        self.writer = LedgerWriter(
             store, clock=clock, check=lambda: None if no_auth else check_secret(store, secret)
         )
+        self.limits_seen: dict[str, RateLimitState] = {}  # by key id, when last asked
+        self._store = store
+        self._fixed = None if fixed_key is None else keys.digest(fixed_key, secret=secret)
+        self._no_auth = no_auth
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="trivec-keys")
         self._keys = KeyCache(store.keys_since, reader=self._reader, clock=clock, secret=secret)
         self._is_over = Event()
         self._watch = Thread(target=self._watch_store, name="trivec-store-watch", daemon=True)
         self._usage_pool = ThreadPoolExecutor(1, thread_name_prefix="trivec-usage")
         self._sums = 0
-        self._limits_seen: dict[str, RateLimitState] = {}  # by key id, when last asked
         self._administration = Administration(store, clock=clock, secret=secret)
 
     def start(self) -> None:
-        self._writer.start()
+        self.writer.start()
         self._watch.start()
 
     def stop(self) -> None:
         """Write what was handed over, then close the store. Blocks for as long as that takes."""
         self._usage_pool.shutdown(wait=False, cancel_futures=True)  # nothing is lost with a sum
-        self._writer.stop()
+        self.writer.stop()
         self._reader.shutdown()
         self._is_over.set()
         self._watch.join()
@@ -100,7 +103,7 @@ class Accounts:
         """Whether the ledger could be written when last tried: every 5 s, or every 1 s if not."""
         if self._hangs():
             return StoreHealth(writable=False, reason=HANGS)
-        return self._writer.health
+        return self.writer.health
 
     def writable(self) -> bool:
         return self._no_auth or self.health().writable
@@ -110,9 +113,9 @@ class Accounts:
 
         Only a bug of ours ends it. Nothing is served from then on: the process is to be restarted.
         """
-        return await asyncio.shield(asyncio.wrap_future(self._writer.died))
+        return await asyncio.shield(asyncio.wrap_future(self.writer.died))
 
-    async def identify(self, bearer: str | None) -> Caller:
+    async def identify(self, bearer: str | None) -> Key:
         """The caller with the key *bearer*; None when no Authorization header came.
 
         Raises `KeyMissing`, `KeyInvalid`, `StoreUnavailable`.
@@ -122,25 +125,14 @@ class Accounts:
         if bearer is None:
             raise KeyMissing
         if self._fixed is not None and len(bearer) <= keys.BEARER_CHARS_MAX:
-            digest = keys.digest(bearer, secret=self._secret)
+            digest = keys.digest(bearer, secret=self.secret)
             if hmac.compare_digest(digest, self._fixed):
                 return FIXED
-        if self._hangs():
-            raise unavailable()  # at once, instead of waiting for a read that does not come back
         return await self._keys.find(bearer)
 
-    def reserve(self, caller: Caller, meta: RequestMeta) -> "Reservation":
+    def reserve(self, caller: Key, meta: RequestMeta) -> "Reservation":
         """A reservation that holds nothing yet; to be closed whatever happens."""
-        if caller is ANONYMOUS:
-            return Reservation()
-        return MeteredReservation(
-            caller,
-            meta,
-            writer=self._writer,
-            clock=self._clock,
-            secret=self._secret,
-            limits_seen=self._limits_seen,
-        )
+        return Reservation(self, caller, meta)
 
     async def create_first_key(self) -> NewKey | None:
         """The key to print at the first start; None where there is one, or none is needed.
@@ -183,33 +175,39 @@ class Accounts:
         self._sums += 1
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._usage_pool, self._administration.usage, query)
+            return await loop.run_in_executor(self._usage_pool, self._store.usage, query)
         finally:
             self._sums -= 1
 
     async def _change(self, change: Callable[[], T]) -> T:
-        """Run *change* in the writer's thread; this process sees its result at once."""
+        """Run *change* in a thread; this process sees its result at once.
+
+        Raises `StoreUnavailable` where it takes too long; it may be made all the same.
+        """
+        if self.writer.died.done():
+            raise unavailable()
         try:
-            return await asyncio.wrap_future(self._writer.call(change))
+            async with asyncio.timeout(CALL_S_MAX):
+                return await asyncio.to_thread(change)
+        except TimeoutError:
+            raise unavailable() from None
         finally:
             self._keys.invalidate()
 
     def _watch_store(self) -> None:
         """Break off calls that hang. In a thread of its own, for the others may be in them."""
         while not self._is_over.wait(HANG_CHECK_S):
-            if not self._hangs():
-                continue
-            since_s = self._writer.busy_since_s
-            if since_s is not None and self._is_late(since_s):
-                self._writer.give_up(since_s=since_s)
-            self._store.interrupt()
+            if self._hangs():
+                since_s = self.writer.busy_since_s
+                if since_s is not None and self._is_late(since_s):
+                    self.writer.give_up(since_s=since_s)
+                self._store.interrupt()
 
     def _hangs(self) -> bool:
-        writing_s, reading_s = self._writer.busy_since_s, self._keys.reading_since_s
-        return self._is_late(writing_s) or self._is_late(reading_s)
+        return self._is_late(self.writer.busy_since_s) or self._is_late(self._keys.busy_since_s)
 
     def _is_late(self, since_s: float | None) -> bool:
-        return since_s is not None and self._clock.now_s() - since_s >= CALL_S_MAX
+        return since_s is not None and self.clock.now_s() - since_s >= CALL_S_MAX
 
 
 class Reservation:
@@ -217,12 +215,18 @@ class Reservation:
 
     Its maker closes it whatever happens, whether the request was let in or not. A call that is
     cancelled while the store is at work ends when the store is done: what it took is known then, and
-    closing gives it back. This base class is the reservation of an anonymous caller: nothing is
-    limited and nothing is written.
+    closing gives it back. For an anonymous caller nothing is limited and nothing is written.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, accounts: Accounts, caller: Key, meta: RequestMeta) -> None:
         self.state: RateLimitState | None = None  # None: the key has no limits, or not asked yet
+        self._accounts = accounts
+        self._caller = caller
+        self._meta = meta
+        self._is_let_in = False
+        self._is_closed = caller is ANONYMOUS
+        self._reserved = NOTHING
+        self._owed = NOTHING  # let in, but not yet taken out of the bucket
 
     async def acquire(self, *, tokens_follow: bool = False) -> None:
         """Take one request out of the rate limit.
@@ -230,6 +234,21 @@ class Reservation:
         *tokens_follow*: `reserve_tokens` will be called before any work is done, and may take the
         request with them, in one commit. Raises `RateLimitExceeded`, `StoreUnavailable`.
         """
+        if self._caller is ANONYMOUS:
+            return
+        if not self._accounts.writer.health.writable:
+            raise unavailable()
+        if self._caller.limits != UNLIMITED:
+            # Where this process last saw plenty left, the request is all but sure to be let in, and
+            # need not be taken before its texts are tokenised.
+            seen = self._accounts.limits_seen.get(self._caller.id)
+            left = None if seen is None else seen.remaining_requests
+            enough = (self._caller.limits.requests_per_minute or 0) * PLENTY_SHARE
+            if tokens_follow and seen is not None and (left is None or left > enough):
+                self._owed = Cost(requests=1)
+            else:
+                await self._commit(Reserve(self._caller.id, self._caller.limits, Cost(requests=1)))
+        self._is_let_in = True
 
     async def reserve_tokens(self, count: int) -> None:
         """Take *count* tokens out of the rate limit, before any work is done on them.
@@ -238,137 +257,83 @@ class Reservation:
         `RateLimitExceeded`; `RequestTooLarge` when a full bucket would not hold them;
         `StoreUnavailable`.
         """
+        if self._caller.limits == UNLIMITED:
+            return
+        limit = self._caller.limits.tokens_per_minute
+        if limit is not None and count > limit:
+            raise RequestTooLarge(token_count=count, token_count_max=limit)
+        cost = Cost(self._owed.requests, 0 if limit is None else count)
+        if cost != NOTHING:
+            await self._commit(Reserve(self._caller.id, self._caller.limits, cost))
 
     async def close(self, usage: RequestUsage) -> None:
         """Record the request: its ledger row is durable when this returns. A failure costs zero.
 
-        Where we refused a request of a key without limits, its row is still on its way. Raises
-        `StoreUnavailable`: then the client is told that. The failure of a request that was never
-        let in stays that failure. A second call does nothing.
+        Once it is durable a success stands: a task that was cancelled meanwhile goes on, to deliver
+        what is billed. Where we refused a request of a key without limits, its row is still on its
+        way. Raises `StoreUnavailable`: then the client is told that. The failure of a request that
+        was never let in stays that failure. A second call does nothing.
         """
-
-
-class MeteredReservation(Reservation):
-    """The reservation of a caller that has a key."""
-
-    def __init__(
-        self,
-        caller: Caller,
-        meta: RequestMeta,
-        *,
-        writer: LedgerWriter,
-        clock: Clock,
-        secret: bytes,
-        limits_seen: dict[str, RateLimitState],
-    ) -> None:
-        super().__init__()
-        self._caller = caller
-        self._meta = meta
-        self._writer = writer
-        self._clock = clock
-        self._secret = secret
-        self._limits_seen = limits_seen
-        self._is_let_in = False
-        self._is_closed = False
-        self._reserved = NOTHING
-        self._owed = NOTHING  # let in, but not yet taken out of the bucket
-
-    async def acquire(self, *, tokens_follow: bool = False) -> None:
-        if not self._writer.health.writable:
-            raise unavailable()
-        if self._caller.allowance is not None:
-            if tokens_follow and self._has_plenty():
-                self._owed = Cost(requests=1)
-            else:
-                await self._reserve(Cost(requests=1))
-        self._is_let_in = True
-
-    async def reserve_tokens(self, count: int) -> None:
-        if self._caller.allowance is None:
-            return
-        limit = self._caller.allowance.tokens_per_minute
-        if limit is not None and count > limit:
-            raise RequestTooLarge(token_count=count, token_count_max=limit)
-        cost = self._owed if limit is None else self._owed + Cost(tokens=count)
-        if cost != NOTHING:
-            await self._reserve(cost)
-
-    async def close(self, usage: RequestUsage) -> None:
         if self._is_closed:
             return
         self._is_closed = True
-        key_id, limits = self._caller.key_id, self._caller.allowance
+        writer, key_id = self._accounts.writer, self._caller.id
+        limits = None if self._caller.limits == UNLIMITED else self._caller.limits
+        is_success = usage.status < ERROR_FROM
         is_our_fault = usage.status >= OUR_FAULT_FROM
         if limits is not None and self._owed != NOTHING and not is_our_fault:
             # The request failed before it was taken, and stays that failure. This is not awaited:
             # entries are written in order, and a cancellation in between would lose the row.
-            owed = self._writer.submit(Reserve(key_id, limits, self._owed))
-            owed.add_done_callback(Promise.exception)
-        row = self._ledger_row(usage)
+            owed = writer.submit(Reserve(key_id, limits, self._owed))
+            owed.add_done_callback(PendingEntry.exception)
+        user = usage.user
+        if user is not None:  # what the client chose to call its user is stored as a digest
+            user = keys.pseudonym(user, secret=self._accounts.secret, purpose="user").hex()
+        row = LedgerRow(
+            time_us=int(self._accounts.clock.wall_s() * 1e6),
+            request_id=self._meta.request_id,
+            key_id=key_id,
+            model=self._meta.model,
+            input_count=usage.input_count,
+            token_count=usage.token_count if is_success else 0,
+            status=usage.status,
+            duration_us=round(usage.duration_s * 1e6),
+            user_digest=user,
+        )
         unused = Cost(
             requests=self._reserved.requests if is_our_fault else 0,
             tokens=max(0, self._reserved.tokens - row.token_count),
         )
         if self.state is not None and unused == NOTHING:
             limits = None  # all that was reserved was used: its bucket is not touched again
-        promise = self._writer.submit(RecordUsage(row, limits, unused))
-        is_refusal = not self._is_let_in and is_our_fault
-        if is_refusal and limits is None and self._writer.health.writable:
-            promise.add_done_callback(Promise.exception)
-            return  # a refusal is cheap: it waits for no disk, and its row bills nothing
+        entry = RecordUsage(row, limits, unused)
+        if is_our_fault and not self._is_let_in and limits is None and writer.health.writable:
+            # A refusal is cheap: it waits for no disk, and its row bills nothing.
+            writer.submit(entry).add_done_callback(PendingEntry.exception)
+            return
         try:
-            await promise
+            await self._commit(entry)
         except StoreUnavailable:
-            if self._is_let_in or usage.status < ERROR_FROM:
+            if self._is_let_in or is_success:
                 raise
-        finally:
-            self._read(promise)
-            del promise  # else its error's traceback would hold itself and its callers' locals
 
-    async def _reserve(self, cost: Cost) -> None:
-        assert self._caller.allowance is not None
-        promise = self._writer.submit(Reserve(self._caller.key_id, self._caller.allowance, cost))
+    async def _commit(self, entry: Entry) -> None:
+        """Wait until *entry* is durable, and keep what it granted. Raises as the callers say."""
+        pending = self._accounts.writer.submit(entry)
+        task = asyncio.current_task()
         try:
-            await promise
-        finally:  # also when the call was cancelled: the promise is done by then
-            if self._read(promise):
-                self._reserved = self._reserved + cost
-                self._owed = NOTHING
-            del promise  # else its error's traceback would hold itself and its callers' locals
-
-    def _read(self, promise: Promise) -> bool:
-        """Keep the state that *promise* brought; whether the entry was granted."""
-        if not promise.done() or promise.exception() is not None:
-            return False
-        state = promise.result()
-        if state is not None:
-            self.state = self._limits_seen[self._caller.key_id] = state
-        return True
-
-    def _has_plenty(self) -> bool:
-        """Whether the request is all but sure to be let in, as far as this process knows.
-
-        It decides only whether the store is asked before the texts are tokenised or after.
-        """
-        seen = self._limits_seen.get(self._caller.key_id)
-        if seen is None:
-            return False
-        limit, remaining = seen.limit_requests, seen.remaining_requests
-        return limit is None or remaining is None or remaining > limit * PLENTY_SHARE
-
-    def _ledger_row(self, usage: RequestUsage) -> LedgerRow:
-        """What the client chose to call its user is stored as a digest."""
-        user = usage.user
-        if user is not None:
-            user = keys.pseudonym(user, secret=self._secret, purpose="user").hex()
-        return LedgerRow(
-            time_us=int(self._clock.wall_s() * 1e6),
-            request_id=self._meta.request_id,
-            key_id=self._caller.key_id,
-            model=self._meta.model,
-            input_count=usage.input_count,
-            token_count=usage.token_count if usage.status < ERROR_FROM else 0,
-            status=usage.status,
-            duration_us=round(usage.duration_s * 1e6),
-            user_digest=user,
-        )
+            await pending
+        except asyncio.CancelledError:
+            is_billed = isinstance(entry, RecordUsage) and entry.row.status < ERROR_FROM
+            if task is None or not is_billed or pending.exception() is not None:
+                raise
+            while task.uncancel():  # however often it was cancelled
+                pass
+        finally:  # also when the task was cancelled: the entry is done by then
+            if pending.done() and pending.exception() is None:
+                if isinstance(entry, Reserve):
+                    self._reserved = Cost(*map(sum, zip(self._reserved, entry.cost, strict=True)))
+                    self._owed = NOTHING
+                if (state := pending.result()) is not None:
+                    self.state = self._accounts.limits_seen[self._caller.id] = state
+            del pending  # else its error's traceback would hold itself and its callers' locals

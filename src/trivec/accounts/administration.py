@@ -15,7 +15,6 @@ from trivec.accounts.types import (
     NewKey,
     Scope,
     Secret,
-    UsageBy,
     UsageLine,
     UsageQuery,
 )
@@ -40,7 +39,7 @@ class Administration:
     def create_key(self, plan: KeyPlan) -> NewKey:
         """Raises `FieldInvalid` for a taken or invalid name, limits out of range, a past expiry."""
         check_plan(plan)
-        if sum(key.revoked_us is None for key in self.list_keys()) >= KEYS_MAX:
+        if self._store.count_live_keys() >= KEYS_MAX:
             raise FieldInvalid(f"There are {KEYS_MAX} keys already; revoke some.", param="name")
         now_us = self._now_us()
         if plan.expires_us is not None and plan.expires_us <= now_us:
@@ -51,7 +50,7 @@ class Administration:
             plan.name,
             plan.scopes,
             plan.models,
-            plan.allowance,
+            plan.limits,
             created_us=now_us,
             expires_us=plan.expires_us,
             secrets=(secret,),
@@ -75,18 +74,17 @@ class Administration:
 
     def show_key(self, reference: str) -> Key:
         """Raises `ResourceUnknown`."""
-        found = self._found(reference)
-        if found is None:
+        digest = keys.digest(reference, secret=self._secret)
+        found = self._store.find_keys(reference, digest)
+        if not found:
             hint = "trivec keys list shows them."
             if reference.startswith(keys.PREFIX) and not keys.is_well_formed(reference):
                 hint = "What looks like a key has a typo in it: its checksum does not fit."
-            shown = (
-                reference[: keys.FIRST_CHARS] + "…"
-                if len(reference) > NAME_CHARS_MAX
-                else reference
-            )
+            is_long = len(reference) > NAME_CHARS_MAX
+            shown = f"{reference[: keys.FIRST_CHARS]}…" if is_long else reference
             raise ResourceUnknown(f"There is no key {shown}. {hint}")
-        return found
+        # Names may be used again after a revocation: a live key comes before revoked ones.
+        return max(found, key=lambda key: (key.revoked_us is None, key.created_us))
 
     def key_id(self, reference: str) -> str:
         """The id for *reference*, also of the environment's key. Raises `ResourceUnknown`."""
@@ -103,7 +101,7 @@ class Administration:
     def rotate_key(self, reference: str, *, overlap_s: float = OVERLAP_S) -> NewKey:
         """A second plain key for the same key; the one before it expires after *overlap_s*.
 
-        Usage and allowance go on as they were. Raises `FieldInvalid` for a revoked key.
+        Usage and limits go on as they were. Raises `FieldInvalid` for a revoked key.
         """
         now_us = self._now_us()
         secret, plain = self._new_secret(now_us)
@@ -119,25 +117,10 @@ class Administration:
         return NewKey(self._change(reference, rotated), plain)
 
     def usage(self, query: UsageQuery) -> list[UsageLine]:
-        """Sums over the ledger, with the names of keys where it is summed by key."""
-        lines = self._store.usage(query)
-        if query.by is not UsageBy.KEY:
-            return lines
-        names: dict[str | None, str] = {key.id: key.name for key in self.list_keys()}
-        return [replace(line, name=names.get(line.group, line.group)) for line in lines]
+        return self._store.usage(query)
 
     def _change(self, reference: str, change: Callable[[Key], Key]) -> Key:
         return self._store.change_key(self.show_key(reference).id, change)
-
-    def _found(self, reference: str) -> Key | None:
-        """Names may be used again after a revocation: a live key comes before revoked ones."""
-        digest = keys.digest(reference, secret=self._secret)
-        found = [
-            key
-            for key in self.list_keys()
-            if reference in (key.id, key.name) or any(s.digest == digest for s in key.secrets)
-        ]
-        return max(found, key=lambda key: (key.revoked_us is None, key.created_us), default=None)
 
     def _new_secret(self, now_us: int) -> "tuple[Secret, str]":
         plain = keys.new_plain_key()
@@ -174,8 +157,8 @@ def check_plan(plan: KeyPlan) -> None:
     if not plan.scopes:
         raise FieldInvalid("A key needs a scope: embed, admin or both.", param="scopes")
     limits = {
-        "requests_per_minute": plan.allowance.requests_per_minute,
-        "tokens_per_minute": plan.allowance.tokens_per_minute,
+        "requests_per_minute": plan.limits.requests_per_minute,
+        "tokens_per_minute": plan.limits.tokens_per_minute,
     }
     for name, limit in limits.items():
         if limit is not None and not 1 <= limit <= LIMIT_MAX:

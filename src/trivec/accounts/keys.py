@@ -10,6 +10,7 @@ import hmac
 import os
 import secrets
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 from trivec.core.errors import SettingInvalid
@@ -86,7 +87,8 @@ def server_secret(data_dir: Path, *, given: str | None) -> bytes:
     file = data_dir / SECRET_FILE
     try:
         if not file.exists():
-            _make_secret(file)
+            content = secrets.token_hex(SECRET_BYTES).encode()
+            write_whole(file, content, replaces=False)
         secret = bytes.fromhex(file.read_text("ascii"))
     except OSError as fault:
         raise SettingInvalid(
@@ -100,22 +102,25 @@ def server_secret(data_dir: Path, *, given: str | None) -> bytes:
     return secret
 
 
-def _make_secret(file: Path) -> None:
-    """Whole or not at all; the first process wins, for a link never replaces a file."""
+def write_whole(file: Path, content: bytes, *, replaces: bool) -> None:
+    """Make *file* (mode 0600), whole or not at all, and on disk when this returns.
+
+    One that is there is replaced, or else kept: the first of several processes wins.
+    """
     draft = file.with_name(f"{file.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        with os.fdopen(descriptor, "w") as opened:
-            opened.write(secrets.token_hex(SECRET_BYTES))
-            opened.flush()
-            os.fsync(opened.fileno())
-        try:
-            os.link(draft, file)
-        except FileExistsError:
-            return
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        if replaces:
+            draft.replace(file)
+        else:
+            with suppress(FileExistsError):
+                os.link(draft, file)
         sync_folder(file.parent)
     finally:
-        draft.unlink()
+        draft.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,15 +8,15 @@ load, a group of them shares one. A `Transaction` decides a group in memory, the
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event, Thread
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import NamedTuple, Protocol, TypeAlias
 
 from trivec.accounts import rate_limits
-from trivec.accounts.rate_limits import NOTHING, Bucket, Cost, LimitExceeded
+from trivec.accounts.rate_limits import NOTHING, Bucket, Cost
 from trivec.accounts.types import (
     Key,
     RateLimits,
@@ -25,31 +25,24 @@ from trivec.accounts.types import (
     UsageLine,
     UsageQuery,
 )
-from trivec.accounts.utc import DAY_US, MINUTE_US, SECOND_US
-from trivec.core.errors import (
-    FieldInvalid,
-    RateLimitExceeded,
-    StoreRefused,
-    StoreUnavailable,
-)
+from trivec.accounts.utc import DAY_US, MINUTE_US
+from trivec.core.errors import FieldInvalid, RateLimitExceeded, StoreRefused, StoreUnavailable
 from trivec.core.ports import Clock
 
-CALL_S_MAX = 5.0  # a commit, or a read of keys, that takes longer counts as hanging
+CALL_S_MAX = 5.0  # a call to the store that takes longer counts as hanging
 RETRY_AFTER_S = 2.0  # a store that came back is noticed within 1 s
 ERROR_FROM = 400  # statuses from here on are failures
 GROUP_MAX = 512  # entries of one commit
 WAITING_MAX = 16_384  # entries; more than 1,024 connections can ever have waiting
-PROBE_S = 5.0  # between two writes of an idle process
+IDLE_S = 5.0  # between two commits of an idle process, which so learns whether it can write
 RETRY_S = 1.0  # between two tries while the store cannot be written
 HANGS = f"a call to it has not come back within {CALL_S_MAX:g} s"
 DIED = "the thread that writes the ledger has died"
-T = TypeVar("T")
 log = logging.getLogger("trivec.accounts")
 
 
-@dataclass(frozen=True, slots=True)
-class LedgerRow:
-    """One authenticated request."""
+class LedgerRow(NamedTuple):
+    """One authenticated request that is billed; the fields are the ledger's columns, in order."""
 
     time_us: int  # wall clock, microseconds since the epoch
     request_id: str
@@ -79,20 +72,6 @@ class KeyDay(NamedTuple):
     day: int  # since the epoch, in UTC
 
 
-@dataclass(slots=True)
-class Total:
-    """Sums over requests."""
-
-    requests: int = 0
-    failed: int = 0
-    tokens: int = 0
-
-    def add(self, requests: int, *, status: int, tokens: int = 0) -> None:
-        self.requests += requests
-        self.failed += requests if status >= ERROR_FROM else 0
-        self.tokens += tokens
-
-
 @dataclass(frozen=True, slots=True)
 class Reserve:
     """Take *cost* out of a key's bucket, all or nothing."""
@@ -111,12 +90,7 @@ class RecordUsage:
     unused: Cost = NOTHING
 
 
-@dataclass(frozen=True, slots=True)
-class WriteCheck:
-    """Write something, so that an idle process learns whether it can."""
-
-
-Entry: TypeAlias = Reserve | RecordUsage | WriteCheck
+Entry: TypeAlias = Reserve | RecordUsage
 Granted: TypeAlias = RateLimitState | None  # None: the entry touched no bucket
 Outcome: TypeAlias = Granted | RateLimitExceeded
 
@@ -132,61 +106,47 @@ class Committed:
 class Transaction:
     """One group of entries, decided in order over the buckets that they touch. No clock, no SQL.
 
-    A store reads and locks the buckets of `keys_touched`, applies each entry, writes what has
-    changed, and commits.
+    A store reads and locks the buckets of `keys_touched`, writes what the group has changed, and
+    commits.
     """
 
-    def __init__(self, *, now_us: int, buckets: Mapping[str, Bucket]) -> None:
+    def __init__(
+        self, entries: Sequence[Entry], *, now_us: int, buckets: Mapping[str, Bucket]
+    ) -> None:
         # Another machine's clock may be ahead of ours: then its last instant is ours too.
-        self.now_us = max([now_us, *(bucket.at_us for bucket in buckets.values())])
+        now_us = max([now_us, *(bucket.at_us for bucket in buckets.values())])
         self._buckets = dict(buckets)
-        self.buckets_changed: dict[str, Bucket] = {}
+        self.buckets: dict[str, Bucket] = {}  # those that have changed
         self.rows: list[LedgerRow] = []
         self.counts: Counter[Count] = Counter()
-        self.has_probe = False
+        self.totals: dict[KeyDay, list[int]] = {}  # requests, failed ones, tokens
+        self.committed = Committed([self._apply(entry, now_us) for entry in entries], now_us)
 
-    def apply(self, entry: Entry) -> Outcome:
+    def _apply(self, entry: Entry, now_us: int) -> Outcome:
+        """Decide one entry."""
         match entry:
             case Reserve(key_id, limits, cost):
-                bucket = self._buckets.get(key_id, Bucket())
-                taken = rate_limits.reserve(bucket, limits, cost, now_us=self.now_us)
-                if isinstance(taken, LimitExceeded):
-                    return RateLimitExceeded(
-                        kind=taken.kind,
-                        limit=taken.limit,
-                        requested=taken.requested,
-                        retry_after_s=taken.retry_after_us / SECOND_US,
-                    )
-                return self._put(key_id, taken, limits)
+                found = self._buckets.get(key_id, Bucket())
+                bucket = rate_limits.reserve(found, limits, cost, now_us=now_us)
+                if isinstance(bucket, RateLimitExceeded):
+                    return bucket
             case RecordUsage(row, limits, unused):
+                key_id = row.key_id
                 if row.token_count == 0:
                     minute = row.time_us // MINUTE_US
-                    self.counts[Count(row.key_id, row.model, row.status, minute)] += 1
+                    self.counts[Count(key_id, row.model, row.status, minute)] += 1
                 else:
                     self.rows.append(row)
+                day = KeyDay(key_id, row.model, row.time_us // DAY_US)
+                requests, failed, tokens = self.totals.get(day, (0, 0, 0))
+                failed += row.status >= ERROR_FROM
+                self.totals[day] = [requests + 1, failed, tokens + row.token_count]
                 if limits is None:
                     return None
-                bucket = self._buckets.get(row.key_id, Bucket())
-                bucket = rate_limits.give_back(bucket, limits, unused, now_us=self.now_us)
-                return self._put(row.key_id, bucket, limits)
-            case WriteCheck():
-                self.has_probe = True
-                return None
-
-    def totals(self) -> dict[KeyDay, Total]:
-        """Sums of the rows and counts, by day."""
-        totals: dict[KeyDay, Total] = {}
-        for row in self.rows:
-            day = KeyDay(row.key_id, row.model, row.time_us // DAY_US)
-            totals.setdefault(day, Total()).add(1, status=row.status, tokens=row.token_count)
-        for count, requests in self.counts.items():
-            day = KeyDay(count.key_id, count.model, count.minute * MINUTE_US // DAY_US)
-            totals.setdefault(day, Total()).add(requests, status=count.status)
-        return totals
-
-    def _put(self, key_id: str, bucket: Bucket, limits: RateLimits) -> RateLimitState:
-        self._buckets[key_id] = self.buckets_changed[key_id] = bucket
-        return rate_limits.state(bucket, limits, now_us=self.now_us)
+                found = self._buckets.get(key_id, Bucket())
+                bucket = rate_limits.give_back(found, limits, unused, now_us=now_us)
+        self._buckets[key_id] = self.buckets[key_id] = bucket
+        return rate_limits.state(bucket, limits)
 
 
 def keys_touched(entries: Iterable[Entry]) -> list[str]:
@@ -195,7 +155,7 @@ def keys_touched(entries: Iterable[Entry]) -> list[str]:
     for entry in entries:
         if isinstance(entry, Reserve):
             touched.add(entry.key_id)
-        elif isinstance(entry, RecordUsage) and entry.limits is not None:
+        elif entry.limits is not None:
             touched.add(entry.row.key_id)
     return sorted(touched)
 
@@ -216,7 +176,10 @@ class Store(Protocol):
     """
 
     def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
-        """Decide and write *entries* in order, all or none; durable when it returns."""
+        """Decide and write *entries* in order, all or none; durable when it returns.
+
+        Without entries it writes something that is no usage, to find out whether it can.
+        """
         ...
 
     def agree_secret_check(self, proposed: bytes) -> bytes:
@@ -225,6 +188,14 @@ class Store(Protocol):
 
     def keys_since(self, revision: int) -> KeyChanges:
         """Keys that were made or changed after *revision*; 0 for all."""
+        ...
+
+    def find_keys(self, reference: str, digest: bytes) -> Sequence[Key]:
+        """The keys with this id, name or *digest*, revoked ones too."""
+        ...
+
+    def count_live_keys(self) -> int:
+        """How many keys are not revoked."""
         ...
 
     def add_key(self, key: Key) -> None:
@@ -236,7 +207,7 @@ class Store(Protocol):
         ...
 
     def usage(self, query: UsageQuery) -> list[UsageLine]:
-        """Sums over the ledger, ordered by group; the caller fills in names."""
+        """Sums over the ledger, ordered by group; with the names of its keys where it is by key."""
         ...
 
     def interrupt(self) -> None:
@@ -265,40 +236,21 @@ def unavailable() -> StoreUnavailable:
     )
 
 
-class Promise(asyncio.Future[Granted]):
-    """The result of an entry. It cannot be cancelled: an entry that was handed over is committed.
+class PendingEntry(asyncio.Future[Granted]):
+    """An entry on its way to the store, and then its result. An entry handed over is committed.
 
-    A task that is cancelled while it waits is cancelled when the promise is done, and not before.
+    So it cannot be cancelled: a task that is cancelled while it waits is so when this is done.
     """
+
+    def __init__(self, entry: Entry, *, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop=loop)
+        self.entry = entry
 
     def cancel(self, msg: object = None) -> bool:
         return False
 
 
-class Job(NamedTuple):
-    """An entry and the promise of its result; our own probes have none."""
-
-    entry: Entry
-    promise: Promise | None
-
-
-@dataclass(frozen=True, slots=True)
-class StoreTask:
-    """A function that has the store to itself, and the future of its result."""
-
-    run: Callable[[], Any]
-    future: "Future[Any]"
-
-
-@dataclass(frozen=True, slots=True)
-class StoreCall:
-    """A call to the store that is running, and what it runs."""
-
-    since_s: float
-    items: "Sequence[Job | StoreTask]"
-
-
-Item: TypeAlias = Job | StoreTask | None  # None: stop when everything before it is done
+Group: TypeAlias = Sequence[PendingEntry]
 Answer: TypeAlias = Outcome | Exception
 
 
@@ -310,207 +262,139 @@ class LedgerWriter:
     wall clock that is set by hand neither refills buckets while we run nor ever blocks a key.
     """
 
-    def __init__(
-        self, store: Store, *, clock: Clock, check: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, store: Store, *, clock: Clock, check: Callable[[], None]) -> None:
         """*check* raises `StoreRefused` for a store that must not be written; run until it passes."""
         self.health = StoreHealth(writable=True, reason="ok")
         self.died: Future[str] = Future()  # why the thread has died, if it has
+        self.busy_since_s: float | None = None  # when the running commit began; None: none runs
         self._store = store
         self._check = check
         self._is_checked = False
         self._clock = clock
         self._offset_us = int((clock.wall_s() - clock.now_s()) * 1e6)
-        self._probe_due_s = 0.0
-        self._items: deque[Item] = deque()
-        self._has_items = Event()
-        self._taken: list[Item] = []  # of this turn
-        self._call: StoreCall | None = None
+        self._due_s = clock.now_s()  # of the next commit, even of nothing
+        self._waiting: deque[PendingEntry] = deque()
+        self._wake = Event()
+        self._group: list[PendingEntry] = []  # what the thread commits now
+        self._is_stopping = False
         self._thread = Thread(target=self._run, name="trivec-ledger", daemon=True)
 
     def start(self) -> None:
-        self._probe_due_s = self._clock.now_s()
         self._thread.start()
 
     def stop(self) -> None:
         """Write what was handed over, then end. Nothing may be handed over afterwards."""
-        self._items.append(None)
-        self._has_items.set()
+        self._is_stopping = True
+        self._wake.set()
         self._thread.join()
 
-    def submit(self, entry: Entry) -> Promise:
+    def submit(self, entry: Entry) -> PendingEntry:
         """Have *entry* committed; called on an event loop, which is woken once for a whole group.
 
-        The promise may raise `RateLimitExceeded` or `StoreUnavailable`.
+        The result may be `RateLimitExceeded` or `StoreUnavailable`, raised.
         """
         loop = asyncio.get_running_loop()
-        promise = Promise(loop=loop)
-        if len(self._items) >= WAITING_MAX or self.died.done():
-            promise.set_exception(unavailable())
-            return promise
-        self._items.append(Job(entry, promise))
-        if len(self._items) == 1:  # at the end of the loop's turn: its other ready tasks join
-            loop.call_soon(self._has_items.set)
-        return promise
-
-    def call(self, run: Callable[[], T]) -> "Future[T]":
-        """Call *run* in the writer's thread, between two groups."""
-        future: Future[T] = Future()
-        if self.died.done():
-            future.set_exception(unavailable())
-            return future
-        self._items.append(StoreTask(run, future))
-        self._has_items.set()
-        return future
-
-    @property
-    def busy_since_s(self) -> float | None:
-        """When the running call to the store began; None where none is."""
-        call = self._call
-        return None if call is None else call.since_s
+        pending = PendingEntry(entry, loop=loop)
+        if len(self._waiting) >= WAITING_MAX or self.died.done():
+            pending.set_exception(unavailable())
+            return pending
+        self._waiting.append(pending)
+        if len(self._waiting) == 1:  # at the end of the loop's turn: its other ready tasks join
+            loop.call_soon(self._wake.set)
+        return pending
 
     def give_up(self, *, since_s: float) -> None:
-        """Fail everything that waits with `StoreUnavailable`: the call begun at *since_s* hangs.
+        """Fail everything that waits with `StoreUnavailable`: the commit begun at *since_s* hangs.
 
-        On any thread. The result of that call is dropped, but a commit stands if it was made.
+        On any thread. The result of that commit is dropped, but it stands if it was made.
         """
-        call = self._call
-        if call is None or call.since_s != since_s:
-            return  # it came back just now
-        self._note(StoreHealth(writable=False, reason=HANGS))
-        self._fail(call.items)
+        group = self._group
+        if self.busy_since_s == since_s:  # else it came back just now
+            self._note(StoreHealth(writable=False, reason=HANGS))
+            self._fail(group)
 
     def _run(self) -> None:
         try:
-            while self._turn():
-                pass  # a call each: nothing of one group is held while the next is waited for
+            while self._waiting or not self._is_stopping:
+                if not self._waiting:
+                    self._wake.wait(min(max(0.0, self._due_s - self._clock.now_s()), IDLE_S))
+                self._wake.clear()
+                with suppress(IndexError):  # none is left; `give_up` takes them too
+                    while len(self._group) < GROUP_MAX:
+                        self._group.append(self._waiting.popleft())
+                if self._group or self._clock.now_s() >= self._due_s:
+                    self._commit(self._group)
+                self._group = []
         except BaseException as fault:
-            # `_commit` and `_run_task` catch what entries and tasks raise, so this is our own bug:
-            # the process refuses what would be unmetered, and is to be restarted.
+            # `_commit` catches what entries raise, so this is our own bug: the process refuses what
+            # would be unmetered, and is to be restarted.
             log.critical("%s", DIED, exc_info=fault)
             self._note(StoreHealth(writable=False, reason=DIED))
             self.died.set_result(f"{DIED}: {type(fault).__name__}")
-            self._call = None
-            self._fail(self._taken)
+            self._fail(self._group)
 
-    def _turn(self) -> bool:
-        """Commit what has gathered; False when it was the last."""
-        if not self._items:
-            wait_s = max(0.0, self._probe_due_s - self._clock.now_s())
-            self._has_items.wait(min(wait_s, PROBE_S))
-        self._has_items.clear()
-        items: list[Item] = []
-        self._taken = items
-        while self._items and len(items) < GROUP_MAX:
-            items.append(self._items.popleft())
-            if items[-1] is None:
-                break
-        self._commit([item for item in items if isinstance(item, Job)])
-        for item in items:
-            if isinstance(item, StoreTask):
-                self._run_task(item)
-        return None not in items
-
-    @contextmanager
-    def _during(self, items: "Sequence[Job | StoreTask]") -> Iterator[None]:
-        """While the block calls the store for *items*; over before they are answered."""
-        self._call = StoreCall(self._clock.now_s(), items)
-        try:
-            yield
-        finally:
-            self._call = None
-
-    def _run_task(self, task: StoreTask) -> None:
-        if task.future.done() or not task.future.set_running_or_notify_cancel():
-            return  # it was given up while it waited behind the group, or cancelled
-        try:
-            with self._during([task]):
-                result = task.run()
-        except Exception as fault:  # an outermost loop: the caller gets the error
-            with suppress(InvalidStateError):  # it was given up meanwhile
-                task.future.set_exception(fault)
-        else:
-            with suppress(InvalidStateError):
-                task.future.set_result(result)
-
-    def _commit(self, jobs: Sequence[Job]) -> None:
-        now_s = self._clock.now_s()
-        if now_s >= self._probe_due_s:
-            jobs = [*jobs, Job(WriteCheck(), None)]
-            self._probe_due_s = now_s + PROBE_S
-        if not jobs:
-            return
+    def _commit(self, group: Group) -> None:
+        began_s = self.busy_since_s = self._clock.now_s()
+        now_us = int(began_s * 1e6) + self._offset_us
         answers: Sequence[Answer]
         try:
-            now_us = self._now_us()
-            with self._during(jobs):
-                if not self._is_checked:
-                    self._check()
-                    self._is_checked = True
-                committed = self._store.commit([job.entry for job in jobs], now_us=now_us)
-            self._offset_us += max(0, committed.now_us - now_us)
-            self._note(StoreHealth(writable=True, reason="ok"))
-            answers = committed.outcomes
+            if not self._is_checked:
+                self._check()
+                self._is_checked = True
+            committed = self._store.commit([one.entry for one in group], now_us=now_us)
         except (StoreUnavailable, StoreRefused) as fault:
             self._note(StoreHealth(writable=False, reason=str(fault.__cause__ or fault)))
-            self._probe_due_s = now_s + RETRY_S
-            answers = [unavailable() for _ in jobs]  # each its own, for its traceback holds much
+            self._due_s = began_s + RETRY_S
+            answers = [unavailable() for _ in group]  # each its own, for its traceback holds much
         except Exception as fault:  # an outermost loop: a bug in one entry must not end the thread
-            log.exception("a group of %d entries could not be committed", len(jobs))
-            if len(jobs) > 1:
-                for job in jobs:  # one bad entry must not take its neighbours with it
-                    self._commit([job])
+            log.exception("a group of %d entries could not be committed", len(group))
+            if len(group) > 1:
+                for one in group:  # one bad entry must not take its neighbours with it
+                    self._commit([one])
                 return
             answers = [fault.with_traceback(None)]  # it was logged, and leads back to the caller
-        _answer(jobs, answers)
+        else:
+            self._offset_us += max(0, committed.now_us - now_us)
+            self._due_s = began_s + IDLE_S
+            if not self.health.writable:
+                self._note(StoreHealth(writable=True, reason="ok"))
+            answers = committed.outcomes
+        finally:
+            self.busy_since_s = None
+        _answer(group, answers)
 
-    def _now_us(self) -> int:
-        return int(self._clock.now_s() * 1e6) + self._offset_us
-
-    def _fail(self, running: Sequence[Item]) -> None:
-        """Fail *running* and all that waits behind it."""
-        items: list[Item] = list(running)
-        stops = False
-        while self._items:
-            with suppress(IndexError):  # the other thread was quicker
-                item = self._items.popleft()
-                stops = stops or item is None
-                items.append(item)
-        if stops:
-            self._items.append(None)
-        jobs = [item for item in items if isinstance(item, Job)]
-        _answer(jobs, [unavailable() for _ in jobs])
-        for item in items:
-            if isinstance(item, StoreTask):
-                with suppress(InvalidStateError):  # it was done, or cancelled, just now
-                    item.future.set_exception(unavailable())
+    def _fail(self, group: Group) -> None:
+        """Fail *group* and all that waits behind it."""
+        failed = list(group)
+        with suppress(IndexError):
+            while True:
+                failed.append(self._waiting.popleft())
+        _answer(failed, [unavailable() for _ in failed])
 
     def _note(self, health: StoreHealth) -> None:
-        if health.writable != self.health.writable:
-            if health.writable:
-                log.warning("the ledger can be written again")
-            else:
-                log.error("the ledger cannot be written: %s", health.reason)
+        if health.writable:
+            log.warning("the ledger can be written again")
+        elif self.health.writable:
+            log.error("the ledger cannot be written: %s", health.reason)
         self.health = health
 
 
-def _answer(jobs: Sequence[Job], answers: Sequence[Answer]) -> None:
-    """Resolve the promises of *jobs*, waking each event loop once."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Promise, Answer]]] = {}
-    for job, answer in zip(jobs, answers, strict=True):
-        if job.promise is not None:
-            by_loop.setdefault(job.promise.get_loop(), []).append((job.promise, answer))
+def _answer(group: Group, answers: Sequence[Answer]) -> None:
+    """Resolve the entries of *group*, waking each event loop once."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[PendingEntry, Answer]]] = {}
+    for pending, answer in zip(group, answers, strict=True):
+        by_loop.setdefault(pending.get_loop(), []).append((pending, answer))
     for loop, answered in by_loop.items():
         with suppress(RuntimeError):  # the loop was closed, so nothing waits any more
             loop.call_soon_threadsafe(_resolve, answered)
 
 
-def _resolve(answered: Sequence[tuple[Promise, Answer]]) -> None:
+def _resolve(answered: Sequence[tuple[PendingEntry, Answer]]) -> None:
     """On the event loop."""
-    for promise, answer in answered:
-        if promise.done():
-            continue  # it was given up, and its call has come back since
+    for pending, answer in answered:
+        if pending.done():
+            continue  # it was given up, and its commit has come back since
         if isinstance(answer, Exception):
-            promise.set_exception(answer)
+            pending.set_exception(answer)
         else:
-            promise.set_result(answer)
+            pending.set_result(answer)

@@ -6,45 +6,31 @@ unit x microsecond a minute: one request or token costs `MINUTE_US`, and a limit
 L of debt a microsecond. Nothing is ever rounded; with L <= 10**9 the debt stays below 2**63.
 """
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from trivec.accounts.types import RateLimits, RateLimitState
 from trivec.accounts.utc import MINUTE_US, SECOND_US
+from trivec.core.errors import RateLimitExceeded
 
 LIMIT_MAX = 1_000_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
+class Cost(NamedTuple):
     """What a request takes out of a bucket."""
 
     requests: int = 0
     tokens: int = 0
 
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.requests + other.requests, self.tokens + other.tokens)
-
 
 NOTHING = Cost()
 
 
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """The debts of a key as of *at_us*."""
+class Bucket(NamedTuple):
+    """The debts of a key as of *at_us*; the fields are columns of the store, in order."""
 
     requests_debt: int = 0
     tokens_debt: int = 0
     at_us: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class LimitExceeded:
-    """Why a reservation must wait, and for how long."""
-
-    kind: str  # "requests" or "tokens"
-    limit: int
-    requested: int
-    retry_after_us: int
 
 
 def refill(bucket: Bucket, limits: RateLimits, *, now_us: int) -> Bucket:
@@ -66,8 +52,8 @@ def refill(bucket: Bucket, limits: RateLimits, *, now_us: int) -> Bucket:
 
 def reserve(
     bucket: Bucket, limits: RateLimits, cost: Cost, *, now_us: int
-) -> Bucket | LimitExceeded:
-    """Take all of *cost* or nothing."""
+) -> Bucket | RateLimitExceeded:
+    """Take all of *cost* or nothing; an error is returned, not raised."""
     bucket = refill(bucket, limits, now_us=now_us)
     debts = {"requests": bucket.requests_debt, "tokens": bucket.tokens_debt}
     for kind, count, limit in (
@@ -76,39 +62,33 @@ def reserve(
     ):
         if limit is None or count == 0:
             continue
-        excess = debts[kind] + (count - limit) * MINUTE_US
-        if excess > 0:
-            return LimitExceeded(kind, limit, count, retry_after_us=-(-excess // limit))
         debts[kind] += count * MINUTE_US
+        excess = debts[kind] - limit * MINUTE_US
+        if excess > 0:
+            wait_s = -(-excess // limit) / SECOND_US
+            return RateLimitExceeded(kind=kind, limit=limit, requested=count, retry_after_s=wait_s)
     return Bucket(debts["requests"], debts["tokens"], bucket.at_us)
 
 
 def give_back(bucket: Bucket, limits: RateLimits, cost: Cost, *, now_us: int) -> Bucket:
     """Undo a reservation; never more than what is still owed."""
     bucket = refill(bucket, limits, now_us=now_us)
-    return replace(
-        bucket,
-        requests_debt=max(0, bucket.requests_debt - cost.requests * MINUTE_US),
-        tokens_debt=max(0, bucket.tokens_debt - cost.tokens * MINUTE_US),
+    return Bucket(
+        max(0, bucket.requests_debt - cost.requests * MINUTE_US),
+        max(0, bucket.tokens_debt - cost.tokens * MINUTE_US),
+        bucket.at_us,
     )
 
 
-def state(bucket: Bucket, limits: RateLimits, *, now_us: int) -> RateLimitState:
-    """What is left, and the seconds until all of it is there again."""
-    bucket = refill(bucket, limits, now_us=now_us)
+def state(bucket: Bucket, limits: RateLimits) -> RateLimitState:
+    """What is left as of `bucket.at_us`, and the seconds until all of it is there again."""
 
-    def left(debt: int, limit: int | None) -> int | None:
-        return None if limit is None else (limit * MINUTE_US - debt) // MINUTE_US
-
-    def reset_s(debt: int, limit: int | None) -> float | None:
-        return None if limit is None else -(-debt // limit) / SECOND_US
+    def left(debt: int, limit: int | None) -> tuple[int | None, float | None]:
+        if limit is None:
+            return None, None
+        return (limit * MINUTE_US - debt) // MINUTE_US, -(-debt // limit) / SECOND_US
 
     requests, tokens = limits.requests_per_minute, limits.tokens_per_minute
     return RateLimitState(
-        requests,
-        left(bucket.requests_debt, requests),
-        reset_s(bucket.requests_debt, requests),
-        tokens,
-        left(bucket.tokens_debt, tokens),
-        reset_s(bucket.tokens_debt, tokens),
+        requests, *left(bucket.requests_debt, requests), tokens, *left(bucket.tokens_debt, tokens)
     )

@@ -27,52 +27,6 @@ class RateLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Caller:
-    """The sender of a request, as its key describes it."""
-
-    key_id: str
-    name: str
-    scopes: frozenset[Scope]
-    models: frozenset[str] | None = None  # None: every model
-    allowance: RateLimits | None = None  # None: no limit
-    expires_us: int | None = None
-    truncate: str | None = None  # none, end or start; None: the server's default
-
-    def require(self, scope: Scope) -> None:
-        """Raise `ScopeMissing` unless the key has *scope*."""
-        if scope not in self.scopes:
-            raise ScopeMissing(scope=scope)
-
-    def may_use(self, names: Sequence[str]) -> bool:
-        """Whether the key may use a model that has *names*, its id and aliases."""
-        return self.models is None or not self.models.isdisjoint(names)
-
-    def require_model(self, names: Sequence[str]) -> None:
-        """Raise `ModelDenied` unless the key may use the model of *names*, its id first."""
-        if not self.may_use(names):
-            raise ModelDenied(model=names[0])
-
-    def require_no_more(self, other: "Key | KeyPlan") -> None:
-        """Raise `GrantDenied` unless *other* may do no more than this caller's own key.
-
-        Scopes are no limit here: a key with `admin` alone is made to hand out others.
-        """
-        if self.models is not None and not (
-            other.models is not None and other.models <= self.models
-        ):
-            raise GrantDenied(param="models", most=", ".join(sorted(self.models)))
-        own = self.allowance or RateLimits()
-        for param in ("requests_per_minute", "tokens_per_minute"):
-            most, asked = getattr(own, param), getattr(other.allowance, param)
-            if most is not None and (asked is None or asked > most):
-                raise GrantDenied(param=param, most=f"{most}")
-        if self.expires_us is not None and not (
-            other.expires_us is not None and other.expires_us <= self.expires_us
-        ):
-            raise GrantDenied(param="expires", most=moment(self.expires_us).isoformat())
-
-
-@dataclass(frozen=True, slots=True)
 class RateLimitState:
     """Values of the `x-ratelimit-*` headers. Each is None where the key has no such limit."""
 
@@ -119,13 +73,13 @@ class Secret:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One name, one rate limit and one line in the usage, whatever its secrets."""
+    """One name, one rate limit and one line in the usage, whatever its secrets; so, a caller."""
 
     id: str
     name: str
     scopes: frozenset[Scope]
     models: frozenset[str] | None
-    allowance: RateLimits
+    limits: RateLimits
     created_us: int
     expires_us: int | None = None
     revoked_us: int | None = None
@@ -135,11 +89,37 @@ class Key:
     def is_live(self, now_us: int) -> bool:
         return self.revoked_us is None and (self.expires_us is None or now_us < self.expires_us)
 
-    def caller(self) -> Caller:
-        limits = None if self.allowance == RateLimits() else self.allowance
-        return Caller(
-            self.id, self.name, self.scopes, self.models, limits, self.expires_us, self.truncate
-        )
+    def require(self, scope: Scope) -> None:
+        """Raise `ScopeMissing` unless it has *scope*."""
+        if scope not in self.scopes:
+            raise ScopeMissing(scope=scope)
+
+    def may_use(self, names: Sequence[str]) -> bool:
+        """Whether it may use a model that has *names*, its id and aliases."""
+        return self.models is None or not self.models.isdisjoint(names)
+
+    def require_model(self, names: Sequence[str]) -> None:
+        """Raise `ModelDenied` unless it may use the model of *names*, its id first."""
+        if self.models is not None and self.models.isdisjoint(names):
+            raise ModelDenied(model=names[0])
+
+    def require_no_more(self, other: "Key | KeyPlan") -> None:
+        """Raise `GrantDenied` unless *other* may do no more than this key.
+
+        Scopes are no limit here: a key with `admin` alone is made to hand out others.
+        """
+        if self.models is not None and not (
+            other.models is not None and other.models <= self.models
+        ):
+            raise GrantDenied(param="models", most=", ".join(sorted(self.models)))
+        for param in ("requests_per_minute", "tokens_per_minute"):
+            most, asked = getattr(self.limits, param), getattr(other.limits, param)
+            if most is not None and (asked is None or asked > most):
+                raise GrantDenied(param=param, most=f"{most}")
+        if self.expires_us is not None and not (
+            other.expires_us is not None and other.expires_us <= self.expires_us
+        ):
+            raise GrantDenied(param="expires", most=moment(self.expires_us).isoformat())
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +137,7 @@ class KeyPlan:
     name: str
     scopes: frozenset[Scope] = frozenset({Scope.EMBED})
     models: frozenset[str] | None = None
-    allowance: RateLimits = RateLimits()
+    limits: RateLimits = RateLimits()
     expires_us: int | None = None
     truncate: str | None = None
 

@@ -111,7 +111,7 @@ async def create_key(context: RequestContext) -> Response:
         name=asked.name,
         scopes=frozenset(Scope(word) for word in asked.scopes or ["embed"]),
         models=None if asked.models is None else frozenset(asked.models),
-        allowance=RateLimits(asked.requests_per_minute, asked.tokens_per_minute),
+        limits=RateLimits(asked.requests_per_minute, asked.tokens_per_minute),
         expires_us=expires_us,
         truncate=asked.truncate,
     )
@@ -178,7 +178,7 @@ async def usage(context: RequestContext) -> Response:
         )
     by = UsageBy(word)
     key_id = given.get("key")
-    if key_id is not None and key_id != FIXED.key_id:  # the environment's key is in no store
+    if key_id is not None and key_id != FIXED.id:  # the environment's key is in no store
         key_id = (await context.app.accounts.show_key(key_id)).id
     since_us, until_us = _instant_us("since", given), _instant_us("until", given)
     query = UsageQuery(by=by, since_us=since_us, until_us=until_us, key_id=key_id)
@@ -224,8 +224,8 @@ def _key_shown(key: Key) -> KeyShown:
         hints=[f"{secret.first}…{secret.last}" for secret in key.secrets],
         scopes=sorted(key.scopes),
         models=None if key.models is None else sorted(key.models),
-        requests_per_minute=key.allowance.requests_per_minute,
-        tokens_per_minute=key.allowance.tokens_per_minute,
+        requests_per_minute=key.limits.requests_per_minute,
+        tokens_per_minute=key.limits.tokens_per_minute,
         created=moment(key.created_us),
         expires=None if key.expires_us is None else moment(key.expires_us),
         revoked=None if key.revoked_us is None else moment(key.revoked_us),

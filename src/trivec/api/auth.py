@@ -2,7 +2,7 @@
 
 from starlette.types import Receive, Scope, Send
 
-from trivec.accounts import Caller, RequestUsage
+from trivec.accounts import Key, RequestUsage
 from trivec.api.context import CONTEXT, RequestContext
 from trivec.api.errors import status_of
 from trivec.api.openapi import Operation
@@ -23,11 +23,11 @@ class Endpoint:
     """
 
     def __init__(self, operation: Operation, unpaid: "UnpaidRate") -> None:
-        self._operation = operation
+        self.operation = operation
         self._unpaid = unpaid
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        operation = self._operation
+        operation = self.operation
         context: RequestContext = scope[CONTEXT]
         context.path_params = scope["path_params"]
         if operation.scope is not None:
@@ -42,14 +42,14 @@ class Endpoint:
                 response = await operation.handler(context)
             status = response.status_code
         except BaseException as error:
-            status = status_of(error)
+            status = status_of(error, operation.error_shape)
             raise
         finally:
             if metered is not None:
                 await self._record(context, metered, status)
         await response(scope, receive, send)
 
-    async def _record(self, context: RequestContext, caller: Caller, status: int) -> None:
+    async def _record(self, context: RequestContext, caller: Key, status: int) -> None:
         now_s = context.app.clock.now_s()
         token_count = context.token_count if status < 400 else 0
         # Our own faults are not held against a key, nor is what a rate limit bounds already.
@@ -67,7 +67,7 @@ class Endpoint:
         context.rate_limits = context.reservation.state
 
 
-async def identify(context: RequestContext) -> Caller:
+async def identify(context: RequestContext) -> Key:
     """The caller. Raises `Loading`, `Draining`, `KeyMissing`, `KeyInvalid`, `StoreUnavailable`."""
     app = context.app
     phase = app.health().phase
@@ -96,9 +96,9 @@ class UnpaidRate:
         self._interval_s = MINUTE_S / requests_per_minute
         self._empty_at_s: dict[str, float] = {}  # by key: when its bucket will have run empty
 
-    def check(self, caller: Caller, *, now_s: float) -> None:
+    def check(self, caller: Key, *, now_s: float) -> None:
         """Raise `RateLimitExceeded` while the bucket of *caller* has no room for one more."""
-        filled_s = max(0.0, self._empty_at_s.get(caller.key_id, now_s) - now_s)
+        filled_s = max(0.0, self._empty_at_s.get(caller.id, now_s) - now_s)
         excess_s = filled_s + self._interval_s - MINUTE_S
         if excess_s > 1e-6:  # less is rounding
             raise RateLimitExceeded(
@@ -109,6 +109,6 @@ class UnpaidRate:
                 subject="requests that cost no tokens",
             )
 
-    def charge(self, caller: Caller, *, now_s: float) -> None:
-        empty_at_s = max(now_s, self._empty_at_s.get(caller.key_id, now_s)) + self._interval_s
-        self._empty_at_s[caller.key_id] = min(empty_at_s, now_s + MINUTE_S)
+    def charge(self, caller: Key, *, now_s: float) -> None:
+        empty_at_s = max(now_s, self._empty_at_s.get(caller.id, now_s)) + self._interval_s
+        self._empty_at_s[caller.id] = min(empty_at_s, now_s + MINUTE_S)

@@ -14,17 +14,19 @@ from http import HTTPMethod, HTTPStatus
 
 from starlette.types import Receive, Scope
 
-from trivec.accounts import Accounts, Caller, RateLimitState, RequestMeta, Reservation
+from trivec.accounts import Accounts, Key, RateLimitState, RequestMeta, Reservation
 from trivec.api.memory import ByteBudget, MemoryReservation
-from trivec.api.schemas import shown
+from trivec.api.schemas import Chunk, shown
 from trivec.api.timeout import RequestTimeout
 from trivec.core.errors import (
+    AnswerTooLarge,
     BodyTooLarge,
     BodyTooSlow,
     BusyError,
     MalformedBody,
     MediaTypeUnsupported,
     ModelUnknown,
+    RequestTooLarge,
 )
 from trivec.core.health import Health
 from trivec.core.ports import Clock, Embedder, Observer
@@ -65,7 +67,7 @@ class AppState:
                 return
         last.check_admission(TOKENS_MIN)
 
-    def cards_for(self, caller: Caller) -> list[ModelCard]:
+    def cards_for(self, caller: Key) -> list[ModelCard]:
         """The cards of the models that *caller* may use, in the order they were configured."""
         cards = {one.card.id: one.card for one in self.embedders.values()}
         return [card for card in cards.values() if caller.may_use(card.names)]
@@ -96,13 +98,15 @@ class RequestContext:
         self.timeout = RequestTimeout(receive, request_s_max=request_s_max)
         self.memory = MemoryReservation(app.memory)
 
-        self.caller: Caller | None = None
+        self.caller: Key | None = None
         self.rate_limits: RateLimitState | None = None
         self.user: str | None = None  # the client's word for its user, on its way to be hashed
         self.error_code: str | None = None
         self.error_message: str | None = None  # where the client is at fault
         self.model: str | None = None  # a served id, never what the client merely claimed
         self.input_count = self.token_count = 0
+        self.token_encoding: str | None = None  # of the ids in it that were decoded
+        self.chunks: list[Chunk] = []  # of its texts, where it asked to have them cut
         self.request_bytes = 0  # of body, that were read
         self.is_body_asked_for = self.is_body_read = False  # read: to its end
         self.status: int | None = None  # of the response that has begun to leave
@@ -125,7 +129,7 @@ class RequestContext:
         return b"expect" in self.headers and not self.is_body_asked_for
 
     @property
-    def known_caller(self) -> Caller:
+    def known_caller(self) -> Key:
         """The caller, on a route that asks for a key."""
         assert self.caller is not None, "the route is open"
         return self.caller
@@ -145,6 +149,26 @@ class RequestContext:
         self.model = embedder.card.id
         self.known_caller.require_model(embedder.card.names)
         return embedder
+
+    async def admit(
+        self, token_count: int, *, response_bytes: int, vector_bytes: int, reserved_bytes: int = 0
+    ) -> None:
+        """Reserve what is now known that this request takes: its tokens, and its memory.
+
+        *reserved_bytes* of that memory are reserved already. `RequestTooLarge`,
+        `AnswerTooLarge`, `Overloaded`, `RateLimitExceeded`.
+        """
+        limits = self.app.limits
+        if token_count > limits.request_tokens_max:
+            raise RequestTooLarge(
+                token_count=token_count, token_count_max=limits.request_tokens_max
+            )
+        if response_bytes > limits.answer_bytes_max:
+            raise AnswerTooLarge(
+                answer_bytes=response_bytes, answer_bytes_max=limits.answer_bytes_max
+            )
+        self.memory.add(response_bytes + vector_bytes - reserved_bytes, is_response=True)
+        await self.reservation.reserve_tokens(token_count)
 
     async def read_body(self, *, is_optional: bool = False) -> bytes:
         """The whole body, which must be declared as JSON; empty only where it *is_optional*.

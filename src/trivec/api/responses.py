@@ -13,8 +13,8 @@ import pybase64
 from numpy.typing import NDArray
 from starlette.responses import Response
 
-from trivec.api.schemas import EmbeddingsRequest, Encoding
-from trivec.core.types import Float32Array, Int32Array, ModelCard, Output, Sequences, Vectors
+from trivec.api.schemas import Chunk, EmbeddingsRequest, Encoding, OutputDtype
+from trivec.core.types import Float32Array, ModelCard, Output, Sequences, Vectors
 
 NO_STORE = {"cache-control": "no-store"}
 # Up to these sizes encoding is about 0.2 ms of work, and a thread would only add its hand-over.
@@ -22,7 +22,10 @@ IN_LINE_BYTES_MAX: Mapping[Encoding, int] = {"float": 64 * 1024, "base64": 512 *
 # What one number takes on average, in JSON with its comma.
 FLOAT_TEXT_BYTES = 22
 INT_TEXT_BYTES = 8
+BYTE_TEXT_BYTES = 5  # -128,
 BASE64_BYTES = 16 / 3
+INT8_MAX = 127
+INT8_RANGE = 8  # times its typical size: the largest number that int8 holds
 ITEM_FRAME_BYTES = 128  # keys and punctuation around the numbers of one item
 TOKEN_TEXT_BYTES = 12  # one vocabulary string in quotes, on average generously
 ROWS_AT_ONCE = 64
@@ -42,7 +45,7 @@ def to_base64(array: NDArray[np.generic]) -> bytes:
     return b'"%b"' % pybase64.b64encode(little)
 
 
-def to_json(array: Float32Array | Int32Array) -> bytes:
+def to_json(array: NDArray[np.generic]) -> bytes:
     """The array as JSON lists, every float32 as the float64 that it is.
 
     Fewer digits would do to find the float32 again, but a client that reads float64s would then
@@ -62,16 +65,20 @@ def estimate_bytes(
     is_text = asked.encoding == "float"
     float_bytes = FLOAT_TEXT_BYTES if is_text else BASE64_BYTES
     int_bytes = INT_TEXT_BYTES if is_text else BASE64_BYTES
+    number_bytes = float_bytes  # of dense and multi vectors
+    if asked.dtype != "float":
+        number_bytes = BYTE_TEXT_BYTES if is_text else BASE64_BYTES / 4
+        number_bytes /= 8 if asked.dtype in ("binary", "ubinary") else 1
     response_bytes: float = rows * ITEM_FRAME_BYTES
     vector_bytes = 4 * rows * card.dimensions
     if Output.DENSE in outputs:
-        response_bytes += rows * (asked.dimensions or card.dimensions) * float_bytes
+        response_bytes += rows * (asked.size or card.dimensions) * number_bytes
     if Output.SPARSE in outputs:
         string_bytes = TOKEN_TEXT_BYTES if asked.return_tokens else 0
         response_bytes += tokens * (float_bytes + int_bytes + string_bytes)
         vector_bytes += 8 * tokens
     if Output.MULTI in outputs:
-        response_bytes += (tokens - rows) * card.dimensions * float_bytes
+        response_bytes += (tokens - rows) * card.dimensions * number_bytes
         vector_bytes += 4 * (tokens - rows) * card.dimensions
     return int(response_bytes), vector_bytes
 
@@ -80,24 +87,23 @@ def encode_embeddings(
     vectors: Vectors,
     sequences: Sequences,
     *,
-    model: str,
+    asked: EmbeddingsRequest,
     outputs: Output,
-    encoding: Encoding,
-    dimensions: int | None,
     token_strings: Sequence[list[str]] | None,  # [sequences]: of the sparse ids
+    token_encoding: str | None,
+    chunks: Sequence[Chunk] = (),  # of each row, where texts were cut into them
 ) -> memoryview:
     """The body of an embeddings response; a large one is slow, so its caller encodes in a thread."""
-    write = to_json if encoding == "float" else to_base64
-    frame = {} if encoding == "float" else {"encoding": "base64"}
-    no_vector: object = [] if encoding == "float" else ""
-    dense = vectors.dense if Output.DENSE in outputs else None
-    if dense is not None and dimensions not in (None, dense.shape[1]):
-        # Dividing by the slice's own length undoes the model's normalisation of the whole row, so
-        # this equals truncating first and normalising after.
-        dense = dense[:, :dimensions]  # [sequences, dimensions]
-        lengths = np.linalg.norm(dense, axis=1, keepdims=True)
-        dense = dense / np.maximum(lengths, np.float32(1e-12))
-    body = bytearray(b'{"object":"list","model":%b,"data":[' % _encoder.encode(model))
+    write = to_json if asked.encoding == "float" else to_base64
+    frame = {} if asked.encoding == "float" else {"encoding": "base64"}
+    no_vector: object = [] if asked.encoding == "float" else ""
+    dense: NDArray[np.generic] | None = None  # [sequences, numbers]
+    if Output.DENSE in outputs:
+        numbers = vectors.dense
+        if asked.size is not None:
+            numbers = cut(numbers, asked.size)
+        dense = numbers if asked.dtype == "float" else quantise(numbers, asked.dtype)
+    body = bytearray(b'{"object":"list","model":%b,"data":[' % _encoder.encode(asked.model))
     for i, (terms, rows) in enumerate(zip(vectors.sparse, vectors.multi, strict=True)):
         item: dict[str, object] = {
             "object": "embedding",
@@ -112,13 +118,51 @@ def encode_embeddings(
                 **({} if token_strings is None else {"tokens": token_strings[i]}),
             }
         if rows is not None:
-            data = msgspec.Raw(write(rows))
-            item["multi_embedding"] = {**frame, "shape": rows.shape, "data": data}
+            own = rows if asked.dtype == "float" else quantise(rows, asked.dtype)
+            data = msgspec.Raw(write(own))
+            item["multi_embedding"] = {**frame, "shape": own.shape, "data": data}
         if i in sequences.truncated:
             item["truncated"] = sequences.truncated[i]
+        if chunks:
+            item["chunk"] = chunks[i]
         if i:
             body += b","
         _encoder.encode_into(item, body, -1)
     tokens = sequences.token_count
-    body += b'],"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (tokens, tokens)
+    body += b'],"usage":{"prompt_tokens":%d,"total_tokens":%d}' % (tokens, tokens)
+    if token_encoding is not None:
+        body += b',"token_encoding":%b' % _encoder.encode(token_encoding)
+    body += b"}"
     return memoryview(body)
+
+
+def cut(rows: Float32Array, size: int | None) -> Float32Array:
+    """The first *size* numbers of each row, brought back to length 1: float32 `[rows, size]`.
+
+    Dividing by the slice's own length undoes the model's normalisation of the whole row, so this
+    equals truncating first and normalising after.
+    """
+    return rows if size in (None, rows.shape[1]) else unit(rows[:, :size])
+
+
+def unit(rows: Float32Array) -> Float32Array:
+    """Each row divided by its L2 norm: float32 `[rows, numbers]`."""
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    scaled: Float32Array = rows / np.maximum(lengths, np.float32(1e-12))
+    return scaled
+
+
+def quantise(rows: Float32Array, dtype: OutputDtype) -> NDArray[np.int8] | NDArray[np.uint8]:
+    """*rows* `[rows, numbers]` in *dtype*, by rules in which each row counts alone.
+
+    ubinary: a bit a number, 1 above 0, eight in a byte, the first highest; binary: that byte - 128
+    (both as sentence-transformers has them). int8: round(v * 127 * sqrt(n) / INT8_RANGE) of a row of
+    length 1 and n numbers, whose typical size is 1 / sqrt(n), kept within 127; uint8: that + 128.
+    """
+    if dtype in ("binary", "ubinary"):
+        unsigned = np.packbits(rows > 0, axis=1)
+    else:
+        scale = np.float32(INT8_MAX * np.sqrt(rows.shape[1]) / INT8_RANGE)
+        levels = np.clip(np.rint(unit(rows) * scale), -INT8_MAX, INT8_MAX)
+        unsigned = levels.astype(np.int8).view(np.uint8) ^ np.uint8(128)
+    return unsigned if dtype in ("uint8", "ubinary") else (unsigned ^ np.uint8(128)).view(np.int8)

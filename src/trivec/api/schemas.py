@@ -29,6 +29,7 @@ from trivec.core.types import Truncated
 T = TypeVar("T")
 
 DIMENSIONS_MAX = 65_536
+PROMPT_CHARS_MAX = 4_096  # it is put before each of many texts
 
 
 def doc(text: str, examples: list[object] | None = None) -> Meta:
@@ -38,6 +39,19 @@ def doc(text: str, examples: list[object] | None = None) -> Meta:
 
 Encoding: TypeAlias = Literal["float", "base64"]
 Truncate: TypeAlias = Literal["none", "end", "start"]
+OutputDtype: TypeAlias = Literal["float", "int8", "uint8", "binary", "ubinary"]
+InputType: TypeAlias = Literal[
+    "query",
+    "document",
+    "search_query",
+    "search_document",
+    "passage",
+    "retrieval.query",
+    "retrieval.passage",
+    "classification",
+    "clustering",
+]
+Dimensions: TypeAlias = Annotated[int, Meta(ge=1, le=DIMENSIONS_MAX)]
 
 
 class TokenizeRequest(Struct, frozen=True, forbid_unknown_fields=True):
@@ -59,23 +73,49 @@ class TokenizeRequest(Struct, frozen=True, forbid_unknown_fields=True):
         bool | None, doc("The vocabulary's strings beside the (sparse) token ids.")
     ] = None
     token_encoding: Annotated[
-        Literal["model"] | None,
+        Literal["model", "cl100k_base", "o200k_base"] | None,
         doc(
             "Whose token ids the integers in `input` are. `model` says: this model's own "
-            "tokenizer's, and they are not checked for being another's."
+            "tokenizer's, and they are not checked for being another's. Ids of OpenAI's encodings "
+            "are decoded, and their texts are tokenised again."
         ),
     ] = None
+    input_type: Annotated[
+        InputType | None,
+        doc("What the texts are: the model's own prompt for it is put before each, if it has one."),
+    ] = None
+    prompt_name: Annotated[
+        str | None, doc("One of the model's prompts, as /models lists them, to put before each.")
+    ] = None
+    prompt: Annotated[
+        Annotated[str, Meta(max_length=PROMPT_CHARS_MAX)] | None,
+        doc("A text to put before each; empty for none, where the model has a default prompt."),
+    ] = None
+
+    @property
+    def names_prompt(self) -> bool:
+        return (self.input_type, self.prompt_name, self.prompt) != (None, None, None)
 
 
 class EmbeddingsRequest(TokenizeRequest, frozen=True, forbid_unknown_fields=True):
     """Body of `POST /embeddings`; null means unset."""
 
     encoding_format: Annotated[
-        Encoding | None, doc("base64 is little-endian float32; the default is float.")
+        Encoding | None,
+        doc("base64 is of little-endian float32, or of `output_dtype`; the default is float."),
     ] = None
     dimensions: Annotated[
-        Annotated[int, Meta(ge=1, le=DIMENSIONS_MAX)] | None,
-        doc("Fewer than the model's own: only for models trained for it."),
+        Dimensions | None, doc("Fewer than the model's own: only for models trained for it.")
+    ] = None
+    output_dimension: Annotated[Dimensions | None, doc("The same as `dimensions`.")] = None
+    output_dtype: Annotated[
+        OutputDtype | None,
+        doc(
+            "What the numbers of dense and multi vectors are. int8: round(v * 127 * sqrt(n) / 8) of "
+            "a vector of length 1 and n numbers, kept within 127; uint8: that + 128. ubinary: a bit "
+            "a number, 1 where it is above 0, eight in a byte, the first highest; binary: that "
+            "byte - 128."
+        ),
     ] = None
     user: Annotated[str | None, doc("Kept as a hash in the ledger, and nowhere else.")] = None
     output_type: Annotated[
@@ -89,10 +129,42 @@ class EmbeddingsRequest(TokenizeRequest, frozen=True, forbid_unknown_fields=True
         bool | Truncate | None,
         doc("Cut a text that is too long; by default it is an error. true is end."),
     ] = None
+    truncation: Annotated[
+        bool | None, doc("Voyage's word for `truncate`, which wins where both are there.")
+    ] = None
+    truncate_prompt_tokens: Annotated[
+        Annotated[int, Meta(ge=-1)] | None,
+        doc(
+            "Cut each text to so many tokens, special ones included; -1: to as many as the model "
+            "reads. At the end, unless `truncate` says start."
+        ),
+    ] = None
+
+    late_chunking: Annotated[
+        bool | None,
+        doc("Read all texts as one, and give each the mean of its tokens. Of models that pool so."),
+    ] = None
+    chunk_size: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        doc("Cut each text into chunks of so many tokens after reading it whole; a vector each."),
+    ] = None
+
+    @property
+    def is_chunked(self) -> bool:
+        return bool(self.late_chunking) or self.chunk_size is not None
 
     @property
     def encoding(self) -> Encoding:
         return self.encoding_format or "float"
+
+    @property
+    def dtype(self) -> OutputDtype:
+        return self.output_dtype or "float"
+
+    @property
+    def size(self) -> int | None:
+        """Numbers in a dense vector; None: as many as the model gives."""
+        return self.dimensions or self.output_dimension
 
 
 class SparseEmbedding(Struct, frozen=True):
@@ -112,8 +184,16 @@ class MultiEmbedding(Struct, frozen=True):
     encoding: Literal["base64"] | None = None
 
 
+class Chunk(Struct, frozen=True):
+    """A part of a text: which one, and where it begins and ends."""
+
+    input: int
+    tokens: Annotated[tuple[int, int], doc("In the text's tokens, special ones included.")]
+    characters: Annotated[tuple[int, int], doc("In the text, in Unicode code points.")]
+
+
 class Embedding(Struct, frozen=True, omit_defaults=True):
-    """The vectors of one text. The last three keys are there only when they say something."""
+    """The vectors of one text. The last four keys are there only when they say something."""
 
     object: Literal["embedding"]
     index: int
@@ -121,6 +201,7 @@ class Embedding(Struct, frozen=True, omit_defaults=True):
     sparse_embedding: SparseEmbedding | None = None
     multi_embedding: MultiEmbedding | None = None
     truncated: Truncated | None = None
+    chunk: Chunk | None = None
 
 
 class Usage(Struct, frozen=True):
@@ -130,13 +211,16 @@ class Usage(Struct, frozen=True):
     total_tokens: int
 
 
-class EmbeddingsResponse(Struct, frozen=True):
+class EmbeddingsResponse(Struct, frozen=True, omit_defaults=True):
     """Response of `POST /embeddings`, in the order of `input`."""
 
     object: Literal["list"]
     model: str
     data: list[Embedding]
     usage: Usage
+    token_encoding: Annotated[
+        str | None, doc("Of the ids that were decoded; not there where none were.")
+    ] = None
 
 
 class TokenizedText(Struct, frozen=True, omit_defaults=True):
@@ -150,7 +234,7 @@ class TokenizedText(Struct, frozen=True, omit_defaults=True):
     tokens: list[str] | None = None
 
 
-class TokenizeResponse(Struct, frozen=True):
+class TokenizeResponse(Struct, frozen=True, omit_defaults=True):
     """Response of `POST /tokenize`; `total_tokens` is what an embedding would be billed."""
 
     object: Literal["list"]
@@ -160,6 +244,9 @@ class TokenizeResponse(Struct, frozen=True):
     total_tokens: int
     request_tokens_max: int
     fits: bool
+    token_encoding: Annotated[
+        str | None, doc("Of the ids that were decoded; not there where none were.")
+    ] = None
 
 
 class Model(Struct, frozen=True, kw_only=True):
@@ -172,6 +259,11 @@ class Model(Struct, frozen=True, kw_only=True):
     context_size: int
     dimensions: int
     dimensions_selectable: bool
+    matryoshka_dimensions: Annotated[list[int], doc("Sizes a vector may be cut to.")]
+    prompts: Annotated[dict[str, str], doc("By name: what is put before a text.")]
+    default_prompt_name: Annotated[str | None, doc("The prompt where a request names none.")]
+    labels: Annotated[int, doc("Numbers in a score; 0 where the model gives none.")]
+    late_chunking: Annotated[bool, doc("Whether parts of a text may have vectors.")]
     output_types: list[str]
     truncate: Annotated[str, doc("For this key, where a request does not say.")]
     precision: str
@@ -291,8 +383,9 @@ class Decoder(Generic[T]):
         message = f"Invalid value for '{param}'. {problem}."
         if problem.startswith(_NOT_LISTED):
             value = shown(problem.removeprefix(_NOT_LISTED).removesuffix("'"))
-            words = list(self._words[param.partition("[")[0]])
-            message = f"Invalid value for '{param}' = {value}. Supported values: {words}."
+            message = f"Invalid value for '{param}' = {value}."
+            if words := self._words.get(param.partition("[")[0]):  # not of a structure within
+                message += f" Supported values: {list(words)}."
         elif wrong is not None:
             expected = wrong["expected"].replace(" | ", " or ")
             message = f"Invalid type for '{param}': expected {expected}, "

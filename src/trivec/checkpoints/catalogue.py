@@ -36,16 +36,17 @@ class CatalogueEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     hub_id: str
     owned_by: str
     created: int  # Unix seconds of its publication
-    pooling: Pooling
-    normalize: bool
     token_count_max: int
     dimensions: int
+    pooling: Pooling | None = None  # None: none of its outputs is pooled, or the files say
+    normalize: bool = True
     aliases: tuple[str, ...] = ()
     revision: str | None = None  # None: whatever the hub's main branch is at the first pull
     pins: dict[str, Pin] = {}  # by file name
     has_heads: bool = False  # sparse and multi-vector heads beside the encoder
     dimensions_selectable: bool = False
-    prefixes: dict[str, str] = {}  # by kind of text; the client adds them
+    matryoshka_dimensions: tuple[int, ...] = ()  # sizes a vector may be cut to
+    prompts: dict[str, str] = {}  # by name: what is put before a text
     wheel: Wheel | None = None
 
     @property

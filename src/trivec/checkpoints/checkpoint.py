@@ -1,34 +1,45 @@
 """Checkpoint: a model's files found, hashed, compared with what is known, and only then read."""
 
 import hashlib
+import logging
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
 from trivec.checkpoints.catalogue import CATALOGUE, CatalogueEntry, Pin, Wheel, entries
 from trivec.checkpoints.hashes import HashedFile, Hashes
+from trivec.checkpoints.heads import read_m3_heads, read_planned
 from trivec.checkpoints.hub import pull, pulled_folder, pulled_pins
 from trivec.checkpoints.layout import (
     HEADS,
     TOKENIZER_FILE,
-    WEIGHT_FILES,
-    SentenceSettings,
     model_files,
     read_config,
-    read_heads,
-    read_sentence_settings,
     read_tokenizer_length,
+    read_weight_names,
+    refuse_pointer,
     scan,
 )
-from trivec.checkpoints.tensor_files import as_safetensors, open_tensor_file
-from trivec.checkpoints.weights import Weights
+from trivec.checkpoints.modules import read_length, read_modules, read_prompt_settings
+from trivec.checkpoints.weights import Weights, open_weights
 from trivec.core.errors import CheckpointRefused
-from trivec.core.types import Output
+from trivec.core.types import NO_PROMPTS, Output
 from trivec.models.ops import ModelConfig
-from trivec.models.pooling import Heads, Pooling
+from trivec.models.pooling import (
+    HeadLayer,
+    HeadPlan,
+    Heads,
+    MultiHead,
+    Pooler,
+    Pooling,
+    SpladeHead,
+    TokenHead,
+)
 from trivec.models.registry import FAMILIES, tensor_shapes
+
+_log = logging.getLogger("trivec.checkpoints")
 
 MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)*", re.ASCII)
 
@@ -41,26 +52,70 @@ class Checkpoint:
     aliases: tuple[str, ...]
     folder: Path
     config: ModelConfig
-    pooling: Pooling
+    pooling: tuple[Pooling, ...]  # laid end to end; none where it has token heads only
     normalize: bool
     token_count_max: int  # special tokens included
     tokenizer_file: Path
-    heads: Heads | None
+    heads: Heads | None  # BGE-M3's
     digest: str  # sha256 over names and hashes of all files in use: a key for what is made of them
     verified: bool  # every file in use has the hash that the catalogue gives it
     source: str  # "wheel", "hub" or "folder"
     created: int  # Unix seconds
     owned_by: str
     dimensions_selectable: bool
-    weight_file: HashedFile
+    weight_files: tuple[HashedFile, ...]
     cache_dir: Path
+    prompts: Mapping[str, str] = field(default_factory=lambda: NO_PROMPTS)  # put before a text
+    default_prompt_name: str | None = None
+    include_prompt: bool = True  # False: a prompt's tokens are left out of the pooled mean
+    matryoshka_dimensions: tuple[int, ...] = ()  # sizes a vector may be cut to
+    labels: int = 0  # numbers in a score
+    layers: tuple[HeadLayer, ...] = ()  # after pooling
+    token_head: TokenHead | None = None
+    truncate_dim: int | None = None  # so many numbers of a vector are kept; None: all
+    head_tensors: frozenset[str] = frozenset()  # of the weight files, read already
+    assumed: str | None = None  # what the files do not say, in a sentence
+
+    @property
+    def pooler(self) -> Pooler:
+        """How its hidden states become vectors or scores."""
+        return Pooler(
+            self.pooling,
+            self.normalize,
+            self.heads,
+            layers=self.layers,
+            token_head=self.token_head,
+            is_score=self.labels > 0,
+            dimensions=self.truncate_dim,
+        )
+
+    @property
+    def dimensions(self) -> int:
+        """Numbers in a vector: a dense one, or a token's, or the vocabulary; 0 for scores alone."""
+        if self.labels:
+            return 0
+        if isinstance(self.token_head, SpladeHead):
+            return self.config.vocab_size
+        layers = self.token_head.layers if self.token_head else self.layers
+        width = self.config.hidden_size * max(1, len(self.pooling))
+        widths = [len(layer.weight) for layer in layers]
+        return min([*(widths[-1:] or [width]), *([self.truncate_dim] if self.truncate_dim else [])])
+
+    @property
+    def late_chunking(self) -> bool:
+        """Whether a vector is the mean of its tokens, so that parts of a sequence may have one."""
+        return self.pooling == (Pooling.MEAN,) and not self.labels
 
     @property
     def outputs(self) -> Output:
         """What one forward pass can yield."""
-        if self.heads is None:
-            return Output.DENSE
-        return Output.DENSE | Output.SPARSE | Output.MULTI
+        if self.labels:
+            return Output.SCORE
+        if isinstance(self.token_head, SpladeHead):
+            return Output.SPARSE
+        if isinstance(self.token_head, MultiHead):
+            return Output.MULTI
+        return Output.DENSE if self.heads is None else Output.DENSE | Output.SPARSE | Output.MULTI
 
     def weights(self) -> Weights:
         """Open the encoder's weights: names and shapes are checked now, values as they are taken.
@@ -68,8 +123,9 @@ class Checkpoint:
         A torch file is converted first, once: seconds and as much disk under `cache_dir` again.
         Raises `CheckpointRefused`.
         """
-        opened = open_tensor_file(as_safetensors(self.weight_file, cache_dir=self.cache_dir))
-        return Weights(opened, tensor_shapes(self.config), FAMILIES[self.config.family])
+        opened = open_weights(self.weight_files, cache_dir=self.cache_dir)
+        shapes, family = tensor_shapes(self.config), FAMILIES[self.config.family]
+        return Weights(opened, shapes, family, self.head_tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,43 +221,127 @@ def _open(found: Location, cache_dir: Path) -> Checkpoint:
         raise CheckpointRefused(f"{folder}: {error}") from error
     hashes = Hashes(cache_dir / "hashes")
     hashed = {name: hashes.of(folder / name) for name in used}
+    for file in hashed.values():
+        refuse_pointer(file)
     if found.source != "folder":
         _refuse_other_files(found, hashed)
     sha256s = {name: file.sha256 for name, file in hashed.items()}
 
-    config = read_config(folder)
-    settings: SentenceSettings | CatalogueEntry | None = entry
-    if "modules.json" in names:
-        settings = read_sentence_settings(folder, names, hidden_size=config.hidden_size)
-    if settings is None:
-        raise CheckpointRefused(
-            f"{folder}: holds no modules.json, so its pooling is not known. Save it with "
-            "sentence-transformers, or give it the id of the model it is a copy of (ID=DIR)."
-        )
-    lengths = (settings.token_count_max, read_tokenizer_length(folder, names))
-    heads = [name for name in used if Path(name).stem in HEADS]
-    (weight_file,) = (file for name, file in hashed.items() if name in WEIGHT_FILES)
+    config, plan = read_config(folder)
+    weight_files = tuple(hashed[name] for name in read_weight_names(folder, used))
+    lengths = (
+        read_length(folder, names),
+        read_tokenizer_length(folder, names),
+        entry.token_count_max if entry and "modules.json" not in names else None,
+    )
+    settings = read_prompt_settings(folder, names)
+    known = entry.prompts if entry else {}
     lines = sorted(f"{sha256} {name}\n" for name, sha256 in sha256s.items())
-    return Checkpoint(
+    checkpoint = Checkpoint(
         id=found.id,
         aliases=entry.aliases if entry else (),
         folder=folder,
         config=config,
-        pooling=settings.pooling,
-        normalize=settings.normalize,
         token_count_max=min([config.token_count_max, *(one for one in lengths if one)]),
         tokenizer_file=folder / TOKENIZER_FILE,
-        heads=read_heads(folder, heads, hidden_size=config.hidden_size) if heads else None,
         digest=hashlib.sha256("".join(lines).encode()).hexdigest(),
         verified=entry is not None
         and sha256s == {name: pin.sha256 for name, pin in entry.pins.items()},
         source=found.source,
-        created=entry.created if entry else int(weight_file.path.stat().st_mtime),
+        created=entry.created if entry else int(weight_files[0].path.stat().st_mtime),
         owned_by=entry.owned_by if entry else "local",
         dimensions_selectable=entry is not None and entry.dimensions_selectable,
-        weight_file=weight_file,
+        weight_files=weight_files,
         cache_dir=cache_dir,
+        # What sentence-transformers writes where nobody said anything is an empty prompt.
+        prompts={
+            **settings.prompts,
+            **{k: v for k, v in known.items() if not settings.prompts.get(k)},
+        },
+        default_prompt_name=settings.default_prompt_name,
+        truncate_dim=settings.truncate_dim,
+        matryoshka_dimensions=entry.matryoshka_dimensions if entry else (),
+        pooling=(),
+        normalize=False,
+        heads=None,
     )
+    m3_files = [name for name in used if Path(name).stem in HEADS]
+    checkpoint = _with_head(checkpoint, names, entry, plan, m3_files)
+    if checkpoint.assumed:
+        _log.warning("%s: %s", found.id, checkpoint.assumed)
+    return checkpoint
+
+
+def _with_head(
+    checkpoint: Checkpoint,
+    names: frozenset[str],
+    entry: CatalogueEntry | None,
+    plan: HeadPlan | None,
+    m3_files: Sequence[str],
+) -> Checkpoint:
+    """*checkpoint* and what follows its encoder: as its modules say, the catalogue, or its class."""
+    folder, width = checkpoint.folder, checkpoint.config.hidden_size
+    family = FAMILIES[checkpoint.config.family]
+    m3_heads = read_m3_heads(folder, m3_files, hidden_size=width) if m3_files else None
+    if plan is not None and plan.output is Output.DENSE:
+        layers, head_tensors = _planned(checkpoint, plan)
+        checkpoint = replace(checkpoint, layers=layers, head_tensors=head_tensors)
+        width, plan = len(layers[-1].weight), None
+    modules = None
+    if "modules.json" in names:
+        modules = read_modules(folder, names, hidden_size=width)
+    if modules is not None and modules.pooling:
+        return replace(
+            checkpoint,
+            pooling=modules.pooling,
+            include_prompt=modules.include_prompt,
+            layers=(*checkpoint.layers, *modules.layers),
+            normalize=modules.normalize,
+            heads=m3_heads,
+        )
+    if modules is not None and modules.is_multi:
+        return replace(checkpoint, token_head=MultiHead(modules.layers, modules.normalize))
+    if modules is None and entry is not None and entry.pooling is not None:
+        return replace(
+            checkpoint, pooling=(entry.pooling,), normalize=entry.normalize, heads=m3_heads
+        )
+    if plan is None and modules is None:
+        assumed = (
+            f"its folder holds no modules.json; its vectors are made by {family.pooling.value} "
+            "pooling and not normalised, as sentence-transformers would make them"
+        )
+        return replace(checkpoint, pooling=(family.pooling,), heads=m3_heads, assumed=assumed)
+    if plan is None or (
+        modules is not None and modules.is_splade != (plan.output is Output.SPARSE)
+    ):
+        raise CheckpointRefused(
+            f"{folder / 'modules.json'}: names no pooling that goes with the architecture in "
+            "config.json"
+        )
+    layers, head_tensors = _planned(checkpoint, plan)
+    checkpoint = replace(checkpoint, head_tensors=head_tensors)
+    if plan.output is Output.SCORE:
+        labels = len(layers[-1].weight)
+        return replace(checkpoint, pooling=plan.pooling, layers=layers, labels=labels)
+    takes_log_twice = modules is not None and modules.takes_log_twice
+    assumed = (
+        "its folder holds no modules.json and a masked language model; its vectors are sparse, by "
+        "SPLADE's log(1 + relu), the maximum over the tokens"
+    )
+    return replace(
+        checkpoint,
+        token_head=SpladeHead(layers, takes_log_twice),
+        assumed=None if modules is not None or entry is not None else assumed,
+    )
+
+
+def _planned(
+    checkpoint: Checkpoint, plan: HeadPlan
+) -> tuple[tuple[HeadLayer, ...], frozenset[str]]:
+    """The head that stands beside the encoder, and its tensors' names. Raises `CheckpointRefused`."""
+    stored = open_weights(checkpoint.weight_files, cache_dir=checkpoint.cache_dir)
+    family, width = FAMILIES[checkpoint.config.family], checkpoint.config.hidden_size
+    return read_planned(plan, stored, prefixes=family.prefixes, width=width)
 
 
 def _refuse_other_files(found: Location, hashed: Mapping[str, HashedFile]) -> None:

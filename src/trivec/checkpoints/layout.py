@@ -4,94 +4,54 @@ Strict, because a setting that is passed over makes wrong vectors without a soun
 would change the result and is not understood is refused, with the reason and a next step.
 """
 
+import fnmatch
 import os
+import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-import numpy as np
 
-from trivec.checkpoints.tensor_files import open_tensor_file
+from trivec.checkpoints.hashes import HashedFile
 from trivec.core.errors import CheckpointRefused
-from trivec.core.types import Float32Array
 from trivec.models import registry
 from trivec.models.ops import ModelConfig
-from trivec.models.pooling import Heads, Pooling
+from trivec.models.pooling import HeadPlan
 
 T = TypeVar("T")
 
 FILES_MAX = 10_000  # in a folder
 JSON_BYTES_MAX = 1024 * 1024
+INDEX_BYTES_MAX = 16 * 1024 * 1024
 TOKENIZER_BYTES_MAX = 256 * 1024 * 1024
 TOKENS_MAX = 4_000_000  # a larger maximum is transformers' way to say that there is none
 
 TOKENIZER_FILE = "tokenizer.json"
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first one there is read
+INDEX_FILE = "model.safetensors.index.json"
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+WEIGHT_FILES = ("model.safetensors", INDEX_FILE, "pytorch_model.bin")  # the first one there is read
 HEADS = ("sparse_linear", "colbert_linear")  # files of BGE-M3's heads, .safetensors or .pt
-POOLING_FILE = "1_Pooling/config.json"
 LAYOUT_FILES = (
     "config.json",
     "modules.json",
-    POOLING_FILE,
-    "2_Normalize/config.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
     "special_tokens_map.json",
     "tokenizer_config.json",
 )
-# Settings of sentence-transformers' files, and the values of an ordinary text encoder, which change
-# no vector here; `...`: any value. Others are refused, for the reason given or as not understood.
-ORDINARY_MODEL: Mapping[str, object] = {
-    "__version__": ...,
-    "prompts": ...,  # named here, put before a text by whoever sends it
-    "similarity_fn_name": ...,
-    "model_type": (None, "SentenceTransformer"),
-    "default_prompt_name": (None, ""),
+# Of the modules that sentence-transformers numbers, as 1_Pooling and 2_Dense.
+MODULE_FILE = re.compile(r"\d+_\w+/(config\.json|model\.safetensors|pytorch_model\.bin)", re.ASCII)
+# What a folder holds instead of a model's weights, and what to do.
+OTHER_FORMATS = {
+    "adapter_config.json": "holds an adapter, without the model that it changes. Merge the two "
+    "(peft: merge_and_unload) and save the whole model.",
+    "*.gguf": "holds a GGUF file, which is llama.cpp's and quantised its way. Take the model's own "
+    "float checkpoint in safetensors.",
+    "*.onnx": "holds the model as ONNX only, which is a graph and not weights by name. Take the "
+    "model's own checkpoint in safetensors.",
 }
-ORDINARY_TRANSFORMER: Mapping[str, object] = {
-    "max_seq_length": ...,
-    "unpad_inputs": ...,  # how a batch is laid out in memory
-    "do_lower_case": (False,),
-    "transformer_task": ("feature-extraction",),
-    "modality_config": (
-        {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
-    ),
-    "module_output_name": ("token_embeddings",),
-    "query_length": (None,),
-    "document_length": (None,),
-    "query_expansion": (None,),
-}
-# Of token vectors it would come before the pooling.
-ORDINARY_NORMALIZE = dict.fromkeys(
-    ("module_input_name", "module_output_name"), ("sentence_embedding",)
-)
-REASONS = {
-    "default_prompt_name": "puts a prompt before every text. Set it to null and let the client "
-    "send the prompt with its text.",
-    "truncate_dim": "keeps only the first numbers of each vector, which is not done here. Remove "
-    "it to serve whole vectors, and cut them where they are used.",
-    "include_prompt": "leaves a prompt's tokens out of the vector; here a text is pooled whole, "
-    "its prompt with it.",
-    "embedding_dimension": "is not the width of the encoder's vectors.",
-    "word_embedding_dimension": "is not the width of the encoder's vectors.",
-}
-POOLING_MODES = {  # flags that older sentence-transformers write, and what newer ones call them
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
-# What never is a lexical weight, with the names XLM-R's tokenizer gives by default.
-IGNORED_TOKENS = {
-    "cls_token": "<s>",
-    "eos_token": "</s>",
-    "pad_token": "<pad>",
-    "unk_token": "<unk>",
-}
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Settings of transformers that override a BERT normalizer: its own name and default of each.
 NORMALIZER_SETTINGS: Mapping[str, tuple[str, bool | None]] = {
     "do_lower_case": ("lowercase", True),
@@ -100,16 +60,13 @@ NORMALIZER_SETTINGS: Mapping[str, tuple[str, bool | None]] = {
 }
 
 
-class _Module(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    type: str
-    path: str
-    idx: int = 0
-    name: str = ""
-
-
 class _AddedToken(msgspec.Struct, frozen=True):
     content: str
     id: int = -1
+
+
+class _WeightIndex(msgspec.Struct, frozen=True):
+    weight_map: dict[str, str]  # tensor to file
 
 
 class _TokenizerFile(msgspec.Struct, frozen=True):
@@ -117,15 +74,6 @@ class _TokenizerFile(msgspec.Struct, frozen=True):
 
     normalizer: dict[str, Any] | None = None
     added_tokens: list[_AddedToken] = []
-
-
-@dataclass(frozen=True, slots=True)
-class SentenceSettings:
-    """What sentence-transformers' files say: how hidden states become a vector, how many are read."""
-
-    pooling: Pooling
-    normalize: bool
-    token_count_max: int | None  # None: as many as the positions allow
 
 
 def scan(folder: Path) -> frozenset[str]:
@@ -180,14 +128,20 @@ def model_files(names: frozenset[str], *, known: Collection[str] = ()) -> list[s
 
     Of several weight files the first *known* one is taken. Raises `ValueError` saying what lacks.
     """
+    files = {name.rpartition("/")[2] for name in names}
+    weights = [name for name in WEIGHT_FILES if name in names]
+    if not weights:
+        for pattern, problem in OTHER_FORMATS.items():
+            if fnmatch.filter(files, pattern):
+                raise ValueError(problem)
     if "config.json" not in names:
         raise ValueError("holds no config.json, so it is no model's folder")
     if TOKENIZER_FILE not in names:
         raise ValueError(f"holds no {TOKENIZER_FILE}; save the model's fast tokenizer there")
-    weights = [name for name in WEIGHT_FILES if name in names]
     if not weights:
         raise ValueError(f"holds none of {', '.join(WEIGHT_FILES)}")
     weights.sort(key=lambda name: name not in known)
+    shards = sorted(filter(SHARD.fullmatch, names)) if weights[0] == INDEX_FILE else []
     heads = {
         head: head + suffix
         for head in HEADS
@@ -199,83 +153,47 @@ def model_files(names: frozenset[str], *, known: Collection[str] = ()) -> list[s
         (found,) = heads.values()
         raise ValueError(f"holds {found} but no {lacking}.pt; copy both heads, or neither")
     layout = [name for name in LAYOUT_FILES if name in names]
-    return [*layout, TOKENIZER_FILE, weights[0], *heads.values()]
+    modules = sorted(filter(MODULE_FILE.fullmatch, names))
+    return [*layout, *modules, TOKENIZER_FILE, weights[0], *shards, *heads.values()]
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """The model that `config.json` of *folder* describes. Raises `CheckpointRefused`."""
+def read_weight_names(folder: Path, used: Collection[str]) -> list[str]:
+    """The files among *used* that hold the encoder's weights. Raises `CheckpointRefused`."""
+    (first,) = (name for name in used if name in WEIGHT_FILES)
+    if first != INDEX_FILE:
+        return [first]
+    shards = [name for name in used if SHARD.fullmatch(name)]
+    listed = read_json(folder / INDEX_FILE, _WeightIndex, bytes_max=INDEX_BYTES_MAX)
+    if {*listed.weight_map.values()} != {*shards}:
+        differing = sorted({*listed.weight_map.values()} ^ {*shards})
+        raise CheckpointRefused(
+            f"{folder / INDEX_FILE}: does not list the weight files that are there; "
+            f"{', '.join(differing[:3])} is on one side only. Copy the whole model."
+        )
+    return shards
+
+
+def refuse_pointer(file: HashedFile) -> None:
+    """Raise `CheckpointRefused` where *file* is only what git-lfs leaves in its place."""
+    if file.byte_count < 1024 and file.path.read_bytes().startswith(LFS_POINTER):
+        raise CheckpointRefused(
+            f"{file.path}: is a git-lfs pointer, not the file itself. Run `git lfs pull` in the "
+            "model's repository, or download the file."
+        )
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, HeadPlan | None]:
+    """The model that `config.json` of *folder* describes, and the head of its class, if any.
+
+    Raises `CheckpointRefused`.
+    """
     file = folder / "config.json"
     try:
-        return registry.read_config(read_json(file, dict[str, Any]))
+        found = read_json(file, dict[str, Any])
+        config = registry.read_config(found)
+        return config, registry.head_plan(found, config)
     except (ValueError, msgspec.ValidationError) as error:
         raise CheckpointRefused(f"{file}: {error}") from error
-
-
-def read_sentence_settings(
-    folder: Path, names: frozenset[str], *, hidden_size: int
-) -> SentenceSettings:
-    """What `modules.json` and the files it leads to say. Raises `CheckpointRefused`.
-
-    *names* are the folder's files as `scan` lists them; `modules.json` must be among them.
-    """
-    file = folder / "modules.json"
-    modules = read_json(file, list[_Module])
-    for module in modules:
-        if module.type.partition(".")[0] != "sentence_transformers":
-            raise CheckpointRefused(
-                f"{file}: module type {module.type!r} is code of the model's own; none is run"
-            )
-    kinds = [module.type.rpartition(".")[2] for module in modules]
-    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-        raise CheckpointRefused(
-            f"{file}: names the modules {', '.join(kinds) or 'none'}; understood are Transformer, "
-            "Pooling and an optional Normalize, in this order"
-        )
-    if modules[0].path != "" or modules[1].path != "1_Pooling":
-        raise CheckpointRefused(
-            f"{file}: keeps its modules in {modules[0].path or '.'} and {modules[1].path}; "
-            "understood are the folder itself and 1_Pooling"
-        )
-    if POOLING_FILE not in names:
-        raise CheckpointRefused(f"{folder / POOLING_FILE}: is missing; copy the whole model")
-    width = (None, hidden_size)
-    pooling = _read_settings(
-        folder / POOLING_FILE,
-        {"include_prompt": (True,), "embedding_dimension": width, "word_embedding_dimension": width}
-        | dict.fromkeys((*POOLING_MODES, "pooling_mode"), ...),
-    )
-    named = pooling.get("pooling_mode") or []
-    flags = [mode for name, mode in POOLING_MODES.items() if pooling.get(name)]
-    modes = dict.fromkeys([*flags, *map(str, named if isinstance(named, list) else [named])])
-    if [*modes] not in (["cls"], ["mean"], ["lasttoken"]):
-        raise CheckpointRefused(
-            f"{folder / POOLING_FILE}: asks for {' and '.join(modes) or 'no'} pooling; understood "
-            "is exactly one of cls, mean and lasttoken"
-        )
-    file = folder / "config_sentence_transformers.json"
-    if file.name in names:
-        _read_settings(file, {**ORDINARY_MODEL, "truncate_dim": width})
-    if len(kinds) == 3 and (name := f"{modules[2].path}/config.json") in names:
-        _read_settings(folder / name, ORDINARY_NORMALIZE)
-    file, length = folder / "sentence_bert_config.json", None
-    if file.name in names:
-        length = _read_settings(file, ORDINARY_TRANSFORMER).get("max_seq_length")
-    return SentenceSettings(
-        pooling=Pooling(*modes),
-        normalize=len(kinds) == 3,
-        token_count_max=_token_count(file, "max_seq_length", length),
-    )
-
-
-def _read_settings(file: Path, ordinary: Mapping[str, object]) -> dict[str, Any]:
-    """The settings in *file*. Raises `CheckpointRefused` for one that is not as *ordinary*."""
-    found = read_json(file, dict[str, Any])
-    for name, value in found.items():
-        values = ordinary.get(name, ())
-        if isinstance(values, tuple) and value not in values:
-            reason = REASONS.get(name, "is not understood")
-            raise CheckpointRefused(f"{file}: {name} = {value!r} {reason}")
-    return found
 
 
 def read_tokenizer_length(folder: Path, names: frozenset[str]) -> int | None:
@@ -290,7 +208,7 @@ def read_tokenizer_length(folder: Path, names: frozenset[str]) -> int | None:
     file = folder / "tokenizer_config.json"
     found = read_json(file, dict[str, Any])
     settings = [name for name in NORMALIZER_SETTINGS if name in found]
-    normalizer = _read_tokenizer(folder).normalizer if settings else None
+    normalizer = read_tokenizer(folder).normalizer if settings else None
     if normalizer is not None and normalizer.get("type") == "BertNormalizer":
         for name in settings:
             own_name, default = NORMALIZER_SETTINGS[name]
@@ -300,10 +218,10 @@ def read_tokenizer_length(folder: Path, names: frozenset[str]) -> int | None:
                     f"{file}: {name} = {found[name]!r}, but {TOKENIZER_FILE} has {own_name} = "
                     f"{own!r}. Save the tokenizer again, so that both say the same."
                 )
-    return _token_count(file, "model_max_length", found.get("model_max_length"))
+    return token_count(file, "model_max_length", found.get("model_max_length"))
 
 
-def _token_count(file: Path, name: str, value: object) -> int | None:
+def token_count(file: Path, name: str, value: object) -> int | None:
     """A maximum length as configs write it; None where it is null or beyond any model's."""
     if value is None or (isinstance(value, int | float) and value > TOKENS_MAX):
         return None
@@ -312,54 +230,5 @@ def _token_count(file: Path, name: str, value: object) -> int | None:
     return value
 
 
-def _read_tokenizer(folder: Path) -> _TokenizerFile:
+def read_tokenizer(folder: Path) -> _TokenizerFile:
     return read_json(folder / TOKENIZER_FILE, _TokenizerFile, bytes_max=TOKENIZER_BYTES_MAX)
-
-
-def read_heads(folder: Path, files: list[str], *, hidden_size: int) -> Heads:
-    """Both heads, widened to float32. *files*: sparse, then multi. Raises `CheckpointRefused`."""
-    sparse_weight, sparse_bias = _read_linear(folder / files[0], hidden_size)
-    multi_weight, multi_bias = _read_linear(folder / files[1], hidden_size)
-    if len(sparse_bias) != 1:
-        raise CheckpointRefused(
-            f"{folder / files[0]}: has {len(sparse_bias)} outputs; a lexical weight is one number"
-        )
-    return Heads(sparse_weight, sparse_bias, multi_weight, multi_bias, _ignored_token_ids(folder))
-
-
-def _read_linear(file: Path, hidden_size: int) -> tuple[Float32Array, Float32Array]:
-    """Weight `[out, hidden]` and bias `[out]`, in memory of their own."""
-    opened = open_tensor_file(file)
-    if set(opened.tensors) != {"weight", "bias"}:
-        raise CheckpointRefused(
-            f"{file}: holds {', '.join(sorted(opened.tensors)[:4]) or 'nothing'}; a head is "
-            "weight and bias"
-        )
-    weight, bias = opened.float32("weight"), opened.float32("bias")
-    if weight.ndim != 2 or bias.ndim != 1 or weight.shape != (len(bias), hidden_size):
-        raise CheckpointRefused(
-            f"{file}: weight has shape {list(weight.shape)} and bias {list(bias.shape)}; expected "
-            f"are [outputs, {hidden_size}] and [outputs]"
-        )
-    return np.array(weight), np.array(bias)
-
-
-def _ignored_token_ids(folder: Path) -> tuple[int, ...]:
-    """Ids of the special tokens, by the names that the tokenizer's small files give them."""
-    tokens = dict(IGNORED_TOKENS)
-    for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
-        found = read_json(file, dict[str, Any]) if file.is_file() else {}
-        for name in IGNORED_TOKENS:
-            # BERT's files call the closing token sep, and may have no eos.
-            written = found.get(name) or (found.get("sep_token") if name == "eos_token" else None)
-            if written is not None:
-                content = written.get("content") if isinstance(written, dict) else written
-                tokens[name] = str(content)
-    added = {token.content: token.id for token in _read_tokenizer(folder).added_tokens}
-    for name, content in tokens.items():
-        if content not in added:
-            raise CheckpointRefused(
-                f"{folder / TOKENIZER_FILE}: its {name} {content!r} is no added token, so it "
-                "cannot be kept out of sparse vectors"
-            )
-    return tuple(sorted({added[content] for content in tokens.values()}))

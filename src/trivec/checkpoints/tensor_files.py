@@ -19,7 +19,7 @@ import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
@@ -42,6 +42,9 @@ ITEM_BYTES = {
 }  # fmt: skip
 TORCH_SUFFIXES = (".bin", ".pt")
 DIMENSIONS_MAX = 8
+# How BERT's first files call the two tensors of a LayerNorm.
+NORM_PARTS = {"gamma": "weight", "beta": "bias"}
+OLD_NORM = re.compile(r"(?<=LayerNorm\.)(gamma|beta)$")
 PICKLE_BYTES_MAX = 4 * 1024 * 1024  # BGE-M3's 391 tensors take 60 kB
 
 
@@ -103,6 +106,27 @@ class TensorFile:
                 "The file is damaged or its training diverged; fetch it again."
             )
         return array.reshape(tensor.shape)
+
+
+class TensorFiles:
+    """A model's tensors, in one file or several, under the names that transformers gives them now."""
+
+    def __init__(self, files: Sequence[TensorFile]) -> None:
+        """Raises `CheckpointRefused` for a name that is there twice."""
+        self.file = files[0].file  # for messages: the first
+        self.tensors: dict[str, StoredTensor] = {}
+        self._places: dict[str, tuple[TensorFile, str]] = {}  # its file, and its name there
+        for file in files:
+            for name, tensor in file.tensors.items():
+                now = OLD_NORM.sub(lambda found: NORM_PARTS[found[0]], name)
+                if now in self.tensors:
+                    raise CheckpointRefused(f"{file.file}: {now} is there twice")
+                self.tensors[now], self._places[now] = tensor, (file, name)
+
+    def float32(self, name: str) -> Float32Array:
+        """As `TensorFile.float32`."""
+        file, stored_name = self._places[name]
+        return file.float32(stored_name)
 
 
 def all_finite(array: Float32Array) -> bool:

@@ -4,40 +4,61 @@ Files differ in a prefix and carry tensors that the model does not read; the res
 sees the family's names only.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
+from pathlib import Path
 
-from trivec.checkpoints.tensor_files import TensorFile
+from trivec.checkpoints.hashes import HashedFile
+from trivec.checkpoints.tensor_files import TensorFiles, as_safetensors, open_tensor_file
 from trivec.core.errors import CheckpointRefused
 from trivec.core.types import Float32Array
 from trivec.models.registry import Family
+
+
+def open_weights(files: Sequence[HashedFile], *, cache_dir: Path) -> TensorFiles:
+    """Map the weight *files* of a model; a torch file is converted first, once, see `as_safetensors`."""
+    return TensorFiles(
+        [open_tensor_file(as_safetensors(file, cache_dir=cache_dir)) for file in files]
+    )
 
 
 class Weights(AbstractContextManager["Weights"]):
     """Checked weights, each to be taken exactly once. One thread at a time."""
 
     def __init__(
-        self, file: TensorFile, shapes: Mapping[str, tuple[int, ...]], family: Family
+        self,
+        file: TensorFiles,
+        shapes: Mapping[str, tuple[int, ...]],
+        family: Family,
+        head: Collection[str] = (),
     ) -> None:
         """Match *file* to *shapes* (the family's name to shape) by its header alone.
 
-        Raises `CheckpointRefused` for a tensor that is missing, extra or mis-shaped.
+        *head*: tensors that the model's head has read. Raises `CheckpointRefused` for a tensor that
+        is missing, extra or mis-shaped.
         """
 
         def refusal(problem: str) -> CheckpointRefused:
             return CheckpointRefused(f"{file.file}: {problem}. Is its config.json its own?")
 
-        self._file, stored = file, file.tensors
+        self._file = file
+        self._names = {family.own_name(name): name for name in file.tensors}  # ours to the file's
+        stored = {name: file.tensors[theirs] for name, theirs in self._names.items()}
         prefixes = [one for one in family.prefixes if one + family.key_tensor in stored]
         prefix = prefixes[0] if len(prefixes) == 1 else ""
-        places, stored_shapes = _places(shapes, family.fused)
+        fused = {
+            whole: parts
+            for whole, parts in family.fused.items()
+            if any(f".{whole}." in name for name in stored)
+        }
+        places, stored_shapes = _places(shapes, fused)
         self._left = {name: (prefix + whole, rows) for name, (whole, rows) in places.items()}
         expected = {prefix + name: shape for name, shape in stored_shapes.items()}
         if missing := [name for name in stored_shapes if prefix + name not in stored]:
             raise refusal(f"lacks {_first_of(missing)}")
         unused = (*family.unused, *(prefix + pattern for pattern in family.unused))
-        extra = [name for name in stored if name not in expected]
+        extra = [name for name in stored if name not in expected and self._names[name] not in head]
         extra = [name for name in extra if not any(fnmatchcase(name, one) for one in unused)]
         if extra:
             raise refusal(f"holds {_first_of(extra)}, which this encoder does not have")
@@ -54,7 +75,7 @@ class Weights(AbstractContextManager["Weights"]):
         """
         assert name in self._left, f"{name} was taken before, or is none of this encoder's"
         whole, rows = self._left.pop(name)
-        return self._file.float32(whole)[rows]
+        return self._file.float32(self._names[whole])[rows]
 
     def finish(self) -> None:
         """Say that all was taken. Raises `CheckpointRefused`, naming what was not."""

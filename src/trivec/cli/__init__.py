@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 REFUSED_EXIT_CODE = 2
 COMMANDS = {  # name: its line in `trivec --help`
     "serve": "Serve embeddings over HTTP until told to stop.",
+    "embed": "Embed a corpus: from files of texts to a file of vectors.",
     "models": "List, pull and verify models.",
     "keys": "Create, list, rotate and revoke API keys.",
     "usage": "Sum what was used, by key, model or day: requests and the tokens they were billed.",

@@ -69,7 +69,7 @@ def bench(
 async def _measure_engine(settings: Settings, *, seconds: float) -> Measured:
     """Rates of the first model of *settings*, behind its own queue and workers."""
     from trivec.build import load_models, open_parts
-    from trivec.core.types import Output, Sequences
+    from trivec.core.types import Sequences
     from trivec.server.machine import usable_cores
 
     parts = open_parts(settings)
@@ -83,7 +83,7 @@ async def _measure_engine(settings: Settings, *, seconds: float) -> Measured:
         """Requests that were answered; one that was sent is waited for."""
         count = 0
         while not count or time.perf_counter() < ends_s:
-            await embedder.embed(request, Output.DENSE)
+            await embedder.embed(request, card.main_output)
             count += 1
         return count
 

@@ -47,7 +47,7 @@ def list_(data_dir: DataDir = None, as_json: AsJson = False) -> None:
                 "token_count_max": entry.token_count_max,
                 "dimensions": entry.dimensions,
                 "outputs": outputs,
-                "prefixes": dict(entry.prefixes),
+                "prompts": dict(entry.prompts),
                 "problem": problem,
             }
         )

@@ -51,7 +51,8 @@ def _flag(name: str, *spellings: str, metavar: str | None = None) -> OptionInfo:
     words = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
     notes = [" | ".join(words)] if words and all(isinstance(one, str) for one in words) else []
     if field.default not in (None, (), False):
-        notes.append(f"default: {field.default}")
+        default = field.default
+        notes.append(f"default: {', '.join(default) if isinstance(default, tuple) else default}")
     help_text = f"{field.description}" + "".join(f" [dim]\\[{note}][/]" for note in notes)
     info: OptionInfo = typer.Option(*spellings, metavar=metavar, help=help_text, show_default=False)
     return info
@@ -69,6 +70,8 @@ class ServeCommand(TyperCommand):
 @app.command(cls=ServeCommand)
 def serve(
     models: Annotated[list[str] | None, _flag("models", "--model", "-m")] = None,
+    aliases: Annotated[list[str] | None, _flag("aliases", "--alias", metavar="NAME=ID")] = None,
+    faces: Annotated[list[str] | None, _flag("faces", "--face")] = None,
     host: Annotated[str | None, _flag("host")] = None,
     port: Annotated[str | None, _flag("port", "--port", "-p")] = None,
     probe_port: Annotated[str | None, _flag("probe_port")] = None,
@@ -80,6 +83,9 @@ def serve(
     data_dir: Annotated[str | None, _flag("data_dir")] = None,
     config: ConfigFile = None,
     truncate: Annotated[str | None, _flag("truncate")] = None,
+    token_encoding: Annotated[str | None, _flag("token_encoding")] = None,
+    cors_origins: Annotated[list[str] | None, _flag("cors_origins", "--cors-origin")] = None,
+    page: Annotated[bool | None, _flag("page", "--page/--no-page")] = None,
     no_auth: Annotated[str | None, _flag("no_auth", metavar="[=anywhere]")] = None,
 ) -> None:
     """Serve embeddings over HTTP until told to stop.
@@ -88,7 +94,9 @@ def serve(
     docs/configuration.md.
     """
     flags = locals()
-    flags["http"] = {"truncate": flags.pop("truncate")}
+    flags["http"] = {
+        name: flags.pop(name) for name in ("truncate", "token_encoding", "cors_origins", "page")
+    }
     exit_code = run(load_settings(flags, os.environ, warn=_say))
     # At the interpreter's orderly end granian's own threads abort the process.
     sys.stdout.flush()
@@ -249,6 +257,8 @@ class Greeting:
         self._say_fact("device", f"{choice.device} with {choice.backend}, {workers}")
         self._say_fact("", choice.reason)
         self._say_fact("listening", self._url)
+        if settings.http.page:
+            self._say_fact("page", f"{self._url}/")
         if settings.no_auth:
             anywhere = settings.no_auth == "anywhere"
             reach = f"reaches {settings.host}" if anywhere else "is on this machine"

@@ -124,7 +124,7 @@ def create(
         name,
         scopes=frozenset(scope or [Scope.EMBED]),
         models=frozenset(model) if model else None,
-        allowance=RateLimits(rpm, tpm),
+        limits=RateLimits(rpm, tpm),
         expires_us=None if expires is None else instant(expires, option="--expires", ahead=True),
         truncate=truncate,
     )
@@ -171,8 +171,8 @@ def list_(
             "KEY": "\n".join(_hint(one) for one in key.secrets if one.is_live(now_us)),
             "SCOPES": "\n".join(sorted(key.scopes)),
             "MODELS": "all" if key.models is None else "\n".join(sorted(key.models)),
-            "RPM": key.allowance.requests_per_minute or "∞",
-            "TPM": key.allowance.tokens_per_minute or "∞",
+            "RPM": key.limits.requests_per_minute or "∞",
+            "TPM": key.limits.tokens_per_minute or "∞",
             "CREATED (UTC)": _shown(key.created_us),
             "STATE": _state(key),
             "ENDS (UTC)": _shown(key.revoked_us or key.expires_us),
@@ -249,8 +249,8 @@ def _as_json(key: Key) -> dict[str, object]:
         "name": key.name,
         "scopes": sorted(key.scopes),
         "models": None if key.models is None else sorted(key.models),
-        "requests_per_minute": key.allowance.requests_per_minute,
-        "tokens_per_minute": key.allowance.tokens_per_minute,
+        "requests_per_minute": key.limits.requests_per_minute,
+        "tokens_per_minute": key.limits.tokens_per_minute,
         **times(key),
         "revoked": _shown(key.revoked_us, ISO) or None,
         "truncate": key.truncate,
@@ -371,7 +371,7 @@ def archive(
     as_json: AsJson = False,
 ) -> None:
     """Move old ledger rows into a gzip file of JSON lines; the totals of their days stay."""
-    from trivec.accounts.archive import ArchivePlan, archive
+    from trivec.accounts.archive import ArchiveRun
     from trivec.accounts.stores import open_store
 
     now = datetime.now(UTC)
@@ -384,13 +384,18 @@ def archive(
         )
     settings = settings_of(data_dir, config)
     file = to or settings.data_dir / f"ledger-until-{day:%Y-%m-%d}.jsonl.gz"
-    plan = ArchivePlan(microseconds(day), file, settings.data_dir)
     with (
         store_refusals(settings),
         closing(open_store(settings)) as store,
         Console(stderr=True).status("") as status,  # silent where that is no terminal
     ):
-        done = archive(store, plan, told=lambda rows: status.update(f"{rows:,} rows moved"))
+        done = ArchiveRun(
+            store,
+            microseconds(day),
+            file,
+            settings.data_dir,
+            told=lambda rows: status.update(f"{rows:,} rows moved"),
+        ).run()
     if as_json:
         moved = {"rows": done.rows, "bytes": done.byte_count, "file": done.file and str(done.file)}
         print_json({"before": f"{day:%Y-%m-%d}", **moved})

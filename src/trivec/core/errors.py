@@ -4,6 +4,7 @@ TrivecError
 ├── StartError         the process cannot start: one line on stderr, exit code 2
 │   └── SettingInvalid · CheckpointRefused · StoreRefused
 ├── DeviceLost         a backend's device is gone for good
+├── JobFailed          bulk work is refused, or stops: one line on stderr, exit code 2
 └── ServiceError       a request is answered with it; `api/errors.py` holds the table
     ├── RequestError   the client must change the request
     │   └── MalformedBody · FieldInvalid (TokenIdUnknown) · TokenIdsForeign · TextTooLong ·
@@ -20,6 +21,11 @@ TrivecError
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+OPENAI_IDS = (
+    "In LangChain's OpenAIEmbeddings set check_embedding_ctx_length=False. If they are OpenAI's, "
+    'send "token_encoding": "cl100k_base" (or "o200k_base") and they are made into texts again.'
+)
 
 
 class TrivecError(Exception):
@@ -49,6 +55,10 @@ class DeviceLost(TrivecError):
     """
 
 
+class JobFailed(TrivecError):
+    """Bulk work cannot begin or go on, and why, in one line that ends in a next step."""
+
+
 class ServiceError(TrivecError):
     """A request is answered with this."""
 
@@ -75,8 +85,7 @@ class TokenIdUnknown(FieldInvalid):
     def __init__(self, *, token_id: int, vocabulary_size: int, param: str) -> None:
         super().__init__(
             f"Token id {token_id} is outside this model's vocabulary of {vocabulary_size} ids. "
-            "Send the text itself, or ids of this model's own tokenizer. In LangChain's "
-            "OpenAIEmbeddings set check_embedding_ctx_length=False.",
+            f"Send the text itself, or ids of this model's own tokenizer. {OPENAI_IDS}",
             param=param,
         )
 
@@ -87,9 +96,8 @@ class TokenIdsForeign(RequestError):
     def __init__(self) -> None:
         super().__init__(
             "The token ids in 'input' do not look like this model's own: ids of another tokenizer, "
-            "as OpenAI's tiktoken, name other words here. Send texts instead. In LangChain's "
-            "OpenAIEmbeddings set check_embedding_ctx_length=False. If they are this model's, send "
-            '"token_encoding": "model" and they are taken as they are.',
+            f"as OpenAI's tiktoken, name other words here. Send texts instead. {OPENAI_IDS} If "
+            'they are this model\'s, send "token_encoding": "model" and they are taken as they are.',
             param="input",
         )
 
@@ -102,20 +110,23 @@ class TextTooLong(RequestError):
         *,
         token_count: int | None,
         token_count_max: int,
-        index: int,
+        index: int | None,
         bytes_max: int | None = None,
     ) -> None:
-        """*token_count* None: it was not counted, for having more than *bytes_max*."""
+        """*token_count* None: it was not counted, for having more than *bytes_max*. *index* None: a
+        query that leaves no room for its document.
+        """
         self.index = index
+        param = "query" if index is None else f"input[{index}]"
         found = f"{token_count} tokens"
         if bytes_max is not None:
             found = f"a text of more than {bytes_max:,} bytes, {bytes_max // token_count_max} for "
             found += "each token, which is not read"
         super().__init__(
             f"This model's maximum context length is {token_count_max} tokens, however you "
-            f"requested {found} (input[{index}]). Please shorten that input, or send "
-            '"truncate": "end" to have it cut.',
-            param=f"input[{index}]",
+            f"requested {found} ({param}). Please shorten that input"
+            + ("." if index is None else ', or send "truncate": "end" to have it cut.'),
+            param=param,
         )
 
 
@@ -233,7 +244,7 @@ class RateLimitError(ServiceError):
 
 
 class RateLimitExceeded(RateLimitError):
-    """The key's own allowance is used up for now."""
+    """The key's own rate limit is used up for now."""
 
     def __init__(
         self, *, kind: str, limit: int, requested: int, retry_after_s: float, subject: str = ""

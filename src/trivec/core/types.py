@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntFlag
 from types import MappingProxyType
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ Int32Array: TypeAlias = NDArray[np.int32]
 Float32Array: TypeAlias = NDArray[np.float32]
 
 NOTHING_TRUNCATED: "Mapping[int, Truncated]" = MappingProxyType({})
+NO_PROMPTS: Mapping[str, str] = MappingProxyType({})
 
 
 class Output(IntFlag):
@@ -21,6 +22,8 @@ class Output(IntFlag):
     DENSE = 1
     SPARSE = 2
     MULTI = 4
+    SCORE = 8  # of a pair of texts, by a reranker or classifier
+    CHUNKS = 16  # of parts of a sequence, each the mean of its tokens
 
 
 class LongText(Enum):
@@ -42,6 +45,16 @@ class Truncated:
     kept_tokens: int
 
 
+class TextToken(NamedTuple):
+    """A token, and which characters of its text it is made of."""
+
+    token_id: int
+    text: str  # those characters; of a special token the vocabulary's string
+    is_special: bool
+    start: int
+    end: int
+
+
 @dataclass(frozen=True, slots=True)
 class Sequences:
     """Tokenised texts end to end, in the order the client gave them."""
@@ -52,6 +65,10 @@ class Sequences:
         default_factory=lambda: NOTHING_TRUNCATED
     )
     token_types: Int32Array | None = None  # [tokens]; None: all zero
+    # [sequences]; leading tokens left out of a pooled mean, special ones included. None: none are
+    skip: Int32Array | None = None
+    # Of each sequence, for `Output.CHUNKS`: int32 [chunks + 1]; where its chunks begin, and the end
+    chunks: tuple[Int32Array, ...] | None = None
 
     def __post_init__(self) -> None:
         assert self.cu_seqlens[0] == 0
@@ -97,6 +114,8 @@ class Batch:
     cu_seqlens: Int32Array  # [sequences + 1]
     outputs: NDArray[np.uint8]  # [sequences]; Output flags
     token_types: Int32Array | None = None  # [tokens]; None: all zero
+    skip: Int32Array | None = None  # [sequences]; as in `Sequences`
+    chunks: tuple[Int32Array, ...] | None = None  # [sequences]; as in `Sequences`
 
     def __post_init__(self) -> None:
         assert self.cu_seqlens[0] == 0
@@ -109,6 +128,17 @@ class Batch:
     @property
     def token_count(self) -> int:
         return len(self.token_ids)
+
+    def take(self, indices: NDArray[np.integer]) -> "Batch":
+        """The sequences at *indices*, in that order."""
+        lengths = np.diff(self.cu_seqlens)[indices]
+        starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int32))).astype(np.int32)
+        shift = self.cu_seqlens[indices] - starts[:-1]
+        tokens = np.arange(starts[-1], dtype=np.int32) + np.repeat(shift, lengths)
+        types = None if self.token_types is None else self.token_types[tokens]
+        skip = None if self.skip is None else self.skip[indices]
+        chunks = None if self.chunks is None else tuple(self.chunks[i] for i in indices)
+        return Batch(self.token_ids[tokens], starts, self.outputs[indices], types, skip, chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,33 +159,62 @@ Rows: TypeAlias = Float32Array | tuple[Row | None, ...]
 class Vectors:
     """What a forward pass yielded: rows by output, one a sequence, in the order given.
 
-    Everything is float32 on the host. An output that no sequence asked for has no entry.
-    DENSE: `[sequences, dimensions]`, of length 1 where the model normalises; always there.
-    SPARSE: a `SparseVector` or None. MULTI: `[tokens - 1, dimensions]` or None.
+    Everything is float32 on the host. An output that no sequence asked for has no entry, but for
+    one that the model yields of every text without more work.
+    DENSE: `[sequences, dimensions]`, of length 1 where the model normalises.
+    SPARSE: a `SparseVector` or None. MULTI: `[rows, dimensions]` or None.
+    SCORE: `[sequences, labels]`, as the model's last layer gives them.
+    CHUNKS: `[chunks, dimensions]`, as DENSE, or None.
     """
 
     rows: Mapping[Output, Rows]
 
     def __post_init__(self) -> None:
-        assert Output.DENSE in self.rows
         assert len({len(rows) for rows in self.rows.values()}) == 1
 
     @classmethod
     def of(
         cls,
-        dense: Float32Array,
+        dense: Float32Array | None = None,
         sparse: Sequence[SparseVector | None] = (),
         multi: Sequence[Float32Array | None] = (),
+        score: Float32Array | None = None,
+        chunks: Sequence[Float32Array | None] = (),
     ) -> "Vectors":
         """From the rows of each output; those of nothing but None are left out."""
-        rows: dict[Output, Rows] = {Output.DENSE: dense}
-        for output, given in ((Output.SPARSE, sparse), (Output.MULTI, multi)):
+        rows: dict[Output, Rows] = {}
+        if dense is not None:
+            rows[Output.DENSE] = dense
+        listed: tuple[tuple[Output, Sequence[Row | None]], ...] = (
+            (Output.SPARSE, sparse),
+            (Output.MULTI, multi),
+            (Output.CHUNKS, chunks),
+        )
+        for output, given in listed:
             if any(row is not None for row in given):
                 rows[output] = tuple(given)
+        if score is not None:
+            rows[Output.SCORE] = score
         return cls(rows)
 
+    @classmethod
+    def join(
+        cls, parts: Sequence["Vectors"], places: NDArray[np.integer] | None = None
+    ) -> "Vectors":
+        """The rows of *parts* end to end; with *places*, row i is then the `places[i]`th of these."""
+        joined: dict[Output, Rows] = {}
+        for output in sorted({output for part in parts for output in part.rows}):
+            own = [part[output] for part in parts]
+            if all(isinstance(rows, np.ndarray) for rows in own):
+                array: Float32Array = np.concatenate([np.asarray(rows) for rows in own])
+                joined[output] = array if places is None else array[places]
+            else:
+                listed = tuple(row for rows in own for row in rows)
+                joined[output] = listed if places is None else tuple(listed[i] for i in places)
+        return cls(joined)
+
     def __len__(self) -> int:
-        return len(self.dense)
+        return len(next(iter(self.rows.values())))
 
     def __getitem__(self, output: Output) -> Rows:
         """The rows of *output*, where any sequence asked for it; None for each otherwise."""
@@ -173,6 +232,14 @@ class Vectors:
     @property
     def multi(self) -> tuple[Float32Array | None, ...]:
         return cast("tuple[Float32Array | None, ...]", self[Output.MULTI])
+
+    @property
+    def chunks(self) -> tuple[Float32Array | None, ...]:
+        return cast("tuple[Float32Array | None, ...]", self[Output.CHUNKS])
+
+    @property
+    def score(self) -> Float32Array:
+        return cast("Float32Array", self.rows[Output.SCORE])
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +276,12 @@ class ModelCard:
     created: int  # Unix seconds
     owned_by: str
     dimensions_selectable: bool = False  # trained so that a leading slice of a vector is a vector
+    matryoshka_dimensions: tuple[int, ...] = ()  # sizes a vector may be cut to; empty: only its own
+    prompts: Mapping[str, str] = field(default_factory=lambda: NO_PROMPTS)  # put before a text
+    default_prompt_name: str | None = None  # the prompt of a text whose request names none
+    include_prompt: bool = True  # False: a prompt's tokens are left out of the pooled mean
+    labels: int = 0  # numbers in a score
+    late_chunking: bool = False  # the vector is a mean of tokens, and so a part may have one
     verified: bool = False  # every file matched the catalogue's hash
     aliases: tuple[str, ...] = ()
     recipe: str | None = None  # the exact arithmetic, where the backend has a name for it
@@ -218,6 +291,11 @@ class ModelCard:
     def names(self) -> tuple[str, ...]:
         """All that the model is called: its id, then its aliases."""
         return (self.id, *self.aliases)
+
+    @property
+    def main_output(self) -> Output:
+        """The first of its outputs: dense where it has that."""
+        return next(iter(self.outputs))
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,10 @@ class Engine:
         self.card = card
         if tokenizer is not None:
             self.tokenize = tokenizer.tokenize
+            self.tokenize_pairs = tokenizer.encode_pairs
+            self.tokenize_chunks = tokenizer.tokenize_chunks
+            self.find_tokens = tokenizer.find_tokens
+            self.decode = tokenizer.decode
             self.token_strings = tokenizer.token_strings
         self._scheduler = workers.scheduler
         self._queue = ModelQueue(card.id, backend, limits, backend.budget)
@@ -57,7 +61,8 @@ class Engine:
     ) -> Reply:
         """See `core.ports.Embedder`. A *deadline_s* beyond the setting's limit is the limit."""
         assert len(sequences) > 0
-        assert outputs in self.card.outputs, "the route refuses what the model lacks"
+        assert outputs in self.card.outputs | Output.CHUNKS, "the route refuses what it lacks"
+        assert self.card.late_chunking or Output.CHUNKS not in outputs
         scheduler, queue = self._scheduler, self._queue
         limit_s = queue.limits.first_batch_s_max
         wait_s = limit_s if deadline_s is None else min(deadline_s, limit_s)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trivec.core.types import BatchBudget, Float32Array, Output, Reply, Rows, Sequences, Vectors
+from trivec.core.types import BatchBudget, Output, Reply, Sequences, Vectors
 
 # A batch pads its attention to its longest sequence. Within a factor of two that is cheap; up to 64
 # tokens attention is 1 % of BGE-M3's arithmetic, so short texts may always share a batch.
@@ -71,17 +71,7 @@ class Request:
         assert self.started_s is not None
         indices, vectors = [i for own, _ in self.parts for i in own], self.parts[0][1]
         if len(self.parts) > 1 or indices != sorted(indices):
-            places = np.argsort(indices)  # of each sequence's row in the parts
-            rows: dict[Output, Rows] = {}
-            for output in Output.DENSE | self.outputs:
-                parts = [own[output] for _, own in self.parts]
-                if isinstance(parts[0], np.ndarray):
-                    array: Float32Array = np.concatenate([np.asarray(part) for part in parts])
-                    rows[output] = array[places]
-                else:
-                    listed = list(chain.from_iterable(parts))
-                    rows[output] = tuple(listed[place] for place in places)
-            vectors = Vectors(rows)
+            vectors = Vectors.join([own for _, own in self.parts], np.argsort(indices))
         queue_s, compute_s = self.started_s - self.submitted_s, now_s - self.started_s
         return Reply(vectors, queue_s=queue_s, compute_s=compute_s)
 

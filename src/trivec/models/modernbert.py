@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from trivec.core.types import Output
 from trivec.models.config import Count, Eps, Rows, Theta, Width
 from trivec.models.ops import (
     Activation,
@@ -20,6 +21,7 @@ from trivec.models.ops import (
     Rope,
     Table,
 )
+from trivec.models.pooling import HeadPlan, LinearName, Nonlinearity, NormName, Pooling
 
 T = TypeVar("T")
 
@@ -113,6 +115,32 @@ def _thetas(found: _ModernBertFile) -> tuple[float, float]:
     full = msgspec.convert(given.get(FULL, {}).get("rope_theta", full), Theta)
     local = msgspec.convert(given.get(SLIDING, {}).get("rope_theta", local), Theta)
     return full, local
+
+
+def head_plan(
+    architecture: str, file: Mapping[str, Any], config: ModernBertConfig
+) -> HeadPlan | None:
+    """The head of a class of transformers, whose `config.json` is *file*; None for another class.
+
+    Raises `ValueError` for what is not understood, also msgspec's own.
+    """
+    if not architecture.endswith(("ForSequenceClassification", "ForMaskedLM")):
+        return None
+    if (activation := file.get("classifier_activation", "gelu")) != "gelu":
+        raise ValueError(f"classifier_activation is {activation!r}; understood is 'gelu'")
+    bias = "head.dense.bias" if file.get("classifier_bias") else None
+    norm_bias = "head.norm.bias" if config.norm_bias else None
+    head = (
+        LinearName("head.dense.weight", bias, Nonlinearity.GELU),
+        NormName("head.norm.weight", norm_bias, config.norm_eps),
+    )
+    if architecture.endswith("ForSequenceClassification"):
+        pooling = Pooling(file.get("classifier_pooling", "cls"))
+        return HeadPlan(Output.SCORE, (pooling,), (*head, LinearName.of("classifier")))
+    is_tied = file.get("tie_word_embeddings") is not False
+    decoder_bias = "decoder.bias" if file.get("decoder_bias", True) else None
+    decoder = LinearName(KEY_TENSOR if is_tied else "decoder.weight", decoder_bias)
+    return HeadPlan(Output.SPARSE, (), (*head, decoder))
 
 
 def forward(ops: Ops[T], config: ModernBertConfig) -> T:

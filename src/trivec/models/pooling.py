@@ -1,12 +1,14 @@
-"""Pooling: from packed hidden states to vectors, in numpy on the host.
+"""Pooling and heads: from packed hidden states to vectors and scores, in numpy on the host.
 
 One pass serves any mix of outputs in a batch. A sequence's bits depend on its own rows alone: sums
 run along one row or one sequence, and matrix products are made per sequence, since BLAS picks its
 kernel by the number of rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,14 +16,68 @@ from numpy.typing import NDArray
 from trivec.core.types import Float32Array, Int32Array, Output, SparseVector, Vectors
 
 LENGTH_FLOOR = 1e-12  # as torch.nn.functional.normalize: a zero row stays zero
+SPLADE_TOKENS = 64  # whose logits are in memory at once: 8 MB at 30,522 words, 64 MB at 250,002
 
 
 class Pooling(Enum):
-    """Of which tokens the dense vector is made."""
+    """Of which tokens a vector is made."""
 
     CLS = "cls"  # the first token's
     MEAN = "mean"  # the mean over all tokens
     LAST = "lasttoken"  # the last token's
+    MAX = "max"  # the largest number of each channel
+    WEIGHTED_MEAN = "weightedmean"  # the mean, the first token counted once, the second twice, ...
+    MEAN_SQRT_LEN = "mean_sqrt_len_tokens"  # the sum over the square root of the token count
+
+
+class Nonlinearity(Enum):
+    """What follows a linear layer of a head."""
+
+    IDENTITY = "identity"
+    TANH = "tanh"
+    GELU = "gelu"  # x Φ(x) by erf
+    RELU = "relu"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadLinear:
+    """A linear layer after the encoder: f(X Wᵀ + b)."""
+
+    weight: Float32Array  # [out, in]
+    bias: Float32Array | None  # [out]
+    nonlinearity: Nonlinearity = Nonlinearity.IDENTITY
+
+    def __call__(self, rows: Float32Array) -> Float32Array:
+        """Float32 `[rows, in]` to `[rows, out]`."""
+        product: Float32Array = rows @ self.weight.T
+        if self.bias is not None:
+            product += self.bias
+        if self.nonlinearity is Nonlinearity.TANH:
+            np.tanh(product, out=product)
+        elif self.nonlinearity is Nonlinearity.RELU:
+            np.maximum(product, 0, out=product)
+        elif self.nonlinearity is Nonlinearity.GELU:
+            product *= 0.5 * (1 + erf(product * np.float32(0.5**0.5)))
+        return product
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadNorm:
+    """A LayerNorm after the encoder: (x - mean) / sqrt(variance + eps) * weight + bias."""
+
+    weight: Float32Array  # [width]
+    bias: Float32Array | None  # [width]
+    eps: float
+
+    def __call__(self, rows: Float32Array) -> Float32Array:
+        """Float32 `[rows, width]` to the same."""
+        centred = rows - rows.mean(axis=1, keepdims=True)
+        variance = np.square(centred).mean(axis=1, keepdims=True)
+        normed: Float32Array = centred / np.sqrt(variance + np.float32(self.eps)) * self.weight
+        return normed if self.bias is None else normed + self.bias
+
+
+HeadLayer: TypeAlias = HeadLinear | HeadNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +92,62 @@ class Heads:
 
 
 @dataclass(frozen=True, slots=True)
+class SpladeHead:
+    """A masked language model's head, whose logits are sparse weights (arXiv:2109.10086).
+
+    A word's weight is log(1 + relu(logit)) of the token that gives it most.
+    """
+
+    layers: tuple[HeadLayer, ...]  # from a hidden state to a logit for each token id
+    takes_log_twice: bool = False  # log(1 + log(1 + relu(logit))), arXiv:2504.14839
+
+
+@dataclass(frozen=True, slots=True)
+class MultiHead:
+    """ColBERT's layers on each hidden state (arXiv:2004.12832); each row has length 1 where said."""
+
+    layers: tuple[HeadLayer, ...]
+    normalize: bool
+    skipped_token_ids: tuple[int, ...] = ()  # that have no row
+
+
+TokenHead: TypeAlias = SpladeHead | MultiHead
+
+
+class LinearName(NamedTuple):
+    """Where a family's files keep a linear layer of a head: names of tensors."""
+
+    weight: str
+    bias: str | None
+    nonlinearity: Nonlinearity = Nonlinearity.IDENTITY
+
+    @classmethod
+    def of(cls, name: str, nonlinearity: Nonlinearity = Nonlinearity.IDENTITY) -> "LinearName":
+        """A layer with a bias, both under *name*."""
+        return cls(f"{name}.weight", f"{name}.bias", nonlinearity)
+
+
+class NormName(NamedTuple):
+    """Where a family's files keep a LayerNorm of a head: names of tensors."""
+
+    weight: str
+    bias: str | None
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class HeadPlan:
+    """The head that a family's class has: of a classifier pooling first, of SPLADE none.
+
+    Of dense vectors it is linear, follows whatever pooling the folder says, and stands before modules.
+    """
+
+    output: Output  # SCORE, SPARSE or DENSE
+    pooling: tuple[Pooling, ...]
+    layers: tuple[LinearName | NormName, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class HiddenRows:
     """Last hidden states of the tokens that a batch's outputs need, sequences end to end."""
 
@@ -45,42 +157,120 @@ class HiddenRows:
         Int32Array  # [sequences + 1]; with CLS pooling a sequence may have its first row only
     )
     outputs: NDArray[np.uint8]  # [sequences]; Output flags
+    skip: Int32Array | None = None  # [sequences]; leading rows not pooled, at least one stays
+    chunks: Sequence[Int32Array] | None = None  # [sequences] of [chunks + 1]; as in `Sequences`
 
 
 @dataclass(frozen=True, slots=True)
 class Pooler:
-    """How one model's hidden states become its vectors."""
+    """How one model's hidden states become its vectors or scores."""
 
-    pooling: Pooling
+    pooling: tuple[Pooling, ...]  # laid end to end; none: the model has token heads only
     normalize: bool
     heads: Heads | None
+    layers: tuple[HeadLayer, ...] = ()  # after pooling
+    token_head: TokenHead | None = None
+    is_score: bool = False  # the pooled row is a score, not a vector
+    dimensions: int | None = None  # so many numbers of a vector are kept; None: all
+
+    @property
+    def token(self) -> Pooling | None:
+        """CLS or LAST where a pooled row needs that token alone."""
+        single = self.pooling[0] if len(self.pooling) == 1 else None
+        return single if single in (Pooling.CLS, Pooling.LAST) else None
 
     def vectors(self, rows: HiddenRows) -> Vectors:
         """All that was asked for, one entry a sequence, none of it a view of `rows.hidden`.
 
-        Dense: the pooled row, L2-normalised where the model says so. Sparse (BGE-M3):
-        relu(H Wsᵀ + bs), the maximum a token id. Multi: H[1:] Wcᵀ + bc, each row L2-normalised.
+        Dense: the pooled row through the layers, L2-normalised and cut where the model says so.
+        Sparse (BGE-M3): relu(H Wsᵀ + bs), the maximum a token id. Multi: H[1:] Wcᵀ + bc, each row
+        L2-normalised.
         """
-        dense = self._pool(rows)  # [sequences, hidden]
-        if self.normalize:
-            dense = _unit(dense)
+        pooled = self._pooled(rows) if self.pooling else None
         sparse: list[SparseVector | None] = [None] * len(rows.outputs)
         multi: list[Float32Array | None] = [None] * len(rows.outputs)
         if self.heads is not None:
             _fill_sparse(self.heads, rows, sparse)
             _fill_multi(self.heads, rows, multi)
-        return Vectors.of(dense, tuple(sparse), tuple(multi))
+        if isinstance(self.token_head, SpladeHead):
+            _fill_splade(self.token_head, rows, sparse)
+        elif isinstance(self.token_head, MultiHead):
+            _fill_colbert(self.token_head, rows, multi)
+        if self.is_score:
+            return Vectors.of(score=pooled)
+        return Vectors.of(pooled, tuple(sparse), tuple(multi), chunks=self._chunks(rows))
 
-    def _pool(self, rows: HiddenRows) -> Float32Array:
-        first = rows.cu_seqlens[:-1]
-        if self.pooling is Pooling.CLS:
-            return rows.hidden[first]
-        if self.pooling is Pooling.LAST:
-            return rows.hidden[rows.cu_seqlens[1:] - 1]
-        lengths = np.diff(rows.cu_seqlens).astype(np.float32)
-        pooled: Float32Array = np.add.reduceat(rows.hidden, first, axis=0)
-        pooled /= lengths[:, None]
-        return pooled
+    def _chunks(self, rows: HiddenRows) -> Sequence[Float32Array | None]:
+        """The vectors of each sequence's chunks: the mean of each, and then as dense ones."""
+        if rows.chunks is None:
+            return ()
+        found: list[Float32Array | None] = [None] * len(rows.outputs)
+        for i in _asked(rows, Output.CHUNKS).tolist():
+            bounds = rows.chunks[i]  # [chunks + 1]
+            own = rows.hidden[rows.cu_seqlens[i] : rows.cu_seqlens[i] + bounds[-1]]
+            sums: Float32Array = np.add.reduceat(own, bounds[:-1], axis=0)
+            found[i] = self._finished(sums / np.diff(bounds).astype(np.float32)[:, None])
+        return found
+
+    def _pooled(self, rows: HiddenRows) -> Float32Array:
+        """One row a sequence: float32 `[sequences, dimensions]`, or `[sequences, labels]`."""
+        parts = [_pool(pooling, rows) for pooling in self.pooling]
+        return self._finished(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1))
+
+    def _finished(self, pooled: Float32Array) -> Float32Array:
+        """*pooled* rows through the layers, normalised and cut where the model says so."""
+        if self.layers:
+            each = [through(self.layers, pooled[i : i + 1]) for i in range(len(pooled))]
+            pooled = np.concatenate(each)
+        if self.normalize:
+            pooled = _unit(pooled)
+        return pooled[:, : self.dimensions]
+
+
+def through(layers: Sequence[HeadLayer], rows: Float32Array) -> Float32Array:
+    """*rows* of one sequence, float32 `[rows, width]`, through *layers*."""
+    for layer in layers:
+        rows = layer(rows)
+    return rows
+
+
+def erf(x: Float32Array) -> Float32Array:
+    """The error function to 1.5e-7 (Abramowitz and Stegun 1964, 7.1.26); numpy has none."""
+    size = np.abs(x)
+    t = 1 / (1 + np.float32(0.3275911) * size)
+    series = np.zeros_like(t)
+    for factor in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        series = (series + np.float32(factor)) * t
+    found: Float32Array = np.copysign(1 - series * np.exp(-size * size), x)
+    return found
+
+
+def _pool(pooling: Pooling, rows: HiddenRows) -> Float32Array:
+    """One row a sequence: float32 `[sequences, hidden]`."""
+    starts, hidden = rows.cu_seqlens[:-1], rows.hidden
+    skip = np.zeros_like(starts) if rows.skip is None else rows.skip
+    first: Int32Array = starts + skip
+    if pooling is Pooling.CLS:
+        return hidden[first]
+    if pooling is Pooling.LAST:
+        return hidden[rows.cu_seqlens[1:] - 1]
+    lengths = np.diff(rows.cu_seqlens)
+    counts: Float32Array = (lengths - skip).astype(np.float32)
+    if pooling is Pooling.WEIGHTED_MEAN:
+        places = np.arange(1, len(hidden) + 1) - np.repeat(starts, lengths)  # from 1 in each
+        hidden = hidden * places.astype(np.float32)[:, None]
+        counts *= ((lengths + skip + 1) / 2).astype(np.float32)  # the sum of the places pooled
+    elif pooling is Pooling.MEAN_SQRT_LEN:
+        counts = np.sqrt(counts)
+    reduced = np.maximum if pooling is Pooling.MAX else np.add
+    if rows.skip is None:
+        pooled: Float32Array = reduced.reduceat(hidden, first, axis=0)
+    else:  # of what is skipped and of the rest, by turns
+        bounds = np.column_stack((starts, first)).reshape(-1)  # [2 * sequences]
+        pooled = reduced.reduceat(hidden, bounds, axis=0)[1::2]
+    if pooling is not Pooling.MAX:
+        pooled /= counts[:, None]
+    return pooled
 
 
 def _unit(rows: Float32Array) -> Float32Array:
@@ -129,3 +319,25 @@ def _fill_multi(heads: Heads, rows: HiddenRows, multi: list[Float32Array | None]
     for i in _asked(rows, Output.MULTI).tolist():
         own = rows.hidden[rows.cu_seqlens[i] + 1 : rows.cu_seqlens[i + 1]]  # [tokens - 1, hidden]
         multi[i] = _unit(own @ heads.multi_weight.T + heads.multi_bias)
+
+
+def _fill_splade(head: SpladeHead, rows: HiddenRows, sparse: list[SparseVector | None]) -> None:
+    """Weights of the words that the tokens of each sequence that asked suggest."""
+    for i in _asked(rows, Output.SPARSE).tolist():
+        own = rows.hidden[rows.cu_seqlens[i] : rows.cu_seqlens[i + 1]]  # [tokens, hidden]
+        pieces = [own[begin : begin + SPLADE_TOKENS] for begin in range(0, len(own), SPLADE_TOKENS)]
+        logits = through(head.layers, pieces[0]).max(axis=0)  # [vocabulary]
+        for piece in pieces[1:]:
+            np.maximum(logits, through(head.layers, piece).max(axis=0), out=logits)
+        ids = np.flatnonzero(~(logits <= 0)).astype(np.int32)  # NaN is kept on purpose
+        weights = np.log1p(logits[ids])
+        sparse[i] = SparseVector(ids, np.log1p(weights) if head.takes_log_twice else weights)
+
+
+def _fill_colbert(head: MultiHead, rows: HiddenRows, multi: list[Float32Array | None]) -> None:
+    """A row for each token, of every sequence that asked, but for those that are skipped."""
+    for i in _asked(rows, Output.MULTI).tolist():
+        own = slice(rows.cu_seqlens[i], rows.cu_seqlens[i + 1])
+        projected = through(head.layers, rows.hidden[own])
+        projected = projected[~np.isin(rows.token_ids[own], head.skipped_token_ids)]
+        multi[i] = _unit(projected) if head.normalize else projected

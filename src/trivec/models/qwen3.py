@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from trivec.core.types import Output
 from trivec.models.config import Count, Eps, Rows, Theta, Width
 from trivec.models.ops import (
     Activation,
@@ -20,6 +21,7 @@ from trivec.models.ops import (
     Rope,
     Table,
 )
+from trivec.models.pooling import HeadPlan, LinearName, Pooling
 
 T = TypeVar("T")
 
@@ -27,6 +29,7 @@ MODEL_TYPES = ("qwen3",)
 PREFIXES = ("", "model.")
 KEY_TENSOR = "embed_tokens.weight"
 UNUSED = ("lm_head.*",)
+STANDS_FOR = ("VoyageQwen3",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,17 @@ def read_config(config: Mapping[str, object]) -> Qwen3Config:
         attention_bias=found.attention_bias,
         is_causal=not found.use_bidirectional_attention,
     )
+
+
+def head_plan(
+    architecture: str, file: Mapping[str, object], config: Qwen3Config
+) -> HeadPlan | None:
+    """The head of a class of transformers, or Voyage's projection; None for another class."""
+    if not config.is_causal and file.get("num_labels"):
+        return HeadPlan(Output.DENSE, (), (LinearName("linear.weight", None),))
+    if not architecture.endswith("ForSequenceClassification"):
+        return None
+    return HeadPlan(Output.SCORE, (Pooling.LAST,), (LinearName("score.weight", None),))
 
 
 def forward(ops: Ops[T], config: Qwen3Config) -> T:

@@ -30,7 +30,7 @@ from trivec.core.errors import BusyError, SettingInvalid, StoreUnavailable
 from trivec.core.events import PhaseChanged
 from trivec.core.health import Health, Phase
 from trivec.core.ports import Embedder
-from trivec.core.types import Float32Array, LongText, Output
+from trivec.core.types import Float32Array, LongText, Output, SparseVector
 from trivec.server.granian_server import GranianServer, SwappableApp, probes_only
 from trivec.server.machine import (
     check_certificate,
@@ -106,7 +106,8 @@ class SelfTest:
                 self._problems[model] = f"the self-test of {model} failed: {fault}"
                 continue
             with np.errstate(invalid="ignore", divide="ignore"):  # NaN is below every bound
-                cosine = np.dot(now, first) / (np.linalg.norm(now) * np.linalg.norm(first))
+                norms = np.linalg.norm(now) * np.linalg.norm(first)
+                cosine = np.dot(now, first) / norms if now.shape == first.shape else 0.0
             if cosine >= SELF_TEST_COSINE_MIN:
                 self._problems.pop(model, None)
             else:
@@ -117,9 +118,12 @@ class SelfTest:
 
     async def _embed(self, embedder: Embedder) -> Float32Array:
         sequences = await embedder.tokenize([SELF_TEST], long_text=LongText.CUT_END)
-        reply = await embedder.embed(sequences, Output.DENSE)
-        vector: Float32Array = reply.vectors.dense[0]  # [dimensions]
-        return vector
+        output = embedder.card.main_output
+        row = (await embedder.embed(sequences, output)).vectors[output][0]
+        assert row is not None, "what was asked for is there"
+        numbers = row.weights if isinstance(row, SparseVector) else row.reshape(-1)
+        # A score may be one number, of which a cosine would tell the sign only.
+        return np.append(numbers, np.float32(1.0)) if output is Output.SCORE else numbers
 
 
 class HttpServer:

@@ -10,6 +10,8 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -27,7 +29,14 @@ from trivec.core.errors import (
     panics_are_faults,
 )
 from trivec.core.ports import Texts, TokenLists
-from trivec.core.types import NOTHING_TRUNCATED, Int32Array, LongText, Sequences, Truncated
+from trivec.core.types import (
+    NOTHING_TRUNCATED,
+    Int32Array,
+    LongText,
+    Sequences,
+    TextToken,
+    Truncated,
+)
 from trivec.tokenizer.origin import TokenOrigin
 
 # A text over this many bytes for each token of the maximum is not read, so that its cost is bounded.
@@ -51,6 +60,16 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How the inputs of one call are read."""
+
+    long_text: LongText
+    token_count_max: int  # of a sequence; what is longer is treated as `long_text` says
+    lead: int  # tokens at the front of every sequence that are never cut: special ones, a prompt's
+    prompt: str = ""  # put before every text
+
+
 class Tokenizer:
     """One model's tokenizer. Loading reads the file; every other call is thread safe."""
 
@@ -63,13 +82,16 @@ class Tokenizer:
         pool: Executor,
         request_tokens_max: int | None = None,
         token_type_count: int = 2,
+        include_prompt: bool = True,
     ) -> None:
         """*request_tokens_max*: of all texts of a call. *token_type_count*: rows of the model's
         table of token types; a pair has no types where it would need more, as in XLM-R.
+        *include_prompt* False: sequences with a prompt say how many tokens the pooled mean skips.
         """
         self.token_count_max = token_count_max
         self.request_tokens_max = request_tokens_max
         self.vocabulary_size = vocabulary_size
+        self._include_prompt = include_prompt
         self._text_bytes_max = TEXT_BYTES_A_TOKEN * token_count_max
         self._pool = pool
         try:
@@ -100,55 +122,113 @@ class Tokenizer:
         self._blanks = _blank_runs(codec)
 
     async def tokenize(
-        self, inputs: Texts | TokenLists, *, long_text: LongText, trusted: bool = False
+        self,
+        inputs: Texts | TokenLists,
+        *,
+        long_text: LongText,
+        trusted: bool = False,
+        prompt: str = "",
+        token_count_max: int | None = None,
     ) -> Sequences:
         """Ids of *inputs*, special tokens included, in their order.
+
+        *prompt* is put before each text, and is never cut. *token_count_max*: of each sequence,
+        where that is less than the model reads.
 
         Raises `TextTooLong` or `TokenIdUnknown` for the first input at fault, `FieldInvalid` for
         a lone surrogate, `RequestTooLarge` as soon as the texts so far are too many tokens.
         Cancelling it frees the pool at the next job's end.
         """
         assert inputs, "a request has at least one input"
+        count_max = min(token_count_max or self.token_count_max, self.token_count_max)
         with panics_are_faults("tokenizer"):
+            lead = len(self._prefix)
+            if prompt:  # counted as sentence-transformers does: of the prompt alone
+                lead = len(self._codec.encode(prompt)) - len(self._suffix)
+            how = Reading(long_text, count_max, lead, prompt)
             if not isinstance(inputs[0], str):
+                assert not prompt, "a prompt goes before texts"
                 lists = cast(TokenLists, inputs)
                 # Taking ids is array work; judging their origin asks the library about each.
                 inline_max = JOB_CHARACTERS_MAX if trusted else INLINE_CHARACTERS_MAX
                 if sum(map(len, lists)) <= inline_max:
-                    return self._with_specials(lists, long_text, trusted)
-                return await self._in_pool(self._with_specials, lists, long_text, trusted)
+                    return self._with_specials(lists, how, trusted)
+                return await self._in_pool(self._with_specials, lists, how, trusted)
             texts = cast(Texts, inputs)
-            if sum(map(len, texts)) <= INLINE_CHARACTERS_MAX:
-                return self._encode(texts, long_text)
-            done: list[Sequences] = []
-            first = token_count = 0
-            for job in _jobs(texts):
-                if long_text is LongText.KEEP and len(job[0]) > JOB_CHARACTERS_MAX:
-                    done.append(await self._count(job[0], first, token_count))
-                else:
-                    done.append(await self._in_pool(self._encode, job, long_text, first))
-                first += len(job)
-                token_count += done[-1].token_count
-                self._check_token_count(token_count, is_all=first == len(texts))
-            return _pack(
-                [part.token_ids for part in done],
-                np.concatenate([part.lengths() for part in done]),
-                {i: cut for part in done for i, cut in part.truncated.items()},
-            )
+            if sum(map(len, texts)) + len(prompt) * len(texts) <= INLINE_CHARACTERS_MAX:
+                whole = self._encode(texts, how)
+            else:
+                whole = await self._encode_in_jobs(texts, how)
+            if prompt and not self._include_prompt:
+                whole = replace(whole, skip=np.minimum(whole.lengths() - 1, np.int32(lead)))
+            return whole
+
+    async def _encode_in_jobs(self, texts: Texts, how: Reading) -> Sequences:
+        """Ids of all *texts*, on the pool."""
+        done: list[Sequences] = []
+        first = token_count = 0
+        for job in _jobs(texts, prompt_characters=len(how.prompt)):
+            if how.long_text is LongText.KEEP and len(job[0]) > JOB_CHARACTERS_MAX:
+                done.append(await self._count(job[0], how, first, token_count))
+            else:
+                done.append(await self._in_pool(self._encode, job, how, first))
+            first += len(job)
+            token_count += done[-1].token_count
+            self._check_token_count(token_count, is_all=first == len(texts))
+        return _pack(
+            [part.token_ids for part in done],
+            np.concatenate([part.lengths() for part in done]),
+            {i: cut for part in done for i, cut in part.truncated.items()},
+        )
+
+    async def tokenize_chunks(
+        self, texts: Texts, *, prompt: str = "", chunk_size: int | None = None
+    ) -> Sequences:
+        """See `core.ports.Embedder`. Texts are tokenised each alone, whatever lies beside them."""
+        if chunk_size is not None:
+            whole = await self.tokenize(texts, long_text=LongText.REFUSE, prompt=prompt)
+            lead, ends = len(self._prefix), whole.lengths() - len(self._suffix)
+            if prompt:
+                lead = len(self._codec.encode(prompt)) - len(self._suffix)
+            bounds = [np.array([*range(lead, end, chunk_size), end], np.int32) for end in ends]
+        else:
+            alone = _split(await self.tokenize(texts, long_text=LongText.KEEP))
+            opening = np.array(self._codec.encode(prompt, add_special_tokens=False).ids, np.int32)
+            parts = [self._prefix, opening, *map(self._without_specials, alone)]
+            whole = Sequences.pack([np.concatenate([*parts, self._suffix])])
+            bounds = [np.cumsum([len(part) for part in parts], dtype=np.int32)[1:]]
+            if whole.token_count > self.token_count_max:
+                raise RequestTooLarge(
+                    token_count=whole.token_count, token_count_max=self.token_count_max
+                )
+        counts = [len(own) - 1 for own in bounds] if chunk_size else np.diff(bounds[0]).tolist()
+        if 0 in counts:
+            param = f"input[{counts.index(0)}]"
+            raise FieldInvalid(f"{param} makes no token of which a chunk could be.", param=param)
+        return replace(whole, skip=None, chunks=tuple(bounds))
 
     async def encode_pairs(
-        self, pairs: Sequence[tuple[str, str]], *, long_text: LongText
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        long_text: LongText,
+        document_tokens_max: int | None = None,
     ) -> Sequences:
         """Ids and token types of (query, document) *pairs*, as a cross-encoder reads them.
 
-        Of a pair that is too long only the document is cut. Raises as `tokenize` does, and
+        Of a pair that is too long only the document is cut; *document_tokens_max* is of a document
+        with the special tokens that it would have alone. Raises as `tokenize` does, and
         `TextTooLong` where a query leaves no room for its document.
         """
         texts = list(dict.fromkeys(query for query, _ in pairs))
         encoded = await self.tokenize(texts, long_text=LongText.KEEP)
         query_ids = dict(zip(texts, map(self._without_specials, _split(encoded)), strict=True))
         queries = [query_ids[query] for query, _ in pairs]
-        documents = await self.tokenize([document for _, document in pairs], long_text=long_text)
+        documents = await self.tokenize(
+            [document for _, document in pairs],
+            long_text=long_text,
+            token_count_max=document_tokens_max,
+        )
         if documents.token_count <= INLINE_CHARACTERS_MAX:
             joined = self._join_pairs(queries, documents, long_text)
         else:
@@ -161,6 +241,49 @@ class Tokenizer:
         with panics_are_faults("tokenizer"):
             return [self._codec.id_to_token(token_id) or "" for token_id in token_ids.tolist()]
 
+    async def find_tokens(self, texts: Texts, *, special_tokens: bool) -> list[list[TextToken]]:
+        """See `core.ports.Embedder`. Some MB for each 10,000 tokens."""
+        found: list[list[TextToken]] = []
+        token_count = 0
+        for job in _jobs(texts, prompt_characters=0):
+            for i, text in enumerate(job, len(found)):
+                if len(text.encode("utf-8", "replace")) > self._text_bytes_max:
+                    raise TextTooLong(
+                        token_count=None,
+                        token_count_max=self.token_count_max,
+                        index=i,
+                        bytes_max=self._text_bytes_max,
+                    )
+            found += await self._in_pool(self._find_tokens, job, special_tokens)
+            token_count += sum(map(len, found[-len(job) :]))
+            self._check_token_count(token_count, is_all=len(found) == len(texts))
+        return found
+
+    def _find_tokens(self, texts: Texts, special_tokens: bool) -> list[list[TextToken]]:
+        with panics_are_faults("tokenizer"):
+            read = self._codec.encode_batch(list(texts), add_special_tokens=special_tokens)
+        return [
+            [
+                TextToken(
+                    token_id, token if special else text[start:end], bool(special), start, end
+                )
+                for token_id, token, special, (start, end) in zip(
+                    one.ids, one.tokens, one.special_tokens_mask, one.offsets, strict=True
+                )
+            ]
+            for text, one in zip(texts, read, strict=True)
+        ]
+
+    async def decode(self, lists: TokenLists, *, special_tokens: bool) -> list[str]:
+        """See `core.ports.Embedder`."""
+        ids = [one.tolist() for one in lists]
+        self._check_known(lists)
+        with panics_are_faults("tokenizer"):
+            texts: list[str] = await self._in_pool(
+                partial(self._codec.decode_batch, ids, skip_special_tokens=not special_tokens)
+            )
+        return texts
+
     def _in_pool(self, work: Callable[..., T], *arguments: object) -> Awaitable[T]:
         return asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
 
@@ -172,32 +295,35 @@ class Tokenizer:
                 is_counted_out=is_all,
             )
 
-    async def _count(self, text: str, first: int, token_count: int) -> Sequences:
+    async def _count(self, text: str, how: Reading, first: int, token_count: int) -> Sequences:
         """Ids of a long text; over the byte bound a piece a turn, up to the request's maximum.
 
         Pieces are cut at blanks, where words are cut anyway; in a word of more than a piece the
         ids at its cuts may differ from those of the whole. *token_count*: of the texts before.
         """
         text, is_over = await self._in_pool(self._shorten, text, LongText.KEEP)
+        text, plain = how.prompt + text, replace(how, prompt="")
         ids = [self._prefix]
         pieces = (match[0] for match in _PIECE.finditer(text)) if is_over else [text]
         for piece in pieces:
-            part = await self._in_pool(self._encode, [piece], LongText.KEEP, first)
+            part = await self._in_pool(self._encode, [piece], plain, first)
             ids.append(self._without_specials(part.token_ids))
             token_count += len(ids[-1])
             self._check_token_count(token_count, is_all=False)
         whole = Sequences.pack([np.concatenate([*ids, self._suffix])])
-        return self._settle(whole, LongText.KEEP, first, over={0} if is_over else set())
+        return self._settle(whole, how, first, over={0} if is_over else set())
 
-    def _encode(self, texts: Texts, long_text: LongText, first: int = 0) -> Sequences:
+    def _encode(self, texts: Texts, how: Reading, first: int = 0) -> Sequences:
         """Ids of neighbouring *texts* of a request, in which the first of them is number *first*."""
         read, over = list(texts), set[int]()
         for i, text in enumerate(texts):
             if 4 * len(text) > self._text_bytes_max:  # no character has more than four
-                read[i], is_over = self._shorten(text, long_text)
+                read[i], is_over = self._shorten(text, how.long_text)
                 if is_over:
                     over.add(i)
-        if over and long_text is LongText.REFUSE:
+        if how.prompt:
+            read = [how.prompt + text for text in read]
+        if over and how.long_text is LongText.REFUSE:
             raise TextTooLong(
                 token_count=None,
                 token_count_max=self.token_count_max,
@@ -217,7 +343,7 @@ class Tokenizer:
                     ) from exc
             raise
         whole = Sequences.pack([encoding.ids for encoding in encodings])
-        return self._settle(whole, long_text, first, over)
+        return self._settle(whole, how, first, over)
 
     def _shorten(self, text: str, long_text: LongText) -> tuple[str, bool]:
         """What to read of *text*, and whether the whole is over the bound of bytes.
@@ -243,8 +369,8 @@ class Tokenizer:
         kept = encoded[-bytes_max:] if from_start else encoded[:bytes_max]
         return kept.decode("utf-8", "ignore"), True  # a character cut in two is dropped
 
-    def _with_specials(self, lists: TokenLists, long_text: LongText, trusted: bool) -> Sequences:
-        """A client's ids, checked, and put between special tokens unless they already are."""
+    def _check_known(self, lists: TokenLists) -> None:
+        """Raise `TokenIdUnknown` for an id outside the vocabulary."""
         ids = np.concatenate(lists)  # [tokens]
         unknown = ids[(ids < 0) | (ids >= self.vocabulary_size)]
         if len(unknown):
@@ -254,6 +380,10 @@ class Tokenizer:
                 vocabulary_size=self.vocabulary_size,
                 param=f"input[{i}]",
             )
+
+    def _with_specials(self, lists: TokenLists, how: Reading, trusted: bool) -> Sequences:
+        """A client's ids, checked, and put between special tokens unless they already are."""
+        self._check_known(lists)
         if not trusted and self._origin.is_another(lists):
             raise TokenIdsForeign
         prefix, suffix = self._prefix.tobytes(), self._suffix.tobytes()
@@ -266,17 +396,17 @@ class Tokenizer:
             is_whole &= len(one) >= self._special_count
             parts += [one] if is_whole else [self._prefix, one, self._suffix]
             lengths.append(len(one) + (0 if is_whole else self._special_count))
-        return self._settle(_pack(parts, lengths), long_text)
+        return self._settle(_pack(parts, lengths), how)
 
     def _settle(
-        self, whole: Sequences, long_text: LongText, first: int = 0, over: Set[int] = frozenset()
+        self, whole: Sequences, how: Reading, first: int = 0, over: Set[int] = frozenset()
     ) -> Sequences:
-        """Refuse, cut or keep what is longer than the model reads; `truncated` counts from *first*.
+        """Refuse, cut or keep what is longer than is read; `truncated` counts from *first*.
 
         *over*: which texts are over the bound of bytes. Kept for counting, only these are marked.
         """
-        count_max, special_count = self.token_count_max, self._special_count
-        if not over and whole.token_count <= count_max and special_count:
+        count_max, long_text = how.token_count_max, how.long_text
+        if not over and whole.token_count <= count_max and self._special_count:
             return whole  # so none of them is longer, and none is empty
         lengths = whole.lengths()
         if not lengths.all():
@@ -292,11 +422,17 @@ class Tokenizer:
                 token_count=int(lengths[i]), token_count_max=count_max, index=first + i
             )
         ids, truncated = _split(whole), {}
+        room = count_max - how.lead - len(self._suffix)
+        if room < 1 and not is_kept:
+            raise FieldInvalid(
+                f"Of {count_max} tokens, {count_max - room} are special tokens and the prompt, "
+                "which leaves none for a text. Allow more tokens, or shorten the prompt."
+            )
         for i in sorted(changed):
             original = None if i in over and not is_kept else len(ids[i])
             if not is_kept:
-                text = _cut(self._without_specials(ids[i]), count_max - special_count, long_text)
-                ids[i] = np.concatenate((self._prefix, text, self._suffix))
+                text = _cut(ids[i][how.lead : len(ids[i]) - len(self._suffix)], room, long_text)
+                ids[i] = np.concatenate((ids[i][: how.lead], text, self._suffix))
             truncated[first + i] = Truncated(original, min(len(ids[i]), count_max))
         return Sequences.pack(ids, truncated)
 
@@ -326,7 +462,7 @@ class Tokenizer:
                 raise TextTooLong(
                     token_count=original or besides + len(document),
                     token_count_max=self.token_count_max,
-                    index=i,
+                    index=i if room > 0 else None,
                 )
             if is_long:
                 document = _cut(document, room, long_text)
@@ -389,12 +525,13 @@ def _cut(text_ids: Int32Array, room: int, long_text: LongText) -> Int32Array:
     return text_ids[max(0, len(text_ids) - room) :] if from_start else text_ids[:room]
 
 
-def _jobs(texts: Texts) -> Iterator[Texts]:
+def _jobs(texts: Texts, *, prompt_characters: int) -> Iterator[Texts]:
     """*texts* cut into neighbours of at most `JOB_CHARACTERS_MAX`; a longer text goes alone."""
     first, characters = 0, 0
     for i, text in enumerate(texts):
-        if characters and characters + len(text) > JOB_CHARACTERS_MAX:
+        own = prompt_characters + len(text)
+        if characters and characters + own > JOB_CHARACTERS_MAX:
             yield texts[first:i]
             first, characters = i, 0
-        characters += len(text)
+        characters += own
     yield texts[first:]

@@ -1,4 +1,4 @@
-"""Stores of the accounts: memory, SQLite and Postgres, and how settings choose one of them."""
+"""Stores of the accounts, SQLite and Postgres, and how settings choose one of them."""
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -7,8 +7,12 @@ from pathlib import Path
 from trivec.accounts.accounts import Accounts
 from trivec.accounts.administration import Administration, check_secret
 from trivec.accounts.keys import server_secret
-from trivec.accounts.stores.engines import SQLITE_FILE, postgres_engines, sqlite_engines
-from trivec.accounts.stores.memory import MemoryStore
+from trivec.accounts.stores.engines import (
+    SQLITE_FILE,
+    memory_engines,
+    postgres_engines,
+    sqlite_engines,
+)
 from trivec.accounts.stores.sql import SqlStore
 from trivec.core.errors import SettingInvalid, StoreUnavailable
 from trivec.core.ports import Clock
@@ -22,7 +26,8 @@ MEMORY_SECRET = b"nothing that outlives the process"
 def open_accounts(settings: Settings, *, clock: Clock) -> Accounts:
     """For a server. Raises `StartError`, but not for a store that is away for now."""
     if settings.no_auth:
-        return Accounts(MemoryStore(), clock=clock, secret=MEMORY_SECRET, no_auth=True)
+        store = SqlStore(memory_engines(), upgrades_itself=True)
+        return Accounts(store, clock=clock, secret=MEMORY_SECRET, no_auth=True)
     secret = _secret(settings)
     store = open_store(settings)
     try:

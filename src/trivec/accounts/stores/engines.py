@@ -5,7 +5,6 @@ for long sums, so that these never hold a connection that keys are checked over.
 """
 
 import os
-import secrets
 import socket
 import sqlite3
 import time
@@ -17,29 +16,39 @@ from threading import Lock
 from typing import Any
 from weakref import WeakSet
 
-from sqlalchemy import Connection, Dialect, Engine, create_engine, event
+from sqlalchemy import Dialect, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.pool import QueuePool
 
+from trivec.accounts.keys import write_whole
 from trivec.core.errors import SettingInvalid
 
 LOCK_STEP_S = 0.0003
 LOCK_WAIT_S = 3.0  # others hold it for a commit, as long as the disk takes; longer is a fault
-CONNECT_S = 3  # less than `CALL_S_MAX`: nothing can be broken off before there is a connection
 READERS_MAX = 4
-WAL_BYTES_KEPT = 64 * 1024 * 1024
 SQLITE_FILE = "trivec.sqlite3"
 POSTGRES_DRIVER = "postgresql+psycopg"
-NO_SYNC = "trivec_no_sync"  # execution option: the commit may be lost in a power cut
+POSTGRES_ARGUMENTS: dict[str, Any] = {
+    "connect_timeout": 3,  # less than `CALL_S_MAX`: before, there is nothing to break off
+    "application_name": "trivec",
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 5_000,  # milliseconds
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Engines:
     """Every way into one database."""
 
-    writing: Engine  # a commit is on disk when it returns, unless it has the option `NO_SYNC`
+    writing: Engine  # a commit is on disk when it returns
     reading: Engine
     summing: Engine  # reads too, one sum at a time
+    # Begin on the driver's connection of `writing`; a commit that is not durable may be lost in a
+    # power cut.
+    begin: Callable[[Any, bool], None]
     interrupt: Callable[[], None]  # break off what other threads wait for
 
     def dispose(self) -> None:
@@ -50,48 +59,81 @@ class Engines:
 
 
 def sqlite_engines(file: Path) -> Engines:
-    """One file in WAL mode."""
+    """One file in WAL mode, that only its owner reads."""
     url = URL.create("sqlite+pysqlite", database=str(file))
-    writing = _engine(url, {"timeout": 0}, size=1)  # waits in `_with_lock` instead
-    reading = _engine(url, {"timeout": LOCK_WAIT_S}, size=READERS_MAX)
-    summing = _engine(url, {"timeout": LOCK_WAIT_S}, size=1)
+    writing = _engine(url, 1, timeout=0, isolation_level=None)  # waits in `_with_lock` instead
+    reading = _engine(url, READERS_MAX, timeout=LOCK_WAIT_S, isolation_level=None)
+    summing = _engine(url, 1, timeout=LOCK_WAIT_S, isolation_level=None)
 
     def make_private(*_: object) -> None:
+        # A file that is there is not opened: a process that closes one loses every lock it holds on
+        # it, also those of SQLite's connections. Another process that leaves then takes itself for
+        # the last one and deletes the journal, and what is committed to it afterwards is lost.
         with suppress(OSError):  # SQLite says better what is wrong with the folder
-            _make_private(file)
+            if not file.exists():
+                write_whole(file, b"", replaces=False)
 
     def open_for_writing(raw: sqlite3.Connection, _: object) -> None:
         try:
-            _with_lock(lambda: _pragmas(raw, "journal_mode=WAL"))
-            _pragmas(raw, "foreign_keys=ON", f"journal_size_limit={WAL_BYTES_KEPT}")
+            _with_lock(lambda: raw.execute("PRAGMA journal_mode=WAL"))
+            raw.execute("PRAGMA foreign_keys=ON")
+            raw.execute("PRAGMA journal_size_limit=67108864")  # 64 MiB of it are kept
         except sqlite3.Error:
             raw.close()  # the next connection would else find the file as this one did
             raise
 
-    def open_for_reading(raw: sqlite3.Connection, _: object) -> None:
-        _pragmas(raw, "query_only=ON")
+    def begin(raw: Any, durable: bool) -> None:
+        def with_lock() -> None:
+            # The pragma may read the file, and so meet a lock as well. The driver by itself would
+            # take the lock that all processes write under too late.
+            raw.execute("PRAGMA synchronous=FULL" if durable else "PRAGMA synchronous=NORMAL")
+            raw.execute("BEGIN IMMEDIATE")
 
-    for engine in (writing, reading, summing):  # only its owner reads the ledger
-        event.listen(engine, "do_connect", make_private)
+        _with_lock(with_lock)
+
     event.listen(writing, "connect", open_for_writing)
-    event.listen(writing, "begin", _begin_writing_sqlite)
+    event.listen(writing, "begin", lambda made: begin(made.connection.driver_connection, True))
     for engine in (reading, summing):
-        event.listen(engine, "connect", open_for_reading)
-        # Python's own driver begins no transaction for reading.
-        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+        event.listen(engine, "connect", lambda raw, _: raw.execute("PRAGMA query_only=ON"))
+        event.listen(engine, "begin", lambda made: made.exec_driver_sql("BEGIN"))
+    for engine in (writing, reading, summing):
+        event.listen(engine, "do_connect", make_private)
     # Waiting for a lock has its own bound, and what waits for a disk cannot be broken off.
-    return Engines(writing, reading, summing, interrupt=lambda: None)
+    return Engines(writing, reading, summing, begin, interrupt=lambda: None)
+
+
+def memory_engines() -> Engines:
+    """A database that is gone with the process: one connection, which all take in turn."""
+    url = URL.create("sqlite+pysqlite")
+    engine = _engine(url, 1, isolation_level=None, check_same_thread=False)
+    event.listen(engine, "begin", lambda made: made.exec_driver_sql("BEGIN"))
+
+    def begin(raw: Any, durable: bool) -> None:
+        raw.execute("BEGIN")
+
+    return Engines(engine, engine, engine, begin, interrupt=lambda: None)
 
 
 def postgres_engines(database_url: str) -> Engines:
     """A server that may go away and come back. Raises `SettingInvalid` for an unfit URL."""
-    url = _postgres_url(database_url)
+    try:
+        url = make_url(database_url)
+    except ArgumentError:  # whose message shows the password
+        raise SettingInvalid(
+            "database_url is not a URL; it looks like postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
+        ) from None
+    if url.drivername not in ("postgres", "postgresql", POSTGRES_DRIVER):
+        raise SettingInvalid(
+            f"database_url begins with {url.drivername}; only postgresql:// is understood, "
+            "and without it the store is a SQLite file in the data folder"
+        )
+    url = url.set(drivername=POSTGRES_DRIVER)
     # Durable whatever the server's own default is; and nothing that hangs, hangs for long.
-    writing = "-c synchronous_commit=on -c lock_timeout=2000 -c statement_timeout=10000"
-    reading = "-c default_transaction_read_only=on -c statement_timeout=60000"
-    writers = _engine(url, _postgres_arguments(writing), size=1)
-    readers = _engine(url, _postgres_arguments(reading), size=READERS_MAX)
-    summers = _engine(url, _postgres_arguments(reading), size=1)
+    write = "-c synchronous_commit=on -c lock_timeout=2000 -c statement_timeout=10000"
+    read = "-c default_transaction_read_only=on -c statement_timeout=60000"
+    writing = _engine(url, 1, **POSTGRES_ARGUMENTS, options=write)
+    reading = _engine(url, READERS_MAX, **POSTGRES_ARGUMENTS, options=read)
+    summing = _engine(url, 1, **POSTGRES_ARGUMENTS, options=read)
     opened: WeakSet[Any] = WeakSet()
     opening = Lock()
 
@@ -113,107 +155,34 @@ def postgres_engines(database_url: str) -> Engines:
             ):
                 duplicate.shutdown(socket.SHUT_RDWR)
 
-    def begin_writing(connection: Connection) -> None:
-        if connection.get_execution_options().get(NO_SYNC):
-            connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
+    def begin(raw: Any, durable: bool) -> None:
+        if not durable:  # else the driver begins with the first statement
+            raw.execute("SET LOCAL synchronous_commit = off")
 
-    for engine in (writers, readers, summers):
+    for engine in (writing, reading, summing):
         event.listen(engine, "do_connect", connect)
-    event.listen(writers, "begin", begin_writing)
-    return Engines(writers, readers, summers, interrupt)
+    return Engines(writing, reading, summing, begin, interrupt)
 
 
-def is_the_stores(fault: Exception, dialect: Dialect) -> bool:
-    """Whether the store failed, and not a statement of ours. A damaged file is `DatabaseError`."""
-    driver = dialect.loaded_dbapi
-    ours = (
-        driver.IntegrityError,
-        driver.DataError,
-        driver.ProgrammingError,
-        driver.NotSupportedError,
-    )
-    return isinstance(fault, driver.Error) and not isinstance(fault, ours)
-
-
-def _engine(url: URL, connect_args: dict[str, Any], *, size: int) -> Engine:
+def _engine(url: URL, connections_max: int, **connect_args: Any) -> Engine:
     try:
-        engine = create_engine(
-            url, connect_args=connect_args, hide_parameters=True, pool_size=size, max_overflow=0
+        return create_engine(
+            url,
+            poolclass=QueuePool,
+            connect_args=connect_args,
+            hide_parameters=True,
+            pool_size=connections_max,
+            max_overflow=0,
+            pool_timeout=LOCK_WAIT_S,
+            paramstyle="qmark" if url.get_backend_name() == "sqlite" else "format",  # positional
         )
     except ModuleNotFoundError as missing:
         raise SettingInvalid(
             "database_url needs the Postgres driver; run: pip install 'trivec[postgres]'"
         ) from missing
-    # A group's rows go into one INSERT. A driver gives up the interpreter's lock for each statement
-    # and waits for the event loop to get it back: a statement a row made a large group slow.
-    engine.dialect.use_insertmanyvalues_wo_returning = True
-    return engine
 
 
-def _postgres_url(database_url: str) -> URL:
-    """With our driver, whichever way *database_url* is spelt; no error shows its password."""
-    try:
-        url = make_url(database_url)
-    except ArgumentError:
-        raise SettingInvalid(
-            "database_url is not a URL; it looks like postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
-        ) from None
-    if url.drivername not in ("postgres", "postgresql", POSTGRES_DRIVER):
-        raise SettingInvalid(
-            f"database_url begins with {url.drivername}; only postgresql:// is understood, "
-            "and without it the store is a SQLite file in the data folder"
-        )
-    return url.set(drivername=POSTGRES_DRIVER)
-
-
-def _postgres_arguments(options: str) -> dict[str, Any]:
-    return {
-        "connect_timeout": CONNECT_S,
-        "application_name": "trivec",
-        "keepalives_idle": 5,
-        "keepalives_interval": 2,
-        "keepalives_count": 3,
-        "tcp_user_timeout": 5_000,  # milliseconds
-        "options": options,
-    }
-
-
-def _make_private(file: Path) -> None:
-    """Make an empty file that only its owner reads. One that is there is not opened.
-
-    A process that closes a file loses every lock it holds on it, also those of SQLite's connections.
-    Another process that leaves then takes itself for the last one and deletes the journal, and what
-    is committed to it afterwards is lost.
-    """
-    if file.exists():
-        return
-    draft = file.with_name(f"{file.name}.{secrets.token_hex(8)}")
-    os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-    try:
-        with suppress(FileExistsError):  # another process was quicker
-            os.link(draft, file)
-    finally:
-        draft.unlink()
-
-
-def _begin_writing_sqlite(connection: Connection) -> None:
-    """Take the lock that all processes write under; the driver by itself would take it too late."""
-    raw = connection.connection.driver_connection
-    assert isinstance(raw, sqlite3.Connection)
-    no_sync = connection.get_execution_options().get(NO_SYNC)
-
-    def begin() -> None:
-        # The pragma may read the file, and so meet a lock as well.
-        _pragmas(raw, "synchronous=NORMAL" if no_sync else "synchronous=FULL")
-        raw.execute("BEGIN IMMEDIATE").close()
-
-    try:
-        _with_lock(begin)
-    except sqlite3.DatabaseError as fault:  # a damaged file, too
-        raise DatabaseError("BEGIN IMMEDIATE", None, fault) from fault
-
-
-def _with_lock(work: Callable[[], None]) -> None:
+def _with_lock(work: Callable[[], object]) -> object:
     """Do *work* as soon as no other connection holds the lock it needs, for up to `LOCK_WAIT_S`.
 
     SQLite's own way of waiting backs off to a tenth of a second, and one busy process then starves
@@ -229,10 +198,3 @@ def _with_lock(work: Callable[[], None]) -> None:
             if not is_busy or time.monotonic() >= deadline_s:
                 raise
         time.sleep(LOCK_STEP_S)
-
-
-def _pragmas(raw: sqlite3.Connection, *pragmas: str) -> None:
-    """Before any transaction; the driver begins none on its own from here on."""
-    raw.isolation_level = None
-    for pragma in pragmas:
-        raw.execute("PRAGMA " + pragma).close()

@@ -3,18 +3,17 @@
 A `Transaction` decides; this reads and locks the rows that it needs, and writes what has changed.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from threading import Lock
 from typing import Any, TypeAlias
 
 from sqlalchemy import (
-    Column,
+    ClauseElement,
     ColumnElement,
     Connection,
     Dialect,
-    Row,
+    Engine,
     Select,
     Table,
     bindparam,
@@ -22,14 +21,16 @@ from sqlalchemy import (
     delete,
     func,
     insert,
-    literal_column,
+    literal,
+    or_,
     select,
     tuple_,
+    union_all,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, IntegrityError, TimeoutError
-from sqlalchemy.sql.dml import Insert
+from sqlalchemy.sql.compiler import SQLCompiler
 
 from trivec.accounts.ledger import (
     ERROR_FROM,
@@ -38,8 +39,6 @@ from trivec.accounts.ledger import (
     KeyChanges,
     LedgerRow,
     RecordUsage,
-    Reserve,
-    Total,
     Transaction,
     keys_touched,
     name_taken,
@@ -47,20 +46,17 @@ from trivec.accounts.ledger import (
 )
 from trivec.accounts.rate_limits import Bucket
 from trivec.accounts.stores import tables
-from trivec.accounts.stores.engines import NO_SYNC, Engines, is_the_stores
+from trivec.accounts.stores.engines import Engines
 from trivec.accounts.stores.tables import (
     Values,
     archive,
     buckets,
     counts,
     daily,
-    key_of,
     key_revision,
-    key_values,
     keys,
     ledger,
     probe,
-    secret_values,
     secrets,
 )
 from trivec.accounts.types import Key, UsageBy, UsageLine, UsageQuery
@@ -68,31 +64,58 @@ from trivec.accounts.utc import DAY_US, MINUTE_US, day, moment
 from trivec.core.errors import FieldInvalid, ResourceUnknown, StoreRefused
 
 MINUTES_A_DAY = DAY_US // MINUTE_US
+FOREVER_US = 3_000_000 * DAY_US  # whole days, beyond the year 9999
+ROWS_MAX = 32  # of one bulk statement
 COUNTS_AT_ONCE = 5_000  # deleted in one transaction
 ARCHIVE_LOCK = 7_472_697_666  # Postgres' advisory lock, beside the one for migrations
 ALREADY_ARCHIVING = (
     "another trivec db archive is at work on this store; wait until it has ended, then try again"
 )
-NEXT_REVISION = (
+NEXT_REVISION = (  # locks the row until the end of the transaction
     update(key_revision)
     .values(revision=key_revision.c.revision + 1)
     .returning(key_revision.c.revision)
 )
-LOCK_BUCKETS = (
-    select(buckets.c.key_id, buckets.c.requests_debt, buckets.c.tokens_debt, buckets.c.at_us)
-    .where(buckets.c.key_id.in_(bindparam("key_ids", expanding=True)))
-    .order_by(buckets.c.key_id)  # one order for all processes, so that none waits in a circle
-    .with_for_update()
-)
-WRITE_BUCKET = (
-    update(buckets)
-    .where(buckets.c.key_id == bindparam("of_key"))
-    .values({name: bindparam(name) for name in ("requests_debt", "tokens_debt", "at_us")})
-)
-APPEND_ROWS = insert(ledger)
-LEDGER_FIELDS = LedgerRow.__slots__  # named as the columns are
 COUNT_KEY = tuple_(*counts.primary_key.columns)
-Sums: TypeAlias = Select[tuple[Any, ...]]
+Rows: TypeAlias = Sequence[Sequence[Any]]
+
+
+class BulkStatement:
+    """One statement for many rows, on the driver's own cursor; compiled once a number of rows.
+
+    SQLAlchemy's execution costs several times what SQLite does for a row. And a driver gives up the
+    interpreter's lock for each statement, and waits for the event loop to get it back: a statement a
+    row made a large group slow.
+    """
+
+    def __init__(
+        self, build: Callable[[Rows], ClauseElement], width: int, dialect: Dialect
+    ) -> None:
+        """*build* makes the statement from rows of *width* parameters, bound in their order."""
+        self._build = build
+        self._width = width
+        self._dialect = dialect
+        self._compiled: dict[int, str] = {}
+
+    def run(self, cursor: Any, rows: Rows) -> list[Sequence[Any]]:
+        """What it finds, if it finds rows. Raises the driver's errors."""
+        found: list[Sequence[Any]] = []
+        for start in range(0, len(rows), ROWS_MAX):
+            some = rows[start : start + ROWS_MAX]
+            sql = self._compiled.get(len(some)) or self._compile(len(some))
+            cursor.execute(sql, [value for row in some for value in row])
+            if cursor.description is not None:
+                found += cursor.fetchall()
+        return found
+
+    def _compile(self, count: int) -> str:
+        names = [[f"{row}_{column}" for column in range(self._width)] for row in range(count)]
+        statement = self._build([[bindparam(name) for name in row] for row in names])
+        compiled = statement.compile(dialect=self._dialect)
+        assert isinstance(compiled, SQLCompiler)
+        assert compiled.positiontup == [name for row in names for name in row]
+        self._compiled[count] = str(compiled)
+        return self._compiled[count]
 
 
 class SqlStore:
@@ -100,11 +123,30 @@ class SqlStore:
 
     def __init__(self, engines: Engines, *, upgrades_itself: bool) -> None:
         self._engines = engines
-        self._writing_no_sync = engines.writing.execution_options(**{NO_SYNC: True})
         dialect = engines.writing.dialect
-        self._driver_error = dialect.loaded_dbapi.Error
-        self._add_to_daily = _adding(daily, dialect)
-        self._add_to_counts = _adding(counts, dialect)
+        driver = self._driver = dialect.loaded_dbapi
+        # Statements of ours that are wrong. A damaged file is the plain `DatabaseError`.
+        self._our_faults: tuple[type[Exception], ...] = (
+            driver.IntegrityError,
+            driver.DataError,
+            driver.ProgrammingError,
+            driver.NotSupportedError,
+        )
+        self._lock_buckets = BulkStatement(
+            lambda rows: (
+                select(buckets)
+                .where(buckets.c.key_id.in_([key_id for (key_id,) in rows]))
+                .order_by(buckets.c.key_id)  # as all processes do: none waits in a circle
+                .with_for_update()
+            ),
+            1,
+            dialect,
+        )
+        self._append_rows = _inserting(ledger, dialect, LedgerRow._fields)
+        self._put_buckets = _inserting(buckets, dialect, there=lambda _, new: new)
+        self._put_probe = _inserting(probe, dialect, there=lambda _, new: new)
+        self._add_to_daily = _inserting(daily, dialect, there=lambda old, new: old + new)
+        self._add_to_counts = _inserting(counts, dialect, there=lambda old, new: old + new)
         self._upgrades_itself = upgrades_itself
         self._is_prepared = False
         self._preparing = Lock()
@@ -117,142 +159,133 @@ class SqlStore:
             if self._upgrades_itself:
                 self.upgrade()
             else:
-                with self._translated(), self._engines.reading.connect() as connection:
+                with (
+                    self._translated(self._engines.reading),
+                    self._engines.reading.connect() as connection,
+                ):
                     tables.check_latest(connection)
             self._is_prepared = True
 
     def revision(self) -> str | None:
         """The schema's; None for an empty database."""
-        with self._translated(), self._engines.writing.begin() as connection:
+        with self._translated(self._engines.writing), self._engines.writing.begin() as connection:
             return tables.revision(connection)
 
     def upgrade(self) -> None:
         """Run the migrations that are missing, all or none."""
-        with self._translated():
-            with self._engines.writing.begin() as connection:
-                if tables.is_latest(connection):
-                    return
-            with self._engines.writing.begin() as connection:
-                tables.upgrade(connection)
+        with self._translated(self._engines.writing), self._engines.writing.begin() as connection:
+            tables.upgrade(connection)
 
     def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
-        # Only what was billed must outlive a power cut; a reservation is forgotten in a minute.
-        no_sync = all(
-            isinstance(entry, Reserve)
-            or (isinstance(entry, RecordUsage) and entry.row.token_count == 0)
-            for entry in entries
-        )
         self._ensure_prepared()
-        engine = self._writing_no_sync if no_sync else self._engines.writing
-        with self._translated(), engine.begin() as connection:
-            key_ids = keys_touched(entries)
-            locked = connection.execute(LOCK_BUCKETS, {"key_ids": key_ids}) if key_ids else ()
-            transaction = Transaction(
-                now_us=now_us,
-                buckets={key_id: Bucket(*debts) for key_id, *debts in locked},
-            )
-            outcomes = [transaction.apply(entry) for entry in entries]
-            self._write(connection, transaction)
-        return Committed(outcomes, transaction.now_us)
+        # Only what was billed must outlive a power cut; a reservation is forgotten in a minute.
+        durable = any(isinstance(one, RecordUsage) and one.row.token_count for one in entries)
+        writing = self._engines.writing
+        with self._translated(writing), closing(writing.raw_connection()) as pooled:
+            raw: Any = pooled.driver_connection
+            try:
+                self._engines.begin(raw, durable or not entries)
+                with closing(raw.cursor()) as cursor:  # an open one keeps a closed file in use
+                    found = self._lock_buckets.run(cursor, [[one] for one in keys_touched(entries)])
+                    held = {key_id: Bucket(*debts) for key_id, *debts in found}
+                    transaction = Transaction(entries, now_us=now_us, buckets=held)
+                    self._write(cursor, transaction)
+                    if not entries:
+                        self._put_probe.run(cursor, [(1, now_us)])
+                raw.commit()
+            except self._driver.Error:
+                pooled.invalidate()
+                raise
+        return transaction.committed
 
-    def _write(self, connection: Connection, transaction: Transaction) -> None:
-        if transaction.buckets_changed:
-            connection.execute(
-                WRITE_BUCKET,
-                [
-                    asdict(bucket) | {"of_key": key_id}
-                    for key_id, bucket in transaction.buckets_changed.items()
-                ],
-            )
-        if transaction.rows:
-            rows = [
-                {name: getattr(row, name) for name in LEDGER_FIELDS} for row in transaction.rows
-            ]
-            connection.execute(APPEND_ROWS, rows)
+    def _write(self, cursor: Any, transaction: Transaction) -> None:
+        changed = [(key_id, *bucket) for key_id, bucket in transaction.buckets.items()]
+        self._put_buckets.run(cursor, changed)
+        self._append_rows.run(cursor, transaction.rows)
         # Sorted: processes that add to the same rows would else wait for each other.
-        if totals := transaction.totals():
-            values = [
-                key_day._asdict() | {"model": key_day.model or ""} | asdict(total)
-                for key_day, total in totals.items()
-            ]
-            values.sort(key=lambda row: (row["key_id"], row["model"], row["day"]))
-            connection.execute(self._add_to_daily, values)
-        if transaction.counts:
-            values = [
-                count._asdict() | {"model": count.model or "", "requests": requests}
-                for count, requests in transaction.counts.items()
-            ]
-            values.sort(key=lambda row: [row[column.name] for column in counts.primary_key])
-            connection.execute(self._add_to_counts, values)
-        if transaction.has_probe:
-            connection.execute(update(probe).values(at_us=transaction.now_us))
+        days = [
+            (key, model or "", day, *sums) for (key, model, day), sums in transaction.totals.items()
+        ]
+        self._add_to_daily.run(cursor, sorted(days))
+        counted = [
+            (key, model or "", *of, n) for (key, model, *of), n in transaction.counts.items()
+        ]
+        self._add_to_counts.run(cursor, sorted(counted))
 
     def agree_secret_check(self, proposed: bytes) -> bytes:
         agreed = select(key_revision.c.secret_check)
-        with self._reading() as connection:
+        with self._transaction(self._engines.reading) as connection:
             found = connection.scalar(agreed)
         if found is None:
-            with self._writing() as connection:
+            with self._transaction(self._engines.writing) as connection:
                 unset = key_revision.c.secret_check.is_(None)
                 connection.execute(update(key_revision).where(unset).values(secret_check=proposed))
                 found = connection.scalar(agreed)
         return bytes(found or b"")
 
     def keys_since(self, revision: int) -> KeyChanges:
-        changed = keys.c.revision > revision
-        with self._reading() as connection:
-            found = connection.execute(select(keys).where(changed)).all()
-            if not found:
+        with self._transaction(self._engines.reading) as connection:
+            # First: a key that changes between the two statements is read twice, and never missed.
+            latest = connection.execute(select(key_revision.c.revision)).scalar_one()
+            if latest == revision:
                 return KeyChanges(revision, ())
-            their_secrets = connection.execute(select(secrets).join(keys).where(changed)).all()
-        by_key: dict[str, list[Row[Any]]] = {row.id: [] for row in found}
-        for secret in their_secrets:
-            by_key.setdefault(secret.key_id, []).append(secret)
-        return KeyChanges(
-            max(row.revision for row in found),
-            tuple(key_of(row, by_key[row.id]) for row in found),
-        )
+            changed = tables.read_keys(connection, keys.c.revision > revision)
+        return KeyChanges(latest, tuple(changed))
+
+    def find_keys(self, reference: str, digest: bytes) -> Sequence[Key]:
+        of_secret = select(secrets.c.key_id).where(secrets.c.digest == digest)
+        is_meant = or_(keys.c.id == reference, keys.c.name == reference, keys.c.id.in_(of_secret))
+        with self._transaction(self._engines.reading) as connection:
+            return tables.read_keys(connection, is_meant)
+
+    def count_live_keys(self) -> int:
+        is_live = keys.c.revoked_us.is_(None)
+        with self._transaction(self._engines.reading) as connection:
+            return connection.scalar(select(func.count()).select_from(keys).where(is_live)) or 0
 
     def add_key(self, key: Key) -> None:
         try:
-            with self._writing() as connection:
+            with self._transaction(self._engines.writing) as connection:
                 revision = connection.execute(NEXT_REVISION).scalar_one()
-                connection.execute(insert(keys), key_values(key, revision=revision))
-                connection.execute(insert(secrets), secret_values(key))
-                empty = {"key_id": key.id, "requests_debt": 0, "tokens_debt": 0, "at_us": 0}
-                connection.execute(insert(buckets), empty)
+                connection.execute(insert(keys), tables.key_values(key, revision=revision))
+                connection.execute(insert(secrets), tables.secret_values(key))
+                connection.execute(insert(buckets), {"key_id": key.id} | Bucket()._asdict())
         except IntegrityError as taken:
             raise name_taken(key.name) from taken
 
     def change_key(self, key_id: str, change: Callable[[Key], Key]) -> Key:
-        with self._writing() as connection:
-            revision = connection.execute(
-                NEXT_REVISION
-            ).scalar_one()  # locks the row of `key_revision`
-            found = connection.execute(select(keys).where(keys.c.id == key_id)).one_or_none()
-            if found is None:
+        with self._transaction(self._engines.writing) as connection:
+            revision = connection.execute(NEXT_REVISION).scalar_one()
+            found = tables.read_keys(connection, keys.c.id == key_id)
+            if not found:
                 raise ResourceUnknown(f"There is no key {key_id}.")
-            its_secrets = secrets.c.key_id == key_id
-            key = change(key_of(found, connection.execute(select(secrets).where(its_secrets))))
-            values = key_values(key, revision=revision)
+            key = change(found[0])
+            values = tables.key_values(key, revision=revision)
             connection.execute(update(keys).where(keys.c.id == key_id), values)
-            connection.execute(delete(secrets).where(its_secrets))
+            connection.execute(delete(secrets).where(secrets.c.key_id == key_id))
             if key.secrets:
-                connection.execute(insert(secrets), secret_values(key))
+                connection.execute(insert(secrets), tables.secret_values(key))
         return key
 
     def usage(self, query: UsageQuery) -> list[UsageLine]:
-        self._ensure_prepared()
-        # A failure here drops no connection that the writer or the checks of keys use.
-        with (
-            self._translated(self._engines.summing.dispose),
-            self._engines.summing.begin() as connection,
-        ):
-            found = [row for one in _usage_sums(query) for row in connection.execute(one)]
+        with self._transaction(self._engines.summing) as connection:
+            found = connection.execute(_usage_sums(query)).all()
+            # The key of the environment has no row; its id is its name.
+            named = (
+                connection.execute(select(keys.c.id, keys.c.name))
+                if query.by is UsageBy.KEY
+                else ()
+            )
+            names = {row.id: row.name for row in named}
             # Last: Postgres may delete a row between two statements, and moves the mark with it.
             archived_before_us = int(connection.scalar(select(archive.c.before_us)) or 0)
         _check_not_archived(query, before_us=archived_before_us)
-        return _usage_lines(found, query.by)
+        lines = []
+        for group, *sums in found:
+            shown = day(group) if query.by is UsageBy.DAY else group or None
+            name = names.get(group, group) if query.by is UsageBy.KEY else None
+            lines.append(UsageLine(shown, name, *map(int, sums)))  # Postgres sums to a decimal
+        return sorted(lines, key=lambda line: line.group or "")
 
     # What `trivec db archive` asks for; each call is one transaction. The mark `archive.before_us`
     # only grows: triggers refuse to delete a row at or after it, and rows before it are deleted in
@@ -268,7 +301,7 @@ class SqlStore:
         if self._engines.writing.dialect.name == "sqlite":
             yield
             return
-        with self._translated(), self._engines.summing.connect() as connection:
+        with self._translated(self._engines.reading), self._engines.summing.connect() as connection:
             is_taken = connection.scalar(select(func.pg_try_advisory_lock(ARCHIVE_LOCK)))
             connection.commit()  # the lock is the session's; an open transaction holds up vacuum
             if not is_taken:
@@ -294,18 +327,18 @@ class SqlStore:
             .order_by(ledger.c.time_us, ledger.c.sequence)
             .limit(limit)
         )
-        with self._reading() as connection:
+        with self._transaction(self._engines.reading) as connection:
             return [dict(row) for row in connection.execute(statement).mappings()]
 
     def rows_numbered(self, sequences: Sequence[int]) -> list[Values]:
         """The ledger rows with these sequences, where they are there."""
         statement = select(ledger).where(ledger.c.sequence.in_(sequences))
-        with self._reading() as connection:
+        with self._transaction(self._engines.reading) as connection:
             return [dict(row) for row in connection.execute(statement).mappings()]
 
     def drop_rows(self, archived: Sequence[Values]) -> None:
         """Delete rows that are safe elsewhere, all or none. Raises `StoreRefused` if some are gone."""
-        with self._writing() as connection:
+        with self._transaction(self._engines.writing) as connection:
             _move_mark(connection, max(row["time_us"] for row in archived) + 1)
             sequences = [row["sequence"] for row in archived]
             deleted = connection.execute(delete(ledger).where(ledger.c.sequence.in_(sequences)))
@@ -314,18 +347,18 @@ class SqlStore:
 
     def end_archive(self, before_us: int) -> None:
         """Move the mark to *before_us* and delete the counts before it, some at a time."""
-        with self._writing() as connection:
+        with self._transaction(self._engines.writing) as connection:
             _move_mark(connection, before_us)
         is_old = counts.c.minute < before_us // MINUTE_US
         next_keys = select(*counts.primary_key.columns).where(is_old)
         next_keys = next_keys.order_by(*counts.primary_key.columns).limit(COUNTS_AT_ONCE)
         while True:
-            with self._reading() as connection:
+            with self._transaction(self._engines.reading) as connection:
                 found = connection.execute(next_keys).all()
             if not found:
                 return
             last = tuple(found[-1])
-            with self._writing() as connection:
+            with self._transaction(self._engines.writing) as connection:
                 connection.execute(delete(counts).where(is_old, last >= COUNT_KEY))
             next_keys = next_keys.where(last < COUNT_KEY)
 
@@ -336,15 +369,9 @@ class SqlStore:
         self._engines.dispose()
 
     @contextmanager
-    def _writing(self) -> Iterator[Connection]:
+    def _transaction(self, engine: Engine) -> Iterator[Connection]:
         self._ensure_prepared()
-        with self._translated(), self._engines.writing.begin() as connection:
-            yield connection
-
-    @contextmanager
-    def _reading(self) -> Iterator[Connection]:
-        self._ensure_prepared()
-        with self._translated(), self._engines.reading.begin() as connection:
+        with self._translated(engine), engine.begin() as connection:
             yield connection
 
     def _ensure_prepared(self) -> None:
@@ -356,30 +383,49 @@ class SqlStore:
             raise unavailable() from refused
 
     @contextmanager
-    def _translated(self, disconnect: Callable[[], None] | None = None) -> Iterator[None]:
+    def _translated(self, engine: Engine) -> Iterator[None]:
         """Raise `StoreUnavailable` for a failure of the store, and connect anew afterwards.
 
-        A file that was read-only stays so for an open connection.
+        A file that was read-only stays so for an open connection. A sum that fails drops no connection
+        that the writer or the checks of keys use.
         """
         try:
             yield
-        except (DBAPIError, self._driver_error) as fault:
+        except (DBAPIError, self._driver.Error) as fault:
             cause = fault.orig if isinstance(fault, DBAPIError) else fault
-            if cause is None or not is_the_stores(cause, self._engines.writing.dialect):
+            if cause is None or isinstance(cause, self._our_faults):
                 raise
-            (disconnect or self._engines.dispose)()
+            (engine if engine is self._engines.summing else self._engines).dispose()
             raise unavailable() from cause
         except TimeoutError as fault:  # every connection is taken
             raise unavailable() from fault
 
 
-def _adding(table: Table, dialect: Dialect) -> Insert:
-    """Insert a row, or add its values to those of the row with the same primary key."""
+def _inserting(
+    table: Table,
+    dialect: Dialect,
+    names: Sequence[str] = (),
+    *,
+    there: Callable[[ColumnElement[Any], ColumnElement[Any]], ColumnElement[Any]] | None = None,
+) -> BulkStatement:
+    """Insert rows of the columns *names*, by default all.
+
+    *there*: what becomes of each value of the row that has the same primary key, from it and ours.
+    """
+    names = names or [column.name for column in table.columns]
     insert_into = sqlite.insert if dialect.name == "sqlite" else postgresql.insert
-    statement: sqlite.Insert | postgresql.Insert = insert_into(table)
-    key = [column.name for column in table.primary_key]
-    sums = {c.name: c + statement.excluded[c.name] for c in table.c if c.name not in key}
-    return statement.on_conflict_do_update(index_elements=key, set_=sums)
+
+    def build(rows: Rows) -> ClauseElement:
+        values = [dict(zip(names, row, strict=True)) for row in rows]
+        statement: sqlite.Insert | postgresql.Insert = insert_into(table).inline().values(values)
+        if there is None:
+            return statement
+        key = [column.name for column in table.primary_key]
+        new = statement.excluded
+        changed = {c.name: there(c, new[c.name]) for c in table.c if c.name not in key}
+        return statement.on_conflict_do_update(index_elements=key, set_=changed)
+
+    return BulkStatement(build, len(names), dialect)
 
 
 def _move_mark(connection: Connection, before_us: int) -> None:
@@ -388,96 +434,50 @@ def _move_mark(connection: Connection, before_us: int) -> None:
     connection.execute(update(archive).where(earlier).values(before_us=before_us))
 
 
-def _usage_sums(query: UsageQuery) -> list[Sums]:
-    """Statements whose sums together are what was asked for.
-
-    Whole days come from their totals, parts of days from ledger and counts.
-    """
-    first, end = _whole_days(query)
-    statements = []
-    if first is None or end is None or first <= end:
-        days = _grouped(
-            query,
-            daily,
-            day_number=daily.c.day,
-            requests=func.sum(daily.c.requests),
-            failed=func.sum(daily.c.failed),
-            tokens=func.sum(daily.c.tokens),
-        )
-        statements = [_within(days, daily.c.day, first, end)]
-    for since_us, until_us in _parts_of_days(query):
-        rows = _grouped(
-            query,
-            ledger,
-            day_number=ledger.c.time_us // DAY_US,
-            requests=func.count(),
-            failed=func.sum(case((ledger.c.status >= ERROR_FROM, 1), else_=0)),
-            tokens=func.sum(ledger.c.token_count),
-        )
-        statements.append(_within(rows, ledger.c.time_us, since_us, until_us))
-        counted = _grouped(
-            query,
-            counts,
-            day_number=counts.c.minute // MINUTES_A_DAY,
-            requests=func.sum(counts.c.requests),
-            failed=func.sum(case((counts.c.status >= ERROR_FROM, counts.c.requests), else_=0)),
-            tokens=literal_column("0"),
+def _usage_sums(query: UsageQuery) -> Select[Any]:
+    """Group, requests, failed and tokens: of whole days from their totals, else from each row."""
+    days, parts = _days_and_parts(query)
+    row, count = ledger.c, counts.c
+    used = [select(daily).where(daily.c.day >= days.start, daily.c.day < days.stop)]
+    for part in parts:
+        used.append(
+            select(
+                row.key_id,
+                func.coalesce(row.model, ""),
+                row.time_us // DAY_US,
+                literal(1),
+                case((row.status >= ERROR_FROM, 1), else_=0),
+                row.token_count,
+            ).where(row.time_us >= part.start, row.time_us < part.stop)
         )
         # A count belongs to the part that its minute begins in.
-        minutes = -(-since_us // MINUTE_US), -(-until_us // MINUTE_US)
-        statements.append(_within(counted, counts.c.minute, *minutes))
-    return statements
+        first, end = -(-part.start // MINUTE_US), -(-part.stop // MINUTE_US)
+        used.append(
+            select(
+                count.key_id,
+                count.model,
+                count.minute // MINUTES_A_DAY,
+                count.requests,
+                case((count.status >= ERROR_FROM, count.requests), else_=0),
+                literal(0),
+            ).where(count.minute >= first, count.minute < end)
+        )
+    summed = union_all(*used).subquery().c
+    group = {UsageBy.KEY: summed.key_id, UsageBy.MODEL: summed.model, UsageBy.DAY: summed.day}
+    sums = [func.sum(column) for column in (summed.requests, summed.failed, summed.tokens)]
+    statement = select(group[query.by], *sums).group_by(group[query.by])
+    return statement if query.key_id is None else statement.where(summed.key_id == query.key_id)
 
 
-def _whole_days(query: UsageQuery) -> tuple[int | None, int | None]:
-    """The first one asked for and the one after the last, since the epoch; None: no bound."""
-    since_us, until_us = query.since_us, query.until_us
-    first = None if since_us is None else -(-since_us // DAY_US)
-    return first, None if until_us is None else until_us // DAY_US
-
-
-def _parts_of_days(query: UsageQuery) -> list[tuple[int, int]]:
-    """What is asked for beside whole days: from when to when, each within a day."""
-    since_us, until_us = query.since_us, query.until_us
-    first, end = _whole_days(query)
-    parts = []
-    if since_us is not None and first is not None and since_us != first * DAY_US:
-        parts.append((since_us, first * DAY_US))
-    if until_us is not None and end is not None:
-        if first is not None and since_us is not None and first > end:  # both within a day
-            return [(since_us, until_us)]
-        if until_us != end * DAY_US:
-            parts.append((end * DAY_US, until_us))
-    return parts
-
-
-def _grouped(
-    query: UsageQuery,
-    table: Table,
-    *,
-    day_number: ColumnElement[Any],
-    requests: ColumnElement[Any],
-    failed: ColumnElement[Any],
-    tokens: ColumnElement[Any],
-) -> Sums:
-    group: dict[UsageBy, ColumnElement[Any]] = {
-        UsageBy.KEY: table.c.key_id,
-        UsageBy.MODEL: table.c.model,
-        UsageBy.DAY: day_number,
-    }
-    statement = select(
-        group[query.by].label("grouped_by"),
-        requests.label("requests"),
-        failed.label("failed"),
-        tokens.label("tokens"),
-    ).group_by(group[query.by])
-    return statement if query.key_id is None else statement.where(table.c.key_id == query.key_id)
-
-
-def _within(statement: Sums, column: Column[Any], first: int | None, end: int | None) -> Sums:
-    if first is not None:
-        statement = statement.where(column >= first)
-    return statement if end is None else statement.where(column < end)
+def _days_and_parts(query: UsageQuery) -> tuple[range, list[range]]:
+    """The whole days asked for, and what is left in microseconds, each part within one day."""
+    since_us = query.since_us or 0
+    until_us = FOREVER_US if query.until_us is None else query.until_us
+    first, end = -(-since_us // DAY_US), until_us // DAY_US
+    if first > end:  # both within a day
+        return range(0), [range(since_us, until_us)]
+    parts = range(since_us, first * DAY_US), range(end * DAY_US, until_us)
+    return range(first, end), [part for part in parts if part]
 
 
 def _check_not_archived(query: UsageQuery, *, before_us: int) -> None:
@@ -485,26 +485,12 @@ def _check_not_archived(query: UsageQuery, *, before_us: int) -> None:
 
     Of rows before *before_us* only the totals of their days are left.
     """
-    for since_us, until_us in _parts_of_days(query):
-        if since_us < min(until_us, before_us):
-            is_since = since_us == query.since_us
+    for part in _days_and_parts(query)[1]:
+        if part.start < min(part.stop, before_us):
+            param = "since" if part.start == query.since_us else "until"
             raise FieldInvalid(
                 f"Usage before {moment(before_us):%Y-%m-%d %H:%M} UTC is known for whole UTC days "
-                f"only: its rows are archived. Give {'since' if is_since else 'until'} as a date, "
-                f"such as {day(since_us // DAY_US)}.",
-                param="since" if is_since else "until",
+                f"only: its rows are archived. Give {param} as a date, such as "
+                f"{day(part.start // DAY_US)}.",
+                param=param,
             )
-
-
-def _usage_lines(found: Iterable[Row[Any]], by: UsageBy) -> list[UsageLine]:
-    totals: dict[str | None, Total] = {}
-    for row in found:
-        group = day(row.grouped_by) if by is UsageBy.DAY else row.grouped_by or None
-        total = totals.setdefault(group, Total())
-        total.requests += int(row.requests)  # Postgres sums to a decimal
-        total.failed += int(row.failed)
-        total.tokens += int(row.tokens)
-    return [
-        UsageLine(group, None, total.requests, total.failed, total.tokens)
-        for group, total in sorted(totals.items(), key=lambda item: item[0] or "")
-    ]

@@ -4,7 +4,6 @@ Instants are integers: microseconds since the epoch (`*_us`). No column ever hol
 """
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,16 +14,17 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import (
     BigInteger,
     Column,
+    ColumnElement,
     Connection,
     ForeignKey,
     Index,
     Integer,
     LargeBinary,
     MetaData,
-    Row,
     SmallInteger,
     String,
     Table,
+    select,
     text,
 )
 
@@ -48,9 +48,7 @@ keys = Table(
     Column("created_us", BigInteger, nullable=False),
     Column("expires_us", BigInteger),
     Column("revoked_us", BigInteger),
-    Column(
-        "revision", BigInteger, nullable=False, index=True
-    ),  # of `key_revision`, at its last change
+    Column("revision", BigInteger, nullable=False, index=True),  # `key_revision` at its last change
     Column("truncate", String(8)),  # none, end or start; null: the server's default
 )
 Index(
@@ -150,16 +148,11 @@ def revision(connection: Connection) -> str | None:
     return MigrationContext.configure(connection).get_current_revision()
 
 
-def is_latest(connection: Connection) -> bool:
-    return revision(connection) == _migrations().get_current_head()
-
-
 def upgrade(connection: Connection, target: str = "head") -> None:
     """Run the migrations that are missing, in the caller's transaction. Raises `StoreRefused`."""
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": UPGRADE_LOCK})
-    migrations = _migrations()
-    _check_known(revision(connection), migrations)
+    migrations = _migrations(connection)
     context = MigrationContext.configure(
         connection,
         opts={
@@ -176,26 +169,24 @@ def upgrade(connection: Connection, target: str = "head") -> None:
 def check_latest(connection: Connection) -> None:
     """Raise `StoreRefused` unless the schema is the one this version reads."""
     found = revision(connection)
-    _check_known(found, _migrations())
-    if not is_latest(connection):
+    if found != _migrations(connection).get_current_head():
         raise StoreRefused(
             f"the database's schema is {'absent' if found is None else f'of revision {found}'}, "
             "older than this version reads; run: trivec db upgrade"
         )
 
 
-def _check_known(found: str | None, migrations: ScriptDirectory) -> None:
-    known = {script.revision for script in migrations.walk_revisions()}
-    if found is not None and found not in known:
+def _migrations(connection: Connection) -> ScriptDirectory:
+    """All that this version knows. Raises `StoreRefused` where the schema is of a newer one."""
+    folder = Path(__file__).parent / "migrations"
+    migrations = ScriptDirectory(folder, version_locations=[folder])
+    found = revision(connection)
+    if found is not None and found not in {one.revision for one in migrations.walk_revisions()}:
         raise StoreRefused(
             f"the database's schema is of revision {found}, newer than this version of trivec "
             "reads; upgrade trivec, or restore an older copy of the database"
         )
-
-
-def _migrations() -> ScriptDirectory:
-    folder = Path(__file__).parent / "migrations"
-    return ScriptDirectory(folder, version_locations=[folder])
+    return migrations
 
 
 def key_values(key: Key, *, revision: int) -> Values:
@@ -204,8 +195,7 @@ def key_values(key: Key, *, revision: int) -> Values:
         "name": key.name,
         "scopes": " ".join(sorted(key.scopes)),
         "models": None if key.models is None else json.dumps(sorted(key.models)),
-        "requests_per_minute": key.allowance.requests_per_minute,
-        "tokens_per_minute": key.allowance.tokens_per_minute,
+        **asdict(key.limits),
         "created_us": key.created_us,
         "expires_us": key.expires_us,
         "revoked_us": key.revoked_us,
@@ -218,19 +208,27 @@ def secret_values(key: Key) -> list[Values]:
     return [asdict(secret) | {"key_id": key.id} for secret in key.secrets]
 
 
-def key_of(row: Row[Any], secrets: Iterable[Row[Any]]) -> Key:
-    return Key(
-        row.id,
-        row.name,
-        frozenset(Scope(scope) for scope in row.scopes.split()),
-        None if row.models is None else frozenset(json.loads(row.models)),
-        RateLimits(row.requests_per_minute, row.tokens_per_minute),
-        row.created_us,
-        row.expires_us,
-        row.revoked_us,
-        tuple(
-            Secret(bytes(s.digest), s.first, s.last, s.created_us, s.expires_us)
-            for s in sorted(secrets, key=lambda s: s.created_us)
-        ),
-        row.truncate,
-    )
+def read_keys(connection: Connection, are_meant: ColumnElement[bool]) -> list[Key]:
+    """The keys whose row fits *are_meant*, with their secrets."""
+    found = connection.execute(select(keys).where(are_meant)).all()
+    by_key: dict[str, list[Secret]] = {row.id: [] for row in found}
+    if found:
+        theirs = select(secrets).join(keys).where(are_meant).order_by(secrets.c.created_us)
+        for row in connection.execute(theirs):
+            secret = Secret(bytes(row.digest), row.first, row.last, row.created_us, row.expires_us)
+            by_key.setdefault(row.key_id, []).append(secret)
+    return [
+        Key(
+            row.id,
+            row.name,
+            frozenset(map(Scope, row.scopes.split())),
+            None if row.models is None else frozenset(json.loads(row.models)),
+            RateLimits(row.requests_per_minute, row.tokens_per_minute),
+            row.created_us,
+            row.expires_us,
+            row.revoked_us,
+            tuple(by_key[row.id]),
+            row.truncate,
+        )
+        for row in found
+    ]

@@ -18,7 +18,7 @@ from trivec.backends.openvino.quantise import FP32, INT8_SCHEMES, QuantScheme, m
 from trivec.backends.openvino.session import Session, mappings_of, open_session, release_memory
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.errors import SettingInvalid
-from trivec.core.types import Batch, Output, Sequences, Vectors
+from trivec.core.types import Batch, Sequences, Vectors
 
 WARM_LENGTHS = (16, 32, 64, 128, 512)
 """Tokens of the texts each slot runs before it is offered; other sizes cost 0.5 ms a layer once."""
@@ -96,10 +96,11 @@ class OpenVinoBackend:
     def _warm(self) -> None:
         """Run one text of each of `WARM_LENGTHS` on every slot at once."""
         limit = self._checkpoint.token_count_max
+        wanted = next(iter(self._checkpoint.outputs))
 
         def warm(slot: int) -> None:
             for length in sorted({min(length, limit) for length in WARM_LENGTHS}):
-                self.run(as_batch(Sequences.pack([[0] * length]), Output.DENSE), slot=slot)
+                self.run(as_batch(Sequences.pack([[0] * length]), wanted), slot=slot)
 
         with ThreadPoolExecutor(self.slot_count, "trivec-warm") as pool:
             list(pool.map(warm, range(self.slot_count)))

@@ -24,7 +24,7 @@ from trivec.core.errors import CheckpointRefused
 
 _log = logging.getLogger("trivec.openvino")
 
-FORMAT = 5
+FORMAT = 6
 """Raised whenever the same checkpoint would give other tensors, or another graph would read them."""
 
 TENSORS, DESCRIBED = "tensors.safetensors", "quantised.json"

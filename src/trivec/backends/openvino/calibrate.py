@@ -6,7 +6,7 @@ run over the same probes and compared. At most half a minute for BGE-M3, once; t
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -44,7 +44,9 @@ from trivec.models.registry import plan_of
 
 COSINE_MIN = 0.99
 COSINE_MEAN = 0.998
+RANK_AGREEMENT_MIN = 0.98  # Kendall's tau of scores; who ranks by them cares for their order alone
 
+PAIRED = 4  # documents of each query among the probes of a reranker
 LENGTHS_MADE = (3, 4, 6, 9, 64, 128, 256, 512)  # beside the sentences' own, special tokens included
 
 EXACT_SHARE = 0.25  # of the layers, in the last scheme
@@ -77,24 +79,29 @@ class Certificate:
     """How near one scheme's vectors are to fp32's, on which probes."""
 
     scheme: str  # its name
-    cosines: Mapping[str, CosineStatistics]  # of dense, and of sparse and multi where there are any
+    cosines: Mapping[str, CosineStatistics]  # of each output that there is
     probe_count: int
     script_count: int
     refused: tuple[str, ...]  # faster schemes that did not pass
+    rank_agreement: float | None = None  # Kendall's tau of scores; None where there are none
 
     @property
-    def dense(self) -> CosineStatistics:
-        return self.cosines["dense"]
+    def main(self) -> CosineStatistics:
+        """Of dense vectors, or of what the model yields instead."""
+        return next(iter(self.cosines.values()))
 
     @property
     def passes(self) -> bool:
-        """Whether every kind of vector is within the thresholds."""
-        return all(one.passes for one in self.cosines.values())
+        """Whether every output is within the thresholds."""
+        agrees = self.rank_agreement is None or self.rank_agreement >= RANK_AGREEMENT_MIN
+        return agrees and all(one.passes for one in self.cosines.values())
 
     @property
     def summary(self) -> str:
         """One line for model lists and logs."""
         shown = ", ".join(f"{name} {one}" for name, one in self.cosines.items())
+        if self.rank_agreement is not None:
+            shown += f", rank agreement {self.rank_agreement:.4f}"
         verdict = "passes" if self.passes else "FAILS"
         refused = f"; refused before: {', '.join(self.refused)}" if self.refused else ""
         return (
@@ -104,8 +111,16 @@ class Certificate:
 
 
 def compare(exact: Vectors, other: Vectors) -> dict[str, CosineStatistics]:
-    """Cosines of *other* with *exact*, sequence by sequence; rows of multi one by one."""
-    found = {"dense": [_cosines(exact.dense, other.dense)], "sparse": [], "multi": []}
+    """Cosines of *other* with *exact*, sequence by sequence; rows of multi one by one.
+
+    Of scores the correlation, label by label.
+    """
+    found: dict[str, list[NDArray[np.float64]]] = {"dense": [], "sparse": [], "multi": []}
+    if Output.DENSE in exact.rows:
+        found["dense"].append(_cosines(exact.dense, other.dense))
+    if Output.SCORE in exact.rows:
+        centred = (one.score - one.score.mean(axis=0) for one in (exact, other))
+        found["score"] = [_cosines(*(scores.T for scores in centred))]
     for a, b in zip(exact.sparse, other.sparse, strict=True):
         if a and b and len(a.weights):
             _, in_a, in_b = np.intersect1d(a.token_ids, b.token_ids, return_indices=True)
@@ -131,6 +146,16 @@ def _cosines(a: Float32Array, b: Float32Array) -> NDArray[np.float64]:
     return cosines
 
 
+def rank_agreement(exact: Float32Array, other: Float32Array) -> float:
+    """Kendall's tau of two `[sequences, labels]` of scores: the least of the labels'.
+
+    Of all pairs of sequences, those in the same order less those in another, as a share.
+    """
+    ups, downs = np.triu_indices(len(exact), 1)
+    signs = np.sign(exact[ups] - exact[downs]) * np.sign(other[ups] - other[downs])
+    return float(np.nan_to_num(signs, nan=-1.0).mean(axis=0).min())
+
+
 def read_sentences() -> dict[str, tuple[str, str]]:
     """Two sentences a script or language."""
     text = resources.files("trivec.backends.openvino").joinpath("probes.json").read_text("utf-8")
@@ -141,7 +166,7 @@ def make_probes(checkpoint: Checkpoint) -> tuple[Sequences, Sequences]:
     """Texts to calibrate on and others to evaluate on, of many scripts and lengths.
 
     Each are sentences, and sequences of `LENGTHS_MADE` tokens cut from these laid end to end, in
-    *checkpoint*'s own token ids and none longer than it reads.
+    *checkpoint*'s own token ids and none longer than it reads. A model that scores pairs gets pairs.
     """
     tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_file))
     tokenizer.no_truncation()
@@ -149,6 +174,9 @@ def make_probes(checkpoint: Checkpoint) -> tuple[Sequences, Sequences]:
     limit = checkpoint.token_count_max
     sets = []
     for sentences in zip(*read_sentences().values(), strict=True):
+        if checkpoint.labels:
+            sets.append(_pair_probes(tokenizer, sentences, limit))
+            continue
         ids = [encoding.ids for encoding in tokenizer.encode_batch(list(sentences))]
         first, last = ids[0][0], ids[0][-1]
         bodies = [token for one in ids for token in one[1:-1]]
@@ -159,6 +187,16 @@ def make_probes(checkpoint: Checkpoint) -> tuple[Sequences, Sequences]:
         sets.append(Sequences.pack([one for one in ids + made if len(one) <= limit]))
     calibration, evaluation = sets
     return calibration, evaluation
+
+
+def _pair_probes(tokenizer: Tokenizer, sentences: Sequence[str], limit: int) -> Sequences:
+    """Each sentence as a query, with the next few and with some laid end to end as documents."""
+    documents = [[*sentences[i:], *sentences[:i]] for i in range(1, 1 + PAIRED)]
+    pairs = [pair for others in documents for pair in zip(sentences, others, strict=True)]
+    pairs += [(sentences[0], " ".join(sentences[1 : 1 + count])) for count in (4, 12)]
+    encoded = [one for one in tokenizer.encode_batch(pairs) if len(one.ids) <= limit]
+    types = np.concatenate([np.array(one.type_ids, np.int32) for one in encoded])
+    return replace(Sequences.pack([one.ids for one in encoded]), token_types=types)
 
 
 def has_bf16() -> bool:
@@ -238,7 +276,7 @@ class Calibration:
         self._checkpoint = checkpoint
         self._slot_count = slot_count
         calibration, self._evaluation = make_probes(checkpoint)
-        self._calibration = as_batch(calibration, Output.DENSE)
+        self._calibration = as_batch(calibration, next(iter(checkpoint.outputs)))
         self._self_test_ids = self_test_ids(checkpoint.config)
         tensors = make_tensors(checkpoint, FP32)
         alone = open_session(checkpoint, tensors, FP32, slot_count=1, with_statistics=True)
@@ -280,15 +318,18 @@ class Calibration:
         tensors = self.tensors(scheme)
         for _ in range(2):
             cosines, references = NO_VECTORS, {FP32.name: self._reference}
+            agreement = None
             with suppress(WrongOutputShape):
                 session = open_session(
                     self._checkpoint, tensors, scheme, slot_count=self._slot_count
                 )
-                cosines = compare(self._exact, self._vectors(session))
+                vectors = self._vectors(session)
+                cosines = compare(self._exact, vectors)
+                if Output.SCORE in vectors.rows:
+                    agreement = rank_agreement(self._exact.score, vectors.score)
                 references[scheme.name] = session.hidden(self._self_test_ids, slot=0)
-            certificate = Certificate(
-                scheme.name, cosines, len(self._evaluation), len(read_sentences()), refused
-            )
+            counts = len(self._evaluation), len(read_sentences())
+            certificate = Certificate(scheme.name, cosines, *counts, refused, agreement)
             if certificate.passes:
                 break
         return QuantisedModel(scheme, certificate, tensors, references)
@@ -304,7 +345,7 @@ class Calibration:
         )
         int8 = next(session.statistics(self._calibration))[-len(self._layer_outputs) :]
         errors = [
-            float(np.mean(((a - b) ** 2).sum(axis=1) / (a**2).sum(axis=1)))
+            float(np.mean(((a - b) ** 2).sum(axis=1) / np.maximum((a**2).sum(axis=1), 1e-30)))
             for a, b in zip(self._layer_outputs, int8, strict=True)
         ]
         added = np.diff(np.array(errors), prepend=0)
@@ -313,17 +354,13 @@ class Calibration:
 
     def _vectors(self, session: Session) -> Vectors:
         """Every kind of vector of the evaluation set, computed on all slots at once."""
-        texts = np.split(self._evaluation.token_ids, self._evaluation.cu_seqlens[1:-1])
-        slots = min(self._slot_count, len(texts))
+        batch = as_batch(self._evaluation, self._checkpoint.outputs)
+        slots = min(self._slot_count, len(batch))
+        owned = [np.arange(slot, len(batch), slots) for slot in range(slots)]
 
         def run(slot: int) -> Vectors:
-            own = Sequences.pack(texts[slot::slots])
-            return session.run(as_batch(own, self._checkpoint.outputs), slot=slot)
+            return session.run(batch.take(owned[slot]), slot=slot)
 
         with ThreadPoolExecutor(slots, "trivec-calibrate") as pool:
             parts = list(pool.map(run, range(slots)))
-        return Vectors.of(
-            dense=np.concatenate([part.dense for part in parts]),
-            sparse=[one for part in parts for one in part.sparse],
-            multi=[one for part in parts for one in part.multi],
-        )
+        return Vectors.join(parts, np.argsort(np.concatenate(owned)))

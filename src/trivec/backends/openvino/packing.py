@@ -52,7 +52,7 @@ class MicroBatch:
 def as_batch(sequences: Sequences, outputs: Output) -> Batch:
     """*sequences* with the same *outputs* for each."""
     flags = np.full(len(sequences), int(outputs), np.uint8)
-    return Batch(sequences.token_ids, sequences.cu_seqlens, flags)
+    return Batch(sequences.token_ids, sequences.cu_seqlens, flags, sequences.token_types)
 
 
 def plan_micro_batches(

@@ -29,11 +29,10 @@ from trivec.core.types import (
     Int32Array,
     Output,
     Sequences,
-    SparseVector,
     Vectors,
 )
 from trivec.models.ops import ModelConfig
-from trivec.models.pooling import HiddenRows, Pooler, Pooling
+from trivec.models.pooling import HiddenRows, Pooling
 from trivec.models.registry import plan_of
 
 LONG_TOKENS = 2 * MICRO_BATCH_BUDGET.tokens_max
@@ -139,7 +138,7 @@ class Session:
         self._requests = [
             self._compiled[slot // streams].create_infer_request() for slot in range(slot_count)
         ]
-        self._pooler = Pooler(checkpoint.pooling, checkpoint.normalize, checkpoint.heads)
+        self._pooler = checkpoint.pooler
         self._config = checkpoint.config
         self._mapped = mappings_of(tensors.values())  # tables are read from these as needed
         self._lock = threading.Lock()  # of the two below
@@ -150,10 +149,10 @@ class Session:
         """Vectors of *batch*, one entry a sequence; on the thread that owns *slot*."""
         # With CLS and LAST pooling a dense vector needs one hidden state.
         whole = (batch.outputs & np.uint8(Output.SPARSE | Output.MULTI)) != 0
-        whole |= self._pooler.pooling is Pooling.MEAN
-        dense = np.empty((len(batch), self._config.hidden_size), np.float32)
-        sparse: list[SparseVector | None] = [None] * len(batch)
-        multi: list[Float32Array | None] = [None] * len(batch)
+        whole |= self._pooler.token is None
+        if batch.skip is not None:  # a first token that is not the sequence's first
+            whole |= batch.skip > 0
+        parts, members = list[Vectors](), list[Int32Array]()
         for packed in self._pack(batch, whole):
             hidden = self._infer(packed, slot)[0].data  # [kept size, hidden]
             states = HiddenRows(
@@ -161,16 +160,14 @@ class Session:
                 token_ids=packed.kept_token_ids,
                 cu_seqlens=packed.kept_cu_seqlens,
                 outputs=batch.outputs[packed.members],
+                skip=None if batch.skip is None else batch.skip[packed.members],
+                chunks=None if batch.chunks is None else [batch.chunks[i] for i in packed.members],
             )
-            part = self._pooler.vectors(states)
-            if len(batch) == 1:
-                return part
-            dense[packed.members] = part.dense
-            for i, terms, rows in zip(
-                packed.members.tolist(), part.sparse, part.multi, strict=True
-            ):
-                sparse[i], multi[i] = terms, rows
-        return Vectors.of(dense, sparse, multi)
+            parts.append(self._pooler.vectors(states))
+            members.append(packed.members)
+        if len(batch) == 1:
+            return parts[0]
+        return Vectors.join(parts, np.argsort(np.concatenate(members)))
 
     def hidden(self, token_ids: Int32Array, *, slot: int) -> Float32Array:
         """Last hidden states of one short text: a copy, `[tokens, hidden]`."""
@@ -194,7 +191,7 @@ class Session:
                 batch,
                 members,
                 whole=whole,
-                keeps_last=self._pooler.pooling is Pooling.LAST,
+                keeps_last=self._pooler.token is Pooling.LAST,
                 position_offset=self._config.position_offset,
             )
 

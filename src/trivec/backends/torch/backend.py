@@ -27,7 +27,7 @@ from trivec.backends.torch.graphs import (
     choose_shape,
     compile_blocks,
 )
-from trivec.backends.torch.heads import DeviceHeads, to_vectors
+from trivec.backends.torch.heads import DeviceHeads
 from trivec.backends.torch.ops import DTYPES, Encoder, PackedBatch, load_encoder, pack, run_block
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.errors import DeviceLost, SettingInvalid
@@ -112,7 +112,7 @@ class DeviceModel:
         assert batch.token_ids.max() < config.vocab_size, "a token id is beyond it"
         with self._launch_lock, self.stream.entered():
             wait = self._launch(batch)
-        return to_vectors(wait(), batch, config.vocab_size)
+        return self._heads.vectors(wait(), batch)
 
     def _launch(self, batch: Batch) -> Callable[[], Mapping[str, NDArray[Any]]]:
         """Launch all work of *batch*. The function returned blocks until its results are here.

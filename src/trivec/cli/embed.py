@@ -1,0 +1,321 @@
+"""`trivec embed`: a corpus to a file of vectors, in this process or by a server."""
+
+import asyncio
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from typer import Argument, Option
+
+from trivec.cli.common import ConfigFile, DataDir, say, settings_of
+from trivec.core.errors import JobFailed, SettingInvalid
+from trivec.settings import Settings
+
+if TYPE_CHECKING:
+    from trivec.build import Models
+    from trivec.core.types import Output
+    from trivec.jobs.embedding import Progress
+    from trivec.jobs.encoders import TextEncoder, Truncate
+    from trivec.jobs.results import Totals
+
+SHARD_ROWS = 2048  # some dozen batches of a CPU
+SHARD_CHARACTERS = 1024 * 1024
+MULTI_SHARD_CHARACTERS = 128 * 1024  # a multi-vector takes kilobytes a token
+LINE_EVERY_S = 10.0  # where there is no terminal
+UNLIMITED = 1 << 31  # tokens: what waits is bounded by the shards at once
+WAIT_S_MAX = 1e9
+STOP_S_MAX = 5.0
+BAD_ROWS_EXIT_CODE, STOPPED_EXIT_CODE = 3, 130
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def embed(
+    given: Annotated[
+        str,
+        Argument(metavar="IN", help="JSONL, CSV, Parquet or text file, a folder of these, or -."),
+    ],
+    out: Annotated[Path, Argument(metavar="OUT", help="A .parquet, .jsonl or .npy file to make.")],
+    model: Annotated[str | None, Option("--model", "-m", help="ID, DIR or ID=DIR.")] = None,
+    outputs: Annotated[str, Option(help="dense, sparse, multi, with commas.")] = "dense",
+    dtype: Annotated[
+        Literal["float32", "float16", "int8", "binary"], Option(help="Numbers of the vectors.")
+    ] = "float32",
+    text_column: Annotated[str, Option(help="Column of the texts.")] = "text",
+    id_column: Annotated[
+        str | None, Option(help="Column that identifies a row; else its number does.")
+    ] = None,
+    keep: Annotated[
+        str | None, Option(help="Columns to copy, with commas, '' for none; else all.")
+    ] = None,
+    form: Annotated[
+        Literal["jsonl", "csv", "parquet", "text"] | None,
+        Option("--format", help="Of IN, where its name does not say it; jsonl for -."),
+    ] = None,
+    truncate: Annotated[
+        Literal["none", "end", "start"],
+        Option(help="Where a text that is too long is cut; none: it gets no vector."),
+    ] = "none",
+    shard_rows: Annotated[
+        int, Option(help="Rows that are kept at a time; raise it on a GPU.", min=1)
+    ] = SHARD_ROWS,
+    url: Annotated[
+        str | None, Option(help="Server that computes, as http://127.0.0.1:8000/v1.")
+    ] = None,
+    key: Annotated[str | None, Option(help="Its API key.", envvar="TRIVEC_EMBED_KEY")] = None,
+    precision: Annotated[str | None, Option(help="auto, fp32, int8 or an exact recipe.")] = None,
+    device: Annotated[str | None, Option(help="auto, cpu or cuda.")] = None,
+    backend: Annotated[str | None, Option(help="auto, openvino, torch or fake.")] = None,
+    data_dir: DataDir = None,
+    config: ConfigFile = None,
+) -> None:
+    """Embed a corpus: from files of texts to a file of vectors.
+
+    After Ctrl-C, a fault or a death, the same command goes on where it was.
+
+    Exit codes: 0 every row has a vector; 3 those in OUT.errors.jsonl have none; 2 refused, or
+    failed; 130 stopped.
+    """
+    try:
+        from trivec.jobs.corpus import (
+            GO_ON,
+            Columns,
+            Corpus,
+            ShardSize,
+            check_columns,
+            find_sources,
+        )
+        from trivec.jobs.embedding import embed_corpus
+        from trivec.jobs.results import ENDINGS, RESERVED, Layout, Results
+    except ImportError as fault:
+        if fault.name != "pyarrow":
+            raise
+        raise JobFailed("trivec embed needs pyarrow: pip install 'trivec[bulk]'") from fault
+    from trivec.core.types import Output
+
+    wanted = _parse_outputs(outputs)
+    if out.suffix not in ENDINGS:
+        raise JobFailed(f"{out} ends in none of {', '.join(ENDINGS)}, which say what to make")
+    if out.suffix == ".npy" and wanted != Output.DENSE:
+        raise JobFailed("an .npy file holds dense vectors alone; make a .parquet file")
+    kept = None if keep is None else tuple(filter(None, keep.split(",")))
+    columns = Columns(text_column, id_column, kept, reserved=RESERVED)
+    is_multi = Output.MULTI in wanted
+    size = ShardSize(shard_rows, MULTI_SHARD_CHARACTERS if is_multi else SHARD_CHARACTERS)
+    sources = find_sources(given, form=form)
+    check_columns(sources, columns)
+
+    if url is None:
+        flags = {"precision": precision, "device": device, "backend": backend}
+        models = _load(_bulk_settings(data_dir, config, model, flags), wanted)
+        opened = _in_process(models, wanted, truncate)
+    else:
+        opened = _on_server(url, key, model, wanted, truncate)
+
+    async def run() -> "Totals | None":
+        async with opened as encoder:
+            dimensions = encoder.model["dimensions"]
+            assert isinstance(dimensions, int), "the model says how long its vectors are"
+            identity = {
+                "model": dict(encoder.model),
+                "outputs": sorted(set(outputs.split(","))),
+                "dtype": dtype,
+                "truncate": truncate,
+                "columns": [text_column, id_column, keep],
+                "shard": asdict(size),
+            }
+            layout = Layout(wanted, dimensions, dtype, marks_truncated=truncate != "none")
+            results = Results(out, identity, layout)
+            with results.open(), _stop_signals() as stop, _shown() as on_progress:
+                return await embed_corpus(
+                    Corpus(sources, columns, size),
+                    results,
+                    encoder,
+                    stop=stop,
+                    on_progress=on_progress,
+                )
+
+    try:
+        totals = asyncio.run(run())
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        totals = None
+    if totals is None:
+        say(f"Stopped. {GO_ON}.")
+        raise typer.Exit(STOPPED_EXIT_CODE)
+    cut = f", {totals.truncated:,} of them cut" if totals.truncated else ""
+    say(f"{out}: {totals.texts:,} texts{cut}, {totals.tokens:,} tokens")
+    if totals.bad:
+        say(f"{totals.bad:,} rows have no vector; {out}.errors.jsonl says why")
+        raise typer.Exit(BAD_ROWS_EXIT_CODE)
+
+
+def _parse_outputs(given: str) -> "Output":
+    from trivec.core.types import Output
+
+    names = {"dense": Output.DENSE, "sparse": Output.SPARSE, "multi": Output.MULTI}
+    wanted = Output(0)
+    for name in given.split(","):
+        if name not in names:
+            raise JobFailed(f"--outputs has {name!r}; it takes {', '.join(names)}, with commas")
+        wanted |= names[name]
+    return wanted
+
+
+def _bulk_settings(
+    data_dir: str | None, config: str | None, model: str | None, flags: dict[str, str | None]
+) -> Settings:
+    """Settings for one model and whole shards as requests."""
+    settings = settings_of(
+        data_dir,
+        config,
+        models=(model,) if model else None,
+        http={"request_tokens_max": UNLIMITED},
+        queue={
+            "tokens_max": UNLIMITED,
+            "wait_s_max": WAIT_S_MAX,
+            "first_batch_s_max": WAIT_S_MAX,
+        },
+        **flags,
+    )
+    if len(settings.models) > 1:
+        raise SettingInvalid(f"models is {', '.join(settings.models)}; choose one with --model")
+    return settings
+
+
+def _load(settings: Settings, outputs: "Output") -> "Models":
+    """The model of *settings*. Raises `StartError`."""
+    from trivec.build import load_models, open_parts
+    from trivec.server.machine import usable_cores
+    from trivec.telemetry import configure_log
+
+    configure_log(settings.telemetry.log_format, level="warning")
+    models = load_models(settings, open_parts(settings), cores=usable_cores())
+    card = models.cards[0]
+    if outputs not in card.outputs:
+        raise SettingInvalid(f"{card.id} has no such --outputs; it has {card.outputs.name}")
+    say(f"{card.id} in {card.precision} on {models.choice.device} ({models.choice.backend})")
+    return models
+
+
+@asynccontextmanager
+async def _in_process(
+    models: "Models", outputs: "Output", truncate: "Truncate"
+) -> AsyncIterator["TextEncoder"]:
+    """The first of *models* with its workers, until the block ends."""
+    from trivec.jobs.encoders import EmbedderEncoder
+    from trivec.telemetry import finish_log
+
+    card = models.cards[0]
+    identity = {
+        "id": card.id,
+        "files": models.loaded[0].checkpoint.digest,
+        "precision": card.precision,
+        "recipe": card.recipe,
+        "backend": models.choice.backend,
+        "dimensions": card.dimensions,
+    }
+    models.workers.start()
+    watch = asyncio.create_task(models.workers.lost())  # which fails the requests, if it is
+    try:
+        yield EmbedderEncoder(models.embedders[card.id], outputs, model=identity, truncate=truncate)
+    finally:
+        watch.cancel()
+        await models.workers.stop(within_s=STOP_S_MAX)  # closes the backends, too
+        finish_log()
+
+
+@asynccontextmanager
+async def _on_server(
+    url: str, key: str | None, model: str | None, outputs: "Output", truncate: "Truncate"
+) -> AsyncIterator["TextEncoder"]:
+    """The server at *url*. Raises `JobFailed` where it does not answer."""
+    from trivec.jobs.encoders import HttpEncoder
+
+    encoder = HttpEncoder(url, key, model=model, outputs=outputs, truncate=truncate)
+    try:
+        yield encoder
+    finally:
+        await asyncio.to_thread(encoder.close)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[asyncio.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets; the second one cancels the task."""
+    loop, task, stop = asyncio.get_running_loop(), asyncio.current_task(), asyncio.Event()
+    assert task is not None
+
+    def ask_to_stop() -> None:
+        if stop.is_set():
+            task.cancel()
+        else:
+            stop.set()
+            say("Finishing the shards that are begun; once more leaves them.")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, ask_to_stop)
+    try:
+        yield stop
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+@contextmanager
+def _shown() -> "Iterator[Callable[[Progress], None]]":
+    """Shows progress: a bar on a terminal, elsewhere a line now and then."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    is_terminal = sys.stderr.isatty()
+    bar = Bar(
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.description}", markup=False),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    task = bar.add_task("", total=None)
+    started_s, start_position, next_line_s = time.monotonic(), 0.0, 0.0
+
+    def show(progress: "Progress") -> None:
+        nonlocal start_position, next_line_s
+        now_s = time.monotonic()
+        if progress.rows == 0:  # all of it is of earlier runs
+            start_position = progress.position or 0.0
+        line = status(progress, now_s - started_s, start_position=start_position)
+        if is_terminal:
+            total = None if progress.position is None else 1.0
+            bar.update(task, description=line, completed=progress.position or 0.0, total=total)
+        elif now_s >= next_line_s:
+            say(line)
+            next_line_s = now_s + LINE_EVERY_S
+
+    with bar if is_terminal else nullcontext():
+        yield show
+
+
+def status(progress: "Progress", elapsed_s: float, *, start_position: float) -> str:
+    """How far it is, how fast, and the time left, in a line.
+
+    *start_position*: share of the input that earlier runs had done.
+    """
+    parts = [f"{progress.rows_kept + progress.rows:,} rows"]
+    if progress.rows:
+        parts.append(f"{progress.texts / elapsed_s:,.0f} texts/s")
+        parts.append(f"{progress.tokens / elapsed_s:,.0f} tokens/s")
+    if progress.bad:
+        parts.append(f"{progress.bad:,} without a vector")
+    if progress.position is not None and progress.position > start_position:
+        done = progress.position - start_position
+        left_s = elapsed_s * (1 - progress.position) / done
+        parts.append(f"{timedelta(seconds=round(left_s))} left")
+    return ", ".join(parts)

@@ -1,0 +1,348 @@
+"""Encoders: texts to vectors, by an embedder of this process or by a server over HTTP.
+
+A text that cannot be embedded is named, with the reason, and holds up no other.
+"""
+
+import asyncio
+import base64
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from itertools import chain
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from urllib.parse import quote, urlsplit
+
+import msgspec
+import numpy as np
+
+from trivec.core.errors import BusyError, EngineFault, JobFailed, RequestError
+from trivec.core.ports import Embedder
+from trivec.core.types import (
+    Float32Array,
+    Int32Array,
+    LongText,
+    Output,
+    Rows,
+    Sequences,
+    SparseVector,
+    Truncated,
+    Vectors,
+)
+from trivec.jobs.corpus import GO_ON
+
+Truncate: TypeAlias = Literal["none", "end", "start"]
+ModelIdentity: TypeAlias = Mapping[str, str | int | None]
+LONG_TEXT = {"none": LongText.KEEP, "end": LongText.CUT_END, "start": LongText.CUT_START}
+OPEN_REQUESTS = 2  # while one ends, the other keeps the device busy
+# Texts in a row on which a model fails one by one: then it is the model, and not the texts.
+FAILED_MAX = 8
+
+CONNECTIONS = 4
+REQUEST_TEXTS, REQUEST_CHARACTERS = 64, 128 * 1024  # whichever is reached first
+ANSWER_S_MAX = 600.0
+TRIES_MAX = 8  # with pauses of 1, 2, 4, … s between them: two minutes
+PAUSE_S_MAX = 60.0
+BUSY = {502, 503, 504}
+TEXT_AT_FAULT = {400, 413, 422}  # or several texts together
+FAILED = "the server failed on it"
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What became of some texts."""
+
+    vectors: Vectors | None  # of those that are not bad, in their order; None: all are
+    token_count: int
+    bad: Mapping[int, str] = field(default_factory=dict)  # by index: why there is no vector
+    truncated: Sequence[int] = ()  # indices
+
+
+class TextEncoder(Protocol):
+    """Turns texts into vectors; on the event loop, and for several shards at a time."""
+
+    @property
+    def model(self) -> ModelIdentity:
+        """All that vectors depend on but the texts, for the manifest."""
+        ...
+
+    async def encode(self, texts: Sequence[str]) -> Encoded:
+        """Vectors of *texts*, at least one, none empty. Raises `JobFailed` if it cannot go on."""
+        ...
+
+
+class EmbedderEncoder:
+    """An encoder over an `Embedder`: texts are tokenised while those before them are embedded."""
+
+    def __init__(
+        self, embedder: Embedder, outputs: Output, *, model: ModelIdentity, truncate: Truncate
+    ) -> None:
+        self.model = model
+        self._embedder = embedder
+        self._outputs = outputs
+        self._long_text = LONG_TEXT[truncate]
+        self._open_requests = asyncio.Semaphore(OPEN_REQUESTS)
+
+    async def encode(self, texts: Sequence[str]) -> Encoded:
+        """See `TextEncoder`."""
+        sequences, bad = await self._tokenize(texts)
+        truncated = [*sequences.truncated]
+        if self._long_text is LongText.KEEP:
+            lengths, length_max = sequences.lengths(), self._embedder.card.token_count_max
+            for i in {*np.flatnonzero(lengths > length_max).tolist(), *truncated}:
+                bad[i] = (
+                    f"has {lengths[i]} tokens, and the model reads {length_max}; --truncate end "
+                    "cuts it"
+                )
+            truncated = []
+        places = [i for i in range(len(texts)) if i not in bad]
+        if not places:
+            return Encoded(None, 0, bad)
+        if bad:
+            ids = np.split(sequences.token_ids, sequences.cu_seqlens[1:-1])
+            sequences = Sequences.pack([ids[i] for i in places])
+        async with self._open_requests:
+            parts, failed = await self._embed(sequences)
+        if not parts and len(failed) >= FAILED_MAX:
+            raise JobFailed(f"the model failed on {len(failed)} texts in a row. {GO_ON}")
+        bad |= {places[i]: reason for i, reason in failed.items()}
+        vectors = joined(parts) if parts else None
+        return Encoded(vectors, sequences.token_count, bad, [i for i in truncated if i not in bad])
+
+    async def _tokenize(self, texts: Sequence[str]) -> tuple[Sequences, dict[int, str]]:
+        """Ids of *texts*, and why some have none."""
+        with suppress(RequestError, EngineFault):  # one of the texts is at fault
+            return await self._embedder.tokenize(texts, long_text=self._long_text), {}
+        ids: list[Sequence[int] | Int32Array] = []
+        truncated: dict[int, Truncated] = {}
+        bad: dict[int, str] = {}
+        for i, text in enumerate(texts):
+            try:
+                alone = await self._embedder.tokenize([text], long_text=self._long_text)
+            except (RequestError, EngineFault) as fault:
+                ids.append([])
+                bad[i] = str(fault)
+            else:
+                ids.append(alone.token_ids)
+                truncated |= dict.fromkeys([i] * len(alone.truncated), *alone.truncated.values())
+        return Sequences.pack(ids, truncated), bad
+
+    async def _embed(self, sequences: Sequences) -> tuple[list[Vectors], dict[int, str]]:
+        """Vectors of *sequences*, and why some have none: halved until those are alone."""
+        try:
+            return [(await self._embedder.embed(sequences, self._outputs)).vectors], {}
+        except BusyError as fault:
+            raise JobFailed(f"the model cannot go on: {fault} {GO_ON}") from fault
+        except EngineFault:
+            if len(sequences) == 1:
+                return [], {0: "the model failed on it"}
+        ids = np.split(sequences.token_ids, sequences.cu_seqlens[1:-1])
+        half = len(ids) // 2
+        parts, failed = await self._embed(Sequences.pack(ids[:half]))
+        more, failed_too = await self._embed(Sequences.pack(ids[half:]))
+        return parts + more, failed | {half + i: one for i, one in failed_too.items()}
+
+
+class _Answer(NamedTuple):
+    """What a server made of one text."""
+
+    dense: Float32Array  # [dimensions]
+    sparse: SparseVector | None
+    multi: Float32Array | None  # [tokens - 1, dimensions]
+    is_truncated: bool
+
+
+class HttpEncoder:
+    """An encoder over a server's `/embeddings`, on a few connections of as many threads.
+
+    What is busy or out of reach is asked again for two minutes, and a rate limit waited for.
+    """
+
+    def __init__(
+        self, url: str, key: str | None, *, model: str | None, outputs: Output, truncate: Truncate
+    ) -> None:
+        """*url* with the prefix, as `http://127.0.0.1:8000/v1`. Raises `JobFailed`."""
+        self._url = url.rstrip("/")
+        self._address = urlsplit(self._url)
+        if self._address.scheme not in ("http", "https") or not self._address.hostname:
+            raise JobFailed(f"--url {url} is no address; give one as http://127.0.0.1:8000/v1")
+        self._headers = {"Content-Type": "application/json"}
+        if key is not None:
+            self._headers["Authorization"] = f"Bearer {key}"
+        self._idle: list[HTTPConnection] = []
+        self._closed = threading.Event()
+        self._pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="trivec-http")
+        names = {Output.DENSE: "dense", Output.SPARSE: "sparse", Output.MULTI: "multi"}
+        wanted = "&".join(name for one, name in names.items() if one in outputs | Output.DENSE)
+        if model is None:
+            served = self._ask("/models")["data"]
+            if not served:
+                raise JobFailed(f"{url} serves no model yet; try again")
+            model = served[0]["id"]
+        card = self._ask(f"/models/{quote(model)}")
+        self.model: ModelIdentity = {
+            name: card.get(name) for name in ("id", "precision", "recipe", "dimensions")
+        }
+        self._head = {
+            "model": model,
+            "encoding_format": "base64",
+            "output_type": wanted,
+            "truncate": truncate,
+        }
+
+    async def encode(self, texts: Sequence[str]) -> Encoded:
+        """See `TextEncoder`."""
+        loop = asyncio.get_running_loop()
+        asked = [
+            loop.run_in_executor(self._pool, self._request, part) for part in _in_requests(texts)
+        ]
+        rows, token_count = list[_Answer | str](), 0
+        for answered, tokens in await asyncio.gather(*asked):
+            rows += answered
+            token_count += tokens
+        good = [row for row in rows if not isinstance(row, str)]
+        vectors = None
+        if good:
+            dense = np.stack([row.dense for row in good])  # [sequences, dimensions]
+            vectors = Vectors.of(dense, [row.sparse for row in good], [row.multi for row in good])
+        return Encoded(
+            vectors,
+            token_count,
+            {i: row for i, row in enumerate(rows) if isinstance(row, str)},
+            [i for i, row in enumerate(rows) if not isinstance(row, str) and row.is_truncated],
+        )
+
+    def close(self) -> None:
+        """Ask nothing more; what was asked is waited for."""
+        self._closed.set()
+        self._pool.shutdown(cancel_futures=True)
+        self._close_idle()
+
+    def _close_idle(self) -> None:
+        with suppress(IndexError):
+            while True:
+                self._idle.pop().close()
+
+    def _request(self, texts: Sequence[str]) -> tuple[list[_Answer | str], int]:
+        """A row or a reason for each of *texts*, and their tokens."""
+        rows, token_count = self._rows(texts)
+        is_down = all(isinstance(one, str) and FAILED in one for one in rows)
+        if is_down and len(texts) >= FAILED_MAX:
+            raise JobFailed(f"{self._url} failed on {len(texts)} texts in a row. {GO_ON}")
+        return rows, token_count
+
+    def _rows(self, texts: Sequence[str]) -> tuple[list[_Answer | str], int]:
+        """As `_request`: where the server refuses, the text it names is left out, or all halved."""
+        if not texts:
+            return [], 0
+        refused = self._ask("/embeddings", {**self._head, "input": texts})
+        if "data" in refused:
+            items = sorted(refused["data"], key=lambda item: int(item["index"]))
+            return [_answer(item) for item in items], int(refused["usage"]["total_tokens"])
+        message, param = refused["message"], refused.get("param") or "input"
+        if not param.startswith("input"):
+            raise JobFailed(f"{self._url} refuses {param}: {message}")
+        if len(texts) == 1:
+            return [message], 0
+        named = re.match(r"input\[(\d+)\]", param)
+        at = int(named[1]) if named else len(texts) // 2
+        before, tokens = self._rows(texts[:at])
+        own: list[_Answer | str] = [message] if named else []
+        after, tokens_after = self._rows(texts[at + len(own) :])
+        return before + own + after, tokens + tokens_after
+
+    def _ask(self, path: str, body: object = None) -> dict[str, Any]:
+        """The answer to one request, or the error in it where its texts are at fault. Blocks."""
+        reason, pause_s, tries = "", 1.0, 0
+        while tries < TRIES_MAX and not self._closed.is_set():
+            connection = self._connection()
+            try:
+                content = None if body is None else msgspec.json.encode(body)
+                method = "GET" if body is None else "POST"
+                connection.request(method, self._address.path + path, content, self._headers)
+                answer = connection.getresponse()
+                read = answer.read()
+            except (OSError, HTTPException) as fault:
+                connection.close()
+                reason = f"{type(fault).__name__}: {fault}"
+            else:
+                self._idle.append(connection)
+                if answer.status == HTTPStatus.OK:
+                    return _json_object(read)
+                error = _json_object(read).get("error")
+                error = error if isinstance(error, dict) else {}
+                reason = f"{answer.status} {error.get('message') or read[:200].decode('utf-8', 'replace')}"
+                if body is not None and answer.status in TEXT_AT_FAULT:
+                    return {**error, "message": reason}
+                if body is not None and answer.status == HTTPStatus.INTERNAL_SERVER_ERROR:
+                    return {"message": f"{FAILED}: {reason}"}
+                if answer.status not in (*BUSY, HTTPStatus.TOO_MANY_REQUESTS):
+                    break
+                tries -= answer.status == HTTPStatus.TOO_MANY_REQUESTS  # it will be our turn
+                with suppress(ValueError):
+                    pause_s = float(answer.headers.get("retry-after", ""))
+            tries += 1
+            if tries < TRIES_MAX:
+                self._closed.wait(min(pause_s, PAUSE_S_MAX))
+                pause_s *= 2
+        self._close_idle()
+        raise JobFailed(f"{self._url}{path} does not answer as it should: {reason}")
+
+    def _connection(self) -> HTTPConnection:
+        """One that waits between two requests, or a new one."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            scheme = HTTPSConnection if self._address.scheme == "https" else HTTPConnection
+            return scheme(self._address.netloc, timeout=ANSWER_S_MAX)
+
+
+def joined(parts: Sequence[Vectors]) -> Vectors:
+    """The rows of all *parts*, one after another."""
+    if len(parts) == 1:
+        return parts[0]
+    rows: dict[Output, Rows] = {}
+    for output in parts[0].rows:
+        own = [part[output] for part in parts]
+        if all(isinstance(one, np.ndarray) for one in own):
+            rows[output] = np.concatenate([np.asarray(one) for one in own])
+        else:
+            rows[output] = tuple(chain.from_iterable(own))
+    return Vectors(rows)
+
+
+def _in_requests(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    start = characters = 0
+    for end, text in enumerate(texts, 1):
+        characters += len(text)
+        is_full = end - start >= REQUEST_TEXTS or characters >= REQUEST_CHARACTERS
+        if is_full or end == len(texts):
+            yield texts[start:end]
+            start, characters = end, 0
+
+
+def _json_object(read: bytes) -> dict[str, Any]:
+    with suppress(msgspec.DecodeError):
+        found = msgspec.json.decode(read)
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _answer(item: Mapping[str, Any]) -> _Answer:
+    sparse, multi = item.get("sparse_embedding"), item.get("multi_embedding")
+    return _Answer(
+        dense=_array(item["embedding"], "<f4"),
+        sparse=sparse
+        and SparseVector(_array(sparse["indices"], "<i4"), _array(sparse["values"], "<f4")),
+        multi=multi and _array(multi["data"], "<f4").reshape(multi["shape"]),
+        is_truncated="truncated" in item,
+    )
+
+
+def _array(text: str, dtype: str) -> Any:
+    return np.frombuffer(base64.b64decode(text), dtype)

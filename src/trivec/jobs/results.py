@@ -1,0 +1,412 @@
+"""Results of a bulk job on disk: a manifest, a part a shard, and in the end the file asked for.
+
+While it runs there are `OUT.manifest.json` and the folder `OUT.parts`. A part is written beside its
+place and renamed, so it is whole or not there, and its footer says what it was made of. In the end
+`OUT.errors.jsonl` and `OUT` are made of the parts, and renamed likewise: a death loses no part.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import IO, Any, Literal, TypeAlias
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from trivec.core.errors import JobFailed
+from trivec.core.types import Float32Array, Output, Vectors
+from trivec.jobs.corpus import GO_ON, BadRow, Shard, as_json_text
+
+DType: TypeAlias = Literal["float32", "float16", "int8", "binary"]
+ENDINGS = (".parquet", ".jsonl", ".npy")
+DENSE, SPARSE_IDS, SPARSE_WEIGHTS, MULTI = VECTORS = (
+    "embedding", "sparse_indices", "sparse_values", "multi_embedding",
+)  # fmt: skip
+TRUNCATED = "truncated"
+RESERVED = frozenset((*VECTORS, TRUNCATED))
+FOOTER = b"trivec"  # key of our own metadata in a part
+ROW_GROUP_ROWS, ROW_GROUP_BYTES = 65_536, 64 * 1024 * 1024  # of the final file, whichever is first
+_encoder = msgspec.json.Encoder(enc_hook=str)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What is kept of each text."""
+
+    outputs: Output
+    dimensions: int
+    dtype: DType = "float32"  # of dense and multi; sparse weights are float32
+    marks_truncated: bool = False
+
+    def columns(self, vectors: Vectors | None) -> dict[str, pa.Array]:
+        """*vectors* as columns; None where there is no text."""
+        none = np.zeros((0, self.dimensions), np.float32)
+        columns = {}
+        if Output.DENSE in self.outputs:
+            columns[DENSE] = self._matrix(none if vectors is None else vectors.dense)
+        if Output.SPARSE in self.outputs:
+            terms = [] if vectors is None else [one for one in vectors.sparse if one is not None]
+            offsets = _offsets([len(one.token_ids) for one in terms])
+            ids = np.concatenate([one.token_ids for one in terms] or [np.zeros(0, np.int32)])
+            weights = np.concatenate([one.weights for one in terms] or [np.zeros(0, np.float32)])
+            columns[SPARSE_IDS] = pa.ListArray.from_arrays(offsets, pa.array(ids))
+            columns[SPARSE_WEIGHTS] = pa.ListArray.from_arrays(offsets, pa.array(weights))
+        if Output.MULTI in self.outputs:
+            rows = [] if vectors is None else [one for one in vectors.multi if one is not None]
+            matrix = self._matrix(np.concatenate(rows or [none]))
+            columns[MULTI] = pa.ListArray.from_arrays(_offsets([len(one) for one in rows]), matrix)
+        return columns
+
+    def _matrix(self, rows: Float32Array) -> pa.Array:
+        numbers = quantise(rows, self.dtype)
+        return pa.FixedSizeListArray.from_arrays(pa.array(numbers.reshape(-1)), numbers.shape[1])
+
+
+def quantise(rows: Float32Array, dtype: DType) -> NDArray[Any]:
+    """*rows* `[n, dimensions]` in fewer bytes, each by itself, so that no vector depends on another.
+
+    int8: times 127 over the row's largest magnitude, rounded; directions are kept, lengths are not.
+    binary: uint8 `[n, dimensions / 8]`, a bit for each number > 0, the first one highest.
+    """
+    if dtype == "binary":
+        return np.packbits(rows > 0, axis=1)
+    if dtype == "int8":
+        largest = np.abs(rows).max(axis=1, keepdims=True, initial=0.0)
+        scale = 127 / np.maximum(largest, np.float32(1e-12))  # [n, 1]
+        rounded: Float32Array = np.rint(rows * scale)
+        return rounded.astype(np.int8)
+    return rows.astype(np.float16 if dtype == "float16" else np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What the footer of a part says of it."""
+
+    digest: str  # of its shard
+    first_row: int
+    row_count: int  # bad ones included
+    token_count: int
+    truncated_count: int
+    bad: tuple[BadRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What a finished job came to, over all its runs."""
+
+    rows: int
+    texts: int
+    tokens: int
+    truncated: int
+    bad: int
+    digest: str  # sha256 over those of its shards
+
+
+class Results:
+    """What a job has on disk. One process has it at a time; `write` may be called on any thread."""
+
+    def __init__(self, out: Path, identity: Mapping[str, Any], layout: Layout) -> None:
+        """*identity*: plain JSON; all that vectors and columns depend on, but for the texts."""
+        self._out = out
+        self._identity = identity
+        self._layout = layout
+        self._manifest = out.with_name(out.name + ".manifest.json")
+        self._errors = out.with_name(out.name + ".errors.jsonl")
+        self._parts = out.with_name(out.name + ".parts")
+        self.finished: Totals | None = None
+        """Set where an earlier run has finished the job."""
+
+    @contextmanager
+    def open(self) -> Iterator["Results"]:
+        """Begin the job, or go on with it. Raises `JobFailed` where it was another job."""
+        with ExitStack() as held:
+            with write_faults(self._out):
+                begun = self._read_manifest()
+                if begun is None and self._out.exists():
+                    raise JobFailed(
+                        f"{self._out} exists, and no {self._manifest.name} says of what it was "
+                        "made; name another file, or remove it"
+                    )
+                if begun is not None:
+                    self._compare(begun["job"])
+                if begun is not None and begun["finished"] is not None:
+                    self.finished = Totals(**begun["finished"])
+                    shutil.rmtree(self._parts, ignore_errors=True)  # that a death left there
+                else:
+                    self._parts.mkdir(exist_ok=True)
+                    lock = held.enter_context((self._parts / "lock").open("wb"))
+                    try:
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        busy = f"another process is writing {self._out}; wait for it"
+                        raise JobFailed(busy) from None
+                    for left in self._parts.glob("*.tmp"):
+                        left.unlink()
+                    if begun is None:
+                        self._write_manifest(None)
+            yield self
+
+    def part(self, shard: Shard) -> Part | None:
+        """What an earlier run has made of *shard*. Raises `JobFailed` where it was another."""
+        file = self._part_file(shard.number)
+        if not file.exists():
+            return None
+        try:
+            part = _footer(_read(file).schema)
+        except (OSError, pa.ArrowException):
+            return None  # damaged: it is made again
+        if part.digest != shard.digest or part.row_count != shard.row_count:
+            last = shard.first_row + shard.row_count - 1
+            raise self._changed(f"between its rows {shard.first_row} and {last}")
+        return part
+
+    def write(
+        self,
+        shard: Shard,
+        vectors: Vectors | None,
+        *,
+        bad: Mapping[int, str],
+        truncated: Sequence[int],
+        token_count: int,
+    ) -> Part:
+        """Keep the *vectors* of those of the shard's texts that are not *bad*. Blocks.
+
+        *bad*: why a text has no vector, by its index in the shard; *truncated*: indices.
+        """
+        table = shard.table
+        bad_rows = [*shard.bad, *(shard.bad_row(i, reason) for i, reason in sorted(bad.items()))]
+        if self._layout.marks_truncated:
+            marks = np.zeros(len(shard.texts), bool)
+            marks[list(truncated)] = True
+            table = table.append_column(TRUNCATED, pa.array(marks))
+        if bad:
+            good = [i for i in range(len(shard.texts)) if i not in bad]
+            table = table.take(pa.array(good, pa.int64()))
+        for name, column in self._layout.columns(vectors).items():
+            table = table.append_column(name, column)
+        part = Part(
+            digest=shard.digest,
+            first_row=shard.first_row,
+            row_count=shard.row_count,
+            token_count=token_count,
+            truncated_count=len(truncated),
+            bad=tuple(bad_rows),
+        )
+        table = table.replace_schema_metadata({FOOTER: _encoder.encode(part)})
+        with (
+            write_faults(self._out),
+            self._replacing(self._part_file(shard.number)) as file,
+            pa.ipc.new_file(file, table.schema) as writer,
+        ):
+            writer.write_table(table)
+        return part
+
+    def assemble(self, shard_count: int) -> Totals:
+        """Make the final file of the parts, all of which are there, and remove them. Blocks."""
+        files = [self._part_file(number) for number in range(shard_count)]
+        if len(list(self._parts.glob("*.arrow"))) != shard_count:
+            raise self._changed("at its end: it was longer")
+        with write_faults(self._out):
+            types: dict[str, pa.DataType] = {}
+            rows = tokens = truncated = bad = 0
+            digest = sha256()
+            with self._replacing(self._errors) as errors:
+                for file in files:
+                    schema = _read(file).schema
+                    part = _footer(schema)
+                    unify(types, schema)
+                    errors.writelines(_encoder.encode(row) + b"\n" for row in part.bad)
+                    rows += part.row_count
+                    tokens += part.token_count
+                    truncated += part.truncated_count
+                    bad += len(part.bad)
+                    digest.update(part.digest.encode())
+            if not bad:
+                self._errors.unlink()
+            totals = Totals(rows, rows - bad, tokens, truncated, bad, digest.hexdigest())
+            schema = pa.schema([(name, types[name]) for name in sorted(types, key=is_vector)])
+            tables = (conformed(_read(file).read_all(), schema) for file in files)
+            with self._replacing(self._out) as final:
+                if self._out.suffix == ".parquet":
+                    _write_parquet(final, tables, schema)
+                elif self._out.suffix == ".jsonl":
+                    for table in tables:
+                        final.writelines(_encoder.encode(row) + b"\n" for row in table.to_pylist())
+                else:
+                    parts = (_footer(_read(file).schema) for file in files)
+                    _write_npy(final, tables, parts, row_count=rows)
+            self._write_manifest(totals)
+        shutil.rmtree(self._parts, ignore_errors=True)
+        return totals
+
+    def check_unchanged(self, digests: Iterator[str]) -> None:
+        """Raise `JobFailed` unless the finished job was made of the shards with these *digests*."""
+        assert self.finished is not None
+        joined = sha256()
+        for digest in digests:
+            joined.update(digest.encode())
+        if joined.hexdigest() != self.finished.digest:
+            raise self._changed("since")
+
+    def _changed(self, where: str) -> JobFailed:
+        return JobFailed(f"the input of {self._out} has changed {where}; {self._anew}")
+
+    @property
+    def _anew(self) -> str:
+        return (
+            f"name another file, or remove {self._out}, {self._manifest.name} and "
+            f"{self._parts.name} to begin anew"
+        )
+
+    def _part_file(self, number: int) -> Path:
+        return self._parts / f"{number:08}.arrow"
+
+    def _read_manifest(self) -> dict[str, Any] | None:
+        """The manifest of a job that is begun, or finished with its file still there."""
+        try:
+            manifest: dict[str, Any] = json.loads(self._manifest.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError as fault:
+            raise JobFailed(f"{self._manifest} is damaged; {self._anew}") from fault
+        is_stale = manifest["finished"] is not None and not self._out.exists()
+        return None if is_stale else manifest
+
+    def _write_manifest(self, totals: Totals | None) -> None:
+        content = {"job": self._identity, "finished": None if totals is None else asdict(totals)}
+        with self._replacing(self._manifest) as file:
+            file.write(json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
+
+    def _compare(self, begun: Mapping[str, Any]) -> None:
+        for name in {**begun, **self._identity}:
+            before, now = begun.get(name), self._identity.get(name)
+            if before != now:
+                raise JobFailed(
+                    f"{self._out} was begun with {name} {json.dumps(before)}, and now it is "
+                    f"{json.dumps(now)}; run it as before, or {self._anew}"
+                )
+
+    @contextmanager
+    def _replacing(self, file: Path) -> Iterator[IO[bytes]]:
+        """A new *file* that takes its place, on the disk, when the block ends well."""
+        new = self._parts / f"{file.name}.tmp"
+        try:
+            with new.open("wb") as opened:
+                yield opened
+                opened.flush()
+                os.fsync(opened.fileno())
+            new.replace(file)
+        except BaseException:
+            with suppress(OSError):
+                new.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def write_faults(file: Path) -> Iterator[None]:
+    """Turn what goes wrong while a part or *file* is written into `JobFailed`."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as fault:
+        reason = fault.strerror if isinstance(fault, OSError) and fault.strerror else str(fault)
+        raise JobFailed(f"cannot write {file}: {' '.join(reason.split())}. {GO_ON}") from fault
+
+
+def is_vector(name: str) -> bool:
+    """Whether the column *name* is our own, and comes after those that are kept."""
+    return name in RESERVED
+
+
+def unify(types: dict[str, pa.DataType], schema: pa.Schema) -> None:
+    """Widen *types*, of columns by name, to what *schema* has, too: text if nothing else fits both.
+
+    Parts of JSONL have the types that their own rows suggest.
+    """
+    for field in schema:
+        known = types.setdefault(field.name, field.type)
+        if known != field.type:
+            both = [pa.schema([(field.name, one)]) for one in (known, field.type)]
+            try:
+                types[field.name] = pa.unify_schemas(both, promote_options="permissive")[0].type
+            except pa.ArrowException:
+                types[field.name] = pa.string()
+
+
+def conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """*table* with the columns of *schema*: what is missing is null."""
+    columns = []
+    for field in schema:
+        if field.name not in table.column_names:
+            columns.append(pa.nulls(len(table), field.type))
+            continue
+        column = table[field.name]
+        if column.type == field.type or field.type != pa.string():
+            columns.append(column.cast(field.type, safe=False))
+        else:
+            values = column.to_pylist()
+            texts = [None if value is None else as_json_text(value) for value in values]
+            columns.append(pa.array(texts, pa.string()))
+    return pa.table(columns, schema=schema)
+
+
+def _offsets(lengths: Sequence[int]) -> pa.Array:
+    return pa.array(np.cumsum([0, *lengths], dtype=np.int32))
+
+
+def _read(file: Path) -> pa.RecordBatchFileReader:
+    return pa.ipc.open_file(pa.memory_map(str(file)))
+
+
+def _footer(schema: pa.Schema) -> Part:
+    return msgspec.json.decode(schema.metadata[FOOTER], type=Part)
+
+
+def _write_parquet(file: IO[bytes], tables: Iterator[pa.Table], schema: pa.Schema) -> None:
+    """Vectors as they are, since they do not compress; other columns with zstd."""
+    flat = [one.name for one in schema if one.name not in RESERVED and not one.type.num_fields]
+    with pq.ParquetWriter(
+        file,
+        schema,
+        compression=dict.fromkeys(flat, "zstd"),
+        use_dictionary=flat,
+        write_statistics=flat,
+    ) as writer:
+        group: list[pa.Table] = []
+        for table in tables:
+            group.append(table)
+            if (
+                sum(map(len, group)) >= ROW_GROUP_ROWS
+                or sum(one.nbytes for one in group) >= ROW_GROUP_BYTES
+            ):
+                writer.write_table(pa.concat_tables(group))
+                group.clear()
+        if group:
+            writer.write_table(pa.concat_tables(group))
+
+
+def _write_npy(
+    file: IO[bytes], tables: Iterator[pa.Table], parts: Iterator[Part], *, row_count: int
+) -> None:
+    """Dense vectors `[rows, dimensions]`: row i is the input's, all zero where that was bad."""
+    for number, (table, part) in enumerate(zip(tables, parts, strict=True)):
+        column = table[DENSE].combine_chunks()
+        numbers = column.flatten().to_numpy().reshape(len(table), column.type.list_size)
+        if number == 0:
+            shape = (row_count, numbers.shape[1])
+            description = np.lib.format.dtype_to_descr(numbers.dtype)
+            header = {"descr": description, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+        rows = np.zeros((part.row_count, numbers.shape[1]), numbers.dtype)
+        is_good = np.ones(part.row_count, bool)
+        is_good[[bad.row - part.first_row for bad in part.bad]] = False
+        rows[is_good] = numbers
+        file.write(rows.tobytes())
