@@ -178,7 +178,7 @@ def check_models(settings: Settings) -> None:
         try:
             token_table(encoding)
         except FieldInvalid as absent:
-            raise SettingInvalid(f"--token-encoding {encoding}: {absent}") from absent
+            raise SettingInvalid(f"token_encoding {encoding}: {absent}") from absent
 
 
 def load_models(

@@ -152,7 +152,7 @@ async def test_a_server_without_the_tables_says_what_to_do(house: House) -> None
 @pytest.mark.usefixtures("no_tables")
 def test_a_server_that_is_to_repair_and_cannot_does_not_start() -> None:
     settings = load_settings({"http": {"token_encoding": "o200k_base"}}, {})
-    with pytest.raises(SettingInvalid, match=r"--token-encoding o200k_base: .*openai-tokens"):
+    with pytest.raises(SettingInvalid, match=r"token_encoding o200k_base: .*openai-tokens"):
         check_models(settings)
     check_models(Settings())
 

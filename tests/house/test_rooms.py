@@ -11,23 +11,23 @@ import pytest
 SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
-LINES_MAX, FILES_MAX = 23_300, 129  # the aim is 11,500 in 100: a number here may only go down
+LINES_MAX, FILES_MAX = 23_300, 128  # the aim is 11,500 in 100: a number here may only go down
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
-    "cli": (1_570, 7),
+    "cli": (1_565, 7),
     "server": (967, 5),
-    "build": (450, 1),
-    "settings": (420, 1),
+    "build": (448, 1),
+    "settings": (417, 1),
     "api": (4_220, 20),
-    "engine": (980, 5),
+    "engine": (977, 5),
     "models": (2_130, 15),
     "backends": (3_270, 17),
     "checkpoints": (2_100, 11),
-    "tokenizer": (730, 3),
+    "tokenizer": (728, 3),
     "accounts": (3_010, 19),
-    "telemetry": (670, 4),
-    "ipc": (530, 5),
-    "core": (900, 7),
+    "telemetry": (661, 4),
+    "ipc": (522, 5),
+    "core": (894, 7),
     "jobs": (1_310, 5),
     "playground": (90, 1),
 }
