@@ -335,6 +335,7 @@ class LedgerWriter:
 
     def _commit(self, group: Group) -> None:
         began_s = self.busy_since_s = self._clock.now_s()
+        self._due_s = began_s + IDLE_S
         now_us = int(began_s * 1e6) + self._offset_us
         answers: Sequence[Answer]
         try:
@@ -352,10 +353,10 @@ class LedgerWriter:
                 for one in group:  # one bad entry must not take its neighbours with it
                     self._commit([one])
                 return
-            answers = [fault.with_traceback(None)]  # it was logged, and leads back to the caller
+            # Without what leads back to its caller; it was logged. Nobody waits for an idle check.
+            answers = [fault.with_traceback(None)] * len(group)
         else:
             self._offset_us += max(0, committed.now_us - now_us)
-            self._due_s = began_s + IDLE_S
             if not self.health.writable:
                 self._note(StoreHealth(writable=True, reason="ok"))
             answers = committed.outcomes
