@@ -237,9 +237,10 @@ def unavailable() -> StoreUnavailable:
 
 
 class PendingEntry(asyncio.Future[Granted]):
-    """An entry on its way to the store, and then its result. An entry handed over is committed.
+    """An entry on its way to the store, and then its result.
 
-    So it cannot be cancelled: a task that is cancelled while it waits is so when this is done.
+    An entry that was handed over is committed, so this cannot be cancelled: a task that is cancelled
+    while it waits for it goes on waiting, and raises `CancelledError` when it is done.
     """
 
     def __init__(self, entry: Entry, *, loop: asyncio.AbstractEventLoop) -> None:
