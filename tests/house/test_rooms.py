@@ -11,7 +11,7 @@ import pytest
 SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
-LINES_MAX, FILES_MAX = 17_180, 111  # the aim is 11,500 in 100: a number here may only go down
+LINES_MAX, FILES_MAX = 17_150, 111  # the aim is 11,500 in 100: a number here may only go down
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_300, 9),
@@ -24,7 +24,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "backends": (2_980, 17),
     "checkpoints": (1_590, 9),
     "tokenizer": (510, 2),
-    "accounts": (2_993, 19),
+    "accounts": (2_963, 19),
     "telemetry": (660, 4),
     "ipc": (500, 5),
     "core": (770, 8),
