@@ -136,7 +136,7 @@ async def test_a_full_disk(tmp_path: Path) -> None:
 
 
 def _few_pages(raw: sqlite3.Connection, _: object) -> None:
-    raw.execute("PRAGMA max_page_count=40").close()
+    raw.execute("PRAGMA max_page_count=33").close()
 
 
 @contextmanager
