@@ -24,7 +24,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "backends": (2_980, 17),
     "checkpoints": (1_590, 9),
     "tokenizer": (510, 2),
-    "accounts": (2_963, 19),
+    "accounts": (2_966, 19),
     "telemetry": (660, 4),
     "ipc": (500, 5),
     "core": (770, 8),
