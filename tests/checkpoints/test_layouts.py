@@ -164,7 +164,6 @@ def test_a_dense_module_that_is_not_understood_is_refused(
     }  # fmt: skip
     modules = json.loads((plain / "modules.json").read_text())[:2]  # without Normalize
     write_json(plain, "modules.json", modules)
-    (plain / "2_Normalize").is_dir() and (plain / "2_Normalize").rmdir()
     add_module(plain, "Dense", known | settings, **{"linear.weight": np.ones((8, 64), np.float32)})
     with pytest.raises(CheckpointRefused, match=reason):
         open_checkpoint(str(plain), cache_dir=cache_dir)

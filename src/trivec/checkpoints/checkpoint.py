@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
-from trivec.checkpoints.catalogue import CATALOGUE, CatalogueEntry, Pin, Wheel, entries
+from trivec.checkpoints.catalogue import CATALOGUE, CatalogueEntry, Pin, Wheel, names_near
 from trivec.checkpoints.hashes import HashedFile, Hashes
 from trivec.checkpoints.heads import read_m3_heads, read_planned
 from trivec.checkpoints.hub import pull, pulled_folder, pulled_pins
@@ -191,9 +191,8 @@ def find_folder(reference: str) -> Location:
     try:
         folder = Path(path).expanduser().resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
-        known = ", ".join(entry.id for entry in entries())
         raise CheckpointRefused(
-            f"{path!r} is neither a folder nor a known model. Known: {known}"
+            f"{path!r} is neither a folder nor a known model. {names_near(path)}"
         ) from error
     name = name if is_named else folder.name
     if not MODEL_ID.fullmatch(name):
