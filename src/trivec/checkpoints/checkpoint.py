@@ -277,6 +277,10 @@ def _with_head(
     folder, width = checkpoint.folder, checkpoint.config.hidden_size
     family = FAMILIES[checkpoint.config.family]
     m3_heads = read_m3_heads(folder, m3_files, hidden_size=width) if m3_files else None
+    if plan is not None and plan.output is Output.DENSE:
+        layers, head_tensors = _planned(checkpoint, plan)
+        checkpoint = replace(checkpoint, layers=layers, head_tensors=head_tensors)
+        width, plan = len(layers[-1].weight), None
     modules = None
     if "modules.json" in names:
         modules = read_modules(folder, names, hidden_size=width)
@@ -285,7 +289,7 @@ def _with_head(
             checkpoint,
             pooling=modules.pooling,
             include_prompt=modules.include_prompt,
-            layers=modules.layers,
+            layers=(*checkpoint.layers, *modules.layers),
             normalize=modules.normalize,
             heads=m3_heads,
         )
@@ -308,8 +312,7 @@ def _with_head(
             f"{folder / 'modules.json'}: names no pooling that goes with the architecture in "
             "config.json"
         )
-    stored = open_weights(checkpoint.weight_files, cache_dir=checkpoint.cache_dir)
-    layers, head_tensors = read_planned(plan, stored, prefixes=family.prefixes, width=width)
+    layers, head_tensors = _planned(checkpoint, plan)
     checkpoint = replace(checkpoint, head_tensors=head_tensors)
     if plan.output is Output.SCORE:
         labels = len(layers[-1].weight)
@@ -324,6 +327,15 @@ def _with_head(
         token_head=SpladeHead(layers, takes_log_twice),
         assumed=None if modules is not None or entry is not None else assumed,
     )
+
+
+def _planned(
+    checkpoint: Checkpoint, plan: HeadPlan
+) -> tuple[tuple[HeadLayer, ...], frozenset[str]]:
+    """The head that stands beside the encoder, and its tensors' names. Raises `CheckpointRefused`."""
+    stored = open_weights(checkpoint.weight_files, cache_dir=checkpoint.cache_dir)
+    family, width = FAMILIES[checkpoint.config.family], checkpoint.config.hidden_size
+    return read_planned(plan, stored, prefixes=family.prefixes, width=width)
 
 
 def _refuse_other_files(found: Location, hashed: Mapping[str, HashedFile]) -> None:
