@@ -69,6 +69,7 @@ class ServerParts:
             metrics=metrics_page or self.metrics.page,
             metrics_open=self.settings.metrics_open,
             memory=self.memory,
+            faces=self.settings.faces,
         )
 
     def close(self) -> None:
@@ -290,6 +291,7 @@ def model_card(
         default_prompt_name=checkpoint.default_prompt_name,
         include_prompt=checkpoint.include_prompt,
         labels=checkpoint.labels,
+        late_chunking=checkpoint.late_chunking,
         verified=checkpoint.verified,
         aliases=checkpoint.aliases,
         notes=notes,

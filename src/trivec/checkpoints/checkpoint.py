@@ -102,6 +102,11 @@ class Checkpoint:
         return min([*(widths[-1:] or [width]), *([self.truncate_dim] if self.truncate_dim else [])])
 
     @property
+    def late_chunking(self) -> bool:
+        """Whether a vector is the mean of its tokens, so that parts of a sequence may have one."""
+        return self.pooling == (Pooling.MEAN,) and not self.labels
+
+    @property
     def outputs(self) -> Output:
         """What one forward pass can yield."""
         if self.labels:
