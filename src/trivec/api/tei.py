@@ -445,7 +445,7 @@ async def root(context: RequestContext) -> Response:
     fields = _fields(body)
     if "query" in fields:
         return await rerank(context, body)
-    if fields.get("inputs", b"").startswith(b"{"):
+    if fields.get("inputs") == b"{":
         return await similarity(context, body)
     outputs = choose_embedder(context, None, Output.DENSE).card.outputs
     if Output.DENSE in outputs:
@@ -454,12 +454,12 @@ async def root(context: RequestContext) -> Response:
 
 
 def _fields(body: bytes) -> dict[str, bytes]:
-    """The values in *body* as they came; none where it is not an object."""
+    """The fields in *body*, and how each value begins; none where it is not an object."""
     try:
         given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return {}  # whichever decoder is next says what is wrong
-    return {name: bytes(value) for name, value in given.items()}
+    return {name: bytes(memoryview(value)[:1]) for name, value in given.items()}
 
 
 OPERATIONS = tuple(
