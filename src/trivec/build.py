@@ -310,6 +310,7 @@ def make_tokenizers(
             vocabulary_size=checkpoint.config.vocab_size,
             pool=pool,
             request_tokens_max=context.settings.http.request_tokens_max,
+            token_type_count=checkpoint.config.token_type_count,
             include_prompt=checkpoint.include_prompt,
         )
         for checkpoint in checkpoints
