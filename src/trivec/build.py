@@ -268,7 +268,7 @@ def load_checkpoint(
     if earned is None:
         return LoadedModel(checkpoint, backend, card, None)
     certificate = CertificateSummary(earned.main.minimum, earned.main.mean, earned.summary)
-    card = replace(card, notes={"certificate": earned.summary})
+    card = replace(card, notes={**card.notes, "certificate": earned.summary})
     return LoadedModel(checkpoint, backend, card, certificate)
 
 
@@ -294,7 +294,7 @@ def model_card(
         late_chunking=checkpoint.late_chunking,
         verified=checkpoint.verified,
         aliases=checkpoint.aliases,
-        notes=notes,
+        notes={**notes, **({"assumed": checkpoint.assumed} if checkpoint.assumed else {})},
     )
 
 
