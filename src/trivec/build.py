@@ -268,7 +268,7 @@ def load_checkpoint(
     if earned is None:
         return LoadedModel(checkpoint, backend, card, None)
     certificate = CertificateSummary(earned.main.minimum, earned.main.mean, earned.summary)
-    card = replace(card, notes={"certificate": earned.summary})
+    card = replace(card, notes={**card.notes, "certificate": earned.summary})
     return LoadedModel(checkpoint, backend, card, certificate)
 
 
@@ -294,7 +294,7 @@ def model_card(
         late_chunking=checkpoint.late_chunking,
         verified=checkpoint.verified,
         aliases=checkpoint.aliases,
-        notes=notes,
+        notes={**notes, **({"assumed": checkpoint.assumed} if checkpoint.assumed else {})},
     )
 
 
@@ -310,6 +310,7 @@ def make_tokenizers(
             vocabulary_size=checkpoint.config.vocab_size,
             pool=pool,
             request_tokens_max=context.settings.http.request_tokens_max,
+            token_type_count=checkpoint.config.token_type_count,
             include_prompt=checkpoint.include_prompt,
         )
         for checkpoint in checkpoints

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tests.backends.batches import ALL, batch_of
-from tests.backends.conftest import TensorsIn, random_ids
+from tests.backends.conftest import OpenTiny, TensorsIn, random_ids
 from tests.checkpoints.tiny import write_tiny
 
 from trivec.backends.openvino import OpenVinoBackend, cache, check_cache
@@ -40,6 +40,7 @@ from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.checkpoints.hashes import Hashes
 from trivec.core.errors import SettingInvalid
 from trivec.core.types import Sequences, SparseVector, Vectors
+from trivec.models.pooling import Pooling
 
 
 @pytest.fixture(params=[True, False], ids=["bf16 pays", "bf16 does not pay"])
@@ -162,6 +163,22 @@ def test_one_sensitive_layer_in_fp32_can_be_enough(
     assert found.certificate.passes
     assert found.scheme.exact_layers == {1}
     assert found.certificate.refused == tuple(one.name for one in candidates)
+
+
+def test_a_token_of_zeros_does_not_hide_which_layer_is_sensitive(
+    open_tiny: OpenTiny, tmp_path: Path, tensors_in: TensorsIn
+) -> None:
+    """Gemma's padding token may be one, and it fills up a micro-batch."""
+    tensors_in(INT8_GROUPS_32)  # or the test is skipped
+    original = open_tiny("gemma3_text", Pooling.MEAN)
+    folder = Path(shutil.copytree(original.folder, tmp_path / "model"))
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["embed_tokens.weight"][0] = 0
+    save_file(tensors, file)
+    checkpoint = open_checkpoint(str(folder), cache_dir=tmp_path / "cache")
+    *_, last = Calibration(checkpoint, slot_count=1).candidates()
+    assert len(last.exact_layers) == 1
 
 
 def test_int8_asked_for_by_name_is_given_and_says_that_it_failed(tmp_path: Path) -> None:

@@ -8,12 +8,22 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from tests.backends.batches import ALL, batch_of, bits
-from tests.backends.conftest import TensorsIn, random_ids
+from tests.backends.conftest import OpenTiny, TensorsIn, random_ids
 
-from trivec.backends.openvino.quantise import FP32, INT8_SCHEMES, QuantScheme
+from trivec.backends.openvino.calibrate import Calibration
+from trivec.backends.openvino.quantise import (
+    FP32,
+    INT8_ROWS,
+    INT8_ROWS_BF16,
+    INT8_SCHEMES,
+    QuantScheme,
+    make_tensors,
+)
 from trivec.backends.openvino.session import Session
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.types import Output
+from trivec.models.pooling import Pooling
+from trivec.models.registry import FAMILIES
 
 LENGTHS = [1, 2, 3, 5, 8, 13, 16, 17, 31, 33, 64, 65, 100, 128, 129, 200, 256, 300, 511, 512, 650]
 
@@ -36,6 +46,25 @@ def test_alone_first_last_and_among_strangers_are_the_same_bits(session: Session
         order = draw.permutation(len(texts))[: draw.integers(2, len(texts) + 1)]
         found = session.run(batch_of([texts[i] for i in order], ALL), slot=0)
         assert [bits(found, place) for place in range(len(order))] == [expected[i] for i in order]
+
+
+@pytest.mark.parametrize("scheme", [FP32, INT8_ROWS, INT8_ROWS_BF16], ids=lambda one: one.name)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_a_text_the_same_bits_alone_and_among_strangers(
+    open_tiny: OpenTiny, family: str, scheme: QuantScheme
+) -> None:
+    checkpoint = open_tiny(family, Pooling.MEAN)
+    if scheme == FP32:
+        tensors = make_tensors(checkpoint, FP32)
+    else:
+        tensors = Calibration(checkpoint, slot_count=1).tensors(scheme)
+    session = Session(checkpoint, tensors, scheme, slot_count=1)
+    texts = random_ids(LENGTHS)
+    together = session.run(batch_of(texts), slot=0).dense
+    backwards = session.run(batch_of(texts[::-1]), slot=0).dense
+    for i, ids in enumerate(texts):
+        by_itself = session.run(batch_of([ids]), slot=0).dense[0].tobytes()
+        assert by_itself == together[i].tobytes() == backwards[-1 - i].tobytes()
 
 
 def test_both_slots_at_once_give_the_same_bits(session: Session) -> None:

@@ -45,6 +45,15 @@ MODERN = BERT | {
     "cls_token_id": 0,
     "sep_token_id": 2,
 }
+DISTIL = {
+    "vocab_size": VOCABULARY_SIZE,
+    "dim": 64,
+    "n_layers": 3,
+    "n_heads": 4,
+    "hidden_dim": 128,
+    "max_position_embeddings": POSITIONS,
+    "initializer_range": 0.2,
+}
 QWEN = BERT | {"num_key_value_heads": 2, "head_dim": 16}
 CLASSES: dict[str, tuple[str, str, dict[str, Any]]] = {  # id: tokenizer, class, config
     "bert": ("bert", "BertForSequenceClassification", BERT | {"num_labels": 1}),
@@ -61,11 +70,17 @@ CLASSES: dict[str, tuple[str, str, dict[str, Any]]] = {  # id: tokenizer, class,
         "ModernBertForSequenceClassification",
         MODERN | {"num_labels": 1, "classifier_pooling": "mean", "classifier_bias": True},
     ),
+    "distilbert": ("bert", "DistilBertForSequenceClassification", DISTIL | {"num_labels": 1}),
+    "mpnet": ("xlm-roberta", "MPNetForSequenceClassification", XLM | {"num_labels": 1}),
+    "gte": ("xlm-roberta", "GteForSequenceClassification", XLM | {"num_labels": 1}),
+    "nomic-bert": ("bert", "NomicBertForSequenceClassification", BERT | {"num_labels": 1}),
     "qwen3": ("qwen3", "Qwen3ForSequenceClassification", QWEN | {"num_labels": 1}),
 }
 LANGUAGE_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert": ("bert", "BertForMaskedLM", BERT),
     "xlm-roberta": ("xlm-roberta", "XLMRobertaForMaskedLM", XLM),
+    "distilbert": ("bert", "DistilBertForMaskedLM", DISTIL),
+    "mpnet": ("xlm-roberta", "MPNetForMaskedLM", XLM),
     "modernbert": ("modernbert", "ModernBertForMaskedLM", MODERN),
 }
 LINES = SENTENCES.strip().splitlines()

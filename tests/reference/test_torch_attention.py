@@ -27,7 +27,7 @@ from trivec.backends.torch.attention import (
     kernels_named,
     packed_attention,
 )
-from trivec.models.ops import AttentionSpec
+from trivec.models.ops import Alibi, AttentionSpec
 
 pytestmark = pytest.mark.reference
 
@@ -87,6 +87,40 @@ def test_every_kernel_computes_the_formula(kernel: Attention, spec: AttentionSpe
         scores[:, torch.from_numpy(hidden_from(spec, last - first))] = -torch.inf
         expected = (torch.softmax(scores, -1) @ value).transpose(0, 1).float()
         torch.testing.assert_close(found[first:last], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kernel", [REFERENCE, GROUPED], ids=lambda one: one.name)
+@pytest.mark.parametrize("masked", ["all-see-all", "causal", "window", "grouped-queries"])
+def test_a_bias_by_distance_is_added_to_the_scores(kernel: Attention, masked: str) -> None:
+    """Against the formula with the whole bias written out; beyond its reach the last number holds."""
+    reach = 300
+    spec = SPECS[masked]
+    bias = torch.randn((spec.heads, 2 * reach + 1), generator=torch.Generator().manual_seed(5))
+    cu_seqlens, (q, k, v) = packed_rows(LENGTHS, spec)
+    found = kernel.plan(cu_seqlens, LENGTHS)(q, k, v, spec, bias)
+    own_head = torch.arange(spec.heads) // (spec.heads // spec.kv_heads)
+    for first, last in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        query, key, value = (
+            one[first:last].double().transpose(0, 1) for one in (q, k[:, own_head], v[:, own_head])
+        )
+        places = torch.arange(last - first)
+        distances = (places[None, :] - places[:, None]).clamp(-reach, reach)
+        scores = query @ key.transpose(1, 2) / math.sqrt(spec.head_dim)
+        scores += bias.double()[:, distances + reach]
+        scores[:, torch.from_numpy(hidden_from(spec, last - first))] = -torch.inf
+        expected = (torch.softmax(scores, -1) @ value).transpose(0, 1).float()
+        torch.testing.assert_close(found[first:last], expected, atol=1e-5, rtol=0)
+
+
+def test_a_packed_kernel_is_not_taken_for_scores_with_a_bias(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = SimpleNamespace(varlen_attn=varlen_on_cpu)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+    spec = AttentionSpec(4, 16, 4, bias=Alibi(4, 600))
+    kernel, reason = choose_attention(None, [spec], like=LIKE, has_packed=True)
+    assert kernel is GROUPED
+    assert "not varlen: it raised ValueError: scores cannot be given a bias by distance" in reason
 
 
 @pytest.mark.parametrize("kernel", [REFERENCE, GROUPED], ids=lambda one: one.name)

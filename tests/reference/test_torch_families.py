@@ -1,9 +1,12 @@
 # ruff: noqa: E402 - what is imported below needs what is asked for above it
 """Each family against transformers' own code: a small seeded checkpoint, as transformers saves it."""
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -12,26 +15,29 @@ torch = pytest.importorskip("torch", reason="the torch backend needs torch")
 pytest.importorskip("transformers", reason="the reference is transformers")
 
 import transformers
+from safetensors.torch import load_file, save_file
 from tests.checkpoints.tiny import write_tiny
+from tests.reference.jina_bert import JinaBertModel
 
 from trivec.backends.openvino import OpenVinoBackend
 from trivec.backends.torch.backend import TorchBackend
 from trivec.checkpoints import open_checkpoint
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.types import Batch, Float32Array, Output, Sequences
+from trivec.models import nomic_bert
 from trivec.models.pooling import Pooling
 
 pytestmark = pytest.mark.reference
 
-VOCABULARY_SIZE, HIDDEN = 500, 64
-LENGTHS = (1, 2, 7, 16, 17, 40, 65, 150, 300)
+VOCABULARY_SIZE, HIDDEN, POSITIONS = 500, 64, 2048
+LENGTHS = (1, 2, 7, 16, 17, 40, 65, 150, 300, 2048)
 MODERN_BERT = {
     "vocab_size": VOCABULARY_SIZE,
     "hidden_size": HIDDEN,
     "intermediate_size": 96,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": POSITIONS,
     "local_attention": 16,
     "global_attn_every_n_layers": 3,
     "pad_token_id": 1,
@@ -50,18 +56,143 @@ QWEN3 = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": POSITIONS,
     "rope_theta": 1_000_000.0,
     "pad_token_id": 1,
     "initializer_range": 0.3,
 }
 BIASES = {"norm_bias": True, "attention_bias": True, "mlp_bias": True}
-FAMILIES = {
+BERT = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": POSITIONS + 2,
+    "initializer_range": 0.15,
+}
+DISTILBERT = {
+    "vocab_size": VOCABULARY_SIZE,
+    "dim": HIDDEN,
+    "hidden_dim": 160,
+    "n_layers": 2,
+    "n_heads": 4,
+    "max_position_embeddings": POSITIONS,
+    "initializer_range": 0.3,
+}
+NTK_FACTOR = 8.0
+
+
+class Names(NamedTuple):
+    """In which spelling a model of transformers is saved, and what is changed afterwards."""
+
+    save_original_format: bool = True  # names as on the hub; else as in transformers 5
+    after: Callable[[Any, Path], None] = lambda model, folder: None
+
+
+def as_new(model: Any, folder: Path) -> None:
+    """Make a GTE of transformers what Alibaba's own code calls "new", with NTK-scaled angles.
+
+    transformers has no such scaling; so its angles are set to those of the published formula.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    theta = config.pop("rope_parameters")["rope_theta"]
+    code = {"AutoModel": "Alibaba-NLP/new-impl--modeling.NewModel"}
+    scaling = {"type": "ntk", "factor": NTK_FACTOR}
+    config |= {"model_type": "new", "auto_map": code, "rope_theta": theta, "rope_scaling": scaling}
+    (folder / "config.json").write_text(json.dumps(config))
+    head_dim = HIDDEN // config["num_attention_heads"]
+    steps = torch.arange(0, head_dim, 2) / head_dim
+    frequencies = (theta * NTK_FACTOR) ** -steps / NTK_FACTOR ** (2 / head_dim)
+    model.rotary_emb.inv_freq.copy_(frequencies)
+
+
+def as_nomic(model: Any, folder: Path) -> None:
+    """Name the settings as in the config of nomic-embed-text-v1.5."""
+    config = json.loads((folder / "config.json").read_text())
+    ours = {
+        theirs: config.pop(name) for theirs, name in nomic_bert.SETTINGS.items() if name in config
+    }
+    ours |= {
+        "activation_function": "swiglu",
+        "rotary_emb_base": config.pop("rope_parameters")["rope_theta"],
+        "rotary_emb_fraction": 1.0,
+        "rotary_scaling_factor": None,
+        "auto_map": {
+            "AutoModel": "nomic-ai/nomic-bert-2048--modeling_hf_nomic_bert.NomicBertModel"
+        },
+    }
+    (folder / "config.json").write_text(
+        json.dumps(
+            {"model_type": "nomic_bert"}
+            | ours
+            | {name: config[name] for name in ("vocab_size", "type_vocab_size")}
+        )
+    )
+
+
+def as_voyage(model: Any, folder: Path) -> None:
+    """Let a Qwen3 see both ways, and project what it yields, as voyage-4-nano's code does."""
+    file, pooling = folder / "model.safetensors", folder / "1_Pooling" / "config.json"
+    projection = torch.randn(2 * HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(1)) / 8
+    save_file(load_file(file) | {"linear.weight": projection}, file, metadata={"format": "pt"})
+    for path, changed in (
+        (folder / "config.json", {"use_bidirectional_attention": True, "num_labels": 2 * HIDDEN}),
+        (pooling, {"word_embedding_dimension": 2 * HIDDEN}),
+    ):
+        path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    plain = model.forward
+
+    def forward(input_ids: Any) -> SimpleNamespace:
+        hidden = plain(input_ids=input_ids, attention_mask={"full_attention": None})
+        return SimpleNamespace(last_hidden_state=hidden.last_hidden_state @ projection.T)
+
+    model.forward = forward
+
+
+JINA_BERT = BERT | {
+    "layer_norm_eps": 1e-12,
+    "position_embedding_type": "alibi",
+    "feed_forward_type": "geglu",
+}
+GEMMA3 = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "query_pre_attn_scalar": 32,
+    "pad_token_id": 1,
+    "max_position_embeddings": POSITIONS,
+    "sliding_window": 32,
+    "layer_types": [
+        "sliding_attention",
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention",
+    ],
+    "initializer_range": 0.2,
+}
+BOTH_WAYS = {"use_bidirectional_attention": True}
+FAMILIES: dict[str, tuple[Any, ...]] = {
+    "camembert": ("Camembert", BERT, Pooling.MEAN),
+    "distilbert": ("DistilBert", DISTILBERT, Pooling.MEAN),
+    "mpnet": ("MPNet", BERT | {"layer_norm_eps": 1e-5}, Pooling.MEAN),
+    "nomic-bert": ("NomicBert", BERT, Pooling.MEAN, Names(after=as_nomic)),
+    "nomic-bert-of-transformers-5": ("NomicBert", BERT, Pooling.MEAN, Names(False)),
+    "gte-ntk": ("Gte", BERT | {"type_vocab_size": 0}, Pooling.CLS, Names(after=as_new)),
+    "gte-of-transformers-5": ("Gte", BERT, Pooling.CLS, Names(False)),
+    "jina-bert": ("JinaBert", JINA_BERT, Pooling.MEAN),
     "modernbert-mean": ("ModernBert", MODERN_BERT, Pooling.MEAN),
     "modernbert-cls": ("ModernBert", MODERN_BERT, Pooling.CLS),
     "modernbert-with-biases": ("ModernBert", MODERN_BERT | BIASES, Pooling.CLS),
+    "gemma3-both-ways": ("Gemma3Text", GEMMA3 | BOTH_WAYS, Pooling.MEAN),
+    "gemma3-causal": ("Gemma3Text", GEMMA3, Pooling.LAST),
     "qwen3": ("Qwen3", QWEN3, Pooling.LAST),
     "qwen3-without-groups": ("Qwen3", QWEN3 | {"num_key_value_heads": 4}, Pooling.LAST),
+    "qwen3-both-ways-and-projected": ("Qwen3", QWEN3, Pooling.MEAN, Names(after=as_voyage)),
     "qwen3-with-biases": ("Qwen3", QWEN3 | {"attention_bias": True}, Pooling.LAST),
 }
 
@@ -69,12 +200,22 @@ FAMILIES = {
 class Saved:
     """A model of transformers, and the same one opened by us from the files it wrote."""
 
-    def __init__(self, folder: Path, name: str, config: dict[str, Any], pooling: Pooling) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        config: dict[str, Any],
+        pooling: Pooling,
+        names: Names | None = None,
+    ) -> None:
         torch.manual_seed(3)
-        config_type = getattr(transformers, f"{name}Config")
-        self.model = getattr(transformers, f"{name}Model")(
-            config_type(**config, attn_implementation="eager")
-        ).eval()
+        if name == "JinaBert":
+            self.model = JinaBertModel(config).eval()
+        else:
+            config_type = getattr(transformers, f"{name}Config")
+            self.model = getattr(transformers, f"{name}Model")(
+                config_type(**config, attn_implementation="eager")
+            ).eval()
         with torch.no_grad():
             for weight in self.model.parameters():
                 if weight.ndim == 1:  # norms and biases, which start at one and at zero
@@ -87,7 +228,13 @@ class Saved:
             pooling=Pooling.CLS,
             heads=False,
         )
-        self.model.save_pretrained(folder / "model")
+        if names is None:
+            self.model.save_pretrained(folder / "model")
+        else:
+            self.model.save_pretrained(
+                folder / "model", save_original_format=names.save_original_format
+            )
+            names.after(self.model, folder / "model")
         opened = open_checkpoint(str(folder / "model"), cache_dir=folder / "cache")
         self.checkpoint: Checkpoint = replace(opened, pooling=(pooling,))
 
@@ -114,18 +261,23 @@ def batch_of(*lengths: int) -> Batch:
     return Batch(packed.token_ids, packed.cu_seqlens, np.full(len(ids), Output.DENSE, np.uint8))
 
 
+def assert_equal(found: Float32Array, expected: Float32Array) -> None:
+    """Unit vectors `[sequences, hidden]`, equal to 1e-4 in each number and 1e-6 in their cosine."""
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    assert (found.astype(np.float64) * expected).sum(axis=1).min() >= 0.999999
+
+
 @pytest.fixture(params=list(FAMILIES))
 def saved(tmp_path: Path, request: pytest.FixtureRequest) -> Saved:
-    name, config, pooling = FAMILIES[request.param]
-    return Saved(tmp_path, name, config, pooling)
+    return Saved(tmp_path, *FAMILIES[request.param])
 
 
 def test_torch_equals_transformers(saved: Saved) -> None:
     batch = batch_of(*LENGTHS)
     backend = TorchBackend.load(saved.checkpoint, precision="fp32", device="cpu")
-    np.testing.assert_allclose(backend.run(batch, slot=0).dense, saved.expected(batch), atol=1e-4)
-    exact = backend.run_exact(batch, slot=0).dense  # the plain form of attention
-    np.testing.assert_allclose(exact, saved.expected(batch), atol=1e-4)
+    expected = saved.expected(batch)
+    assert_equal(backend.run(batch, slot=0).dense, expected)
+    assert_equal(backend.run_exact(batch, slot=0).dense, expected)  # the plain form of attention
 
 
 def test_openvino_equals_transformers(saved: Saved, tmp_path: Path) -> None:
@@ -134,7 +286,7 @@ def test_openvino_equals_transformers(saved: Saved, tmp_path: Path) -> None:
         saved.checkpoint, precision="fp32", cores=1, cache_dir=tmp_path / "kept"
     )
     found = backend.run(batch, slot=0).dense
-    np.testing.assert_allclose(found, saved.expected(batch), atol=1e-4)
+    assert_equal(found, saved.expected(batch))
     for i in range(len(batch)):  # the same bits alone and beside others
         ids = batch.token_ids[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]]
         starts = np.array([0, len(ids)], np.int32)

@@ -16,6 +16,30 @@ from trivec.models.pooling import Pooling
 
 VOCABULARY_SIZE, HIDDEN, POSITIONS = 2000, 128, 700
 CONFIGS: Mapping[str, Mapping[str, object]] = {  # of the families that `write_tiny` does not write
+    "camembert": {"intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "distilbert": {"dim": HIDDEN, "n_layers": 2, "n_heads": 4, "hidden_dim": 160},
+    "mpnet": {"intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "nomic_bert": {"intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "new": {
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "rope_scaling": {"type": "ntk", "factor": 8.0},
+    },
+    "gte": {
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "type_vocab_size": 1,
+    },
+    "jina_bert": {
+        "model_type": "bert",
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "position_embedding_type": "alibi",
+        "feed_forward_type": "geglu",
+    },
     "modernbert": {
         "intermediate_size": 96,
         "num_hidden_layers": 4,
@@ -23,6 +47,17 @@ CONFIGS: Mapping[str, Mapping[str, object]] = {  # of the families that `write_t
         "local_attention": 16,
         "global_attn_every_n_layers": 3,
         "norm_bias": True,
+    },
+    "gemma3_text": {
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 32,
+        "sliding_window_pattern": 3,
+        "use_bidirectional_attention": True,
     },
     "qwen3": {
         "intermediate_size": 160,
@@ -67,12 +102,12 @@ def open_family(folder: Path, family: str, pooling: Pooling) -> Checkpoint:
         if len(shape) == 2:
             tensors[name] = noise * np.float32(shape[1] ** -0.5)
         else:  # norms around one, biases around zero
-            tensors[name] = (0.2 * noise + name.endswith("norm.weight")).astype(np.float32)
+            tensors[name] = (0.2 * noise + name.lower().endswith("norm.weight")).astype(np.float32)
     for whole, parts in registry.FAMILIES[family].fused.items():
-        for first in [name for name in tensors if name.endswith(f"{parts[0]}.weight")]:
-            at = first.removesuffix(f"{parts[0]}.weight")
-            split = [tensors.pop(f"{at}{part}.weight") for part in parts]
-            tensors[f"{at}{whole}.weight"] = np.concatenate(split)
+        for first in [name for name in tensors if f"{parts[0]}." in name]:
+            at, kind = first.split(parts[0])
+            split = [tensors.pop(f"{at}{part}{kind}") for part in parts]
+            tensors[f"{at}{whole}{kind}"] = np.concatenate(split)
     save_file(tensors, next((folder / "model").glob("*.safetensors")))
     opened = open_checkpoint(str(folder / "model"), cache_dir=folder / "cache")
     return replace(opened, pooling=(pooling,))

@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.models import registry
-from trivec.models.ops import Activation, AttentionSpec, Index, Linear, ModelConfig, Table
+from trivec.models.ops import (
+    Activation,
+    Alibi,
+    AttentionSpec,
+    Index,
+    Linear,
+    ModelConfig,
+    Table,
+)
 from trivec.models.pooling import HeadLayer, HeadNorm, MultiHead, Nonlinearity, Pooling, SpladeHead
 
 Floats = NDArray[np.float64]
@@ -38,7 +46,7 @@ class NumpyOps:
         positions = np.arange(len(ids)) + self._config.position_offset
         rows = {Index.ID: ids, Index.TYPE: np.array(self._types), Index.POSITION: positions}[index]
         looked_up: Floats = self._tensor(f"{table.name}.weight")[rows]
-        return looked_up
+        return looked_up * table.scale
 
     def add(self, x: Floats, y: Floats) -> Floats:
         return x + y
@@ -49,10 +57,12 @@ class NumpyOps:
         normed = unit * self._tensor(f"{name}.weight")
         return normed + self._tensor(f"{name}.bias") if bias else normed
 
-    def rms_norm(self, x: Floats, name: str, *, eps: float, width: int | None = None) -> Floats:
+    def rms_norm(
+        self, x: Floats, name: str, *, eps: float, width: int | None = None, offset: float = 0.0
+    ) -> Floats:
         parts = x.reshape(len(x), -1, width or x.shape[1])
         unit: Floats = parts / np.sqrt((parts**2).mean(axis=-1, keepdims=True) + eps)
-        return (unit * self._tensor(f"{name}.weight")).reshape(x.shape)
+        return (unit * (self._tensor(f"{name}.weight") + offset)).reshape(x.shape)
 
     def linear(self, x: Floats, *layers: Linear) -> tuple[Floats, ...]:
         products = []
@@ -74,7 +84,8 @@ class NumpyOps:
             read = head * spec.kv_heads // spec.heads
             read_at = slice(read * spec.head_dim, (read + 1) * spec.head_dim)
             query, key = self._rotated(q[:, own], spec), self._rotated(k[:, read_at], spec)
-            scores = np.where(unseen, -np.inf, query @ key.T / math.sqrt(spec.head_dim))
+            scores = query @ key.T / math.sqrt(spec.head_dim) + self._gains(spec, head, distance)
+            scores = np.where(unseen, -np.inf, scores)
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
             attended[:, own] = weights / weights.sum(axis=1, keepdims=True) @ v[:, read_at]
         return attended
@@ -98,12 +109,25 @@ class NumpyOps:
     def _tensor(self, name: str) -> Floats:
         return self._tensors[self._at + name]
 
+    def _gains(self, spec: AttentionSpec, head: int, distance: NDArray[np.int_]) -> Floats:
+        """What a head's scores gain by the distance of a key (column) from its query (row)."""
+        bias = spec.bias
+        if bias is None:
+            return np.zeros(distance.shape)
+        if isinstance(bias, Alibi):
+            return -_alibi_slopes(spec.heads)[head] * np.abs(distance)
+        table = self._tensor(f"{bias.table.name}.weight")
+        last = len(distance) - 1
+        buckets = np.array([_bucket(one, len(table), bias.reach) for one in range(-last, last + 1)])
+        gains: Floats = table[buckets[distance + last], head]
+        return gains
+
     def _rotated(self, x: Floats, spec: AttentionSpec) -> Floats:
         """Each pair (x[i], x[i + d / 2]) of a token at position p turned by p / theta^(2 i / d)."""
         if spec.rope is None:
             return x
         half = spec.head_dim // 2
-        speeds = spec.rope.theta ** (-np.arange(half) / half)
+        speeds = spec.rope.theta ** (-np.arange(half) / half) / spec.rope.divisor
         turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * np.arange(len(x))[:, None] * speeds)
         return np.concatenate([turned.real, turned.imag], axis=1)
 
@@ -112,8 +136,31 @@ def _activated(x: Floats, activation: Activation) -> Floats:
     if activation is Activation.SILU:
         silu: Floats = x / (1 + np.exp(-x))
         return silu
+    if activation is Activation.GELU_TANH:
+        by_tanh: Floats = x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        return by_tanh
     gelu: Floats = x * 0.5 * (1 + erf(x / math.sqrt(2)))
     return gelu
+
+
+def _alibi_slopes(heads: int) -> list[float]:
+    """The geometric series of the paper; for a count between powers of two its neighbours' mix."""
+    if heads & (heads - 1) == 0:
+        return [2 ** (-8 * (i + 1) / heads) for i in range(heads)]
+    below = 2 ** int(math.log2(heads))
+    return _alibi_slopes(below) + _alibi_slopes(2 * below)[0::2][: heads - below]
+
+
+def _bucket(distance: int, buckets: int, reach: int) -> int:
+    """The paper's buckets in both directions; at a border of two what float32 says."""
+    half = buckets // 2
+    exact, size = half // 2, abs(distance)
+    if size < exact:
+        place = size
+    else:
+        steps = np.float32(np.log(np.float32(size / exact))) / np.float32(math.log(reach / exact))
+        place = min(exact + int(steps * np.float32(half - exact)), half - 1)
+    return place + (half if distance > 0 else 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -480,7 +480,8 @@ def choose_outputs(asked: EmbeddingsRequest, card: ModelCard) -> Output:
         )
     joined = "&".join(given) if isinstance(given, list) else given
     outputs = Output(0)
-    for name in ["dense"] if joined is None else joined.split("&"):
+    usual = card.main_output & ~Output.SCORE or Output.DENSE  # of a reranker there is none
+    for name in output_names(usual) if joined is None else joined.split("&"):
         if name.lower() not in OUTPUTS:
             raise FieldInvalid(
                 f"Invalid value for 'output_type' = {shown(name)}. "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
-from trivec.checkpoints.catalogue import CATALOGUE, CatalogueEntry, Pin, Wheel, entries
+from trivec.checkpoints.catalogue import CATALOGUE, CatalogueEntry, Pin, Wheel, names_near
 from trivec.checkpoints.hashes import HashedFile, Hashes
 from trivec.checkpoints.heads import read_m3_heads, read_planned
 from trivec.checkpoints.hub import pull, pulled_folder, pulled_pins
@@ -196,9 +196,8 @@ def find_folder(reference: str) -> Location:
     try:
         folder = Path(path).expanduser().resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
-        known = ", ".join(entry.id for entry in entries())
         raise CheckpointRefused(
-            f"{path!r} is neither a folder nor a known model. Known: {known}"
+            f"{path!r} is neither a folder nor a known model. {names_near(path)}"
         ) from error
     name = name if is_named else folder.name
     if not MODEL_ID.fullmatch(name):
@@ -283,6 +282,10 @@ def _with_head(
     folder, width = checkpoint.folder, checkpoint.config.hidden_size
     family = FAMILIES[checkpoint.config.family]
     m3_heads = read_m3_heads(folder, m3_files, hidden_size=width) if m3_files else None
+    if plan is not None and plan.output is Output.DENSE:
+        layers, head_tensors = _planned(checkpoint, plan)
+        checkpoint = replace(checkpoint, layers=layers, head_tensors=head_tensors)
+        width, plan = len(layers[-1].weight), None
     modules = None
     if "modules.json" in names:
         modules = read_modules(folder, names, hidden_size=width)
@@ -291,7 +294,7 @@ def _with_head(
             checkpoint,
             pooling=modules.pooling,
             include_prompt=modules.include_prompt,
-            layers=modules.layers,
+            layers=(*checkpoint.layers, *modules.layers),
             normalize=modules.normalize,
             heads=m3_heads,
         )
@@ -314,8 +317,7 @@ def _with_head(
             f"{folder / 'modules.json'}: names no pooling that goes with the architecture in "
             "config.json"
         )
-    stored = open_weights(checkpoint.weight_files, cache_dir=checkpoint.cache_dir)
-    layers, head_tensors = read_planned(plan, stored, prefixes=family.prefixes, width=width)
+    layers, head_tensors = _planned(checkpoint, plan)
     checkpoint = replace(checkpoint, head_tensors=head_tensors)
     if plan.output is Output.SCORE:
         labels = len(layers[-1].weight)
@@ -330,6 +332,15 @@ def _with_head(
         token_head=SpladeHead(layers, takes_log_twice),
         assumed=None if modules is not None or entry is not None else assumed,
     )
+
+
+def _planned(
+    checkpoint: Checkpoint, plan: HeadPlan
+) -> tuple[tuple[HeadLayer, ...], frozenset[str]]:
+    """The head that stands beside the encoder, and its tensors' names. Raises `CheckpointRefused`."""
+    stored = open_weights(checkpoint.weight_files, cache_dir=checkpoint.cache_dir)
+    family, width = FAMILIES[checkpoint.config.family], checkpoint.config.hidden_size
+    return read_planned(plan, stored, prefixes=family.prefixes, width=width)
 
 
 def _refuse_other_files(found: Location, hashed: Mapping[str, HashedFile]) -> None:

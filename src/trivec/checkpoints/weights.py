@@ -42,16 +42,23 @@ class Weights(AbstractContextManager["Weights"]):
         def refusal(problem: str) -> CheckpointRefused:
             return CheckpointRefused(f"{file.file}: {problem}. Is its config.json its own?")
 
-        self._file, stored = file, file.tensors
+        self._file = file
+        self._names = {family.own_name(name): name for name in file.tensors}  # ours to the file's
+        stored = {name: file.tensors[theirs] for name, theirs in self._names.items()}
         prefixes = [one for one in family.prefixes if one + family.key_tensor in stored]
         prefix = prefixes[0] if len(prefixes) == 1 else ""
-        places, stored_shapes = _places(shapes, family.fused)
+        fused = {
+            whole: parts
+            for whole, parts in family.fused.items()
+            if any(f".{whole}." in name for name in stored)
+        }
+        places, stored_shapes = _places(shapes, fused)
         self._left = {name: (prefix + whole, rows) for name, (whole, rows) in places.items()}
         expected = {prefix + name: shape for name, shape in stored_shapes.items()}
         if missing := [name for name in stored_shapes if prefix + name not in stored]:
             raise refusal(f"lacks {_first_of(missing)}")
         unused = (*family.unused, *(prefix + pattern for pattern in family.unused))
-        extra = [name for name in stored if name not in expected and name not in head]
+        extra = [name for name in stored if name not in expected and self._names[name] not in head]
         extra = [name for name in extra if not any(fnmatchcase(name, one) for one in unused)]
         if extra:
             raise refusal(f"holds {_first_of(extra)}, which this encoder does not have")
@@ -68,7 +75,7 @@ class Weights(AbstractContextManager["Weights"]):
         """
         assert name in self._left, f"{name} was taken before, or is none of this encoder's"
         whole, rows = self._left.pop(name)
-        return self._file.float32(whole)[rows]
+        return self._file.float32(self._names[whole])[rows]
 
     def finish(self) -> None:
         """Say that all was taken. Raises `CheckpointRefused`, naming what was not."""

@@ -1,7 +1,8 @@
-"""BERT, RoBERTa and XLM-RoBERTa: encoders with learned positions and LayerNorm after each half-layer.
+"""BERT and its kin: encoders with learned positions and LayerNorm after each half-layer.
 
-Devlin et al. 2018, arXiv:1810.04805; Liu et al. 2019, arXiv:1907.11692; Conneau et al. 2020,
-arXiv:1911.02116. The three differ in where positions begin.
+Devlin et al. 2018, arXiv:1810.04805; RoBERTa: Liu et al. 2019, arXiv:1907.11692; XLM-RoBERTa:
+Conneau et al. 2020, arXiv:1911.02116; CamemBERT: Martin et al. 2020, arXiv:1911.03894. They differ in
+where positions begin. DistilBERT and MPNet are read elsewhere, and run by `forward` as well.
 """
 
 from collections.abc import Mapping
@@ -13,23 +14,34 @@ from msgspec import Meta
 
 from trivec.core.types import Output
 from trivec.models.config import Count, Rows, Width
-from trivec.models.ops import Activation, AttentionSpec, Index, Linear, ModelConfig, Ops, Table
+from trivec.models.ops import (
+    Activation,
+    AttentionSpec,
+    Buckets,
+    Index,
+    Linear,
+    ModelConfig,
+    Ops,
+    Table,
+)
 from trivec.models.pooling import HeadPlan, LinearName, Nonlinearity, NormName, Pooling
 
 T = TypeVar("T")
 
-MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
+MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert")
 # What stands before the names in a file, by what it was saved from; KEY_TENSOR tells which it is.
 PREFIXES = ("", "bert.", "roberta.", "model.", "auto_model.", "0.auto_model.")
 KEY_TENSOR = "embeddings.word_embeddings.weight"
 # Tensors that files carry and the encoder does not use.
 UNUSED = ("pooler.*", "*.position_ids", "lm_head.*", "cls.*")
+DISTANCE_MAX = 128  # of MPNet's bias: keys from here on share a bucket
 
 
 @dataclass(frozen=True, slots=True)
 class BertConfig(ModelConfig):
     layer_norm_eps: float
-    type_vocab_size: int
+    type_vocab_size: int  # 0: the model has no token types
+    relative_attention_num_buckets: int = 0  # 0: scores have no bias by distance
 
 
 class _BertFile(msgspec.Struct, frozen=True):
@@ -134,14 +146,22 @@ def forward(ops: Ops[T], config: BertConfig) -> T:
     """Last hidden states `[tokens, hidden_size]` of the tokens that are kept."""
     hidden = config.hidden_size
     words = Table("embeddings.word_embeddings", config.vocab_size, hidden)
-    types = Table("embeddings.token_type_embeddings", config.type_vocab_size, hidden)
     places = Table("embeddings.position_embeddings", config.max_position_embeddings, hidden)
-    x = ops.add(ops.embed(words, Index.ID), ops.embed(types, Index.TYPE))
+    x = ops.embed(words, Index.ID)
+    if config.type_vocab_size:
+        types = Table("embeddings.token_type_embeddings", config.type_vocab_size, hidden)
+        x = ops.add(x, ops.embed(types, Index.TYPE))
     x = ops.add(x, ops.embed(places, Index.POSITION))
     x = ops.layer_norm(x, "embeddings.LayerNorm", eps=config.layer_norm_eps)
 
     heads = config.num_attention_heads
-    spec = AttentionSpec(heads, hidden // heads, heads)
+    bias = None
+    if config.relative_attention_num_buckets:
+        table = Table(
+            "encoder.relative_attention_bias", config.relative_attention_num_buckets, heads
+        )
+        bias = Buckets(table, reach=DISTANCE_MAX)
+    spec = AttentionSpec(heads, hidden // heads, heads, bias=bias)
     for i in range(config.num_hidden_layers):
         layer = f"encoder.layer.{i}"
         names = (f"{layer}.attention.self.{name}" for name in ("query", "key", "value"))

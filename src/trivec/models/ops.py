@@ -29,6 +29,7 @@ class Activation(Enum):
     """The nonlinearity of a feed-forward network."""
 
     GELU = "gelu"  # the exact one, x Φ(x) by erf
+    GELU_TANH = "gelu_pytorch_tanh"  # x Φ(x), with tanh of a polynomial for erf
     SILU = "silu"  # x / (1 + exp(-x))
 
 
@@ -38,6 +39,7 @@ class Table(NamedTuple):
     name: str
     rows: int
     width: int
+    scale: float = 1.0  # a row is multiplied by it when it is looked up
 
 
 class Linear(NamedTuple):
@@ -54,13 +56,68 @@ class Rope:
 
     theta: float
     positions: int  # for which there is an angle
+    divisor: float = 1.0  # of every frequency, so that more positions share a turn
 
     def tables(self, head_dim: int) -> tuple[Float32Array, Float32Array]:
         """Cosines and sines: each float32 `[positions, head_dim / 2]`."""
         steps = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
         frequencies = (1 / np.float32(self.theta) ** steps).astype(np.float32)
+        frequencies /= np.float32(self.divisor)
         angles = np.arange(self.positions, dtype=np.float32)[:, None] * frequencies
         return np.cos(angles), np.sin(angles)
+
+
+@dataclass(frozen=True, slots=True)
+class Alibi:
+    """A score falls with the distance, in each head at its own slope, to both sides alike.
+
+    Press et al. 2021, arXiv:2108.12409, whose slopes these are; to both sides as in
+    Günther et al. 2023, arXiv:2310.19923.
+    """
+
+    heads: int
+    reach: int  # the longest distance there is
+
+    @property
+    def slopes(self) -> Float32Array:
+        """2^(-8 i / n) for head i of n, n a power of two: float32 `[heads]`.
+
+        For other counts the power of two below, and every second slope of the one above.
+        """
+        whole = 1 << (self.heads.bit_length() - 1)
+        steps = [*range(2, 2 * whole + 1, 2), *range(1, 2 * (self.heads - whole), 2)]
+        return np.array([2 ** (-4 * step / whole) for step in steps], np.float32)
+
+    def by_distance(self) -> Float32Array:
+        """What a score gains at each distance from -reach to reach: `[heads, 2 * reach + 1]`."""
+        distances = np.abs(np.arange(-self.reach, self.reach + 1, dtype=np.float32))
+        return -self.slopes[:, None] * distances
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """A score gains a learned number, the same for all distances in a bucket.
+
+    Half of the buckets are for keys after the query. In each half the nearest distances have one each
+    and the others widen with the logarithm (T5: Raffel et al. 2019, arXiv:1910.10683).
+    """
+
+    table: Table  # [buckets, heads]
+    reach: int  # distances from here on share the last bucket
+
+    def by_distance(self, table: Float32Array) -> Float32Array:
+        """What a score gains at each distance from -reach to reach: `[heads, 2 * reach + 1]`."""
+        half = self.table.rows // 2
+        exact = half // 2
+        distances = np.arange(-self.reach, self.reach + 1)  # of a key from its query
+        # In float32 and this order, as where such models are trained: some distances are the first of
+        # their bucket only so.
+        steps = np.log(np.maximum(np.abs(distances), 1).astype(np.float32) / np.float32(exact))
+        steps = steps / np.float32(np.log(self.reach / exact)) * np.float32(half - exact)
+        buckets = np.minimum(exact + steps.astype(np.int64), half - 1)
+        buckets = np.where(np.abs(distances) < exact, np.abs(distances), buckets)
+        gains: Float32Array = table[buckets + half * (distances > 0)].T
+        return gains
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +130,7 @@ class AttentionSpec:
     rope: Rope | None = None
     causal: bool = False  # a token sees itself and those before
     window: int | None = None  # a token sees at most so many on either side
+    bias: Alibi | Buckets | None = None  # what scores gain by distance
 
     def __post_init__(self) -> None:
         assert self.heads % self.kv_heads == 0
@@ -106,6 +164,11 @@ class ModelConfig:
         """Tokens for which there is a position, special tokens included."""
         return self.max_position_embeddings - self.position_offset
 
+    @property
+    def token_type_count(self) -> int:
+        """Rows of the table of token types; 0 where the family has none."""
+        return getattr(self, "type_vocab_size", 0)
+
 
 class Ops(Protocol[T]):
     """A backend's ops on packed tokens. *T* stands for rows `[tokens, width]`.
@@ -123,8 +186,10 @@ class Ops(Protocol[T]):
         """(x - mean) / sqrt(variance + eps) * weight + bias over each row."""
         ...
 
-    def rms_norm(self, x: T, name: str, *, eps: float, width: int | None = None) -> T:
-        """X / sqrt(mean of squares + eps) * weight over each row, or each *width* numbers of it."""
+    def rms_norm(
+        self, x: T, name: str, *, eps: float, width: int | None = None, offset: float = 0.0
+    ) -> T:
+        """X / sqrt(mean of squares + eps) * (weight + offset) over each row, or *width* numbers."""
         ...
 
     def linear(self, x: T, *layers: Linear) -> tuple[T, ...]:
@@ -132,7 +197,7 @@ class Ops(Protocol[T]):
         ...
 
     def attention(self, q: T, k: T, v: T, spec: AttentionSpec) -> T:
-        """softmax(Q Kᵀ / sqrt(head_dim)) V within each sequence: `[tokens, heads * head_dim]`."""
+        """softmax(Q Kᵀ / sqrt(head_dim) + bias) V in each sequence: `[tokens, heads * head_dim]`."""
         ...
 
     def mlp(self, x: T, up: Linear, down: Linear, activation: Activation) -> T:
@@ -217,7 +282,9 @@ class Recorder:
             self._plan.shapes[f"{self._at}{name}.{part}"] = (x.width,)
         return Traced(x.width)
 
-    def rms_norm(self, x: Traced, name: str, *, eps: float, width: int | None = None) -> Traced:
+    def rms_norm(
+        self, x: Traced, name: str, *, eps: float, width: int | None = None, offset: float = 0.0
+    ) -> Traced:
         self._plan.shapes[f"{self._at}{name}.weight"] = (width or x.width,)
         return Traced(x.width)
 
@@ -235,6 +302,9 @@ class Recorder:
     def attention(self, q: Traced, k: Traced, v: Traced, spec: AttentionSpec) -> Traced:
         assert q.width == spec.size
         assert k.width == v.width == spec.kv_heads * spec.head_dim
+        if isinstance(spec.bias, Buckets):
+            table = spec.bias.table
+            self._plan.shapes[f"{self._at}{table.name}.weight"] = (table.rows, table.width)
         self._plan.attention.append(spec)
         return Traced(spec.size, values=v.linear if spec.heads == spec.kv_heads else None)
 

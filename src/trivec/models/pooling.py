@@ -137,9 +137,12 @@ class NormName(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class HeadPlan:
-    """The head that a family's class has: of a classifier pooling first, of SPLADE none."""
+    """The head that a family's class has: of a classifier pooling first, of SPLADE none.
 
-    output: Output  # SCORE or SPARSE
+    Of dense vectors it is linear, follows whatever pooling the folder says, and stands before modules.
+    """
+
+    output: Output  # SCORE, SPARSE or DENSE
     pooling: tuple[Pooling, ...]
     layers: tuple[LinearName | NormName, ...]
 

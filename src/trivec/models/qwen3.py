@@ -29,6 +29,7 @@ MODEL_TYPES = ("qwen3",)
 PREFIXES = ("", "model.")
 KEY_TENSOR = "embed_tokens.weight"
 UNUSED = ("lm_head.*",)
+STANDS_FOR = ("VoyageQwen3",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,9 @@ def read_config(config: Mapping[str, object]) -> Qwen3Config:
 def head_plan(
     architecture: str, file: Mapping[str, object], config: Qwen3Config
 ) -> HeadPlan | None:
-    """The head of a class of transformers; None for another class."""
+    """The head of a class of transformers, or Voyage's projection; None for another class."""
+    if not config.is_causal and file.get("num_labels"):
+        return HeadPlan(Output.DENSE, (), (LinearName("linear.weight", None),))
     if not architecture.endswith("ForSequenceClassification"):
         return None
     return HeadPlan(Output.SCORE, (Pooling.LAST,), (LinearName("score.weight", None),))

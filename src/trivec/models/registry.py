@@ -5,7 +5,17 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from trivec.models import bert, modernbert, qwen3
+from trivec.models import (
+    bert,
+    distilbert,
+    gemma3,
+    gte,
+    jina_bert,
+    modernbert,
+    mpnet,
+    nomic_bert,
+    qwen3,
+)
 from trivec.models.ops import ModelConfig, Ops, Plan, Recorder, T
 from trivec.models.pooling import HeadPlan, Pooling
 
@@ -21,9 +31,18 @@ class Family:
     unused: tuple[str, ...]  # patterns of tensors that files carry and nobody reads
     # Matrices of a file that hold several layers, and whose rows are whose: names within a block.
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    renamed: tuple[tuple[str, str], ...] = ()  # parts of names: as files have them, as here
+    # How the names begin of classes in `auto_map` whose code this family stands for.
+    stands_for: tuple[str, ...] = ()
     # (architecture, config.json, config) to the head of a classifier or masked language model.
     head_plan: Callable[[str, Mapping[str, Any], Any], HeadPlan | None] = lambda *_: None
     pooling: Pooling = Pooling.MEAN  # where a folder does not say
+
+    def own_name(self, name: str) -> str:
+        """What this family calls the tensor *name* of a file."""
+        for theirs, ours in self.renamed:
+            name = name.replace(theirs, ours)
+        return name
 
 
 BERT = Family(
@@ -32,6 +51,24 @@ BERT = Family(
     bert.PREFIXES,
     bert.KEY_TENSOR,
     bert.UNUSED,
+    head_plan=bert.head_plan,
+)
+DISTILBERT = Family(
+    distilbert.read_config,
+    bert.forward,
+    distilbert.PREFIXES,
+    bert.KEY_TENSOR,
+    distilbert.UNUSED,
+    renamed=distilbert.RENAMED,
+    head_plan=distilbert.head_plan,
+)
+MPNET = Family(
+    mpnet.read_config,
+    bert.forward,
+    mpnet.PREFIXES,
+    bert.KEY_TENSOR,
+    mpnet.UNUSED,
+    renamed=mpnet.RENAMED,
     head_plan=bert.head_plan,
 )
 MODERN_BERT = Family(
@@ -49,12 +86,56 @@ QWEN3 = Family(
     qwen3.PREFIXES,
     qwen3.KEY_TENSOR,
     qwen3.UNUSED,
+    stands_for=qwen3.STANDS_FOR,
     head_plan=qwen3.head_plan,
     pooling=Pooling.LAST,
 )
+NOMIC_BERT = Family(
+    nomic_bert.read_config,
+    nomic_bert.forward,
+    nomic_bert.PREFIXES,
+    nomic_bert.KEY_TENSOR,
+    nomic_bert.UNUSED,
+    nomic_bert.FUSED,
+    nomic_bert.RENAMED,
+    nomic_bert.STANDS_FOR,
+    nomic_bert.head_plan,
+)
+GTE = Family(
+    gte.read_config,
+    nomic_bert.forward,
+    gte.PREFIXES,
+    nomic_bert.KEY_TENSOR,
+    gte.UNUSED,
+    gte.FUSED,
+    gte.RENAMED,
+    gte.STANDS_FOR,
+    nomic_bert.head_plan,
+    Pooling.CLS,
+)
+JINA_BERT = Family(
+    jina_bert.read_config,
+    nomic_bert.forward,
+    jina_bert.PREFIXES,
+    nomic_bert.KEY_TENSOR,
+    jina_bert.UNUSED,
+    jina_bert.FUSED,
+    jina_bert.RENAMED,
+    jina_bert.STANDS_FOR,
+    nomic_bert.head_plan,
+)
+GEMMA3 = Family(
+    gemma3.read_config, gemma3.forward, gemma3.PREFIXES, gemma3.KEY_TENSOR, gemma3.UNUSED
+)
 FAMILIES: Mapping[str, Family] = {
     **dict.fromkeys(bert.MODEL_TYPES, BERT),
+    **dict.fromkeys(distilbert.MODEL_TYPES, DISTILBERT),
+    **dict.fromkeys(mpnet.MODEL_TYPES, MPNET),
     **dict.fromkeys(modernbert.MODEL_TYPES, MODERN_BERT),
+    **dict.fromkeys(nomic_bert.MODEL_TYPES, NOMIC_BERT),
+    **dict.fromkeys(gte.MODEL_TYPES, GTE),
+    jina_bert.FAMILY_NAME: JINA_BERT,
+    **dict.fromkeys(gemma3.MODEL_TYPES, GEMMA3),
     **dict.fromkeys(qwen3.MODEL_TYPES, QWEN3),
 }
 
@@ -62,11 +143,15 @@ FAMILIES: Mapping[str, Family] = {
 def read_config(config: Mapping[str, object]) -> ModelConfig:
     """The model that the content of `config.json` describes. Raises `ValueError` with the reason."""
     model_type = config.get("model_type")
+    if model_type == "bert" and config.get("position_embedding_type") == "alibi":
+        model_type = jina_bert.FAMILY_NAME
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             f"model_type is {model_type!r}; served are models of the families {', '.join(FAMILIES)}"
         )
-    if config.get("auto_map") is not None or config.get("trust_remote_code") is not None:
+    family = FAMILIES[model_type]
+    is_known = _is_known_code(config.get("auto_map"), family)
+    if not is_known or config.get("trust_remote_code") is not None:
         raise ValueError(
             "auto_map or trust_remote_code asks to run code from the model's folder; none is"
         )
@@ -74,10 +159,17 @@ def read_config(config: Mapping[str, object]) -> ModelConfig:
         raise ValueError(
             "quantization_config is set; give the float checkpoint, it is quantised at load"
         )
-    found = FAMILIES[model_type].read_config(config)
+    found = family.read_config(config)
     if found.token_count_max < 1:
         raise ValueError("max_position_embeddings leaves no position for a token")
     return found
+
+
+def _is_known_code(auto_map: object, family: Family) -> bool:
+    """Whether *auto_map* names no class but those whose code the family stands for."""
+    targets = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+    names = [str(target).rpartition(".")[2] for target in targets if target is not None]
+    return all(name.startswith(family.stands_for) for name in names)
 
 
 def head_plan(file: Mapping[str, Any], config: ModelConfig) -> HeadPlan | None:

@@ -345,7 +345,7 @@ class Calibration:
         )
         int8 = next(session.statistics(self._calibration))[-len(self._layer_outputs) :]
         errors = [
-            float(np.mean(((a - b) ** 2).sum(axis=1) / (a**2).sum(axis=1)))
+            float(np.mean(((a - b) ** 2).sum(axis=1) / np.maximum((a**2).sum(axis=1), 1e-30)))
             for a, b in zip(self._layer_outputs, int8, strict=True)
         ]
         added = np.diff(np.array(errors), prepend=0)

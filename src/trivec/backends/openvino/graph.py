@@ -23,7 +23,9 @@ from trivec.backends.openvino.quantise import SHIFTS, QuantScheme, Tensors
 from trivec.models import registry
 from trivec.models.ops import (
     Activation,
+    Alibi,
     AttentionSpec,
+    Buckets,
     Index,
     Linear,
     ModelConfig,
@@ -100,16 +102,19 @@ class GraphOps:
     blocks: list[Node] = field(default_factory=list)  # the output of each layer: [tokens, hidden]
     angles: dict[Rope, tuple[Node, Node]] = field(default_factory=dict)
     masks: dict[tuple[bool, int | None], Node] = field(default_factory=dict)
+    biases: dict[Alibi | Buckets, Node] = field(default_factory=dict)
 
     def embed(self, table: Table, index: Index) -> Rows:
         name, ids = self.at + table.name, self._line(LINES[index])
         if f"{name}.weight" in self.tensors:
-            return gathered(constant(self.tensors[f"{name}.weight"]), ids)
-        high, low, step = (  # `quantise.split_int16`
-            op.convert(gathered(constant(self.tensors[f"{name}.{part}"]), ids), "f32")
-            for part in ("high", "low", "step")
-        )
-        return op.multiply(op.add(op.multiply(high, number(256)), low), step)
+            rows = gathered(constant(self.tensors[f"{name}.weight"]), ids)
+        else:
+            high, low, step = (  # `quantise.split_int16`
+                op.convert(gathered(constant(self.tensors[f"{name}.{part}"]), ids), "f32")
+                for part in ("high", "low", "step")
+            )
+            rows = op.multiply(op.add(op.multiply(high, number(256)), low), step)
+        return rows if table.scale == 1 else op.multiply(rows, number(table.scale))
 
     def add(self, x: Rows, y: Rows) -> Rows:
         return op.add(self.rows(x), self.rows(y))
@@ -119,8 +124,12 @@ class GraphOps:
         scaled = op.multiply(unit, constant(self.tensors[f"{self.at}{name}.weight"]))
         return op.add(scaled, constant(self.tensors[f"{self.at}{name}.bias"])) if bias else scaled
 
-    def rms_norm(self, x: Rows, name: str, *, eps: float, width: int | None = None) -> Rows:
+    def rms_norm(
+        self, x: Rows, name: str, *, eps: float, width: int | None = None, offset: float = 0.0
+    ) -> Rows:
         weight = constant(self.tensors[f"{self.at}{name}.weight"])
+        if offset:
+            weight = op.add(weight, number(offset)).output(0)
         rows = self.rows(x) if width is None else _in_heads(self.rows(x), width)
         mean = op.reduce_mean(op.multiply(rows, rows), op.constant(np.array([-1])), True)
         scaled = op.multiply(op.divide(rows, op.sqrt(op.add(mean, number(eps)))), weight)
@@ -174,28 +183,32 @@ class GraphOps:
 
     def attention(self, q: Rows, k: Rows, v: Rows, spec: AttentionSpec) -> Rows:
         in_fp32 = len(self.blocks) in self.scheme.exact_layers
+        scale = number(spec.head_dim**-0.5)
+        if isinstance(spec.bias, Alibi):  # see `attend`
+            by_head = np.float32(spec.head_dim**-0.5) / spec.bias.slopes
+            scale = constant(np.repeat(by_head, spec.head_dim))
         nodes = attend(
-            op.multiply(self._rotated(self.rows(q), spec), number(spec.head_dim**-0.5)),
+            op.multiply(self._rotated(self.rows(q), spec), scale),
             self._rotated(self.rows(k), spec),
             self.rows(v),
             spec=spec,
             gather=self.gather,
             bias=self.bias,
             mask=self._mask(spec),
+            by_distance=self._by_distance(spec),
             bf16=self.scheme.bf16_attention and not in_fp32,
         )
         return Padded(nodes)
 
     def mlp(self, x: Rows, up: Linear, down: Linear, activation: Activation) -> Rows:
-        inner = op.gelu(self.linear(x, up)[0], "erf")
-        return self.linear(inner, down, shift=SHIFTS[activation])[0]
+        inner = activated(self.linear(x, up)[0], activation)
+        return self.linear(inner, down, shift=SHIFTS.get(activation, 0.0))[0]
 
     def gated_mlp(
         self, x: Rows, gate: Linear, up: Linear, down: Linear, activation: Activation
     ) -> Rows:
         gates, inner = self.linear(x, gate, up)
-        gates = op.swish(gates) if activation is Activation.SILU else op.gelu(gates, "erf")
-        return self.linear(op.multiply(gates, inner), down)[0]
+        return self.linear(op.multiply(activated(gates, activation), inner), down)[0]
 
     def keep(self, x: Rows) -> Rows:
         """Gather the kept tokens; of attention's output, from its padded places at once."""
@@ -246,10 +259,7 @@ class GraphOps:
             return None
         key = (spec.causal, spec.window)
         if key not in self.masks:
-            length = gathered(op.shape_of(self.gather, "i32"), integer(1))
-            places = op.range(op.constant(np.int32(0)), length, op.constant(np.int32(1)), "f32")
-            rows, columns = op.unsqueeze(places, integer(1)), op.unsqueeze(places, integer(0))
-            distance = op.subtract(columns, rows)
+            distance = self._distance()
             if spec.window is None:
                 seen = op.less_equal(distance, number(0))
             elif not spec.causal:
@@ -259,6 +269,30 @@ class GraphOps:
                 seen = op.less_equal(op.absolute(op.add(distance, half)), half)
             self.masks[key] = seen
         return self.masks[key]
+
+    def _by_distance(self, spec: AttentionSpec) -> Node | None:
+        """What `attend` makes a bias of: of ALiBi the distances `[length, length]`, for all heads;
+        of buckets what scores gain `[heads, length, length]`; None without a bias.
+        """
+        bias = spec.bias
+        if bias is None or bias in self.biases:
+            return None if bias is None else self.biases[bias]
+        if isinstance(bias, Alibi):
+            node = op.absolute(self._distance())
+        else:
+            weight = self.tensors[f"{self.at}{bias.table.name}.weight"]
+            gains = constant(bias.by_distance(weight.astype(np.float32)))
+            places = op.add(op.clamp(self._distance(), -bias.reach, bias.reach), number(bias.reach))
+            node = gathered(gains, op.convert(places, "i32"), axis=1)
+        self.biases[bias] = node
+        return node
+
+    def _distance(self) -> Node:
+        """How many places a key (column) stands after a query (row): float32 `[length, length]`."""
+        length = gathered(op.shape_of(self.gather, "i32"), integer(1))
+        places = op.range(op.constant(np.int32(0)), length, op.constant(np.int32(1)), "f32")
+        rows, columns = op.unsqueeze(places, integer(1)), op.unsqueeze(places, integer(0))
+        return op.subtract(columns, rows)
 
 
 def attend(
@@ -270,11 +304,14 @@ def attend(
     gather: Node,
     bias: Node,
     mask: Node | None,
+    by_distance: Node | None = None,
     bf16: bool,
 ) -> Node:
     """softmax(Q Kᵀ + bias) V within each sequence: float32 `[sequences * length, heads * head_dim]`.
 
-    *q* is scaled already. With *bf16* everything between the gathers is rounded to bf16, scores and
+    *q* is scaled already. *by_distance* is what `GraphOps._by_distance` gives: ALiBi's distances are
+    taken from scores that are divided by their head's slope, and the difference is multiplied by it.
+    So one matrix serves all heads, 256 MiB at 8,192 tokens where one a head would be 3 GiB. With *bf16* everything between the gathers is rounded to bf16, scores and
     weights too; products and softmax add up in fp32. A text's bits are then its own only where the
     padded length is a multiple of 16, which all of `packing.LENGTH_SIZES` are.
     """
@@ -292,13 +329,25 @@ def attend(
     if spec.kv_heads < spec.heads:  # each as often as there are heads of queries that read it
         owners = op.constant(np.repeat(np.arange(spec.kv_heads), spec.heads // spec.kv_heads))
         k, v = (gathered(one, owners, axis=1) for one in (k, v))
-    scores = op.add(op.matmul(q, k, False, True), typed(bias))
+    scores = op.matmul(q, k, False, True)
+    if by_distance is not None and isinstance(spec.bias, Alibi):
+        slopes = constant(spec.bias.slopes.reshape(-1, 1, 1))
+        scores = op.multiply(op.subtract(scores, typed(by_distance)), typed(slopes))
+    elif by_distance is not None:
+        scores = op.add(scores, typed(by_distance))
+    scores = op.add(scores, typed(bias))
     if mask is not None:
         scores = op.select(mask, scores, typed(number(HIDDEN_SCORE)))
     mixed = op.matmul(op.softmax(scores, -1), v, False, False)
     together = op.transpose(mixed, op.constant(BY_HEAD))
     flat = op.reshape(together, op.constant(np.array([-1, spec.size])), False)
     return op.convert(flat, "f32") if bf16 else flat
+
+
+def activated(x: Node, activation: Activation) -> Node:
+    if activation is Activation.SILU:
+        return op.swish(x)
+    return op.gelu(x, "erf" if activation is Activation.GELU else "tanh")
 
 
 def _in_heads(x: Node, head_dim: int) -> Node:

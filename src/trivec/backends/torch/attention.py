@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TypeAlias
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,9 +19,17 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from trivec.models.ops import AttentionSpec
 
-Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, AttentionSpec], Tensor]
-"""From queries `[tokens, heads, head_dim]`, and keys and values `[tokens, kv_heads, head_dim]`, to
-`[tokens, heads, head_dim]`. Rotary positions are applied already."""
+
+class Attend(Protocol):
+    """From queries `[tokens, heads, head_dim]`, and keys and values `[tokens, kv_heads, head_dim]`,
+    to `[tokens, heads, head_dim]`. Rotary positions are applied already; *bias*, fp32 `[heads, 2 *
+    reach + 1]`, is what scores gain by the distance of a key from its query, from -reach on.
+    """
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, bias: Tensor | None = None
+    ) -> Tensor: ...
+
 
 GROUP_STRETCH_MAX = 1.25  # sequences are padded together up to this times the shortest of them
 # Queries at a time where a mask or scores are written out: at 8,192 keys and 16 heads 134 MB of
@@ -29,6 +37,7 @@ GROUP_STRETCH_MAX = 1.25  # sequences are padded together up to this times the s
 QUERY_BLOCK = 256
 
 CHECK_LENGTHS = (1, 2, 63, 64, 65, 300)  # around the edges of kernels' blocks
+CHECK_REACH = 128  # of a bias by distance
 COSINE_MIN = {torch.float32: 0.999999, torch.bfloat16: 0.9995, torch.float16: 0.9995}
 # What a kernel that is missing, refused or miscompiled raises, through torch, Triton or flash-attn.
 REFUSALS = (RuntimeError, TypeError, ValueError, AssertionError, ImportError, AttributeError)
@@ -57,13 +66,15 @@ class Attention:
 def plan_reference(cu_seqlens: Tensor, lengths: tuple[int, ...]) -> Attend:
     """One sequence after the other, scores and softmax in fp32."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, bias: Tensor | None = None
+    ) -> Tensor:
         rows = []
         for sequence in zip(*(torch.split(one, lengths) for one in (q, k, v)), strict=True):
             if len(sequence[0]):
                 # each [heads, length, head_dim]: given three axes, sdpa writes the scores out
                 query, key, value = (one.float().transpose(0, 1) for one in sequence)
-                attended = _attend(query, key, value, spec, block=QUERY_BLOCK, is_token=None)
+                attended = _attend(query, key, value, spec, bias, block=QUERY_BLOCK, is_token=None)
                 rows.append(attended.transpose(0, 1).to(q.dtype))
         return torch.cat(rows)
 
@@ -95,13 +106,15 @@ def plan_grouped(cu_seqlens: Tensor, lengths: tuple[int, ...]) -> Attend:
         unpadded = upload(np.flatnonzero(is_token))
         groups.append((upload(places), unpadded, upload(places[is_token]), mask))
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, bias: Tensor | None = None
+    ) -> Tensor:
         attended = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for places, unpadded, tokens, is_token in groups:
             # each [sequences, heads, longest, head_dim]
             query, key, value = (one[places].transpose(1, 2) for one in (q, k, v))
-            block = places.shape[1] if spec.sees_all else QUERY_BLOCK
-            rows = _attend(query, key, value, spec, block=block, is_token=is_token)
+            block = places.shape[1] if spec.sees_all and bias is None else QUERY_BLOCK
+            rows = _attend(query, key, value, spec, bias, block=block, is_token=is_token)
             attended[tokens] = rows.transpose(1, 2).flatten(0, 1)[unpadded]
         return attended
 
@@ -109,9 +122,16 @@ def plan_grouped(cu_seqlens: Tensor, lengths: tuple[int, ...]) -> Attend:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, *, block: int, is_token: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    bias: Tensor | None,
+    *,
+    block: int,
+    is_token: Tensor | None,
 ) -> Tensor:
-    """softmax(q k' / sqrt(head_dim)) v: each `[…, heads, length, head_dim]`, *block* queries at a
+    """softmax(q k' / sqrt(head_dim) + bias) v: each `[…, heads, length, head_dim]`, *block* queries at a
     time, over the keys that they may see. *is_token*, bool `[sequences, 1, 1, length]`, is False at
     padding; None: there is none.
     """
@@ -122,16 +142,20 @@ def _attend(
         end = min(start + block, length)
         first, last = max(start - reach, 0), end if spec.causal else min(end + reach, length)
         mask = None if is_token is None else is_token[..., first:last]
+        queries = torch.arange(start, end, device=q.device)[:, None]
+        distances = torch.arange(first, last, device=q.device) - queries  # [queries, keys]
         if not spec.sees_all:
-            queries = torch.arange(start, end, device=q.device)[:, None]
-            keys = torch.arange(first, last, device=q.device)
-            in_reach = (keys - queries).abs() <= reach  # [queries, keys]
+            in_reach = distances.abs() <= reach
             if spec.causal:
-                in_reach &= keys <= queries
+                in_reach &= distances <= 0
             if is_token is not None:
                 # Padding sees what a token in its place would: rows without a key are NaN.
                 in_reach = in_reach & (mask | ~is_token[..., start:end].transpose(-1, -2))
             mask = in_reach
+        if bias is not None:
+            farthest = bias.shape[1] // 2
+            gains = bias[:, distances.clamp(-farthest, farthest) + farthest].to(q.dtype)
+            mask = gains if mask is None else gains.masked_fill(~mask, -torch.inf)
         some = (q[..., start:end, :], k[..., first:last, :], v[..., first:last, :])
         has_groups = spec.kv_heads < spec.heads
         rows.append(scaled_dot_product_attention(*some, attn_mask=mask, enable_gqa=has_groups))
@@ -150,7 +174,11 @@ def packed_attention(name: str, kernel: Callable[..., object], **options: int) -
     def plan(cu_seqlens: Tensor, lengths: tuple[int, ...]) -> Attend:
         length_max = max(lengths)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        def attend(
+            q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, bias: Tensor | None = None
+        ) -> Tensor:
+            if bias is not None:
+                raise ValueError("scores cannot be given a bias by distance")
             own: dict[str, object] = dict(options)
             if not spec.sees_all:
                 side = -1 if spec.window is None else spec.window
@@ -205,11 +233,15 @@ def choose_attention(
     def fault_for(kernel: Attention, spec: AttentionSpec) -> str | None:
         heads = [spec.heads, spec.kv_heads, spec.kv_heads]
         shape = (sum(CHECK_LENGTHS), sum(heads), spec.head_dim)
-        rows = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
+        draw = torch.Generator().manual_seed(0)
+        rows = torch.randn(shape, generator=draw).to(like)
         q, k, v = rows.split(heads, dim=1)  # as LayerNorm leaves them, the same at every start
+        bias = None
+        if spec.bias is not None:
+            bias = torch.randn((spec.heads, 2 * CHECK_REACH + 1), generator=draw).to(like.device)
         return fault_of(
-            lambda: kernel.plan(cu_seqlens, CHECK_LENGTHS)(q, k, v, spec),
-            lambda: REFERENCE.plan(cu_seqlens, CHECK_LENGTHS)(q, k, v, spec),
+            lambda: kernel.plan(cu_seqlens, CHECK_LENGTHS)(q, k, v, spec, bias),
+            lambda: REFERENCE.plan(cu_seqlens, CHECK_LENGTHS)(q, k, v, spec, bias),
         )
 
     reasons: list[str] = []

@@ -6,6 +6,7 @@ whatever the matrices' type: residuals of XLM-R leave the range of fp16.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -17,11 +18,22 @@ from trivec.backends.torch.attention import REFERENCE, Attention
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.types import Batch, Int32Array
 from trivec.models import registry
-from trivec.models.ops import Activation, AttentionSpec, Index, Linear, ModelConfig, Rope, Table
+from trivec.models.ops import (
+    Activation,
+    Alibi,
+    AttentionSpec,
+    Buckets,
+    Index,
+    Linear,
+    ModelConfig,
+    Rope,
+    Table,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ACTIVATIONS = {
     Activation.GELU: functional.gelu,  # the exact one, by erf
+    Activation.GELU_TANH: partial(functional.gelu, approximate="tanh"),
     Activation.SILU: functional.silu,
 }
 
@@ -105,8 +117,11 @@ class BlockOps:
         added = self._weights[f"{name}.bias"] if bias else None
         return functional.layer_norm(x.float(), weight.shape, weight, added, eps).to(self._dtype)
 
-    def rms_norm(self, x: Tensor, name: str, *, eps: float, width: int | None = None) -> Tensor:
+    def rms_norm(
+        self, x: Tensor, name: str, *, eps: float, width: int | None = None, offset: float = 0.0
+    ) -> Tensor:
         weight = self._weights[f"{name}.weight"]
+        weight = weight + offset if offset else weight
         rows = x.float() if width is None else x.float().unflatten(-1, (-1, width))
         normed = functional.rms_norm(rows, weight.shape, weight, eps)
         return normed.reshape(x.shape).to(self._dtype)
@@ -145,6 +160,7 @@ class Encoder:
     weights: Weights  # by whole name
     blocks: Mapping[str, Weights]  # by block, then by the name within it
     rope: Mapping[Rope, list[Tensor]]  # fp32 cosines and sines by position
+    biases: Mapping[Alibi | Buckets, Tensor]  # fp32 [heads, 2 * reach + 1], by distance
     attention: Attention = REFERENCE
     run_block: RunBlock = run_block
 
@@ -172,14 +188,16 @@ class PackedOps(BlockOps):
         }
 
     def embed(self, table: Table, index: Index) -> Tensor:
-        return functional.embedding(self._indices[index], self._weights[f"{table.name}.weight"])
+        rows = functional.embedding(self._indices[index], self._weights[f"{table.name}.weight"])
+        return rows if table.scale == 1 else rows.float() * table.scale
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         q, k, v = (one.unflatten(-1, (-1, spec.head_dim)) for one in (q, k, v))
         if spec.rope is not None:
             cosine, sine = self._rope[spec.rope]
             q, k = (_rotate(one, cosine, sine) for one in (q, k))
-        return self._attend(q, k, v, spec).flatten(1)
+        bias = None if spec.bias is None else self._encoder.biases[spec.bias]
+        return self._attend(q, k, v, spec, bias).flatten(1)
 
     def block(self, function: Block, at: str, *values: object) -> Tensor:
         encoder = self._encoder
@@ -227,4 +245,11 @@ def load_encoder(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.d
         for spec in dict.fromkeys(plan.attention)
         if spec.rope is not None
     }
-    return Encoder(checkpoint.config, dtype, loaded, blocks, rope)
+    biases: dict[Alibi | Buckets, Tensor] = {}
+    for bias in {spec.bias for spec in plan.attention if spec.bias is not None}:
+        if isinstance(bias, Buckets):
+            table = loaded[f"{bias.table.name}.weight"].float().cpu().numpy()
+            biases[bias] = torch.tensor(bias.by_distance(table), device=device)
+        else:
+            biases[bias] = torch.tensor(bias.by_distance(), device=device)
+    return Encoder(checkpoint.config, dtype, loaded, blocks, rope, biases)
