@@ -480,8 +480,10 @@ def choose_outputs(asked: EmbeddingsRequest, card: ModelCard) -> Output:
         )
     joined = "&".join(given) if isinstance(given, list) else given
     outputs = Output(0)
-    usual = card.main_output & ~Output.SCORE or Output.DENSE  # of a reranker there is none
-    for name in output_names(usual) if joined is None else joined.split("&"):
+    names = ["dense"] if joined is None else joined.split("&")
+    if joined is None and not card.outputs & (Output.DENSE | Output.SCORE):
+        names = output_names(card.outputs)  # SPLADE's, or token vectors
+    for name in names:
         if name.lower() not in OUTPUTS:
             raise FieldInvalid(
                 f"Invalid value for 'output_type' = {shown(name)}. "
