@@ -20,7 +20,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "settings": (400, 1),
     "api": (2_160, 14),
     "engine": (970, 5),
-    "models": (2_111, 14),
+    "models": (2_015, 14),
     "backends": (3_259, 17),
     "checkpoints": (2_098, 11),
     "tokenizer": (510, 2),

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from trivec.core.types import Output
-from trivec.models.config import Count, Eps, Rows, Theta, Width
+from trivec.models.config import ConfigFile, Count, Eps, Rows, Theta
 from trivec.models.ops import (
     Activation,
     Alibi,
@@ -101,19 +101,12 @@ class GatedBertConfig(ModelConfig):
             )
 
 
-class _NomicBertFile(msgspec.Struct, frozen=True):
+class _NomicBertFile(ConfigFile, frozen=True, kw_only=True):
     """`config.json`; what it leaves out has the default of transformers' own NomicBertConfig."""
 
-    model_type: str
-    hidden_size: Width
-    num_hidden_layers: Count
-    num_attention_heads: Count
-    intermediate_size: Width
-    vocab_size: Rows
     max_position_embeddings: Rows = 2048
     layer_norm_eps: Eps = 1e-12
     type_vocab_size: Count = 2
-    pad_token_id: int | None = 0
     rope_theta: Theta = 1_000.0
     hidden_act: str = "silu"
     num_experts: int = 0
@@ -133,34 +126,24 @@ def read_config(config: Mapping[str, object]) -> GatedBertConfig:
     for name, understood in (ORDINARY | biases).items():
         if (found := named.get(name)) is not None and found != understood:
             raise ValueError(f"{name} is {found!r}; understood is {understood!r}")
-    every = file.moe_every_n_layers if file.num_experts else 0
-    if every > 0 and (is_gated or not 0 < file.moe_top_k <= file.num_experts):
-        raise ValueError(f"{file.num_experts} experts, {file.moe_top_k} at a time: not understood")
+    num_experts = file.num_experts if file.moe_every_n_layers > 0 else 0
+    if num_experts and (is_gated or not 0 < file.moe_top_k <= num_experts):
+        raise ValueError(f"{num_experts} experts, {file.moe_top_k} at a time: not understood")
     return GatedBertConfig(
-        family=file.model_type,
-        hidden_size=file.hidden_size,
-        num_hidden_layers=file.num_hidden_layers,
-        num_attention_heads=file.num_attention_heads,
-        intermediate_size=file.intermediate_size,
-        vocab_size=file.vocab_size,
-        max_position_embeddings=file.max_position_embeddings,
-        position_offset=0,
-        pad_token_id=file.pad_token_id or 0,
+        **file.common(),
         layer_norm_eps=file.layer_norm_eps,
         type_vocab_size=file.type_vocab_size,
         hidden_act=Activation.SILU if is_gated else Activation.GELU,
         has_bias=not is_gated,
         is_gated=is_gated,
-        num_experts=file.num_experts if every > 0 else 0,
-        moe_top_k=file.moe_top_k if every > 0 else 0,
-        moe_every_n_layers=max(every, 0),
+        num_experts=num_experts,
+        moe_top_k=file.moe_top_k,
+        moe_every_n_layers=file.moe_every_n_layers,
         rope=Rope(file.rope_theta, file.max_position_embeddings),
     )
 
 
-def head_plan(
-    architecture: str, _file: Mapping[str, object], _config: GatedBertConfig
-) -> HeadPlan | None:
+def head_plan(architecture: str, _: Mapping[str, object], __: GatedBertConfig) -> HeadPlan | None:
     """The head of a class of transformers or of the model's own code; None for another class."""
     if not architecture.endswith("ForSequenceClassification"):
         return None
