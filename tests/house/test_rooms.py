@@ -11,7 +11,7 @@ import pytest
 SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
-LINES_MAX, FILES_MAX = 20_027, 121  # the aim is 11,500 in 100: a number here may only go down
+LINES_MAX, FILES_MAX = 19_930, 121  # the aim is 11,500 in 100: a number here may only go down
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_300, 9),
@@ -20,7 +20,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "settings": (400, 1),
     "api": (2_160, 14),
     "engine": (970, 5),
-    "models": (2_015, 14),
+    "models": (2_014, 14),
     "backends": (3_259, 17),
     "checkpoints": (2_098, 11),
     "tokenizer": (510, 2),

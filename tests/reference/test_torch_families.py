@@ -317,12 +317,20 @@ def test_openvino_equals_transformers(saved: Saved, tmp_path: Path) -> None:
         np.testing.assert_array_equal(alone[0], found[i])
 
 
+def test_bf16_of_torch_is_near_fp32(saved: Saved) -> None:
+    batch = batch_of(*LENGTHS[:-1])
+    found = TorchBackend.load(saved.checkpoint, precision="bf16", device="cpu").run(batch, slot=0)
+    cosines = (found.dense * saved.expected(batch)).sum(axis=1)
+    assert cosines.min() > 0.998, "random weights: an order of magnitude above trained ones' error"
+
+
 def test_int8_is_near_fp32(saved: Saved, tmp_path: Path) -> None:
     batch = batch_of(*LENGTHS)
     backend = OpenVinoBackend.load(
         saved.checkpoint, precision="int8", cores=1, cache_dir=tmp_path / "kept"
     )
-    assert backend.precision == "int8"
+    assert backend.certificate is not None
+    assert backend.certificate.passes, backend.certificate.summary
     cosines = (backend.run(batch, slot=0).dense * saved.expected(batch)).sum(axis=1)
     assert cosines.min() > 0.97
     assert cosines.mean() > 0.99

@@ -1,8 +1,8 @@
 """NomicBERT: a BERT with rotary positions, LayerNorm after each half-layer.
 
 Version 1 has gated networks (Nussbaum et al. 2024, arXiv:2402.01613); version 2 plain ones, every
-second a mixture of experts (Nussbaum and Duderstadt 2025, arXiv:2502.07972). Names are those of transformers 5; files have older ones. GTE and
-JinaBERT are read elsewhere, and run by `forward` as well.
+second a mixture of experts (Nussbaum, Duderstadt 2025, arXiv:2502.07972). Names are transformers 5's;
+files have older ones. GTE and JinaBERT are read elsewhere, and run by `forward` as well.
 """
 
 from collections.abc import Mapping
@@ -162,8 +162,7 @@ def forward(ops: Ops[T], config: GatedBertConfig) -> T:
     x = ops.layer_norm(x, "embeddings.LayerNorm", eps=config.layer_norm_eps)
     for i in range(config.num_hidden_layers):
         layer = f"layers.{i}"
-        parts = (Linear(f"{layer}.{name}", hidden, config.has_bias) for name in QKV)
-        q, k, v = ops.linear(x, *parts)
+        q, k, v = ops.linear(x, *(Linear(f"{layer}.{one}", hidden, config.has_bias) for one in QKV))
         attended = ops.attention(q, k, v, spec)
         if i == config.num_hidden_layers - 1:
             x, attended = ops.keep(x), ops.keep(attended)
@@ -187,10 +186,10 @@ def after_attention(ops: Ops[T], config: GatedBertConfig, x: T, attended: T) -> 
 
 def after_attention_by_experts(ops: Ops[T], config: GatedBertConfig, x: T, attended: T) -> T:
     """The same with a mixture of experts for the network, with one bias for all of them."""
-    x, count = _projected(ops, config, x, attended), config.num_experts
-    up = Linear("mlp.experts.up", count * config.intermediate_size, False)
+    x = _projected(ops, config, x, attended)
+    experts = Experts("mlp.router.layer", config.num_experts, config.moe_top_k)
+    up = Linear("mlp.experts.up", config.num_experts * config.intermediate_size, False)
     down = Linear("mlp.experts.down", config.hidden_size)
-    experts = Experts("mlp.router.layer", count, config.moe_top_k)
     outer = ops.mlp(x, up, down, config.hidden_act, experts)
     return ops.layer_norm(ops.add(outer, x), "post_mlp_layernorm", eps=config.layer_norm_eps)
 
