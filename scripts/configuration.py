@@ -64,6 +64,8 @@ def _section_of(field: FieldInfo) -> type[BaseModel] | None:
 def _default(field: FieldInfo) -> str:
     if field.default is None or field.default == ():
         return "none"
+    if isinstance(field.default, tuple):
+        return ", ".join(f"`{one}`" for one in field.default)
     return f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
 
 

@@ -69,6 +69,7 @@ class ServerParts:
             metrics=metrics_page or self.metrics.page,
             metrics_open=self.settings.metrics_open,
             memory=self.memory,
+            faces=self.settings.faces,
         )
 
     def close(self) -> None:
@@ -267,7 +268,7 @@ def load_checkpoint(
     if earned is None:
         return LoadedModel(checkpoint, backend, card, None)
     certificate = CertificateSummary(earned.main.minimum, earned.main.mean, earned.summary)
-    card = replace(card, notes={"certificate": earned.summary})
+    card = replace(card, notes={**card.notes, "certificate": earned.summary})
     return LoadedModel(checkpoint, backend, card, certificate)
 
 
@@ -290,9 +291,10 @@ def model_card(
         default_prompt_name=checkpoint.default_prompt_name,
         include_prompt=checkpoint.include_prompt,
         labels=checkpoint.labels,
+        late_chunking=checkpoint.late_chunking,
         verified=checkpoint.verified,
         aliases=checkpoint.aliases,
-        notes=notes,
+        notes={**notes, **({"assumed": checkpoint.assumed} if checkpoint.assumed else {})},
     )
 
 
@@ -308,6 +310,7 @@ def make_tokenizers(
             vocabulary_size=checkpoint.config.vocab_size,
             pool=pool,
             request_tokens_max=context.settings.http.request_tokens_max,
+            token_type_count=checkpoint.config.token_type_count,
             include_prompt=checkpoint.include_prompt,
         )
         for checkpoint in checkpoints

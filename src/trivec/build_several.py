@@ -46,7 +46,12 @@ def served(models: Models) -> Served:
         reason=models.choice.reason,
         slot_count=models.slot_count,
         models=tuple(
-            ServedModel(one.card, str(one.checkpoint.tokenizer_file), one.certificate)
+            ServedModel(
+                one.card,
+                str(one.checkpoint.tokenizer_file),
+                one.certificate,
+                one.checkpoint.config.token_type_count,
+            )
             for one in models.loaded
         ),
     )
@@ -75,6 +80,7 @@ def connect_models(parts: ServerParts, *, folder: SharedFolder, name: str, cores
                 vocabulary_size=model.card.vocabulary_size,
                 pool=pool,
                 request_tokens_max=parts.settings.http.request_tokens_max,
+                token_type_count=model.token_type_count,
                 include_prompt=model.card.include_prompt,
             ),
             client,

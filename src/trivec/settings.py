@@ -90,6 +90,8 @@ Origins: TypeAlias = Annotated[
     tuple[Annotated[str, AfterValidator(_check_origin)], ...], BeforeValidator(_split_at_commas)
 ]
 Models: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_split_at_commas)]
+FaceName: TypeAlias = Literal["openai", "cohere", "tei", "vllm", "ollama"]
+Faces: TypeAlias = Annotated[tuple[FaceName, ...], BeforeValidator(_split_at_commas)]
 Folder: TypeAlias = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
@@ -193,6 +195,8 @@ class Settings(Section):
     """Model to serve: a catalogue ID, a folder, or ID=FOLDER. May be repeated."""
     aliases: Aliases = ()
     """Another name for a served model, as NAME=ID. May be repeated."""
+    faces: Faces = ("cohere", "tei", "vllm", "ollama")
+    """API to serve beside OpenAI's: cohere, tei, vllm or ollama; openai alone for none of them. May be repeated."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = Field(8000, ge=0, le=65535)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -28,7 +29,14 @@ from trivec.core.errors import (
     panics_are_faults,
 )
 from trivec.core.ports import Texts, TokenLists
-from trivec.core.types import NOTHING_TRUNCATED, Int32Array, LongText, Sequences, Truncated
+from trivec.core.types import (
+    NOTHING_TRUNCATED,
+    Int32Array,
+    LongText,
+    Sequences,
+    TextToken,
+    Truncated,
+)
 from trivec.token_origin import TokenOrigin
 
 # A text over this many bytes for each token of the maximum is not read, so that its cost is bounded.
@@ -173,19 +181,54 @@ class Tokenizer:
             {i: cut for part in done for i, cut in part.truncated.items()},
         )
 
+    async def tokenize_chunks(
+        self, texts: Texts, *, prompt: str = "", chunk_size: int | None = None
+    ) -> Sequences:
+        """See `core.ports.Embedder`. Texts are tokenised each alone, whatever lies beside them."""
+        if chunk_size is not None:
+            whole = await self.tokenize(texts, long_text=LongText.REFUSE, prompt=prompt)
+            lead, ends = len(self._prefix), whole.lengths() - len(self._suffix)
+            if prompt:
+                lead = len(self._codec.encode(prompt)) - len(self._suffix)
+            bounds = [np.array([*range(lead, end, chunk_size), end], np.int32) for end in ends]
+        else:
+            alone = _split(await self.tokenize(texts, long_text=LongText.KEEP))
+            opening = np.array(self._codec.encode(prompt, add_special_tokens=False).ids, np.int32)
+            parts = [self._prefix, opening, *map(self._without_specials, alone)]
+            whole = Sequences.pack([np.concatenate([*parts, self._suffix])])
+            bounds = [np.cumsum([len(part) for part in parts], dtype=np.int32)[1:]]
+            if whole.token_count > self.token_count_max:
+                raise RequestTooLarge(
+                    token_count=whole.token_count, token_count_max=self.token_count_max
+                )
+        counts = [len(own) - 1 for own in bounds] if chunk_size else np.diff(bounds[0]).tolist()
+        if 0 in counts:
+            param = f"input[{counts.index(0)}]"
+            raise FieldInvalid(f"{param} makes no token of which a chunk could be.", param=param)
+        return replace(whole, skip=None, chunks=tuple(bounds))
+
     async def encode_pairs(
-        self, pairs: Sequence[tuple[str, str]], *, long_text: LongText
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        long_text: LongText,
+        document_tokens_max: int | None = None,
     ) -> Sequences:
         """Ids and token types of (query, document) *pairs*, as a cross-encoder reads them.
 
-        Of a pair that is too long only the document is cut. Raises as `tokenize` does, and
+        Of a pair that is too long only the document is cut; *document_tokens_max* is of a document
+        with the special tokens that it would have alone. Raises as `tokenize` does, and
         `TextTooLong` where a query leaves no room for its document.
         """
         texts = list(dict.fromkeys(query for query, _ in pairs))
         encoded = await self.tokenize(texts, long_text=LongText.KEEP)
         query_ids = dict(zip(texts, map(self._without_specials, _split(encoded)), strict=True))
         queries = [query_ids[query] for query, _ in pairs]
-        documents = await self.tokenize([document for _, document in pairs], long_text=long_text)
+        documents = await self.tokenize(
+            [document for _, document in pairs],
+            long_text=long_text,
+            token_count_max=document_tokens_max,
+        )
         if documents.token_count <= INLINE_CHARACTERS_MAX:
             joined = self._join_pairs(queries, documents, long_text)
         else:
@@ -197,6 +240,49 @@ class Tokenizer:
         """The vocabulary's own strings; empty for an id that the vocabulary leaves out."""
         with panics_are_faults("tokenizer"):
             return [self._codec.id_to_token(token_id) or "" for token_id in token_ids.tolist()]
+
+    async def find_tokens(self, texts: Texts, *, special_tokens: bool) -> list[list[TextToken]]:
+        """See `core.ports.Embedder`. Some MB for each 10,000 tokens."""
+        found: list[list[TextToken]] = []
+        token_count = 0
+        for job in _jobs(texts, prompt_characters=0):
+            for i, text in enumerate(job, len(found)):
+                if len(text.encode("utf-8", "replace")) > self._text_bytes_max:
+                    raise TextTooLong(
+                        token_count=None,
+                        token_count_max=self.token_count_max,
+                        index=i,
+                        bytes_max=self._text_bytes_max,
+                    )
+            found += await self._in_pool(self._find_tokens, job, special_tokens)
+            token_count += sum(map(len, found[-len(job) :]))
+            self._check_token_count(token_count, is_all=len(found) == len(texts))
+        return found
+
+    def _find_tokens(self, texts: Texts, special_tokens: bool) -> list[list[TextToken]]:
+        with panics_are_faults("tokenizer"):
+            read = self._codec.encode_batch(list(texts), add_special_tokens=special_tokens)
+        return [
+            [
+                TextToken(
+                    token_id, token if special else text[start:end], bool(special), start, end
+                )
+                for token_id, token, special, (start, end) in zip(
+                    one.ids, one.tokens, one.special_tokens_mask, one.offsets, strict=True
+                )
+            ]
+            for text, one in zip(texts, read, strict=True)
+        ]
+
+    async def decode(self, lists: TokenLists, *, special_tokens: bool) -> list[str]:
+        """See `core.ports.Embedder`."""
+        ids = [one.tolist() for one in lists]
+        self._check_known(lists)
+        with panics_are_faults("tokenizer"):
+            texts: list[str] = await self._in_pool(
+                partial(self._codec.decode_batch, ids, skip_special_tokens=not special_tokens)
+            )
+        return texts
 
     def _in_pool(self, work: Callable[..., T], *arguments: object) -> Awaitable[T]:
         return asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
@@ -283,8 +369,8 @@ class Tokenizer:
         kept = encoded[-bytes_max:] if from_start else encoded[:bytes_max]
         return kept.decode("utf-8", "ignore"), True  # a character cut in two is dropped
 
-    def _with_specials(self, lists: TokenLists, how: Reading, trusted: bool) -> Sequences:
-        """A client's ids, checked, and put between special tokens unless they already are."""
+    def _check_known(self, lists: TokenLists) -> None:
+        """Raise `TokenIdUnknown` for an id outside the vocabulary."""
         ids = np.concatenate(lists)  # [tokens]
         unknown = ids[(ids < 0) | (ids >= self.vocabulary_size)]
         if len(unknown):
@@ -294,6 +380,10 @@ class Tokenizer:
                 vocabulary_size=self.vocabulary_size,
                 param=f"input[{i}]",
             )
+
+    def _with_specials(self, lists: TokenLists, how: Reading, trusted: bool) -> Sequences:
+        """A client's ids, checked, and put between special tokens unless they already are."""
+        self._check_known(lists)
         if not trusted and self._origin.is_another(lists):
             raise TokenIdsForeign
         prefix, suffix = self._prefix.tobytes(), self._suffix.tobytes()
@@ -372,7 +462,7 @@ class Tokenizer:
                 raise TextTooLong(
                     token_count=original or besides + len(document),
                     token_count_max=self.token_count_max,
-                    index=i,
+                    index=i if room > 0 else None,
                 )
             if is_long:
                 document = _cut(document, room, long_text)

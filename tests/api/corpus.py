@@ -63,7 +63,8 @@ TEXTS = [
 FIELDS = (
     *("model", "input", "encoding_format", "dimensions", "user", "output_type", "truncate"),
     *("return_tokens", "token_encoding", "trunkate", "stream", "input_type", "prompt_name", "prompt"),
-    *("output_dimension", "output_dtype", "truncation", "truncate_prompt_tokens"),
+    *("output_dimension", "output_dtype", "truncation", "truncate_prompt_tokens", "late_chunking"),
+    "chunk_size",
 )  # fmt: skip
 
 

@@ -19,9 +19,10 @@ from tests.hand_clock import HandClock, HandLoop
 from trivec.accounts import Accounts, KeyPlan, RateLimits, Scope
 from trivec.accounts.stores.memory import MemoryStore
 from trivec.api import ByteBudget, build_app
+from trivec.api.app import FACES
 from trivec.api.openapi import Operation
 from trivec.backends.fake import FakeBackend
-from trivec.core.errors import Overloaded, TextTooLong
+from trivec.core.errors import Overloaded, TextTooLong, TokenIdUnknown
 from trivec.core.events import Event, RequestServed
 from trivec.core.health import Health
 from trivec.core.ports import Embedder, Texts, TokenLists
@@ -33,6 +34,7 @@ from trivec.core.types import (
     Output,
     Reply,
     Sequences,
+    TextToken,
     Truncated,
 )
 from trivec.server.granian_server import GranianServer
@@ -42,6 +44,8 @@ from trivec.settings import HttpLimits
 MODEL = "baai/bge-m3"
 ALIAS = "BAAI/bge-m3"
 PLAIN_MODEL = "all-minilm-l6-v2"  # dense only, dimensions selectable: the opposite in everything
+RERANKER = "baai/bge-reranker-v2-m3"  # scores only
+CLASSIFIER = "emotions"  # scores of several labels
 OPENING, CLOSING = 0, 2
 FIRST_BYTE_ID = 4
 READY = Health("ready", alive=True, ready=True, reason="ok")
@@ -61,6 +65,8 @@ CARD = ModelCard(
 PLAIN_CARD = replace(
     CARD, id=PLAIN_MODEL, outputs=Output.DENSE, dimensions_selectable=True, aliases=()
 )
+RERANKER_CARD = replace(CARD, id=RERANKER, outputs=Output.SCORE, labels=1, aliases=())
+CLASSIFIER_CARD = replace(RERANKER_CARD, id=CLASSIFIER, labels=3)
 
 
 def metrics_page() -> bytes:
@@ -79,7 +85,9 @@ class StandIn:
         self.entered = threading.Event()
         self.left = threading.Event()  # an `embed` was cancelled
         self.embedded: list[tuple[Sequences, Output, float | None]] = []
-        self._backend = FakeBackend(dimensions=card.dimensions, outputs=card.outputs)
+        self._backend = FakeBackend(
+            dimensions=card.dimensions, outputs=card.outputs, labels=max(1, card.labels)
+        )
 
     async def tokenize(
         self,
@@ -105,6 +113,29 @@ class StandIn:
             ids[i] = [OPENING, *kept, CLOSING]
         return Sequences.pack(ids, truncated)
 
+    async def tokenize_pairs(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        long_text: LongText,
+        document_tokens_max: int | None = None,
+    ) -> Sequences:
+        ids, truncated = [], {}
+        for i, (query, document) in enumerate(pairs):
+            before, after = self._ids(query), self._ids(document)[1:]
+            count, count_max = len(before) + len(after), self.card.token_count_max
+            if document_tokens_max is not None:
+                count_max = min(count_max, len(before) + document_tokens_max - 1)
+            if count > count_max:
+                room = count_max - len(before) - 1
+                if long_text is LongText.REFUSE or room < 1:
+                    index = None if room < 1 else i
+                    raise TextTooLong(token_count=count, token_count_max=count_max, index=index)
+                truncated[i] = Truncated(count, count_max)
+                after = [*after[:room], CLOSING]
+            ids.append([*before, *after])
+        return Sequences.pack(ids, truncated)
+
     def _ids(self, one: "str | Int32Array") -> list[int]:
         if isinstance(one, str):
             return [OPENING, *(byte + FIRST_BYTE_ID for byte in one.encode()), CLOSING]
@@ -127,7 +158,7 @@ class StandIn:
         if self.fault is not None:
             raise self.fault
         flags = np.full(len(sequences), int(outputs), np.uint8)
-        batch = Batch(sequences.token_ids, sequences.cu_seqlens, flags)
+        batch = Batch(sequences.token_ids, sequences.cu_seqlens, flags, chunks=sequences.chunks)
         return Reply(self._backend.run(batch, slot=0), queue_s=0.002, compute_s=0.003)
 
     def check_admission(self, token_count: int) -> None:
@@ -136,6 +167,45 @@ class StandIn:
 
     def token_strings(self, token_ids: Int32Array) -> list[str]:
         return [f"‹{token_id}›" for token_id in token_ids.tolist()]
+
+    async def tokenize_chunks(
+        self, texts: Texts, *, prompt: str = "", chunk_size: int | None = None
+    ) -> Sequences:
+        """Of ASCII, where a character is a token."""
+        given = ["".join(texts)] if chunk_size is None else texts
+        whole = await self.tokenize(given, long_text=LongText.REFUSE, prompt=prompt)
+        lead = 1 + len(prompt)
+        if chunk_size is None:
+            bounds = [np.cumsum([lead, *map(len, texts)], dtype=np.int32)]
+        else:
+            ends = [lead + len(text) for text in texts]
+            bounds = [np.array([*range(lead, end, chunk_size), end], np.int32) for end in ends]
+        return replace(whole, chunks=tuple(bounds))
+
+    async def find_tokens(self, texts: Texts, *, special_tokens: bool) -> list[list[TextToken]]:
+        found = []
+        for text in texts:
+            own = [
+                TextToken(ord(c) + FIRST_BYTE_ID, c, False, i, i + 1) for i, c in enumerate(text)
+            ]
+            opening, closing = (TextToken(i, f"‹{i}›", True, 0, 0) for i in (OPENING, CLOSING))
+            found.append([opening, *own, closing] if special_tokens else own)
+        return found
+
+    async def decode(self, lists: TokenLists, *, special_tokens: bool) -> list[str]:
+        size = self.card.vocabulary_size
+        for i, ids in enumerate(lists):
+            if ids.max() >= size:
+                param = f"input[{i}]"
+                raise TokenIdUnknown(token_id=int(ids.max()), vocabulary_size=size, param=param)
+        return [
+            "".join(
+                chr(token_id - FIRST_BYTE_ID) if token_id >= FIRST_BYTE_ID else f"‹{token_id}›"
+                for token_id in ids.tolist()
+                if special_tokens or token_id >= FIRST_BYTE_ID
+            )
+            for ids in lists
+        ]
 
 
 class Heard:
@@ -166,6 +236,8 @@ class House:
 
     model: StandIn = field(default_factory=StandIn)
     plain_model: StandIn = field(default_factory=lambda: StandIn(PLAIN_CARD))
+    reranker: StandIn = field(default_factory=lambda: StandIn(RERANKER_CARD))
+    classifier: StandIn = field(default_factory=lambda: StandIn(CLASSIFIER_CARD))
     # A suite sends thousands of bad requests with one key.
     limits: HttpLimits = field(
         default_factory=lambda: HttpLimits(unpaid_requests_per_minute=1_000_000)
@@ -174,6 +246,8 @@ class House:
     heard: Heard = field(default_factory=Heard)
     health: Health = READY
     no_auth: bool = False
+    has_rerankers: bool = False
+    faces: tuple[str, ...] = tuple(FACES)
     is_loading: bool = False
     memory: ByteBudget = field(default_factory=ByteBudget)
     clock: HandClock = field(default_factory=HandClock)
@@ -204,11 +278,15 @@ class House:
             metrics=metrics,
             metrics_open=metrics_open,
             memory=self.memory,
+            faces=self.faces,
             operations=operations,
         )
 
     def embedders(self) -> Mapping[str, Embedder]:
-        return {MODEL: self.model, ALIAS: self.model, PLAIN_MODEL: self.plain_model}
+        served = {MODEL: self.model, ALIAS: self.model, PLAIN_MODEL: self.plain_model}
+        if self.has_rerankers:
+            served |= {RERANKER: self.reranker, CLASSIFIER: self.classifier}
+        return served
 
     def new_key(
         self,
@@ -238,6 +316,8 @@ class House:
     def open_gates(self) -> None:
         self.model.gate.set()
         self.plain_model.gate.set()
+        self.reranker.gate.set()
+        self.classifier.gate.set()
 
     def close(self) -> None:
         self.accounts.stop()

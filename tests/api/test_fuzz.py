@@ -63,6 +63,8 @@ OPTIONAL = {
     "output_dtype": st.sampled_from(["float", "int8", "uint8", "binary", "ubinary"]) | ANYTHING,
     "truncation": st.booleans() | ANYTHING,
     "truncate_prompt_tokens": st.integers(-2, 70) | ANYTHING,
+    "late_chunking": st.booleans() | ANYTHING,
+    "chunk_size": st.integers(-1, 9) | ANYTHING,
     "stream": ANYTHING,
 }
 BODIES = st.fixed_dictionaries(REQUIRED, optional=OPTIONAL)

@@ -1,6 +1,7 @@
 """The OpenVINO encoder and the vectorised heads against the slow twin, in every family we serve."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from trivec.backends.openvino.packing import pack_micro_batch, plan_micro_batche
 from trivec.backends.openvino.quantise import FP32, make_tensors
 from trivec.backends.openvino.session import Session
 from trivec.checkpoints.checkpoint import Checkpoint
-from trivec.core.types import Batch
+from trivec.core.types import Batch, Output
 from trivec.models.pooling import Pooling
 
 LENGTHS = [1, 2, 3, 17, 40, 40, 129, 513]
@@ -67,6 +68,28 @@ def test_a_mean_without_a_prompt_equals_the_twin_alone_and_beside_others(
         np.testing.assert_allclose(found[i], expected, atol=5e-6, rtol=0)
         alone = replace(batch_of([ids]), skip=skip[i : i + 1])
         assert backend.run(alone, slot=0).dense.tobytes() == found[i].tobytes()
+
+
+def test_chunks_equal_the_twin_alone_and_beside_others(open_tiny: OpenTiny, tmp_path: Path) -> None:
+    checkpoint = open_tiny("bert", Pooling.MEAN)
+    texts = random_ids([40, 5, 129, 513, 3])
+    spans = [[1, 7, 39], [0], [1, 2, 100, 128], [3, 500], [0, 3]]
+    chunks = tuple(np.array(own, np.int32) for own in spans)
+    asked = [Output.DENSE if len(own) == 1 else Output.CHUNKS for own in spans]
+    backend, twin = fp32(checkpoint, tmp_path), Twin(checkpoint)
+    found = backend.run(replace(batch_of(texts, asked), chunks=chunks), slot=0).chunks
+    assert [one is None for one in found] == [False, True, False, False, False]
+    for i in (0, 2, 3, 4):
+        hidden, own = twin.hidden(texts[i]), found[i]
+        means = np.array([hidden[a:b].mean(axis=0) for a, b in pairwise(spans[i])])
+        if checkpoint.normalize:
+            means /= np.linalg.norm(means, axis=1, keepdims=True)
+        assert own is not None
+        np.testing.assert_allclose(own, means, atol=5e-6, rtol=0)
+        one = replace(batch_of([texts[i]], Output.CHUNKS), chunks=(chunks[i],))
+        (alone,) = backend.run(one, slot=0).chunks
+        assert alone is not None
+        assert alone.tobytes() == own.tobytes()
 
 
 def test_sparse_and_multi_equal_the_twin(tiny_m3: Checkpoint, tmp_path: Path) -> None:

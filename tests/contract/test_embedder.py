@@ -34,16 +34,21 @@ def tokenizer_file(folder: Path) -> Path:
     codec = tokenizers.Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
     )
+    codec.add_special_tokens(["<s>", "</s>"])
     codec.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     codec.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+        single="<s> $A </s>",
+        pair="<s> $A </s> $B:1 </s>:1",
+        special_tokens=[("<s>", 0), ("</s>", 1)],
     )
     codec.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
 
 
 @asynccontextmanager
-async def local_engine(folder: Path, backend: FakeBackend) -> AsyncIterator[Embedder]:
+async def local_engine(
+    folder: Path, backend: FakeBackend, outputs: Output = ALL
+) -> AsyncIterator[Embedder]:
     workers = Workers(2, clock=SystemClock(), observer=Listener())
     with ThreadPoolExecutor(2) as pool:
         engine = Engine(
@@ -52,16 +57,20 @@ async def local_engine(folder: Path, backend: FakeBackend) -> AsyncIterator[Embe
                 token_count_max=TOKEN_COUNT_MAX,
                 vocabulary_size=VOCABULARY_SIZE,
                 dimensions=8,
-                outputs=ALL,
+                outputs=outputs,
+                labels=backend.labels,
                 precision="fp32",
                 created=0,
                 owned_by="tests",
+                late_chunking=True,
+                include_prompt=False,
             ),
             tokenizer=Tokenizer(
                 tokenizer_file(folder),
                 token_count_max=TOKEN_COUNT_MAX,
                 vocabulary_size=VOCABULARY_SIZE,
                 pool=pool,
+                include_prompt=False,
             ),
             backend=backend,
             workers=workers,
@@ -73,16 +82,18 @@ async def local_engine(folder: Path, backend: FakeBackend) -> AsyncIterator[Embe
 
 
 @asynccontextmanager
-async def engine_at_a_distance(folder: Path, backend: FakeBackend) -> AsyncIterator[Embedder]:
+async def engine_at_a_distance(
+    folder: Path, backend: FakeBackend, outputs: Output = ALL
+) -> AsyncIterator[Embedder]:
     """The same engine in another process, as an API process sees it."""
     async with (
-        local_engine(folder, backend) as engine,
+        local_engine(folder, backend, outputs) as engine,
         several(engine, folder / "tokenizer.json") as remote,
     ):
         yield remote.embedder
 
 
-EMBEDDERS: dict[str, Callable[[Path, FakeBackend], AbstractAsyncContextManager[Embedder]]] = {
+EMBEDDERS: dict[str, Callable[..., AbstractAsyncContextManager[Embedder]]] = {
     "engine": local_engine,
     "remote": engine_at_a_distance,
 }
@@ -125,6 +136,27 @@ async def test_texts_and_their_own_ids_are_the_same_sequences(embedder: Embedder
     ]
 
 
+async def test_tokens_are_found_in_their_text_and_made_into_texts_again(
+    embedder: Embedder,
+) -> None:
+    whole = await embedder.find_tokens(["w1  w20"], special_tokens=True)
+    bare = await embedder.find_tokens(["w1  w20"], special_tokens=False)
+    assert [tuple(token) for token in whole[0]] == [
+        (0, "<s>", True, 0, 0),
+        (4, "w1", False, 0, 2),
+        (23, "w20", False, 4, 7),
+        (1, "</s>", True, 0, 0),
+    ]
+    assert bare == [whole[0][1:3]]
+    ids = [np.array([0, 4, 23, 1], np.int32), np.array([5], np.int32)]
+    assert await embedder.decode(ids, special_tokens=False) == ["w1 w20", "w2"]
+    assert (await embedder.decode(ids, special_tokens=True))[0] == "<s> w1 w20 </s>"
+    with pytest.raises(TokenIdUnknown):
+        await embedder.decode([np.array([VOCABULARY_SIZE], np.int32)], special_tokens=True)
+    with pytest.raises(TextTooLong):
+        await embedder.find_tokens(["w1", "w2 " * 1000], special_tokens=True)
+
+
 async def test_what_cannot_be_read_is_refused_by_its_place(embedder: Embedder) -> None:
     with pytest.raises(TextTooLong) as long:
         await read(embedder, "w1", "w1 " * TOKEN_COUNT_MAX)
@@ -158,6 +190,67 @@ async def test_a_text_has_the_same_bits_alone_and_among_many_at_any_place(
     )
     for i, reply in enumerate(replies):
         np.testing.assert_array_equal(reply.vectors.dense[0], together.dense[i])
+
+
+@pytest.fixture(params=EMBEDDERS)
+async def reranker(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Embedder]:
+    """A model that yields scores alone, of two labels."""
+    backend = FakeBackend(dimensions=8, outputs=Output.SCORE, labels=2, slot_count=2)
+    async with EMBEDDERS[request.param](tmp_path, backend, Output.SCORE) as embedder:
+        yield embedder
+
+
+async def test_pairs_are_scored_the_same_alone_and_among_many(reranker: Embedder) -> None:
+    pairs = [(f"w{i % 3}", " ".join(f"w{j}" for j in range(1 + i % 7))) for i in range(300)]
+    sequences = await reranker.tokenize_pairs(pairs, long_text=LongText.REFUSE)
+    scores = (await reranker.embed(sequences, Output.SCORE)).vectors.score
+    assert scores.shape == (300, 2)
+    assert scores.dtype == np.float32
+    for i in (0, 7, 299):
+        alone = await reranker.tokenize_pairs([pairs[i]], long_text=LongText.REFUSE)
+        reply = await reranker.embed(alone, Output.SCORE)
+        np.testing.assert_array_equal(reply.vectors.score[0], scores[i])
+
+
+async def test_of_a_long_pair_the_document_is_cut_or_it_is_refused_by_its_place(
+    reranker: Embedder,
+) -> None:
+    pairs = [("w1", "w2"), ("w1 w2", "w3 " * TOKEN_COUNT_MAX)]
+    cut = await reranker.tokenize_pairs(pairs, long_text=LongText.CUT_END)
+    assert cut.lengths().tolist() == [5, TOKEN_COUNT_MAX]
+    assert cut.truncated[1].original_tokens == 5 + TOKEN_COUNT_MAX
+    with pytest.raises(TextTooLong) as long:
+        await reranker.tokenize_pairs(pairs, long_text=LongText.REFUSE)
+    assert long.value.param == "input[1]"
+    with pytest.raises(TextTooLong) as query:
+        await reranker.tokenize_pairs([("w1 " * 12, "w2")], long_text=LongText.CUT_END)
+    assert query.value.param == "query"
+
+
+async def test_a_prompt_is_before_each_text_and_may_be_left_out_of_the_mean(
+    embedder: Embedder, backend: FakeBackend
+) -> None:
+    texts = ["w1", "w2 w3"]
+    found = await embedder.tokenize(texts, long_text=LongText.REFUSE, prompt="w8 w9 ")
+    np.testing.assert_array_equal(
+        found.token_ids, (await read(embedder, "w8 w9 w1", "w8 w9 w2 w3")).token_ids
+    )
+    assert found.skip is not None
+    assert found.skip.tolist() == [3, 3]  # with the opening token
+    await embedder.embed(found, Output.DENSE)
+    skips = [call.batch.skip for call in backend.ran]
+    assert [one.tolist() for one in skips if one is not None] == [[3, 3]]
+
+
+@pytest.mark.parametrize(
+    ("chunk_size", "counts"), [(None, [2]), (1, [3, 1])], ids=["each-text", "each-token"]
+)
+async def test_chunks_have_vectors_of_their_own(
+    embedder: Embedder, chunk_size: int | None, counts: list[int]
+) -> None:
+    found = await embedder.tokenize_chunks(["w1 w2 w3", "w4"], chunk_size=chunk_size)
+    reply = await embedder.embed(found, Output.CHUNKS)
+    assert [len(rows) for rows in reply.vectors.chunks if rows is not None] == counts
 
 
 async def test_times_are_told_and_are_never_negative(embedder: Embedder) -> None:

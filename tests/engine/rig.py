@@ -66,6 +66,7 @@ def card(model: str = "fake", outputs: Output = ALL) -> ModelCard:
         vocabulary_size=250_002,
         dimensions=8,
         outputs=outputs,
+        late_chunking=True,
         precision="fp32",
         created=0,
         owned_by="tests",

@@ -467,3 +467,20 @@ async def test_what_a_mean_leaves_out_travels_with_its_sequence_in_any_packing()
     assert lengths(mixed) == [9, 6, 7, 8]
     assert mixed.skip is not None
     assert mixed.skip.tolist() == [4, 3, 0, 5]
+
+
+async def test_chunks_travel_with_their_sequence_in_any_packing() -> None:
+    given = sequences(6, 9, first=100)
+    bounds = (np.array([1, 3, 5], np.int32), np.array([1, 8], np.int32))
+    chunked = replace(given, chunks=bounds)
+    async with Rig() as rig:
+        holder = await rig.occupy()
+        sent = [rig.send(chunked, Output.CHUNKS), rig.send(sequences(7))]
+        await rig.queued(*sent)
+        rig.backend.gate.set()
+        _, reply, _ = await asyncio.gather(holder, *sent)
+    assert [len(rows) for rows in reply.vectors.chunks if rows is not None] == [2, 1]
+    mixed = rig.backend.ran[-1].batch
+    assert lengths(mixed) == [9, 6, 7]
+    assert mixed.chunks is not None
+    assert [own.tolist() for own in mixed.chunks] == [[1, 8], [1, 3, 5], [0]]

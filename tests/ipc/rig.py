@@ -61,6 +61,7 @@ async def several(embedder: Embedder, tokenizer_file: Path) -> AsyncIterator[Sev
             token_count_max=embedder.card.token_count_max,
             vocabulary_size=embedder.card.vocabulary_size,
             pool=pool,
+            include_prompt=embedder.card.include_prompt,
         )
         remote = RemoteEmbedder(0, embedder.card, tokenizer, client)
         folder.write_served(what)

@@ -43,8 +43,14 @@ def vectors(outputs: Output, *row_counts: int) -> Vectors:
 @pytest.mark.parametrize("deadline_s", [None, 0.25, -1.0])
 @pytest.mark.parametrize("types", [None, np.array([0, 0, 1, 0], np.int32)], ids=["none", "types"])
 @pytest.mark.parametrize("skip", [None, np.array([2, 0], np.int32)], ids=["whole", "skip"])
+@pytest.mark.parametrize(
+    "chunks", [None, (np.array([0, 2, 3], np.int32), np.zeros(1, np.int32))], ids=["none", "chunks"]
+)
 def test_a_request_arrives_as_it_was_sent(
-    deadline_s: float | None, types: np.ndarray | None, skip: np.ndarray | None
+    deadline_s: float | None,
+    types: np.ndarray | None,
+    skip: np.ndarray | None,
+    chunks: tuple[np.ndarray, ...] | None,
 ) -> None:
     asked = sequences(3, 1)
     sent = EmbedRequest(
@@ -56,6 +62,7 @@ def test_a_request_arrives_as_it_was_sent(
         types,
         deadline_s,
         skip,
+        chunks,
     )
     found = decode(encode(sent))
     assert isinstance(found, EmbedRequest)
@@ -65,6 +72,9 @@ def test_a_request_arrives_as_it_was_sent(
     np.testing.assert_array_equal(found.sequences().cu_seqlens, asked.cu_seqlens)
     np.testing.assert_array_equal(found.sequences().token_types, types)
     np.testing.assert_array_equal(found.sequences().skip, skip)
+    assert (found.sequences().chunks is None) == (chunks is None)
+    for ours, theirs in zip(found.sequences().chunks or (), chunks or (), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
     assert found.token_ids.flags.aligned
 
 

@@ -93,15 +93,37 @@ def test_dense_pools_each_text_alone(pooling: Pooling, normalize: bool) -> None:
         np.testing.assert_allclose(found[i], expected, rtol=0, atol=1e-6)
 
 
-def test_a_mean_leaves_out_what_a_prompt_takes() -> None:
-    rows = rows_of([5, 1, 12, 4], [Output.DENSE] * 4)
+def test_a_prompt_is_left_out_of_whatever_counts_all_tokens() -> None:
+    poolings = (Pooling.MEAN, Pooling.MAX, Pooling.WEIGHTED_MEAN, Pooling.MEAN_SQRT_LEN)
     skip = [3, 0, 0, 3]
-    found = Pooler((Pooling.MEAN,), False, None).vectors(
-        replace(rows, skip=np.array(skip, np.int32))
-    )
+    rows = replace(rows_of([5, 1, 12, 4], [Output.DENSE] * 4), skip=np.array(skip, np.int32))
+    found = Pooler(poolings, False, None).vectors(rows).dense
     for i in range(4):
         own = rows.hidden[rows.cu_seqlens[i] + skip[i] : rows.cu_seqlens[i + 1]]
-        np.testing.assert_allclose(found.dense[i], own.mean(axis=0), rtol=0, atol=1e-6)
+        weights = np.arange(skip[i] + 1, skip[i] + 1 + len(own))
+        expected = (
+            own.mean(axis=0),
+            own.max(axis=0),
+            np.average(own, axis=0, weights=weights),
+            own.sum(axis=0) / len(own) ** 0.5,
+        )
+        np.testing.assert_allclose(found[i], np.concatenate(expected), rtol=0, atol=1e-6)
+
+
+def test_a_chunks_vector_is_the_mean_of_its_tokens() -> None:
+    lengths = [9, 4, 3]
+    chunks = [np.array([1, 3, 8], np.int32), np.zeros(1, np.int32), np.array([0, 3], np.int32)]
+    outputs = [Output.CHUNKS, Output.DENSE, Output.CHUNKS]
+    rows = replace(rows_of(lengths, outputs), chunks=chunks)
+    found = Pooler((Pooling.MEAN,), True, None).vectors(rows).chunks
+    assert found[1] is None
+    for i, spans in ((0, [(1, 3), (3, 8)]), (2, [(0, 3)])):
+        own = rows.hidden[rows.cu_seqlens[i] : rows.cu_seqlens[i + 1]]
+        means = np.array([own[start:end].mean(axis=0) for start, end in spans])
+        expected = means / np.linalg.norm(means, axis=1, keepdims=True)
+        one = found[i]
+        assert one is not None
+        np.testing.assert_allclose(one, expected, rtol=0, atol=1e-6)
 
 
 def test_not_a_number_is_never_hidden_by_the_heads() -> None:

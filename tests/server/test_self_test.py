@@ -1,5 +1,7 @@
 """The self-test: a changed vector is a problem, a full queue is none, and a cure ends it."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ from trivec.core.types import (
     Output,
     Reply,
     Sequences,
+    TextToken,
     Vectors,
 )
 from trivec.server.server import SelfTest
@@ -53,6 +56,26 @@ class StubEmbedder:
         token_count_max: int | None = None,
     ) -> Sequences:
         return Sequences.pack([[1]])
+
+    async def tokenize_pairs(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        long_text: LongText,
+        document_tokens_max: int | None = None,
+    ) -> Sequences:
+        raise NotImplementedError
+
+    async def tokenize_chunks(
+        self, texts: Texts, *, prompt: str = "", chunk_size: int | None = None
+    ) -> Sequences:
+        raise NotImplementedError
+
+    async def find_tokens(self, texts: Texts, *, special_tokens: bool) -> list[list[TextToken]]:
+        raise NotImplementedError
+
+    async def decode(self, lists: TokenLists, *, special_tokens: bool) -> list[str]:
+        raise NotImplementedError
 
     async def embed(
         self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None

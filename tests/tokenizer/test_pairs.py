@@ -125,6 +125,21 @@ async def test_a_long_pair_is_refused_by_its_place_and_kept_for_counting(
     assert not found.truncated
 
 
+async def test_a_document_is_cut_to_what_was_asked_for(
+    tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    pairs = [("w0", text_of(1, 2, 3, 4)), ("w0", "w1")]
+    cut = await words(tmp_path, pool).encode_pairs(
+        pairs, long_text=LongText.CUT_END, document_tokens_max=4
+    )
+    assert ids_of(cut) == [[0, 4, 2, 5, 6, 2], [0, 4, 2, 5, 2]]
+    assert cut.truncated == {0: Truncated(8, 6)}
+    with pytest.raises(TextTooLong):
+        await words(tmp_path, pool).encode_pairs(
+            pairs, long_text=LongText.REFUSE, document_tokens_max=4
+        )
+
+
 @pytest.mark.parametrize("long_text", [LongText.REFUSE, LongText.CUT_END])
 async def test_a_query_that_leaves_no_room_is_refused(
     long_text: LongText, tmp_path: Path, pool: ThreadPoolExecutor
@@ -132,7 +147,7 @@ async def test_a_query_that_leaves_no_room_is_refused(
     pairs = [("w0", "w1"), (text_of(*range(6)), "w1")]
     with pytest.raises(TextTooLong, match="requested 10 tokens") as refusal:
         await words(tmp_path, pool).encode_pairs(pairs, long_text=long_text)
-    assert refusal.value.index == 1
+    assert refusal.value.param == "query"
 
 
 async def test_pairs_are_bounded_as_a_request_is(tmp_path: Path, pool: ThreadPoolExecutor) -> None:

@@ -1,6 +1,6 @@
 """ASGI app: every route, under each of its prefixes, behind the middleware."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from starlette.middleware.cors import CORSMiddleware
@@ -9,7 +9,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from trivec.accounts import Accounts
-from trivec.api import admin, health, openai
+from trivec.api import admin, cohere, health, ollama, openai, rerank, tei, vllm
 from trivec.api.auth import Endpoint, UnpaidRate
 from trivec.api.context import AppState, RequestContext
 from trivec.api.memory import ByteBudget
@@ -19,6 +19,13 @@ from trivec.core.health import Health
 from trivec.core.ports import Clock, Embedder, Observer
 from trivec.settings import HttpLimits
 
+# The APIs beside OpenAI's, which can be left out. Of two with the same route the first one has it.
+FACES: Mapping[str, Sequence[Operation]] = {
+    "cohere": cohere.OPERATIONS,
+    "tei": tei.OPERATIONS,
+    "vllm": vllm.OPERATIONS,
+    "ollama": ollama.OPERATIONS,
+}
 PREFIXES = ("/v1", "/openai/v1", "/v3/openai")  # the first is matched first
 CORS_HEADERS = (  # of an answer, that a page's scripts may read
     *("x-request-id", "openai-processing-ms", "server-timing", "retry-after", "retry-after-ms"),
@@ -41,17 +48,20 @@ def build_app(
     metrics: Callable[[], bytes] | None,
     metrics_open: bool,
     memory: ByteBudget | None = None,
+    faces: Collection[str] = FACES.keys(),
     operations: Sequence[Operation] = (),
 ) -> ASGIApp:
     """The whole HTTP surface as one plain ASGI app, for granian, uvicorn or Ray Serve.
 
     *embedders* maps every served id and alias; empty while loading. *metrics* None: not served.
-    *memory* is shared by the apps of one process. *operations* are served beside our own. The app
+    *memory* is shared by the apps of one process. *faces*: of `FACES`, those that are served.
+    *operations* are served beside our own. The app
     starts and owns nothing.
     """
     memory = memory or ByteBudget(connections_max=limits.connections_max)
     state = AppState(embedders, accounts, observer, clock, limits, health, metrics, memory)
-    served = [*all_operations(metrics is not None, metrics_open=metrics_open), *operations]
+    known = all_operations(metrics is not None, metrics_open=metrics_open, faces=faces)
+    served = [*known, *operations]
     document = openapi_document(served)
 
     async def openapi(_: RequestContext) -> Response:
@@ -72,16 +82,24 @@ def build_app(
     return app
 
 
-def all_operations(has_metrics: bool, *, metrics_open: bool) -> list[Operation]:
+def all_operations(
+    has_metrics: bool, *, metrics_open: bool, faces: Collection[str] = FACES.keys()
+) -> list[Operation]:
     """Every operation that is served and described. Another API adds its own list here.
 
     The prefixes are spelt out rather than mounted: a request then meets one router instead of two,
     and its route's path is whole in logs and metrics.
     """
     operations = [
-        replace(one, path=prefix + one.path) for prefix in PREFIXES for one in openai.OPERATIONS
+        replace(one, path=prefix + one.path)
+        for prefix in PREFIXES
+        for one in (*openai.OPERATIONS, *rerank.OPERATIONS)
     ]
     operations += [*admin.OPERATIONS, *health.OPERATIONS]
     if has_metrics:
         operations.append(replace(health.METRICS, scope=None) if metrics_open else health.METRICS)
+    for name, of_face in FACES.items():
+        if name in faces:
+            taken = {(one.method, one.path) for one in operations}
+            operations += [one for one in of_face if (one.method, one.path) not in taken]
     return operations

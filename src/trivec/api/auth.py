@@ -23,11 +23,11 @@ class Endpoint:
     """
 
     def __init__(self, operation: Operation, unpaid: "UnpaidRate") -> None:
-        self._operation = operation
+        self.operation = operation
         self._unpaid = unpaid
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        operation = self._operation
+        operation = self.operation
         context: RequestContext = scope[CONTEXT]
         context.path_params = scope["path_params"]
         if operation.scope is not None:
@@ -42,7 +42,7 @@ class Endpoint:
                 response = await operation.handler(context)
             status = response.status_code
         except BaseException as error:
-            status = status_of(error)
+            status = status_of(error, operation.error_shape)
             raise
         finally:
             if metered is not None:

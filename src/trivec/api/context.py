@@ -16,15 +16,17 @@ from starlette.types import Receive, Scope
 
 from trivec.accounts import Accounts, Caller, RateLimitState, RequestMeta, Reservation
 from trivec.api.memory import ByteBudget, MemoryReservation
-from trivec.api.schemas import shown
+from trivec.api.schemas import Chunk, shown
 from trivec.api.timeout import RequestTimeout
 from trivec.core.errors import (
+    AnswerTooLarge,
     BodyTooLarge,
     BodyTooSlow,
     BusyError,
     MalformedBody,
     MediaTypeUnsupported,
     ModelUnknown,
+    RequestTooLarge,
 )
 from trivec.core.health import Health
 from trivec.core.ports import Clock, Embedder, Observer
@@ -104,6 +106,7 @@ class RequestContext:
         self.model: str | None = None  # a served id, never what the client merely claimed
         self.input_count = self.token_count = 0
         self.token_encoding: str | None = None  # of the ids in it that were decoded
+        self.chunks: list[Chunk] = []  # of its texts, where it asked to have them cut
         self.request_bytes = 0  # of body, that were read
         self.is_body_asked_for = self.is_body_read = False  # read: to its end
         self.status: int | None = None  # of the response that has begun to leave
@@ -146,6 +149,26 @@ class RequestContext:
         self.model = embedder.card.id
         self.known_caller.require_model(embedder.card.names)
         return embedder
+
+    async def admit(
+        self, token_count: int, *, response_bytes: int, vector_bytes: int, reserved_bytes: int = 0
+    ) -> None:
+        """Reserve what is now known that this request takes: its tokens, and its memory.
+
+        *reserved_bytes* of that memory are reserved already. `RequestTooLarge`,
+        `AnswerTooLarge`, `Overloaded`, `RateLimitExceeded`.
+        """
+        limits = self.app.limits
+        if token_count > limits.request_tokens_max:
+            raise RequestTooLarge(
+                token_count=token_count, token_count_max=limits.request_tokens_max
+            )
+        if response_bytes > limits.answer_bytes_max:
+            raise AnswerTooLarge(
+                answer_bytes=response_bytes, answer_bytes_max=limits.answer_bytes_max
+            )
+        self.memory.add(response_bytes + vector_bytes - reserved_bytes, is_response=True)
+        await self.reservation.reserve_tokens(token_count)
 
     async def read_body(self, *, is_optional: bool = False) -> bytes:
         """The whole body, which must be declared as JSON; empty only where it *is_optional*.

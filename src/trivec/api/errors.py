@@ -1,9 +1,11 @@
 """The one table from our errors to HTTP: status, OpenAI's `type`, and `code`.
 
-Every response that is not a success is made here, in one shape with all four keys.
+Every response that is not a success is made here: OpenAI's shape with all four keys, or that of the
+API whose route it is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from math import ceil
 from typing import NamedTuple
 
@@ -57,15 +59,31 @@ TABLE: Mapping[type[ServiceError], HttpError] = {
 }
 
 
-def status_of(error: BaseException) -> int:
+@dataclass(frozen=True, slots=True)
+class ErrorShape:
+    """How the clients of one API read a failure."""
+
+    response_type: type
+    response: Callable[[ErrorObject, str], object]  # of the error and the request's id
+    statuses: Mapping[int, int] = field(default_factory=dict)  # its own in place of ours
+
+    def status(self, kind: type[ServiceError]) -> int:
+        status = TABLE[kind].status
+        return self.statuses.get(status, status)
+
+
+OPENAI = ErrorShape(ErrorResponse, lambda error, request_id: ErrorResponse(error))
+
+
+def status_of(error: BaseException, shape: ErrorShape) -> int:
     """The status *error* is answered with, or would be if the client were still there."""
     if isinstance(error, ServiceError):
-        return TABLE[type(error)].status
+        return shape.status(type(error))
     is_cancelled = not isinstance(error, Exception) and not is_panic(error)
     return CLIENT_GONE if is_cancelled or isinstance(error, ClientDisconnected) else 500
 
 
-def error_response(error: ServiceError, *, request_id: str) -> Response:
+def error_response(error: ServiceError, *, request_id: str, shape: ErrorShape = OPENAI) -> Response:
     """The whole response: body, and the headers that tell a client what it may do next."""
     row, message = TABLE[type(error)], str(error)
     if isinstance(error, e.EngineFault):  # its own message is for the log
@@ -89,4 +107,5 @@ def error_response(error: ServiceError, *, request_id: str) -> Response:
         headers["www-authenticate"] = "Bearer"
     elif isinstance(error, (e.BodyTooLarge, e.BodyTooSlow)):
         headers["connection"] = "close"  # what is left of the body is not read
-    return json_response(ErrorResponse(shown), status=row.status, headers=headers)
+    body = shape.response(shown, request_id)
+    return json_response(body, status=shape.status(type(error)), headers=headers)

@@ -8,8 +8,9 @@ from math import ceil
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from trivec.api.auth import Endpoint
 from trivec.api.context import CONTEXT, AppState, RequestContext
-from trivec.api.errors import CLIENT_GONE, TABLE, error_response
+from trivec.api.errors import CLIENT_GONE, OPENAI, TABLE, error_response
 from trivec.api.timeout import ClientDisconnected
 from trivec.core.errors import EngineFault, MethodNotAllowed, RouteUnknown, ServiceError, is_panic
 from trivec.core.events import RequestServed
@@ -94,7 +95,10 @@ async def respond_to_error(
     context.error_code = row.code or row.type
     context.error_message = str(error) if row.status < 500 else None
     if context.status is None:  # else the connection is cut: half a response must not look whole
-        await error_response(error, request_id=context.request_id)(scope, receive, send)
+        endpoint = getattr(scope.get("route"), "endpoint", None)
+        shape = endpoint.operation.error_shape if isinstance(endpoint, Endpoint) else OPENAI
+        response = error_response(error, request_id=context.request_id, shape=shape)
+        await response(scope, receive, send)
     return True
 
 

@@ -2,8 +2,11 @@
 
 import asyncio
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import TypeVar, cast
 
 import numpy as np
@@ -20,6 +23,7 @@ from trivec.api.responses import (
     json_response,
 )
 from trivec.api.schemas import (
+    Chunk,
     Decoder,
     EmbeddingsRequest,
     EmbeddingsResponse,
@@ -38,11 +42,11 @@ from trivec.core.errors import (
     TokenIdUnknown,
 )
 from trivec.core.ports import Embedder, Texts, TokenLists
-from trivec.core.types import LongText, ModelCard, Output, Sequences
+from trivec.core.types import LongText, ModelCard, Output, Sequences, Vectors
 from trivec.settings import HttpLimits
 from trivec.token_encodings import decode
 
-Asked = TypeVar("Asked", bound=TokenizeRequest)
+Asked = TypeVar("Asked")
 
 PARSE_IN_LINE_BYTES_MAX = 256 * 1024  # larger bodies are parsed in a thread
 OTHER_ITEMS_MAX = 64  # texts, lists and commas of a request's other fields
@@ -75,19 +79,61 @@ _embeddings_decoder = Decoder(EmbeddingsRequest)
 _tokenize_decoder = Decoder(TokenizeRequest)
 
 
-async def embeddings(context: RequestContext) -> Response:
-    """Turn texts into vectors.
+@dataclass(frozen=True, slots=True)
+class EmbeddedInputs:
+    """The inputs of a request and their vectors."""
 
-    Whatever can be refused is refused before the model is touched.
-    """
-    app, clock, limits = context.app, context.app.clock, context.app.limits
+    sequences: Sequences
+    vectors: Vectors
+    outputs: Output  # that were asked for
+    response_bytes: int  # of the response in the form that was asked for, near enough
+
+
+async def embeddings(context: RequestContext) -> Response:
+    """Turn texts into vectors."""
+    app, clock = context.app, context.app.clock
     body = await context.read_body()
     app.check_admission()  # after reading: a connection with an unread body is lost
     asked = await parse(_embeddings_decoder, body, context)
     del body
+    embedded = await embed(asked, context)
+    vectors, outputs = embedded.vectors, embedded.outputs
+    token_strings: list[list[str]] = []
+    if asked.return_tokens and Output.SPARSE in outputs:
+        embedder = context.find_embedder(asked.model)
+        for vector in vectors.sparse:
+            assert vector is not None, "every sequence was asked for its sparse vector"
+            token_strings.append(embedder.token_strings(vector.token_ids))
+            await asyncio.sleep(0)  # other requests get a turn after every vector
+
+    started_s = clock.now_s()
+    encode = partial(
+        encode_embeddings,
+        vectors,
+        embedded.sequences,
+        asked=asked,
+        outputs=outputs,
+        token_strings=token_strings or None,
+        token_encoding=context.token_encoding,
+        chunks=context.chunks,
+    )
+    in_line = embedded.response_bytes <= IN_LINE_BYTES_MAX[asked.encoding]
+    encoded = encode() if in_line else await asyncio.to_thread(encode)
+    context.encode_s = clock.now_s() - started_s
+    context.memory.shrink(len(encoded))
+    return Response(encoded, media_type="application/json")
+
+
+async def embed(asked: EmbeddingsRequest, context: RequestContext) -> EmbeddedInputs:
+    """The vectors of what was *asked*, by whichever face, within all limits, and billed.
+
+    Whatever can be refused is refused before the model is touched.
+    """
+    limits, clock = context.app.limits, context.app.clock
     context.user = asked.user
+    context.input_count = rows = check_inputs(asked.input, limits)
     embedder = context.find_embedder(asked.model)
-    card, rows = embedder.card, context.input_count
+    card = embedder.card
     outputs = choose_outputs(asked, card)
     least_bytes = sum(estimate_bytes(asked, outputs, card, rows=rows, tokens=rows))
     context.memory.add(least_bytes, is_response=True)  # before the work of tokenising
@@ -111,53 +157,43 @@ async def embeddings(context: RequestContext) -> Response:
         asked, embedder, context, long_text=long_text, token_count_max=count_max
     )
     token_count = sequences.token_count
-    if token_count > limits.request_tokens_max:
-        raise RequestTooLarge(token_count=token_count, token_count_max=limits.request_tokens_max)
+    if sequences.chunks is not None:
+        rows = sum(len(bounds) - 1 for bounds in sequences.chunks)
     response_bytes, vector_bytes = estimate_bytes(
         asked, outputs, card, rows=rows, tokens=token_count
     )
-    if response_bytes > limits.answer_bytes_max:
-        raise AnswerTooLarge(answer_bytes=response_bytes, answer_bytes_max=limits.answer_bytes_max)
-    context.memory.add(response_bytes + vector_bytes - least_bytes, is_response=True)
-    await context.reservation.reserve_tokens(token_count)
+    await context.admit(
+        token_count,
+        response_bytes=response_bytes,
+        vector_bytes=vector_bytes,
+        reserved_bytes=least_bytes,
+    )
 
-    reply = await embedder.embed(sequences, outputs, deadline_s=context.deadline_s - clock.now_s())
+    wanted = outputs if sequences.chunks is None else Output.CHUNKS
+    reply = await embedder.embed(sequences, wanted, deadline_s=context.deadline_s - clock.now_s())
     context.token_count = token_count
     context.queue_s, context.compute_s = reply.queue_s, reply.compute_s
-    token_strings: list[list[str]] = []
-    if asked.return_tokens and Output.SPARSE in outputs:
-        for vector in reply.vectors.sparse:
-            assert vector is not None, "every sequence was asked for its sparse vector"
-            token_strings.append(embedder.token_strings(vector.token_ids))
-            await asyncio.sleep(0)  # other requests get a turn after every vector
-
-    started_s = clock.now_s()
-    encode = partial(
-        encode_embeddings,
-        reply.vectors,
-        sequences,
-        asked=asked,
-        outputs=outputs,
-        token_strings=token_strings or None,
-        token_encoding=context.token_encoding,
-    )
-    in_line = response_bytes <= IN_LINE_BYTES_MAX[asked.encoding]
-    encoded = encode() if in_line else await asyncio.to_thread(encode)
-    context.encode_s = clock.now_s() - started_s
-    context.memory.shrink(len(encoded))
-    return Response(encoded, media_type="application/json")
+    vectors = reply.vectors
+    if sequences.chunks is not None:  # each as a text of its own would be
+        vectors = Vectors.of(np.concatenate([rows for rows in vectors.chunks if rows is not None]))
+    return EmbeddedInputs(sequences, vectors, outputs, response_bytes)
 
 
 async def tokenize(context: RequestContext) -> Response:
-    """Count tokens without spending any.
-
-    A large request waits for its turn, for it takes the tokenizer's threads from embeddings.
-    """
-    app = context.app
+    """Count tokens without spending any."""
     body = await context.read_body()
     context.timeout.watch_client()
-    if len(body) < LARGE_TOKENIZE_BYTES:
+    async with tokenizer_turn(context):
         return await count_tokens(body, context)
+
+
+@asynccontextmanager
+async def tokenizer_turn(context: RequestContext) -> AsyncIterator[None]:
+    """Let a large request wait for its turn, for it takes the tokenizer's threads from embeddings."""
+    app = context.app
+    if context.request_bytes < LARGE_TOKENIZE_BYTES:
+        yield
+        return
     if app.large_tokenize_count >= LARGE_TOKENIZE_MAX:
         raise Overloaded(
             f"{LARGE_TOKENIZE_MAX - 1} large requests to tokenize are waiting, which is the most. "
@@ -167,7 +203,7 @@ async def tokenize(context: RequestContext) -> Response:
     app.large_tokenize_count += 1
     try:
         async with app.large_tokenize:
-            return await count_tokens(body, context)
+            yield
     finally:
         app.large_tokenize_count -= 1
 
@@ -176,6 +212,7 @@ async def count_tokens(body: bytes, context: RequestContext) -> Response:
     """The response to `POST /tokenize`. A text that would not fit is counted all the same."""
     limits = context.app.limits
     asked = await parse(_tokenize_decoder, body, context)
+    context.input_count = check_inputs(asked.input, limits)
     embedder = context.find_embedder(asked.model)
     token_count_max = embedder.card.token_count_max
     await context.reservation.acquire()
@@ -247,6 +284,7 @@ def _model(card: ModelCard, name: str, context: RequestContext) -> Model:
         prompts=dict(card.prompts),
         default_prompt_name=card.default_prompt_name,
         labels=card.labels,
+        late_chunking=card.late_chunking,
         output_types=output_names(card.outputs),
         truncate=context.known_caller.truncate or context.app.limits.truncate,
         precision=card.precision,
@@ -259,10 +297,10 @@ def _model(card: ModelCard, name: str, context: RequestContext) -> Model:
 
 async def parse(decoder: Decoder[Asked], body: bytes, context: RequestContext) -> Asked:
     """The request in *body*. Raises `MalformedBody`, `FieldInvalid`, `RequestTooLarge`."""
-    decode = partial(decode_inputs, decoder, body, context.app.limits)
-    in_line = len(body) <= PARSE_IN_LINE_BYTES_MAX
-    asked, context.input_count = decode() if in_line else await asyncio.to_thread(decode)
-    return asked
+    if len(body) <= PARSE_IN_LINE_BYTES_MAX:
+        return decoder.decode(body)
+    await asyncio.to_thread(refuse_too_many_items, body, context.app.limits)
+    return await asyncio.to_thread(decoder.decode, body)
 
 
 async def tokenize_input(
@@ -303,13 +341,21 @@ async def tokenize_input(
     prompt = ""
     if asked.names_prompt or embedder.card.default_prompt_name is not None:
         prompt = choose_prompt(asked, embedder.card, are_texts=isinstance(inputs[0], str))
-    sequences = await embedder.tokenize(
-        inputs,
-        long_text=long_text,
-        trusted=encoding == "model",
-        prompt=prompt,
-        token_count_max=token_count_max,
-    )
+    if isinstance(asked, EmbeddingsRequest) and asked.is_chunked:
+        texts = cast("list[str]", inputs)
+        sequences = await embedder.tokenize_chunks(
+            texts, prompt=prompt, chunk_size=asked.chunk_size
+        )
+        if asked.chunk_size is not None:
+            context.chunks = await find_chunks(texts, sequences, embedder, prompt=prompt)
+    else:
+        sequences = await embedder.tokenize(
+            inputs,
+            long_text=long_text,
+            trusted=encoding == "model",
+            prompt=prompt,
+            token_count_max=token_count_max,
+        )
     context.tokenize_s = context.app.clock.now_s() - started_s
     return sequences
 
@@ -352,16 +398,14 @@ def choose_prompt(asked: TokenizeRequest, card: ModelCard, *, are_texts: bool) -
     return prompt if are_texts else ""
 
 
-def decode_inputs(decoder: Decoder[Asked], body: bytes, limits: HttpLimits) -> tuple[Asked, int]:
-    """The request in *body* and how many inputs it has; refuses what is none of the four forms."""
-    if len(body) > PARSE_IN_LINE_BYTES_MAX:
-        refuse_too_many_items(body, limits)
-    asked = decoder.decode(body)
-    given = asked.input
+def check_inputs(given: str | Sequence[str | int | list[int]], limits: HttpLimits) -> int:
+    """How many inputs are *given*. Raises `FieldInvalid` for none of the four forms that `input`
+    has, `RequestTooLarge`.
+    """
     if not given:
         raise _empty("input", "string" if isinstance(given, str) else "array")
     if isinstance(given, str):
-        return asked, 1
+        return 1
     kind = type(given[0])
     if kind is not int and len(given) > limits.inputs_max:
         raise _array_too_long(f"an array with length {len(given)}", limits)
@@ -380,7 +424,7 @@ def decode_inputs(decoder: Decoder[Asked], body: bytes, limits: HttpLimits) -> t
         token_count = sum(map(len, cast("list[list[int]]", given)))
     if token_count > limits.request_tokens_max:
         raise RequestTooLarge(token_count=token_count, token_count_max=limits.request_tokens_max)
-    return asked, 1 if kind is int else len(given)
+    return 1 if kind is int else len(given)
 
 
 def refuse_too_many_items(body: bytes, limits: HttpLimits) -> None:
@@ -428,7 +472,10 @@ def choose_outputs(asked: EmbeddingsRequest, card: ModelCard) -> Output:
         )
     joined = "&".join(given) if isinstance(given, list) else given
     outputs = Output(0)
-    for name in ["dense"] if joined is None else joined.split("&"):
+    names = ["dense"] if joined is None else joined.split("&")
+    if joined is None and not card.outputs & (Output.DENSE | Output.SCORE):
+        names = output_names(card.outputs)  # SPLADE's, or token vectors
+    for name in names:
         if name.lower() not in OUTPUTS:
             raise FieldInvalid(
                 f"Invalid value for 'output_type' = {shown(name)}. "
@@ -461,6 +508,8 @@ def choose_outputs(asked: EmbeddingsRequest, card: ModelCard) -> Output:
                 f"Invalid value for '{param}' = {dimensions}. This model's vectors have {have}."
             )
         raise FieldInvalid(message, param=param)
+    if asked.is_chunked:
+        check_chunks(asked, outputs, card)
     if asked.dtype in ("binary", "ubinary") and dimensions % 8:
         raise FieldInvalid(
             f"'output_dtype' = {asked.dtype} packs eight numbers in a byte, and {dimensions} is no "
@@ -468,6 +517,43 @@ def choose_outputs(asked: EmbeddingsRequest, card: ModelCard) -> Output:
             param="output_dtype",
         )
     return outputs
+
+
+def check_chunks(asked: EmbeddingsRequest, outputs: Output, card: ModelCard) -> None:
+    """Refuse chunks where the model has none, and what does not go with them. `FieldInvalid`."""
+    param = "late_chunking" if asked.late_chunking else "chunk_size"
+    is_text = isinstance(asked.input, str) or isinstance(asked.input[0], str)
+    cuts = LONG_TEXT[asked.truncate or asked.truncation or False] is not LongText.REFUSE
+    problem = None
+    if not card.late_chunking:
+        problem = "needs a model whose vector is the mean of its tokens (late_chunking in /models)"
+    elif asked.late_chunking and asked.chunk_size is not None:
+        problem = "takes each text for a chunk, and chunk_size cuts texts: send one of them"
+    elif outputs != Output.DENSE:
+        problem = "gives dense vectors alone"
+    elif not is_text:
+        problem = "is of texts, and 'input' holds token ids"
+    elif cuts or asked.truncate_prompt_tokens is not None:
+        problem = "reads texts whole, so none can be cut"
+    if problem is not None:
+        raise FieldInvalid(f"'{param}' {problem}.", param=param)
+
+
+async def find_chunks(
+    texts: Texts, sequences: Sequences, embedder: Embedder, *, prompt: str
+) -> list[Chunk]:
+    """Where each chunk of *sequences* lies in its text, which had *prompt* before it."""
+    found = await embedder.find_tokens([prompt + text for text in texts], special_tokens=True)
+    assert sequences.chunks is not None
+    return [
+        Chunk(
+            i,
+            (int(start), int(end)),
+            (max(0, tokens[start].start - len(prompt)), tokens[end - 1].end - len(prompt)),
+        )
+        for i, (tokens, bounds) in enumerate(zip(found, sequences.chunks, strict=True))
+        for start, end in pairwise(bounds.tolist())
+    ]
 
 
 def output_names(outputs: Output) -> list[str]:

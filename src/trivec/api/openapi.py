@@ -11,8 +11,8 @@ from starlette.responses import Response
 from trivec import __version__
 from trivec.accounts import Scope
 from trivec.api.context import RequestContext
-from trivec.api.errors import TABLE
-from trivec.api.schemas import ErrorResponse, Probe
+from trivec.api.errors import OPENAI, TABLE, ErrorShape
+from trivec.api.schemas import Probe
 
 Json: TypeAlias = dict[str, Any]
 
@@ -33,16 +33,18 @@ class Operation:
     response_type: type | None  # None: not JSON of ours
     body_type: type | None = None
     must_have_body: bool = True  # where it reads one
+    error_shape: ErrorShape = OPENAI
     query: Sequence[str] = ()
     is_metered: bool = True  # with a row in the ledger, where it asks for a key
 
 
 def openapi_document(operations: Sequence[Operation]) -> bytes:
     """The whole description of *operations*, as JSON."""
-    types: set[type] = {ErrorResponse}
+    types: set[type] = set()
     for one in operations:
-        types |= {kind for kind in (one.body_type, one.response_type) if kind is not None}
-    ordered = sorted(types, key=lambda kind: kind.__name__)
+        given = (one.body_type, one.response_type, one.error_shape.response_type)
+        types |= {kind for kind in given if kind is not None}
+    ordered = sorted(types, key=str)
     schemas, components = msgspec.json.schema_components(ordered, ref_template=_REF)
     schema_of = dict(zip(ordered, schemas, strict=True))
     paths: dict[str, Json] = {}
@@ -96,11 +98,16 @@ def _responses(operation: Operation, schema_of: dict[type, Json]) -> Json:
     else:
         statuses = {row.status for row in TABLE.values()}
     responses = {"200": ok}
-    for status in sorted(statuses):
-        kinds = [kind for kind, row in TABLE.items() if row.status == status]
+    shape = operation.error_shape
+    for status in sorted({shape.statuses.get(status, status) for status in statuses}):
+        kinds = [
+            kind
+            for kind, row in TABLE.items()
+            if shape.status(kind) == status and row.status in statuses
+        ]
         responses[str(status)] = {
             "description": " · ".join(map(_first_line, kinds)),
-            "content": {"application/json": {"schema": schema_of[ErrorResponse]}},
+            "content": {"application/json": {"schema": schema_of[shape.response_type]}},
         }
     return responses
 

@@ -13,7 +13,7 @@ import pybase64
 from numpy.typing import NDArray
 from starlette.responses import Response
 
-from trivec.api.schemas import EmbeddingsRequest, Encoding, OutputDtype
+from trivec.api.schemas import Chunk, EmbeddingsRequest, Encoding, OutputDtype
 from trivec.core.types import Float32Array, ModelCard, Output, Sequences, Vectors
 
 NO_STORE = {"cache-control": "no-store"}
@@ -28,6 +28,7 @@ INT8_MAX = 127
 INT8_RANGE = 8  # times its typical size: the largest number that int8 holds
 ITEM_FRAME_BYTES = 128  # keys and punctuation around the numbers of one item
 TOKEN_TEXT_BYTES = 12  # one vocabulary string in quotes, on average generously
+SPLADE_TERMS = 512  # of a text whose words may be any of the vocabulary: usual are 100 to 300
 ROWS_AT_ONCE = 64
 _encoder = msgspec.json.Encoder()
 
@@ -75,8 +76,9 @@ def estimate_bytes(
         response_bytes += rows * (asked.size or card.dimensions) * number_bytes
     if Output.SPARSE in outputs:
         string_bytes = TOKEN_TEXT_BYTES if asked.return_tokens else 0
-        response_bytes += tokens * (float_bytes + int_bytes + string_bytes)
-        vector_bytes += 8 * tokens
+        terms = tokens if Output.DENSE in card.outputs else rows * SPLADE_TERMS
+        response_bytes += terms * (float_bytes + int_bytes + string_bytes)
+        vector_bytes += 8 * terms
     if Output.MULTI in outputs:
         response_bytes += (tokens - rows) * card.dimensions * number_bytes
         vector_bytes += 4 * (tokens - rows) * card.dimensions
@@ -91,6 +93,7 @@ def encode_embeddings(
     outputs: Output,
     token_strings: Sequence[list[str]] | None,  # [sequences]: of the sparse ids
     token_encoding: str | None,
+    chunks: Sequence[Chunk] = (),  # of each row, where texts were cut into them
 ) -> memoryview:
     """The body of an embeddings response; a large one is slow, so its caller encodes in a thread."""
     write = to_json if asked.encoding == "float" else to_base64
@@ -99,10 +102,8 @@ def encode_embeddings(
     dense: NDArray[np.generic] | None = None  # [sequences, numbers]
     if Output.DENSE in outputs:
         numbers = vectors.dense
-        if asked.size not in (None, numbers.shape[1]):
-            # Dividing by the slice's own length undoes the model's normalisation of the whole row,
-            # so this equals truncating first and normalising after.
-            numbers = unit(numbers[:, : asked.size])
+        if asked.size is not None:
+            numbers = cut(numbers, asked.size)
         dense = numbers if asked.dtype == "float" else quantise(numbers, asked.dtype)
     body = bytearray(b'{"object":"list","model":%b,"data":[' % _encoder.encode(asked.model))
     for i, (terms, rows) in enumerate(zip(vectors.sparse, vectors.multi, strict=True)):
@@ -124,6 +125,8 @@ def encode_embeddings(
             item["multi_embedding"] = {**frame, "shape": own.shape, "data": data}
         if i in sequences.truncated:
             item["truncated"] = sequences.truncated[i]
+        if chunks:
+            item["chunk"] = chunks[i]
         if i:
             body += b","
         _encoder.encode_into(item, body, -1)
@@ -133,6 +136,15 @@ def encode_embeddings(
         body += b',"token_encoding":%b' % _encoder.encode(token_encoding)
     body += b"}"
     return memoryview(body)
+
+
+def cut(rows: Float32Array, size: int | None) -> Float32Array:
+    """The first *size* numbers of each row, brought back to length 1: float32 `[rows, size]`.
+
+    Dividing by the slice's own length undoes the model's normalisation of the whole row, so this
+    equals truncating first and normalising after.
+    """
+    return rows if size in (None, rows.shape[1]) else unit(rows[:, :size])
 
 
 def unit(rows: Float32Array) -> Float32Array:

@@ -140,6 +140,19 @@ class EmbeddingsRequest(TokenizeRequest, frozen=True, forbid_unknown_fields=True
         ),
     ] = None
 
+    late_chunking: Annotated[
+        bool | None,
+        doc("Read all texts as one, and give each the mean of its tokens. Of models that pool so."),
+    ] = None
+    chunk_size: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        doc("Cut each text into chunks of so many tokens after reading it whole; a vector each."),
+    ] = None
+
+    @property
+    def is_chunked(self) -> bool:
+        return bool(self.late_chunking) or self.chunk_size is not None
+
     @property
     def encoding(self) -> Encoding:
         return self.encoding_format or "float"
@@ -171,8 +184,16 @@ class MultiEmbedding(Struct, frozen=True):
     encoding: Literal["base64"] | None = None
 
 
+class Chunk(Struct, frozen=True):
+    """A part of a text: which one, and where it begins and ends."""
+
+    input: int
+    tokens: Annotated[tuple[int, int], doc("In the text's tokens, special ones included.")]
+    characters: Annotated[tuple[int, int], doc("In the text, in Unicode code points.")]
+
+
 class Embedding(Struct, frozen=True, omit_defaults=True):
-    """The vectors of one text. The last three keys are there only when they say something."""
+    """The vectors of one text. The last four keys are there only when they say something."""
 
     object: Literal["embedding"]
     index: int
@@ -180,6 +201,7 @@ class Embedding(Struct, frozen=True, omit_defaults=True):
     sparse_embedding: SparseEmbedding | None = None
     multi_embedding: MultiEmbedding | None = None
     truncated: Truncated | None = None
+    chunk: Chunk | None = None
 
 
 class Usage(Struct, frozen=True):
@@ -241,6 +263,7 @@ class Model(Struct, frozen=True, kw_only=True):
     prompts: Annotated[dict[str, str], doc("By name: what is put before a text.")]
     default_prompt_name: Annotated[str | None, doc("The prompt where a request names none.")]
     labels: Annotated[int, doc("Numbers in a score; 0 where the model gives none.")]
+    late_chunking: Annotated[bool, doc("Whether parts of a text may have vectors.")]
     output_types: list[str]
     truncate: Annotated[str, doc("For this key, where a request does not say.")]
     precision: str
@@ -360,8 +383,9 @@ class Decoder(Generic[T]):
         message = f"Invalid value for '{param}'. {problem}."
         if problem.startswith(_NOT_LISTED):
             value = shown(problem.removeprefix(_NOT_LISTED).removesuffix("'"))
-            words = list(self._words[param.partition("[")[0]])
-            message = f"Invalid value for '{param}' = {value}. Supported values: {words}."
+            message = f"Invalid value for '{param}' = {value}."
+            if words := self._words.get(param.partition("[")[0]):  # not of a structure within
+                message += f" Supported values: {list(words)}."
         elif wrong is not None:
             expected = wrong["expected"].replace(" | ", " or ")
             message = f"Invalid type for '{param}': expected {expected}, "

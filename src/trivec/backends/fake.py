@@ -50,12 +50,14 @@ class FakeBackend:
         *,
         dimensions: int,
         outputs: Output = Output.DENSE,
+        labels: int = 1,
         slot_count: int = 1,
         budget: BatchBudget = DEFAULT_BUDGET,
         tokens_per_s: float = inf,
     ) -> None:
         self.dimensions = dimensions
         self.outputs = outputs
+        self.labels = labels  # of a score
         self.gate = threading.Event()
         self.gate.set()
         self.poison: dict[int, Poison] = {}
@@ -90,8 +92,10 @@ class FakeBackend:
         self.gate.wait()
         time.sleep(batch.token_count / self._tokens_per_s)
         dense = np.empty((len(batch), self.dimensions), np.float32)  # [sequences, dimensions]
+        score = np.empty((len(batch), self.labels), np.float32)  # [sequences, labels]
         sparse: list[SparseVector | None] = [None] * len(batch)
         multi: list[Float32Array | None] = [None] * len(batch)
+        chunks: list[Float32Array | None] = [None] * len(batch)
         for i, flags in enumerate(batch.outputs.tolist()):
             ids = batch.token_ids[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]]
             effects = {self.poison[token] for token in ids.tolist() if token in self.poison}
@@ -106,10 +110,22 @@ class FakeBackend:
             rows /= np.linalg.norm(rows, axis=1, keepdims=True)
             is_nan = Poison.NAN_ALWAYS in effects or (Poison.NAN in effects and not call.exact)
             dense[i] = np.nan if is_nan else rows[0]
+            score[i] = np.nan if is_nan else draw.standard_normal(self.labels, np.float32)
             if Output.MULTI in wanted:
                 multi[i] = rows[1:]
+            if Output.CHUNKS in Output(flags) and batch.chunks is not None:
+                means = draw.standard_normal(
+                    (len(batch.chunks[i]) - 1, self.dimensions), np.float32
+                )
+                chunks[i] = means / np.linalg.norm(means, axis=1, keepdims=True)
             if Output.SPARSE in wanted:
                 distinct = np.unique(ids[ids >= SPECIAL_IDS])
                 weights = (distinct.astype(np.int64) * 7919 % 1000 + 1) / 1000
                 sparse[i] = SparseVector(distinct, weights.astype(np.float32))
-        return Vectors.of(dense, sparse, multi)
+        return Vectors.of(
+            dense if Output.DENSE in self.outputs else None,
+            sparse,
+            multi,
+            score if Output.SCORE in self.outputs else None,
+            chunks,
+        )

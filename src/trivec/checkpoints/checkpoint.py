@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
-from trivec.checkpoints.catalogue import CATALOGUE, CatalogueEntry, Pin, Wheel, entries
+from trivec.checkpoints.catalogue import CATALOGUE, CatalogueEntry, Pin, Wheel, names_near
 from trivec.checkpoints.hashes import HashedFile, Hashes
 from trivec.checkpoints.heads import read_m3_heads, read_planned
 from trivec.checkpoints.hub import pull, pulled_folder, pulled_pins
@@ -102,6 +102,11 @@ class Checkpoint:
         return min([*(widths[-1:] or [width]), *([self.truncate_dim] if self.truncate_dim else [])])
 
     @property
+    def late_chunking(self) -> bool:
+        """Whether a vector is the mean of its tokens, so that parts of a sequence may have one."""
+        return self.pooling == (Pooling.MEAN,) and not self.labels
+
+    @property
     def outputs(self) -> Output:
         """What one forward pass can yield."""
         if self.labels:
@@ -191,9 +196,8 @@ def find_folder(reference: str) -> Location:
     try:
         folder = Path(path).expanduser().resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
-        known = ", ".join(entry.id for entry in entries())
         raise CheckpointRefused(
-            f"{path!r} is neither a folder nor a known model. Known: {known}"
+            f"{path!r} is neither a folder nor a known model. {names_near(path)}"
         ) from error
     name = name if is_named else folder.name
     if not MODEL_ID.fullmatch(name):

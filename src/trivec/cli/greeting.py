@@ -61,7 +61,8 @@ class Greeting:
         self._say(f"Trivec {__version__} is ready.")
         for card in models.cards:
             state = "verified" if card.verified else "NOT verified against the catalogue"
-            sizes = f"{card.dimensions} dimensions, {card.token_count_max} tokens a text"
+            row = f"scores of {card.labels}" if card.labels else f"{card.dimensions} dimensions"
+            sizes = f"{row}, {card.token_count_max} tokens a text"
             self._say_fact("model", card.id)
             self._say_fact("", f"{sizes}, files {state}")
             self._say_fact("precision", card.precision)

@@ -24,11 +24,22 @@ app = typer.Typer(help="List, pull and verify models.", no_args_is_help=True, ad
 
 
 @app.command("list")
-def list_(data_dir: DataDir = None, as_json: AsJson = False) -> None:
-    """List the models known by name and which of them are on this machine."""
+def list_(
+    words: Annotated[
+        list[str] | None,
+        Argument(help="Parts of names, families, licences or outputs, as: score apache."),
+    ] = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the models known by name and which of them are on this machine, by outputs and family.
+
+    With WORDS only those that match all of them.
+    """
     cache_dir = settings_of(data_dir).data_dir / "models"
     rows: list[dict[str, Any]] = []
-    for entry in entries():
+    found = [entry for entry in entries() if entry.matches(words or [])]
+    for entry in sorted(found, key=lambda one: (one.outputs, one.family)):
         checkpoint, problem = None, None
         try:
             checkpoint = open_own(entry, cache_dir=cache_dir)  # checks its hashes
@@ -44,7 +55,11 @@ def list_(data_dir: DataDir = None, as_json: AsJson = False) -> None:
                 "folder": str(checkpoint.folder) if checkpoint else None,
                 "token_count_max": entry.token_count_max,
                 "dimensions": entry.dimensions,
-                "outputs": ["dense", "sparse", "multi"] if entry.has_heads else ["dense"],
+                "matryoshka_dimensions": list(entry.matryoshka_dimensions),
+                "outputs": list(entry.outputs),
+                "family": entry.family,
+                "licence": entry.licence,
+                "gated": entry.gated,
                 "prompts": dict(entry.prompts),
                 "problem": problem,
             }
@@ -56,6 +71,9 @@ def list_(data_dir: DataDir = None, as_json: AsJson = False) -> None:
     if as_json:
         print_json(rows)
         return
+    if not rows:
+        say(f"no model matches {' '.join(words or [])}")
+        return
     cells: list[Row] = [
         {
             "MODEL": row["id"],
@@ -63,10 +81,13 @@ def list_(data_dir: DataDir = None, as_json: AsJson = False) -> None:
             "TOKENS": row["token_count_max"],
             "SIZE": row["dimensions"],
             "OUTPUTS": " ".join(row["outputs"]),
+            "FAMILY": row["family"],
+            "LICENCE": row["licence"] + (" (gated)" if row["gated"] else ""),
         }
         for row in rows
     ]
-    print_table(cells, folded=("OUTPUTS",))  # never the id, which a user copies
+    # Never the id, which a user copies.
+    print_table(cells, folded=("OUTPUTS",), spare=("FAMILY", "TOKENS", "SIZE"))
 
 
 @app.command()

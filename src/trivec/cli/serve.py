@@ -46,7 +46,8 @@ def _flag(name: str, *spellings: str, metavar: str | None = None) -> OptionInfo:
     words = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
     notes = [" | ".join(words)] if words and all(isinstance(one, str) for one in words) else []
     if field.default not in (None, (), False):
-        notes.append(f"default: {field.default}")
+        default = field.default
+        notes.append(f"default: {', '.join(default) if isinstance(default, tuple) else default}")
     help_text = f"{field.description}" + "".join(f" [dim]\\[{note}][/]" for note in notes)
     info: OptionInfo = typer.Option(*spellings, metavar=metavar, help=help_text, show_default=False)
     return info
@@ -65,6 +66,7 @@ class ServeCommand(TyperCommand):
 def serve(
     models: Annotated[list[str] | None, _flag("models", "--model", "-m")] = None,
     aliases: Annotated[list[str] | None, _flag("aliases", "--alias", metavar="NAME=ID")] = None,
+    faces: Annotated[list[str] | None, _flag("faces", "--face")] = None,
     host: Annotated[str | None, _flag("host")] = None,
     port: Annotated[str | None, _flag("port", "--port", "-p")] = None,
     probe_port: Annotated[str | None, _flag("probe_port")] = None,

@@ -105,20 +105,23 @@ class TextTooLong(RequestError):
         *,
         token_count: int | None,
         token_count_max: int,
-        index: int,
+        index: int | None,
         bytes_max: int | None = None,
     ) -> None:
-        """*token_count* None: it was not counted, for having more than *bytes_max*."""
+        """*token_count* None: it was not counted, for having more than *bytes_max*. *index* None: a
+        query that leaves no room for its document.
+        """
         self.index = index
+        param = "query" if index is None else f"input[{index}]"
         found = f"{token_count} tokens"
         if bytes_max is not None:
             found = f"a text of more than {bytes_max:,} bytes, {bytes_max // token_count_max} for "
             found += "each token, which is not read"
         super().__init__(
             f"This model's maximum context length is {token_count_max} tokens, however you "
-            f"requested {found} (input[{index}]). Please shorten that input, or send "
-            '"truncate": "end" to have it cut.',
-            param=f"input[{index}]",
+            f"requested {found} ({param}). Please shorten that input"
+            + ("." if index is None else ', or send "truncate": "end" to have it cut.'),
+            param=param,
         )
 
 

@@ -16,6 +16,7 @@ from trivec.core.types import (
     Output,
     Reply,
     Sequences,
+    TextToken,
     Vectors,
 )
 
@@ -49,6 +50,32 @@ class Embedder(Protocol):
         """
         ...
 
+    async def tokenize_pairs(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        long_text: LongText,
+        document_tokens_max: int | None = None,
+    ) -> Sequences:
+        """Ids of (query, document) *pairs*, as a cross-encoder reads them; for `Output.SCORE`.
+
+        Only the document is cut; *document_tokens_max* is of a document with the special tokens
+        that it would have alone. Raises as `tokenize` does, where the index is the pair's, and
+        `TextTooLong` without an index for a query that leaves no room for its document.
+        """
+        ...
+
+    async def tokenize_chunks(
+        self, texts: Texts, *, prompt: str = "", chunk_size: int | None = None
+    ) -> Sequences:
+        """For `Output.CHUNKS`: one sequence, of which each of *texts* is a chunk; or, with
+        *chunk_size*, a sequence of each text, in chunks of so many tokens.
+
+        *prompt* goes once before a sequence, and is in no chunk. Raises as `tokenize` does, and
+        `FieldInvalid` for a text of no token.
+        """
+        ...
+
     async def embed(
         self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
     ) -> Reply:
@@ -68,6 +95,20 @@ class Embedder(Protocol):
 
     def token_strings(self, token_ids: Int32Array) -> list[str]:
         """The vocabulary's own strings for *token_ids*."""
+        ...
+
+    async def find_tokens(self, texts: Texts, *, special_tokens: bool) -> list[list[TextToken]]:
+        """The tokens of each text and where they stand in it, with or without *special_tokens*.
+
+        Raises `TextTooLong` for a text of too many bytes, `RequestTooLarge`.
+        """
+        ...
+
+    async def decode(self, lists: TokenLists, *, special_tokens: bool) -> list[str]:
+        """The text of each list of ids, with or without its *special_tokens*.
+
+        Raises `TokenIdUnknown`.
+        """
         ...
 
 

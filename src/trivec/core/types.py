@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntFlag
 from types import MappingProxyType
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ class Output(IntFlag):
     SPARSE = 2
     MULTI = 4
     SCORE = 8  # of a pair of texts, by a reranker or classifier
+    CHUNKS = 16  # of parts of a sequence, each the mean of its tokens
 
 
 class LongText(Enum):
@@ -44,6 +45,16 @@ class Truncated:
     kept_tokens: int
 
 
+class TextToken(NamedTuple):
+    """A token, and which characters of its text it is made of."""
+
+    token_id: int
+    text: str  # those characters; of a special token the vocabulary's string
+    is_special: bool
+    start: int
+    end: int
+
+
 @dataclass(frozen=True, slots=True)
 class Sequences:
     """Tokenised texts end to end, in the order the client gave them."""
@@ -56,6 +67,8 @@ class Sequences:
     token_types: Int32Array | None = None  # [tokens]; None: all zero
     # [sequences]; leading tokens left out of a pooled mean, special ones included. None: none are
     skip: Int32Array | None = None
+    # Of each sequence, for `Output.CHUNKS`: int32 [chunks + 1]; where its chunks begin, and the end
+    chunks: tuple[Int32Array, ...] | None = None
 
     def __post_init__(self) -> None:
         assert self.cu_seqlens[0] == 0
@@ -102,6 +115,7 @@ class Batch:
     outputs: NDArray[np.uint8]  # [sequences]; Output flags
     token_types: Int32Array | None = None  # [tokens]; None: all zero
     skip: Int32Array | None = None  # [sequences]; as in `Sequences`
+    chunks: tuple[Int32Array, ...] | None = None  # [sequences]; as in `Sequences`
 
     def __post_init__(self) -> None:
         assert self.cu_seqlens[0] == 0
@@ -123,7 +137,8 @@ class Batch:
         tokens = np.arange(starts[-1], dtype=np.int32) + np.repeat(shift, lengths)
         types = None if self.token_types is None else self.token_types[tokens]
         skip = None if self.skip is None else self.skip[indices]
-        return Batch(self.token_ids[tokens], starts, self.outputs[indices], types, skip)
+        chunks = None if self.chunks is None else tuple(self.chunks[i] for i in indices)
+        return Batch(self.token_ids[tokens], starts, self.outputs[indices], types, skip, chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +164,7 @@ class Vectors:
     DENSE: `[sequences, dimensions]`, of length 1 where the model normalises.
     SPARSE: a `SparseVector` or None. MULTI: `[rows, dimensions]` or None.
     SCORE: `[sequences, labels]`, as the model's last layer gives them.
+    CHUNKS: `[chunks, dimensions]`, as DENSE, or None.
     """
 
     rows: Mapping[Output, Rows]
@@ -163,12 +179,18 @@ class Vectors:
         sparse: Sequence[SparseVector | None] = (),
         multi: Sequence[Float32Array | None] = (),
         score: Float32Array | None = None,
+        chunks: Sequence[Float32Array | None] = (),
     ) -> "Vectors":
         """From the rows of each output; those of nothing but None are left out."""
         rows: dict[Output, Rows] = {}
         if dense is not None:
             rows[Output.DENSE] = dense
-        for output, given in ((Output.SPARSE, sparse), (Output.MULTI, multi)):
+        listed: tuple[tuple[Output, Sequence[Row | None]], ...] = (
+            (Output.SPARSE, sparse),
+            (Output.MULTI, multi),
+            (Output.CHUNKS, chunks),
+        )
+        for output, given in listed:
             if any(row is not None for row in given):
                 rows[output] = tuple(given)
         if score is not None:
@@ -210,6 +232,10 @@ class Vectors:
     @property
     def multi(self) -> tuple[Float32Array | None, ...]:
         return cast("tuple[Float32Array | None, ...]", self[Output.MULTI])
+
+    @property
+    def chunks(self) -> tuple[Float32Array | None, ...]:
+        return cast("tuple[Float32Array | None, ...]", self[Output.CHUNKS])
 
     @property
     def score(self) -> Float32Array:
@@ -255,6 +281,7 @@ class ModelCard:
     default_prompt_name: str | None = None  # the prompt of a text whose request names none
     include_prompt: bool = True  # False: a prompt's tokens are left out of the pooled mean
     labels: int = 0  # numbers in a score
+    late_chunking: bool = False  # the vector is a mean of tokens, and so a part may have one
     verified: bool = False  # every file matched the catalogue's hash
     aliases: tuple[str, ...] = ()
     recipe: str | None = None  # the exact arithmetic, where the backend has a name for it

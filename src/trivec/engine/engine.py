@@ -4,9 +4,18 @@ All of it runs on the event loop and none of it computes.
 """
 
 import asyncio
+from collections.abc import Sequence
 
 from trivec.core.ports import Backend, Texts, TokenLists
-from trivec.core.types import Int32Array, LongText, ModelCard, Output, Reply, Sequences
+from trivec.core.types import (
+    Int32Array,
+    LongText,
+    ModelCard,
+    Output,
+    Reply,
+    Sequences,
+    TextToken,
+)
 from trivec.engine.scheduler import ModelQueue
 from trivec.engine.worker import Workers
 from trivec.settings import QueueLimits
@@ -66,9 +75,35 @@ class Engine:
             token_count_max=token_count_max,
         )
 
+    async def tokenize_pairs(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        long_text: LongText,
+        document_tokens_max: int | None = None,
+    ) -> Sequences:
+        assert self._tokenizer is not None, "asked with text, and made for ids"
+        return await self._tokenizer.encode_pairs(
+            pairs, long_text=long_text, document_tokens_max=document_tokens_max
+        )
+
+    async def tokenize_chunks(
+        self, texts: Texts, *, prompt: str = "", chunk_size: int | None = None
+    ) -> Sequences:
+        assert self._tokenizer is not None, "asked with text, and made for ids"
+        return await self._tokenizer.tokenize_chunks(texts, prompt=prompt, chunk_size=chunk_size)
+
     def token_strings(self, token_ids: Int32Array) -> list[str]:
         assert self._tokenizer is not None, "asked with text, and made for ids"
         return self._tokenizer.token_strings(token_ids)
+
+    async def find_tokens(self, texts: Texts, *, special_tokens: bool) -> list[list[TextToken]]:
+        assert self._tokenizer is not None, "asked with text, and made for ids"
+        return await self._tokenizer.find_tokens(texts, special_tokens=special_tokens)
+
+    async def decode(self, lists: TokenLists, *, special_tokens: bool) -> list[str]:
+        assert self._tokenizer is not None, "asked with text, and made for ids"
+        return await self._tokenizer.decode(lists, special_tokens=special_tokens)
 
     def check_admission(self, token_count: int) -> None:
         self._scheduler.check_admission(self._queue, token_count)
@@ -78,7 +113,8 @@ class Engine:
     ) -> Reply:
         """See `core.ports.Embedder`. A *deadline_s* beyond the setting's limit is the limit."""
         assert len(sequences) > 0
-        assert outputs in self.card.outputs, "the route refuses what the model lacks"
+        assert outputs in self.card.outputs | Output.CHUNKS, "the route refuses what it lacks"
+        assert self.card.late_chunking or Output.CHUNKS not in outputs
         scheduler, queue = self._scheduler, self._queue
         limit_s = queue.limits.first_batch_s_max
         wait_s = limit_s if deadline_s is None else min(deadline_s, limit_s)

@@ -20,6 +20,7 @@ from trivec.core.types import Batch, Int32Array, SparseVector, Vectors
 from trivec.engine.request import BatchItem
 from trivec.engine.scheduler import RESTART_S, ModelQueue, ScheduledBatch, Scheduler, batch_cost
 
+NO_CHUNKS = np.zeros(1, np.int32)  # of a sequence that was not asked for any
 CALL_S_MIN = 15.0  # no call is late before this
 CALL_RATIO_MAX = 5.0  # nor before this many times its expected duration
 EXACT_S_MAX = 60.0  # `run_exact` may first have to load the model again, at full precision
@@ -234,11 +235,14 @@ def pack(items: Sequence[BatchItem]) -> Batch:
     outputs = np.array([request.outputs for request, own in items for _ in own], np.uint8)
     if len(items) == 1 and len(items[0].request.order) == 1:  # a lone text: nothing to copy
         alone = items[0].request.sequences
-        return Batch(alone.token_ids, alone.cu_seqlens, outputs, alone.token_types, alone.skip)
+        return Batch(
+            alone.token_ids, alone.cu_seqlens, outputs, alone.token_types, alone.skip, alone.chunks
+        )
     has_types = any(item.request.sequences.token_types is not None for item in items)
     has_skip = any(item.request.sequences.skip is not None for item in items)
     ids, types = list[Int32Array](), list[Int32Array]()  # [tokens] of each sequence
     skips = list[Int32Array]()  # [sequences] of each request
+    chunks = list[Int32Array]()  # [chunks + 1] of each sequence
     for request, indices in items:
         sequences, starts = request.sequences, request.sequences.cu_seqlens
         spans = [slice(starts[i], starts[i + 1]) for i in indices]
@@ -251,10 +255,20 @@ def pack(items: Sequence[BatchItem]) -> Batch:
         if has_skip:
             own_skip = sequences.skip
             skips.append(np.zeros(len(spans), np.int32) if own_skip is None else own_skip[indices])
+        own_chunks = sequences.chunks
+        chunks += [NO_CHUNKS if own_chunks is None else own_chunks[i] for i in indices]
     cu_seqlens = np.cumsum([0, *map(len, ids)], dtype=np.int32)
     token_types = np.concatenate(types) if has_types else None
     skip = np.concatenate(skips) if has_skip else None
-    return Batch(np.concatenate(ids), cu_seqlens, outputs, token_types, skip)
+    has_chunks = any(own is not NO_CHUNKS for own in chunks)
+    return Batch(
+        np.concatenate(ids),
+        cu_seqlens,
+        outputs,
+        token_types,
+        skip,
+        tuple(chunks) if has_chunks else None,
+    )
 
 
 def one_by_one(items: Sequence[BatchItem]) -> list[BatchItem]:

@@ -117,13 +117,21 @@ class EngineClient:
         await self._was_connected.wait()
         self.check_connected()
         self._last_id = request_id = self._last_id + 1
-        ids, bounds = sequences.token_ids, sequences.cu_seqlens
-        types, skip = sequences.token_types, sequences.skip
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._open[request_id] = future
         try:
             self._send(
-                EmbedRequest(request_id, model, outputs, ids, bounds, types, deadline_s, skip)
+                EmbedRequest(
+                    request_id,
+                    model,
+                    outputs,
+                    sequences.token_ids,
+                    sequences.cu_seqlens,
+                    sequences.token_types,
+                    deadline_s,
+                    sequences.skip,
+                    sequences.chunks,
+                )
             )
             return await future
         except asyncio.CancelledError:
@@ -192,6 +200,10 @@ class RemoteEmbedder:
     ) -> None:
         self.card = card
         self.tokenize = tokenizer.tokenize
+        self.tokenize_pairs = tokenizer.encode_pairs
+        self.tokenize_chunks = tokenizer.tokenize_chunks
+        self.find_tokens = tokenizer.find_tokens
+        self.decode = tokenizer.decode
         self.token_strings = tokenizer.token_strings
         self._index = index
         self._client = client

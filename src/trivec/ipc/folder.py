@@ -22,6 +22,7 @@ class ServedModel(msgspec.Struct, frozen=True):
     card: ModelCard
     tokenizer_file: str
     certificate: CertificateSummary | None  # of its int8 arithmetic, where it has one
+    token_type_count: int = 2  # rows of the model's table of token types
 
 
 class Served(msgspec.Struct, frozen=True):

@@ -31,10 +31,15 @@ class EmbedRequest(msgspec.Struct, frozen=True, tag=True):
     token_types: np.ndarray | None  # int32 [tokens]
     deadline_s: float | None  # counts from when the engine process reads it
     skip: np.ndarray | None = None  # int32 [sequences]
+    chunks: tuple[np.ndarray, ...] | None = None  # of each sequence int32 [chunks + 1]
 
     def sequences(self) -> Sequences:
         return Sequences(
-            self.token_ids, self.cu_seqlens, token_types=self.token_types, skip=self.skip
+            self.token_ids,
+            self.cu_seqlens,
+            token_types=self.token_types,
+            skip=self.skip,
+            chunks=self.chunks,
         )
 
 

@@ -176,6 +176,11 @@ class ModelConfig:
         """Tokens for which there is a position, special tokens included."""
         return self.max_position_embeddings - self.position_offset
 
+    @property
+    def token_type_count(self) -> int:
+        """Rows of the table of token types; 0 where the family has none."""
+        return getattr(self, "type_vocab_size", 0)
+
 
 class Ops(Protocol[T]):
     """A backend's ops on packed tokens. *T* stands for rows `[tokens, width]`.

@@ -158,6 +158,7 @@ class HiddenRows:
     )
     outputs: NDArray[np.uint8]  # [sequences]; Output flags
     skip: Int32Array | None = None  # [sequences]; leading rows not pooled, at least one stays
+    chunks: Sequence[Int32Array] | None = None  # [sequences] of [chunks + 1]; as in `Sequences`
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,12 +198,27 @@ class Pooler:
             _fill_colbert(self.token_head, rows, multi)
         if self.is_score:
             return Vectors.of(score=pooled)
-        return Vectors.of(pooled, tuple(sparse), tuple(multi))
+        return Vectors.of(pooled, tuple(sparse), tuple(multi), chunks=self._chunks(rows))
+
+    def _chunks(self, rows: HiddenRows) -> Sequence[Float32Array | None]:
+        """The vectors of each sequence's chunks: the mean of each, and then as dense ones."""
+        if rows.chunks is None:
+            return ()
+        found: list[Float32Array | None] = [None] * len(rows.outputs)
+        for i in _asked(rows, Output.CHUNKS).tolist():
+            bounds = rows.chunks[i]  # [chunks + 1]
+            own = rows.hidden[rows.cu_seqlens[i] : rows.cu_seqlens[i] + bounds[-1]]
+            sums: Float32Array = np.add.reduceat(own, bounds[:-1], axis=0)
+            found[i] = self._finished(sums / np.diff(bounds).astype(np.float32)[:, None])
+        return found
 
     def _pooled(self, rows: HiddenRows) -> Float32Array:
         """One row a sequence: float32 `[sequences, dimensions]`, or `[sequences, labels]`."""
         parts = [_pool(pooling, rows) for pooling in self.pooling]
-        pooled = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        return self._finished(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1))
+
+    def _finished(self, pooled: Float32Array) -> Float32Array:
+        """*pooled* rows through the layers, normalised and cut where the model says so."""
         if self.layers:
             each = [through(self.layers, pooled[i : i + 1]) for i in range(len(pooled))]
             pooled = np.concatenate(each)

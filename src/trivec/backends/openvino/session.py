@@ -161,6 +161,7 @@ class Session:
                 cu_seqlens=packed.kept_cu_seqlens,
                 outputs=batch.outputs[packed.members],
                 skip=None if batch.skip is None else batch.skip[packed.members],
+                chunks=None if batch.chunks is None else [batch.chunks[i] for i in packed.members],
             )
             parts.append(self._pooler.vectors(states))
             members.append(packed.members)

@@ -73,13 +73,18 @@ class DeviceHeads:
         if self._pooler.pooling:
             skip = None if batch.skip is None else upload(batch.skip)
             results["pooled"] = self._pooled(hidden, packed.cu_seqlens[: len(batch) + 1], skip)
+        if batch.chunks is not None:
+            bounds, places = _chunk_bounds(batch)
+            means = torch.segment_reduce(
+                hidden.float(), "mean", offsets=upload(bounds).long(), axis=0, unsafe=True
+            )
+            results["chunks"] = self._finished(means[upload(places)])
         sparse_tokens = _tokens_wanting(batch, Output.SPARSE) if self._sparse else ()
         if len(sparse_tokens):
             terms = self._logits if isinstance(head, SpladeHead) else self._sparse_terms
             results |= terms(hidden, packed, upload(np.asarray(sparse_tokens)))
-        multi_tokens = self._multi_tokens(batch)
-        if len(multi_tokens):
-            rows = _through(self._multi, hidden[upload(multi_tokens)])
+        if self._multi and (batch.outputs & Output.MULTI.value).any():
+            rows = _through(self._multi, hidden[upload(self._multi_tokens(batch))])
             is_unit = not isinstance(head, MultiHead) or head.normalize
             results["multi"] = functional.normalize(rows, dim=-1) if is_unit else rows
         return results
@@ -108,16 +113,20 @@ class DeviceHeads:
             places = np.searchsorted(self._multi_tokens(batch), batch.cu_seqlens)
             for i in np.flatnonzero(batch.outputs & Output.MULTI.value).tolist():
                 multi[i] = results["multi"][places[i] : places[i + 1]]
+        chunks: list[Float32Array | None] = [None] * len(batch)
+        if "chunks" in results:
+            assert batch.chunks is not None
+            ends = np.cumsum([len(bounds) - 1 for bounds in batch.chunks]).tolist()
+            for i in np.flatnonzero(batch.outputs & Output.CHUNKS.value).tolist():
+                chunks[i] = results["chunks"][ends[i] - len(batch.chunks[i]) + 1 : ends[i]]
         pooled = results.get("pooled")
         if self._pooler.is_score:
             return Vectors.of(score=pooled)
-        return Vectors.of(pooled, sparse, multi)
+        return Vectors.of(pooled, sparse, multi, chunks=chunks)
 
     def _multi_tokens(self, batch: Batch) -> Int32Array:
         """Indices of the tokens that have a row of their own: int32 `[rows]`, ascending."""
         head = self._pooler.token_head
-        if not self._multi:
-            return np.empty(0, np.int32)
         tokens = _tokens_wanting(batch, Output.MULTI)
         if isinstance(head, MultiHead):
             return tokens[~np.isin(batch.token_ids[tokens], head.skipped_token_ids)]
@@ -126,12 +135,16 @@ class DeviceHeads:
 
     def _pooled(self, hidden: Tensor, cu_seqlens: Tensor, skip: Tensor | None) -> Tensor:
         """One row a sequence: fp32 `[sequences, dimensions]`, or `[sequences, labels]`."""
-        pooler = self._pooler
-        parts = [_pool(pooling, hidden, cu_seqlens.long(), skip) for pooling in pooler.pooling]
-        pooled = _through(self._layers, torch.cat(parts, dim=1))
-        if pooler.normalize:
+        poolings, bounds = self._pooler.pooling, cu_seqlens.long()
+        parts = [_pool(pooling, hidden, bounds, skip) for pooling in poolings]
+        return self._finished(torch.cat(parts, dim=1))
+
+    def _finished(self, pooled: Tensor) -> Tensor:
+        """*pooled* rows through the layers, normalised and cut where the model says so."""
+        pooled = _through(self._layers, pooled)
+        if self._pooler.normalize:
             pooled = functional.normalize(pooled, dim=-1)
-        return pooled[:, : pooler.dimensions]
+        return pooled[:, : self._pooler.dimensions]
 
     def _sparse_terms(
         self, hidden: Tensor, packed: PackedBatch, tokens: Tensor
@@ -218,6 +231,19 @@ def _pool(pooling: Pooling, hidden: Tensor, cu_seqlens: Tensor, skip: Tensor | N
     if pooling is Pooling.WEIGHTED_MEAN:  # by the sum of the places pooled
         return pooled / (counts * (ends + first - 2 * starts + 1)[:, None] / 2)
     return pooled / counts.sqrt() if pooling is Pooling.MEAN_SQRT_LEN else pooled
+
+
+def _chunk_bounds(batch: Batch) -> tuple[Int32Array, Int32Array]:
+    """Where segments of the tokens begin, and the last one's end; and which of them are chunks.
+
+    Between the chunks of two sequences lies a segment that is none: int32 `[segments + 1]` and
+    `[chunks]`.
+    """
+    assert batch.chunks is not None
+    shifted = [start + own for start, own in zip(batch.cu_seqlens[:-1], batch.chunks, strict=True)]
+    is_chunk = np.ones(sum(map(len, shifted)), np.bool_)
+    is_chunk[np.cumsum([len(own) for own in shifted]) - 1] = False
+    return np.concatenate(shifted).astype(np.int32), np.flatnonzero(is_chunk).astype(np.int32)
 
 
 def _tokens_wanting(batch: Batch, output: Output) -> Int32Array:

@@ -1,0 +1,483 @@
+"""The API of Hugging Face's Text Embeddings Inference (TEI).
+
+Its requests name no model: they are answered by the first one that the key may use and that can,
+unless they name one in `model`, which is ours. Numbers are floats, and nothing is wrapped.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
+from starlette.responses import Response
+
+from trivec import __version__
+from trivec.accounts import Scope
+from trivec.api import rerank as documents_rerank
+from trivec.api.context import RequestContext
+from trivec.api.errors import ErrorShape
+from trivec.api.inference import (
+    blamed_on,
+    check_text,
+    check_texts,
+    choose_embedder,
+    choose_long_text,
+    read,
+    respond,
+    score_pairs,
+    score_texts,
+)
+from trivec.api.openai import (
+    EmbeddedInputs,
+    check_inputs,
+    choose_prompt,
+    embed,
+    tokenizer_turn,
+)
+from trivec.api.openapi import Operation
+from trivec.api.rerank import DOCUMENTS_MAX, best_first, rank
+from trivec.api.responses import cut, json_response, to_json, unit
+from trivec.api.schemas import (
+    Decoder,
+    Dimensions,
+    EmbeddingsRequest,
+    TokenizeRequest,
+    Truncate,
+    doc,
+)
+from trivec.core.errors import FieldInvalid
+from trivec.core.ports import Embedder
+from trivec.core.types import Output
+
+TOKEN_ID_MAX = 2**31 - 1
+TOKEN_BYTES = 400  # of a token with its text and place, as objects and in JSON
+TokenId: TypeAlias = Annotated[int, Meta(ge=0, le=TOKEN_ID_MAX)]
+Inputs: TypeAlias = str | list[str | TokenId | list[TokenId]]
+ERROR_TYPES: Mapping[str | None, str] = {
+    "overloaded": "Overloaded",
+    "rate_limit_exceeded": "Overloaded",
+    "internal_error": "Backend",
+    "draining": "Unhealthy",
+    "loading": "Unhealthy",
+    "deadline_exceeded": "Overloaded",
+    "store_unavailable": "Unhealthy",
+}
+
+
+class TeiError(Struct, frozen=True):
+    """TEI's shape of every failure."""
+
+    error: str
+    error_type: str
+
+
+TEI = ErrorShape(
+    TeiError,
+    lambda error, _: TeiError(error.message, ERROR_TYPES.get(error.code, "Validation")),
+    statuses={400: 422},
+)
+
+
+class TeiOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What most requests may say; null means unset."""
+
+    model: Annotated[str | None, doc("Ours: the id or alias of a served model.")] = None
+    truncate: bool | Truncate | None = None
+    truncation_direction: Literal["left", "right"] | None = None
+
+    @property
+    def cut(self) -> bool | Truncate | None:
+        """Which side is cut of a text that is too long; None: as the key or the server says."""
+        if self.truncate in (True, "end") and self.truncation_direction == "left":
+            return "start"
+        return self.truncate
+
+
+class TeiEmbedRequest(TeiOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Body of `/embed`, `/embed_all` and `/embed_sparse`."""
+
+    inputs: Inputs
+    prompt_name: str | None = None
+    normalize: Annotated[bool | None, doc("The default is true.")] = None
+    dimensions: Dimensions | None = None
+
+
+class TeiRerankRequest(TeiOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Body of `/rerank`; with `documents` in place of `texts` it is that of `/v1/rerank`."""
+
+    query: str
+    texts: list[str]
+    raw_scores: bool | None = None
+    return_text: bool | None = None
+
+
+class TeiPredictRequest(TeiOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Body of `/predict`: a text, a pair of texts, or a list of lists of one or two."""
+
+    inputs: str | list[str | list[str]]
+    raw_scores: bool | None = None
+
+
+class SimilarityInputs(Struct, frozen=True, forbid_unknown_fields=True):
+    """A text, and those that it is compared with."""
+
+    source_sentence: str
+    sentences: list[str]
+
+
+class SimilarityParameters(TeiOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How they are read."""
+
+    prompt_name: str | None = None
+
+
+class SimilarityRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of `/similarity`."""
+
+    inputs: SimilarityInputs
+    parameters: SimilarityParameters | None = None
+
+
+class TeiTokenizeRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of `/tokenize`."""
+
+    inputs: str | list[str]
+    add_special_tokens: bool | None = None
+    prompt_name: str | None = None
+    model: str | None = None
+
+
+class DecodeRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of `/decode`."""
+
+    ids: list[TokenId | list[TokenId]]
+    skip_special_tokens: bool | None = None
+    model: str | None = None
+
+
+class SparseValue(Struct, frozen=True):
+    """One weight of a sparse vector."""
+
+    index: int
+    value: float
+
+
+class Rank(Struct, frozen=True, omit_defaults=True):
+    """One text of `/rerank`; `index` is its place in the request."""
+
+    index: int
+    score: float
+    text: str | None = None
+
+
+class Prediction(Struct, frozen=True):
+    """The score of one class."""
+
+    score: float
+    label: str
+
+
+class SimpleToken(Struct, frozen=True):
+    """One token of a text, whose characters are those from `start` to `stop`."""
+
+    id: int
+    text: str
+    special: bool
+    start: int | None
+    stop: int | None
+
+
+class TeiInfo(Struct, frozen=True):
+    """Response of `/info`: of the model that answers requests that name none."""
+
+    model_id: str
+    model_dtype: str
+    model_type: dict[str, dict[str, dict[str, str | int]]]
+    max_input_length: int
+    max_batch_tokens: int
+    max_client_batch_size: int
+    auto_truncate: bool
+    version: str
+    model_sha: str | None = None
+    max_concurrent_requests: int | None = None
+    tokenization_workers: int | None = None
+
+
+Sparse: TypeAlias = list[SparseValue]
+Tokens: TypeAlias = list[SimpleToken]
+Predictions: TypeAlias = list[Prediction | list[Prediction]]
+_embed_decoder = Decoder(TeiEmbedRequest)
+_rerank_decoder = Decoder(TeiRerankRequest)
+_predict_decoder = Decoder(TeiPredictRequest)
+_similarity_decoder = Decoder(SimilarityRequest)
+_tokenize_decoder = Decoder(TeiTokenizeRequest)
+_decode_decoder = Decoder(DecodeRequest)
+_encode = msgspec.json.Encoder().encode
+
+
+async def embed_dense(context: RequestContext, body: bytes | None = None) -> Response:
+    """Turn texts into vectors, as TEI does."""
+    asked = await read(_embed_decoder, context, body)
+    embedded = await _embed(asked, context, Output.DENSE)
+    rows = cut(embedded.vectors.dense, asked.dimensions)
+    if not np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-3):
+        rows = rows if asked.normalize is False else unit(rows)
+    elif asked.normalize is False:
+        raise FieldInvalid(
+            "This model's vectors are of length 1; they are not to be had otherwise.",
+            param="normalize",
+        )
+    return await respond(context, partial(to_json, rows), number_count=rows.size)
+
+
+async def embed_sparse(context: RequestContext, body: bytes | None = None) -> Response:
+    """Turn texts into sparse vectors, as TEI does."""
+    asked = await read(_embed_decoder, context, body)
+    embedded = await _embed(asked, context, Output.SPARSE)
+
+    def write() -> bytes:
+        return _encode(
+            [
+                [
+                    SparseValue(index, value)
+                    for index, value in zip(
+                        one.token_ids.tolist(), one.weights.tolist(), strict=True
+                    )
+                ]
+                for one in embedded.vectors.sparse
+                if one is not None
+            ]
+        )
+
+    return await respond(context, write, number_count=2 * embedded.sequences.token_count)
+
+
+async def embed_all(context: RequestContext) -> Response:
+    """Turn texts into a vector a token, by a model that is made for it."""
+    asked = await read(_embed_decoder, context)
+    embedded = await _embed(asked, context, Output.MULTI)
+    rows = [one for one in embedded.vectors.multi if one is not None]
+
+    def write() -> bytes:
+        return b"[%b]" % b",".join(map(to_json, rows))
+
+    return await respond(context, write, number_count=sum(one.size for one in rows))
+
+
+async def _embed(asked: TeiEmbedRequest, context: RequestContext, output: Output) -> EmbeddedInputs:
+    """The vectors of *asked* of the kind *output*."""
+    embedder = choose_embedder(context, asked.model, output)
+    is_ids = not isinstance(asked.inputs, str) and not isinstance((asked.inputs or [""])[0], str)
+    with blamed_on({"input": "inputs", "output_type": "model"}):
+        return await embed(
+            EmbeddingsRequest(
+                model=asked.model or embedder.card.id,
+                input=asked.inputs,
+                prompt_name=asked.prompt_name,
+                dimensions=asked.dimensions,
+                truncate=asked.cut,
+                output_type=str(output.name).lower(),
+                token_encoding="model" if is_ids else None,
+            ),
+            context,
+        )
+
+
+async def rerank(context: RequestContext, body: bytes | None = None) -> Response:
+    """Order texts by their relevance to a query, as TEI does, or vLLM where they are `documents`."""
+    body = await context.read_body() if body is None else body
+    if "documents" in _fields(body):
+        return await documents_rerank.rerank(context, body)
+    asked = await read(_rerank_decoder, context, body)
+    embedder = choose_embedder(context, asked.model, Output.SCORE)
+    scored = await rank(
+        context,
+        embedder,
+        asked.query,
+        asked.texts,
+        truncate=asked.cut,
+        with_texts=bool(asked.return_text),
+        field="texts",
+    )
+    scores = scored.activated(raw=bool(asked.raw_scores))[:, 0].tolist()
+    texts = asked.texts if asked.return_text else [None] * len(scores)
+    return json_response([Rank(i, scores[i], texts[i]) for i in best_first(scores, None)])
+
+
+async def predict(context: RequestContext, body: bytes | None = None) -> Response:
+    """Sort texts, or pairs of texts, into a classifier's classes, as TEI does."""
+    asked = await read(_predict_decoder, context, body)
+    given = asked.inputs
+    is_batch = not isinstance(given, str) and len(given) > 0 and isinstance(given[0], list)
+    items = given if is_batch else [[given] if isinstance(given, str) else given]
+    check_texts(items, "inputs", DOCUMENTS_MAX)
+    texts: list[list[str]] = []
+    for i, item in enumerate(items):
+        at = f"inputs[{i}]" if is_batch else "inputs"
+        if not isinstance(item, list) or len(item) not in (1, 2) or len(item) != len(items[0]):
+            raise FieldInvalid(
+                f"Invalid '{at}': send a text, a pair of texts, or lists of one text each, or of "
+                "two each.",
+                param=at,
+            )
+        own = [one for one in item if isinstance(one, str)]
+        for one in own:
+            check_text(one, at)
+        texts.append(own)
+    embedder = choose_embedder(context, asked.model, Output.SCORE)
+    if Output.SCORE not in embedder.card.outputs:
+        raise FieldInvalid("This model is no classifier and no reranker.", param="model")
+    long_text = choose_long_text(context, asked.cut)
+    if len(texts[0]) == 1:
+        alone = [own[0] for own in texts]
+        scored = await score_texts(context, embedder, alone, long_text=long_text, field="inputs")
+    else:
+        firsts, seconds = zip(*texts, strict=True)
+        scored = await score_pairs(
+            context, embedder, firsts, seconds, long_text=long_text, fields=("inputs", "inputs")
+        )
+    answers = [
+        [Prediction(row[label], f"LABEL_{label}") for label in best_first(row, None)]
+        for row in scored.activated(raw=bool(asked.raw_scores)).tolist()
+    ]
+    return json_response(answers if is_batch else answers[0])
+
+
+async def similarity(context: RequestContext, body: bytes | None = None) -> Response:
+    """Compare a text with others by the cosine of their vectors, as TEI does."""
+    asked = await read(_similarity_decoder, context, body)
+    options = asked.parameters or SimilarityParameters()
+    check_text(asked.inputs.source_sentence, "inputs.source_sentence")
+    check_texts(asked.inputs.sentences, "inputs.sentences", DOCUMENTS_MAX)
+    embedder = choose_embedder(context, options.model, Output.DENSE)
+    if Output.DENSE not in embedder.card.outputs:
+        raise FieldInvalid("This model has no dense output.", param="model")
+    prompt = _prompt(options.prompt_name, embedder)
+    scored = await score_pairs(
+        context,
+        embedder,
+        [asked.inputs.source_sentence],
+        asked.inputs.sentences,
+        long_text=choose_long_text(context, options.cut),
+        weights={Output.DENSE: 1.0},
+        prompts=(prompt, prompt),
+        fields=("inputs.source_sentence", "inputs.sentences"),
+    )
+    return json_response(scored.scores[:, 0].tolist())
+
+
+def _prompt(name: str | None, embedder: Embedder) -> str:
+    request = TokenizeRequest(embedder.card.id, "", prompt_name=name)
+    return choose_prompt(request, embedder.card, are_texts=True)
+
+
+async def tokenize(context: RequestContext) -> Response:
+    """Cut texts into tokens, as TEI does."""
+    asked = await read(_tokenize_decoder, context)
+    embedder = choose_embedder(context, asked.model, Output.DENSE)
+    texts = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
+    check_texts(texts, "inputs", context.app.limits.inputs_max)
+    context.input_count = len(texts)
+    context.timeout.watch_client()
+    await context.reservation.acquire()
+    prompt = _prompt(asked.prompt_name, embedder)
+    async with tokenizer_turn(context):
+        with blamed_on({"input": "inputs"}):
+            found = await embedder.find_tokens(
+                [prompt + text for text in texts],
+                special_tokens=asked.add_special_tokens is not False,
+            )
+    token_count = sum(map(len, found))
+    context.memory.add(token_count * TOKEN_BYTES, is_response=True)
+
+    def write() -> bytes:
+        return _encode([[SimpleToken(*token) for token in tokens] for tokens in found])
+
+    return await respond(context, write, number_count=8 * token_count)
+
+
+async def decode(context: RequestContext) -> Response:
+    """Make texts of token ids, as TEI does."""
+    asked = await read(_decode_decoder, context)
+    embedder = choose_embedder(context, asked.model, Output.DENSE)
+    with blamed_on({"input": "ids"}):
+        context.input_count = check_inputs(asked.ids, context.app.limits)
+        context.timeout.watch_client()
+        await context.reservation.acquire()
+        lists = [asked.ids] if isinstance(asked.ids[0], int) else asked.ids
+        texts = await embedder.decode(
+            [np.array(ids, np.int32) for ids in lists],
+            special_tokens=asked.skip_special_tokens is False,
+        )
+    return json_response(texts)
+
+
+async def info(context: RequestContext) -> Response:
+    """Tell which model answers requests that name none, and its limits."""
+    card, limits = choose_embedder(context, None, Output.DENSE).card, context.app.limits
+    kind: dict[str, dict[str, dict[str, str | int]]] = {"embedding": {}}
+    if card.labels:
+        labels: dict[str, str | int] = {f"LABEL_{i}": i for i in range(card.labels)}
+        ids: dict[str, str | int] = {str(i): label for label, i in labels.items()}
+        name = "reranker" if card.labels == 1 else "classifier"
+        kind = {name: {"id2label": ids, "label2id": labels}}
+    truncate = context.known_caller.truncate or limits.truncate
+    return json_response(
+        TeiInfo(
+            model_id=card.id,
+            model_dtype=card.precision,
+            model_type=kind,
+            max_input_length=card.token_count_max,
+            max_batch_tokens=limits.request_tokens_max,
+            max_client_batch_size=limits.inputs_max,
+            auto_truncate=truncate != "none",
+            version=__version__,
+        )
+    )
+
+
+async def root(context: RequestContext) -> Response:
+    """Answer as the route that the fields, or else the model, belong to: for clients of one URL."""
+    body = await context.read_body()
+    fields = _fields(body)
+    if "query" in fields:
+        return await rerank(context, body)
+    if fields.get("inputs") == b"{":
+        return await similarity(context, body)
+    outputs = choose_embedder(context, None, Output.DENSE).card.outputs
+    if Output.DENSE in outputs:
+        return await embed_dense(context, body)
+    return await (predict if Output.SCORE in outputs else embed_sparse)(context, body)
+
+
+def _fields(body: bytes) -> dict[str, bytes]:
+    """The fields in *body*, and how each value begins; none where it is not an object."""
+    try:
+        given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return {}  # whichever decoder is next says what is wrong
+    return {name: bytes(memoryview(value)[:1]) for name, value in given.items()}
+
+
+OPERATIONS = tuple(
+    replace(one, error_shape=TEI)
+    for one in (
+        Operation("GET", "/info", info, Scope.EMBED, TeiInfo),
+        Operation("POST", "/embed", embed_dense, Scope.EMBED, list[list[float]], TeiEmbedRequest),
+        Operation(
+            "POST", "/embed_sparse", embed_sparse, Scope.EMBED, list[Sparse], TeiEmbedRequest
+        ),
+        Operation(
+            "POST", "/embed_all", embed_all, Scope.EMBED, list[list[list[float]]], TeiEmbedRequest
+        ),
+        Operation("POST", "/rerank", rerank, Scope.EMBED, list[Rank], TeiRerankRequest),
+        Operation("POST", "/predict", predict, Scope.EMBED, Predictions, TeiPredictRequest),
+        Operation("POST", "/similarity", similarity, Scope.EMBED, list[float], SimilarityRequest),
+        Operation("POST", "/tokenize", tokenize, Scope.EMBED, list[Tokens], TeiTokenizeRequest),
+        Operation("POST", "/decode", decode, Scope.EMBED, list[str], DecodeRequest),
+        Operation("POST", "/", root, Scope.EMBED, list[list[float]], TeiEmbedRequest),
+    )
+)
