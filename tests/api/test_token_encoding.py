@@ -82,6 +82,22 @@ async def test_a_request_may_say_that_its_ids_are_the_models_own(repairing: Hous
     assert "token_encoding" not in own
 
 
+async def test_ids_are_checked_for_being_anothers_unless_the_request_says_that_they_are_own(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trusted: list[object] = []
+    tokenize = house.model.tokenize
+
+    async def listen(*given: Any, **options: Any) -> Any:
+        trusted.append(options["trusted"])
+        return await tokenize(*given, **options)
+
+    monkeypatch.setattr(house.model, "tokenize", listen)
+    await post(house, input=[5, 6])
+    await post(house, input=[5, 6], token_encoding="model")
+    assert trusted == [False, True]
+
+
 @needs_tables
 async def test_texts_are_texts_whatever_the_encoding(repairing: House) -> None:
     assert "token_encoding" not in await post(repairing, input="a", token_encoding="o200k_base")
