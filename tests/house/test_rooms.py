@@ -14,14 +14,14 @@ MODULE_LINES_MAX = 600
 LINES_MAX, FILES_MAX = 23_400, 128  # the aim is 11,500 in 100: a number here may only go down
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
-    "cli": (1_590, 7),
+    "cli": (1_600, 7),
     "server": (970, 5),
     "build": (450, 1),
     "settings": (420, 1),
     "api": (4_220, 20),
     "engine": (980, 5),
-    "models": (2_130, 15),
-    "backends": (3_270, 17),
+    "models": (2_110, 15),
+    "backends": (3_310, 17),
     "checkpoints": (2_150, 11),
     "tokenizer": (730, 3),
     "accounts": (2_970, 19),
