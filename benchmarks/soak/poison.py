@@ -26,7 +26,7 @@ from benchmarks.texts import sentences
 
 from trivec.api.responses import encode_embeddings
 from trivec.core.ports import Texts, TokenLists
-from trivec.core.types import Float32Array, LongText, Sequences, Vectors
+from trivec.core.types import Float32Array, Sequences, Vectors
 
 IN_THE_DEVICE = {
     "poison": Fault.RAISE,
@@ -86,12 +86,10 @@ def stages_that_raise(service: Service) -> Iterator[None]:
     tokenize = service.engine.tokenize
     not_to_encode: list[Sequences] = []
 
-    async def tokenizing(
-        inputs: Texts | TokenLists, *, long_text: LongText, trusted: bool = False
-    ) -> Sequences:
+    async def tokenizing(inputs: Texts | TokenLists, **asked: Any) -> Sequences:
         if any(isinstance(one, str) and "tokenizer" in one for one in inputs):
             raise Injected
-        sequences = await tokenize(inputs, long_text=long_text, trusted=trusted)
+        sequences = await tokenize(inputs, **asked)
         if any(isinstance(one, str) and "encoding" in one for one in inputs):
             not_to_encode.append(sequences)
         return sequences
