@@ -151,7 +151,9 @@ def test_prompts_and_lengths_of_vectors_are_read(plain: Path, cache_dir: Path) -
         ),
         pytest.param({"bias": True}, "expected are linear.bias, linear.weight", id="no-bias"),
         pytest.param(
-            {"module_input_name": "token_embeddings"}, "reads or writes", id="of-each-token"
+            {"module_input_name": "token_embeddings"},
+            "module_input_name = 'token_embeddings' is not",
+            id="of-each-token",
         ),
     ],
 )
