@@ -177,6 +177,10 @@ async def embed(asked: EmbeddingsRequest, context: RequestContext) -> EmbeddedIn
     vectors = reply.vectors
     if sequences.chunks is not None:  # each as a text of its own would be
         vectors = Vectors.of(np.concatenate([rows for rows in vectors.chunks if rows is not None]))
+    if card.layer_norm_before_cut and asked.size not in (None, card.dimensions):
+        # What a LayerNorm divides by, the later division by the slice's own length undoes.
+        centred = vectors.dense - vectors.dense.mean(axis=1, keepdims=True)
+        vectors = Vectors({**vectors.rows, Output.DENSE: centred})
     return EmbeddedInputs(sequences, vectors, outputs, response_bytes)
 
 

@@ -51,6 +51,7 @@ class CatalogueEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     pins: dict[str, Pin] = {}  # by file name
     dimensions_selectable: bool = False
     matryoshka_dimensions: tuple[int, ...] = ()  # sizes a vector may be cut to
+    layer_norm_before_cut: bool = False  # of the whole vector, without weights
     prompts: dict[str, str] = {}  # by name: what is put before a text
     wheel: Wheel | None = None
 
