@@ -57,13 +57,9 @@ TOKEN_BYTES = 400  # of a token with its text and place, as objects and in JSON
 TokenId: TypeAlias = Annotated[int, Meta(ge=0, le=TOKEN_ID_MAX)]
 Inputs: TypeAlias = str | list[str | TokenId | list[TokenId]]
 ERROR_TYPES: Mapping[str | None, str] = {
-    "overloaded": "Overloaded",
-    "rate_limit_exceeded": "Overloaded",
     "internal_error": "Backend",
-    "draining": "Unhealthy",
-    "loading": "Unhealthy",
-    "deadline_exceeded": "Overloaded",
-    "store_unavailable": "Unhealthy",
+    **dict.fromkeys(("overloaded", "rate_limit_exceeded", "deadline_exceeded"), "Overloaded"),
+    **dict.fromkeys(("draining", "loading", "store_unavailable"), "Unhealthy"),
 }
 
 
