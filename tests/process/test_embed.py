@@ -162,6 +162,8 @@ def test_a_full_disk_stops_it_in_one_line_and_it_goes_on_with_room(
         pytest.param(("IN", "a.txt"), ["a.txt ends in none of .parquet"], id="ending"),
         pytest.param(("IN", "a.npy", "--outputs", "dense,sparse"), [".npy"], id="npy-sparse"),
         pytest.param(("IN", "a.parquet", "--outputs", "sparse"), ["it has DENSE"], id="no-head"),
+        pytest.param(("IN", "a.parquet", "--dimensions", "99"), ["99", "[384]"], id="dimensions"),
+        pytest.param(("IN", "a.parquet", "--prompt", "x"), ["'x'", "has none"], id="prompt"),
         pytest.param(("IN", "a.parquet", "--outputs", "x"), ["'x'", "sparse"], id="outputs"),
         pytest.param(("IN", "a.parquet", "--url", "nowhere"), ["--url nowhere"], id="url"),
         pytest.param(("IN", "a.parquet", "-m", "no-such"), ["no-such"], id="model"),
