@@ -1,6 +1,7 @@
 """`trivec embed`: a corpus to a file of vectors, in this process or by a server."""
 
 import asyncio
+import os
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ from typer import Argument, Option
 
 from trivec.cli.common import ConfigFile, DataDir, say, settings_of
 from trivec.core.errors import JobFailed, SettingInvalid
+from trivec.jobs import GO_ON
 from trivec.settings import Settings
 
 if TYPE_CHECKING:
@@ -93,7 +95,6 @@ def embed(
     """
     try:
         from trivec.jobs.corpus import (
-            GO_ON,
             Columns,
             Corpus,
             ShardSize,
@@ -159,10 +160,7 @@ def embed(
                     on_progress=on_progress,
                 )
 
-    try:
-        totals = asyncio.run(run())
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        totals = None
+    totals = asyncio.run(run())
     if totals is None:
         say(f"Stopped. {GO_ON}.")
         raise typer.Exit(STOPPED_EXIT_CODE)
@@ -284,16 +282,18 @@ async def _on_server(
 
 @contextmanager
 def _stop_signals() -> Iterator[asyncio.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; the second one cancels the task."""
-    loop, task, stop = asyncio.get_running_loop(), asyncio.current_task(), asyncio.Event()
-    assert task is not None
+    """An event that the first Ctrl-C or SIGTERM sets; the second one ends the process."""
+    from rich.console import Console
+
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
 
     def ask_to_stop() -> None:
-        if stop.is_set():
-            task.cancel()
-        else:
-            stop.set()
-            say("Finishing the shards that are begun; once more leaves them.")
+        if stop.is_set():  # nothing needs to be put in order, and a reader may be stuck
+            Console(stderr=True).show_cursor()
+            say(f"Left. {GO_ON}.")
+            os._exit(STOPPED_EXIT_CODE)
+        stop.set()
+        say("Finishing the shards that are begun; once more leaves them.")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, ask_to_stop)

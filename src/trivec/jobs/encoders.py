@@ -33,7 +33,7 @@ from trivec.core.types import (
     SparseVector,
     Vectors,
 )
-from trivec.jobs.corpus import GO_ON
+from trivec.jobs import GO_ON
 
 Truncate: TypeAlias = Literal["none", "end", "start"]
 ModelIdentity: TypeAlias = Mapping[str, str | int | None]

@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from trivec.core.errors import JobFailed
 from trivec.core.quantisation import ByteDtype, cut, quantise
 from trivec.core.types import Float32Array, Output, Vectors
-from trivec.jobs.corpus import GO_ON, BadRow, Shard, as_json_text
+from trivec.jobs import GO_ON
+from trivec.jobs.corpus import BadRow, Shard, as_json_text
 
 DType: TypeAlias = Literal["float32", "float16"] | ByteDtype
 ENDINGS = (".parquet", ".jsonl", ".npy")
