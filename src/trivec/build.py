@@ -178,7 +178,7 @@ def check_models(settings: Settings) -> None:
         try:
             token_table(encoding)
         except FieldInvalid as absent:
-            raise SettingInvalid(f"--token-encoding {encoding}: {absent}") from absent
+            raise SettingInvalid(f"token_encoding {encoding}: {absent}") from absent
 
 
 def load_models(
@@ -276,7 +276,7 @@ def load_checkpoint(
     if earned is None:
         return LoadedModel(checkpoint, backend, card, None)
     certificate = CertificateSummary(earned.main.minimum, earned.main.mean, earned.summary)
-    card = replace(card, notes={"certificate": earned.summary})
+    card = replace(card, notes={**card.notes, "certificate": earned.summary})
     return LoadedModel(checkpoint, backend, card, certificate)
 
 
@@ -295,6 +295,7 @@ def model_card(
         owned_by=checkpoint.owned_by,
         dimensions_selectable=checkpoint.dimensions_selectable,
         matryoshka_dimensions=checkpoint.matryoshka_dimensions,
+        layer_norm_before_cut=checkpoint.layer_norm_before_cut,
         prompts=checkpoint.prompts,
         default_prompt_name=checkpoint.default_prompt_name,
         include_prompt=checkpoint.include_prompt,
@@ -302,7 +303,7 @@ def model_card(
         late_chunking=checkpoint.late_chunking,
         verified=checkpoint.verified,
         aliases=checkpoint.aliases,
-        notes=notes,
+        notes={**notes, **({"assumed": checkpoint.assumed} if checkpoint.assumed else {})},
     )
 
 

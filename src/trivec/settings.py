@@ -33,7 +33,12 @@ API_KEY_CHARS_MIN = 16
 API_KEY_CHARS_MAX = 1024  # longer bearers are refused unread
 ENVIRONMENT_PREFIX = "TRIVEC_"
 OTHER_NAMES = {"TRIVEC_MODEL": "models", "TRIVEC_CONFIG": "config"}
-OTHER_FLAGS = {"models": "--model"}  # that are not called as their setting
+OTHER_FLAGS = {  # that are not called as their setting
+    "models": "--model",
+    "aliases": "--alias",
+    "http.cors_origins": "--cors-origin",
+    "faces": "--face",
+}
 SECRETS = ("api_key", "database_url", "secret")  # no message shows their values
 PRECISIONS = ("auto", "fp32", "int8", "bf16", "fp16")
 

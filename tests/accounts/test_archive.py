@@ -159,7 +159,11 @@ def crashing_at(monkeypatch: pytest.MonkeyPatch, store: SqlStore, step: int) -> 
     monkeypatch.setattr(store, "end_archive", cut(store.end_archive))
 
 
-@pytest.mark.parametrize("second", ["old.jsonl.gz", "other.jsonl.gz"])
+@pytest.mark.parametrize(
+    ("engines", "second"),
+    [("sqlite", "old.jsonl.gz"), ("sqlite", "other.jsonl.gz"), ("postgres", "other.jsonl.gz")],
+    indirect=["engines"],
+)
 def test_a_crash_at_any_step_loses_and_doubles_nothing(
     store: SqlStore, tmp_path: Path, second: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -136,7 +136,7 @@ async def test_a_full_disk(tmp_path: Path) -> None:
 
 
 def _few_pages(raw: sqlite3.Connection, _: object) -> None:
-    raw.execute("PRAGMA max_page_count=40").close()
+    raw.execute("PRAGMA max_page_count=33").close()
 
 
 @contextmanager
@@ -382,6 +382,36 @@ async def test_a_read_of_keys_that_hangs_makes_the_store_unready(clock: HandCloc
     with pytest.raises(KeyInvalid):
         await accounts.identify("anybody")
     accounts.stop()
+    assert accounts.writable()
+
+
+class Faulty(MemoryStore):
+    """Raises what no store should, for one request and for a group of nothing."""
+
+    def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
+        ids = [entry.row.request_id for entry in entries if isinstance(entry, RecordUsage)]
+        if not entries or "bad" in ids:
+            raise ArithmeticError("a bug of ours")
+        return super().commit(entries, now_us=now_us)
+
+
+async def test_a_bug_in_one_entry_or_in_the_idle_check_ends_neither_its_neighbours_nor_the_thread(
+    clock: HandClock,
+) -> None:
+    store = Faulty()
+    accounts = Accounts(store, clock=clock, secret=b"s" * 32)
+    accounts.start()
+    names = ("good", "bad", "better")
+    bookings = [await acquire(accounts, FIXED, opening(name)) for name in names]
+    closings = [booking.close(closing()) for booking in bookings]
+
+    told = await asyncio.gather(*closings, return_exceptions=True)
+
+    assert [type(one) for one in told] == [type(None), ArithmeticError, type(None)]
+    await serve(accounts)
+    accounts.stop()
+    assert [row.request_id for row in store.rows[:2]] == ["good", "better"]
+    assert len(store.rows) == 3
     assert accounts.writable()
 
 

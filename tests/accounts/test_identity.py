@@ -23,7 +23,7 @@ from trivec.accounts import (
     keys,
 )
 from trivec.accounts.key_cache import STALE_S
-from trivec.accounts.ledger import KeyChanges
+from trivec.accounts.ledger import CALL_S_MAX, KeyChanges
 from trivec.accounts.stores import open_accounts
 from trivec.core.errors import KeyInvalid, KeyMissing, ModelDenied, ScopeMissing, StoreUnavailable
 from trivec.settings import Settings
@@ -359,6 +359,11 @@ async def test_a_store_that_does_not_answer_is_503_and_one_read_serves_all_who_l
         with pytest.raises(asyncio.CancelledError):
             await leaver
         assert store.reads == 1
+        monkeypatch.setattr(key_cache, "READ_S_MAX", 60)
+        clock.move(CALL_S_MAX)
+        with pytest.raises(StoreUnavailable):  # at once, for the read hangs
+            await asyncio.wait_for(accounts.identify("anybody"), 30)
+        assert not accounts.writable()
     finally:
         store.let_go.set()
         accounts.stop()

@@ -4,13 +4,14 @@ import base64
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import msgspec
 import numpy as np
 import pytest
-from tests.api.house import ALIAS, MODEL, PLAIN_MODEL, House
+from tests.api.house import ALIAS, MODEL, PLAIN_CARD, PLAIN_MODEL, RERANKER, House, StandIn
 
 from trivec.accounts import KeyPlan
 from trivec.api.app import PREFIXES
@@ -359,3 +360,24 @@ async def test_a_key_sees_only_its_own_models(house: House) -> None:
     assert [model["id"] for model in listed["data"]] == [PLAIN_MODEL]
     assert denied.status_code == 403
     assert MODEL not in unknown.json()["error"]["message"]
+
+
+@pytest.fixture(params=[Output.SPARSE, Output.MULTI], ids=["splade", "token-vectors"])
+def other_house(request: pytest.FixtureRequest) -> House:
+    """Its plain model has no dense vectors."""
+    return House(
+        plain_model=StandIn(replace(PLAIN_CARD, outputs=request.param)), has_rerankers=True
+    )
+
+
+async def test_a_model_without_dense_vectors_answers_with_what_it_has(other_house: House) -> None:
+    output = other_house.plain_model.card.main_output
+    (datum,) = (await vectors(other_house, model=PLAIN_MODEL))["data"]
+    assert datum[f"{str(output.name).lower()}_embedding"]
+    assert datum["embedding"] == []
+
+
+async def test_a_reranker_has_no_vectors_and_says_so(other_house: House) -> None:
+    response = await embed(other_house, model=RERANKER)
+    assert response.status_code == 400
+    assert "has no dense output; it has score" in response.text

@@ -109,6 +109,17 @@ async def test_a_declared_size_is_cut_before_the_vector_is_brought_to_length_1(
     np.testing.assert_allclose(found, whole / np.linalg.norm(whole), rtol=1e-6)
 
 
+async def test_a_layer_norm_comes_before_the_cut_where_the_model_is_trained_so(wide: House) -> None:
+    whole = await vector(wide)
+    plain_card = wide.model.card
+    wide.model.card = replace(plain_card, layer_norm_before_cut=True)
+    found, untouched = await vector(wide, dimensions=32), await vector(wide, dimensions=64)
+    wide.model.card = plain_card
+    normed = (whole - whole.mean()) / np.sqrt(whole.var() + 1e-5)
+    np.testing.assert_allclose(found, normed[:32] / np.linalg.norm(normed[:32]), rtol=1e-5)
+    assert untouched.tolist() == whole.tolist()
+
+
 async def test_a_size_and_a_type_go_together(wide: House) -> None:
     small = await vector(wide, dimensions=32)
     assert (await vector(wide, dimensions=32, output_dtype="int8")).tolist() == expected(

@@ -82,6 +82,22 @@ async def test_a_request_may_say_that_its_ids_are_the_models_own(repairing: Hous
     assert "token_encoding" not in own
 
 
+async def test_ids_are_checked_for_being_anothers_unless_the_request_says_that_they_are_own(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trusted: list[object] = []
+    tokenize = house.model.tokenize
+
+    async def listen(*given: Any, **options: Any) -> Any:
+        trusted.append(options["trusted"])
+        return await tokenize(*given, **options)
+
+    monkeypatch.setattr(house.model, "tokenize", listen)
+    await post(house, input=[5, 6])
+    await post(house, input=[5, 6], token_encoding="model")
+    assert trusted == [False, True]
+
+
 @needs_tables
 async def test_texts_are_texts_whatever_the_encoding(repairing: House) -> None:
     assert "token_encoding" not in await post(repairing, input="a", token_encoding="o200k_base")
@@ -152,7 +168,7 @@ async def test_a_server_without_the_tables_says_what_to_do(house: House) -> None
 @pytest.mark.usefixtures("no_tables")
 def test_a_server_that_is_to_repair_and_cannot_does_not_start() -> None:
     settings = load_settings({"http": {"token_encoding": "o200k_base"}}, {})
-    with pytest.raises(SettingInvalid, match=r"--token-encoding o200k_base: .*openai-tokens"):
+    with pytest.raises(SettingInvalid, match=r"token_encoding o200k_base: .*openai-tokens"):
         check_models(settings)
     check_models(Settings())
 

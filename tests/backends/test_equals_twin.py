@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tests.backends.batches import ALL, batch_of
 from tests.backends.conftest import OpenTiny, random_ids
+from tests.support.families import FAMILIES
 from tests.support.numpy_ops import Twin
 
 from trivec.backends.openvino import OpenVinoBackend
@@ -17,7 +18,6 @@ from trivec.backends.openvino.session import Session
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.types import Batch, Output
 from trivec.models.pooling import Pooling
-from trivec.models.registry import FAMILIES
 
 LENGTHS = [1, 2, 3, 17, 40, 40, 129, 513]
 MASKED = [("qwen3", Pooling.LAST), ("modernbert", Pooling.MEAN)]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tests.backends.batches import ALL, batch_of, bits
 from tests.backends.conftest import OpenTiny, TensorsIn, random_ids
+from tests.support.families import FAMILIES
 
 from trivec.backends.openvino.calibrate import Calibration
 from trivec.backends.openvino.quantise import (
@@ -23,7 +24,6 @@ from trivec.backends.openvino.session import Session
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.types import Output
 from trivec.models.pooling import Pooling
-from trivec.models.registry import FAMILIES
 
 LENGTHS = [1, 2, 3, 5, 8, 13, 16, 17, 31, 33, 64, 65, 100, 128, 129, 200, 256, 300, 511, 512, 650]
 

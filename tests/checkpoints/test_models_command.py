@@ -40,7 +40,26 @@ def test_list_says_what_is_here_and_verified(runner: CliRunner) -> None:
 def test_list_is_a_table_for_people(runner: CliRunner) -> None:
     done = runner.invoke(app, ["models", "list"])
     (line,) = [line for line in done.stdout.splitlines() if "all-minilm-l6-v2" in line]
-    assert line.split() == ["all-minilm-l6-v2", "wheel", "256", "384", "dense"]
+    cells = ["all-minilm-l6-v2", "wheel", "256", "384", "dense", "BERT", "Apache-2.0"]
+    assert line.split() == cells
+
+
+def test_list_searches_names_families_licences_and_outputs(runner: CliRunner) -> None:
+    def found(*words: str) -> set[str]:
+        done = runner.invoke(app, ["models", "list", *words, "--json"])
+        return {row["id"] for row in json.loads(done.stdout)}
+
+    assert "baai/bge-reranker-v2-m3" in found("score", "bge")
+    assert all("bge" in one for one in found("score", "BGE"))
+    assert found("qwen3") == {f"qwen/qwen3-embedding-{size}" for size in ("0.6b", "4b", "8b")}
+    assert found("cc-by-nc") >= {"naver/splade-v3"}
+    assert found("no-such-model") == set()
+
+
+def test_list_keeps_models_of_one_output_and_family_together(runner: CliRunner) -> None:
+    rows = json.loads(runner.invoke(app, ["models", "list", "--json"]).stdout)
+    groups = [(row["outputs"], row["family"]) for row in rows]
+    assert groups == sorted(groups)
 
 
 def test_list_shows_every_id_whole(runner: CliRunner) -> None:

@@ -81,7 +81,7 @@ def test_only_the_files_a_model_is_made_of_are_fetched(
 def test_heads_are_not_fetched_for_a_model_that_has_none(
     hub: Hub, unpinned: CatalogueEntry, tmp_path: Path
 ) -> None:
-    pull(replace(unpinned, has_heads=False), cache_dir=tmp_path, endpoint=hub.endpoint)
+    pull(replace(unpinned, outputs=("dense",)), cache_dir=tmp_path, endpoint=hub.endpoint)
     assert not any("linear" in one.path for one in hub.asked)
 
 

@@ -27,7 +27,7 @@ def expected(server: Server) -> list[list[float]]:
 
 
 def assert_equal(vectors: Any, expected: Sequence[Sequence[float]]) -> None:
-    np.testing.assert_array_equal(np.float32(vectors), np.float32(expected))
+    np.testing.assert_array_equal(np.array(vectors, np.float32), np.array(expected, np.float32))
 
 
 def assert_best_first(places: Sequence[int], scores: Sequence[float]) -> None:

@@ -147,7 +147,19 @@ def test_near_distances_have_a_bucket_each_and_far_ones_share_one() -> None:
         pytest.param(
             {"model_type": "nomic_bert", "rotary_scaling_factor": 2}, "rotary_scaling", id="nomic"
         ),
-        pytest.param({"model_type": "nomic_bert", "num_experts": 8}, "num_experts", id="experts"),
+        pytest.param(
+            {"model_type": "nomic_bert", "num_experts": 8, "moe_every_n_layers": 2, "moe_top_k": 2},
+            "8 experts, 2 at a time",
+            id="experts-with-gates",
+        ),
+        pytest.param(
+            {"model_type": "nomic_bert", "moe_normalize_expert_weights": True},
+            "moe_normalize",
+            id="experts-by-other-weights",
+        ),
+        pytest.param(
+            {"model_type": "nomic_bert", "mlp_fc1_bias": True}, "mlp_fc1_bias", id="nomic-biases"
+        ),
         pytest.param({**GTE, "logn_attention_scale": True}, "logn", id="gte"),
         pytest.param({**GTE, "rope_scaling": {"type": "yarn"}}, "scaled", id="gte-by-yarn"),
         pytest.param({**GEMMA, "query_pre_attn_scalar": 168}, "query_pre", id="gemma-by-a-scale"),

@@ -166,7 +166,8 @@ def test_no_file_writes_markup_or_runs_text() -> None:
 
 
 def test_the_pages_stay_small() -> None:
-    assert sum(len(file.read_text("utf-8").splitlines()) for file in OURS) <= LINES_MAX
+    written = [file for file in OURS if file.suffix in (".html", ".css", ".js")]
+    assert sum(len(file.read_text("utf-8").splitlines()) for file in written) <= LINES_MAX
     assert sum(file.stat().st_size for file in OURS) <= BYTES_MAX
 
 

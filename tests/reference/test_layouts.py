@@ -8,6 +8,7 @@ tests/checkpoints/test_sentence_transformers.py.
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,12 @@ def layer_norm(width: int) -> LayerNorm:
     return made
 
 
+def pooled(mode: Any) -> Modules:
+    return [Pooling(WIDTH, mode)]
+
+
 MODULES: dict[str, Callable[[], Modules]] = {
-    **{mode: lambda mode=mode: [Pooling(WIDTH, mode)] for mode in Pooling.POOLING_MODES},
+    **{mode: partial(pooled, mode) for mode in Pooling.POOLING_MODES},
     "mean-normalised": lambda: [Pooling(WIDTH, "mean"), Normalize()],
     "two-poolings": lambda: [Pooling(WIDTH, ("mean", "cls")), Normalize()],
     "all-poolings": lambda: [Pooling(WIDTH, Pooling.POOLING_MODES[::-1])],
@@ -221,6 +226,7 @@ async def test_token_vectors_of_a_multi_vector_encoder(
     expected = model.encode(TEXTS)
     for found in run(checkpoint, await read(checkpoint, TEXTS), tmp_path / "kept"):
         for own, theirs in zip(found.multi, expected, strict=True):
+            assert own is not None
             np.testing.assert_allclose(own, np.asarray(theirs), atol=1e-4, rtol=0)
 
 

@@ -111,8 +111,8 @@ async def test_scores_over_http_equal_transformers(
         async with httpx.AsyncClient(
             transport=httpx.ASGITransport(app), base_url="http://test"
         ) as client:
-            body = {"model": "reranker", "query": QUERY, "documents": [*DOCUMENTS, long]}
-            body |= {"truncate": True, "return_documents": False}
+            body: dict[str, object] = {"model": "reranker", "query": QUERY, "truncate": True}
+            body |= {"documents": [*DOCUMENTS, long], "return_documents": False}
             raw = (await client.post("/v1/rerank", json=body | {"raw_scores": True})).json()
             usual = (await client.post("/v1/rerank", json=body)).json()
     finally:

@@ -18,6 +18,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tests.checkpoints.tiny import write_tiny
 from tests.reference.jina_bert import JinaBertModel
+from tests.reference.nomic_moe import NomicMoeModel
 
 from trivec.backends.openvino import OpenVinoBackend
 from trivec.backends.torch.backend import TorchBackend
@@ -176,12 +177,34 @@ GEMMA3 = {
     "initializer_range": 0.2,
 }
 BOTH_WAYS = {"use_bidirectional_attention": True}
+NOMIC_MOE = {
+    "vocab_size": VOCABULARY_SIZE,
+    "n_embd": HIDDEN,
+    "n_inner": 96,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": POSITIONS,
+    "layer_norm_epsilon": 1e-5,
+    "activation_function": "gelu",
+    "rotary_emb_base": 10_000.0,
+    "type_vocab_size": 1,
+    "num_experts": 8,
+    "moe_top_k": 2,
+    "moe_every_n_layers": 2,
+    "moe_normalize_expert_weights": False,
+    "qkv_proj_bias": True,
+}
+PLAIN: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "JinaBert": JinaBertModel,
+    "NomicMoe": NomicMoeModel,
+}  # what transformers has not
 FAMILIES: dict[str, tuple[Any, ...]] = {
     "camembert": ("Camembert", BERT, Pooling.MEAN),
     "distilbert": ("DistilBert", DISTILBERT, Pooling.MEAN),
     "mpnet": ("MPNet", BERT | {"layer_norm_eps": 1e-5}, Pooling.MEAN),
     "nomic-bert": ("NomicBert", BERT, Pooling.MEAN, Names(after=as_nomic)),
     "nomic-bert-of-transformers-5": ("NomicBert", BERT, Pooling.MEAN, Names(False)),
+    "nomic-bert-of-experts": ("NomicMoe", NOMIC_MOE, Pooling.MEAN),
     "gte-ntk": ("Gte", BERT | {"type_vocab_size": 0}, Pooling.CLS, Names(after=as_new)),
     "gte-of-transformers-5": ("Gte", BERT, Pooling.CLS, Names(False)),
     "jina-bert": ("JinaBert", JINA_BERT, Pooling.MEAN),
@@ -209,8 +232,8 @@ class Saved:
         names: Names | None = None,
     ) -> None:
         torch.manual_seed(3)
-        if name == "JinaBert":
-            self.model = JinaBertModel(config).eval()
+        if name in PLAIN:
+            self.model = PLAIN[name](config).eval()
         else:
             config_type = getattr(transformers, f"{name}Config")
             self.model = getattr(transformers, f"{name}Model")(
@@ -294,12 +317,20 @@ def test_openvino_equals_transformers(saved: Saved, tmp_path: Path) -> None:
         np.testing.assert_array_equal(alone[0], found[i])
 
 
+def test_bf16_of_torch_is_near_fp32(saved: Saved) -> None:
+    batch = batch_of(*LENGTHS[:-1])
+    found = TorchBackend.load(saved.checkpoint, precision="bf16", device="cpu").run(batch, slot=0)
+    cosines = (found.dense * saved.expected(batch)).sum(axis=1)
+    assert cosines.min() > 0.998, "random weights: an order of magnitude above trained ones' error"
+
+
 def test_int8_is_near_fp32(saved: Saved, tmp_path: Path) -> None:
     batch = batch_of(*LENGTHS)
     backend = OpenVinoBackend.load(
         saved.checkpoint, precision="int8", cores=1, cache_dir=tmp_path / "kept"
     )
-    assert backend.precision == "int8"
+    assert backend.certificate is not None
+    assert backend.certificate.passes, backend.certificate.summary
     cosines = (backend.run(batch, slot=0).dense * saved.expected(batch)).sum(axis=1)
     assert cosines.min() > 0.97
     assert cosines.mean() > 0.99

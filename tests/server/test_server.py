@@ -319,7 +319,7 @@ async def test_systemds_watchdog_hears_of_the_loop(
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         monkeypatch.setenv("WATCHDOG_USEC", "2000")
         loop = asyncio.get_running_loop()
-        async with ready(tmp_path):
+        async with ready(tmp_path), asyncio.timeout(60):
             for _ in range(3):
                 assert await loop.sock_recv(systemd, 100) == b"WATCHDOG=1"
 

@@ -20,6 +20,17 @@ CONFIGS: Mapping[str, Mapping[str, object]] = {  # of the families that `write_t
     "distilbert": {"dim": HIDDEN, "n_layers": 2, "n_heads": 4, "hidden_dim": 160},
     "mpnet": {"intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4},
     "nomic_bert": {"intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "nomic_bert-of-experts": {
+        "model_type": "nomic_bert",
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "hidden_act": "gelu",
+        "num_experts": 4,
+        "moe_top_k": 2,
+        "moe_every_n_layers": 2,
+        "type_vocab_size": 1,
+    },
     "new": {
         "intermediate_size": 160,
         "num_hidden_layers": 2,
@@ -70,6 +81,8 @@ CONFIGS: Mapping[str, Mapping[str, object]] = {  # of the families that `write_t
     },
 }
 
+FAMILIES = tuple(dict.fromkeys([*registry.FAMILIES, *CONFIGS]))  # and variants that need a row
+
 
 def open_family(folder: Path, family: str, pooling: Pooling) -> Checkpoint:
     """A checkpoint of *family* in *folder*, opened; CLS ones of BERT's kin have all three heads."""
@@ -103,11 +116,17 @@ def open_family(folder: Path, family: str, pooling: Pooling) -> Checkpoint:
             tensors[name] = noise * np.float32(shape[1] ** -0.5)
         else:  # norms around one, biases around zero
             tensors[name] = (0.2 * noise + name.lower().endswith("norm.weight")).astype(np.float32)
-    for whole, parts in registry.FAMILIES[family].fused.items():
+    described = registry.FAMILIES[registry.read_config(config).family]
+    for whole, parts in described.fused.items():
         for first in [name for name in tensors if f"{parts[0]}." in name]:
             at, kind = first.split(parts[0])
             split = [tensors.pop(f"{at}{part}{kind}") for part in parts]
             tensors[f"{at}{whole}{kind}"] = np.concatenate(split)
+    tensors |= {
+        name: tensor.T.copy()
+        for name, tensor in tensors.items()
+        if name.endswith(described.transposed)
+    }
     save_file(tensors, next((folder / "model").glob("*.safetensors")))
     opened = open_checkpoint(str(folder / "model"), cache_dir=folder / "cache")
     return replace(opened, pooling=(pooling,))

@@ -16,6 +16,7 @@ from trivec.models.ops import (
     Activation,
     Alibi,
     AttentionSpec,
+    Experts,
     Index,
     Linear,
     ModelConfig,
@@ -90,8 +91,26 @@ class NumpyOps:
             attended[:, own] = weights / weights.sum(axis=1, keepdims=True) @ v[:, read_at]
         return attended
 
-    def mlp(self, x: Floats, up: Linear, down: Linear, activation: Activation) -> Floats:
-        return self.linear(_activated(self.linear(x, up)[0], activation), down)[0]
+    def mlp(
+        self,
+        x: Floats,
+        up: Linear,
+        down: Linear,
+        activation: Activation,
+        experts: Experts | None = None,
+    ) -> Floats:
+        inner = _activated(self.linear(x, up)[0], activation)
+        if experts is not None:
+            logits = x @ self._tensor(f"{experts.router}.weight").T
+            shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+            chosen = np.argsort(-shares, axis=1)[:, : experts.top_k]
+            width = up.out // experts.num_experts
+            gates = np.zeros_like(inner)
+            for token, best in enumerate(chosen.tolist()):
+                for expert in best:
+                    gates[token, expert * width : (expert + 1) * width] = shares[token, expert]
+            inner = inner * gates
+        return self.linear(inner, down)[0]
 
     def gated_mlp(
         self, x: Floats, gate: Linear, up: Linear, down: Linear, activation: Activation

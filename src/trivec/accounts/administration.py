@@ -4,20 +4,12 @@ The command line uses it directly; `Accounts` runs it off the event loop.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from trivec.accounts import keys
 from trivec.accounts.ledger import Store
 from trivec.accounts.rate_limits import LIMIT_MAX
-from trivec.accounts.types import (
-    Key,
-    KeyPlan,
-    NewKey,
-    Scope,
-    Secret,
-    UsageLine,
-    UsageQuery,
-)
+from trivec.accounts.types import Key, KeyPlan, NewKey, Scope, Secret, UsageLine, UsageQuery
 from trivec.core.errors import FieldInvalid, ResourceUnknown, StoreRefused
 from trivec.core.ports import Clock
 
@@ -156,10 +148,6 @@ def check_plan(plan: KeyPlan) -> None:
         raise FieldInvalid(f"{FIXED_KEY_ID} names the key of the environment.", param="name")
     if not plan.scopes:
         raise FieldInvalid("A key needs a scope: embed, admin or both.", param="scopes")
-    limits = {
-        "requests_per_minute": plan.limits.requests_per_minute,
-        "tokens_per_minute": plan.limits.tokens_per_minute,
-    }
-    for name, limit in limits.items():
+    for name, limit in asdict(plan.limits).items():
         if limit is not None and not 1 <= limit <= LIMIT_MAX:
             raise FieldInvalid(f"{name} is {limit}; it is 1 to {LIMIT_MAX}, or unset.", param=name)

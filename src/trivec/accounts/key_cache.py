@@ -87,6 +87,9 @@ class KeyCache:
         Freshness is measured from when the request asked, not from when the read ended: a read may
         take longer than its result may be old. Raises `StoreUnavailable`, after `READ_S_MAX` too.
         """
+        began_s = self.busy_since_s
+        if began_s is not None and self._clock.now_s() - began_s >= CALL_S_MAX:
+            raise unavailable()  # at once: the read that all would share hangs
         try:
             async with asyncio.timeout(READ_S_MAX):
                 while self._read_s < since_s:

@@ -237,9 +237,10 @@ def unavailable() -> StoreUnavailable:
 
 
 class PendingEntry(asyncio.Future[Granted]):
-    """An entry on its way to the store, and then its result. An entry handed over is committed.
+    """An entry on its way to the store, and then its result.
 
-    So it cannot be cancelled: a task that is cancelled while it waits is so when this is done.
+    An entry that was handed over is committed, so this cannot be cancelled: a task that is cancelled
+    while it waits for it goes on waiting, and raises `CancelledError` when it is done.
     """
 
     def __init__(self, entry: Entry, *, loop: asyncio.AbstractEventLoop) -> None:
@@ -335,6 +336,7 @@ class LedgerWriter:
 
     def _commit(self, group: Group) -> None:
         began_s = self.busy_since_s = self._clock.now_s()
+        self._due_s = began_s + IDLE_S
         now_us = int(began_s * 1e6) + self._offset_us
         answers: Sequence[Answer]
         try:
@@ -352,10 +354,10 @@ class LedgerWriter:
                 for one in group:  # one bad entry must not take its neighbours with it
                     self._commit([one])
                 return
-            answers = [fault.with_traceback(None)]  # it was logged, and leads back to the caller
+            # Without what leads back to its caller; it was logged. Nobody waits for an idle check.
+            answers = [fault.with_traceback(None)] * len(group)
         else:
             self._offset_us += max(0, committed.now_us - now_us)
-            self._due_s = began_s + IDLE_S
             if not self.health.writable:
                 self._note(StoreHealth(writable=True, reason="ok"))
             answers = committed.outcomes

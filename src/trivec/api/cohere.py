@@ -5,6 +5,7 @@ of each that was.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import ceil
 from typing import Annotated, Literal, TypeAlias
 
@@ -219,32 +220,17 @@ def _meta(
     return CohereMeta({"version": "2"}, units, {"input_tokens": tokens}, warnings or None)
 
 
-OPERATIONS = (
-    Operation(
-        "POST",
-        "/v2/rerank",
-        rerank,
-        Scope.EMBED,
-        CohereRerankResponse,
-        CohereRerankRequest,
-        error_shape=COHERE,
-    ),
-    Operation(
-        "POST",
-        "/v1/embed",
-        embed_v1,
-        Scope.EMBED,
-        CohereEmbedResponse,
-        CohereEmbedRequest,
-        error_shape=COHERE,
-    ),
-    Operation(
-        "POST",
-        "/v2/embed",
-        embed_v2,
-        Scope.EMBED,
-        CohereEmbedResponse,
-        CohereEmbedRequest,
-        error_shape=COHERE,
-    ),
+OPERATIONS = tuple(
+    replace(one, error_shape=COHERE)
+    for one in (
+        Operation(
+            "POST", "/v2/rerank", rerank, Scope.EMBED, CohereRerankResponse, CohereRerankRequest
+        ),
+        Operation(
+            "POST", "/v1/embed", embed_v1, Scope.EMBED, CohereEmbedResponse, CohereEmbedRequest
+        ),
+        Operation(
+            "POST", "/v2/embed", embed_v2, Scope.EMBED, CohereEmbedResponse, CohereEmbedRequest
+        ),
+    )
 )

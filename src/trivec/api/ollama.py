@@ -1,6 +1,7 @@
 """Ollama's API, as far as embeddings go. Texts are cut at the end, its default, unless told not to."""
 
 import hashlib
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -238,35 +239,23 @@ async def root(_: RequestContext) -> Response:
     return PlainTextResponse("Trivec is running")
 
 
-OPERATIONS = (
-    Operation(
-        "POST",
-        "/api/embed",
-        embed,
-        Scope.EMBED,
-        OllamaEmbedResponse,
-        OllamaEmbedRequest,
-        error_shape=OLLAMA,
-    ),
-    Operation(
-        "POST",
-        "/api/embeddings",
-        embeddings,
-        Scope.EMBED,
-        OllamaEmbeddingsResponse,
-        OllamaEmbeddingsRequest,
-        error_shape=OLLAMA,
-    ),
-    Operation("GET", "/api/tags", tags, Scope.EMBED, OllamaTags, error_shape=OLLAMA),
-    Operation(
-        "POST",
-        "/api/show",
-        show,
-        Scope.EMBED,
-        OllamaShowResponse,
-        OllamaShowRequest,
-        error_shape=OLLAMA,
-    ),
-    Operation("GET", "/api/version", version, None, OllamaVersion, error_shape=OLLAMA),
-    Operation("GET", "/", root, None, None, error_shape=OLLAMA),
+OPERATIONS = tuple(
+    replace(one, error_shape=OLLAMA)
+    for one in (
+        Operation(
+            "POST", "/api/embed", embed, Scope.EMBED, OllamaEmbedResponse, OllamaEmbedRequest
+        ),
+        Operation(
+            "POST",
+            "/api/embeddings",
+            embeddings,
+            Scope.EMBED,
+            OllamaEmbeddingsResponse,
+            OllamaEmbeddingsRequest,
+        ),
+        Operation("POST", "/api/show", show, Scope.EMBED, OllamaShowResponse, OllamaShowRequest),
+        Operation("GET", "/api/tags", tags, Scope.EMBED, OllamaTags),
+        Operation("GET", "/api/version", version, None, OllamaVersion),
+        Operation("GET", "/", root, None, None),
+    )
 )

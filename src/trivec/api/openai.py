@@ -42,7 +42,7 @@ from trivec.core.errors import (
     TokenIdUnknown,
 )
 from trivec.core.ports import Embedder, Texts, TokenLists
-from trivec.core.types import LongText, ModelCard, Output, Sequences, Vectors
+from trivec.core.types import Int32Array, LongText, ModelCard, Output, Sequences, Vectors
 from trivec.settings import HttpLimits
 from trivec.tokenizer.encodings import decode
 
@@ -55,6 +55,7 @@ LARGE_TOKENIZE_MAX = 5  # at a time: one runs, the others wait
 TOKEN_STRINGS_IN_LINE_MAX = 8192
 TOKEN_BYTES = 48  # an id in an array, as a Python integer in a list, and as text
 TOKEN_STRING_BYTES = 72  # its string, in a list
+TEXT_TOKEN_BYTES = 320  # a token with its text and place, as objects
 OUTPUTS = {
     "dense": Output.DENSE,
     "sparse": Output.SPARSE,
@@ -176,6 +177,10 @@ async def embed(asked: EmbeddingsRequest, context: RequestContext) -> EmbeddedIn
     vectors = reply.vectors
     if sequences.chunks is not None:  # each as a text of its own would be
         vectors = Vectors.of(np.concatenate([rows for rows in vectors.chunks if rows is not None]))
+    if card.layer_norm_before_cut and asked.size not in (None, card.dimensions):
+        # What a LayerNorm divides by, the later division by the slice's own length undoes.
+        centred = vectors.dense - vectors.dense.mean(axis=1, keepdims=True)
+        vectors = Vectors({**vectors.rows, Output.DENSE: centred})
     return EmbeddedInputs(sequences, vectors, outputs, response_bytes)
 
 
@@ -312,7 +317,7 @@ async def tokenize_input(
     token_count_max: int | None = None,
 ) -> Sequences:
     """The sequences of the texts or token ids in *asked*. Raises what `Embedder.tokenize` does."""
-    given, vocabulary_size = asked.input, embedder.card.vocabulary_size
+    given = asked.input
     encoding = asked.token_encoding or context.app.limits.token_encoding
     started_s = context.app.clock.now_s()
     inputs: Texts | TokenLists
@@ -323,21 +328,12 @@ async def tokenize_input(
     else:
         is_flat = isinstance(given[0], int)  # the ids of one text, without a list around them
         lists = cast("list[list[int]]", [given] if is_flat else given)
-        if encoding not in (None, "model"):
+        if encoding in (None, "model"):
+            inputs = own_token_ids(lists, embedder.card.vocabulary_size, is_flat=is_flat)
+        else:
             inputs = await asyncio.to_thread(decode, lists, encoding)
             context.memory.add(sum(map(len, inputs)))
             context.token_encoding = encoding
-            lists = []
-        for i, ids in enumerate(lists):
-            if min(ids) < 0 or max(ids) >= vocabulary_size:
-                at = next(k for k, one in enumerate(ids) if not 0 <= one < vocabulary_size)
-                raise TokenIdUnknown(
-                    token_id=ids[at],
-                    vocabulary_size=vocabulary_size,
-                    param=f"input[{at}]" if is_flat else f"input[{i}][{at}]",
-                )
-        if lists:
-            inputs = [np.array(ids, np.int32) for ids in lists]  # each [tokens]
     prompt = ""
     if asked.names_prompt or embedder.card.default_prompt_name is not None:
         prompt = choose_prompt(asked, embedder.card, are_texts=isinstance(inputs[0], str))
@@ -347,6 +343,7 @@ async def tokenize_input(
             texts, prompt=prompt, chunk_size=asked.chunk_size
         )
         if asked.chunk_size is not None:
+            context.memory.add(sequences.token_count * TEXT_TOKEN_BYTES)
             context.chunks = await find_chunks(texts, sequences, embedder, prompt=prompt)
     else:
         sequences = await embedder.tokenize(
@@ -358,6 +355,21 @@ async def tokenize_input(
         )
     context.tokenize_s = context.app.clock.now_s() - started_s
     return sequences
+
+
+def own_token_ids(
+    lists: Sequence[list[int]], vocabulary_size: int, *, is_flat: bool
+) -> list[Int32Array]:
+    """*lists* as int32 `[tokens]` each. Raises `TokenIdUnknown`, which names the place in `input`."""
+    for i, ids in enumerate(lists):
+        if min(ids) < 0 or max(ids) >= vocabulary_size:
+            at = next(k for k, one in enumerate(ids) if not 0 <= one < vocabulary_size)
+            raise TokenIdUnknown(
+                token_id=ids[at],
+                vocabulary_size=vocabulary_size,
+                param=f"input[{at}]" if is_flat else f"input[{i}][{at}]",
+            )
+    return [np.array(ids, np.int32) for ids in lists]
 
 
 def choose_prompt(asked: TokenizeRequest, card: ModelCard, *, are_texts: bool) -> str:
@@ -472,7 +484,10 @@ def choose_outputs(asked: EmbeddingsRequest, card: ModelCard) -> Output:
         )
     joined = "&".join(given) if isinstance(given, list) else given
     outputs = Output(0)
-    for name in ["dense"] if joined is None else joined.split("&"):
+    names = ["dense"] if joined is None else joined.split("&")
+    if joined is None and not card.outputs & (Output.DENSE | Output.SCORE):
+        names = output_names(card.outputs)  # SPLADE's, or token vectors
+    for name in names:
         if name.lower() not in OUTPUTS:
             raise FieldInvalid(
                 f"Invalid value for 'output_type' = {shown(name)}. "

@@ -27,6 +27,7 @@ BYTE_TEXT_BYTES = 5  # -128,
 BASE64_BYTES = 16 / 3
 ITEM_FRAME_BYTES = 128  # keys and punctuation around the numbers of one item
 TOKEN_TEXT_BYTES = 12  # one vocabulary string in quotes, on average generously
+SPLADE_TERMS = 512  # of a text whose words may be any of the vocabulary: usual are 100 to 300
 ROWS_AT_ONCE = 64
 _encoder = msgspec.json.Encoder()
 
@@ -74,8 +75,9 @@ def estimate_bytes(
         response_bytes += rows * (asked.size or card.dimensions) * number_bytes
     if Output.SPARSE in outputs:
         string_bytes = TOKEN_TEXT_BYTES if asked.return_tokens else 0
-        response_bytes += tokens * (float_bytes + int_bytes + string_bytes)
-        vector_bytes += 8 * tokens
+        terms = tokens if Output.DENSE in card.outputs else rows * SPLADE_TERMS
+        response_bytes += terms * (float_bytes + int_bytes + string_bytes)
+        vector_bytes += 8 * terms
     if Output.MULTI in outputs:
         response_bytes += (tokens - rows) * card.dimensions * number_bytes
         vector_bytes += 4 * (tokens - rows) * card.dimensions

@@ -4,7 +4,8 @@ Its requests name no model: they are answered by the first one that the key may 
 unless they name one in `model`, which is ours. Numbers are floats, and nothing is wrapped.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Literal, TypeAlias
 
@@ -56,7 +57,6 @@ TOKEN_ID_MAX = 2**31 - 1
 TOKEN_BYTES = 400  # of a token with its text and place, as objects and in JSON
 TokenId: TypeAlias = Annotated[int, Meta(ge=0, le=TOKEN_ID_MAX)]
 Inputs: TypeAlias = str | list[str | TokenId | list[TokenId]]
-Handler: TypeAlias = Callable[[RequestContext], Awaitable[Response]]
 ERROR_TYPES: Mapping[str | None, str] = {
     "overloaded": "Overloaded",
     "rate_limit_exceeded": "Overloaded",
@@ -207,6 +207,9 @@ class TeiInfo(Struct, frozen=True):
     tokenization_workers: int | None = None
 
 
+Sparse: TypeAlias = list[SparseValue]
+Tokens: TypeAlias = list[SimpleToken]
+Predictions: TypeAlias = list[Prediction | list[Prediction]]
 _embed_decoder = Decoder(TeiEmbedRequest)
 _rerank_decoder = Decoder(TeiRerankRequest)
 _predict_decoder = Decoder(TeiPredictRequest)
@@ -443,7 +446,7 @@ async def root(context: RequestContext) -> Response:
     fields = _fields(body)
     if "query" in fields:
         return await rerank(context, body)
-    if fields.get("inputs", b"").startswith(b"{"):
+    if fields.get("inputs") == b"{":
         return await similarity(context, body)
     outputs = choose_embedder(context, None, Output.DENSE).card.outputs
     if Output.DENSE in outputs:
@@ -452,27 +455,30 @@ async def root(context: RequestContext) -> Response:
 
 
 def _fields(body: bytes) -> dict[str, bytes]:
-    """The values in *body* as they came; none where it is not an object."""
+    """The fields in *body*, and how each value begins; none where it is not an object."""
     try:
         given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return {}  # whichever decoder is next says what is wrong
-    return {name: bytes(value) for name, value in given.items()}
+    return {name: bytes(memoryview(value)[:1]) for name, value in given.items()}
 
 
-def _operation(path: str, handler: Handler, response_type: type, body_type: type) -> Operation:
-    return Operation("POST", path, handler, Scope.EMBED, response_type, body_type, error_shape=TEI)
-
-
-OPERATIONS = (
-    Operation("GET", "/info", info, Scope.EMBED, TeiInfo, error_shape=TEI),
-    _operation("/embed", embed_dense, list[list[float]], TeiEmbedRequest),
-    _operation("/embed_sparse", embed_sparse, list[list[SparseValue]], TeiEmbedRequest),
-    _operation("/embed_all", embed_all, list[list[list[float]]], TeiEmbedRequest),
-    _operation("/rerank", rerank, list[Rank], TeiRerankRequest),
-    _operation("/predict", predict, list[Prediction | list[Prediction]], TeiPredictRequest),
-    _operation("/similarity", similarity, list[float], SimilarityRequest),
-    _operation("/tokenize", tokenize, list[list[SimpleToken]], TeiTokenizeRequest),
-    _operation("/decode", decode, list[str], DecodeRequest),
-    _operation("/", root, list[list[float]], TeiEmbedRequest),
+OPERATIONS = tuple(
+    replace(one, error_shape=TEI)
+    for one in (
+        Operation("GET", "/info", info, Scope.EMBED, TeiInfo),
+        Operation("POST", "/embed", embed_dense, Scope.EMBED, list[list[float]], TeiEmbedRequest),
+        Operation(
+            "POST", "/embed_sparse", embed_sparse, Scope.EMBED, list[Sparse], TeiEmbedRequest
+        ),
+        Operation(
+            "POST", "/embed_all", embed_all, Scope.EMBED, list[list[list[float]]], TeiEmbedRequest
+        ),
+        Operation("POST", "/rerank", rerank, Scope.EMBED, list[Rank], TeiRerankRequest),
+        Operation("POST", "/predict", predict, Scope.EMBED, Predictions, TeiPredictRequest),
+        Operation("POST", "/similarity", similarity, Scope.EMBED, list[float], SimilarityRequest),
+        Operation("POST", "/tokenize", tokenize, Scope.EMBED, list[Tokens], TeiTokenizeRequest),
+        Operation("POST", "/decode", decode, Scope.EMBED, list[str], DecodeRequest),
+        Operation("POST", "/", root, Scope.EMBED, list[list[float]], TeiEmbedRequest),
+    )
 )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
-from trivec.checkpoints.catalogue import CATALOGUE, CatalogueEntry, Pin, Wheel, entries
+from trivec.checkpoints.catalogue import CATALOGUE, CatalogueEntry, Pin, Wheel, names_near
 from trivec.checkpoints.hashes import HashedFile, Hashes
 from trivec.checkpoints.heads import read_m3_heads, read_planned
 from trivec.checkpoints.hub import pull, pulled_folder, pulled_pins
@@ -69,6 +69,7 @@ class Checkpoint:
     default_prompt_name: str | None = None
     include_prompt: bool = True  # False: a prompt's tokens are left out of the pooled mean
     matryoshka_dimensions: tuple[int, ...] = ()  # sizes a vector may be cut to
+    layer_norm_before_cut: bool = False  # of the whole vector, without weights
     labels: int = 0  # numbers in a score
     layers: tuple[HeadLayer, ...] = ()  # after pooling
     token_head: TokenHead | None = None
@@ -196,9 +197,8 @@ def find_folder(reference: str) -> Location:
     try:
         folder = Path(path).expanduser().resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
-        known = ", ".join(entry.id for entry in entries())
         raise CheckpointRefused(
-            f"{path!r} is neither a folder nor a known model. Known: {known}"
+            f"{path!r} is neither a folder nor a known model. {names_near(path)}"
         ) from error
     name = name if is_named else folder.name
     if not MODEL_ID.fullmatch(name):
@@ -261,6 +261,7 @@ def _open(found: Location, cache_dir: Path) -> Checkpoint:
         default_prompt_name=settings.default_prompt_name,
         truncate_dim=settings.truncate_dim,
         matryoshka_dimensions=entry.matryoshka_dimensions if entry else (),
+        layer_norm_before_cut=entry is not None and entry.layer_norm_before_cut,
         pooling=(),
         normalize=False,
         heads=None,

@@ -7,6 +7,7 @@ ours. HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN are the client's.
 
 import fcntl
 import hashlib
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from trivec.checkpoints.catalogue import CatalogueEntry, Pin
 from trivec.checkpoints.hashes import Hashes
 from trivec.checkpoints.layout import HEADS, model_files, read_json
 from trivec.core.errors import CheckpointRefused
+
+_log = logging.getLogger("trivec.checkpoints")
 
 PINS_FILE = "trivec-pins.json"
 LOCK_FILE = ".pull.lock"
@@ -59,6 +62,8 @@ def pull(entry: CatalogueEntry, *, cache_dir: Path, endpoint: str | None = None)
     )
 
     constants.HF_HUB_DISABLE_TELEMETRY = True  # a pull tells the hub what it wants, no more
+    if entry.terms is not None:
+        _log.warning("%s", entry.terms)
     folder = pulled_folder(entry, cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
     copy = (
@@ -106,7 +111,7 @@ def _list_files(entry: CatalogueEntry, endpoint: str | None) -> tuple[str, list[
 
     listed = HfApi(endpoint=endpoint).model_info(entry.hub_id, revision=entry.revision)
     names = frozenset(sibling.rfilename for sibling in listed.siblings or [])
-    if not entry.has_heads:
+    if not entry.has_m3_heads:
         names = frozenset(name for name in names if Path(name).stem not in HEADS)
     try:
         if listed.sha is None:

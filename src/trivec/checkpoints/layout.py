@@ -44,8 +44,6 @@ LAYOUT_FILES = (
 MODULE_FILE = re.compile(r"\d+_\w+/(config\.json|model\.safetensors|pytorch_model\.bin)", re.ASCII)
 # What a folder holds instead of a model's weights, and what to do.
 OTHER_FORMATS = {
-    "adapter_config.json": "holds an adapter, without the model that it changes. Merge the two "
-    "(peft: merge_and_unload) and save the whole model.",
     "*.gguf": "holds a GGUF file, which is llama.cpp's and quantised its way. Take the model's own "
     "float checkpoint in safetensors.",
     "*.onnx": "holds the model as ONNX only, which is a graph and not weights by name. Take the "
@@ -130,6 +128,11 @@ def model_files(names: frozenset[str], *, known: Collection[str] = ()) -> list[s
     """
     files = {name.rpartition("/")[2] for name in names}
     weights = [name for name in WEIGHT_FILES if name in names]
+    if "adapter_config.json" in names:
+        raise ValueError(
+            "holds an adapter, not merged into the model that it changes. Merge the two (peft: "
+            "merge_and_unload) and save the whole model."
+        )
     if not weights:
         for pattern, problem in OTHER_FORMATS.items():
             if fnmatch.filter(files, pattern):

@@ -53,6 +53,10 @@ class Weights(AbstractContextManager["Weights"]):
             if any(f".{whole}." in name for name in stored)
         }
         places, stored_shapes = _places(shapes, fused)
+        self._transposed = family.transposed
+        for name, shape in stored_shapes.items():
+            if name.endswith(self._transposed):
+                stored_shapes[name] = shape[::-1]
         self._left = {name: (prefix + whole, rows) for name, (whole, rows) in places.items()}
         expected = {prefix + name: shape for name, shape in stored_shapes.items()}
         if missing := [name for name in stored_shapes if prefix + name not in stored]:
@@ -75,7 +79,8 @@ class Weights(AbstractContextManager["Weights"]):
         """
         assert name in self._left, f"{name} was taken before, or is none of this encoder's"
         whole, rows = self._left.pop(name)
-        return self._file.float32(self._names[whole])[rows]
+        found = self._file.float32(self._names[whole])
+        return found.T.copy() if name.endswith(self._transposed) else found[rows]
 
     def finish(self) -> None:
         """Say that all was taken. Raises `CheckpointRefused`, naming what was not."""

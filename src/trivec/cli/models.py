@@ -1,7 +1,7 @@
 """`trivec models`: list what is known and what is here, pull, and verify."""
 
 import asyncio
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -24,40 +24,44 @@ app = typer.Typer(help="List, pull and verify models.", no_args_is_help=True, ad
 
 
 @app.command("list")
-def list_(data_dir: DataDir = None, as_json: AsJson = False) -> None:
-    """List the models known by name and which of them are on this machine."""
+def list_(
+    words: Annotated[
+        list[str] | None,
+        Argument(help="Parts of names, families, licences or outputs, as: score apache."),
+    ] = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the models known by name and which of them are on this machine, by outputs and family.
+
+    With WORDS only those that match all of them.
+    """
     cache_dir = settings_of(data_dir).data_dir / "models"
-    found: list[dict[str, object]] = []
-    cells: list[Row] = []
-    for entry in entries():
+    rows: list[dict[str, Any]] = []
+    found = [entry for entry in entries() if entry.matches(words or [])]
+    for entry in sorted(found, key=lambda one: (one.outputs, one.family)):
         checkpoint, problem = None, None
         try:
             checkpoint = open_own(entry, cache_dir=cache_dir)  # checks its hashes
         except CheckpointRefused as refusal:
             problem = str(refusal)
-        outputs = ["dense", "sparse", "multi"] if entry.has_heads else ["dense"]
-        found.append(
+        rows.append(
             {
                 "id": entry.id,
                 "aliases": list(entry.aliases),
-                "source": checkpoint and checkpoint.source,
-                "verified": checkpoint and checkpoint.verified,
+                "source": checkpoint.source if checkpoint else None,
+                "verified": checkpoint.verified if checkpoint else None,
                 "pinned": entry.is_pinned,
-                "folder": checkpoint and str(checkpoint.folder),
+                "folder": str(checkpoint.folder) if checkpoint else None,
                 "token_count_max": entry.token_count_max,
                 "dimensions": entry.dimensions,
-                "outputs": outputs,
+                "matryoshka_dimensions": list(entry.matryoshka_dimensions),
+                "outputs": list(entry.outputs),
+                "family": entry.family,
+                "licence": entry.licence,
+                "gated": entry.gated,
                 "prompts": dict(entry.prompts),
                 "problem": problem,
-            }
-        )
-        cells.append(
-            {
-                "MODEL": entry.id,
-                "HERE": checkpoint.source if checkpoint else "-",
-                "TOKENS": entry.token_count_max,
-                "SIZE": entry.dimensions,
-                "OUTPUTS": " ".join(outputs),
             }
         )
         if checkpoint and not checkpoint.verified:
@@ -65,9 +69,25 @@ def list_(data_dir: DataDir = None, as_json: AsJson = False) -> None:
         if problem and not as_json:
             say(f"{entry.id}: {problem}")
     if as_json:
-        print_json(found)
-    else:
-        print_table(cells, folded=("OUTPUTS",))  # never the id, which a user copies
+        print_json(rows)
+        return
+    if not rows:
+        say(f"no model matches {' '.join(words or [])}")
+        return
+    cells: list[Row] = [
+        {
+            "MODEL": row["id"],
+            "HERE": row["source"] or "-",
+            "TOKENS": row["token_count_max"],
+            "SIZE": row["dimensions"],
+            "OUTPUTS": " ".join(row["outputs"]),
+            "FAMILY": row["family"],
+            "LICENCE": row["licence"] + (" (gated)" if row["gated"] else ""),
+        }
+        for row in rows
+    ]
+    # Never the id, which a user copies.
+    print_table(cells, folded=("OUTPUTS",), spare=("FAMILY", "TOKENS", "SIZE"))
 
 
 @app.command()
@@ -115,11 +135,14 @@ def verify(
             "expected": one.expected,
             "found": one.found,
             "difference": one.difference,
-            "met": one.is_met if as_json else "yes" if one.is_met else "MISSED",
+            "met": one.is_met,
         }
         for one in figures
     ]
-    (print_json if as_json else print_table)(rows)
+    if as_json:
+        print_json(rows)
+    else:
+        print_table([{**row, "met": "yes" if row["met"] else "MISSED"} for row in rows])
     met = sum(one.is_met for one in figures)
     say(f"{met} of {len(figures)} figures are met (within {TOLERANCE})")
     if met < len(figures):
@@ -136,11 +159,12 @@ def _verify_prepared(settings: "Settings", *, as_json: bool) -> None:
         for folder, fault in found.items():
             print(f"{folder}: {fault or 'as it was written'}")
     sound = sum(fault is None for fault in found.values())
-    is_sound = sound == len(found)
-    next_step = "" if is_sound else "; the next start makes a damaged one again"
-    say(f"{sound} of {len(found)} prepared models are as they were written{next_step}")
-    if not is_sound:
-        raise typer.Exit(MISSED_EXIT_CODE)
+    line = f"{sound} of {len(found)} prepared models are as they were written"
+    if sound == len(found):
+        say(line)
+        return
+    say(f"{line}; the next start makes a damaged one again")
+    raise typer.Exit(MISSED_EXIT_CODE)
 
 
 def _embedding(settings: "Settings") -> "Embed":

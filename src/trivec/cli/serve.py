@@ -172,11 +172,11 @@ def _serve_several(settings: Settings) -> int:
 
 def _serve_engine(settings: Settings, folder: "SharedFolder") -> int:
     from trivec.build import check_models, load_models
-    from trivec.server.engine_process import run_engine
+    from trivec.server.server import serve_engine
 
     check_models(settings)
     load = partial(load_models, settings, cores=machine.usable_cores(), takes_text=False)
-    return run_engine(settings, folder, load=load)
+    return serve_engine(settings, folder, load=load)
 
 
 def _serve_api(
@@ -247,7 +247,8 @@ class Greeting:
         self._say(f"Trivec {__version__} is ready.")
         for card in models.cards:
             state = "verified" if card.verified else "NOT verified against the catalogue"
-            sizes = f"{card.dimensions} dimensions, {card.token_count_max} tokens a text"
+            row = f"scores of {card.labels}" if card.labels else f"{card.dimensions} dimensions"
+            sizes = f"{row}, {card.token_count_max} tokens a text"
             self._say_fact("model", card.id)
             self._say_fact("", f"{sizes}, files {state}")
             self._say_fact("precision", card.precision)
@@ -264,12 +265,16 @@ class Greeting:
             reach = f"reaches {settings.host}" if anywhere else "is on this machine"
             self._say_fact("keys", f"none: whoever {reach} may use and administer it")
 
+        example: dict[str, object] = {"input": "Hello, world"}
         url = f"{self._url}/v1/embeddings"
+        if models.cards[0].labels:
+            example = {"query": "a greeting", "documents": ["Hello, world", "Goodbye"]}
+            url = f"{self._url}/v1/rerank"
         curl = shlex.join(["curl", "-s", url, "-H", "Content-Type: application/json"])
         if not settings.no_auth:  # the key itself only where it was just made
             bearer = self._bearer or ("$TRIVEC_API_KEY" if settings.api_key else "YOUR_KEY")
             curl += f' -H "Authorization: Bearer {bearer}"'
-        body = json.dumps({"model": models.cards[0].id, "input": "Hello, world"})
+        body = json.dumps({"model": models.cards[0].id, **example})
         for line in ("", "Try it:", f"  {curl} -d {shlex.quote(body)}", ""):
             self._say(line)
 

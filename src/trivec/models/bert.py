@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from trivec.core.types import Output
-from trivec.models.config import Count, Rows, Width
+from trivec.models.config import ConfigFile, Count
 from trivec.models.ops import (
     Activation,
     AttentionSpec,
@@ -44,19 +44,11 @@ class BertConfig(ModelConfig):
     relative_attention_num_buckets: int = 0  # 0: scores have no bias by distance
 
 
-class _BertFile(msgspec.Struct, frozen=True):
+class _BertFile(ConfigFile, frozen=True, kw_only=True):
     """`config.json`; what it leaves out has the default of transformers' own BertConfig."""
 
-    model_type: str
-    hidden_size: Width
-    num_hidden_layers: Count
-    num_attention_heads: Count
-    intermediate_size: Width
-    vocab_size: Rows
-    max_position_embeddings: Rows
     layer_norm_eps: Annotated[float, Meta(gt=0, lt=1)] = 1e-12
     type_vocab_size: Count = 2
-    pad_token_id: Annotated[int, Meta(ge=0)] | None = None
     hidden_act: str = "gelu"
     position_embedding_type: str | None = "absolute"
     is_decoder: bool = False
@@ -69,20 +61,13 @@ def read_config(config: Mapping[str, object]) -> BertConfig:
     found = msgspec.convert(config, _BertFile)
     if reason := _why_not(found):
         raise ValueError(reason)
-    is_bert = found.model_type == "bert"
-    pad_token_id = found.pad_token_id
-    if pad_token_id is None:
-        pad_token_id = 0 if is_bert else 1
+    if found.model_type == "bert":
+        common = found.common()
+    else:
+        common = found.common(pad_token_id=1)
+        common["position_offset"] = common["pad_token_id"] + 1
     return BertConfig(
-        family=found.model_type,
-        hidden_size=found.hidden_size,
-        num_hidden_layers=found.num_hidden_layers,
-        num_attention_heads=found.num_attention_heads,
-        intermediate_size=found.intermediate_size,
-        vocab_size=found.vocab_size,
-        max_position_embeddings=found.max_position_embeddings,
-        position_offset=0 if is_bert else pad_token_id + 1,
-        pad_token_id=pad_token_id,
+        **common,
         layer_norm_eps=found.layer_norm_eps,
         type_vocab_size=found.type_vocab_size,
     )

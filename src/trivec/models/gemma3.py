@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from trivec.models.config import Count, Eps, Rows, Theta, Width
+from trivec.models.config import ConfigFile, Count, Eps, Rows, Theta, Width
 from trivec.models.ops import (
     Activation,
     AttentionSpec,
@@ -43,17 +43,10 @@ class Gemma3Config(ModelConfig):
     is_causal: bool
 
 
-class _Gemma3File(msgspec.Struct, frozen=True):
+class _Gemma3File(ConfigFile, frozen=True, kw_only=True):
     """`config.json`; what it leaves out has the default of transformers' own Gemma3TextConfig."""
 
-    model_type: str
-    hidden_size: Width
-    num_hidden_layers: Count
-    num_attention_heads: Count
     num_key_value_heads: Count
-    intermediate_size: Width
-    vocab_size: Rows
-    max_position_embeddings: Rows
     head_dim: Width = 256
     rms_norm_eps: Eps = 1e-6
     layer_types: list[str] | None = None
@@ -68,7 +61,6 @@ class _Gemma3File(msgspec.Struct, frozen=True):
     attention_bias: bool = False
     attn_logit_softcapping: float | None = None
     use_bidirectional_attention: bool = False
-    pad_token_id: int | None = 0
 
 
 def read_config(config: Mapping[str, object]) -> Gemma3Config:
@@ -96,15 +88,7 @@ def read_config(config: Mapping[str, object]) -> Gemma3Config:
         raise ValueError(f"layer_types is {types!r}; understood are {FULL} and {SLIDING}")
     is_causal = not found.use_bidirectional_attention
     return Gemma3Config(
-        family=found.model_type,
-        hidden_size=found.hidden_size,
-        num_hidden_layers=found.num_hidden_layers,
-        num_attention_heads=found.num_attention_heads,
-        intermediate_size=found.intermediate_size,
-        vocab_size=found.vocab_size,
-        max_position_embeddings=found.max_position_embeddings,
-        position_offset=0,
-        pad_token_id=found.pad_token_id or 0,
+        **found.common(),
         num_key_value_heads=found.num_key_value_heads,
         head_dim=found.head_dim,
         rms_norm_eps=found.rms_norm_eps,

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from trivec.models.config import Count, Eps, Rows, Theta, Width
+from trivec.models.config import ConfigFile, Eps, Theta
 from trivec.models.nomic_bert import QKV, GatedBertConfig
 from trivec.models.ops import Activation, Rope
 
@@ -25,19 +25,11 @@ RENAMED = (
 STANDS_FOR = ("New", "Gte")
 
 
-class _GteFile(msgspec.Struct, frozen=True):
+class _GteFile(ConfigFile, frozen=True, kw_only=True):
     """`config.json`; what it leaves out has the default of the model's own code."""
 
-    model_type: str
-    hidden_size: Width
-    num_hidden_layers: Count
-    num_attention_heads: Count
-    intermediate_size: Width
-    vocab_size: Rows
-    max_position_embeddings: Rows
     layer_norm_eps: Eps = 1e-12
     type_vocab_size: int = 0
-    pad_token_id: int | None = 0
     rope_theta: Theta = 10_000.0
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None  # transformers 5
@@ -59,15 +51,7 @@ def read_config(config: Mapping[str, object]) -> GatedBertConfig:
         if (value := getattr(found, name)) != understood:
             raise ValueError(f"{name} is {value!r}; understood is {understood!r}")
     return GatedBertConfig(
-        family=found.model_type,
-        hidden_size=found.hidden_size,
-        num_hidden_layers=found.num_hidden_layers,
-        num_attention_heads=found.num_attention_heads,
-        intermediate_size=found.intermediate_size,
-        vocab_size=found.vocab_size,
-        max_position_embeddings=found.max_position_embeddings,
-        position_offset=0,
-        pad_token_id=found.pad_token_id or 0,
+        **found.common(),
         layer_norm_eps=found.layer_norm_eps,
         type_vocab_size=found.type_vocab_size,
         hidden_act=Activation.GELU,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from trivec.models.config import Count, Eps, Rows, Width
+from trivec.models.config import ConfigFile, Count, Eps
 from trivec.models.nomic_bert import GatedBertConfig
 from trivec.models.ops import Activation, Alibi
 
@@ -28,18 +28,11 @@ RENAMED = (
 STANDS_FOR = ("JinaBert",)
 
 
-class _JinaBertFile(msgspec.Struct, frozen=True):
+class _JinaBertFile(ConfigFile, frozen=True, kw_only=True):
     """`config.json`; what it leaves out has the default of the model's own code."""
 
-    hidden_size: Width
-    num_hidden_layers: Count
-    num_attention_heads: Count
-    intermediate_size: Width
-    vocab_size: Rows
-    max_position_embeddings: Rows
     layer_norm_eps: Eps = 1e-12
     type_vocab_size: Count = 2
-    pad_token_id: int | None = 0
     feed_forward_type: str = "original"
 
 
@@ -49,15 +42,7 @@ def read_config(config: Mapping[str, object]) -> GatedBertConfig:
     if found.feed_forward_type != "geglu":
         raise ValueError(f"feed_forward_type is {found.feed_forward_type!r}; understood is 'geglu'")
     return GatedBertConfig(
-        family=FAMILY_NAME,
-        hidden_size=found.hidden_size,
-        num_hidden_layers=found.num_hidden_layers,
-        num_attention_heads=found.num_attention_heads,
-        intermediate_size=found.intermediate_size,
-        vocab_size=found.vocab_size,
-        max_position_embeddings=found.max_position_embeddings,
-        position_offset=0,
-        pad_token_id=found.pad_token_id or 0,
+        **found.common(family=FAMILY_NAME),
         layer_norm_eps=found.layer_norm_eps,
         type_vocab_size=found.type_vocab_size,
         hidden_act=Activation.GELU,

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from trivec.core.types import Output
-from trivec.models.config import Count, Eps, Rows, Theta, Width
+from trivec.models.config import ConfigFile, Count, Eps, Rows, Theta
 from trivec.models.ops import (
     Activation,
     AttentionSpec,
@@ -46,16 +46,9 @@ class ModernBertConfig(ModelConfig):
     mlp_bias: bool
 
 
-class _ModernBertFile(msgspec.Struct, frozen=True):
+class _ModernBertFile(ConfigFile, frozen=True, kw_only=True):
     """`config.json`; what it leaves out has the default of transformers' own ModernBertConfig."""
 
-    model_type: str
-    hidden_size: Width
-    num_hidden_layers: Count
-    num_attention_heads: Count
-    intermediate_size: Width
-    vocab_size: Rows
-    max_position_embeddings: Rows
     norm_eps: Eps = 1e-5
     global_attn_every_n_layers: Count = 3
     layer_types: list[str] | None = None
@@ -67,7 +60,6 @@ class _ModernBertFile(msgspec.Struct, frozen=True):
     norm_bias: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-    pad_token_id: int | None = None
 
 
 def read_config(config: Mapping[str, object]) -> ModernBertConfig:
@@ -87,15 +79,7 @@ def read_config(config: Mapping[str, object]) -> ModernBertConfig:
     if len(types) != found.num_hidden_layers or not {*types} <= {FULL, SLIDING}:
         raise ValueError(f"layer_types is {types!r}; understood are {FULL} and {SLIDING}")
     return ModernBertConfig(
-        family=found.model_type,
-        hidden_size=found.hidden_size,
-        num_hidden_layers=found.num_hidden_layers,
-        num_attention_heads=found.num_attention_heads,
-        intermediate_size=found.intermediate_size,
-        vocab_size=found.vocab_size,
-        max_position_embeddings=found.max_position_embeddings,
-        position_offset=0,
-        pad_token_id=found.pad_token_id or 0,
+        **found.common(),
         norm_eps=found.norm_eps,
         layer_types=tuple(types),
         sliding_window=found.local_attention // 2,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import msgspec
 
 from trivec.models.bert import BertConfig
-from trivec.models.config import Count, Eps, Rows, Width
+from trivec.models.config import ConfigFile, Count, Eps
 
 MODEL_TYPES = ("mpnet",)
 PREFIXES = ("", "mpnet.")
@@ -23,16 +23,9 @@ RENAMED = (
 PAD_TOKEN_ID = 1  # whatever the config says; positions begin after it
 
 
-class _MPNetFile(msgspec.Struct, frozen=True):
+class _MPNetFile(ConfigFile, frozen=True, kw_only=True):
     """`config.json`; what it leaves out has the default of transformers' own MPNetConfig."""
 
-    model_type: str
-    hidden_size: Width
-    num_hidden_layers: Count
-    num_attention_heads: Count
-    intermediate_size: Width
-    vocab_size: Rows
-    max_position_embeddings: Rows
     layer_norm_eps: Eps = 1e-12
     relative_attention_num_buckets: Count = 32
     hidden_act: str = "gelu"
@@ -54,15 +47,7 @@ def read_config(config: Mapping[str, object]) -> BertConfig:
             f"{found.num_attention_heads}"
         )
     return BertConfig(
-        family=found.model_type,
-        hidden_size=found.hidden_size,
-        num_hidden_layers=found.num_hidden_layers,
-        num_attention_heads=found.num_attention_heads,
-        intermediate_size=found.intermediate_size,
-        vocab_size=found.vocab_size,
-        max_position_embeddings=found.max_position_embeddings,
-        position_offset=PAD_TOKEN_ID + 1,
-        pad_token_id=PAD_TOKEN_ID,
+        **found.common(position_offset=PAD_TOKEN_ID + 1, pad_token_id=PAD_TOKEN_ID),
         layer_norm_eps=found.layer_norm_eps,
         type_vocab_size=0,
         relative_attention_num_buckets=found.relative_attention_num_buckets,

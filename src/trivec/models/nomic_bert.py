@@ -1,7 +1,8 @@
-"""NomicBERT: a BERT with rotary positions and a gated network, LayerNorm after each half-layer.
+"""NomicBERT: a BERT with rotary positions, LayerNorm after each half-layer.
 
-Nussbaum et al. 2024, arXiv:2402.01613. Names are those of transformers 5; files have older ones. GTE and
-JinaBERT are read elsewhere, and run by `forward` as well.
+Version 1 has gated networks (Nussbaum et al. 2024, arXiv:2402.01613); version 2 plain ones, every
+second a mixture of experts (Nussbaum, Duderstadt 2025, arXiv:2502.07972). Names are transformers 5's;
+files have older ones. GTE and JinaBERT are read elsewhere, and run by `forward` as well.
 """
 
 from collections.abc import Mapping
@@ -11,11 +12,12 @@ from typing import Any, TypeVar
 import msgspec
 
 from trivec.core.types import Output
-from trivec.models.config import Count, Eps, Rows, Theta, Width
+from trivec.models.config import ConfigFile, Count, Eps, Rows, Theta
 from trivec.models.ops import (
     Activation,
     Alibi,
     AttentionSpec,
+    Experts,
     Index,
     Linear,
     ModelConfig,
@@ -40,9 +42,14 @@ RENAMED = (
     ("mlp.fc11.", "mlp.up_proj."),
     ("mlp.fc12.", "mlp.gate_proj."),
     ("mlp.fc2.", "mlp.down_proj."),
+    ("mlp.fc1.", "mlp.up_proj."),
+    ("mlp.experts.mlp.w1", "mlp.experts.up.weight"),
+    ("mlp.experts.mlp.w2", "mlp.experts.down.weight"),
+    ("mlp.experts.bias", "mlp.experts.down.bias"),
     (".norm1.", ".post_attention_layernorm."),
     (".norm2.", ".post_mlp_layernorm."),
 )
+TRANSPOSED = ("mlp.experts.down.weight",)
 STANDS_FOR = ("NomicBert",)
 # What the model's own code calls the settings of transformers.
 SETTINGS = {
@@ -57,16 +64,15 @@ SETTINGS = {
 }
 # Settings of its code that change vectors, with the one value that is understood.
 ORDINARY = {
-    "hidden_act": "silu",
     "rope_type": "default",
     "rotary_emb_fraction": 1.0,
     "rotary_emb_interleaved": False,
     "rotary_emb_scale_base": None,
     "rotary_scaling_factor": None,  # its angles depend on the longest text of a batch
-    "qkv_proj_bias": False,
-    "mlp_fc1_bias": False,
-    "mlp_fc2_bias": False,
-    "num_experts": 0,
+    "num_shared_experts": 0,
+    "expert_choice_router": False,
+    "moe_normalize_expert_weights": False,
+    "ffn_div": 1,
     "prenorm": False,
     "parallel_block": False,
     "use_rms_norm": False,
@@ -79,9 +85,13 @@ class GatedBertConfig(ModelConfig):
     layer_norm_eps: float
     type_vocab_size: int  # 0: the model has no token types
     hidden_act: Activation
-    has_bias: bool  # in attention and in the last layer of the network; its first two have none
+    has_bias: bool  # in attention and in the network's last layer
+    is_gated: bool = True  # then the network's first two layers have no bias
     rope: Rope | None = None
     alibi: Alibi | None = None
+    num_experts: int = 0  # of every *moe_every_n_layers*th layer; 0: there are none
+    moe_top_k: int = 0
+    moe_every_n_layers: int = 0
 
     def __post_init__(self) -> None:
         if self.hidden_size % (2 * self.num_attention_heads):
@@ -91,53 +101,49 @@ class GatedBertConfig(ModelConfig):
             )
 
 
-class _NomicBertFile(msgspec.Struct, frozen=True):
+class _NomicBertFile(ConfigFile, frozen=True, kw_only=True):
     """`config.json`; what it leaves out has the default of transformers' own NomicBertConfig."""
 
-    model_type: str
-    hidden_size: Width
-    num_hidden_layers: Count
-    num_attention_heads: Count
-    intermediate_size: Width
-    vocab_size: Rows
     max_position_embeddings: Rows = 2048
     layer_norm_eps: Eps = 1e-12
     type_vocab_size: Count = 2
-    pad_token_id: int | None = 0
     rope_theta: Theta = 1_000.0
+    hidden_act: str = "silu"
+    num_experts: int = 0
+    moe_top_k: int = 1
+    moe_every_n_layers: int = -1
 
 
 def read_config(config: Mapping[str, object]) -> GatedBertConfig:
     """The encoder that `config.json` describes. Raises `ValueError`, also msgspec's own."""
     named: dict[str, Any] = {SETTINGS.get(name, name): value for name, value in config.items()}
     named |= named.get("rope_parameters") or {}
-    if named.get("hidden_act") == "swiglu":
-        named["hidden_act"] = "silu"
-    for name, understood in ORDINARY.items():
+    file = msgspec.convert(named, _NomicBertFile)
+    if file.hidden_act not in ("silu", "swiglu", "gelu"):
+        raise ValueError(f"hidden_act is {file.hidden_act!r}; understood are swiglu, silu and gelu")
+    is_gated = file.hidden_act != "gelu"
+    biases = dict.fromkeys(("qkv_proj_bias", "mlp_fc1_bias", "mlp_fc2_bias"), not is_gated)
+    for name, understood in (ORDINARY | biases).items():
         if (found := named.get(name)) is not None and found != understood:
             raise ValueError(f"{name} is {found!r}; understood is {understood!r}")
-    file = msgspec.convert(named, _NomicBertFile)
+    num_experts = file.num_experts if file.moe_every_n_layers > 0 else 0
+    if num_experts and (is_gated or not 0 < file.moe_top_k <= num_experts):
+        raise ValueError(f"{num_experts} experts, {file.moe_top_k} at a time: not understood")
     return GatedBertConfig(
-        family=file.model_type,
-        hidden_size=file.hidden_size,
-        num_hidden_layers=file.num_hidden_layers,
-        num_attention_heads=file.num_attention_heads,
-        intermediate_size=file.intermediate_size,
-        vocab_size=file.vocab_size,
-        max_position_embeddings=file.max_position_embeddings,
-        position_offset=0,
-        pad_token_id=file.pad_token_id or 0,
+        **file.common(),
         layer_norm_eps=file.layer_norm_eps,
         type_vocab_size=file.type_vocab_size,
-        hidden_act=Activation.SILU,
-        has_bias=False,
+        hidden_act=Activation.SILU if is_gated else Activation.GELU,
+        has_bias=not is_gated,
+        is_gated=is_gated,
+        num_experts=num_experts,
+        moe_top_k=file.moe_top_k,
+        moe_every_n_layers=file.moe_every_n_layers,
         rope=Rope(file.rope_theta, file.max_position_embeddings),
     )
 
 
-def head_plan(
-    architecture: str, _file: Mapping[str, object], _config: GatedBertConfig
-) -> HeadPlan | None:
+def head_plan(architecture: str, _: Mapping[str, object], __: GatedBertConfig) -> HeadPlan | None:
     """The head of a class of transformers or of the model's own code; None for another class."""
     if not architecture.endswith("ForSequenceClassification"):
         return None
@@ -156,21 +162,39 @@ def forward(ops: Ops[T], config: GatedBertConfig) -> T:
     x = ops.layer_norm(x, "embeddings.LayerNorm", eps=config.layer_norm_eps)
     for i in range(config.num_hidden_layers):
         layer = f"layers.{i}"
-        parts = (Linear(f"{layer}.{name}", hidden, config.has_bias) for name in QKV)
-        q, k, v = ops.linear(x, *parts)
+        q, k, v = ops.linear(x, *(Linear(f"{layer}.{one}", hidden, config.has_bias) for one in QKV))
         attended = ops.attention(q, k, v, spec)
         if i == config.num_hidden_layers - 1:
             x, attended = ops.keep(x), ops.keep(attended)
-        x = ops.block(after_attention, layer, config, x, attended)
+        has_experts = config.num_experts and i % config.moe_every_n_layers == 1
+        rest = after_attention_by_experts if has_experts else after_attention
+        x = ops.block(rest, layer, config, x, attended)
     return x
 
 
 def after_attention(ops: Ops[T], config: GatedBertConfig, x: T, attended: T) -> T:
-    """The rest of a layer: projection and gated network, each with its residual and norm."""
-    hidden, inner, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
-    (projected,) = ops.linear(attended, Linear("self_attn.o_proj", hidden, config.has_bias))
-    x = ops.layer_norm(ops.add(projected, x), "post_attention_layernorm", eps=eps)
-    gate, up = Linear("mlp.gate_proj", inner, False), Linear("mlp.up_proj", inner, False)
-    down = Linear("mlp.down_proj", hidden, config.has_bias)
-    outer = ops.gated_mlp(x, gate, up, down, config.hidden_act)
-    return ops.layer_norm(ops.add(outer, x), "post_mlp_layernorm", eps=eps)
+    """The rest of a layer: projection and network, each with its residual and norm."""
+    x, inner = _projected(ops, config, x, attended), config.intermediate_size
+    down = Linear("mlp.down_proj", config.hidden_size, config.has_bias)
+    if config.is_gated:
+        gate, up = Linear("mlp.gate_proj", inner, False), Linear("mlp.up_proj", inner, False)
+        outer = ops.gated_mlp(x, gate, up, down, config.hidden_act)
+    else:
+        outer = ops.mlp(x, Linear("mlp.up_proj", inner), down, config.hidden_act)
+    return ops.layer_norm(ops.add(outer, x), "post_mlp_layernorm", eps=config.layer_norm_eps)
+
+
+def after_attention_by_experts(ops: Ops[T], config: GatedBertConfig, x: T, attended: T) -> T:
+    """The same with a mixture of experts for the network, with one bias for all of them."""
+    x = _projected(ops, config, x, attended)
+    experts = Experts("mlp.router.layer", config.num_experts, config.moe_top_k)
+    up = Linear("mlp.experts.up", config.num_experts * config.intermediate_size, False)
+    down = Linear("mlp.experts.down", config.hidden_size)
+    outer = ops.mlp(x, up, down, config.hidden_act, experts)
+    return ops.layer_norm(ops.add(outer, x), "post_mlp_layernorm", eps=config.layer_norm_eps)
+
+
+def _projected(ops: Ops[T], config: GatedBertConfig, x: T, attended: T) -> T:
+    o_proj = Linear("self_attn.o_proj", config.hidden_size, config.has_bias)
+    added = ops.add(ops.linear(attended, o_proj)[0], x)
+    return ops.layer_norm(added, "post_attention_layernorm", eps=config.layer_norm_eps)

@@ -50,6 +50,18 @@ class Linear(NamedTuple):
     bias: bool = True
 
 
+class Experts(NamedTuple):
+    """A mixture of experts: which of the networks in a wide `mlp` a token goes through.
+
+    The router is the tensor `{router}.weight` of `[num_experts, in]`; its softmax weighs the experts,
+    and the *top_k* take part with their weights as they are. The layers hold the experts end to end.
+    """
+
+    router: str
+    num_experts: int
+    top_k: int
+
+
 @dataclass(frozen=True, slots=True)
 class Rope:
     """Rotary positions (Su et al. 2021, arXiv:2104.09864), the halves of a head rotated together."""
@@ -200,8 +212,10 @@ class Ops(Protocol[T]):
         """softmax(Q Kᵀ / sqrt(head_dim) + bias) V in each sequence: `[tokens, heads * head_dim]`."""
         ...
 
-    def mlp(self, x: T, up: Linear, down: Linear, activation: Activation) -> T:
-        """down(activation(up(x))), both linear."""
+    def mlp(
+        self, x: T, up: Linear, down: Linear, activation: Activation, experts: Experts | None = None
+    ) -> T:
+        """down(activation(up(x))), both linear; of *experts* the inner numbers times their weights."""
         ...
 
     def gated_mlp(self, x: T, gate: Linear, up: Linear, down: Linear, activation: Activation) -> T:
@@ -308,7 +322,17 @@ class Recorder:
         self._plan.attention.append(spec)
         return Traced(spec.size, values=v.linear if spec.heads == spec.kv_heads else None)
 
-    def mlp(self, x: Traced, up: Linear, down: Linear, activation: Activation) -> Traced:
+    def mlp(
+        self,
+        x: Traced,
+        up: Linear,
+        down: Linear,
+        activation: Activation,
+        experts: Experts | None = None,
+    ) -> Traced:
+        if experts is not None:
+            assert up.out % experts.num_experts == 0
+            self._plan.shapes[f"{self._at}{experts.router}.weight"] = (experts.num_experts, x.width)
         (inner,) = self.linear(x, up)
         return self.linear(Traced(inner.width, activation=activation), down)[0]
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from trivec.core.types import Output
-from trivec.models.config import Count, Eps, Rows, Theta, Width
+from trivec.models.config import ConfigFile, Count, Eps, Theta, Width
 from trivec.models.ops import (
     Activation,
     AttentionSpec,
@@ -42,17 +42,10 @@ class Qwen3Config(ModelConfig):
     is_causal: bool
 
 
-class _Qwen3File(msgspec.Struct, frozen=True):
+class _Qwen3File(ConfigFile, frozen=True, kw_only=True):
     """`config.json`; what it leaves out has the default of transformers' own Qwen3Config."""
 
-    model_type: str
-    hidden_size: Width
-    num_hidden_layers: Count
-    num_attention_heads: Count
     num_key_value_heads: Count
-    intermediate_size: Width
-    vocab_size: Rows
-    max_position_embeddings: Rows
     head_dim: Width = 128
     rms_norm_eps: Eps = 1e-6
     rope_theta: Theta = 10_000.0
@@ -60,7 +53,6 @@ class _Qwen3File(msgspec.Struct, frozen=True):
     rope_parameters: dict[str, Any] | None = None
     attention_bias: bool = False
     hidden_act: str = "silu"
-    pad_token_id: int | None = None
     use_sliding_window: bool = False
     use_bidirectional_attention: bool = False
 
@@ -81,15 +73,7 @@ def read_config(config: Mapping[str, object]) -> Qwen3Config:
             f"{found.num_key_value_heads} key and value heads"
         )
     return Qwen3Config(
-        family=found.model_type,
-        hidden_size=found.hidden_size,
-        num_hidden_layers=found.num_hidden_layers,
-        num_attention_heads=found.num_attention_heads,
-        intermediate_size=found.intermediate_size,
-        vocab_size=found.vocab_size,
-        max_position_embeddings=found.max_position_embeddings,
-        position_offset=0,
-        pad_token_id=found.pad_token_id or 0,
+        **found.common(),
         num_key_value_heads=found.num_key_value_heads,
         head_dim=found.head_dim,
         rms_norm_eps=found.rms_norm_eps,

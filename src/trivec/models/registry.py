@@ -34,6 +34,7 @@ class Family:
     renamed: tuple[tuple[str, str], ...] = ()  # parts of names: as files have them, as here
     # How the names begin of classes in `auto_map` whose code this family stands for.
     stands_for: tuple[str, ...] = ()
+    transposed: tuple[str, ...] = ()  # ends of names of matrices that files keep as [in, out]
     # (architecture, config.json, config) to the head of a classifier or masked language model.
     head_plan: Callable[[str, Mapping[str, Any], Any], HeadPlan | None] = lambda *_: None
     pooling: Pooling = Pooling.MEAN  # where a folder does not say
@@ -99,6 +100,7 @@ NOMIC_BERT = Family(
     nomic_bert.FUSED,
     nomic_bert.RENAMED,
     nomic_bert.STANDS_FOR,
+    nomic_bert.TRANSPOSED,
     nomic_bert.head_plan,
 )
 GTE = Family(
@@ -110,8 +112,8 @@ GTE = Family(
     gte.FUSED,
     gte.RENAMED,
     gte.STANDS_FOR,
-    nomic_bert.head_plan,
-    Pooling.CLS,
+    head_plan=nomic_bert.head_plan,
+    pooling=Pooling.CLS,
 )
 JINA_BERT = Family(
     jina_bert.read_config,
@@ -122,7 +124,7 @@ JINA_BERT = Family(
     jina_bert.FUSED,
     jina_bert.RENAMED,
     jina_bert.STANDS_FOR,
-    nomic_bert.head_plan,
+    head_plan=nomic_bert.head_plan,
 )
 GEMMA3 = Family(
     gemma3.read_config, gemma3.forward, gemma3.PREFIXES, gemma3.KEY_TENSOR, gemma3.UNUSED

@@ -127,11 +127,13 @@ async def tell_watchdog_forever() -> None:
     address, period_us = os.environ.get("NOTIFY_SOCKET"), os.environ.get("WATCHDOG_USEC")
     if not address or not period_us:
         return
+    if address.startswith("@"):  # an abstract socket
+        address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.setblocking(False)
         while True:
             with suppress(OSError):  # its buffer is full, or it is being started again
-                systemd.sendto(b"WATCHDOG=1", address.replace("@", "\0", 1))  # an abstract one
+                systemd.sendto(b"WATCHDOG=1", address)
             await asyncio.sleep(int(period_us) / 2e6)
 
 

@@ -1,4 +1,7 @@
-"""HTTP server process: it listens, loads the models, serves, drains, and ends with an exit code."""
+"""Processes that serve, over HTTP or as the engine of several: from the first signal to the exit code.
+
+Each loads its models, serves, drains and leaves.
+"""
 
 import asyncio
 import logging
@@ -8,12 +11,21 @@ import socket
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
-from typing import Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
 from trivec.accounts import NewKey
-from trivec.build import Models, ServerParts, open_server_parts
+from trivec.build import (
+    ENGINE,
+    Models,
+    Parts,
+    ServerParts,
+    open_parts,
+    open_server_parts,
+    served,
+)
 from trivec.core.errors import BusyError, SettingInvalid, StoreUnavailable
 from trivec.core.events import PhaseChanged
 from trivec.core.health import Health, Phase
@@ -29,6 +41,9 @@ from trivec.server.machine import (
 )
 from trivec.server.processes import BROKEN, IGNORED, INTERRUPTED, SAME_REQUEST_S, STOPS
 from trivec.settings import Settings
+
+if TYPE_CHECKING:
+    from trivec.ipc.folder import SharedFolder
 
 PROBE_CONNECTIONS_MAX = 64
 PROBE_IDLE_S_MAX = 5
@@ -46,6 +61,8 @@ STOPPING: Mapping[Phase | None, str] = {
     "stopped": "draining: about to leave",
 }
 HEALTHY = Health("ready", alive=True, ready=True, reason="ok")
+
+P = ParamSpec("P")
 
 _log = logging.getLogger("trivec.server")
 
@@ -357,7 +374,19 @@ async def _first(*futures: "asyncio.Future[Any]", timeout_s: float | None = None
     await asyncio.wait(futures, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
 
 
-def serve_http(
+def on_own_loop(main: Callable[P, Coroutine[None, None, int]]) -> Callable[P, int]:
+    """Let *main* run on an event loop of its own, until it returns."""
+
+    @wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        # Not asyncio.run: it would wait for the thread that loads a model, and we leave the process.
+        return asyncio.new_event_loop().run_until_complete(main(*args, **kwargs))
+
+    return run
+
+
+@on_own_loop
+async def serve_http(
     settings: Settings,
     listener: socket.socket,
     *,
@@ -370,12 +399,57 @@ def serve_http(
     *load* loads the models in a thread, while the server already listens and answers 503;
     *on_first_key* gets the key that a new store begins with, which is never shown again.
     """
+    server = HttpServer(settings, listener, load=load, on_first_key=on_first_key, on_ready=on_ready)
+    return await server.run()
 
-    async def run() -> int:
-        server = HttpServer(
-            settings, listener, load=load, on_first_key=on_first_key, on_ready=on_ready
-        )
-        return await server.run()
 
-    # Not asyncio.run: it would wait for the thread that loads a model, and we leave the process.
-    return asyncio.new_event_loop().run_until_complete(run())
+@on_own_loop
+async def serve_engine(
+    settings: Settings, folder: "SharedFolder", *, load: Callable[[Parts], Models]
+) -> int:
+    """Load the models and answer API processes until told to stop; the exit code.
+
+    The engine process speaks no HTTP and keeps no accounts. Raises what *load* raises.
+    """
+    from trivec.ipc.server import EngineServer
+
+    parts = open_parts(settings)
+    told = asyncio.Event()
+    for number in STOPS:
+        asyncio.get_running_loop().add_signal_handler(number, told.set)
+
+    def report(phase: Phase, reason: str) -> None:
+        parts.observer.observe(PhaseChanged(phase, reason))
+
+    report("loading", "loading")
+    began_s = time.monotonic()
+    stopping = asyncio.create_task(told.wait())
+    loading = asyncio.create_task(asyncio.to_thread(load, parts))
+    await _first(loading, stopping)
+    if not loading.done():
+        return 0
+    models = loading.result()
+    for event in models.loaded_events(load_s=time.monotonic() - began_s):
+        parts.observer.observe(event)
+    freeze_garbage_collector()
+    models.workers.start()
+    server = EngineServer([models.embedders[model.card.id] for model in models.loaded])
+    folder.write_served(served(models))
+    server.start(folder.endpoint)
+    report("ready", "ok")
+    writing = asyncio.create_task(folder.write_metrics_forever(ENGINE, parts.metrics.page))
+    lost = [asyncio.create_task(one) for one in (models.workers.lost(), server.lost())]
+    await _first(*lost, stopping)
+    writing.cancel()
+    reason = next((one.result() for one in lost if one.done()), None)
+    if reason is not None:
+        _log.critical("cannot go on: %s; leaving with exit code %d", reason, BROKEN)
+        report("stopped", reason)
+        await server.stop(REFUSAL_S_MAX)  # every request has been refused by now, and reads so
+        return BROKEN
+    report("stopped", "asked to stop")
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LEAVE_S_MAX):
+            await models.workers.stop(0)
+    await server.stop(REFUSAL_S_MAX)
+    return 0

@@ -107,11 +107,7 @@ def memory_engines() -> Engines:
     url = URL.create("sqlite+pysqlite")
     engine = _engine(url, 1, isolation_level=None, check_same_thread=False)
     event.listen(engine, "begin", lambda made: made.exec_driver_sql("BEGIN"))
-
-    def begin(raw: Any, durable: bool) -> None:
-        raw.execute("BEGIN")
-
-    return Engines(engine, engine, engine, begin, interrupt=lambda: None)
+    return Engines(engine, engine, engine, lambda raw, _: raw.execute("BEGIN"), lambda: None)
 
 
 def postgres_engines(database_url: str) -> Engines:

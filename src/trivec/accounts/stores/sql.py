@@ -8,26 +8,7 @@ from contextlib import closing, contextmanager
 from threading import Lock
 from typing import Any, TypeAlias
 
-from sqlalchemy import (
-    ClauseElement,
-    ColumnElement,
-    Connection,
-    Dialect,
-    Engine,
-    Select,
-    Table,
-    bindparam,
-    case,
-    delete,
-    func,
-    insert,
-    literal,
-    or_,
-    select,
-    tuple_,
-    union_all,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, IntegrityError, TimeoutError
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -72,11 +53,12 @@ ALREADY_ARCHIVING = (
     "another trivec db archive is at work on this store; wait until it has ended, then try again"
 )
 NEXT_REVISION = (  # locks the row until the end of the transaction
-    update(key_revision)
+    sa.update(key_revision)
     .values(revision=key_revision.c.revision + 1)
     .returning(key_revision.c.revision)
 )
-COUNT_KEY = tuple_(*counts.primary_key.columns)
+KEY_NAMES = sa.select(keys.c.id, keys.c.name)
+COUNT_KEY = sa.tuple_(*counts.primary_key.columns)
 Rows: TypeAlias = Sequence[Sequence[Any]]
 
 
@@ -89,7 +71,7 @@ class BulkStatement:
     """
 
     def __init__(
-        self, build: Callable[[Rows], ClauseElement], width: int, dialect: Dialect
+        self, build: Callable[[Rows], sa.ClauseElement], width: int, dialect: sa.Dialect
     ) -> None:
         """*build* makes the statement from rows of *width* parameters, bound in their order."""
         self._build = build
@@ -110,7 +92,7 @@ class BulkStatement:
 
     def _compile(self, count: int) -> str:
         names = [[f"{row}_{column}" for column in range(self._width)] for row in range(count)]
-        statement = self._build([[bindparam(name) for name in row] for row in names])
+        statement = self._build([[sa.bindparam(name) for name in row] for row in names])
         compiled = statement.compile(dialect=self._dialect)
         assert isinstance(compiled, SQLCompiler)
         assert compiled.positiontup == [name for row in names for name in row]
@@ -134,7 +116,7 @@ class SqlStore:
         )
         self._lock_buckets = BulkStatement(
             lambda rows: (
-                select(buckets)
+                sa.select(buckets)
                 .where(buckets.c.key_id.in_([key_id for (key_id,) in rows]))
                 .order_by(buckets.c.key_id)  # as all processes do: none waits in a circle
                 .with_for_update()
@@ -199,57 +181,63 @@ class SqlStore:
         return transaction.committed
 
     def _write(self, cursor: Any, transaction: Transaction) -> None:
-        changed = [(key_id, *bucket) for key_id, bucket in transaction.buckets.items()]
-        self._put_buckets.run(cursor, changed)
-        self._append_rows.run(cursor, transaction.rows)
+        if transaction.buckets:
+            changed = [(key_id, *bucket) for key_id, bucket in transaction.buckets.items()]
+            self._put_buckets.run(cursor, changed)
         # Sorted: processes that add to the same rows would else wait for each other.
-        days = [
-            (key, model or "", day, *sums) for (key, model, day), sums in transaction.totals.items()
-        ]
-        self._add_to_daily.run(cursor, sorted(days))
-        counted = [
-            (key, model or "", *of, n) for (key, model, *of), n in transaction.counts.items()
-        ]
-        self._add_to_counts.run(cursor, sorted(counted))
+        if transaction.totals:
+            self._append_rows.run(cursor, transaction.rows)
+            totals = transaction.totals.items()
+            days = sorted((key, model or "", day, *sums) for (key, model, day), sums in totals)
+            self._add_to_daily.run(cursor, days)
+        if transaction.counts:
+            counted = transaction.counts.items()
+            rows = sorted((key, model or "", *of, n) for (key, model, *of), n in counted)
+            self._add_to_counts.run(cursor, rows)
 
     def agree_secret_check(self, proposed: bytes) -> bytes:
-        agreed = select(key_revision.c.secret_check)
+        agreed = sa.select(key_revision.c.secret_check)
         with self._transaction(self._engines.reading) as connection:
             found = connection.scalar(agreed)
         if found is None:
             with self._transaction(self._engines.writing) as connection:
                 unset = key_revision.c.secret_check.is_(None)
-                connection.execute(update(key_revision).where(unset).values(secret_check=proposed))
+                connection.execute(
+                    sa.update(key_revision).where(unset).values(secret_check=proposed)
+                )
                 found = connection.scalar(agreed)
         return bytes(found or b"")
 
     def keys_since(self, revision: int) -> KeyChanges:
         with self._transaction(self._engines.reading) as connection:
             # First: a key that changes between the two statements is read twice, and never missed.
-            latest = connection.execute(select(key_revision.c.revision)).scalar_one()
+            latest = connection.execute(sa.select(key_revision.c.revision)).scalar_one()
             if latest == revision:
                 return KeyChanges(revision, ())
             changed = tables.read_keys(connection, keys.c.revision > revision)
         return KeyChanges(latest, tuple(changed))
 
     def find_keys(self, reference: str, digest: bytes) -> Sequence[Key]:
-        of_secret = select(secrets.c.key_id).where(secrets.c.digest == digest)
-        is_meant = or_(keys.c.id == reference, keys.c.name == reference, keys.c.id.in_(of_secret))
+        of_secret = sa.select(secrets.c.key_id).where(secrets.c.digest == digest)
+        is_meant = sa.or_(
+            keys.c.id == reference, keys.c.name == reference, keys.c.id.in_(of_secret)
+        )
         with self._transaction(self._engines.reading) as connection:
             return tables.read_keys(connection, is_meant)
 
     def count_live_keys(self) -> int:
         is_live = keys.c.revoked_us.is_(None)
         with self._transaction(self._engines.reading) as connection:
-            return connection.scalar(select(func.count()).select_from(keys).where(is_live)) or 0
+            found = sa.select(sa.func.count()).select_from(keys).where(is_live)
+            return connection.scalar(found) or 0
 
     def add_key(self, key: Key) -> None:
         try:
             with self._transaction(self._engines.writing) as connection:
                 revision = connection.execute(NEXT_REVISION).scalar_one()
-                connection.execute(insert(keys), tables.key_values(key, revision=revision))
-                connection.execute(insert(secrets), tables.secret_values(key))
-                connection.execute(insert(buckets), {"key_id": key.id} | Bucket()._asdict())
+                connection.execute(sa.insert(keys), tables.key_values(key, revision=revision))
+                connection.execute(sa.insert(secrets), tables.secret_values(key))
+                connection.execute(sa.insert(buckets), {"key_id": key.id} | Bucket()._asdict())
         except IntegrityError as taken:
             raise name_taken(key.name) from taken
 
@@ -261,24 +249,20 @@ class SqlStore:
                 raise ResourceUnknown(f"There is no key {key_id}.")
             key = change(found[0])
             values = tables.key_values(key, revision=revision)
-            connection.execute(update(keys).where(keys.c.id == key_id), values)
-            connection.execute(delete(secrets).where(secrets.c.key_id == key_id))
+            connection.execute(sa.update(keys).where(keys.c.id == key_id), values)
+            connection.execute(sa.delete(secrets).where(secrets.c.key_id == key_id))
             if key.secrets:
-                connection.execute(insert(secrets), tables.secret_values(key))
+                connection.execute(sa.insert(secrets), tables.secret_values(key))
         return key
 
     def usage(self, query: UsageQuery) -> list[UsageLine]:
         with self._transaction(self._engines.summing) as connection:
             found = connection.execute(_usage_sums(query)).all()
-            # The key of the environment has no row; its id is its name.
-            named = (
-                connection.execute(select(keys.c.id, keys.c.name))
-                if query.by is UsageBy.KEY
-                else ()
-            )
-            names = {row.id: row.name for row in named}
+            names: dict[str, str] = {}  # the environment's key has none: its id is its name
+            if query.by is UsageBy.KEY:
+                names = {row.id: row.name for row in connection.execute(KEY_NAMES)}
             # Last: Postgres may delete a row between two statements, and moves the mark with it.
-            archived_before_us = int(connection.scalar(select(archive.c.before_us)) or 0)
+            archived_before_us = int(connection.scalar(sa.select(archive.c.before_us)) or 0)
         _check_not_archived(query, before_us=archived_before_us)
         lines = []
         for group, *sums in found:
@@ -302,7 +286,7 @@ class SqlStore:
             yield
             return
         with self._translated(self._engines.reading), self._engines.summing.connect() as connection:
-            is_taken = connection.scalar(select(func.pg_try_advisory_lock(ARCHIVE_LOCK)))
+            is_taken = connection.scalar(sa.select(sa.func.pg_try_advisory_lock(ARCHIVE_LOCK)))
             connection.commit()  # the lock is the session's; an open transaction holds up vacuum
             if not is_taken:
                 raise StoreRefused(ALREADY_ARCHIVING)
@@ -312,7 +296,7 @@ class SqlStore:
                 # Unlocked by name: a closed session ends some time later, and until then the lock
                 # would refuse the next run.
                 try:
-                    connection.execute(select(func.pg_advisory_unlock(ARCHIVE_LOCK)))
+                    connection.execute(sa.select(sa.func.pg_advisory_unlock(ARCHIVE_LOCK)))
                 finally:
                     connection.invalidate()
 
@@ -322,7 +306,7 @@ class SqlStore:
         *from_us* spares Postgres a walk over the index entries of rows that were just deleted.
         """
         statement = (
-            select(ledger)
+            sa.select(ledger)
             .where(ledger.c.time_us >= from_us, ledger.c.time_us < before_us)
             .order_by(ledger.c.time_us, ledger.c.sequence)
             .limit(limit)
@@ -332,7 +316,7 @@ class SqlStore:
 
     def rows_numbered(self, sequences: Sequence[int]) -> list[Values]:
         """The ledger rows with these sequences, where they are there."""
-        statement = select(ledger).where(ledger.c.sequence.in_(sequences))
+        statement = sa.select(ledger).where(ledger.c.sequence.in_(sequences))
         with self._transaction(self._engines.reading) as connection:
             return [dict(row) for row in connection.execute(statement).mappings()]
 
@@ -341,7 +325,7 @@ class SqlStore:
         with self._transaction(self._engines.writing) as connection:
             _move_mark(connection, max(row["time_us"] for row in archived) + 1)
             sequences = [row["sequence"] for row in archived]
-            deleted = connection.execute(delete(ledger).where(ledger.c.sequence.in_(sequences)))
+            deleted = connection.execute(sa.delete(ledger).where(ledger.c.sequence.in_(sequences)))
             if deleted.rowcount != len(archived):
                 raise StoreRefused(ALREADY_ARCHIVING)
 
@@ -350,7 +334,7 @@ class SqlStore:
         with self._transaction(self._engines.writing) as connection:
             _move_mark(connection, before_us)
         is_old = counts.c.minute < before_us // MINUTE_US
-        next_keys = select(*counts.primary_key.columns).where(is_old)
+        next_keys = sa.select(*counts.primary_key.columns).where(is_old)
         next_keys = next_keys.order_by(*counts.primary_key.columns).limit(COUNTS_AT_ONCE)
         while True:
             with self._transaction(self._engines.reading) as connection:
@@ -359,7 +343,7 @@ class SqlStore:
                 return
             last = tuple(found[-1])
             with self._transaction(self._engines.writing) as connection:
-                connection.execute(delete(counts).where(is_old, last >= COUNT_KEY))
+                connection.execute(sa.delete(counts).where(is_old, last >= COUNT_KEY))
             next_keys = next_keys.where(last < COUNT_KEY)
 
     def interrupt(self) -> None:
@@ -369,7 +353,7 @@ class SqlStore:
         self._engines.dispose()
 
     @contextmanager
-    def _transaction(self, engine: Engine) -> Iterator[Connection]:
+    def _transaction(self, engine: sa.Engine) -> Iterator[sa.Connection]:
         self._ensure_prepared()
         with self._translated(engine), engine.begin() as connection:
             yield connection
@@ -383,7 +367,7 @@ class SqlStore:
             raise unavailable() from refused
 
     @contextmanager
-    def _translated(self, engine: Engine) -> Iterator[None]:
+    def _translated(self, engine: sa.Engine) -> Iterator[None]:
         """Raise `StoreUnavailable` for a failure of the store, and connect anew afterwards.
 
         A file that was read-only stays so for an open connection. A sum that fails drops no connection
@@ -402,11 +386,12 @@ class SqlStore:
 
 
 def _inserting(
-    table: Table,
-    dialect: Dialect,
+    table: sa.Table,
+    dialect: sa.Dialect,
     names: Sequence[str] = (),
     *,
-    there: Callable[[ColumnElement[Any], ColumnElement[Any]], ColumnElement[Any]] | None = None,
+    there: Callable[[sa.ColumnElement[Any], sa.ColumnElement[Any]], sa.ColumnElement[Any]]
+    | None = None,
 ) -> BulkStatement:
     """Insert rows of the columns *names*, by default all.
 
@@ -415,7 +400,7 @@ def _inserting(
     names = names or [column.name for column in table.columns]
     insert_into = sqlite.insert if dialect.name == "sqlite" else postgresql.insert
 
-    def build(rows: Rows) -> ClauseElement:
+    def build(rows: Rows) -> sa.ClauseElement:
         values = [dict(zip(names, row, strict=True)) for row in rows]
         statement: sqlite.Insert | postgresql.Insert = insert_into(table).inline().values(values)
         if there is None:
@@ -428,44 +413,44 @@ def _inserting(
     return BulkStatement(build, len(names), dialect)
 
 
-def _move_mark(connection: Connection, before_us: int) -> None:
+def _move_mark(connection: sa.Connection, before_us: int) -> None:
     """To *before_us*, unless it is further on."""
     earlier = archive.c.before_us < before_us
-    connection.execute(update(archive).where(earlier).values(before_us=before_us))
+    connection.execute(sa.update(archive).where(earlier).values(before_us=before_us))
 
 
-def _usage_sums(query: UsageQuery) -> Select[Any]:
+def _usage_sums(query: UsageQuery) -> sa.Select[Any]:
     """Group, requests, failed and tokens: of whole days from their totals, else from each row."""
     days, parts = _days_and_parts(query)
     row, count = ledger.c, counts.c
-    used = [select(daily).where(daily.c.day >= days.start, daily.c.day < days.stop)]
+    used = [sa.select(daily).where(daily.c.day >= days.start, daily.c.day < days.stop)]
     for part in parts:
         used.append(
-            select(
+            sa.select(
                 row.key_id,
-                func.coalesce(row.model, ""),
+                sa.func.coalesce(row.model, ""),
                 row.time_us // DAY_US,
-                literal(1),
-                case((row.status >= ERROR_FROM, 1), else_=0),
+                sa.literal(1),
+                sa.case((row.status >= ERROR_FROM, 1), else_=0),
                 row.token_count,
             ).where(row.time_us >= part.start, row.time_us < part.stop)
         )
         # A count belongs to the part that its minute begins in.
         first, end = -(-part.start // MINUTE_US), -(-part.stop // MINUTE_US)
         used.append(
-            select(
+            sa.select(
                 count.key_id,
                 count.model,
                 count.minute // MINUTES_A_DAY,
                 count.requests,
-                case((count.status >= ERROR_FROM, count.requests), else_=0),
-                literal(0),
+                sa.case((count.status >= ERROR_FROM, count.requests), else_=0),
+                sa.literal(0),
             ).where(count.minute >= first, count.minute < end)
         )
-    summed = union_all(*used).subquery().c
+    summed = sa.union_all(*used).subquery().c
     group = {UsageBy.KEY: summed.key_id, UsageBy.MODEL: summed.model, UsageBy.DAY: summed.day}
-    sums = [func.sum(column) for column in (summed.requests, summed.failed, summed.tokens)]
-    statement = select(group[query.by], *sums).group_by(group[query.by])
+    sums = [sa.func.sum(column) for column in (summed.requests, summed.failed, summed.tokens)]
+    statement = sa.select(group[query.by], *sums).group_by(group[query.by])
     return statement if query.key_id is None else statement.where(summed.key_id == query.key_id)
 
 

@@ -8,25 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import sqlalchemy as sa
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    ColumnElement,
-    Connection,
-    ForeignKey,
-    Index,
-    Integer,
-    LargeBinary,
-    MetaData,
-    SmallInteger,
-    String,
-    Table,
-    select,
-    text,
-)
 
 from trivec.accounts.types import Key, RateLimits, Scope, Secret
 from trivec.core.errors import StoreRefused
@@ -34,24 +19,24 @@ from trivec.core.errors import StoreRefused
 Values: TypeAlias = dict[str, Any]  # the columns of one row, by name
 UPGRADE_LOCK = 7_472_697_665  # any number of ours: Postgres' advisory lock for migrations
 
-metadata = MetaData()
+metadata = sa.MetaData()
 
-keys = Table(
+keys = sa.Table(
     "keys",
     metadata,
-    Column("id", String(32), primary_key=True),
-    Column("name", String(64), nullable=False),
-    Column("scopes", String(64), nullable=False),  # in alphabetical order, a blank between
-    Column("models", String),  # a JSON array in alphabetical order; null: every model
-    Column("requests_per_minute", BigInteger),
-    Column("tokens_per_minute", BigInteger),
-    Column("created_us", BigInteger, nullable=False),
-    Column("expires_us", BigInteger),
-    Column("revoked_us", BigInteger),
-    Column("revision", BigInteger, nullable=False, index=True),  # `key_revision` at its last change
-    Column("truncate", String(8)),  # none, end or start; null: the server's default
+    sa.Column("id", sa.String(32), primary_key=True),
+    sa.Column("name", sa.String(64), nullable=False),
+    sa.Column("scopes", sa.String(64), nullable=False),  # in alphabetical order, a blank between
+    sa.Column("models", sa.String),  # a JSON array in alphabetical order; null: every model
+    sa.Column("requests_per_minute", sa.BigInteger),
+    sa.Column("tokens_per_minute", sa.BigInteger),
+    sa.Column("created_us", sa.BigInteger, nullable=False),
+    sa.Column("expires_us", sa.BigInteger),
+    sa.Column("revoked_us", sa.BigInteger),
+    sa.Column("revision", sa.BigInteger, nullable=False, index=True),  # at its last change
+    sa.Column("truncate", sa.String(8)),  # none, end or start; null: the server's default
 )
-Index(
+sa.Index(
     "ix_keys_name_live",
     keys.c.name,
     unique=True,
@@ -59,99 +44,99 @@ Index(
     postgresql_where=keys.c.revoked_us.is_(None),
 )
 
-secrets = Table(
+secrets = sa.Table(
     "secrets",
     metadata,
-    Column("digest", LargeBinary(32), primary_key=True),
-    Column("key_id", String(32), ForeignKey("keys.id"), nullable=False, index=True),
-    Column("first", String(8), nullable=False),
-    Column("last", String(4), nullable=False),
-    Column("created_us", BigInteger, nullable=False),
-    Column("expires_us", BigInteger),
+    sa.Column("digest", sa.LargeBinary(32), primary_key=True),
+    sa.Column("key_id", sa.String(32), sa.ForeignKey("keys.id"), nullable=False, index=True),
+    sa.Column("first", sa.String(8), nullable=False),
+    sa.Column("last", sa.String(4), nullable=False),
+    sa.Column("created_us", sa.BigInteger, nullable=False),
+    sa.Column("expires_us", sa.BigInteger),
 )
 
-key_revision = Table(
+key_revision = sa.Table(
     "keyring",
     metadata,
-    Column("id", SmallInteger, primary_key=True, autoincrement=False),  # always 1
-    Column("revision", BigInteger, nullable=False),  # grows with every change to any key
-    Column("secret_check", LargeBinary(16)),  # tells another server secret from ours
+    sa.Column("id", sa.SmallInteger, primary_key=True, autoincrement=False),  # always 1
+    sa.Column("revision", sa.BigInteger, nullable=False),  # grows with every change to any key
+    sa.Column("secret_check", sa.LargeBinary(16)),  # tells another server secret from ours
 )
 
-buckets = Table(
+buckets = sa.Table(
     "buckets",
     metadata,
-    Column("key_id", String(32), primary_key=True),
-    Column("requests_debt", BigInteger, nullable=False),
-    Column("tokens_debt", BigInteger, nullable=False),
-    Column("at_us", BigInteger, nullable=False),
+    sa.Column("key_id", sa.String(32), primary_key=True),
+    sa.Column("requests_debt", sa.BigInteger, nullable=False),
+    sa.Column("tokens_debt", sa.BigInteger, nullable=False),
+    sa.Column("at_us", sa.BigInteger, nullable=False),
 )
 
-ledger = Table(
+ledger = sa.Table(
     "ledger",
     metadata,
-    Column(
+    sa.Column(
         "sequence",
-        BigInteger().with_variant(Integer, "sqlite"),
+        sa.BigInteger().with_variant(sa.Integer, "sqlite"),
         primary_key=True,
         autoincrement=True,
     ),
-    Column("time_us", BigInteger, nullable=False, index=True),
-    Column("request_id", String(64), nullable=False, unique=True),
-    Column("key_id", String(32), nullable=False),
-    Column("model", String),
-    Column("input_count", BigInteger, nullable=False),
-    Column("token_count", BigInteger, nullable=False),  # billed
-    Column("status", SmallInteger, nullable=False),
-    Column("duration_us", BigInteger, nullable=False),
-    Column("user_digest", String(32)),
+    sa.Column("time_us", sa.BigInteger, nullable=False, index=True),
+    sa.Column("request_id", sa.String(64), nullable=False, unique=True),
+    sa.Column("key_id", sa.String(32), nullable=False),
+    sa.Column("model", sa.String),
+    sa.Column("input_count", sa.BigInteger, nullable=False),
+    sa.Column("token_count", sa.BigInteger, nullable=False),  # billed
+    sa.Column("status", sa.SmallInteger, nullable=False),
+    sa.Column("duration_us", sa.BigInteger, nullable=False),
+    sa.Column("user_digest", sa.String(32)),
 )
 
-counts = Table(  # of requests that cost no tokens
+counts = sa.Table(  # of requests that cost no tokens
     "counts",
     metadata,
-    Column("key_id", String(32), primary_key=True),
-    Column("model", String, primary_key=True),  # empty: no model
-    Column("status", SmallInteger, primary_key=True, autoincrement=False),
-    Column("minute", BigInteger, primary_key=True, autoincrement=False),  # since the epoch
-    Column("requests", BigInteger, nullable=False),
+    sa.Column("key_id", sa.String(32), primary_key=True),
+    sa.Column("model", sa.String, primary_key=True),  # empty: no model
+    sa.Column("status", sa.SmallInteger, primary_key=True, autoincrement=False),
+    sa.Column("minute", sa.BigInteger, primary_key=True, autoincrement=False),  # since the epoch
+    sa.Column("requests", sa.BigInteger, nullable=False),
 )
 
-daily = Table(  # sums of ledger and counts, kept when their rows are archived
+daily = sa.Table(  # sums of ledger and counts, kept when their rows are archived
     "daily",
     metadata,
-    Column("key_id", String(32), primary_key=True),
-    Column("model", String, primary_key=True),  # empty: no model
-    Column("day", BigInteger, primary_key=True, autoincrement=False),  # since the epoch, in UTC
-    Column("requests", BigInteger, nullable=False),
-    Column("failed", BigInteger, nullable=False),
-    Column("tokens", BigInteger, nullable=False),
+    sa.Column("key_id", sa.String(32), primary_key=True),
+    sa.Column("model", sa.String, primary_key=True),  # empty: no model
+    sa.Column("day", sa.BigInteger, primary_key=True, autoincrement=False),  # since the epoch
+    sa.Column("requests", sa.BigInteger, nullable=False),
+    sa.Column("failed", sa.BigInteger, nullable=False),
+    sa.Column("tokens", sa.BigInteger, nullable=False),
 )
 
-archive = Table(
+archive = sa.Table(
     "archive",
     metadata,
-    Column("id", SmallInteger, primary_key=True, autoincrement=False),  # always 1
-    Column("before_us", BigInteger, nullable=False),  # rows before it may be deleted
+    sa.Column("id", sa.SmallInteger, primary_key=True, autoincrement=False),  # always 1
+    sa.Column("before_us", sa.BigInteger, nullable=False),  # rows before it may be deleted
 )
 
-probe = Table(  # written by an idle process, which so learns whether it can
+probe = sa.Table(  # written by an idle process, which so learns whether it can
     "probe",
     metadata,
-    Column("id", SmallInteger, primary_key=True, autoincrement=False),  # always 1
-    Column("at_us", BigInteger, nullable=False),
+    sa.Column("id", sa.SmallInteger, primary_key=True, autoincrement=False),  # always 1
+    sa.Column("at_us", sa.BigInteger, nullable=False),
 )
 
 
-def revision(connection: Connection) -> str | None:
+def revision(connection: sa.Connection) -> str | None:
     """The schema's present revision; None for an empty database."""
     return MigrationContext.configure(connection).get_current_revision()
 
 
-def upgrade(connection: Connection, target: str = "head") -> None:
+def upgrade(connection: sa.Connection, target: str = "head") -> None:
     """Run the migrations that are missing, in the caller's transaction. Raises `StoreRefused`."""
     if connection.dialect.name == "postgresql":
-        connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": UPGRADE_LOCK})
+        connection.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": UPGRADE_LOCK})
     migrations = _migrations(connection)
     context = MigrationContext.configure(
         connection,
@@ -166,7 +151,7 @@ def upgrade(connection: Connection, target: str = "head") -> None:
         context.run_migrations()
 
 
-def check_latest(connection: Connection) -> None:
+def check_latest(connection: sa.Connection) -> None:
     """Raise `StoreRefused` unless the schema is the one this version reads."""
     found = revision(connection)
     if found != _migrations(connection).get_current_head():
@@ -176,7 +161,7 @@ def check_latest(connection: Connection) -> None:
         )
 
 
-def _migrations(connection: Connection) -> ScriptDirectory:
+def _migrations(connection: sa.Connection) -> ScriptDirectory:
     """All that this version knows. Raises `StoreRefused` where the schema is of a newer one."""
     folder = Path(__file__).parent / "migrations"
     migrations = ScriptDirectory(folder, version_locations=[folder])
@@ -208,12 +193,12 @@ def secret_values(key: Key) -> list[Values]:
     return [asdict(secret) | {"key_id": key.id} for secret in key.secrets]
 
 
-def read_keys(connection: Connection, are_meant: ColumnElement[bool]) -> list[Key]:
+def read_keys(connection: sa.Connection, are_meant: sa.ColumnElement[bool]) -> list[Key]:
     """The keys whose row fits *are_meant*, with their secrets."""
-    found = connection.execute(select(keys).where(are_meant)).all()
+    found = connection.execute(sa.select(keys).where(are_meant)).all()
     by_key: dict[str, list[Secret]] = {row.id: [] for row in found}
     if found:
-        theirs = select(secrets).join(keys).where(are_meant).order_by(secrets.c.created_us)
+        theirs = sa.select(secrets).join(keys).where(are_meant).order_by(secrets.c.created_us)
         for row in connection.execute(theirs):
             secret = Secret(bytes(row.digest), row.first, row.last, row.created_us, row.expires_us)
             by_key.setdefault(row.key_id, []).append(secret)

@@ -26,6 +26,7 @@ from trivec.models.ops import (
     Alibi,
     AttentionSpec,
     Buckets,
+    Experts,
     Index,
     Linear,
     ModelConfig,
@@ -200,8 +201,23 @@ class GraphOps:
         )
         return Padded(nodes)
 
-    def mlp(self, x: Rows, up: Linear, down: Linear, activation: Activation) -> Rows:
+    def mlp(
+        self,
+        x: Rows,
+        up: Linear,
+        down: Linear,
+        activation: Activation,
+        experts: Experts | None = None,
+    ) -> Rows:
+        """With *experts* all of them are computed, and those that a token does not go through get
+        weight 0: so its bits are its own, at num_experts / top_k times the work.
+        """
+        x = self.rows(x)
         inner = activated(self.linear(x, up)[0], activation)
+        if experts is not None:
+            by_expert = _in_heads(inner, up.out // experts.num_experts)
+            weights = op.unsqueeze(self._expert_weights(x, experts), integer(-1))
+            inner = _flat(op.multiply(by_expert, weights))
         return self.linear(inner, down, shift=SHIFTS.get(activation, 0.0))[0]
 
     def gated_mlp(
@@ -209,6 +225,14 @@ class GraphOps:
     ) -> Rows:
         gates, inner = self.linear(x, gate, up)
         return self.linear(op.multiply(activated(gates, activation), inner), down)[0]
+
+    def _expert_weights(self, x: Node, experts: Experts) -> Node:
+        """How much each expert has of each token: `[tokens, num_experts]`; the router is never int8."""
+        router = constant(self.tensors[f"{self.at}{experts.router}.weight"])
+        weights = op.softmax(op.matmul(x, router, False, True), -1)
+        top = op.topk(weights, op.constant(np.int32(experts.top_k)), -1, "max", "value").output(0)
+        least = op.reduce_min(top, op.constant(np.array([-1])), True)
+        return op.select(op.greater_equal(weights, least), weights, number(0.0))
 
     def keep(self, x: Rows) -> Rows:
         """Gather the kept tokens; of attention's output, from its padded places at once."""

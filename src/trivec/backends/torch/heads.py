@@ -83,9 +83,8 @@ class DeviceHeads:
         if len(sparse_tokens):
             terms = self._logits if isinstance(head, SpladeHead) else self._sparse_terms
             results |= terms(hidden, packed, upload(np.asarray(sparse_tokens)))
-        multi_tokens = self._multi_tokens(batch)
-        if len(multi_tokens):
-            rows = _through(self._multi, hidden[upload(multi_tokens)])
+        if self._multi and (batch.outputs & Output.MULTI.value).any():
+            rows = _through(self._multi, hidden[upload(self._multi_tokens(batch))])
             is_unit = not isinstance(head, MultiHead) or head.normalize
             results["multi"] = functional.normalize(rows, dim=-1) if is_unit else rows
         return results
@@ -128,8 +127,6 @@ class DeviceHeads:
     def _multi_tokens(self, batch: Batch) -> Int32Array:
         """Indices of the tokens that have a row of their own: int32 `[rows]`, ascending."""
         head = self._pooler.token_head
-        if not self._multi:
-            return np.empty(0, np.int32)
         tokens = _tokens_wanting(batch, Output.MULTI)
         if isinstance(head, MultiHead):
             return tokens[~np.isin(batch.token_ids[tokens], head.skipped_token_ids)]

@@ -23,6 +23,7 @@ from trivec.models.ops import (
     Alibi,
     AttentionSpec,
     Buckets,
+    Experts,
     Index,
     Linear,
     ModelConfig,
@@ -132,9 +133,25 @@ class BlockOps:
         rows = functional.linear(x, self._weights[f"{first}.weight"], bias)
         return tuple(torch.split(rows, [layer.out for layer in layers], dim=-1))
 
-    def mlp(self, x: Tensor, up: Linear, down: Linear, activation: Activation) -> Tensor:
-        (inner,) = self.linear(x, up)
-        return self.linear(ACTIVATIONS[activation](inner), down)[0]
+    def mlp(
+        self,
+        x: Tensor,
+        up: Linear,
+        down: Linear,
+        activation: Activation,
+        experts: Experts | None = None,
+    ) -> Tensor:
+        """With *experts* all are computed: which ones a token goes through no graph can capture."""
+        inner = ACTIVATIONS[activation](self.linear(x, up)[0])
+        if experts is not None:
+            logits = functional.linear(x.float(), self._weights[f"{experts.router}.weight"].float())
+            weights = torch.softmax(logits, -1)
+            least = weights.topk(experts.top_k, -1).values[:, -1:]
+            weights = torch.where(weights >= least, weights, 0).to(inner.dtype)
+            inner = (inner.unflatten(-1, (experts.num_experts, -1)) * weights[..., None]).flatten(
+                -2
+            )
+        return self.linear(inner, down)[0]
 
     def gated_mlp(
         self, x: Tensor, gate: Linear, up: Linear, down: Linear, activation: Activation

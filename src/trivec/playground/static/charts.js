@@ -2,8 +2,6 @@
 
 import { draw, make, number, shorten } from "./common.js";
 
-const fixed = (value) => value.toFixed(Math.abs(value) < 10 ? 3 : 1);
-
 /** *token* of a vocabulary as its text reads: without the marks of word pieces and word starts. */
 const readable = (token) => token.replace(/^##/, "").replace(/[▁Ġ]/g, " ").trim() || token;
 const isSpecial = (token) => /^(<.*>|\[[A-Z]+\])$/.test(token);
@@ -23,15 +21,15 @@ export function heatMap(texts, matrix, { kind, onPick }) {
   const isSmall = texts.length <= 12;
   const cell = (value, i, j) => make("td", {
     tabindex: i + j ? -1 : 0, "data-at": `${i},${j}`, "--heat": heat(value),
-    title: `${i + 1} with ${j + 1}: ${fixed(value)}`,
+    title: `${i + 1} with ${j + 1}: ${value.toFixed(3)}`,
     onclick: () => onPick(i, j), onfocus: () => onPick(i, j),
   }, isSmall ? value.toFixed(2) : "");
   const rows = matrix.map((row, i) => make("tr", {},
     make("th", { scope: "row", title: texts[i] }, make("span", {}, `${i + 1} `), make("bdi", {}, texts[i])),
     row.map((value, j) => cell(value, i, j))));
-  const head = make("tr", {}, make("td", {}), texts.map((text, j) => make("th", { scope: "col", title: text }, `${j + 1}`)));
+  const columns = texts.map((text, j) => make("th", { scope: "col", title: text }, `${j + 1}`));
   const table = make("table", { class: `heat ${kind}`, role: "grid", "aria-label": `Similarity, ${kind}` },
-    make("thead", {}, head), make("tbody", {}, rows));
+    make("thead", {}, make("tr", {}, make("td", {}), columns)), make("tbody", {}, rows));
   table.addEventListener("keydown", (event) => moveFocus(event, table));
   return table;
 }
@@ -84,17 +82,17 @@ export function dayChart(days, unit, { today, width }) {
   const note = (text, x, y, anchor) => draw("text", { x, y, "text-anchor": anchor }, text);
   const begin = new Date(Date.parse(today) - (count - 1) * 86_400_000).toISOString().slice(0, 10);
   const sum = number(days.reduce((total, { value }) => total + value, 0));
-  return draw("svg", { viewBox: `0 0 ${width} ${height}`, class: "days", role: "img", "aria-label": `${sum} ${unit} in ${days.length} days, the most in one ${number(most)}` },
-    draw("line", { x1: 0, x2: width, y1: height - foot, y2: height - foot }), columns,
-    note(`${number(most)} ${unit} on the busiest day, ${sum} in all`, 0, 12, "start"),
+  const label = `${number(most)} ${unit} on the busiest day, ${sum} in all`;
+  return draw("svg", { viewBox: `0 0 ${width} ${height}`, class: "days", role: "img", "aria-label": label },
+    draw("line", { x1: 0, x2: width, y1: height - foot, y2: height - foot }), columns, note(label, 0, 12, "start"),
     note(begin, 0, height - 4, "start"), note(today, width, height - 4, "end"));
 }
 
-/** A line through the last *values*. */
+/** A line through *values*, two at least. */
 export function sparkline(values) {
   const most = Math.max(...values, 1e-9);
-  const points = values.map((value, i) => `${(i * 120) / Math.max(values.length - 1, 1)},${30 - (value / most) * 26}`);
-  return draw("svg", { viewBox: "0 0 120 32", class: "spark", "aria-hidden": "true" }, draw("polyline", { points: points.join(" ") }));
+  const points = values.map((value, i) => `${(i * 120) / (values.length - 1)},${30 - (value / most) * 26}`).join(" ");
+  return draw("svg", { viewBox: "0 0 120 32", class: "spark", "aria-hidden": "true" }, draw("polyline", { points }));
 }
 
 /** Points by their texts: a mouse, or the arrow keys from left to right, show the text of one. */
@@ -111,8 +109,8 @@ export function scatter(points, texts, width) {
     ring.setAttribute("cy", y);
     tip.replaceChildren(make("bdi", {}, `${i + 1} · ${shorten(texts[i], 240)}`));
     tip.hidden = false;
-    const isRight = x > width / 2;
-    tip.style.cssText = `${isRight ? "right" : "left"}:${((isRight ? width - x : x) / width) * 100}%;top:${(y / height) * 100}%`;
+    const side = x > width / 2 ? `right:${100 - (100 * x) / width}` : `left:${(100 * x) / width}`;
+    tip.style.cssText = `${side}%;top:${(100 * y) / height}%`;
   };
   let current = -1;
   const plot = draw("svg", {
@@ -120,7 +118,8 @@ export function scatter(points, texts, width) {
     "aria-label": `Map of ${points.length} texts. Arrow keys go from text to text.`,
     onpointermove: (event) => {
       const box = plot.getBoundingClientRect();
-      const [x, y] = [((event.clientX - box.left) * width) / box.width, ((event.clientY - box.top) * height) / box.height];
+      const x = ((event.clientX - box.left) * width) / box.width;
+      const y = ((event.clientY - box.top) * height) / box.height;
       let nearest = 0;
       const distance = (i) => (places[i][0] - x) ** 2 + (places[i][1] - y) ** 2;
       for (let i = 1; i < places.length; i++) if (distance(i) < distance(nearest)) nearest = i;

@@ -21,9 +21,12 @@ function fill(element, attributes = {}, children = []) {
     else if (name.startsWith("--")) element.style.setProperty(name, value);
     else if (value !== undefined && value !== false) element.setAttribute(name, value === true ? "" : value);
   }
-  element.append(...children.flat().filter((child) => child !== undefined && child !== false));
+  element.append(...children.flat(Infinity).filter((child) => child !== undefined && child !== false));
   return element;
 }
+
+/** Replace all children of *id* but the first, which is a legend or the option that stands for all. */
+export const refill = (id, children) => byId(id).replaceChildren(byId(id).firstElementChild, ...children);
 
 /** *run*, once nothing has called it again for *wait_ms*. */
 export function debounce(run, wait_ms) {
@@ -89,7 +92,7 @@ export function start(current, onConnect) {
   const links = Object.entries(PAGES).map(([href, title]) =>
     make("a", { href, "aria-current": title === current && "page" }, title));
   byId("header").append(
-    make("a", { href: "./", class: "name" }, make("img", { src: "page/icon.svg", alt: "", width: 26, height: 26 }), "Trivec"),
+    make("a", { href: "./", class: "name" }, make("img", { src: "page/icon.svg", alt: "", width: 26 }), "Trivec"),
     make("nav", { "aria-label": "Pages" }, links), needsKey && form || "",
   );
   if (!needsKey || sessionStorage.getItem(KEY)) attempt(onConnect);

@@ -15,25 +15,31 @@ function words(schema) {
   return schema.type ?? "anything";
 }
 
+/** A definition list of *entries*; *item(key, value)* is a term and what it means. */
+const list = (entries, item) => make("dl", { class: "card" }, Object.entries(entries).flatMap(([key, value]) => {
+  const [term, meaning] = item(key, value);
+  return [make("dt", {}, term), make("dd", {}, meaning)];
+}));
+
 function fields(document, content) {
   const schema = content?.["application/json"]?.schema;
   if (!schema) return make("p", { class: "note" }, "Not JSON.");
   const { properties = {}, required = [], description } = resolve(document, schema);
-  return make("div", {}, make("p", { class: "note" }, `${words(schema)}. ${description ?? ""}`), make("dl", { class: "card" },
-    Object.entries(properties).flatMap(([name, one]) => [
-      make("dt", {}, make("code", {}, name), required.includes(name) && " *"),
-      make("dd", {}, words(one), one.description && ` · ${one.description}`)])));
+  return [make("p", { class: "note" }, `${words(schema)}. ${description ?? ""}`), list(properties, (name, one) => [
+    [make("code", {}, name), required.includes(name) ? " *" : ""],
+    [words(one), one.description ? ` · ${one.description}` : ""]])];
 }
 
 function operation(document, path, method, described) {
   const { summary, parameters = [], requestBody, responses, security } = described;
-  const access = security.length ? "asks for a key" : "open to anyone";
+  const places = parameters.map(({ name, in: place }) => `${name} in the ${place}`);
+  const notes = [security.length ? "asks for a key" : "open to anyone", ...places];
+  const { 200: ok, ...errors } = responses;
   return make("details", {}, make("summary", {}, make("code", {}, `${method.toUpperCase()} ${path}`), ` · ${summary}`),
-    make("p", { class: "note" }, [access, ...parameters.map(({ name, in: place }) => `${name} in the ${place}`)].join("; ")),
+    make("p", { class: "note" }, notes.join("; ")),
     requestBody && [make("h2", {}, "Body"), fields(document, requestBody.content)],
-    make("h2", {}, "Response"), fields(document, responses["200"].content),
-    make("h2", {}, "Errors"), make("dl", { class: "card" }, Object.entries(responses).filter(([status]) => status !== "200")
-      .flatMap(([status, { description }]) => [make("dt", {}, status), make("dd", {}, description)])));
+    make("h2", {}, "Response"), fields(document, ok.content),
+    make("h2", {}, "Errors"), list(errors, (status, { description }) => [status, description]));
 }
 
 start("API", () => attempt(async () => {

@@ -1,6 +1,6 @@
 // The playground: texts to tokens while they are typed, and to vectors and pictures when asked.
 
-import { attempt, byId, call, copyButton, debounce, make, number, request, shorten, start } from "./common.js";
+import { attempt, byId, call, copyButton, debounce, make, number, refill, request, shorten, start } from "./common.js";
 import { alignment, barTable, chip, heatMap, scatter, timingBar } from "./charts.js";
 import { SIMILARITY, matches, pca, readItem, similarities } from "./vectors.js";
 
@@ -16,7 +16,7 @@ Die Katze schläft auf dem Sofa
 Quarterly revenue grew by twelve percent
 Sales rose 12% in the last three months`;
 const WEIGHTS = { dense: 0.4, sparse: 0.2, multi: 0.4 }; // of BGE-M3's authors
-const state = { models: [], items: [], texts: [], tokens: [], kind: "dense", pair: [0, 1], weights: {}, language: "curl" };
+const state = { models: [], kind: "dense", language: "curl" };
 let counting; // aborts the count in flight
 
 const model = () => state.models.find(({ id }) => id === byId("model").value);
@@ -24,10 +24,11 @@ const part = (id) => byId(id).lastElementChild; // of a section: where its pictu
 const reveal = (id, isShown = true) => (byId(id).hidden = !isShown);
 const readTexts = () => byId("texts").value.split("\n").map((line) => line.trim()).filter(Boolean);
 
-/** A radio button a name into *fieldset*; *onChoose(name)*. */
+/** A radio button for each of *names* into the fieldset *id*. */
 function choices(id, names, chosen, onChoose) {
-  byId(id).replaceChildren(byId(id).firstElementChild, ...names.map((name) =>
-    make("label", {}, make("input", { type: "radio", name: id, value: name, checked: name === chosen, onchange: () => onChoose(name) }), name)));
+  refill(id, names.map((name) => make("label", {}, make("input", {
+    type: "radio", name: id, value: name, checked: name === chosen, onchange: () => onChoose(name),
+  }), name)));
 }
 
 async function connect() {
@@ -49,7 +50,8 @@ async function showModel() {
   const facts = {
     "made by": card.owned_by,
     reads: `${number(card.context_size)} tokens a text`,
-    gives: `${card.output_types.join(", ")}; ${number(card.dimensions)} numbers${card.dimensions_selectable ? ", or fewer" : ""}`,
+    gives: `${card.output_types.join(", ")}; ${number(card.dimensions)} numbers`,
+    "may be cut": card.dimensions_selectable && "to fewer numbers (dimensions)",
     precision: card.recipe ?? card.precision,
     ...card.notes,
     files: card.verified ? "verified against the catalogue" : "not in the catalogue, or changed",
@@ -62,9 +64,8 @@ async function showModel() {
   await showTokens();
 }
 
-async function tokenize(texts, signal) {
-  return call("v1/tokenize", { body: { model: model().id, input: texts, return_tokens: true }, signal });
-}
+const tokenize = (id, input, signal) =>
+  call("v1/tokenize", { body: { model: id, input, return_tokens: true }, signal });
 
 async function showTokens() {
   const texts = readTexts();
@@ -75,7 +76,7 @@ async function showTokens() {
     return;
   }
   counting = new AbortController();
-  const counted = await tokenize(texts.slice(0, SHOWN), counting.signal);
+  const counted = await tokenize(model().id, texts.slice(0, SHOWN), counting.signal);
   const over = texts.length > TEXTS_MAX ? `; the first ${number(TEXTS_MAX)} will be embedded` : "";
   const some = texts.length > SHOWN ? ` in the first ${SHOWN}` : "";
   byId("count").textContent = `${number(texts.length)} texts, ${number(counted.total_tokens)} tokens${some}${over}`;
@@ -85,10 +86,10 @@ async function showTokens() {
 }
 
 /** One request; adds its time to *times*, by the names of `server-timing`. */
-async function embedSome(input, outputs, times) {
+async function embedSome(id, input, outputs, times) {
   const began = performance.now();
   const response = await request("v1/embeddings", { body: {
-    model: model().id, input, output_type: outputs, encoding_format: "base64",
+    model: id, input, output_type: outputs, encoding_format: "base64",
     truncate: byId("truncate").checked ? "end" : undefined,
   } });
   const { data } = await response.json();
@@ -105,18 +106,19 @@ async function embed() {
   const texts = readTexts().slice(0, TEXTS_MAX);
   if (!texts.length) throw new Error("Write at least one text.");
   const [progress, times] = [byId("progress"), {}];
-  const outputs = model().output_types.filter((name) => name in SIMILARITY);
+  const { id, output_types: types } = model(); // another may be chosen meanwhile
+  const outputs = types.filter((name) => name in SIMILARITY);
   try {
     progress.max = texts.length;
     progress.value = 0;
     progress.hidden = texts.length <= SHOWN;
-    const tokens = (await tokenize(texts.slice(0, SHOWN))).data;
-    const items = await embedSome(texts.slice(0, SHOWN), outputs, times);
+    const tokens = (await tokenize(id, texts.slice(0, SHOWN))).data;
+    const items = await embedSome(id, texts.slice(0, SHOWN), outputs, times);
     while (items.length < texts.length) {
       progress.value = items.length;
-      items.push(...(await embedSome(texts.slice(items.length, items.length + CHUNK), ["dense"], times)));
+      items.push(...(await embedSome(id, texts.slice(items.length, items.length + CHUNK), ["dense"], times)));
     }
-    Object.assign(state, { texts, items, tokens, outputs, pair: [0, Math.min(1, texts.length - 1)] });
+    Object.assign(state, { id, texts, items, tokens, outputs, pair: [0, Math.min(1, texts.length - 1)] });
   } finally {
     progress.hidden = true;
   }
@@ -124,18 +126,18 @@ async function embed() {
   state.weights = Object.fromEntries(outputs.map((name) => [name, WEIGHTS[name]]));
   if (!kinds.includes(state.kind)) state.kind = kinds[0];
   choices("kinds", kinds, state.kind, (kind) => showSimilarity((state.kind = kind)));
-  byId("weights").replaceChildren(byId("weights").firstElementChild, ...outputs.map((name) => make("label", {}, name, make("input", {
+  refill("weights", outputs.map((name) => make("label", {}, name, make("input", {
     type: "range", min: 0, max: 1, step: 0.05, value: state.weights[name],
     oninput: ({ target }) => showSimilarity((state.weights[name] = Number(target.value))),
   }))));
   part("timing").replaceChildren(...timingBar(Object.entries(times)));
   showSimilarity();
   showSparse();
+  reveal("hint", false);
+  ["timing", "similarity", "code"].forEach((id) => reveal(id));
   reveal("map", texts.length > 2);
   if (texts.length > 2) showMap();
   showCode();
-  reveal("hint", false);
-  ["timing", "similarity", "code"].forEach((id) => reveal(id));
 }
 
 function showSimilarity() {
@@ -175,18 +177,20 @@ function showSparse() {
 function showMap() {
   const points = pca(state.items.map(({ dense }) => dense));
   byId("map").querySelector(".note").textContent =
-    `${number(points.length)} dense vectors on the plane along which they differ most (PCA). Point at one, or use the arrow keys.`;
-  part("map").replaceChildren(scatter(points, state.texts, Math.max(part("map").clientWidth || byId("hint").clientWidth, 300)));
+    `${number(points.length)} dense vectors on the plane along which they differ most (PCA). ` +
+    "Point at one, or use the arrow keys.";
+  part("map").replaceChildren(scatter(points, state.texts, part("map").clientWidth));
 }
 
 async function rerank() {
   const [query, documents] = [byId("query").value, readTexts().slice(0, SHOWN)];
   const body = { model: byId("reranker").value, query, documents };
   const [{ results }, [asked, ...items]] = await Promise.all(
-    [call("v1/rerank", { body }), embedSome([query, ...documents], ["dense"], {})]);
+    [call("v1/rerank", { body }), embedSome(model().id, [query, ...documents], ["dense"], {})]);
+  const cosines = items.map((item, i) => [i, SIMILARITY.dense(asked, item)]);
   part("rerank").replaceChildren(...[
     ["By the reranker", "fused", results.map(({ index, relevance_score: score }) => [index, score])],
-    ["By the embeddings", "dense", items.map((item, i) => [i, SIMILARITY.dense(asked, item)]).sort((a, b) => b[1] - a[1])],
+    ["By the embeddings", "dense", cosines.sort((a, b) => b[1] - a[1])],
   ].map(([caption, kind, ranked]) => barTable(caption, ranked.map(([i, score]) =>
     ({ name: `${i + 1} ${documents[i]}`, value: score, text: score.toFixed(3), kind })))));
 }
@@ -221,7 +225,7 @@ function showCode() {
   const code = byId("code").querySelector("code");
   const write = (language) => {
     state.language = language;
-    const body = { model: model().id, input: state.texts.slice(0, SHOWN), output_type: state.outputs };
+    const body = { model: state.id, input: state.texts.slice(0, SHOWN), output_type: state.outputs };
     code.textContent = CODE[language](new URL("v1", document.baseURI).href, body);
   };
   choices("languages", Object.keys(CODE), state.language, write);

@@ -1,6 +1,6 @@
 // The usage page, for a key with the scope admin: what was used, what goes on now, and the keys.
 
-import { attempt, byId, call, copyButton, make, number, request, start } from "./common.js";
+import { attempt, byId, call, copyButton, make, number, refill, request, start } from "./common.js";
 import { barTable, dayChart, sparkline } from "./charts.js";
 
 const EVERY_MS = 5000; // between two looks at /metrics
@@ -35,7 +35,7 @@ function quantile(share, metrics, name, labels) {
   return low + ((Number(limits[at]) - low) * (wanted - below)) / (counts[at] - below);
 }
 
-const seconds = (value) => (value === undefined ? "–" : value < 1 ? `${(value * 1000).toFixed(1)} ms` : `${value.toFixed(2)} s`);
+const duration = (s) => (s === undefined ? "–" : s < 1 ? `${(s * 1000).toFixed(1)} ms` : `${s.toFixed(2)} s`);
 
 async function look() {
   const metrics = parseMetrics(await (await request("metrics")).text());
@@ -46,7 +46,7 @@ async function look() {
   const levels = (name) => history.map(({ metrics: now }) => total(now, name));
   const phase = metrics.find(({ name, value }) => name === "trivec_phase" && value === 1);
   const rate = (values) => [values.length ? number(Math.round(values.at(-1) * 10) / 10) : "…", values];
-  const latency = (share) => [seconds(quantile(share, metrics, "trivec_request_duration_seconds", EMBEDDINGS))];
+  const latency = (share) => [duration(quantile(share, metrics, "trivec_request_duration_seconds", EMBEDDINGS))];
   const tiles = {
     phase: [phase?.labels.phase ?? "unknown"],
     "requests in the queue": [number(levels("trivec_queue_requests").at(-1)), levels("trivec_queue_requests")],
@@ -64,12 +64,14 @@ async function look() {
 
 async function showUsage() {
   const query = new URLSearchParams();
-  if (byId("since").value) query.set("since", new Date(Date.now() - byId("since").value * 86_400_000).toISOString().slice(0, 10));
-  if (byId("of").value) query.set("key", byId("of").value);
+  const [span, of] = [byId("since").value, byId("of").value];
+  if (span) query.set("since", new Date(Date.now() - span * 86_400_000).toISOString().slice(0, 10));
+  if (of) query.set("key", of);
   const sums = async (by) => (await call(`admin/v1/usage?by=${by}&${query}`)).data;
   const [days, keys, models] = await Promise.all(["day", "key", "model"].map(sums));
   const unit = byId("units").querySelector(":checked").value;
-  const bars = (lines, name) => lines.map((line) => ({ name: name(line), value: line[unit] })).sort((a, b) => b.value - a.value);
+  const bars = (lines, name) =>
+    lines.map((line) => ({ name: name(line), value: line[unit] })).sort((a, b) => b.value - a.value);
   byId("used").hidden = false;
   const today = new Date().toISOString().slice(0, 10); // the ledger's days are UTC's, too
   byId("days").replaceChildren(days.length
@@ -83,22 +85,24 @@ async function showUsage() {
 async function showKeys() {
   const { data: keys } = await call("admin/v1/keys");
   const chosen = byId("of").value;
-  byId("of").replaceChildren(byId("of").firstElementChild, ...keys.map(({ id, name }) => make("option", { value: id, selected: id === chosen }, `by ${name}`)));
-  const head = ["Name", "Key", "May", "Models", "Requests a minute", "Tokens a minute", "Created", "State", ""];
+  refill("of", keys.map(({ id, name }) => make("option", { value: id, selected: id === chosen }, `by ${name}`)));
   const day = (moment) => moment.slice(0, 10);
-  document.querySelector(".keys").replaceChildren(
-    make("thead", {}, make("tr", {}, head.map((title) => make("th", { scope: "col" }, title || make("span", { class: "unseen" }, "Actions"))))),
-    make("tbody", {}, keys.map((key) => {
-      const isOver = key.revoked || (key.expires && Date.parse(key.expires) < Date.now());
-      const state = key.revoked ? `revoked ${day(key.revoked)}` : key.expires ? `${isOver ? "ended" : "ends"} ${day(key.expires)}` : "live";
-      const limit = (value) => (value === null ? "no limit" : number(value));
-      return make("tr", { class: isOver && "ended" }, make("th", { scope: "row", title: key.id }, key.name),
-        make("td", {}, key.hints.join(", ")), make("td", {}, key.scopes.join(", ")), make("td", {}, key.models?.join(", ") ?? "all"),
-        make("td", {}, limit(key.requests_per_minute)), make("td", {}, limit(key.tokens_per_minute)),
-        make("td", {}, day(key.created)), make("td", {}, state), make("td", {}, !isOver && [
-          make("button", { type: "button", "aria-label": `Rotate ${key.name}`, onclick: () => confirmRotate(key) }, "Rotate"), " ",
-          make("button", { type: "button", class: "danger", "aria-label": `Revoke ${key.name}`, onclick: () => confirmRevoke(key) }, "Revoke")]));
-    })));
+  const limit = (value) => (value === null ? "no limit" : number(value));
+  const row = (key) => {
+    const isOver = key.revoked || (key.expires && Date.parse(key.expires) < Date.now());
+    const ends = key.expires ? `${isOver ? "ended" : "ends"} ${day(key.expires)}` : "live";
+    const button = (name, act, kind) => make("button", {
+      type: "button", class: kind, "aria-label": `${name} ${key.name}`, onclick: () => act(key),
+    }, name);
+    const cells = [
+      key.hints.join(", "), key.scopes.join(", "), key.models?.join(", ") ?? "all", limit(key.requests_per_minute),
+      limit(key.tokens_per_minute), day(key.created), key.revoked ? `revoked ${day(key.revoked)}` : ends,
+      isOver ? "" : [button("Rotate", confirmRotate), " ", button("Revoke", confirmRevoke, "danger")],
+    ];
+    return make("tr", { class: isOver && "ended" }, make("th", { scope: "row", title: key.id }, key.name),
+      cells.map((content) => make("td", {}, content)));
+  };
+  byId("keys").querySelector("tbody").replaceChildren(...keys.map(row));
   byId("keys").hidden = false;
 }
 
@@ -124,14 +128,16 @@ function showOnce({ name, key, warnings = [] }) {
   dialog.addEventListener("close", () => dialog.replaceChildren(), { once: true });
   dialog.replaceChildren(make("h2", { id: "dialog-title" }, `The key ${name}`), make("pre", { tabindex: 0 }, key),
     make("p", { class: "note" }, "It is shown only now. Keep it where your program reads it."),
-    warnings.map((text) => make("p", { class: "over note" }, text)), make("div", { class: "row" }, copyButton(() => key),
+    ...warnings.map((text) => make("p", { class: "over" }, text)),
+    make("div", { class: "row" }, copyButton(() => key),
       make("button", { type: "button", class: "primary", onclick: () => dialog.close() }, "Done")));
 }
 
 const field = (label, attributes) => make("label", {}, label, make("input", attributes));
-const change = (key, verb, body) => call(`admin/v1/keys/${encodeURIComponent(key.id)}/${verb}`, { method: "POST", body });
+const change = (key, verb, body) => call(`admin/v1/keys/${key.id}/${verb}`, { method: "POST", body });
 
-const confirmRevoke = (key) => ask(`Revoke ${key.name}?`, make("p", {}, "Its requests are refused from now on. This cannot be undone."),
+const confirmRevoke = (key) => ask(`Revoke ${key.name}?`,
+  make("p", {}, "Its requests are refused from now on. This cannot be undone."),
   "Revoke", () => change(key, "revoke"), "danger");
 
 const confirmRotate = (key) => ask(`Rotate ${key.name}?`, [
