@@ -289,7 +289,7 @@ class ModelCard:
     notes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     def takes_dimensions(self, count: int) -> bool:
-        """Whether a dense vector may be cut to *count* numbers; to all of them it always may."""
+        """Whether a dense vector may have *count* numbers."""
         sizes = {*self.matryoshka_dimensions, self.dimensions}
         return count in sizes or (self.dimensions_selectable and 0 < count < self.dimensions)
 
