@@ -20,16 +20,10 @@ from trivec.api.inference import blamed_on, read, respond
 from trivec.api.openai import embed
 from trivec.api.openapi import Operation
 from trivec.api.rerank import Document, RerankResult, best_first, rank
-from trivec.api.responses import (
-    FLOAT_TEXT_BYTES,
-    cut,
-    json_response,
-    quantise,
-    to_base64,
-    to_json,
-)
+from trivec.api.responses import FLOAT_TEXT_BYTES, json_response, to_base64, to_json
 from trivec.api.schemas import Decoder, Dimensions, EmbeddingsRequest, InputType, Truncate, doc
 from trivec.core.errors import FieldInvalid
+from trivec.core.quantisation import cut, quantise
 from trivec.core.types import Truncated
 
 SEARCH_UNIT_DOCUMENTS = 100  # Cohere's unit of billing

@@ -16,9 +16,10 @@ from trivec.api.errors import ErrorShape
 from trivec.api.inference import blamed_on, read, respond
 from trivec.api.openai import embed as embed_inputs
 from trivec.api.openapi import Operation
-from trivec.api.responses import cut, json_response, to_json
+from trivec.api.responses import json_response, to_json
 from trivec.api.schemas import Decoder, Dimensions, EmbeddingsRequest, doc
 from trivec.core.errors import FieldInvalid
+from trivec.core.quantisation import cut
 from trivec.core.types import ModelCard, Output
 
 LATEST = ":latest"  # what Ollama puts behind a name without a tag

@@ -39,7 +39,7 @@ from trivec.api.openai import (
 )
 from trivec.api.openapi import Operation
 from trivec.api.rerank import DOCUMENTS_MAX, best_first, rank
-from trivec.api.responses import cut, json_response, to_json, unit
+from trivec.api.responses import json_response, to_json
 from trivec.api.schemas import (
     Decoder,
     Dimensions,
@@ -50,6 +50,7 @@ from trivec.api.schemas import (
 )
 from trivec.core.errors import FieldInvalid
 from trivec.core.ports import Embedder
+from trivec.core.quantisation import cut, unit
 from trivec.core.types import Output
 
 TOKEN_ID_MAX = 2**31 - 1
