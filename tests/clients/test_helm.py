@@ -318,6 +318,13 @@ def test_values_that_cannot_work_are_refused_by_name(values: Mapping[str, Any], 
         rendered(values)
 
 
+def test_a_packaged_chart_needs_no_other_and_says_the_same(tmp_path: Path) -> None:
+    archive = helm.package(CHART, destination=tmp_path)
+    with helm.Chart.load(archive) as packaged, helm.Chart.load(CHART) as chart:
+        assert packaged.render({}, name="trivec") == chart.render({}, name="trivec")
+    assert "dependencies" not in yaml.safe_load((CHART / "Chart.yaml").read_text("utf-8"))
+
+
 def test_the_chart_has_the_version_of_the_package() -> None:
     from trivec import __version__
 

@@ -19,6 +19,7 @@ from tests.process.server import Server, refused, running, started
 from tests.process.test_life import SlowClient
 
 from trivec.server.processes import RESTARTS_MAX
+from trivec.telemetry.metrics import WINDOW_S
 
 pytestmark = pytest.mark.process
 
@@ -94,6 +95,20 @@ def test_the_ledger_and_the_metrics_of_all_processes_are_one(tmp_path: Path) -> 
 
             assert until(lambda: sum(answered().values()) == 12), answered()
             assert set(answered()) <= {"api-1", "api-2", "api-3"}
+
+            def signals() -> dict[str, list[float]]:
+                page = client.get("/metrics").text
+                return {
+                    family.name: [one.value for one in family.samples]
+                    for family in text_string_to_metric_families(page)
+                    if family.name
+                    in ("trivec_queue_seconds", "trivec_queue_tokens", "trivec_tokens_per_second")
+                }
+
+            computed = pytest.approx(tokens / WINDOW_S, rel=0.5)  # the self-tests' tokens, too
+            assert until(lambda: signals().get("trivec_tokens_per_second") == [computed]), signals()
+            assert signals()["trivec_queue_seconds"] == [0]
+            assert signals()["trivec_queue_tokens"] == [0]
 
 
 def test_without_its_engine_nobody_is_ready_until_it_is_back(tmp_path: Path) -> None:
