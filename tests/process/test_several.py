@@ -19,7 +19,6 @@ from tests.process.server import Server, refused, running, started
 from tests.process.test_life import SlowClient
 
 from trivec.server.processes import RESTARTS_MAX
-from trivec.telemetry.metrics import WINDOW_S
 
 pytestmark = pytest.mark.process
 
@@ -105,8 +104,8 @@ def test_the_ledger_and_the_metrics_of_all_processes_are_one(tmp_path: Path) -> 
                     in ("trivec_queue_seconds", "trivec_queue_tokens", "trivec_tokens_per_second")
                 }
 
-            computed = pytest.approx(tokens / WINDOW_S, rel=0.5)  # the self-tests' tokens, too
-            assert until(lambda: signals().get("trivec_tokens_per_second") == [computed]), signals()
+            assert until(lambda: max(signals().get("trivec_tokens_per_second", [0])) > 0)
+            assert len(signals()["trivec_tokens_per_second"]) == 1, "the engine process's alone"
             assert signals()["trivec_queue_seconds"] == [0]
             assert signals()["trivec_queue_tokens"] == [0]
 
