@@ -25,7 +25,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "checkpoints": (2_150, 11),
     "tokenizer": (730, 3),
     "accounts": (2_970, 19),
-    "telemetry": (700, 4),
+    "telemetry": (697, 4),
     "ipc": (530, 5),
     "core": (900, 7),
     "jobs": (1_310, 5),
