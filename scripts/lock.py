@@ -31,7 +31,9 @@ HEADER = """\
 
 def main() -> None:
     """Write all the files, each without what the ones installed before it hold."""
-    serve = compiled("pyproject.toml") | compiled("-", stdin="\n".join(BUILD))
+    serve = compiled("pyproject.toml", "--extra", "postgres") | compiled(
+        "-", stdin="\n".join(BUILD)
+    )
     serve |= compiled("-", "--no-deps", stdin=MINILM)
     write("serve", serve)
     test = compiled("--group", "test")

@@ -95,6 +95,20 @@ def test_the_ledger_and_the_metrics_of_all_processes_are_one(tmp_path: Path) -> 
             assert until(lambda: sum(answered().values()) == 12), answered()
             assert set(answered()) <= {"api-1", "api-2", "api-3"}
 
+            def signals() -> dict[str, list[float]]:
+                page = client.get("/metrics").text
+                return {
+                    family.name: [one.value for one in family.samples]
+                    for family in text_string_to_metric_families(page)
+                    if family.name
+                    in ("trivec_queue_seconds", "trivec_queue_tokens", "trivec_tokens_per_second")
+                }
+
+            assert until(lambda: max(signals().get("trivec_tokens_per_second", [0])) > 0)
+            assert len(signals()["trivec_tokens_per_second"]) == 1, "the engine process's alone"
+            assert signals()["trivec_queue_seconds"] == [0]
+            assert signals()["trivec_queue_tokens"] == [0]
+
 
 def test_without_its_engine_nobody_is_ready_until_it_is_back(tmp_path: Path) -> None:
     with running(tmp_path, *FAKE, environ=THREE) as server:

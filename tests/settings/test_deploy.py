@@ -1,5 +1,6 @@
 """What `deploy/` holds fits what the server reads."""
 
+import json
 import re
 from pathlib import Path
 
@@ -35,6 +36,32 @@ def test_the_unit_reads_its_secrets_from_a_file() -> None:
     assert "\nEnvironmentFile=-/etc/trivec/trivec.env\n" in (
         ROOT / "deploy/trivec.service"
     ).read_text("utf-8")
+
+
+def test_the_image_has_the_driver_of_the_postgres_that_its_files_put_behind_it() -> None:
+    pinned = (ROOT / "requirements/serve.txt").read_text("utf-8")
+    assert re.findall(r"^psycopg(?:-binary)?(?===)", pinned, re.M) == ["psycopg", "psycopg-binary"]
+
+
+def test_the_chart_names_variables_that_the_settings_know() -> None:
+    """What can be checked without Helm; `tests/clients/test_helm.py` renders the chart."""
+    templates = (ROOT / "deploy/helm/trivec/templates").glob("*.*")
+    text = " ".join(file.read_text("utf-8") for file in templates)
+    named = set(re.findall(r"\bTRIVEC_[A-Z_]+", text)) - {"TRIVEC_PORT"}
+    known = {variable_name(path) for path in setting_paths()}
+    assert named
+    assert named <= known
+
+
+def test_the_charts_schema_knows_every_value_and_each_value_fits_it() -> None:
+    folder = ROOT / "deploy/helm/trivec"
+    schema = json.loads((folder / "values.schema.json").read_text("utf-8"))
+    values = yaml.safe_load((folder / "values.yaml").read_text("utf-8"))
+    assert set(schema["properties"]) - {"global"} == set(values)
+    for name, value in values.items():
+        fields = schema["properties"][name].get("properties")
+        if fields is not None and name != "resources":
+            assert set(fields) == set(value), name
 
 
 def test_the_compose_file_gives_variables_that_the_settings_know() -> None:

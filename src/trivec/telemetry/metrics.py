@@ -182,8 +182,7 @@ class Metrics:
             gauge = GaugeMetricFamily(name, says, labels=("model",))
             for model, value in by_model.items():
                 gauge.add_metric((model,), value)
-            if queues:  # an API process has none, and a family without series is no use
-                yield gauge
+            yield gauge  # without series in an API process
 
     def observe(self, event: Event) -> None:
         match event:
