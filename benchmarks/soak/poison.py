@@ -83,7 +83,7 @@ async def _run(batches: int, backend: str) -> Report:
 @contextmanager
 def stages_that_raise(service: Service) -> Iterator[None]:
     """Tokenising and encoding fail for the word that names them."""
-    tokenize = service.engine.tokenize
+    tokenize = service.engine.tokenizer.tokenize
     not_to_encode: list[Sequences] = []
 
     async def tokenizing(

@@ -154,7 +154,7 @@ async def tokenize_input(
     long_text: LongText,
     token_count_max: int | None = None,
 ) -> Sequences:
-    """The sequences of the texts or token ids in *asked*. Raises what `Embedder.tokenize` does."""
+    """The sequences of the texts or token ids in *asked*. Raises what `TextTokenizer.tokenize` does."""
     given = asked.input
     encoding = asked.token_encoding or context.app.limits.token_encoding
     started_s = context.app.clock.now_s()
@@ -183,14 +183,14 @@ async def tokenize_input(
         )
     if isinstance(asked, EmbeddingsRequest) and asked.is_chunked:
         texts = cast("list[str]", inputs)
-        sequences = await embedder.tokenize_chunks(
+        sequences = await embedder.tokenizer.tokenize_chunks(
             texts, prompt=prompt, chunk_size=asked.chunk_size
         )
         if asked.chunk_size is not None:
             context.memory.add(sequences.token_count * TEXT_TOKEN_BYTES)
             context.chunks = await find_chunks(texts, sequences, embedder, prompt=prompt)
     else:
-        sequences = await embedder.tokenize(
+        sequences = await embedder.tokenizer.tokenize(
             inputs,
             long_text=long_text,
             trusted=encoding == "model",
@@ -205,7 +205,9 @@ async def find_chunks(
     texts: Texts, sequences: Sequences, embedder: Embedder, *, prompt: str
 ) -> list[Chunk]:
     """Where each chunk of *sequences* lies in its text, which had *prompt* before it."""
-    found = await embedder.find_tokens([prompt + text for text in texts], special_tokens=True)
+    found = await embedder.tokenizer.find_tokens(
+        [prompt + text for text in texts], special_tokens=True
+    )
     assert sequences.chunks is not None
     return [
         Chunk(

@@ -37,7 +37,7 @@ async def embeddings(context: RequestContext) -> Response:
         embedder = context.find_embedder(asked.model)
         for vector in embedded.vectors.sparse:
             assert vector is not None, "every sequence was asked for its sparse vector"
-            token_strings.append(embedder.token_strings(vector.token_ids))
+            token_strings.append(embedder.tokenizer.token_strings(vector.token_ids))
             await asyncio.sleep(0)  # other requests get a turn after every vector
     write = partial(
         encode_embeddings,
@@ -80,7 +80,7 @@ async def tokenize(context: RequestContext) -> Response:
             strings = None
             if asked.return_tokens:  # of a long text it takes up to 0.3 s
                 is_short = end - start <= TOKEN_STRINGS_IN_LINE_MAX
-                find = embedder.token_strings
+                find = embedder.tokenizer.token_strings
                 strings = find(token_ids) if is_short else await asyncio.to_thread(find, token_ids)
             data.append(
                 TokenizedText(

@@ -129,18 +129,20 @@ async def score_pairs(
     with blamed_on({"input": fields[1], "query": fields[0]}):
         if by_head:
             asked = list(queries) * (len(documents) if len(queries) == 1 else 1)
-            sequences = await embedder.tokenize_pairs(
+            sequences = await embedder.tokenizer.tokenize_pairs(
                 list(zip(asked, documents, strict=True)),
                 long_text=long_text,
                 document_tokens_max=document_tokens_max,
             )
             truncated = sequences.truncated
         else:
-            kept = await embedder.tokenize(queries, long_text=LongText.KEEP, prompt=prompts[0])
+            kept = await embedder.tokenizer.tokenize(
+                queries, long_text=LongText.KEEP, prompt=prompts[0]
+            )
             longest, count_max = int(kept.lengths().max()), card.token_count_max
             if longest > count_max or kept.truncated:
                 raise TextTooLong(token_count=longest, token_count_max=count_max, index=None)
-            answers = await embedder.tokenize(
+            answers = await embedder.tokenizer.tokenize(
                 documents,
                 long_text=long_text,
                 prompt=prompts[1],
@@ -173,7 +175,7 @@ async def score_texts(
     await context.reservation.acquire(tokens_follow=True)
     long_text = LONG_TEXT[context.truncate if truncate is None else truncate]
     with blamed_on({"input": field}):
-        sequences = await embedder.tokenize(texts, long_text=long_text)
+        sequences = await embedder.tokenizer.tokenize(texts, long_text=long_text)
     scores = await _score_by_head(context, embedder, sequences, len(texts) * ITEM_FRAME_BYTES)
     return PairScores(scores, True, sequences.token_count, sequences.truncated)
 

@@ -351,7 +351,7 @@ async def tokenize(context: RequestContext) -> Response:
     prompt = choose_prompt(embedder.card, prompt_name=asked.prompt_name)
     async with tokenizer_turn(context):
         with blamed_on({"input": "inputs"}):
-            found = await embedder.find_tokens(
+            found = await embedder.tokenizer.find_tokens(
                 [prompt + text for text in texts],
                 special_tokens=asked.add_special_tokens is not False,
             )
@@ -372,7 +372,7 @@ async def decode(context: RequestContext) -> Response:
         context.input_count = check_inputs(asked.ids, context.app.limits)
         await context.reservation.acquire()
         lists = [asked.ids] if isinstance(asked.ids[0], int) else asked.ids
-        texts = await embedder.decode(
+        texts = await embedder.tokenizer.decode(
             [np.array(ids, np.int32) for ids in lists],
             special_tokens=asked.skip_special_tokens is False,
         )

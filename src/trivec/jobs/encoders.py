@@ -116,13 +116,13 @@ class EmbedderEncoder:
     async def _tokenize(self, texts: Sequence[str]) -> tuple[Sequences, dict[int, str]]:
         """Ids of *texts*, and why some have none."""
         with suppress(RequestError, EngineFault):  # one of the texts is at fault
-            return await self._embedder.tokenize(texts, long_text=self._long_text), {}
+            return await self._embedder.tokenizer.tokenize(texts, long_text=self._long_text), {}
         ids: list[Sequence[int] | Int32Array] = []
         truncated: dict[int, Truncated] = {}
         bad: dict[int, str] = {}
         for i, text in enumerate(texts):
             try:
-                alone = await self._embedder.tokenize([text], long_text=self._long_text)
+                alone = await self._embedder.tokenizer.tokenize([text], long_text=self._long_text)
             except (RequestError, EngineFault) as fault:
                 ids.append([])
                 bad[i] = str(fault)
