@@ -26,7 +26,7 @@ from benchmarks.texts import sentences
 
 from trivec.api.responses import encode_embeddings
 from trivec.core.ports import Texts, TokenLists
-from trivec.core.types import Float32Array, LongText, Sequences, Vectors
+from trivec.core.types import Float32Array, Sequences, Vectors
 
 IN_THE_DEVICE = {
     "poison": Fault.RAISE,
@@ -86,12 +86,10 @@ def stages_that_raise(service: Service) -> Iterator[None]:
     tokenize = service.engine.tokenizer.tokenize
     not_to_encode: list[Sequences] = []
 
-    async def tokenizing(
-        inputs: Texts | TokenLists, *, long_text: LongText, trusted: bool = False
-    ) -> Sequences:
+    async def tokenizing(inputs: Texts | TokenLists, **how: Any) -> Sequences:
         if any(isinstance(one, str) and "tokenizer" in one for one in inputs):
             raise Injected
-        sequences = await tokenize(inputs, long_text=long_text, trusted=trusted)
+        sequences = await tokenize(inputs, **how)
         if any(isinstance(one, str) and "encoding" in one for one in inputs):
             not_to_encode.append(sequences)
         return sequences
@@ -102,7 +100,7 @@ def stages_that_raise(service: Service) -> Iterator[None]:
         return encode_embeddings(vectors, sequences, **asked)
 
     with (
-        mock.patch.object(service.engine, "tokenize", tokenizing),
+        mock.patch.object(service.engine.tokenizer, "tokenize", tokenizing),
         mock.patch("trivec.api.openai.encode_embeddings", encoding),
     ):
         yield

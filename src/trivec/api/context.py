@@ -15,13 +15,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from http import HTTPMethod, HTTPStatus
-from typing import Self
+from typing import Self, cast
 
 from starlette.types import Receive, Scope
 
 from trivec.accounts import Accounts, Key, RateLimitState, RequestMeta, Reservation
 from trivec.api.memory import ByteBudget, MemoryReservation
-from trivec.api.schemas import Chunk, shown
+from trivec.api.schemas import Chunk, Truncate, shown
 from trivec.core.errors import (
     AnswerTooLarge,
     BodyTooLarge,
@@ -136,9 +136,9 @@ class RequestContext:
         return self.caller
 
     @property
-    def truncate(self) -> str:
+    def truncate(self) -> Truncate:
         """Which side is cut of a text that is too long, where the request does not say."""
-        return self.known_caller.truncate or self.app.limits.truncate
+        return cast("Truncate", self.known_caller.truncate or self.app.limits.truncate)
 
     @cached_property
     def reservation(self) -> Reservation:

@@ -69,12 +69,12 @@ class TeiOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     truncate: bool | Truncate | None = None
     truncation_direction: Literal["left", "right"] | None = None
 
-    @property
-    def cut(self) -> bool | Truncate | None:
-        """Which side is cut of a text that is too long; None: as the key or the server says."""
-        if self.truncate in (True, "end") and self.truncation_direction == "left":
-            return "start"
-        return self.truncate
+    def cut(self, default: Truncate) -> bool | Truncate:
+        """Which side is cut of a text that is too long, if any; *default*: of the key or server."""
+        said = default if self.truncate is None else self.truncate
+        if self.truncation_direction is None or said in (False, "none"):
+            return said
+        return "start" if self.truncation_direction == "left" else "end"
 
 
 class TeiEmbedRequest(TeiOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -246,7 +246,7 @@ async def _embed(asked: TeiEmbedRequest, context: RequestContext, output: Output
                 input=asked.inputs,
                 prompt_name=asked.prompt_name,
                 dimensions=asked.dimensions,
-                truncate=asked.cut,
+                truncate=asked.cut(context.truncate),
                 output_type=str(output.name).lower(),
                 token_encoding="model" if is_ids else None,
             ),
@@ -265,7 +265,7 @@ async def rerank(context: RequestContext, body: bytes | None = None) -> Response
         choose_embedder(context, asked.model, Output.SCORE),
         asked.query,
         asked.texts,
-        truncate=asked.cut,
+        truncate=asked.cut(context.truncate),
         returns_texts=asked.return_text,
         field="texts",
     )
@@ -300,12 +300,14 @@ async def predict(context: RequestContext, body: bytes | None = None) -> Respons
         raise FieldInvalid("This model is no classifier and no reranker.", param="model")
     if len(texts[0]) == 1:
         alone = [own[0] for own in texts]
-        scored = await score_texts(context, embedder, alone, truncate=asked.cut, field="inputs")
+        scored = await score_texts(
+            context, embedder, alone, truncate=asked.cut(context.truncate), field="inputs"
+        )
     else:
         firsts, seconds = zip(*texts, strict=True)
         fields = ("inputs", "inputs")
         scored = await score_pairs(
-            context, embedder, firsts, seconds, truncate=asked.cut, fields=fields
+            context, embedder, firsts, seconds, truncate=asked.cut(context.truncate), fields=fields
         )
     answers = [
         [
@@ -332,7 +334,7 @@ async def similarity(context: RequestContext, body: bytes | None = None) -> Resp
         embedder,
         [asked.inputs.source_sentence],
         asked.inputs.sentences,
-        truncate=options.cut,
+        truncate=options.cut(context.truncate),
         weights={Output.DENSE: 1.0},
         prompts=(prompt, prompt),
         fields=("inputs.source_sentence", "inputs.sentences"),
@@ -345,12 +347,11 @@ async def tokenize(context: RequestContext) -> Response:
     asked = await read(TeiTokenizeRequest, context, joins_queue=False)
     embedder = choose_embedder(context, asked.model, Output.DENSE)
     texts = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
-    check_texts(texts, "inputs", context.app.limits.inputs_max)
-    context.input_count = len(texts)
-    await context.reservation.acquire()
     prompt = choose_prompt(embedder.card, prompt_name=asked.prompt_name)
-    async with tokenizer_turn(context):
-        with blamed_on({"input": "inputs"}):
+    with blamed_on({"input": "inputs"}):
+        context.input_count = check_inputs(texts, context.app.limits)
+        await context.reservation.acquire()
+        async with tokenizer_turn(context):
             found = await embedder.tokenizer.find_tokens(
                 [prompt + text for text in texts],
                 special_tokens=asked.add_special_tokens is not False,
