@@ -100,6 +100,12 @@ async def test_cohere_cuts_by_default_and_says_so(house: House) -> None:
     assert "texts[1]" in refused["message"]
 
 
+async def test_cohere_names_its_own_field_for_too_many_tokens(house: House) -> None:
+    body = {"model": MODEL, "texts": ["a"], "input_type": "search_query", "max_tokens": 10**6}
+    refused = await ask(house, "/v2/embed", body, status=400)
+    assert "'max_tokens' = 1000000" in refused["message"]
+
+
 async def test_cohere_reranks_without_texts_and_counts_search_units(house: House) -> None:
     documents = [*TEXTS, LONG] * 30
     body = {"model": RERANKER, "query": QUERY, "documents": documents, "top_n": 5}

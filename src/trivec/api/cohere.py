@@ -173,7 +173,8 @@ async def _embed(asked: CohereEmbedRequest, context: RequestContext, *, by_type:
         truncate=asked.truncate or "end",
         truncate_prompt_tokens=None if asked.truncate == "none" else asked.max_tokens,
     )
-    with blamed_on({"input": field, "output_dtype": "embedding_types", "output_type": "model"}):
+    names = {"input": field, "output_dtype": "embedding_types", "output_type": "model"}
+    with blamed_on({**names, "truncate_prompt_tokens": "max_tokens"}):
         embedded = await embed(request, context)
     rows = cut(embedded.vectors.dense, asked.output_dimension)
     byte_count = len(types) * rows.size * FLOAT_TEXT_BYTES

@@ -298,17 +298,13 @@ async def predict(context: RequestContext, body: bytes | None = None) -> Respons
     embedder = choose_embedder(context, asked.model, Output.SCORE)
     if Output.SCORE not in embedder.card.outputs:
         raise FieldInvalid("This model is no classifier and no reranker.", param="model")
+    truncate = asked.cut(context.truncate)
     if len(texts[0]) == 1:
         alone = [own[0] for own in texts]
-        scored = await score_texts(
-            context, embedder, alone, truncate=asked.cut(context.truncate), field="inputs"
-        )
+        scored = await score_texts(context, embedder, alone, truncate=truncate, field="inputs")
     else:
-        firsts, seconds = zip(*texts, strict=True)
-        fields = ("inputs", "inputs")
-        scored = await score_pairs(
-            context, embedder, firsts, seconds, truncate=asked.cut(context.truncate), fields=fields
-        )
+        pairs, fields = zip(*texts, strict=True), ("inputs", "inputs")
+        scored = await score_pairs(context, embedder, *pairs, truncate=truncate, fields=fields)
     answers = [
         [
             Prediction(row[label], f"LABEL_{label}")
