@@ -11,23 +11,23 @@ import pytest
 SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
-LINES_MAX, FILES_MAX = 23_400, 128  # the aim is 11,500 in 100: a number here may only go down
+LINES_MAX, FILES_MAX = 23_220, 128  # the aim is 11,500 in 100: a number here may only go down
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_600, 7),
     "server": (970, 5),
-    "build": (450, 1),
+    "build": (447, 1),
     "settings": (420, 1),
-    "api": (4_220, 20),
-    "engine": (980, 5),
+    "api": (4_090, 20),
+    "engine": (971, 5),
     "models": (2_110, 15),
     "backends": (3_310, 17),
     "checkpoints": (2_150, 11),
-    "tokenizer": (730, 3),
+    "tokenizer": (728, 3),
     "accounts": (2_970, 19),
     "telemetry": (670, 4),
-    "ipc": (530, 5),
-    "core": (900, 7),
+    "ipc": (517, 5),
+    "core": (897, 7),
     "jobs": (1_310, 5),
     "playground": (90, 1),
 }

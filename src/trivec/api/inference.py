@@ -57,11 +57,7 @@ class EmbeddedInputs:
 
 
 async def read(
-    kind: type[T],
-    context: RequestContext,
-    body: bytes | None = None,
-    *,
-    joins_queue: bool = True,
+    kind: type[T], context: RequestContext, body: bytes | None = None, *, joins_queue: bool = True
 ) -> T:
     """The request in *body*, which is read unless it is given. From here on its client is watched.
 

@@ -11,7 +11,7 @@ from trivec.api.inference import choose_embedder, read
 from trivec.api.openapi import keyed
 from trivec.api.responses import json_response
 from trivec.api.rules import OUTPUTS, check_texts, output_names
-from trivec.api.schemas import Truncate, doc, shown
+from trivec.api.schemas import Truncate, Usage, doc, shown
 from trivec.api.scoring import DOCUMENTS_MAX, rank, require_one_label, score_pairs
 from trivec.core.errors import FieldInvalid
 from trivec.core.types import ModelCard, Output, Truncated
@@ -70,11 +70,9 @@ class RerankResult(Struct, frozen=True, omit_defaults=True):
     truncated: Truncated | None = None
 
 
-class RerankUsage(Struct, frozen=True):
-    """Tokens computed, special tokens included."""
+class RerankUsage(Usage, frozen=True):
+    """Tokens computed, special tokens included; none are generated."""
 
-    prompt_tokens: int
-    total_tokens: int
     completion_tokens: int = 0
 
 
@@ -214,16 +212,10 @@ async def score(context: RequestContext) -> Response:
         )
     embedder = choose_embedder(context, asked.model, Output.SCORE)
     require_one_label(embedder.card)
-    truncate = asked.truncate
-    if truncate is None and asked.truncate_prompt_tokens is not None:
-        truncate = "end"
+    cut = None if asked.truncate_prompt_tokens is None else "end"
+    truncate = cut if asked.truncate is None else asked.truncate
     scored = await score_pairs(
-        context,
-        embedder,
-        queries,
-        documents,
-        truncate=truncate,
-        fields=fields,
+        context, embedder, queries, documents, truncate=truncate, fields=fields
     )
     scores = scored.activated(raw=asked.use_activation is False)[:, 0]
     response = ScoreResponse(

@@ -59,8 +59,7 @@ class TokenizeRequest(Struct, frozen=True, forbid_unknown_fields=True):
     """Body of `POST /tokenize`; null means unset."""
 
     model: Annotated[
-        str,
-        doc("The id or alias of a served model.", ["all-minilm-l6-v2", "baai/bge-m3"]),
+        str, doc("The id or alias of a served model.", ["all-minilm-l6-v2", "baai/bge-m3"])
     ]
     input: Annotated[
         str | list[str | int | list[int]],
