@@ -97,7 +97,7 @@ def require_one_label(card: ModelCard) -> None:
 async def score_pairs(
     context: RequestContext,
     embedder: Embedder,
-    queries: Texts,
+    queries: Texts | None,
     documents: Texts,
     *,
     truncate: bool | str | None,
@@ -109,12 +109,12 @@ async def score_pairs(
 ) -> PairScores:
     """Scores of *documents*, each for the one of *queries*, or for its own where there are many.
 
-    By the model's head for scores, or else by its vectors, whose scores are weighted by *weights*
+    A classifier scores them alone, where *queries* is None. By the model's head for scores, or else by its vectors, whose scores are weighted by *weights*
     and whose texts follow *prompts*. Only documents are cut, to *document_tokens_max* at most.
     *response_bytes*: what the answer takes beside its numbers. *fields*: what the face
     calls a query and the documents.
     """
-    assert len(queries) in (1, len(documents))
+    assert queries is None or len(queries) in (1, len(documents))
     card, now_s = embedder.card, context.app.clock.now_s
     by_head = Output.SCORE in card.outputs
     if by_head and weights is not None:
@@ -127,7 +127,10 @@ async def score_pairs(
     started_s = now_s()
     long_text = LONG_TEXT[context.truncate if truncate is None else truncate]
     with blamed_on({"input": fields[1], "query": fields[0]}):
-        if by_head:
+        if queries is None:
+            sequences = await embedder.tokenizer.tokenize(documents, long_text=long_text)
+            truncated = sequences.truncated
+        elif by_head:
             asked = list(queries) * (len(documents) if len(queries) == 1 else 1)
             sequences = await embedder.tokenizer.tokenize_pairs(
                 list(zip(asked, documents, strict=True)),
@@ -151,7 +154,7 @@ async def score_pairs(
             sequences, truncated = interleave(kept, answers), answers.truncated
     context.tokenize_s = now_s() - started_s
     response_bytes += len(documents) * ITEM_FRAME_BYTES
-    if by_head:
+    if by_head or queries is None:
         scores = await _score_by_head(context, embedder, sequences, response_bytes)
     else:
         if weights is None:
@@ -160,24 +163,6 @@ async def score_pairs(
             context, embedder, sequences, len(queries), weights, response_bytes
         )
     return PairScores(scores, by_head, sequences.token_count, truncated)
-
-
-async def score_texts(
-    context: RequestContext,
-    embedder: Embedder,
-    texts: Texts,
-    *,
-    truncate: bool | str | None,
-    field: str,
-) -> PairScores:
-    """Scores of *texts* alone, which came in *field*, by a classifier."""
-    context.input_count = len(texts)
-    await context.reservation.acquire(tokens_follow=True)
-    long_text = LONG_TEXT[context.truncate if truncate is None else truncate]
-    with blamed_on({"input": field}):
-        sequences = await embedder.tokenizer.tokenize(texts, long_text=long_text)
-    scores = await _score_by_head(context, embedder, sequences, len(texts) * ITEM_FRAME_BYTES)
-    return PairScores(scores, True, sequences.token_count, sequences.truncated)
 
 
 async def _score_by_head(

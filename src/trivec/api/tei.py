@@ -6,7 +6,7 @@ unless they name one in `model`, which is ours. Numbers are floats, and nothing 
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, cast
 
 import msgspec
 import numpy as np
@@ -29,7 +29,7 @@ from trivec.api.openapi import keyed
 from trivec.api.responses import cut, json_response, to_json, unit
 from trivec.api.rules import blamed_on, check_inputs, check_text, check_texts, choose_prompt
 from trivec.api.schemas import Dimensions, EmbeddingsRequest, Truncate, doc
-from trivec.api.scoring import DOCUMENTS_MAX, rank, score_pairs, score_texts
+from trivec.api.scoring import DOCUMENTS_MAX, rank, score_pairs
 from trivec.core.errors import FieldInvalid
 from trivec.core.types import Output
 
@@ -291,20 +291,21 @@ async def predict(context: RequestContext, body: bytes | None = None) -> Respons
                 "two each.",
                 param=at,
             )
-        own = [one for one in item if isinstance(one, str)]
-        for one in own:
-            check_text(one, at)
-        texts.append(own)
+        for text in item:
+            check_text(text, at)
+        texts.append(cast("list[str]", item))
     embedder = choose_embedder(context, asked.model, Output.SCORE)
     if Output.SCORE not in embedder.card.outputs:
         raise FieldInvalid("This model is no classifier and no reranker.", param="model")
-    truncate = asked.cut(context.truncate)
-    if len(texts[0]) == 1:
-        alone = [own[0] for own in texts]
-        scored = await score_texts(context, embedder, alone, truncate=truncate, field="inputs")
-    else:
-        pairs, fields = zip(*texts, strict=True), ("inputs", "inputs")
-        scored = await score_pairs(context, embedder, *pairs, truncate=truncate, fields=fields)
+    *firsts, seconds = zip(*texts, strict=True)  # no firsts where texts are alone
+    scored = await score_pairs(
+        context,
+        embedder,
+        firsts[0] if firsts else None,
+        seconds,
+        truncate=asked.cut(context.truncate),
+        fields=("inputs", "inputs"),
+    )
     answers = [
         [
             Prediction(row[label], f"LABEL_{label}")
