@@ -352,6 +352,7 @@ def set_up(
         clock=context.clock,
         observer=context.observer,
     )
+    context.metrics.watch(workers.scheduler.loads)
     engines = [
         Engine(
             model.card,

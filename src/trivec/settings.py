@@ -33,6 +33,7 @@ API_KEY_CHARS_MIN = 16
 API_KEY_CHARS_MAX = 1024  # longer bearers are refused unread
 ENVIRONMENT_PREFIX = "TRIVEC_"
 OTHER_NAMES = {"TRIVEC_MODEL": "models", "TRIVEC_CONFIG": "config"}
+CLIENT_KEYS = ("TRIVEC_EMBED_KEY", "TRIVEC_BENCH_KEY")  # of commands that ask a server
 OTHER_FLAGS = {  # that are not called as their setting
     "models": "--model",
     "aliases": "--alias",
@@ -208,7 +209,7 @@ class Settings(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to run on."""
     backend: Literal["auto", "openvino", "torch", "fake"] = "auto"
-    """Engine to run with; auto is openvino on CPUs and torch on CUDA."""
+    """What computes; auto is openvino on CPUs and torch on CUDA."""
     precision: Annotated[str, AfterValidator(_check_precision)] = "auto"
     """Arithmetic of the encoder: fp32, int8, bf16, fp16, an exact recipe of int8 as /models names it (int8-rows), or auto, the fastest that keeps the vectors."""
     data_dir: Folder = Path("~/.local/share/trivec")
@@ -360,7 +361,7 @@ def _variables(environ: Mapping[str, str], warn: Callable[[str], None]) -> dict[
     known = {variable_name(path): path for path in paths} | OTHER_NAMES
     found: dict[str, _Given] = {}
     for name, value in sorted(environ.items()):
-        if not name.startswith(ENVIRONMENT_PREFIX):
+        if not name.startswith(ENVIRONMENT_PREFIX) or name in CLIENT_KEYS:
             continue
         if value.startswith("tcp://"):
             warn(

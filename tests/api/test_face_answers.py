@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tests.api.house import CLASSIFIER, MODEL, PLAIN_MODEL, RERANKER, House
 
-from trivec.api.responses import quantise
+from trivec.core.quantisation import quantise
 from trivec.settings import HttpLimits
 
 TEXTS = ["hello", "a bear of China", "hi"]

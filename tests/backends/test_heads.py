@@ -58,6 +58,28 @@ def test_scores_equal_the_twin_and_do_not_depend_on_the_batch(tmp_path: Path, la
         assert alone.tobytes() == found.score[i].tobytes()
 
 
+@pytest.mark.parametrize(
+    ("family", "first", "last"),
+    [
+        ("bert", "pooler.dense", "classifier"),
+        ("xlm-roberta", "classifier.dense", "classifier.out_proj"),
+    ],
+)
+def test_a_classifiers_head_is_two_layers_with_tanh_between(
+    tmp_path: Path, family: str, first: str, last: str
+) -> None:
+    """By the file's own tensors, which the twin does not look up for itself."""
+    folder = write_classifier(tmp_path / "model", family=family, labels=2)
+    checkpoint, stored = opened(folder), load_file(folder / "model.safetensors")
+    (ids,) = random_ids([20])
+    inner = np.tanh(
+        stored[f"{first}.weight"] @ Twin(checkpoint).hidden(ids)[0] + stored[f"{first}.bias"]
+    )
+    expected = stored[f"{last}.weight"] @ inner + stored[f"{last}.bias"]
+    found = fp32(checkpoint, tmp_path / "kept").run(batch_of([ids], Output.SCORE), slot=0).score
+    np.testing.assert_allclose(found[0], expected, atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize("family", ["xlm-roberta", "roberta"])
 def test_robertas_head_has_a_layer_of_its_own(tmp_path: Path, family: str) -> None:
     checkpoint = opened(write_classifier(tmp_path / "model", family=family))

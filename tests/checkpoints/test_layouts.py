@@ -120,6 +120,22 @@ def test_a_sum_of_splade_weights_is_refused(tmp_path: Path, cache_dir: Path) -> 
         open_checkpoint(str(folder), cache_dir=cache_dir)
 
 
+def test_a_norms_first_names_are_todays(plain: Path, cache_dir: Path) -> None:
+    expected = take_all(open_checkpoint(str(plain), cache_dir=cache_dir))
+    file = plain / "model.safetensors"
+    parts = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    tensors = {
+        name.replace(now, parts[now]): array
+        for name, array in load_file(file).items()
+        for now in [next((one for one in parts if name.endswith(one)), "LayerNorm.weight")]
+    }
+    assert sum(name.endswith(("gamma", "beta")) for name in tensors) == 10
+    save_file(tensors, file)
+    found = take_all(open_checkpoint(str(plain), cache_dir=cache_dir))
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
 def test_prompts_and_lengths_of_vectors_are_read(plain: Path, cache_dir: Path) -> None:
     settings = {
         "prompts": {"query": "q: ", "passage": ""},
@@ -151,7 +167,9 @@ def test_prompts_and_lengths_of_vectors_are_read(plain: Path, cache_dir: Path) -
         ),
         pytest.param({"bias": True}, "expected are linear.bias, linear.weight", id="no-bias"),
         pytest.param(
-            {"module_input_name": "token_embeddings"}, "reads or writes", id="of-each-token"
+            {"module_input_name": "token_embeddings"},
+            "module_input_name = 'token_embeddings' is not",
+            id="of-each-token",
         ),
     ],
 )

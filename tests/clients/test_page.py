@@ -4,7 +4,6 @@ Every visit ends in three questions, asked by the fixture: did the console compl
 leave the server, did a text become markup?
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -444,47 +443,53 @@ def test_a_key_is_kept_in_its_tab_alone(visit: Visit, house: House, address: str
 
 
 def test_documents_are_reranked_beside_their_embeddings(
-    visits: Callable[..., Visit], house: House, address: str
+    visit: Visit, house: House, address: str
 ) -> None:
-    """The page against the contract of `/v1/rerank`, which the browser answers here itself."""
-    visit = visits(address)
-    asked: list[dict[str, Any]] = []
+    documents = ["a world of words", *TWO]
+    visit.page.locator("#rerank").wait_for()
+    visit.page.get_by_label("Texts, one a line").fill("\n".join(documents))
+    visit.page.get_by_label("Reranker").select_option(MODEL)
+    visit.page.get_by_label("Query").fill("hello")
+    visit.page.get_by_role("button", name="Rerank").click()
+    table = visit.page.get_by_role("table", name="By the reranker")
+    table.wait_for()
+    answer = httpx.post(
+        f"{address}/v1/rerank",
+        json={"model": MODEL, "query": "hello", "documents": documents},
+        headers={"authorization": f"Bearer {house.key}"},
+        timeout=60,
+    )
+    ranked = answer.json()["results"]
+    names = [f"{one['index'] + 1} {documents[one['index']]}" for one in ranked]
+    assert table.locator("th").all_text_contents() == names
+    scores = [f"{one['relevance_score']:.3f}" for one in ranked]
+    assert table.locator(".figure").all_text_contents() == scores
+    beside = visit.page.get_by_role("table", name="By the embeddings").locator(".figure")
+    items = vectors_of(address, house.key, MODEL, ["hello", *documents])
+    cosines = sorted(similarities(items, "dense")[0, 1:], reverse=True)
+    assert beside.all_text_contents() == [f"{one:.3f}" for one in cosines]
 
-    def rerank(route: Any) -> None:
-        asked.append(json.loads(route.request.post_data))
-        results = [{"index": i, "relevance_score": score} for i, score in ((1, 0.9), (0, 0.25))]
-        route.fulfill(json={"id": "1", "results": results, "usage": {"total_tokens": 9}})
 
+def test_rerankers_come_first_and_without_their_route_there_is_no_panel(visit: Visit) -> None:
     def with_reranker(route: Any) -> None:
         models = route.fetch().json()
         models["data"].append({**models["data"][0], "id": "reranker", "output_types": ["score"]})
         route.fulfill(json=models)
 
-    def with_path(route: Any) -> None:
+    def without_route(route: Any) -> None:
         document = route.fetch().json()
-        document["paths"]["/v1/rerank"] = {}
+        del document["paths"]["/v1/rerank"]
         route.fulfill(json=document)
 
-    visit.open("/", house.key)
-    visit.page.locator("#embed:enabled").wait_for()
-    assert not visit.page.locator("#rerank").is_visible()
-    visit.page.route("**/v1/models", with_reranker)
-    visit.page.route("**/openapi.json", with_path)
-    visit.page.route("**/v1/rerank", rerank)
-    visit.page.reload()
     visit.page.locator("#rerank").wait_for()
-    visit.page.get_by_label("Texts, one a line").fill("\n".join(TWO))
-    visit.page.get_by_label("Query").fill("hello")
-    visit.page.get_by_role("button", name="Rerank").click()
-    table = visit.page.get_by_role("table", name="By the reranker")
-    table.wait_for()
-    assert table.locator("th").all_text_contents() == ["2 hello there", "1 hello world"]
-    assert table.locator(".figure").all_text_contents() == ["0.900", "0.250"]
-    assert asked == [{"model": "reranker", "query": "hello", "documents": TWO}]
-    beside = visit.page.get_by_role("table", name="By the embeddings").locator(".figure")
-    items = vectors_of(address, house.key, MODEL, ["hello", *TWO])
-    cosines = sorted(similarities(items, "dense")[0, 1:], reverse=True)
-    assert beside.all_text_contents() == [f"{one:.3f}" for one in cosines]
+    visit.page.route("**/v1/models", with_reranker)
+    visit.page.route("**/openapi.json", without_route)
+    visit.page.reload()
+    visit.page.locator("#tokens li").first.wait_for()
+    assert not visit.page.locator("#rerank").is_visible()
+    names = visit.page.locator("#reranker option").all_text_contents()
+    assert names == ["reranker", MODEL, PLAIN_MODEL]
+    assert "reranker" not in visit.page.locator("#model option").all_text_contents()
 
 
 def test_usage_shows_the_ledgers_figures_and_the_metrics(

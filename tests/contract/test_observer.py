@@ -12,7 +12,6 @@ from tests.telemetry.events import batch, loaded, request
 from trivec.core.events import (
     Event,
     PhaseChanged,
-    QueueChanged,
     RequestServed,
     RowNotFinite,
 )
@@ -25,7 +24,6 @@ EVENTS: tuple[Event, ...] = (
     request(route="nowhere", method="BREW", status=999, traceparent="not a trace"),
     batch(),
     batch(failed=True, tokens=9000),
-    QueueChanged("m", 0, 0),
     RowNotFinite("m", recovered=False),
     loaded(),
     loaded(),

@@ -8,7 +8,6 @@ import pytest
 from tests.engine.rig import (
     ALL,
     NO_FLOOR,
-    Listener,
     Rig,
     alone,
     lengths,
@@ -20,9 +19,10 @@ from tests.hand_clock import HandClock, HandLoop
 
 from trivec.backends.fake import FakeBackend
 from trivec.core.errors import DeadlineExceeded, Overloaded
-from trivec.core.events import BatchRan, QueueChanged
+from trivec.core.events import BatchRan
+from trivec.core.health import QueueLoad
 from trivec.core.types import Batch, BatchBudget, Output, Vectors
-from trivec.engine.scheduler import ModelQueue, Scheduler, spread_retry_s
+from trivec.engine.scheduler import START_TOKENS_PER_S, ModelQueue, Scheduler, spread_retry_s
 from trivec.settings import QueueLimits
 
 
@@ -274,7 +274,7 @@ async def test_a_cancelled_request_frees_its_tokens_at_once_and_never_runs() -> 
 def test_a_cancellation_right_after_the_last_row_leaves_the_rows_to_the_reply() -> None:
     """The worker reads them without the lock once the request is complete."""
     backend = FakeBackend(dimensions=8, outputs=ALL)
-    scheduler = Scheduler(1, coalesces=False, clock=HandClock(), observer=Listener())
+    scheduler = Scheduler(1, coalesces=False, clock=HandClock())
     queue = ModelQueue("m", backend, QueueLimits(), backend.budget)
     request = unanswered(3)
     queue.requests.add(request)
@@ -409,12 +409,11 @@ async def test_a_model_that_was_idle_has_no_claim_on_the_time_it_did_not_use() -
     assert order[:10].count("late") == pytest.approx(5, abs=1)
 
 
-async def test_each_batch_and_a_queue_that_grows_are_observed() -> None:
+async def test_each_batch_is_observed() -> None:
     async with Rig(backend=FakeBackend(dimensions=8, budget=BatchBudget(100, 8))) as rig:
         holder = await rig.occupy()
         waiting = rig.send(sequences(60, 50))
         await rig.queued(waiting)
-        assert rig.listener.heard(QueueChanged)[-1] == QueueChanged("fake", 1, 110)
         rig.backend.gate.set()
         await asyncio.gather(holder, waiting)
     runs = rig.listener.heard(BatchRan)
@@ -423,7 +422,26 @@ async def test_each_batch_and_a_queue_that_grows_are_observed() -> None:
         (1, 60, False),
         (1, 50, False),
     ]
-    assert rig.listener.heard(QueueChanged)[-1] == QueueChanged("fake", 0, 0)
+
+
+async def test_the_load_is_what_waits_over_the_throughput_of_all_slots() -> None:
+    clock = HandClock()
+    backend = FakeBackend(dimensions=8, budget=BatchBudget(1_000, 8), slot_count=2)
+    async with Rig(backend=backend, clock=clock) as rig:
+        scheduler = rig.workers.scheduler
+        assert scheduler.loads() == [QueueLoad("fake", 0, 0, 0.0)]
+        holders = [await rig.occupy(), await rig.occupy()]
+        waiting = [rig.send(sequences(60, 50)), rig.send(sequences(90))]
+        await rig.queued(*waiting)
+        (load,) = scheduler.loads()
+        assert (load.requests, load.tokens) == (2, 200)
+        assert load.seconds == pytest.approx(200 / (2 * START_TOKENS_PER_S))
+        waiting[0].cancel()
+        waiting[1].cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert scheduler.loads() == [QueueLoad("fake", 0, 0, 0.0)], "nothing ran in between"
+        rig.backend.gate.set()
+        await asyncio.gather(*holders)
 
 
 async def test_token_types_travel_with_their_sequences_in_any_packing() -> None:

@@ -80,9 +80,11 @@ class Job:
     out: Path
     outputs: Output = Output.DENSE
     columns: Columns = field(default_factory=lambda: Columns(id="id", reserved=RESERVED))
-    size: ShardSize = SIZE
+    shard_size: ShardSize = SIZE
     dtype: Any = "float32"
     truncate: Truncate = "none"
+    size: int | None = None
+    prompt: str = ""
     model: StandIn = field(default_factory=lambda: StandIn(replace(CARD, token_count_max=80)))
     name: str = "stand-in"
     asked: list[str] = field(default_factory=list)
@@ -94,7 +96,11 @@ class Job:
         async def run() -> Totals | None:
             identity: ModelIdentity = {"id": self.name, "dimensions": self.model.card.dimensions}
             encoder = CountingEncoder(
-                self.model, self.outputs, model=identity, truncate=self.truncate
+                self.model,
+                self.outputs,
+                model=identity,
+                truncate=self.truncate,
+                prompt=self.prompt,
             )
             encoder.asked = self.asked
             stop = asyncio.Event()
@@ -107,11 +113,12 @@ class Job:
             layout = Layout(
                 self.outputs,
                 self.model.card.dimensions,
+                self.size,
                 self.dtype,
                 marks_truncated=self.truncate != "none",
             )
             job = {"model": identity, "dtype": self.dtype}
-            corpus = Corpus(find_sources(str(self.given)), self.columns, self.size)
+            corpus = Corpus(find_sources(str(self.given)), self.columns, self.shard_size)
             with Results(self.out, job, layout).open() as results:
                 return await embed_corpus(
                     corpus, results, encoder, stop=stop, on_progress=on_progress

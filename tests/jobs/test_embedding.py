@@ -13,7 +13,8 @@ from tests.jobs.rig import ALL, Job, matrix, rows, vectors_of, write
 
 from trivec.core.errors import EngineFault, JobFailed, Overloaded
 from trivec.core.ports import Texts, TokenLists
-from trivec.core.types import LongText, Output, Reply, Sequences, SparseVector
+from trivec.core.quantisation import cut, quantise
+from trivec.core.types import Float32Array, LongText, Output, Reply, Sequences, SparseVector
 from trivec.jobs.corpus import Columns
 from trivec.jobs.results import Layout, Results
 
@@ -52,25 +53,38 @@ def test_only_what_is_asked_for_is_kept(job: Job) -> None:
     assert pq.read_schema(job.out).names[3:] == ["sparse_indices", "sparse_values"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "binary"])
-def test_numbers_are_as_asked_for(job: Job, dtype: str) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "uint8", "binary", "ubinary"])
+def test_numbers_are_as_the_api_gives_them(job: Job, dtype: Any) -> None:
     job.dtype = dtype
+    job.outputs = Output.DENSE | Output.MULTI
     job.run()
-    found = matrix(pq.read_table(job.out)["embedding"])
+    table = pq.read_table(job.out)
+    expected = vectors_of(job.model, texts(), job.outputs)
+
+    def reduced(numbers: Float32Array) -> Any:
+        is_float = dtype.startswith("float")
+        return numbers.astype(dtype) if is_float else quantise(numbers, dtype)
+
+    assert np.array_equal(matrix(table["embedding"]), reduced(expected.dense))
+    for found, rows_of in zip(table["multi_embedding"].to_pylist(), expected.multi, strict=True):
+        assert rows_of is not None
+        assert np.array_equal(found, reduced(rows_of))
+
+
+def test_a_vector_is_cut_as_the_api_cuts_it(job: Job) -> None:
+    job.size = 3
+    job.run()
     dense = vectors_of(job.model, texts(), Output.DENSE).dense
-    expected: Any = dense
-    if dtype == "float16":
-        expected = dense.astype(np.float16)
-    elif dtype == "int8":  # number by number, as the documentation says it
-        expected = [[round(float(x) * 127 / max(map(abs, row))) for x in row] for row in dense]
-    elif dtype == "binary":
-        bits = ["".join("1" if x > 0 else "0" for x in row) for row in dense]
-        expected = [[int(row[i : i + 8], 2) for i in range(0, len(row), 8)] for row in bits]
-    assert np.abs(found.astype(np.float64) - np.asarray(expected, np.float64)).max() <= (
-        1 if dtype == "int8" else 0  # a half may be rounded either way
-    )
-    if dtype == "int8":
-        assert (np.abs(found).max(axis=1) == 127).all()
+    assert np.array_equal(matrix(pq.read_table(job.out)["embedding"]), cut(dense, 3))
+
+
+def test_a_prompt_goes_before_each_text(job: Job) -> None:
+    job.prompt = "passage: "
+    write(job.given, [*rows(COUNT), {"id": "long", "text": "x" * 75}])
+    job.run()
+    dense = vectors_of(job.model, [f"passage: {one}" for one in texts()], Output.DENSE).dense
+    assert np.array_equal(matrix(pq.read_table(job.out)["embedding"]), dense)
+    assert job.errors[0]["id"] == "long", "with its prompt it is too long"
 
 
 def test_jsonl_has_the_rows_of_parquet(job: Job) -> None:
@@ -140,6 +154,31 @@ def test_a_shard_may_be_bad_as_a_whole(job: Job, ending: str) -> None:
     if ending == ".parquet":
         assert pq.read_table(job.out)["id"].to_pylist() == [row["id"] for row in given[25:]]
     assert [one["row"] for one in job.errors] == list(range(25))
+
+
+class Skipping(StandIn):
+    """Says of each sequence how many tokens its pooled mean skips: as many as its text has."""
+
+    async def tokenize(self, inputs: Texts | TokenLists, **how: Any) -> Sequences:
+        sequences = await super().tokenize(inputs, **how)
+        return replace(sequences, skip=sequences.lengths() - 2)
+
+    async def embed(self, sequences: Sequences, outputs: Output, **how: Any) -> Reply:
+        assert sequences.skip is not None
+        assert sequences.skip.tolist() == (sequences.lengths() - 2).tolist()
+        if ord("!") + 4 in sequences.token_ids:
+            raise EngineFault("a vector is not finite")
+        return await super().embed(sequences, outputs, **how)
+
+
+def test_what_the_mean_skips_stays_with_its_sequence(job: Job) -> None:
+    given = rows(COUNT)
+    given[3]["text"], given[4]["text"] = "x" * 100, "!"
+    write(job.given, given)
+    job.model = Skipping(replace(CARD, token_count_max=80))
+    totals = job.run()
+    assert totals is not None
+    assert totals.bad == 2
 
 
 class Faulty(StandIn):

@@ -2,17 +2,19 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 import pytest
-from tests.api.house import CARD, MODEL, PLAIN_MODEL, House
+from tests.api.house import CARD, MODEL, PLAIN_CARD, PLAIN_MODEL, House, StandIn
 from tests.jobs.rig import ALL, rows, vectors_of
 from tests.jobs.test_embedding import Faulty
 
 from trivec.core.errors import JobFailed, Overloaded
+from trivec.core.quantisation import cut
 from trivec.core.types import Output, Reply, Sequences
 from trivec.jobs import encoders
 from trivec.jobs.encoders import Encoded, HttpEncoder, Truncate
@@ -56,10 +58,16 @@ def encoder_on(
     outputs: Output = ALL,
     truncate: Truncate = "none",
     key: str | None = None,
+    asks: Mapping[str, object] = MappingProxyType({}),
 ) -> Iterator[HttpEncoder]:
     with house.listening() as address:
         encoder = HttpEncoder(
-            f"{address}/v1/", key or house.key, model=model, outputs=outputs, truncate=truncate
+            f"{address}/v1/",
+            key or house.key,
+            model=model,
+            outputs=outputs,
+            truncate=truncate,
+            asks=asks,
         )
         try:
             yield encoder
@@ -105,6 +113,18 @@ def test_texts_that_a_server_refuses_or_fails_on_hold_up_no_other(house: House) 
 def test_a_text_that_is_cut_is_named(house: House) -> None:
     found = encoded_by(house, ["a", "x" * 100, "b"], truncate="end")
     assert (found.bad, list(found.truncated)) == ({}, [1])
+
+
+def test_a_server_cuts_vectors_and_puts_a_prompt_before_texts(house: House) -> None:
+    asks = {"dimensions": 4, "prompt_name": "document"}
+    house.plain_model = StandIn(replace(PLAIN_CARD, prompts={"document": "passage: "}))
+    house.serve()
+    with encoder_on(house, model=PLAIN_MODEL, outputs=Output.DENSE, asks=asks) as encoder:
+        found = asyncio.run(encoder.encode(["a", "b", "c"])).vectors
+    assert found is not None
+    texts = [f"passage: {text}" for text in ("a", "b", "c")]
+    dense = vectors_of(house.plain_model, texts, Output.DENSE).dense
+    assert np.array_equal(found.dense, cut(dense, 4))
 
 
 def test_a_server_that_fails_on_everything_stops_the_job(house: House) -> None:

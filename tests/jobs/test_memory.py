@@ -30,7 +30,22 @@ class Zeros:
         return Encoded(Vectors.of(np.zeros((len(texts), DIMENSIONS), np.float32)), len(texts))
 
 
-def peak_bytes(folder: Path, row_count: int) -> int:
+class Slow(Zeros):
+    """Lets a reader that nothing holds up go far ahead, and counts what is in work at once."""
+
+    def __init__(self) -> None:
+        self.at_once = self.at_once_max = 0
+
+    async def encode(self, texts: Sequence[str]) -> Encoded:
+        self.at_once += 1
+        self.at_once_max = max(self.at_once, self.at_once_max)
+        for _ in range(20):  # to a thread and back, as reading a shard is
+            await asyncio.to_thread(len, texts)
+        self.at_once -= 1
+        return await super().encode(texts)
+
+
+def peak_bytes(folder: Path, row_count: int, encoder: Zeros) -> int:
     """The most bytes that Python and Arrow hold at a time for a corpus of *row_count*."""
     given, out = folder / f"{row_count}.jsonl", folder / f"{row_count}.npy"
     with given.open("w") as opened:
@@ -44,7 +59,7 @@ def peak_bytes(folder: Path, row_count: int) -> int:
             corpus = Corpus(find_sources(str(given)), Columns(), ShardSize(SHARD_ROWS, 1 << 20))
             totals = asyncio.run(
                 embed_corpus(
-                    corpus, results, Zeros(), stop=asyncio.Event(), on_progress=lambda _: None
+                    corpus, results, encoder, stop=asyncio.Event(), on_progress=lambda _: None
                 )
             )
         assert totals is not None
@@ -57,7 +72,13 @@ def peak_bytes(folder: Path, row_count: int) -> int:
 
 def test_ten_times_the_rows_take_the_same_memory(tmp_path: Path) -> None:
     shard_bytes = SHARD_ROWS * DIMENSIONS * 4
-    few = peak_bytes(tmp_path, 2_000)
-    many = peak_bytes(tmp_path, 20_000)
+    few = peak_bytes(tmp_path, 2_000, Zeros())
+    many = peak_bytes(tmp_path, 20_000, Zeros())
     assert many < few + (SHARDS_AT_ONCE + 2) * shard_bytes
     assert many < 20_000 * DIMENSIONS * 4, "less than the vectors alone"
+
+
+def test_a_slow_model_holds_up_the_reader(tmp_path: Path) -> None:
+    slow = Slow()
+    peak_bytes(tmp_path, 15_000, slow)
+    assert slow.at_once_max == SHARDS_AT_ONCE

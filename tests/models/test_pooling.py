@@ -154,3 +154,33 @@ def test_vectors_are_no_views_of_the_hidden_states() -> None:
     rows.hidden[:] = 0
     after = [found.dense, *(one for one in found.multi if one is not None)]
     assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("skip", [None, [0, 2, 0, 39]], ids=["whole", "without-a-prompt"])
+@pytest.mark.parametrize("pooling", Pooling)
+def test_each_pooling_is_its_formula(pooling: Pooling, skip: list[int] | None) -> None:
+    """Of the tokens that are left; a weighted mean counts their places in the whole sequence."""
+    rows = rows_of([5, 3, 12, 40], [Output.DENSE] * 4)
+    if skip is not None:
+        rows = replace(rows, skip=np.array(skip, np.int32))
+    found = Pooler((pooling,), False, None).vectors(rows).dense
+    for i in range(4):
+        left = 0 if skip is None else skip[i]
+        own = rows.hidden[rows.cu_seqlens[i] + left : rows.cu_seqlens[i + 1]].astype(np.float64)
+        places = np.arange(left + 1, left + len(own) + 1)
+        expected = {
+            Pooling.CLS: own[0],
+            Pooling.MEAN: own.mean(axis=0),
+            Pooling.LAST: own[-1],
+            Pooling.MAX: own.max(axis=0),
+            Pooling.WEIGHTED_MEAN: np.average(own, axis=0, weights=places),
+            Pooling.MEAN_SQRT_LEN: own.sum(axis=0) / np.sqrt(len(own)),
+        }[pooling]
+        np.testing.assert_allclose(found[i], expected, rtol=0, atol=2e-6)
+
+
+def test_several_poolings_lie_end_to_end_in_the_order_given() -> None:
+    rows = rows_of([5, 3], [Output.DENSE] * 2)
+    single = [Pooler((one,), False, None).vectors(rows).dense for one in (Pooling.MAX, Pooling.CLS)]
+    both = Pooler((Pooling.MAX, Pooling.CLS), False, None).vectors(rows).dense
+    assert np.array_equal(both, np.concatenate(single, axis=1))

@@ -33,7 +33,8 @@ def house() -> Iterator[House]:
 async def get(house: House, path: str, method: str = "GET", **headers: str) -> httpx.Response:
     transport = httpx.ASGITransport(house.app)
     async with httpx.AsyncClient(transport=transport, base_url="http://house") as client:
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        named = {"accept": "text/html,*/*"}
+        named |= {name.replace("_", "-"): value for name, value in headers.items()}
         return await client.request(method, path, headers=named)
 
 
@@ -105,14 +106,14 @@ async def test_what_is_no_file_of_ours_is_a_404_in_the_usual_shape(house: House,
 
 
 async def test_a_page_cannot_be_written_to(house: House) -> None:
-    answer = await get(house, "/", "POST")
+    answer = await get(house, "/usage", "POST")
     assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD")
 
 
 async def test_the_pages_hide_nothing_of_the_api_and_open_nothing(house: House) -> None:
     described = (await get(house, "/openapi.json")).json()["paths"]
     assert "/v1/embeddings" in described
-    assert not {"/", "/usage", "/docs", "/page/{name}"} & set(described)
+    assert not {"/usage", "/docs", "/page/{name}"} & set(described)
     for path in ("/v1/models", "/admin/v1/usage", "/admin/v1/keys", "/metrics"):
         assert (await get(house, path)).status_code == 401, path
 
@@ -138,8 +139,10 @@ async def test_a_setting_takes_them_away(tmp_path: Path, page: str, status: int)
     app = parts.app({}, lambda: Health("loading", alive=True, ready=False, reason=""))
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://house") as client:
-        for path in (*PAGES, "/page/style.css"):
+        for path in (*PAGES[1:], "/page/style.css"):
             assert (await client.get(path)).status_code == status
+        home = await client.get("/", headers={"accept": "text/html"})
+        assert home.headers["content-type"].startswith("text/html") == (status == 200)
     parts.close()
 
 
@@ -183,3 +186,8 @@ def test_the_wheel_takes_what_git_does_not() -> None:
         check=False,
     )
     assert ignored.returncode in (0, 128)  # 128: this tree is no git checkout
+
+
+async def test_who_asks_for_no_html_gets_what_the_face_answers_there(house: House) -> None:
+    answer = await get(house, "/", accept="*/*")
+    assert (answer.status_code, answer.text) == (200, "Trivec is running")

@@ -135,6 +135,26 @@ def test_asked_to_stop_it_finishes_what_is_begun_and_goes_on_later(
     assert pq.read_table(out)["id"].to_pylist() == list(range(COUNT))
 
 
+def test_asked_twice_it_leaves_at_once(corpus: Path, tmp_path: Path) -> None:
+    fifo, out = tmp_path / "fifo.jsonl", tmp_path / "out.parquet"
+    os.mkfifo(fifo)
+    command = [sys.executable, "-m", "trivec", "embed", str(fifo), str(out), *FAKE, *SMALL]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=clean_environment())
+    assert process.stderr is not None
+    with fifo.open("w") as feed:  # it reads on, and there is nothing more
+        feed.write(corpus.read_text("utf-8"))
+        feed.flush()
+        while "texts/s" not in (line := process.stderr.readline()):
+            assert line, "it ended before it embedded anything"
+        process.send_signal(signal.SIGINT)
+        assert "Finishing" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        assert "run the same command again" in process.stderr.readline()
+        assert process.wait(60) == 130
+    process.stderr.close()
+    assert embed(corpus, out, *FAKE, *SMALL).returncode == 0
+
+
 def test_a_full_disk_stops_it_in_one_line_and_it_goes_on_with_room(
     corpus: Path, tmp_path: Path
 ) -> None:
@@ -162,6 +182,8 @@ def test_a_full_disk_stops_it_in_one_line_and_it_goes_on_with_room(
         pytest.param(("IN", "a.txt"), ["a.txt ends in none of .parquet"], id="ending"),
         pytest.param(("IN", "a.npy", "--outputs", "dense,sparse"), [".npy"], id="npy-sparse"),
         pytest.param(("IN", "a.parquet", "--outputs", "sparse"), ["it has DENSE"], id="no-head"),
+        pytest.param(("IN", "a.parquet", "--dimensions", "99"), ["99", "[384]"], id="dimensions"),
+        pytest.param(("IN", "a.parquet", "--prompt", "x"), ["'x'", "has none"], id="prompt"),
         pytest.param(("IN", "a.parquet", "--outputs", "x"), ["'x'", "sparse"], id="outputs"),
         pytest.param(("IN", "a.parquet", "--url", "nowhere"), ["--url nowhere"], id="url"),
         pytest.param(("IN", "a.parquet", "-m", "no-such"), ["no-such"], id="model"),

@@ -17,12 +17,12 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import quantize_embeddings
 
-from trivec.api.responses import quantise, unit
 from trivec.backends.openvino import OpenVinoBackend
 from trivec.backends.torch.backend import TorchBackend
 from trivec.checkpoints import open_checkpoint
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.ports import Backend
+from trivec.core.quantisation import quantise, unit
 from trivec.core.types import Batch, Float32Array, LongText, Output
 from trivec.models.pooling import Pooling
 from trivec.tokenizer import Tokenizer

@@ -65,7 +65,9 @@ def after_attention(ops: Ops[T], config: ModelConfig, x: T, attended: T) -> T:
     return ops.layer_norm(ops.add(x, mlp), "norm", eps=1e-6)
 
 
-FAMILY = registry.Family(read_config, forward, prefixes=("",), key_tensor="words.weight", unused=())
+FAMILY = registry.Family(
+    read_config=read_config, forward=forward, prefixes=("",), key_tensor="words.weight", unused=()
+)
 
 
 def register(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,10 @@ from trivec.core.events import (
     Event,
     ModelLoaded,
     PhaseChanged,
-    QueueChanged,
     RequestServed,
     RowNotFinite,
 )
+from trivec.core.health import QueueLoad
 from trivec.core.types import CertificateSummary, ModelCard, Output
 from trivec.telemetry.metrics import MODELS_MAX, REASONS_MAX, ROUTES_MAX
 
@@ -52,6 +52,11 @@ def batch(**changes: Any) -> BatchRan:
     return BatchRan(**(fields | changes))
 
 
+def every_load() -> list[QueueLoad]:
+    """What waits for more models than have a label of their own."""
+    return [QueueLoad(f"served-{i}", 7, 900, 1.5) for i in range(MODELS_MAX + 3)]
+
+
 def loaded(model: str = "baai/bge-m3") -> ModelLoaded:
     card = ModelCard(
         id=model,
@@ -73,7 +78,6 @@ def every_kind() -> list[Event]:
     for model in ["a-client's-word", *(f"served-{number}" for number in range(MODELS_MAX + 3))]:
         events += [request(model=model), batch(model=model), batch(model=model, failed=True)]
         events += [RowNotFinite(model, recovered=recovered) for recovered in (True, False)]
-        events.append(QueueChanged(model, requests=7, tokens=900))
     unknown = (f"/v1/{number}" for number in range(ROUTES_MAX))
     for route in ("/v1/embeddings", "/v1/tokenize", *unknown, "other"):
         events += [

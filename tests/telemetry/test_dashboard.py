@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
-from tests.telemetry.events import every_kind
+from tests.telemetry.events import every_kind, every_load
 
 from trivec.telemetry import Metrics
 
@@ -20,6 +20,7 @@ def expressions() -> list[str]:
 def exposed() -> dict[str, set[str]]:
     """Every name on the page, histograms' suffixes included, with its labels."""
     metrics = Metrics()
+    metrics.watch(every_load)
     for event in every_kind():
         metrics.observe(event)
     return {

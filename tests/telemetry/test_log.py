@@ -15,7 +15,6 @@ from tests.telemetry.events import batch, loaded, request
 from trivec.core.events import (
     Event,
     PhaseChanged,
-    QueueChanged,
     RowNotFinite,
 )
 from trivec.telemetry import RequestLog, configure_log, finish_log
@@ -159,7 +158,7 @@ def test_a_loaded_models_line_shows_its_certificate() -> None:
 
 
 def test_batches_and_queue_depths_are_metrics_and_no_lines() -> None:
-    assert lines(batch(), QueueChanged("m", 1, 2)) == []
+    assert lines(batch()) == []
 
 
 def test_other_libraries_speak_json_too() -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
-from tests.telemetry.events import batch, every_kind, loaded, request
+from tests.hand_clock import HandClock
+from tests.telemetry.events import batch, every_kind, every_load, loaded, request
 
-from trivec.core.events import Event, PhaseChanged, QueueChanged, RowNotFinite
+from trivec.core.events import Event, PhaseChanged, RowNotFinite
+from trivec.core.health import QueueLoad
 from trivec.telemetry import Metrics, merged_pages
 from trivec.telemetry.metrics import REASONS_MAX, ROUTES_MAX, SERIES_MAX
 
@@ -43,7 +45,7 @@ M = 'model="baai/bge-m3"'
                 'trivec_requests_total{method="POST",route="/embeddings",status="2xx"}': 1,
                 f"trivec_inputs_total{{{M}}}": 3,
                 f"trivec_request_tokens_sum{{{M}}}": 40,
-                f"trivec_queue_seconds_sum{{{M}}}": 0.004,
+                f"trivec_queue_wait_seconds_sum{{{M}}}": 0.004,
                 f"trivec_compute_seconds_sum{{{M}}}": 0.030,
                 "trivec_tokenize_seconds_sum": 0.001,
                 "trivec_encode_seconds_sum": 0.002,
@@ -76,16 +78,6 @@ M = 'model="baai/bge-m3"'
             id="a-failed-batch-is-told-from-a-good-one",
         ),
         pytest.param(
-            QueueChanged("baai/bge-m3", requests=7, tokens=900),
-            {
-                f"trivec_queue_requests{{{M}}}": 7,
-                f"trivec_queue_tokens{{{M}}}": 900,
-                f"trivec_line_requests{{{M}}}": 7,
-                f"trivec_line_tokens{{{M}}}": 900,
-            },
-            id="the-queue-has-its-depth-under-its-old-name-too",
-        ),
-        pytest.param(
             RowNotFinite("baai/bge-m3", recovered=False),
             {f'trivec_rows_not_finite_total{{{M},outcome="lost"}}': 1},
             id="a-row-that-stayed-not-finite-is-lost",
@@ -111,6 +103,55 @@ def test_each_event_is_counted_where_its_name_says(
 ) -> None:
     page = after(event)
     assert {name: page.get(name) for name in expected} == expected
+
+
+def test_the_queue_is_shown_as_it_is_at_each_scrape() -> None:
+    metrics, waiting = Metrics(), [QueueLoad("baai/bge-m3", requests=7, tokens=900, seconds=1.5)]
+    metrics.observe(loaded())
+    metrics.watch(lambda: waiting)
+    names = ("queue_requests", "queue_tokens", "queue_seconds", "line_requests", "line_tokens")
+
+    def shown() -> list[float]:
+        page = series(metrics)
+        return [page[f"trivec_{name}{{{M}}}"] for name in names]
+
+    assert shown() == [7, 900, 1.5, 7, 900]
+    waiting[:] = [QueueLoad("baai/bge-m3", requests=0, tokens=0, seconds=0.0)]
+    assert shown() == [0, 0, 0, 0, 0]
+
+
+def test_models_that_share_a_label_are_added_up(metrics: Metrics) -> None:
+    page = series(metrics)
+    assert page['trivec_queue_seconds{model="served-0"}'] == 1.5
+    assert page['trivec_queue_seconds{model="other"}'] == 3 * 1.5
+
+
+def test_tokens_a_second_are_those_of_the_last_half_minute_and_zero_when_idle() -> None:
+    clock = HandClock()
+    metrics, name = Metrics(clock=clock), f"trivec_tokens_per_second{{{M}}}"
+    metrics.observe(loaded())
+    metrics.watch(lambda: [QueueLoad("baai/bge-m3", 0, 0, 0.0)])
+    assert series(metrics)[name] == 0
+    metrics.observe(batch(tokens=600))
+    clock.move(20)
+    metrics.observe(batch(tokens=300, failed=True))
+    assert series(metrics)[name] == 900 / 30
+    clock.move(20)
+    assert series(metrics)[name] == 300 / 30
+    clock.move(20)
+    assert series(metrics)[name] == 0
+
+
+def test_a_process_without_models_says_nothing_of_queues() -> None:
+    assert "trivec_queue" not in " ".join(name for name in after() if "wait" not in name)
+
+
+def test_in_all_is_the_sum_over_models_and_processes(metrics: Metrics) -> None:
+    page = merged_pages({"api-1": Metrics().page(), "engine": metrics.page()}).decode()
+    families = {family.name: family for family in text_string_to_metric_families(page)}
+    found = families["trivec_queue_seconds"].samples
+    assert sum(sample.value for sample in found) == 1.5 * len(every_load())
+    assert {sample.labels["process"] for sample in found} == {"engine"}
 
 
 def test_an_event_is_counted_once() -> None:
@@ -147,6 +188,7 @@ def test_nothing_a_client_sends_makes_a_series(metrics: Metrics) -> None:
 def metrics() -> Metrics:
     """With each kind of series there can be."""
     metrics = Metrics()
+    metrics.watch(every_load)
     for event in every_kind():
         metrics.observe(event)
     return metrics

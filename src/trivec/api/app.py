@@ -56,7 +56,8 @@ def build_app(
 
     *embedders* maps every served id and alias; empty while loading. *metrics* None: not served.
     *memory* is shared by the apps of one process. *faces*: of `FACES`, those that are served.
-    *operations* are served beside our own, and *pages* too, undescribed. The app starts and owns nothing.
+    *operations* are served beside our own, and *pages* too, undescribed: for browsers, where a face
+    has their path. The app starts and owns nothing.
     """
     memory = memory or ByteBudget(connections_max=limits.connections_max)
     state = AppState(embedders, accounts, observer, clock, limits, health, metrics, memory)
@@ -67,7 +68,10 @@ def build_app(
     async def openapi(_: RequestContext) -> Response:
         return Response(document, media_type="application/json")
 
-    served += [Operation("GET", "/openapi.json", openapi, None, None), *pages]
+    served.append(Operation("GET", "/openapi.json", openapi, None, None))
+    taken = {one.path: one for one in served if one.method == "GET"}
+    pages = [for_browsers(one, taken[one.path]) if one.path in taken else one for one in pages]
+    served = [*pages, *served]  # the first of a path is asked
     unpaid = UnpaidRate(limits.unpaid_requests_per_minute)
     routes = [Route(one.path, Endpoint(one, unpaid), methods=[one.method]) for one in served]
     app: ASGIApp = RequestMiddleware(Router(routes, redirect_slashes=False), state)
@@ -80,6 +84,16 @@ def build_app(
             expose_headers=CORS_HEADERS,
         )
     return app
+
+
+def for_browsers(page: Operation, other: Operation) -> Operation:
+    """*page* where HTML is asked for, else *other*: people and Ollama's clients share `/`."""
+
+    async def choose(context: RequestContext) -> Response:
+        wants_page = b"text/html" in context.headers.get(b"accept", b"")
+        return await (page if wants_page else other).handler(context)
+
+    return replace(page, handler=choose)
 
 
 def all_operations(

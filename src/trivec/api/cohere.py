@@ -17,11 +17,12 @@ from trivec.api.errors import ErrorShape
 from trivec.api.inference import embed, read, respond
 from trivec.api.openapi import keyed
 from trivec.api.rerank import Document, RerankResult, texts_of
-from trivec.api.responses import FLOAT_TEXT_BYTES, cut, json_response, quantise, to_base64, to_json
+from trivec.api.responses import FLOAT_TEXT_BYTES, json_response, to_base64, to_json
 from trivec.api.rules import blamed_on
 from trivec.api.schemas import Dimensions, EmbeddingsRequest, InputType, Truncate, doc
 from trivec.api.scoring import rank
 from trivec.core.errors import FieldInvalid
+from trivec.core.quantisation import cut, quantise
 from trivec.core.types import Truncated
 
 SEARCH_UNIT_DOCUMENTS = 100  # Cohere's unit of billing

@@ -13,10 +13,11 @@ from trivec.api.context import RequestContext
 from trivec.api.errors import ErrorShape
 from trivec.api.inference import EmbeddedInputs, embed, read, respond
 from trivec.api.openapi import Operation, keyed
-from trivec.api.responses import cut, json_response, to_json
+from trivec.api.responses import json_response, to_json
 from trivec.api.rules import blamed_on
 from trivec.api.schemas import Dimensions, EmbeddingsRequest, doc
 from trivec.core.errors import FieldInvalid
+from trivec.core.quantisation import cut
 from trivec.core.types import ModelCard, Output
 
 LATEST = ":latest"  # what Ollama puts behind a name without a tag

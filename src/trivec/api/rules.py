@@ -182,7 +182,7 @@ def choose_outputs(asked: EmbeddingsRequest, card: ModelCard) -> Output:
             param="output_dimension",
         )
     sizes = sorted({*card.matryoshka_dimensions, card.dimensions})
-    if dimensions not in sizes and not (card.dimensions_selectable and dimensions < sizes[-1]):
+    if dimensions != card.dimensions and not card.takes_dimensions(dimensions):
         message = "This model does not support specifying dimensions."
         if card.dimensions_selectable or card.matryoshka_dimensions:
             have = f"at most {sizes[-1]}"

@@ -26,11 +26,12 @@ from trivec.api.inference import (
     tokenizer_turn,
 )
 from trivec.api.openapi import keyed
-from trivec.api.responses import cut, json_response, to_json, unit
+from trivec.api.responses import json_response, to_json
 from trivec.api.rules import blamed_on, check_inputs, check_text, check_texts, choose_prompt
 from trivec.api.schemas import Dimensions, EmbeddingsRequest, Truncate, doc
 from trivec.api.scoring import DOCUMENTS_MAX, rank, score_pairs
 from trivec.core.errors import FieldInvalid
+from trivec.core.quantisation import cut, unit
 from trivec.core.types import Output
 
 TOKEN_ID_MAX = 2**31 - 1
@@ -38,13 +39,9 @@ TOKEN_BYTES = 400  # of a token with its text and place, as objects and in JSON
 TokenId: TypeAlias = Annotated[int, Meta(ge=0, le=TOKEN_ID_MAX)]
 Inputs: TypeAlias = str | list[str | TokenId | list[TokenId]]
 ERROR_TYPES: Mapping[str | None, str] = {
-    "overloaded": "Overloaded",
-    "rate_limit_exceeded": "Overloaded",
     "internal_error": "Backend",
-    "draining": "Unhealthy",
-    "loading": "Unhealthy",
-    "deadline_exceeded": "Overloaded",
-    "store_unavailable": "Unhealthy",
+    **dict.fromkeys(("overloaded", "rate_limit_exceeded", "deadline_exceeded"), "Overloaded"),
+    **dict.fromkeys(("draining", "loading", "store_unavailable"), "Unhealthy"),
 }
 
 

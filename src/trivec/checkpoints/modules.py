@@ -57,7 +57,6 @@ ORDINARY_DENSE = {
     "bias": (True, False),
     "activation_function": ...,
     "use_residual": (False,),
-    **dict.fromkeys(NAMES, (TOKENS, SENTENCE)),
 }
 ORDINARY_SPLADE = {
     "pooling_strategy": ("max",),
@@ -185,8 +184,7 @@ def read_modules(folder: Path, names: frozenset[str], *, hidden_size: int) -> Mo
         has_config = f"{module.path}/config.json" in names
         if not has_config and module.kind not in ("Normalize", "Dropout"):
             raise CheckpointRefused(f"{part / 'config.json'}: is missing; copy the whole model")
-        expected = {NAMES[0]: (SENTENCE if made.pooling else TOKENS,)}
-        expected[NAMES[1]] = expected[NAMES[0]]
+        expected = dict.fromkeys(NAMES, (SENTENCE if made.pooling else TOKENS,))
         is_first = made == Modules()
         match module.kind:
             case "Pooling" if is_first:
@@ -197,10 +195,7 @@ def read_modules(folder: Path, names: frozenset[str], *, hidden_size: int) -> Mo
                 made.is_splade = True
                 made.takes_log_twice = found.get("activation_function") == "log1p_relu"
             case "Dense" if not made.normalize and not made.is_splade:
-                found = _read_settings(part / "config.json", ORDINARY_DENSE)
-                own = {name: found.get(name, SENTENCE) for name in NAMES}
-                if any(own[name] not in values for name, values in expected.items()):
-                    raise CheckpointRefused(f"{part}: reads or writes {own}, not {expected}")
+                found = _read_settings(part / "config.json", {**ORDINARY_DENSE, **expected})
                 made.layers += (_read_dense(part, names, found, width=width),)
                 width = int(found["out_features"])
             case "LayerNorm" if made.pooling and not made.normalize:

@@ -1,10 +1,11 @@
 """`trivec embed`: a corpus to a file of vectors, in this process or by a server."""
 
 import asyncio
+import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -16,11 +17,12 @@ from typer import Argument, Option
 
 from trivec.cli.common import ConfigFile, DataDir, say, settings_of
 from trivec.core.errors import JobFailed, SettingInvalid
+from trivec.jobs import GO_ON
 from trivec.settings import Settings
 
 if TYPE_CHECKING:
     from trivec.build import Models
-    from trivec.core.types import Output
+    from trivec.core.types import ModelCard, Output
     from trivec.jobs.embedding import Progress
     from trivec.jobs.encoders import TextEncoder, Truncate
     from trivec.jobs.results import Totals
@@ -47,8 +49,15 @@ def embed(
     model: Annotated[str | None, Option("--model", "-m", help="ID, DIR or ID=DIR.")] = None,
     outputs: Annotated[str, Option(help="dense, sparse, multi, with commas.")] = "dense",
     dtype: Annotated[
-        Literal["float32", "float16", "int8", "binary"], Option(help="Numbers of the vectors.")
+        Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"],
+        Option(help="What the numbers of dense and multi are, as the API's output_dtype."),
     ] = "float32",
+    dimensions: Annotated[
+        int | None, Option(help="Numbers of a dense vector, where the model takes fewer.", min=1)
+    ] = None,
+    prompt: Annotated[
+        str | None, Option(help="Name of the model's prompt, as document; else its default one.")
+    ] = None,
     text_column: Annotated[str, Option(help="Column of the texts.")] = "text",
     id_column: Annotated[
         str | None, Option(help="Column that identifies a row; else its number does.")
@@ -86,7 +95,6 @@ def embed(
     """
     try:
         from trivec.jobs.corpus import (
-            GO_ON,
             Columns,
             Corpus,
             ShardSize,
@@ -115,24 +123,33 @@ def embed(
 
     if url is None:
         flags = {"precision": precision, "device": device, "backend": backend}
-        models = _load(_bulk_settings(data_dir, config, model, flags), wanted)
-        opened = _in_process(models, wanted, truncate)
+        models = _load(_bulk_settings(data_dir, config, model, flags))
+        _check_card(models.cards[0], wanted, dimensions, prompt)
+        opened = _in_process(models, wanted, truncate, prompt)
     else:
-        opened = _on_server(url, key, model, wanted, truncate)
+        fields = {"dimensions": dimensions, "prompt_name": prompt}
+        asks = {name: value for name, value in fields.items() if value is not None}
+        opened = _on_server(url, key, model, wanted, truncate, asks)
 
     async def run() -> "Totals | None":
         async with opened as encoder:
-            dimensions = encoder.model["dimensions"]
-            assert isinstance(dimensions, int), "the model says how long its vectors are"
+            width = encoder.model["dimensions"]
+            assert isinstance(width, int), "the model says how long its vectors are"
+            if dtype in ("binary", "ubinary") and (dimensions or width) % 8:
+                raise JobFailed(
+                    f"--dtype {dtype} packs eight numbers in a byte; {width} is no multiple"
+                )
             identity = {
                 "model": dict(encoder.model),
                 "outputs": sorted(set(outputs.split(","))),
+                "dimensions": dimensions,
                 "dtype": dtype,
+                "prompt": prompt,
                 "truncate": truncate,
                 "columns": [text_column, id_column, keep],
                 "shard": asdict(size),
             }
-            layout = Layout(wanted, dimensions, dtype, marks_truncated=truncate != "none")
+            layout = Layout(wanted, width, dimensions, dtype, marks_truncated=truncate != "none")
             results = Results(out, identity, layout)
             with results.open(), _stop_signals() as stop, _shown() as on_progress:
                 return await embed_corpus(
@@ -143,10 +160,7 @@ def embed(
                     on_progress=on_progress,
                 )
 
-    try:
-        totals = asyncio.run(run())
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        totals = None
+    totals = asyncio.run(run())
     if totals is None:
         say(f"Stopped. {GO_ON}.")
         raise typer.Exit(STOPPED_EXIT_CODE)
@@ -190,7 +204,7 @@ def _bulk_settings(
     return settings
 
 
-def _load(settings: Settings, outputs: "Output") -> "Models":
+def _load(settings: Settings) -> "Models":
     """The model of *settings*. Raises `StartError`."""
     from trivec.build import load_models, open_parts
     from trivec.server.machine import usable_cores
@@ -199,21 +213,35 @@ def _load(settings: Settings, outputs: "Output") -> "Models":
     configure_log(settings.telemetry.log_format, level="warning")
     models = load_models(settings, open_parts(settings), cores=usable_cores())
     card = models.cards[0]
-    if outputs not in card.outputs:
-        raise SettingInvalid(f"{card.id} has no such --outputs; it has {card.outputs.name}")
     say(f"{card.id} in {card.precision} on {models.choice.device} ({models.choice.backend})")
     return models
 
 
+def _check_card(
+    card: "ModelCard", outputs: "Output", dimensions: int | None, prompt: str | None
+) -> None:
+    """Raise `SettingInvalid` for what the model has not, with what it has."""
+    if outputs not in card.outputs:
+        raise SettingInvalid(f"{card.id} has no such --outputs; it has {card.outputs.name}")
+    if dimensions is not None and not card.takes_dimensions(dimensions):
+        sizes = sorted({*card.matryoshka_dimensions, card.dimensions})
+        have = f"any up to {card.dimensions}" if card.dimensions_selectable else f"{sizes}"
+        raise SettingInvalid(f"--dimensions is {dimensions}; {card.id} has {have}")
+    if prompt is not None and prompt not in card.prompts:
+        have = ", ".join(card.prompts) or "none"
+        raise SettingInvalid(f"{card.id} has no --prompt {prompt!r}; it has {have}")
+
+
 @asynccontextmanager
 async def _in_process(
-    models: "Models", outputs: "Output", truncate: "Truncate"
+    models: "Models", outputs: "Output", truncate: "Truncate", prompt_name: str | None
 ) -> AsyncIterator["TextEncoder"]:
     """The first of *models* with its workers, until the block ends."""
     from trivec.jobs.encoders import EmbedderEncoder
     from trivec.telemetry import finish_log
 
     card = models.cards[0]
+    prompt = card.prompts.get(prompt_name or card.default_prompt_name or "", "")
     identity = {
         "id": card.id,
         "files": models.loaded[0].checkpoint.digest,
@@ -221,6 +249,7 @@ async def _in_process(
         "recipe": card.recipe,
         "backend": models.choice.backend,
         "dimensions": card.dimensions,
+        "prompt": prompt,
     }
     models.workers.start()
     watch = asyncio.create_task(models.workers.lost())  # which fails the requests, if it is
@@ -234,12 +263,17 @@ async def _in_process(
 
 @asynccontextmanager
 async def _on_server(
-    url: str, key: str | None, model: str | None, outputs: "Output", truncate: "Truncate"
+    url: str,
+    key: str | None,
+    model: str | None,
+    outputs: "Output",
+    truncate: "Truncate",
+    asks: Mapping[str, object],
 ) -> AsyncIterator["TextEncoder"]:
     """The server at *url*. Raises `JobFailed` where it does not answer."""
     from trivec.jobs.encoders import HttpEncoder
 
-    encoder = HttpEncoder(url, key, model=model, outputs=outputs, truncate=truncate)
+    encoder = HttpEncoder(url, key, model=model, outputs=outputs, truncate=truncate, asks=asks)
     try:
         yield encoder
     finally:
@@ -248,16 +282,18 @@ async def _on_server(
 
 @contextmanager
 def _stop_signals() -> Iterator[asyncio.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; the second one cancels the task."""
-    loop, task, stop = asyncio.get_running_loop(), asyncio.current_task(), asyncio.Event()
-    assert task is not None
+    """An event that the first Ctrl-C or SIGTERM sets; the second one ends the process."""
+    from rich.console import Console
+
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
 
     def ask_to_stop() -> None:
-        if stop.is_set():
-            task.cancel()
-        else:
-            stop.set()
-            say("Finishing the shards that are begun; once more leaves them.")
+        if stop.is_set():  # nothing needs to be put in order, and a reader may be stuck
+            Console(stderr=True).show_cursor()
+            say(f"Left. {GO_ON}.")
+            os._exit(STOPPED_EXIT_CODE)
+        stop.set()
+        say("Finishing the shards that are begun; once more leaves them.")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, ask_to_stop)

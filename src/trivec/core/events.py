@@ -45,15 +45,6 @@ class BatchRan:
 
 
 @dataclass(frozen=True, slots=True)
-class QueueChanged:
-    """The waiting line of one model grew or shrank."""
-
-    model: str
-    requests: int
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True)
 class RowNotFinite:
     """A vector held NaN or infinity and was computed again in fp32."""
 
@@ -78,6 +69,4 @@ class PhaseChanged:
     reason: str
 
 
-Event: TypeAlias = (
-    RequestServed | BatchRan | QueueChanged | RowNotFinite | ModelLoaded | PhaseChanged
-)
+Event: TypeAlias = RequestServed | BatchRan | RowNotFinite | ModelLoaded | PhaseChanged

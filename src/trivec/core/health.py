@@ -23,3 +23,13 @@ class Health:
     alive: bool  # the event loop answers and no worker is past its time bound
     ready: bool  # loaded, warmed, self-test passed, store writable, not draining
     reason: str  # why it is not alive or not ready, in words for whoever is on call; else "ok"
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLoad:
+    """What waits for one model, in no batch yet."""
+
+    model: str
+    requests: int
+    tokens: int
+    seconds: float  # to compute the tokens with all slots, at the model's throughput as measured

@@ -288,6 +288,11 @@ class ModelCard:
     recipe: str | None = None  # the exact arithmetic, where the backend has a name for it
     notes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
+    def takes_dimensions(self, count: int) -> bool:
+        """Whether a dense vector may have *count* numbers."""
+        sizes = {*self.matryoshka_dimensions, self.dimensions}
+        return count in sizes or (self.dimensions_selectable and 0 < count < self.dimensions)
+
     @property
     def names(self) -> tuple[str, ...]:
         """All that the model is called: its id, then its aliases."""

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from trivec.core.errors import DeadlineExceeded, Draining, Overloaded, ServiceError
-from trivec.core.events import BatchRan, QueueChanged
-from trivec.core.ports import Backend, Clock, Observer
+from trivec.core.events import BatchRan
+from trivec.core.health import QueueLoad
+from trivec.core.ports import Backend, Clock
 from trivec.core.types import BatchBudget, Output, Reply, Sequences, Vectors
 from trivec.engine.request import CANDIDATES_MAX, BatchItem, Request, RequestQueue
 from trivec.settings import QueueLimits
@@ -110,7 +111,6 @@ class ModelQueue:
     requests: RequestQueue = field(default_factory=RequestQueue)
     open: set[Request] = field(default_factory=set)  # without a reply; of the event loop alone
     device_s: float = 0.0  # spent on this model, by which models share the slots
-    reported_depth: int = 0  # in the last `QueueChanged`
 
 
 @dataclass(eq=False, frozen=True, slots=True)
@@ -130,14 +130,11 @@ class Scheduler:
     `complete` and `fail` for the requests in the batch.
     """
 
-    def __init__(
-        self, slot_count: int, *, coalesces: bool, clock: Clock, observer: Observer
-    ) -> None:
+    def __init__(self, slot_count: int, *, coalesces: bool, clock: Clock) -> None:
         """*coalesces*: the last free slot may leave its core to the event loop."""
         self._slot_count = slot_count
         self._coalesces = coalesces
         self._clock = clock
-        self._observer = observer
         self._changed = threading.Condition()  # its lock guards all below, and may be taken again
         self.queues: tuple[ModelQueue, ...] = ()
         self._running: list[ScheduledBatch] = []
@@ -150,6 +147,19 @@ class Scheduler:
     def add_queue(self, queue: ModelQueue) -> None:
         with self._changed:
             self.queues = (*self.queues, queue)
+
+    def loads(self) -> list[QueueLoad]:
+        """What waits now, a model each. Called from any thread."""
+        with self._changed:
+            return [
+                QueueLoad(
+                    queue.model,
+                    len(queue.requests),
+                    tokens := queue.requests.token_count,
+                    tokens * queue.throughput.s_per_token / self._slot_count,
+                )
+                for queue in self.queues
+            ]
 
     def check_admission(self, queue: ModelQueue, token_count: int) -> None:
         """Raise `Overloaded` unless a request of *token_count* is admitted; `Draining` at the end.
@@ -201,8 +211,6 @@ class Scheduler:
             queue.requests.add(request)
             if self._idle_count or (self._is_coalescing and not self._coalescing_delay_s()):
                 self._changed.notify()
-            else:
-                self._report_depth(queue)
         return request
 
     def cancel(self, queue: ModelQueue, request: Request) -> None:
@@ -237,7 +245,6 @@ class Scheduler:
                 self._running.remove(finished)
                 took_s = self._clock.now_s() - finished.started_s
                 finished.queue.device_s += took_s - finished.expected_s
-                self._report_depth(finished.queue)
             while not self._is_closed:
                 waiting = [queue for queue in self.queues if queue.requests]
                 is_last_free = not self._idle_count and not self._is_coalescing
@@ -294,13 +301,6 @@ class Scheduler:
         for queue in self.queues:
             for request in queue.open:
                 self.fail(queue, request, error())
-
-    def _report_depth(self, queue: ModelQueue) -> None:
-        """Tell the observer how much waits, if that is not what it heard last. It never blocks."""
-        if len(queue.requests) != queue.reported_depth:
-            queue.reported_depth = len(queue.requests)
-            event = QueueChanged(queue.model, queue.reported_depth, queue.requests.token_count)
-            self._observer.observe(event)
 
     def _coalescing_delay_s(self) -> float:
         """How long the last free slot may leave all that waits; 0 when it should not."""

@@ -49,7 +49,7 @@ class Workers:
         """*coalesces*: slots are cores, of which the event loop needs one (decision 0012)."""
         assert slot_count > 0
         self.slot_count = slot_count
-        self.scheduler = Scheduler(slot_count, coalesces=coalesces, clock=clock, observer=observer)
+        self.scheduler = Scheduler(slot_count, coalesces=coalesces, clock=clock)
         self._clock = clock
         self._observer = observer
         self._threads: list[threading.Thread] = []

@@ -3,3 +3,5 @@
 Files, shards and what is kept of them are known here; not models, keys or the API's answers. A
 row is computed once, and is in the end in the output or, with the reason, among the errors.
 """
+
+GO_ON = "What is finished is kept: run the same command again to go on"

@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trivec.core.errors import JobFailed
+from trivec.jobs import GO_ON
 
-GO_ON = "What is finished is kept: run the same command again to go on"
 STDIN = "-"
 FORMATS = {
     ".jsonl": "jsonl",

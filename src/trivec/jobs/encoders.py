@@ -10,10 +10,12 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 from urllib.parse import quote, urlsplit
 
@@ -24,16 +26,14 @@ from trivec.core.errors import BusyError, EngineFault, JobFailed, RequestError
 from trivec.core.ports import Embedder
 from trivec.core.types import (
     Float32Array,
-    Int32Array,
     LongText,
     Output,
     Rows,
     Sequences,
     SparseVector,
-    Truncated,
     Vectors,
 )
-from trivec.jobs.corpus import GO_ON
+from trivec.jobs import GO_ON
 
 Truncate: TypeAlias = Literal["none", "end", "start"]
 ModelIdentity: TypeAlias = Mapping[str, str | int | None]
@@ -79,32 +79,50 @@ class EmbedderEncoder:
     """An encoder over an `Embedder`: texts are tokenised while those before them are embedded."""
 
     def __init__(
-        self, embedder: Embedder, outputs: Output, *, model: ModelIdentity, truncate: Truncate
+        self,
+        embedder: Embedder,
+        outputs: Output,
+        *,
+        model: ModelIdentity,
+        truncate: Truncate,
+        prompt: str = "",
     ) -> None:
         self.model = model
         self._embedder = embedder
         self._outputs = outputs
-        self._long_text = LONG_TEXT[truncate]
+        self._tokenize = partial(
+            embedder.tokenizer.tokenize, long_text=LONG_TEXT[truncate], prompt=prompt
+        )
+        self._is_cut = truncate != "none"
         self._open_requests = asyncio.Semaphore(OPEN_REQUESTS)
 
     async def encode(self, texts: Sequence[str]) -> Encoded:
         """See `TextEncoder`."""
-        sequences, bad = await self._tokenize(texts)
-        truncated = [*sequences.truncated]
-        if self._long_text is LongText.KEEP:
+        bad: dict[int, str] = {}
+        try:
+            sequences = await self._tokenize(texts)
+        except (RequestError, EngineFault):  # one of the texts is at fault
+            bad = await self._find_bad(texts)
+            if len(bad) == len(texts):
+                return Encoded(None, 0, bad)
+            sequences = await self._tokenize([one for i, one in enumerate(texts) if i not in bad])
+        places = [i for i in range(len(texts)) if i not in bad]
+        truncated = [places[i] for i in sequences.truncated]
+        if not self._is_cut:
             lengths, length_max = sequences.lengths(), self._embedder.card.token_count_max
-            for i in {*np.flatnonzero(lengths > length_max).tolist(), *truncated}:
-                bad[i] = (
+            too_long = {*np.flatnonzero(lengths > length_max).tolist(), *sequences.truncated}
+            for i in too_long:
+                bad[places[i]] = (
                     f"has {lengths[i]} tokens, and the model reads {length_max}; --truncate end "
                     "cuts it"
                 )
+            if too_long:
+                kept = [i for i in range(len(places)) if i not in too_long]
+                sequences = taken(sequences, kept)
+                places = [places[i] for i in kept]
             truncated = []
-        places = [i for i in range(len(texts)) if i not in bad]
         if not places:
             return Encoded(None, 0, bad)
-        if bad:
-            ids = np.split(sequences.token_ids, sequences.cu_seqlens[1:-1])
-            sequences = Sequences.pack([ids[i] for i in places])
         async with self._open_requests:
             parts, failed = await self._embed(sequences)
         if not parts and len(failed) >= FAILED_MAX:
@@ -113,23 +131,15 @@ class EmbedderEncoder:
         vectors = joined(parts) if parts else None
         return Encoded(vectors, sequences.token_count, bad, [i for i in truncated if i not in bad])
 
-    async def _tokenize(self, texts: Sequence[str]) -> tuple[Sequences, dict[int, str]]:
-        """Ids of *texts*, and why some have none."""
-        with suppress(RequestError, EngineFault):  # one of the texts is at fault
-            return await self._embedder.tokenizer.tokenize(texts, long_text=self._long_text), {}
-        ids: list[Sequence[int] | Int32Array] = []
-        truncated: dict[int, Truncated] = {}
-        bad: dict[int, str] = {}
+    async def _find_bad(self, texts: Sequence[str]) -> dict[int, str]:
+        """Why some of *texts* cannot be tokenised, each by itself."""
+        bad = {}
         for i, text in enumerate(texts):
             try:
-                alone = await self._embedder.tokenizer.tokenize([text], long_text=self._long_text)
+                await self._tokenize([text])
             except (RequestError, EngineFault) as fault:
-                ids.append([])
                 bad[i] = str(fault)
-            else:
-                ids.append(alone.token_ids)
-                truncated |= dict.fromkeys([i] * len(alone.truncated), *alone.truncated.values())
-        return Sequences.pack(ids, truncated), bad
+        return bad
 
     async def _embed(self, sequences: Sequences) -> tuple[list[Vectors], dict[int, str]]:
         """Vectors of *sequences*, and why some have none: halved until those are alone."""
@@ -140,10 +150,9 @@ class EmbedderEncoder:
         except EngineFault:
             if len(sequences) == 1:
                 return [], {0: "the model failed on it"}
-        ids = np.split(sequences.token_ids, sequences.cu_seqlens[1:-1])
-        half = len(ids) // 2
-        parts, failed = await self._embed(Sequences.pack(ids[:half]))
-        more, failed_too = await self._embed(Sequences.pack(ids[half:]))
+        half, count = len(sequences) // 2, len(sequences)
+        parts, failed = await self._embed(taken(sequences, range(half)))
+        more, failed_too = await self._embed(taken(sequences, range(half, count)))
         return parts + more, failed | {half + i: one for i, one in failed_too.items()}
 
 
@@ -163,9 +172,16 @@ class HttpEncoder:
     """
 
     def __init__(
-        self, url: str, key: str | None, *, model: str | None, outputs: Output, truncate: Truncate
+        self,
+        url: str,
+        key: str | None,
+        *,
+        model: str | None,
+        outputs: Output,
+        truncate: Truncate,
+        asks: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
-        """*url* with the prefix, as `http://127.0.0.1:8000/v1`. Raises `JobFailed`."""
+        """*asks*: more fields of each request. *url* with the prefix, as `http://127.0.0.1:8000/v1`. Raises `JobFailed`."""
         self._url = url.rstrip("/")
         self._address = urlsplit(self._url)
         if self._address.scheme not in ("http", "https") or not self._address.hostname:
@@ -192,6 +208,7 @@ class HttpEncoder:
             "encoding_format": "base64",
             "output_type": wanted,
             "truncate": truncate,
+            **asks,
         }
 
     async def encode(self, texts: Sequence[str]) -> Encoded:
@@ -299,6 +316,13 @@ class HttpEncoder:
         except IndexError:
             scheme = HTTPSConnection if self._address.scheme == "https" else HTTPConnection
             return scheme(self._address.netloc, timeout=ANSWER_S_MAX)
+
+
+def taken(sequences: Sequences, indices: Sequence[int]) -> Sequences:
+    """The sequences at *indices*, none of which was cut."""
+    ids = np.split(sequences.token_ids, sequences.cu_seqlens[1:-1])
+    skip = None if sequences.skip is None else sequences.skip[list(indices)]
+    return replace(Sequences.pack([ids[i] for i in indices]), skip=skip)
 
 
 def joined(parts: Sequence[Vectors]) -> Vectors:

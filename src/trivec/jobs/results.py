@@ -23,10 +23,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from trivec.core.errors import JobFailed
+from trivec.core.quantisation import ByteDtype, cut, quantise
 from trivec.core.types import Float32Array, Output, Vectors
-from trivec.jobs.corpus import GO_ON, BadRow, Shard, as_json_text
+from trivec.jobs import GO_ON
+from trivec.jobs.corpus import BadRow, Shard, as_json_text
 
-DType: TypeAlias = Literal["float32", "float16", "int8", "binary"]
+DType: TypeAlias = Literal["float32", "float16"] | ByteDtype
 ENDINGS = (".parquet", ".jsonl", ".npy")
 DENSE, SPARSE_IDS, SPARSE_WEIGHTS, MULTI = VECTORS = (
     "embedding", "sparse_indices", "sparse_values", "multi_embedding",
@@ -43,7 +45,8 @@ class Layout:
     """What is kept of each text."""
 
     outputs: Output
-    dimensions: int
+    dimensions: int  # of the model
+    size: int | None = None  # numbers that are kept of a dense vector; None: all
     dtype: DType = "float32"  # of dense and multi; sparse weights are float32
     marks_truncated: bool = False
 
@@ -52,7 +55,9 @@ class Layout:
         none = np.zeros((0, self.dimensions), np.float32)
         columns = {}
         if Output.DENSE in self.outputs:
-            columns[DENSE] = self._matrix(none if vectors is None else vectors.dense)
+            columns[DENSE] = self._matrix(
+                cut(none if vectors is None else vectors.dense, self.size)
+            )
         if Output.SPARSE in self.outputs:
             terms = [] if vectors is None else [one for one in vectors.sparse if one is not None]
             offsets = _offsets([len(one.token_ids) for one in terms])
@@ -67,24 +72,12 @@ class Layout:
         return columns
 
     def _matrix(self, rows: Float32Array) -> pa.Array:
-        numbers = quantise(rows, self.dtype)
+        numbers: NDArray[Any] = rows
+        if self.dtype == "float16":
+            numbers = rows.astype(np.float16)
+        elif self.dtype != "float32":
+            numbers = quantise(rows, self.dtype)
         return pa.FixedSizeListArray.from_arrays(pa.array(numbers.reshape(-1)), numbers.shape[1])
-
-
-def quantise(rows: Float32Array, dtype: DType) -> NDArray[Any]:
-    """*rows* `[n, dimensions]` in fewer bytes, each by itself, so that no vector depends on another.
-
-    int8: times 127 over the row's largest magnitude, rounded; directions are kept, lengths are not.
-    binary: uint8 `[n, dimensions / 8]`, a bit for each number > 0, the first one highest.
-    """
-    if dtype == "binary":
-        return np.packbits(rows > 0, axis=1)
-    if dtype == "int8":
-        largest = np.abs(rows).max(axis=1, keepdims=True, initial=0.0)
-        scale = 127 / np.maximum(largest, np.float32(1e-12))  # [n, 1]
-        rounded: Float32Array = np.rint(rows * scale)
-        return rounded.astype(np.int8)
-    return rows.astype(np.float16 if dtype == "float16" else np.float32)
 
 
 @dataclass(frozen=True, slots=True)

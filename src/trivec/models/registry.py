@@ -20,7 +20,7 @@ from trivec.models.ops import ModelConfig, Ops, Plan, Recorder, T
 from trivec.models.pooling import HeadPlan, Pooling
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """What one family's file offers."""
 
@@ -47,87 +47,91 @@ class Family:
 
 
 BERT = Family(
-    bert.read_config,
-    bert.forward,
-    bert.PREFIXES,
-    bert.KEY_TENSOR,
-    bert.UNUSED,
+    read_config=bert.read_config,
+    forward=bert.forward,
+    prefixes=bert.PREFIXES,
+    key_tensor=bert.KEY_TENSOR,
+    unused=bert.UNUSED,
     head_plan=bert.head_plan,
 )
 DISTILBERT = Family(
-    distilbert.read_config,
-    bert.forward,
-    distilbert.PREFIXES,
-    bert.KEY_TENSOR,
-    distilbert.UNUSED,
+    read_config=distilbert.read_config,
+    forward=bert.forward,
+    prefixes=distilbert.PREFIXES,
+    key_tensor=bert.KEY_TENSOR,
+    unused=distilbert.UNUSED,
     renamed=distilbert.RENAMED,
     head_plan=distilbert.head_plan,
 )
 MPNET = Family(
-    mpnet.read_config,
-    bert.forward,
-    mpnet.PREFIXES,
-    bert.KEY_TENSOR,
-    mpnet.UNUSED,
+    read_config=mpnet.read_config,
+    forward=bert.forward,
+    prefixes=mpnet.PREFIXES,
+    key_tensor=bert.KEY_TENSOR,
+    unused=mpnet.UNUSED,
     renamed=mpnet.RENAMED,
     head_plan=bert.head_plan,
 )
 MODERN_BERT = Family(
-    modernbert.read_config,
-    modernbert.forward,
-    modernbert.PREFIXES,
-    modernbert.KEY_TENSOR,
-    modernbert.UNUSED,
-    modernbert.FUSED,
+    read_config=modernbert.read_config,
+    forward=modernbert.forward,
+    prefixes=modernbert.PREFIXES,
+    key_tensor=modernbert.KEY_TENSOR,
+    unused=modernbert.UNUSED,
+    fused=modernbert.FUSED,
     head_plan=modernbert.head_plan,
 )
 QWEN3 = Family(
-    qwen3.read_config,
-    qwen3.forward,
-    qwen3.PREFIXES,
-    qwen3.KEY_TENSOR,
-    qwen3.UNUSED,
+    read_config=qwen3.read_config,
+    forward=qwen3.forward,
+    prefixes=qwen3.PREFIXES,
+    key_tensor=qwen3.KEY_TENSOR,
+    unused=qwen3.UNUSED,
     stands_for=qwen3.STANDS_FOR,
     head_plan=qwen3.head_plan,
     pooling=Pooling.LAST,
 )
 NOMIC_BERT = Family(
-    nomic_bert.read_config,
-    nomic_bert.forward,
-    nomic_bert.PREFIXES,
-    nomic_bert.KEY_TENSOR,
-    nomic_bert.UNUSED,
-    nomic_bert.FUSED,
-    nomic_bert.RENAMED,
-    nomic_bert.STANDS_FOR,
-    nomic_bert.TRANSPOSED,
-    nomic_bert.head_plan,
+    read_config=nomic_bert.read_config,
+    forward=nomic_bert.forward,
+    prefixes=nomic_bert.PREFIXES,
+    key_tensor=nomic_bert.KEY_TENSOR,
+    unused=nomic_bert.UNUSED,
+    fused=nomic_bert.FUSED,
+    renamed=nomic_bert.RENAMED,
+    stands_for=nomic_bert.STANDS_FOR,
+    transposed=nomic_bert.TRANSPOSED,
+    head_plan=nomic_bert.head_plan,
 )
 GTE = Family(
-    gte.read_config,
-    nomic_bert.forward,
-    gte.PREFIXES,
-    nomic_bert.KEY_TENSOR,
-    gte.UNUSED,
-    gte.FUSED,
-    gte.RENAMED,
-    gte.STANDS_FOR,
+    read_config=gte.read_config,
+    forward=nomic_bert.forward,
+    prefixes=gte.PREFIXES,
+    key_tensor=nomic_bert.KEY_TENSOR,
+    unused=gte.UNUSED,
+    fused=gte.FUSED,
+    renamed=gte.RENAMED,
+    stands_for=gte.STANDS_FOR,
     head_plan=nomic_bert.head_plan,
     pooling=Pooling.CLS,
 )
 JINA_BERT = Family(
-    jina_bert.read_config,
-    nomic_bert.forward,
-    jina_bert.PREFIXES,
-    nomic_bert.KEY_TENSOR,
-    jina_bert.UNUSED,
-    jina_bert.FUSED,
-    jina_bert.RENAMED,
-    jina_bert.STANDS_FOR,
+    read_config=jina_bert.read_config,
+    forward=nomic_bert.forward,
+    prefixes=jina_bert.PREFIXES,
+    key_tensor=nomic_bert.KEY_TENSOR,
+    unused=jina_bert.UNUSED,
+    fused=jina_bert.FUSED,
+    renamed=jina_bert.RENAMED,
+    stands_for=jina_bert.STANDS_FOR,
     head_plan=nomic_bert.head_plan,
 )
 GEMMA3 = Family(
-    gemma3.read_config, gemma3.forward, gemma3.PREFIXES, gemma3.KEY_TENSOR, gemma3.UNUSED
+    read_config=gemma3.read_config,
+    forward=gemma3.forward,
+    prefixes=gemma3.PREFIXES,
+    key_tensor=gemma3.KEY_TENSOR,
+    unused=gemma3.UNUSED,
 )
 FAMILIES: Mapping[str, Family] = {
     **dict.fromkeys(bert.MODEL_TYPES, BERT),

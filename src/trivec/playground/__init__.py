@@ -33,6 +33,7 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
+    "vary": "accept",  # Ollama's clients get another answer at /
     "cache-control": "no-cache",  # kept, and asked for again: its ETag changes with the version
 }
 WITH_KEYS, WITHOUT_KEYS = b'data-keys="yes"', b'data-keys="no"'

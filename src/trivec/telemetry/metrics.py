@@ -6,6 +6,7 @@ beyond `SERIES_MAX` series; a test adds them up. `docs/metrics.md` is the same l
 
 import re
 import threading
+from collections import Counter as Sums
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from http import HTTPStatus
@@ -21,12 +22,15 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.metrics import MetricWrapperBase
-from prometheus_client.metrics_core import CounterMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from trivec import __version__
 from trivec.core import events
+from trivec.core.clock import SystemClock
 from trivec.core.events import Event
+from trivec.core.health import QueueLoad
+from trivec.core.ports import Clock
 
 SERIES_MAX = 1_500
 # Values of a label with series of their own; those that come later share the label "other".
@@ -38,6 +42,7 @@ OTHER = "other"
 
 STATUS_CLASSES = {2: "2xx", 4: "4xx", 5: "5xx"}
 PHASES = ("loading", "ready", "draining", "stopped")
+WINDOW_S = 30  # of tokens a second: longer than a batch on a slow machine
 SHORT_BUCKETS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 1)
 
 _PREFIX = re.compile(r"^/(?:openai/v1|v3/openai|v1)(?=/)")
@@ -57,11 +62,16 @@ class Metrics:
     *lines_dropped* is the number of log lines that were dropped so far.
     """
 
-    def __init__(self, *, lines_dropped: Callable[[], int] = lambda: 0) -> None:
+    def __init__(
+        self, *, lines_dropped: Callable[[], int] = lambda: 0, clock: Clock | None = None
+    ) -> None:
         # A `_created` series for each of ours would double the page.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._lines_dropped = lines_dropped
+        self._clock = clock or SystemClock()
+        self._queue_loads: Callable[[], Iterable[QueueLoad]] = tuple
         self._lock = threading.Lock()  # of the growth of these
+        self._tokens_by_second: dict[int, Sums[str]] = {}  # by model; those of the window
         self._models: set[str] = set()
         self._reasons: set[str] = set()
         self._routes: set[str] = set()
@@ -97,7 +107,7 @@ class Metrics:
             "Texts of the requests that were served.")
         self._tokenize_seconds = Histogram("trivec_tokenize_seconds",
             "Time from text to token ids, a request.", registry=registry, buckets=SHORT_BUCKETS_S)
-        self._queue_seconds = metric(Histogram, "trivec_queue_seconds",
+        self._queue_wait_seconds = metric(Histogram, "trivec_queue_wait_seconds",
             "From joining the queue to the start of a request's first batch.",
             buckets=(0.001, 0.005, 0.02, 0.1, 0.5, 1, 5, 10, 30))
         self._compute_seconds = metric(Histogram, "trivec_compute_seconds",
@@ -116,12 +126,6 @@ class Metrics:
         self._batch_seconds = metric(Counter, "trivec_batch_busy_seconds_total",
             "Seconds that worker slots spent inside the device; its rate over the slots is "
             "utilisation.")
-        self._queue_requests = metric(Gauge, "trivec_queue_requests", "Requests in the queue now.")
-        self._queue_tokens = metric(Gauge, "trivec_queue_tokens", "Tokens in the queue now.")
-        self._line_requests = metric(Gauge, "trivec_line_requests",  # old names, for one release
-            "Deprecated: read trivec_queue_requests instead.")
-        self._line_tokens = metric(Gauge, "trivec_line_tokens",
-            "Deprecated: read trivec_queue_tokens instead.")
         self._rows_not_finite = metric(Counter, "trivec_rows_not_finite_total",
             "Vectors that held NaN or infinity, by outcome of the second try: recovered or lost.",
             labels=("model", "outcome"))
@@ -140,6 +144,10 @@ class Metrics:
         registry.register(self)
         ProcessCollector(registry=registry)  # memory, CPU, descriptors, start time
 
+    def watch(self, queue_loads: Callable[[], Iterable[QueueLoad]]) -> None:
+        """Show what *queue_loads* says at each scrape: events would be late, or missed when idle."""
+        self._queue_loads = queue_loads
+
     def page(self) -> bytes:
         """The numbers now, in Prometheus's text format."""
         return generate_latest(self._registry)
@@ -151,6 +159,31 @@ class Metrics:
             "Lines of the log that were dropped because nobody read them.",
             value=self._lines_dropped(),
         )
+        queues: dict[str, list[QueueLoad]] = {}  # by label
+        for load in self._queue_loads():
+            queues.setdefault(self._model(load.model), []).append(load)
+        requests = {model: sum(load.requests for load in own) for model, own in queues.items()}
+        tokens = {model: sum(load.tokens for load in own) for model, own in queues.items()}
+        seconds = {model: sum(load.seconds for load in own) for model, own in queues.items()}
+        with self._lock:
+            self._forget_old_tokens()
+            computed = sum(self._tokens_by_second.values(), Sums[str]())
+        for name, says, by_model in (
+            ("trivec_queue_requests", "Requests in the queue now.", requests),
+            ("trivec_queue_tokens", "Tokens in the queue now.", tokens),
+            ("trivec_queue_seconds", "Tokens in the queue now, over the measured throughput of "
+                "all worker slots.", seconds),
+            ("trivec_tokens_per_second", f"Tokens computed a second, over the last {WINDOW_S} s.",
+                {model: computed[model] / WINDOW_S for model in queues}),
+            ("trivec_line_requests",  # old names, for one release
+                "Deprecated: read trivec_queue_requests instead.", requests),
+            ("trivec_line_tokens", "Deprecated: read trivec_queue_tokens instead.", tokens),
+        ):  # fmt: skip
+            gauge = GaugeMetricFamily(name, says, labels=("model",))
+            for model, value in by_model.items():
+                gauge.add_metric((model,), value)
+            if queues:  # an API process has none, and a family without series is no use
+                yield gauge
 
     def observe(self, event: Event) -> None:
         match event:
@@ -162,12 +195,10 @@ class Metrics:
                 self._batch_fill(model).observe(event.tokens / event.tokens_max)
                 self._batch_tokens(model).inc(event.tokens)
                 self._batch_seconds(model).inc(event.duration_s)
-            case events.QueueChanged():
-                model = self._model(event.model)
-                self._queue_requests(model).set(event.requests)
-                self._line_requests(model).set(event.requests)
-                self._queue_tokens(model).set(event.tokens)
-                self._line_tokens(model).set(event.tokens)
+                with self._lock:
+                    self._forget_old_tokens()
+                    second = int(self._clock.now_s())
+                    self._tokens_by_second.setdefault(second, Sums())[model] += event.tokens
             case events.RowNotFinite():
                 outcome = "recovered" if event.recovered else "lost"
                 self._rows_not_finite(self._model(event.model), outcome).inc()
@@ -205,9 +236,15 @@ class Metrics:
         model = self._model(event.model)
         self._request_tokens(model).observe(event.token_count)
         self._inputs(model).inc(event.input_count)
-        self._queue_seconds(model).observe(event.queue_s)
+        self._queue_wait_seconds(model).observe(event.queue_s)
         self._compute_seconds(model).observe(event.compute_s)
         self._encode_seconds.observe(event.encode_s)
+
+    def _forget_old_tokens(self) -> None:
+        """Keep those of the last `WINDOW_S` whole seconds, this one included."""
+        first = int(self._clock.now_s()) - WINDOW_S + 1
+        for second in [second for second in self._tokens_by_second if second < first]:
+            del self._tokens_by_second[second]
 
     def _model(self, model: str) -> str:
         return model if model in self._models else OTHER

@@ -98,7 +98,7 @@ def choose_device(asked: str, hardware: Hardware) -> DeviceChoice:
     if asked == "cpu":
         return DeviceChoice("cpu", (), "device cpu was asked for")
     if asked not in {"auto", "cuda"} and not asked.removeprefix("cuda:").isdigit():
-        raise SettingInvalid(f"device {asked} is unknown; use auto, cpu, cuda or cuda:N")
+        raise SettingInvalid(f"device {asked} is unknown; use auto, cpu or cuda")
     count = len(hardware.cuda)
     if not count:
         if asked == "auto":

@@ -37,10 +37,11 @@ async function connect() {
   const embedders = data.filter(({ output_types: outputs }) => outputs.includes("dense"));
   byId("model").replaceChildren(...embedders.map(({ id }) => make("option", {}, id)));
   byId("model").disabled = byId("embed").disabled = !embedders.length;
-  const rerankers = data.filter(({ output_types: outputs }) => outputs.includes("score"));
+  const isLast = ({ output_types: outputs }) => !outputs.includes("score"); // it reranks by its vectors
+  const rerankers = data.toSorted((a, b) => isLast(a) - isLast(b));
   byId("reranker").replaceChildren(...rerankers.map(({ id }) => make("option", {}, id)));
   const { paths } = await call("openapi.json");
-  reveal("rerank", "/v1/rerank" in paths && rerankers.length > 0);
+  reveal("rerank", "/v1/rerank" in paths);
   await showModel();
 }
 
@@ -78,8 +79,8 @@ async function showTokens() {
   counting = new AbortController();
   const counted = await tokenize(model().id, texts.slice(0, SHOWN), counting.signal);
   const over = texts.length > TEXTS_MAX ? `; the first ${number(TEXTS_MAX)} will be embedded` : "";
-  const some = texts.length > SHOWN ? ` in the first ${SHOWN}` : "";
-  byId("count").textContent = `${number(texts.length)} texts, ${number(counted.total_tokens)} tokens${some}${over}`;
+  const some = texts.length > SHOWN ? ` in the first ${SHOWN}${over}` : "";
+  byId("count").textContent = `${number(texts.length)} texts, ${number(counted.total_tokens)} tokens${some}`;
   byId("tokens").replaceChildren(...counted.data.map(({ tokens, token_count: count, fits }) =>
     make("li", {}, make("p", { class: "tokens", dir: "auto" }, tokens.slice(0, 120).map((token) => chip(token))),
       make("small", { class: !fits && "over" }, `${count}${fits ? "" : " · too long"}`))));
