@@ -61,7 +61,7 @@ async def engine(trial: EngineOnTrial, requests: Sequence[Sequence[str] | Sequen
             if isinstance(request, Sequences):
                 ids = request
             else:
-                ids = await trial.embedder.tokenize(request, long_text=CUT)
+                ids = await trial.embedder.tokenizer.tokenize(request, long_text=CUT)
             await trial.embedder.embed(ids, Output.DENSE)
 
     await asyncio.gather(*(client() for _ in range(REQUESTS_AT_ONCE)))
@@ -85,7 +85,7 @@ async def run(given: argparse.Namespace) -> dict[str, Any]:
         corpus = Path(folder, "in.parquet")
         pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), corpus)
         async with engine_on_trial(settings, cores=usable_cores()) as trial:
-            ids = [await trial.embedder.tokenize(p, long_text=CUT) for p in parts]
+            ids = [await trial.embedder.tokenizer.tokenize(p, long_text=CUT) for p in parts]
             await engine(trial, ids[:2])  # the first of its shape may compile
             for turn in range(given.repeats):
                 await timed("ids", engine(trial, ids))

@@ -82,7 +82,7 @@ class EngineOnTrial:
     async def _embed_texts(self, texts: Sequence[str]) -> int:
         if not texts:
             return 0
-        sequences = await self.embedder.tokenize(texts, long_text=LongText.CUT_END)
+        sequences = await self.embedder.tokenizer.tokenize(texts, long_text=LongText.CUT_END)
         await self.embedder.embed(sequences, Output.DENSE)
         return sequences.token_count
 

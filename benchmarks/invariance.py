@@ -56,7 +56,7 @@ def requests(draw: random.Random, count: int) -> Iterator[list[int]]:
 
 
 async def embed(embedder: Embedder, texts: Sequence[str]) -> Float32Array:
-    sequences = await embedder.tokenize(texts, long_text=LongText.CUT_END)
+    sequences = await embedder.tokenizer.tokenize(texts, long_text=LongText.CUT_END)
     return (await embedder.embed(sequences, Output.DENSE)).vectors.dense
 
 

@@ -83,13 +83,13 @@ async def _run(batches: int, backend: str) -> Report:
 @contextmanager
 def stages_that_raise(service: Service) -> Iterator[None]:
     """Tokenising and encoding fail for the word that names them."""
-    tokenize = service.engine.tokenize
+    tokenize = service.engine.tokenizer.tokenize
     not_to_encode: list[Sequences] = []
 
-    async def tokenizing(inputs: Texts | TokenLists, **asked: Any) -> Sequences:
+    async def tokenizing(inputs: Texts | TokenLists, **how: Any) -> Sequences:
         if any(isinstance(one, str) and "tokenizer" in one for one in inputs):
             raise Injected
-        sequences = await tokenize(inputs, **asked)
+        sequences = await tokenize(inputs, **how)
         if any(isinstance(one, str) and "encoding" in one for one in inputs):
             not_to_encode.append(sequences)
         return sequences
@@ -100,7 +100,7 @@ def stages_that_raise(service: Service) -> Iterator[None]:
         return encode_embeddings(vectors, sequences, **asked)
 
     with (
-        mock.patch.object(service.engine, "tokenize", tokenizing),
+        mock.patch.object(service.engine.tokenizer, "tokenize", tokenizing),
         mock.patch("trivec.api.openai.encode_embeddings", encoding),
     ):
         yield

@@ -311,19 +311,27 @@ def make_tokenizers(
     checkpoints: Sequence[Checkpoint], *, context: Parts, cores: int
 ) -> list[Tokenizer]:
     """A tokeniser for each of *checkpoints*, on threads that they share."""
-    pool = ThreadPoolExecutor(cores, thread_name_prefix="trivec-tokenizer")
+    make = tokenizer_factory(context.settings, cores)
     return [
-        Tokenizer(
-            checkpoint.tokenizer_file,
-            token_count_max=checkpoint.token_count_max,
-            vocabulary_size=checkpoint.config.vocab_size,
-            pool=pool,
-            request_tokens_max=context.settings.http.request_tokens_max,
-            token_type_count=checkpoint.config.token_type_count,
-            include_prompt=checkpoint.include_prompt,
-        )
-        for checkpoint in checkpoints
+        make(one.tokenizer_file, one, one.config.vocab_size, one.config.token_type_count)
+        for one in checkpoints
     ]
+
+
+def tokenizer_factory(
+    settings: Settings, cores: int
+) -> Callable[[Path, Checkpoint | ModelCard, int, int], Tokenizer]:
+    """Makes tokenisers that share threads: of a file, its model, and the rows of two tables."""
+    pool = ThreadPoolExecutor(cores, thread_name_prefix="trivec-tokenizer")
+    return lambda file, model, vocabulary_size, token_type_count: Tokenizer(
+        file,
+        token_count_max=model.token_count_max,
+        vocabulary_size=vocabulary_size,
+        pool=pool,
+        request_tokens_max=settings.http.request_tokens_max,
+        token_type_count=token_type_count,
+        include_prompt=model.include_prompt,
+    )
 
 
 def set_up(
@@ -370,7 +378,7 @@ def by_name(embedders: Sequence[Embedder]) -> Mapping[str, Embedder]:
     """*embedders* by id and alias. Raises `SettingInvalid` where two would share a name."""
     named: dict[str, Embedder] = {}
     for embedder in embedders:
-        for name in (embedder.card.id, *embedder.card.aliases):
+        for name in embedder.card.names:
             if named.setdefault(name, embedder) is not embedder:
                 raise SettingInvalid(
                     f"two models are called {name}; serve one of them as ANOTHER_ID=FOLDER"
@@ -415,32 +423,22 @@ def connect_models(parts: ServerParts, *, folder: "SharedFolder", name: str, cor
             pages.pop(ENGINE, None)
         return merged_pages({**pages, name: parts.metrics.page()})
 
-    pool = ThreadPoolExecutor(cores, thread_name_prefix="trivec-tokenizer")
+    make_tokenizer = tokenizer_factory(parts.settings, cores)
     embedders = [
         RemoteEmbedder(
             index,
-            model.card,
-            Tokenizer(
-                Path(model.tokenizer_file),
-                token_count_max=model.card.token_count_max,
-                vocabulary_size=model.card.vocabulary_size,
-                pool=pool,
-                request_tokens_max=parts.settings.http.request_tokens_max,
-                token_type_count=model.token_type_count,
-                include_prompt=model.card.include_prompt,
+            one.card,
+            make_tokenizer(
+                Path(one.tokenizer_file), one.card, one.card.vocabulary_size, one.token_type_count
             ),
             client,
         )
-        for index, model in enumerate(what.models)
+        for index, one in enumerate(what.models)
     ]
     return Models(
         choice=Choice(what.backend, what.device, what.reason),
-        cards=[model.card for model in what.models],
-        certificates={
-            model.card.id: model.certificate
-            for model in what.models
-            if model.certificate is not None
-        },
+        cards=[one.card for one in what.models],
+        certificates={one.card.id: one.certificate for one in what.models if one.certificate},
         embedders=by_name(embedders),
         workers=client,
         slot_count=what.slot_count,

@@ -74,6 +74,11 @@ async def test_what_is_not_asked_for_changes_nothing(house: House, off: object) 
     assert await post(house, input=["a", "b"], late_chunking=off, chunk_size=None) == plain
 
 
+async def test_no_cut_wins_over_voyages_word_for_it(chunking: House) -> None:
+    asked: dict[str, object] = {"input": ["ab", "cd"], "late_chunking": True, "truncation": True}
+    assert len((await post(chunking, **asked, truncate=False))["data"]) == 2
+
+
 async def test_models_say_whether_they_can(chunking: House) -> None:
     async with chunking.client() as client:
         listed = (await client.get("/models")).json()["data"]

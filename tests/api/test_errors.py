@@ -19,14 +19,13 @@ from trivec.core.errors import (
     EngineFault,
     Loading,
     Overloaded,
-    RateLimitError,
     RequestError,
     ServiceError,
 )
 from trivec.core.health import Health
 from trivec.settings import HttpLimits
 
-FAMILIES = {ServiceError, RequestError, AccessError, RateLimitError, BusyError}
+FAMILIES = {ServiceError, RequestError, AccessError, BusyError}
 
 
 def kinds(of: type[ServiceError]) -> set[type[ServiceError]]:

@@ -10,6 +10,7 @@ import pytest
 from tests.api.house import CLASSIFIER, MODEL, PLAIN_MODEL, RERANKER, House
 
 from trivec.core.quantisation import quantise
+from trivec.settings import HttpLimits
 
 TEXTS = ["hello", "a bear of China", "hi"]
 QUERY = "what is a panda?"
@@ -19,6 +20,14 @@ LONG = "b" * 100
 @pytest.fixture(scope="module")
 def house() -> Iterator[House]:
     house = House(has_rerankers=True)
+    yield house
+    house.close()
+
+
+@pytest.fixture(params=["start", "end"])
+def cutting(request: pytest.FixtureRequest) -> Iterator[House]:
+    """A house that cuts texts where a request does not say."""
+    house = House(limits=HttpLimits(truncate=request.param))
     yield house
     house.close()
 
@@ -89,6 +98,12 @@ async def test_cohere_cuts_by_default_and_says_so(house: House) -> None:
     refused = await ask(house, "/v2/embed", body | {"truncate": "NONE"}, status=400)
     assert set(refused) == {"message", "id"}
     assert "texts[1]" in refused["message"]
+
+
+async def test_cohere_names_its_own_field_for_too_many_tokens(house: House) -> None:
+    body = {"model": MODEL, "texts": ["a"], "input_type": "search_query", "max_tokens": 10**6}
+    refused = await ask(house, "/v2/embed", body, status=400)
+    assert "'max_tokens' = 1000000" in refused["message"]
 
 
 async def test_cohere_reranks_without_texts_and_counts_search_units(house: House) -> None:
@@ -184,6 +199,15 @@ async def test_tei_cuts_only_where_it_is_told_to_and_at_the_side_it_is_told(hous
     for direction, side in (("Right", "end"), ("Left", "start")):
         body = {"inputs": text, "truncate": True, "truncation_direction": direction}
         assert await ask(house, "/embed", body) == await vectors(house, [text], truncate=side)
+
+
+async def test_tei_cuts_at_the_side_it_is_told_where_the_server_cuts_by_itself(
+    cutting: House,
+) -> None:
+    text = "a" * 50 + "b" * 50
+    for direction, side in (("Right", "end"), ("Left", "start")):
+        body = {"inputs": text, "truncation_direction": direction}
+        assert await ask(cutting, "/embed", body) == await vectors(cutting, [text], truncate=side)
 
 
 async def test_tei_tokenizes_and_decodes_for_nothing(house: House) -> None:

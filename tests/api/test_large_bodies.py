@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trivec.api.openai import refuse_too_many_items
+from trivec.api.rules import refuse_too_many_items
 from trivec.core.errors import FieldInvalid, RequestError, RequestTooLarge
 from trivec.settings import HttpLimits
 

@@ -9,9 +9,9 @@ from starlette.types import Message, Scope
 from tests.api.house import MODEL, House
 
 from trivec.api import ByteBudget, budget_bytes
+from trivec.api.inference import LARGE_TOKENIZE_MAX
 from trivec.api.memory import MemoryReservation
 from trivec.api.middleware import chunk_s_max
-from trivec.api.openai import LARGE_TOKENIZE_MAX
 from trivec.core.errors import AnswerTooLarge, Overloaded
 from trivec.core.types import Sequences
 from trivec.settings import MEBIBYTE, HttpLimits, Settings

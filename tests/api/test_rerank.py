@@ -8,7 +8,7 @@ import pytest
 from tests.accounts.requests import statuses
 from tests.api.house import CLASSIFIER, MODEL, PLAIN_MODEL, RERANKER, House, StandIn
 
-from trivec.api import inference
+from trivec.api import scoring
 from trivec.core.types import LongText, Output, Row
 from trivec.models.scoring import WEIGHTS, fused_score
 
@@ -103,7 +103,7 @@ async def test_token_vectors_are_scored_a_window_at_a_time(
 ) -> None:
     at_once = await ask(house, model=MODEL)
     house.model.embedded.clear()
-    monkeypatch.setattr(inference, "WINDOW_BYTES", 20 * 4 * house.model.card.dimensions)
+    monkeypatch.setattr(scoring, "WINDOW_BYTES", 20 * 4 * house.model.card.dimensions)
     in_windows = await ask(house, model=MODEL)
     assert in_windows["results"] == at_once["results"]
     windows = [sequences for sequences, _, _ in house.model.embedded]

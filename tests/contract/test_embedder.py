@@ -115,16 +115,16 @@ async def embedder(
 
 
 async def read(embedder: Embedder, *texts: str) -> Sequences:
-    return await embedder.tokenize(texts, long_text=LongText.REFUSE)
+    return await embedder.tokenizer.tokenize(texts, long_text=LongText.REFUSE)
 
 
 async def test_texts_and_their_own_ids_are_the_same_sequences(embedder: Embedder) -> None:
     texts = await read(embedder, "w1 w2 w3", "w9")
     ids = [np.array([4, 5, 6], np.int32), np.array([0, 12, 1], np.int32)]
-    lists = await embedder.tokenize(ids, long_text=LongText.REFUSE)
+    lists = await embedder.tokenizer.tokenize(ids, long_text=LongText.REFUSE)
     np.testing.assert_array_equal(texts.token_ids, lists.token_ids)
     np.testing.assert_array_equal(texts.cu_seqlens, lists.cu_seqlens)
-    assert embedder.token_strings(texts.token_ids) == [
+    assert embedder.tokenizer.token_strings(texts.token_ids) == [
         "<s>",
         "w1",
         "w2",
@@ -139,8 +139,8 @@ async def test_texts_and_their_own_ids_are_the_same_sequences(embedder: Embedder
 async def test_tokens_are_found_in_their_text_and_made_into_texts_again(
     embedder: Embedder,
 ) -> None:
-    whole = await embedder.find_tokens(["w1  w20"], special_tokens=True)
-    bare = await embedder.find_tokens(["w1  w20"], special_tokens=False)
+    whole = await embedder.tokenizer.find_tokens(["w1  w20"], special_tokens=True)
+    bare = await embedder.tokenizer.find_tokens(["w1  w20"], special_tokens=False)
     assert [tuple(token) for token in whole[0]] == [
         (0, "<s>", True, 0, 0),
         (4, "w1", False, 0, 2),
@@ -149,12 +149,14 @@ async def test_tokens_are_found_in_their_text_and_made_into_texts_again(
     ]
     assert bare == [whole[0][1:3]]
     ids = [np.array([0, 4, 23, 1], np.int32), np.array([5], np.int32)]
-    assert await embedder.decode(ids, special_tokens=False) == ["w1 w20", "w2"]
-    assert (await embedder.decode(ids, special_tokens=True))[0] == "<s> w1 w20 </s>"
+    assert await embedder.tokenizer.decode(ids, special_tokens=False) == ["w1 w20", "w2"]
+    assert (await embedder.tokenizer.decode(ids, special_tokens=True))[0] == "<s> w1 w20 </s>"
     with pytest.raises(TokenIdUnknown):
-        await embedder.decode([np.array([VOCABULARY_SIZE], np.int32)], special_tokens=True)
+        await embedder.tokenizer.decode(
+            [np.array([VOCABULARY_SIZE], np.int32)], special_tokens=True
+        )
     with pytest.raises(TextTooLong):
-        await embedder.find_tokens(["w1", "w2 " * 1000], special_tokens=True)
+        await embedder.tokenizer.find_tokens(["w1", "w2 " * 1000], special_tokens=True)
 
 
 async def test_what_cannot_be_read_is_refused_by_its_place(embedder: Embedder) -> None:
@@ -162,7 +164,9 @@ async def test_what_cannot_be_read_is_refused_by_its_place(embedder: Embedder) -
         await read(embedder, "w1", "w1 " * TOKEN_COUNT_MAX)
     assert long.value.param == "input[1]"
     with pytest.raises(TokenIdUnknown) as unknown:
-        await embedder.tokenize([np.array([VOCABULARY_SIZE], np.int32)], long_text=LongText.REFUSE)
+        await embedder.tokenizer.tokenize(
+            [np.array([VOCABULARY_SIZE], np.int32)], long_text=LongText.REFUSE
+        )
     assert unknown.value.param == "input[0]"
 
 
@@ -202,12 +206,12 @@ async def reranker(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncItera
 
 async def test_pairs_are_scored_the_same_alone_and_among_many(reranker: Embedder) -> None:
     pairs = [(f"w{i % 3}", " ".join(f"w{j}" for j in range(1 + i % 7))) for i in range(300)]
-    sequences = await reranker.tokenize_pairs(pairs, long_text=LongText.REFUSE)
+    sequences = await reranker.tokenizer.tokenize_pairs(pairs, long_text=LongText.REFUSE)
     scores = (await reranker.embed(sequences, Output.SCORE)).vectors.score
     assert scores.shape == (300, 2)
     assert scores.dtype == np.float32
     for i in (0, 7, 299):
-        alone = await reranker.tokenize_pairs([pairs[i]], long_text=LongText.REFUSE)
+        alone = await reranker.tokenizer.tokenize_pairs([pairs[i]], long_text=LongText.REFUSE)
         reply = await reranker.embed(alone, Output.SCORE)
         np.testing.assert_array_equal(reply.vectors.score[0], scores[i])
 
@@ -216,14 +220,14 @@ async def test_of_a_long_pair_the_document_is_cut_or_it_is_refused_by_its_place(
     reranker: Embedder,
 ) -> None:
     pairs = [("w1", "w2"), ("w1 w2", "w3 " * TOKEN_COUNT_MAX)]
-    cut = await reranker.tokenize_pairs(pairs, long_text=LongText.CUT_END)
+    cut = await reranker.tokenizer.tokenize_pairs(pairs, long_text=LongText.CUT_END)
     assert cut.lengths().tolist() == [5, TOKEN_COUNT_MAX]
     assert cut.truncated[1].original_tokens == 5 + TOKEN_COUNT_MAX
     with pytest.raises(TextTooLong) as long:
-        await reranker.tokenize_pairs(pairs, long_text=LongText.REFUSE)
+        await reranker.tokenizer.tokenize_pairs(pairs, long_text=LongText.REFUSE)
     assert long.value.param == "input[1]"
     with pytest.raises(TextTooLong) as query:
-        await reranker.tokenize_pairs([("w1 " * 12, "w2")], long_text=LongText.CUT_END)
+        await reranker.tokenizer.tokenize_pairs([("w1 " * 12, "w2")], long_text=LongText.CUT_END)
     assert query.value.param == "query"
 
 
@@ -231,7 +235,7 @@ async def test_a_prompt_is_before_each_text_and_may_be_left_out_of_the_mean(
     embedder: Embedder, backend: FakeBackend
 ) -> None:
     texts = ["w1", "w2 w3"]
-    found = await embedder.tokenize(texts, long_text=LongText.REFUSE, prompt="w8 w9 ")
+    found = await embedder.tokenizer.tokenize(texts, long_text=LongText.REFUSE, prompt="w8 w9 ")
     np.testing.assert_array_equal(
         found.token_ids, (await read(embedder, "w8 w9 w1", "w8 w9 w2 w3")).token_ids
     )
@@ -248,7 +252,7 @@ async def test_a_prompt_is_before_each_text_and_may_be_left_out_of_the_mean(
 async def test_chunks_have_vectors_of_their_own(
     embedder: Embedder, chunk_size: int | None, counts: list[int]
 ) -> None:
-    found = await embedder.tokenize_chunks(["w1 w2 w3", "w4"], chunk_size=chunk_size)
+    found = await embedder.tokenizer.tokenize_chunks(["w1 w2 w3", "w4"], chunk_size=chunk_size)
     reply = await embedder.embed(found, Output.CHUNKS)
     assert [len(rows) for rows in reply.vectors.chunks if rows is not None] == counts
 

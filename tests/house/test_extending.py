@@ -30,7 +30,9 @@ async def test_a_family_in_one_file_is_loaded_and_served(
     models.workers.start()
     try:
         engine = models.embedders["toy"]
-        sequences = await engine.tokenize(["w1 w2 w3", "w4", "w1 w2 w3"], long_text=LongText.REFUSE)
+        sequences = await engine.tokenizer.tokenize(
+            ["w1 w2 w3", "w4", "w1 w2 w3"], long_text=LongText.REFUSE
+        )
         vectors = (await engine.embed(sequences, Output.DENSE)).vectors.dense
     finally:
         await models.workers.stop(0)

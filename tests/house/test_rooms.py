@@ -11,17 +11,15 @@ import pytest
 SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
-LINES_MAX, FILES_MAX = (
-    23_500,
-    129,
-)  # the aim is 11,500 in 100: raised only in a commit that says why
+# The aim is 11,500 in 100: raised only in a commit that says why.
+LINES_MAX, FILES_MAX = 23_400, 129
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_630, 7),
     "server": (970, 5),
     "build": (450, 1),
     "settings": (420, 1),
-    "api": (4_190, 20),
+    "api": (4_060, 20),
     "engine": (980, 5),
     "models": (2_110, 15),
     "backends": (3_310, 17),
@@ -29,7 +27,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "tokenizer": (730, 3),
     "accounts": (2_970, 19),
     "telemetry": (700, 4),
-    "ipc": (530, 5),
+    "ipc": (520, 5),
     "core": (950, 8),
     "jobs": (1_330, 5),
     "playground": (90, 1),

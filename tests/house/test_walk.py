@@ -15,6 +15,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import httpx
+import pytest
 from tests.api.house import READY, Heard
 from tests.contract.test_embedder import local_engine
 from tests.engine.rig import ALL
@@ -76,7 +77,11 @@ def profiled(profile: Callable[[FrameType, str, Any], None]) -> Iterator[None]:
         threading.setprofile(None)
 
 
-async def test_one_request_walks_few_functions(tmp_path: Path) -> None:
+async def test_one_request_walks_few_functions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A loaded machine may take long: nobody looks meanwhile whether the client has left.
+    monkeypatch.setattr("trivec.api.context.WATCH_AFTER_S", 60.0)
     walk, clock = Walk(), SystemClock()
     backend = FakeBackend(dimensions=8, outputs=ALL, slot_count=2)
     with profiled(walk.profile):

@@ -120,7 +120,7 @@ async def batch_of_pairs(checkpoint: Checkpoint) -> Batch:
             pool=pool,
             token_type_count=getattr(checkpoint.config, "type_vocab_size", 1),
         )
-        read = await tokenizer.encode_pairs(PAIRS, long_text=LongText.REFUSE)
+        read = await tokenizer.tokenize_pairs(PAIRS, long_text=LongText.REFUSE)
     flags = np.full(len(read), Output.SCORE, np.uint8)
     return Batch(read.token_ids, read.cu_seqlens, flags, read.token_types)
 

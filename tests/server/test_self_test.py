@@ -1,21 +1,19 @@
 """The self-test: a changed vector is a problem, a full queue is none, and a cure ends it."""
 
-from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import pytest
 
 from trivec.core.errors import EngineFault, Overloaded, ServiceError
-from trivec.core.ports import Embedder, Texts, TokenLists
+from trivec.core.ports import Embedder, Texts, TextTokenizer
 from trivec.core.types import (
     Float32Array,
-    Int32Array,
     LongText,
     ModelCard,
     Output,
     Reply,
     Sequences,
-    TextToken,
     Vectors,
 )
 from trivec.server.server import SelfTest
@@ -46,36 +44,12 @@ class StubEmbedder:
             owned_by="nobody",
         )
 
-    async def tokenize(
-        self,
-        inputs: Texts | TokenLists,
-        *,
-        long_text: LongText,
-        trusted: bool = False,
-        prompt: str = "",
-        token_count_max: int | None = None,
-    ) -> Sequences:
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        return cast("TextTokenizer", self)
+
+    async def tokenize(self, inputs: Texts, *, long_text: LongText) -> Sequences:
         return Sequences.pack([[1]])
-
-    async def tokenize_pairs(
-        self,
-        pairs: Sequence[tuple[str, str]],
-        *,
-        long_text: LongText,
-        document_tokens_max: int | None = None,
-    ) -> Sequences:
-        raise NotImplementedError
-
-    async def tokenize_chunks(
-        self, texts: Texts, *, prompt: str = "", chunk_size: int | None = None
-    ) -> Sequences:
-        raise NotImplementedError
-
-    async def find_tokens(self, texts: Texts, *, special_tokens: bool) -> list[list[TextToken]]:
-        raise NotImplementedError
-
-    async def decode(self, lists: TokenLists, *, special_tokens: bool) -> list[str]:
-        raise NotImplementedError
 
     async def embed(
         self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
@@ -87,9 +61,6 @@ class StubEmbedder:
 
     def check_admission(self, token_count: int) -> None:
         raise NotImplementedError
-
-    def token_strings(self, token_ids: Int32Array) -> list[str]:
-        return []
 
 
 async def after(*answers: Float32Array | ServiceError) -> SelfTest:

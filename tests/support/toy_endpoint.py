@@ -33,7 +33,7 @@ async def embed(context: RequestContext) -> Response:
     embedder = context.find_embedder(asked.model)
     context.timeout.watch_client()
     await context.reservation.acquire(tokens_follow=True)
-    sequences = await embedder.tokenize([asked.text], long_text=LongText.REFUSE)
+    sequences = await embedder.tokenizer.tokenize([asked.text], long_text=LongText.REFUSE)
     await context.reservation.reserve_tokens(sequences.token_count)
     reply = await embedder.embed(sequences, Output.DENSE)
     context.input_count, context.token_count = 1, sequences.token_count

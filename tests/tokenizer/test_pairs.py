@@ -72,7 +72,7 @@ async def test_a_pair_is_what_the_library_makes_of_it(file: Path, pool: ThreadPo
     codec.no_truncation()
     codec.no_padding()
     tokenizer = Tokenizer(file, token_count_max=8192, vocabulary_size=250_002, pool=pool)
-    found = await tokenizer.encode_pairs(PAIRS, long_text=LongText.REFUSE)
+    found = await tokenizer.tokenize_pairs(PAIRS, long_text=LongText.REFUSE)
     expected = [codec.encode(*pair) for pair in PAIRS]
     assert ids_of(found) == [encoding.ids for encoding in expected]
     assert not found.truncated
@@ -96,7 +96,7 @@ async def test_of_a_long_pair_only_the_document_is_cut(
 ) -> None:
     document = range(length) if long_text is LongText.CUT_END else range(12 - length, 12)
     pairs = [("w3", "w4"), ("w1 w1", text_of(*document))]
-    found = await words(tmp_path, pool).encode_pairs(pairs, long_text=long_text)
+    found = await words(tmp_path, pool).tokenize_pairs(pairs, long_text=long_text)
     assert ids_of(found) == [[0, 7, 2, 8, 2], kept]
     assert found.truncated == {1: Truncated(original_tokens=length + 5, kept_tokens=9)}
     assert found.token_types is not None
@@ -107,7 +107,7 @@ async def test_a_document_over_the_byte_bound_is_cut_uncounted(
     tmp_path: Path, pool: ThreadPoolExecutor
 ) -> None:
     pairs = [("w1", "w2 " * 400)]
-    found = await words(tmp_path, pool).encode_pairs(pairs, long_text=LongText.CUT_END)
+    found = await words(tmp_path, pool).tokenize_pairs(pairs, long_text=LongText.CUT_END)
     assert ids_of(found) == [[0, 5, 2, 6, 6, 6, 6, 6, 2]]
     assert found.truncated == {0: Truncated(original_tokens=None, kept_tokens=9)}
 
@@ -118,9 +118,9 @@ async def test_a_long_pair_is_refused_by_its_place_and_kept_for_counting(
     pairs = [("w0", "w1"), ("w0", text_of(*range(6)))]
     tokenizer = words(tmp_path, pool)
     with pytest.raises(TextTooLong, match="requested 10 tokens") as refusal:
-        await tokenizer.encode_pairs(pairs, long_text=LongText.REFUSE)
+        await tokenizer.tokenize_pairs(pairs, long_text=LongText.REFUSE)
     assert refusal.value.index == 1
-    found = await tokenizer.encode_pairs(pairs, long_text=LongText.KEEP)
+    found = await tokenizer.tokenize_pairs(pairs, long_text=LongText.KEEP)
     assert found.lengths().tolist() == [5, 10]
     assert not found.truncated
 
@@ -129,13 +129,13 @@ async def test_a_document_is_cut_to_what_was_asked_for(
     tmp_path: Path, pool: ThreadPoolExecutor
 ) -> None:
     pairs = [("w0", text_of(1, 2, 3, 4)), ("w0", "w1")]
-    cut = await words(tmp_path, pool).encode_pairs(
+    cut = await words(tmp_path, pool).tokenize_pairs(
         pairs, long_text=LongText.CUT_END, document_tokens_max=4
     )
     assert ids_of(cut) == [[0, 4, 2, 5, 6, 2], [0, 4, 2, 5, 2]]
     assert cut.truncated == {0: Truncated(8, 6)}
     with pytest.raises(TextTooLong):
-        await words(tmp_path, pool).encode_pairs(
+        await words(tmp_path, pool).tokenize_pairs(
             pairs, long_text=LongText.REFUSE, document_tokens_max=4
         )
 
@@ -146,15 +146,15 @@ async def test_a_query_that_leaves_no_room_is_refused(
 ) -> None:
     pairs = [("w0", "w1"), (text_of(*range(6)), "w1")]
     with pytest.raises(TextTooLong, match="requested 10 tokens") as refusal:
-        await words(tmp_path, pool).encode_pairs(pairs, long_text=long_text)
+        await words(tmp_path, pool).tokenize_pairs(pairs, long_text=long_text)
     assert refusal.value.param == "query"
 
 
 async def test_pairs_are_bounded_as_a_request_is(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
     tokenizer = words(tmp_path, pool, request_tokens_max=20)
-    await tokenizer.encode_pairs([("w0", "w1")] * 4, long_text=LongText.REFUSE)
+    await tokenizer.tokenize_pairs([("w0", "w1")] * 4, long_text=LongText.REFUSE)
     with pytest.raises(RequestTooLarge, match="25 tokens, max 20"):
-        await tokenizer.encode_pairs([("w0", "w1")] * 5, long_text=LongText.REFUSE)
+        await tokenizer.tokenize_pairs([("w0", "w1")] * 5, long_text=LongText.REFUSE)
 
 
 async def test_a_lone_surrogate_in_a_document_is_named(
@@ -162,12 +162,12 @@ async def test_a_lone_surrogate_in_a_document_is_named(
 ) -> None:
     pairs = [("w0", "w1"), ("w0", "\ud800")]
     with pytest.raises(FieldInvalid, match=r"input\[1\]"):
-        await words(tmp_path, pool).encode_pairs(pairs, long_text=LongText.REFUSE)
+        await words(tmp_path, pool).tokenize_pairs(pairs, long_text=LongText.REFUSE)
 
 
 async def test_types_that_the_models_table_does_not_hold_are_left_out(
     tmp_path: Path, pool: ThreadPoolExecutor
 ) -> None:
     tokenizer = words(tmp_path, pool, token_type_count=1)
-    found = await tokenizer.encode_pairs([("w0", "w1")], long_text=LongText.REFUSE)
+    found = await tokenizer.tokenize_pairs([("w0", "w1")], long_text=LongText.REFUSE)
     assert found.token_types is None

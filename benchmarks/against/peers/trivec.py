@@ -19,7 +19,7 @@ async def embed_all(embedder: Embedder, texts: Sequence[str]) -> Float32Array:
 
     async def embed_hand(hand: int) -> None:
         if texts[hand::REQUESTS_AT_ONCE]:
-            sequences = await embedder.tokenize(
+            sequences = await embedder.tokenizer.tokenize(
                 texts[hand::REQUESTS_AT_ONCE], long_text=LongText.CUT_END
             )
             reply = await embedder.embed(sequences, Output.DENSE)

@@ -14,7 +14,7 @@ from trivec.accounts.utc import microseconds, moment
 from trivec.api.context import RequestContext
 from trivec.api.openapi import Operation
 from trivec.api.responses import NO_STORE, json_response
-from trivec.api.schemas import Decoder, Truncate, doc, shown
+from trivec.api.schemas import Truncate, decoder_of, doc, shown
 from trivec.core.errors import FieldInvalid
 
 RATE_MAX = 1_000_000_000  # a minute, of what accounts can count exactly
@@ -96,13 +96,11 @@ class UsageList(Struct, frozen=True, kw_only=True):
 
 
 USAGE_PARAMETERS = ("by", "since", "until", "key")
-_create_decoder = Decoder(CreateKeyRequest)
-_rotate_decoder = Decoder(RotateKeyRequest)
 
 
 async def create_key(context: RequestContext) -> Response:
     """Make a key; the response shows it once."""
-    asked = _create_decoder.decode(await context.read_body())
+    asked = decoder_of(CreateKeyRequest).decode(await context.read_body())
     try:
         expires_us = None if asked.expires is None else microseconds(asked.expires)
     except ValueError as unfit:
@@ -147,7 +145,7 @@ async def revoke_key(context: RequestContext) -> Response:
 async def rotate_key(context: RequestContext) -> Response:
     """Give a key a second secret."""
     body = await context.read_body(is_optional=True)
-    overlap_s = _rotate_decoder.decode(body).overlap_s if body else None
+    overlap_s = decoder_of(RotateKeyRequest).decode(body).overlap_s if body else None
     key_id = await _changeable_id(context)
     given = {} if overlap_s is None else {"overlap_s": overlap_s}
     new = await context.app.accounts.rotate_key(key_id, **given)

@@ -9,7 +9,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from trivec.accounts import Accounts
-from trivec.api import admin, cohere, health, ollama, openai, rerank, tei, vllm
+from trivec.api import admin, cohere, health, ollama, openai, rerank, tei
 from trivec.api.auth import Endpoint, UnpaidRate
 from trivec.api.context import AppState, RequestContext
 from trivec.api.memory import ByteBudget
@@ -23,7 +23,7 @@ from trivec.settings import HttpLimits
 FACES: Mapping[str, Sequence[Operation]] = {
     "cohere": cohere.OPERATIONS,
     "tei": tei.OPERATIONS,
-    "vllm": vllm.OPERATIONS,
+    "vllm": rerank.VLLM_OPERATIONS,
     "ollama": ollama.OPERATIONS,
 }
 PREFIXES = ("/v1", "/openai/v1", "/v3/openai")  # the first is matched first

@@ -1,11 +1,10 @@
 """Cohere's API: `/v2/rerank`, `/v2/embed`, and `/v1/embed`, which LangChain's class still asks.
 
-Its first version's `/v1/rerank` reads and says what ours does. Its texts are cut at the end unless a request says NONE, which is its own default; the answer warns
-of each that was.
+Its first version's `/v1/rerank` reads and says what ours does. Texts are cut at the end, its own
+default, unless a request says NONE; the answer warns of each that was.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from math import ceil
 from typing import Annotated, Literal, TypeAlias
 
@@ -13,15 +12,15 @@ import msgspec
 from msgspec import Meta, Struct
 from starlette.responses import Response
 
-from trivec.accounts import Scope
 from trivec.api.context import RequestContext
 from trivec.api.errors import ErrorShape
-from trivec.api.inference import blamed_on, read, respond
-from trivec.api.openai import embed
-from trivec.api.openapi import Operation
-from trivec.api.rerank import Document, RerankResult, best_first, rank
+from trivec.api.inference import embed, read, respond
+from trivec.api.openapi import keyed
+from trivec.api.rerank import Document, RerankResult, texts_of
 from trivec.api.responses import FLOAT_TEXT_BYTES, json_response, to_base64, to_json
-from trivec.api.schemas import Decoder, Dimensions, EmbeddingsRequest, InputType, Truncate, doc
+from trivec.api.rules import blamed_on
+from trivec.api.schemas import Dimensions, EmbeddingsRequest, InputType, Truncate, doc
+from trivec.api.scoring import rank
 from trivec.core.errors import FieldInvalid
 from trivec.core.quantisation import cut, quantise
 from trivec.core.types import Truncated
@@ -116,29 +115,22 @@ class CohereEmbedResponse(Struct, frozen=True):
     meta: CohereMeta
 
 
-_rerank_decoder = Decoder(CohereRerankRequest)
-_embed_decoder = Decoder(CohereEmbedRequest)
-_encode = msgspec.json.Encoder().encode
-
-
 async def rerank(context: RequestContext) -> Response:
     """Order documents by their relevance to a query, as Cohere does."""
-    asked = await read(_rerank_decoder, context)
-    embedder = context.find_embedder(asked.model)
-    texts = [one if isinstance(one, str) else one.text for one in asked.documents]
+    asked = await read(CohereRerankRequest, context)
+    texts = texts_of(asked.documents)
     scored = await rank(
         context,
-        embedder,
+        context.find_embedder(asked.model),
         asked.query,
         texts,
         truncate="end",
         document_tokens_max=asked.max_tokens_per_doc or DOCUMENT_TOKENS_MAX,
-        with_texts=bool(asked.return_documents),
+        returns_texts=asked.return_documents,
     )
-    scores = scored.activated(raw=False)[:, 0].tolist()
     results = [
-        RerankResult(i, scores[i], Document(texts[i]) if asked.return_documents else None)
-        for i in best_first(scores, asked.top_n)
+        RerankResult(i, score, Document(texts[i]) if asked.return_documents else None)
+        for i, score in scored.ranked(asked.top_n).items()
     ]
     units = {"search_units": ceil(len(texts) / SEARCH_UNIT_DOCUMENTS)}
     meta = _meta(units, scored.token_count, scored.truncated, "documents")
@@ -147,13 +139,13 @@ async def rerank(context: RequestContext) -> Response:
 
 async def embed_v1(context: RequestContext) -> Response:
     """Turn texts into vectors, as Cohere's first version does."""
-    asked = await read(_embed_decoder, context)
+    asked = await read(CohereEmbedRequest, context)
     return await _embed(asked, context, by_type=asked.embedding_types is not None)
 
 
 async def embed_v2(context: RequestContext) -> Response:
     """Turn texts into vectors, as Cohere does."""
-    return await _embed(await read(_embed_decoder, context), context, by_type=True)
+    return await _embed(await read(CohereEmbedRequest, context), context, by_type=True)
 
 
 async def _embed(asked: CohereEmbedRequest, context: RequestContext, *, by_type: bool) -> Response:
@@ -176,27 +168,23 @@ async def _embed(asked: CohereEmbedRequest, context: RequestContext, *, by_type:
         truncate_prompt_tokens=None if asked.truncate == "none" else asked.max_tokens,
     )
     names = {"input": field, "output_dtype": "embedding_types", "output_type": "model"}
-    with blamed_on(names):
+    with blamed_on({**names, "truncate_prompt_tokens": "max_tokens"}):
         embedded = await embed(request, context)
     rows = cut(embedded.vectors.dense, asked.output_dimension)
-    context.memory.add(len(types) * rows.size * FLOAT_TEXT_BYTES, is_response=True)
-    meta = _meta(
-        {"input_tokens": context.token_count},
-        context.token_count,
-        embedded.sequences.truncated,
-        field,
-    )
+    byte_count = len(types) * rows.size * FLOAT_TEXT_BYTES
+    context.memory.add(byte_count, is_response=True)
+    tokens = context.token_count
+    meta = _meta({"input_tokens": tokens}, tokens, embedded.sequences.truncated, field)
 
     def write() -> bytes:
         found: dict[str, msgspec.Raw] = {}
         for kind in types:
             if kind == "base64":
-                found[kind] = msgspec.Raw(b"[%b]" % b",".join(map(to_base64, rows)))
+                written = b"[%b]" % b",".join(map(to_base64, rows))
             else:
-                found[kind] = msgspec.Raw(
-                    to_json(rows if kind == "float" else quantise(rows, kind))
-                )
-        return _encode(
+                written = to_json(rows if kind == "float" else quantise(rows, kind))
+            found[kind] = msgspec.Raw(written)
+        return msgspec.json.encode(
             {
                 "id": context.request_id,
                 "response_type": "embeddings_by_type" if by_type else "embeddings_floats",
@@ -206,7 +194,7 @@ async def _embed(asked: CohereEmbedRequest, context: RequestContext, *, by_type:
             }
         )
 
-    return await respond(context, write, number_count=rows.size * len(types))
+    return await respond(context, write, byte_count=byte_count)
 
 
 def _meta(
@@ -220,17 +208,8 @@ def _meta(
     return CohereMeta({"version": "2"}, units, {"input_tokens": tokens}, warnings or None)
 
 
-OPERATIONS = tuple(
-    replace(one, error_shape=COHERE)
-    for one in (
-        Operation(
-            "POST", "/v2/rerank", rerank, Scope.EMBED, CohereRerankResponse, CohereRerankRequest
-        ),
-        Operation(
-            "POST", "/v1/embed", embed_v1, Scope.EMBED, CohereEmbedResponse, CohereEmbedRequest
-        ),
-        Operation(
-            "POST", "/v2/embed", embed_v2, Scope.EMBED, CohereEmbedResponse, CohereEmbedRequest
-        ),
-    )
+OPERATIONS = (
+    keyed("/v2/rerank", rerank, CohereRerankResponse, CohereRerankRequest, COHERE),
+    keyed("/v1/embed", embed_v1, CohereEmbedResponse, CohereEmbedRequest, COHERE),
+    keyed("/v2/embed", embed_v2, CohereEmbedResponse, CohereEmbedRequest, COHERE),
 )

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from starlette.responses import Response
 
+from trivec.api.context import ClientDisconnected
 from trivec.api.responses import json_response
 from trivec.api.schemas import ErrorObject, ErrorResponse
-from trivec.api.timeout import ClientDisconnected
 from trivec.core import errors as e
 from trivec.core.errors import ServiceError, is_panic
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import traceback
 from math import ceil
 
@@ -9,13 +10,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trivec.api.auth import Endpoint
-from trivec.api.context import CONTEXT, AppState, RequestContext
+from trivec.api.context import CONTEXT, AppState, ClientDisconnected, RequestContext
 from trivec.api.errors import CLIENT_GONE, OPENAI, TABLE, error_response
-from trivec.api.timeout import ClientDisconnected
 from trivec.core.errors import EngineFault, MethodNotAllowed, RouteUnknown, ServiceError, is_panic
 from trivec.core.events import RequestServed
 from trivec.settings import HttpLimits
 
+FIT_FOR_LOG = re.compile(rb"[ -~]{1,512}")  # short, printable ASCII
 _log = logging.getLogger(__name__)
 
 
@@ -105,10 +106,14 @@ async def respond_to_error(
 def observe(context: RequestContext, scope: Scope) -> None:
     """Tell the observer how the request ended."""
     status = CLIENT_GONE if context.status is None else context.status
+    client_request_id, traceparent = (
+        value.decode() if FIT_FOR_LOG.fullmatch(value := context.headers.get(name, b"")) else None
+        for name in (b"x-client-request-id", b"traceparent")
+    )
     context.app.observer.observe(
         RequestServed(
             request_id=context.request_id,
-            client_request_id=context.header_for_log(b"x-client-request-id"),
+            client_request_id=client_request_id,
             method=context.method,
             route=scope["route"].path_format if "route" in scope else "other",
             status=status,
@@ -124,7 +129,7 @@ def observe(context: RequestContext, scope: Scope) -> None:
             queue_s=context.queue_s,
             compute_s=context.compute_s,
             encode_s=context.encode_s,
-            traceparent=context.header_for_log(b"traceparent"),
+            traceparent=traceparent,
             message=context.error_message,
         )
     )

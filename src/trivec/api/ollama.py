@@ -1,7 +1,6 @@
 """Ollama's API, as far as embeddings go. Texts are cut at the end, its default, unless told not to."""
 
 import hashlib
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -10,14 +9,13 @@ from msgspec import Struct
 from starlette.responses import PlainTextResponse, Response
 
 from trivec import __version__
-from trivec.accounts import Scope
 from trivec.api.context import RequestContext
 from trivec.api.errors import ErrorShape
-from trivec.api.inference import blamed_on, read, respond
-from trivec.api.openai import embed as embed_inputs
-from trivec.api.openapi import Operation
+from trivec.api.inference import EmbeddedInputs, embed, read, respond
+from trivec.api.openapi import Operation, keyed
 from trivec.api.responses import json_response, to_json
-from trivec.api.schemas import Decoder, Dimensions, EmbeddingsRequest, doc
+from trivec.api.rules import blamed_on
+from trivec.api.schemas import Dimensions, EmbeddingsRequest, doc
 from trivec.core.errors import FieldInvalid
 from trivec.core.quantisation import cut
 from trivec.core.types import ModelCard, Output
@@ -127,25 +125,15 @@ class OllamaVersion(Struct, frozen=True):
     version: str
 
 
-_embed_decoder = Decoder(OllamaEmbedRequest)
-_embeddings_decoder = Decoder(OllamaEmbeddingsRequest)
-_show_decoder = Decoder(OllamaShowRequest)
-_encode = msgspec.json.Encoder().encode
-
-
-async def embed(context: RequestContext) -> Response:
+async def embed_texts(context: RequestContext) -> Response:
     """Turn texts into vectors, as Ollama does."""
-    asked = await read(_embed_decoder, context)
-    given = [asked.input] if isinstance(asked.input, str) else asked.input
-    with blamed_on({"output_type": "model"}):
-        embedded = await embed_inputs(
-            _request(asked, list(given), context, asked.dimensions), context
-        )
+    asked = await read(OllamaEmbedRequest, context)
+    embedded = await _embed(asked, context, "input", asked.input, asked.dimensions)
     rows = cut(embedded.vectors.dense, asked.dimensions)
     total_s = context.app.clock.now_s() - context.started_s
 
     def write() -> bytes:
-        return _encode(
+        return msgspec.json.encode(
             {
                 "model": asked.model,
                 "embeddings": msgspec.Raw(to_json(rows)),
@@ -155,29 +143,32 @@ async def embed(context: RequestContext) -> Response:
             }
         )
 
-    return await respond(context, write, number_count=rows.size)
+    return await respond(context, write, byte_count=embedded.response_bytes)
 
 
-async def embeddings(context: RequestContext) -> Response:
+async def embed_prompt(context: RequestContext) -> Response:
     """Turn one text into a vector, as older versions of Ollama do."""
-    asked = await read(_embeddings_decoder, context)
-    with blamed_on({"input": "prompt", "output_type": "model"}):
-        embedded = await embed_inputs(_request(asked, asked.prompt, context), context)
+    asked = await read(OllamaEmbeddingsRequest, context)
+    embedded = await _embed(asked, context, "prompt", asked.prompt)
     return json_response(OllamaEmbeddingsResponse(embedded.vectors.dense[0].tolist()))
 
 
-def _request(
+async def _embed(
     asked: OllamaOptions,
-    given: str | list[str | int | list[int]],
     context: RequestContext,
+    field: str,
+    given: str | list[str],
     dimensions: int | None = None,
-) -> EmbeddingsRequest:
-    return EmbeddingsRequest(
+) -> EmbeddedInputs:
+    """The vectors of what was *given* in *field*."""
+    request = EmbeddingsRequest(
         model=_name(asked.model, context),
-        input=given,
+        input=given if isinstance(given, str) else [*given],
         dimensions=dimensions,
         truncate="none" if asked.truncate is False else "end",
     )
+    with blamed_on({"input": field, "output_type": "model"}):
+        return await embed(request, context)
 
 
 def _name(name: str, context: RequestContext) -> str:
@@ -187,24 +178,23 @@ def _name(name: str, context: RequestContext) -> str:
 
 async def tags(context: RequestContext) -> Response:
     """List the models this key may use, as Ollama does."""
-    cards = context.app.cards_for(context.known_caller)
     models = [
         OllamaModel(
-            card.id,
-            card.id,
-            _modified(card),
-            0,
-            hashlib.sha256(card.id.encode()).hexdigest(),
-            _details(card),
+            name=card.id,
+            model=card.id,
+            modified_at=_modified(card),
+            size=0,
+            digest=hashlib.sha256(card.id.encode()).hexdigest(),
+            details=_details(card),
         )
-        for card in cards
+        for card in context.app.cards_for(context.known_caller)
     ]
     return json_response(OllamaTags(models))
 
 
 async def show(context: RequestContext) -> Response:
     """Show one model, as Ollama does."""
-    asked = await read(_show_decoder, context)
+    asked = await read(OllamaShowRequest, context, joins_queue=False)
     if not (name := asked.model or asked.name):
         raise FieldInvalid("you must provide a model parameter", param="model")
     card = context.find_embedder(_name(name, context)).card
@@ -213,12 +203,8 @@ async def show(context: RequestContext) -> Response:
         "trivec.context_length": card.token_count_max,
         "trivec.embedding_length": card.dimensions,
     }
-    is_embedding = Output.DENSE in card.outputs
-    return json_response(
-        OllamaShowResponse(
-            _modified(card), _details(card), info, ["embedding"] if is_embedding else []
-        )
-    )
+    capabilities = ["embedding"] if Output.DENSE in card.outputs else []
+    return json_response(OllamaShowResponse(_modified(card), _details(card), info, capabilities))
 
 
 def _details(card: ModelCard) -> OllamaDetails:
@@ -239,23 +225,13 @@ async def root(_: RequestContext) -> Response:
     return PlainTextResponse("Trivec is running")
 
 
-OPERATIONS = tuple(
-    replace(one, error_shape=OLLAMA)
-    for one in (
-        Operation(
-            "POST", "/api/embed", embed, Scope.EMBED, OllamaEmbedResponse, OllamaEmbedRequest
-        ),
-        Operation(
-            "POST",
-            "/api/embeddings",
-            embeddings,
-            Scope.EMBED,
-            OllamaEmbeddingsResponse,
-            OllamaEmbeddingsRequest,
-        ),
-        Operation("POST", "/api/show", show, Scope.EMBED, OllamaShowResponse, OllamaShowRequest),
-        Operation("GET", "/api/tags", tags, Scope.EMBED, OllamaTags),
-        Operation("GET", "/api/version", version, None, OllamaVersion),
-        Operation("GET", "/", root, None, None),
-    )
+OPERATIONS = (
+    keyed("/api/embed", embed_texts, OllamaEmbedResponse, OllamaEmbedRequest, OLLAMA),
+    keyed(
+        "/api/embeddings", embed_prompt, OllamaEmbeddingsResponse, OllamaEmbeddingsRequest, OLLAMA
+    ),
+    keyed("/api/show", show, OllamaShowResponse, OllamaShowRequest, OLLAMA),
+    keyed("/api/tags", tags, OllamaTags, None, OLLAMA),
+    Operation("GET", "/api/version", version, None, OllamaVersion, error_shape=OLLAMA),
+    Operation("GET", "/", root, None, None, error_shape=OLLAMA),
 )

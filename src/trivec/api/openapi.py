@@ -38,6 +38,20 @@ class Operation:
     is_metered: bool = True  # with a row in the ledger, where it asks for a key
 
 
+def keyed(
+    path: str,
+    handler: Callable[[RequestContext], Awaitable[Response]],
+    response_type: type,
+    body_type: type | None = None,
+    error_shape: ErrorShape = OPENAI,
+) -> Operation:
+    """An operation for keys that may embed: POST where it reads a body, else GET."""
+    method = "GET" if body_type is None else "POST"
+    return Operation(
+        method, path, handler, Scope.EMBED, response_type, body_type, error_shape=error_shape
+    )
+
+
 def openapi_document(operations: Sequence[Operation]) -> bytes:
     """The whole description of *operations*, as JSON."""
     types: set[type] = set()

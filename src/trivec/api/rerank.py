@@ -1,32 +1,27 @@
-"""The rerank API of Novita and Jina, with Voyage's fields: documents in the order of relevance."""
+"""Rerank, the API of Novita and Jina with Voyage's fields, and score, vLLM's: pairs of texts in, numbers out."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
-import numpy as np
 from msgspec import Meta, Struct
 from starlette.responses import Response
 
-from trivec.accounts import Scope
 from trivec.api.context import RequestContext
-from trivec.api.inference import (
-    PairScores,
-    check_text,
-    check_texts,
-    choose_long_text,
-    read,
-    score_pairs,
-)
-from trivec.api.openai import OUTPUTS, choose_prompt, output_names
-from trivec.api.openapi import Operation
+from trivec.api.inference import choose_embedder, read
+from trivec.api.openapi import keyed
 from trivec.api.responses import json_response
-from trivec.api.schemas import Decoder, InputType, TokenizeRequest, Truncate, doc, shown
+from trivec.api.rules import OUTPUTS, check_texts, output_names
+from trivec.api.schemas import Truncate, Usage, doc, shown
+from trivec.api.scoring import DOCUMENTS_MAX, rank, require_one_label, score_pairs
 from trivec.core.errors import FieldInvalid
-from trivec.core.ports import Embedder
 from trivec.core.types import ModelCard, Output, Truncated
 
-DOCUMENTS_MAX = 1000
-INPUT_TYPES: tuple[InputType, InputType] = ("query", "document")
+PAIRS_OF_FIELDS = (
+    ("queries", "documents"),
+    ("queries", "items"),
+    ("text_1", "text_2"),
+    ("data_1", "data_2"),
+)
 
 
 class Document(Struct, frozen=True):
@@ -75,11 +70,9 @@ class RerankResult(Struct, frozen=True, omit_defaults=True):
     truncated: Truncated | None = None
 
 
-class RerankUsage(Struct, frozen=True):
-    """Tokens computed, special tokens included."""
+class RerankUsage(Usage, frozen=True):
+    """Tokens computed, special tokens included; none are generated."""
 
-    prompt_tokens: int
-    total_tokens: int
     completion_tokens: int = 0
 
 
@@ -94,94 +87,78 @@ class RerankResponse(Struct, frozen=True, omit_defaults=True):
     data: list[RerankResult] | None = None
 
 
-_decoder = Decoder(RerankRequest)
+class ScoreRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of `POST /score`: one pair of fields; null means unset."""
+
+    model: Annotated[str | None, doc("The default is the first reranker that is served.")] = None
+    queries: Annotated[str | list[str] | None, doc("One, or one for each document.")] = None
+    documents: str | list[str] | None = None
+    items: str | list[str] | None = None
+    text_1: str | list[str] | None = None
+    text_2: str | list[str] | None = None
+    data_1: str | list[str] | None = None
+    data_2: str | list[str] | None = None
+    truncate: bool | Truncate | None = None
+    truncate_prompt_tokens: Annotated[
+        Literal[-1] | None, doc("-1: cut a document to what the model reads.")
+    ] = None
+    use_activation: Annotated[bool | None, doc("false: a reranker's logits.")] = None
+    user: str | None = None
+
+
+class Score(Struct, frozen=True):
+    """The score of one pair."""
+
+    index: int
+    object: Literal["score"]
+    score: float
+
+
+class ScoreResponse(Struct, frozen=True):
+    """Response of `POST /score`, in the order of the request."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Score]
+    usage: RerankUsage
 
 
 async def rerank(context: RequestContext, body: bytes | None = None) -> Response:
     """Order documents by their relevance to a query."""
-    asked = await read(_decoder, context, body)
+    asked = await read(RerankRequest, context, body)
     context.user = asked.user
     embedder = context.find_embedder(asked.model)
-    texts = [one if isinstance(one, str) else one.text for one in asked.documents]
-    truncate = asked.truncation if asked.truncate is None else asked.truncate
+    texts = texts_of(asked.documents)
     with_texts = asked.return_documents is not False
     scored = await rank(
         context,
         embedder,
         asked.query,
         texts,
-        truncate=truncate,
+        truncate=asked.truncation if asked.truncate is None else asked.truncate,
         weights=choose_weights(asked.weights, embedder.card),
-        with_texts=with_texts,
+        returns_texts=with_texts,
     )
-    scores = scored.activated(raw=bool(asked.raw_scores))[:, 0].tolist()
+    best = scored.ranked(asked.top_n or asked.top_k, raw=asked.raw_scores)
     results = [
-        RerankResult(
-            i,
-            scores[i],
-            Document(texts[i]) if with_texts else None,
-            scored.truncated.get(i),
-        )
-        for i in best_first(scores, asked.top_n or asked.top_k)
+        RerankResult(i, score, Document(texts[i]) if with_texts else None, scored.truncated.get(i))
+        for i, score in best.items()
     ]
-    tokens = scored.token_count
     response = RerankResponse(
         id=f"rerank-{context.request_id.removeprefix('req_')}",
         object="list",
         model=asked.model,
         results=results,
-        usage=RerankUsage(tokens, tokens),
+        usage=RerankUsage(scored.token_count, scored.token_count),
         data=None if asked.truncation is None else results,
     )
     return json_response(response)
 
 
-async def rank(
-    context: RequestContext,
-    embedder: Embedder,
-    query: str,
-    texts: Sequence[str],
-    *,
-    truncate: bool | str | None,
-    document_tokens_max: int | None = None,
-    weights: Mapping[Output, float] | None = None,
-    with_texts: bool = False,
-    field: str = "documents",
-) -> PairScores:
-    """Scores of *texts*, which came in *field*, for one *query*. Raises `FieldInvalid` as well.
-
-    A model that has prompts for queries and documents compares the vectors of texts behind them.
-    """
-    check_text(query, "query")
-    check_texts(texts, field, DOCUMENTS_MAX)
-    card = embedder.card
-    require_one_label(card)
-    of_query, of_document = (
-        choose_prompt(TokenizeRequest(card.id, "", input_type=kind), card, are_texts=True)
-        for kind in INPUT_TYPES
-    )
-    return await score_pairs(
-        context,
-        embedder,
-        [query],
-        texts,
-        long_text=choose_long_text(context, truncate),
-        document_tokens_max=document_tokens_max,
-        weights=weights,
-        prompts=(of_query, of_document),
-        response_bytes=2 * sum(map(len, texts)) if with_texts else 0,
-        fields=("query", field),
-    )
-
-
-def require_one_label(card: ModelCard) -> None:
-    """Raise `FieldInvalid` for a classifier, whose scores are in no order."""
-    if card.labels > 1:
-        raise FieldInvalid(
-            f"This model sorts texts into {card.labels} classes and cannot rank them; "
-            "ask it with /predict.",
-            param="model",
-        )
+def texts_of(documents: Sequence[str | Document]) -> list[str]:
+    return [one if isinstance(one, str) else one.text for one in documents]
 
 
 def choose_weights(
@@ -206,10 +183,55 @@ def choose_weights(
     return weights
 
 
-def best_first(scores: Sequence[float], count: int | None) -> list[int]:
-    """Places of the *count* largest *scores*, or of all; ties in their order."""
-    order: list[int] = np.argsort(-np.array(scores), kind="stable").tolist()
-    return order[: count or len(order)]
+async def score(context: RequestContext) -> Response:
+    """Score pairs of texts: one with many, or each with its own."""
+    asked = await read(ScoreRequest, context)
+    context.user = asked.user
+    given = [
+        pair
+        for pair in PAIRS_OF_FIELDS
+        if getattr(asked, pair[0]) is not None and getattr(asked, pair[1]) is not None
+    ]
+    if len(given) != 1:
+        raise FieldInvalid(
+            "Send one pair of fields: 'queries' and 'documents', or 'text_1' and 'text_2'.",
+            param="queries",
+        )
+    [fields] = given
+    queries, documents = (
+        [value] if isinstance(value, str) else value
+        for value in (getattr(asked, field) for field in fields)
+    )
+    check_texts(queries, fields[0], DOCUMENTS_MAX)
+    check_texts(documents, fields[1], DOCUMENTS_MAX)
+    if len(queries) not in (1, len(documents)):
+        raise FieldInvalid(
+            f"'{fields[0]}' holds {len(queries)} texts and '{fields[1]}' {len(documents)}. "
+            f"Send one, or as many as there are in '{fields[1]}'.",
+            param=fields[0],
+        )
+    embedder = choose_embedder(context, asked.model, Output.SCORE)
+    require_one_label(embedder.card)
+    cut = None if asked.truncate_prompt_tokens is None else "end"
+    truncate = cut if asked.truncate is None else asked.truncate
+    scored = await score_pairs(
+        context, embedder, queries, documents, truncate=truncate, fields=fields
+    )
+    scores = scored.activated(raw=asked.use_activation is False)[:, 0]
+    response = ScoreResponse(
+        id=f"score-{context.request_id.removeprefix('req_')}",
+        object="list",
+        created=int(context.app.clock.wall_s()),
+        model=asked.model or embedder.card.id,
+        data=[Score(i, "score", score) for i, score in enumerate(scores.tolist())],
+        usage=RerankUsage(scored.token_count, scored.token_count),
+    )
+    return json_response(response)
 
 
-OPERATIONS = (Operation("POST", "/rerank", rerank, Scope.EMBED, RerankResponse, RerankRequest),)
+OPERATIONS = (keyed("/rerank", rerank, RerankResponse, RerankRequest),)
+VLLM_OPERATIONS = (
+    keyed("/v1/score", score, ScoreResponse, ScoreRequest),
+    keyed("/score", score, ScoreResponse, ScoreRequest),
+    keyed("/rerank", rerank, RerankResponse, RerankRequest),
+)

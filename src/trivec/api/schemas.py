@@ -2,13 +2,14 @@
 
 What parses requests is what `/openapi.json` is made from. The decoder checks JSON, types and ranges:
 msgspec says what is wrong and where, and here its words become OpenAI's and its paths become
-`param`. Rules that a type cannot hold (no empty text, no mixing) are in `openai.py`; the large
+`param`. Rules that a type cannot hold (no empty text, no mixing) are in `rules.py`; the large
 responses are written by hand in `responses.py`, and a test holds them to the types here.
 """
 
 import codecs
 import json
 import re
+from functools import cache
 from typing import (
     Annotated,
     Generic,
@@ -58,8 +59,7 @@ class TokenizeRequest(Struct, frozen=True, forbid_unknown_fields=True):
     """Body of `POST /tokenize`; null means unset."""
 
     model: Annotated[
-        str,
-        doc("The id or alias of a served model.", ["all-minilm-l6-v2", "baai/bge-m3"]),
+        str, doc("The id or alias of a served model.", ["all-minilm-l6-v2", "baai/bge-m3"])
     ]
     input: Annotated[
         str | list[str | int | list[int]],
@@ -148,6 +148,11 @@ class EmbeddingsRequest(TokenizeRequest, frozen=True, forbid_unknown_fields=True
         Annotated[int, Meta(ge=1)] | None,
         doc("Cut each text into chunks of so many tokens after reading it whole; a vector each."),
     ] = None
+
+    @property
+    def cut(self) -> bool | Truncate | None:
+        """Which side is cut of a text that is too long; None: as the key or the server says."""
+        return self.truncation if self.truncate is None else self.truncate
 
     @property
     def is_chunked(self) -> bool:
@@ -391,6 +396,12 @@ class Decoder(Generic[T]):
             message = f"Invalid type for '{param}': expected {expected}, "
             message += f"but got {wrong['found']} instead."
         return FieldInvalid(message, param=param)
+
+
+@cache
+def decoder_of(kind: type[T]) -> Decoder[T]:
+    """The decoder of *kind*, made once."""
+    return Decoder(kind)
 
 
 def shown(value: str) -> str:

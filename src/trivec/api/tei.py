@@ -5,9 +5,8 @@ unless they name one in `model`, which is ours. Numbers are floats, and nothing 
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, cast
 
 import msgspec
 import numpy as np
@@ -15,41 +14,23 @@ from msgspec import Meta, Struct
 from starlette.responses import Response
 
 from trivec import __version__
-from trivec.accounts import Scope
 from trivec.api import rerank as documents_rerank
 from trivec.api.context import RequestContext
 from trivec.api.errors import ErrorShape
 from trivec.api.inference import (
-    blamed_on,
-    check_text,
-    check_texts,
+    EmbeddedInputs,
     choose_embedder,
-    choose_long_text,
+    embed,
     read,
     respond,
-    score_pairs,
-    score_texts,
-)
-from trivec.api.openai import (
-    EmbeddedInputs,
-    check_inputs,
-    choose_prompt,
-    embed,
     tokenizer_turn,
 )
-from trivec.api.openapi import Operation
-from trivec.api.rerank import DOCUMENTS_MAX, best_first, rank
+from trivec.api.openapi import keyed
 from trivec.api.responses import json_response, to_json
-from trivec.api.schemas import (
-    Decoder,
-    Dimensions,
-    EmbeddingsRequest,
-    TokenizeRequest,
-    Truncate,
-    doc,
-)
+from trivec.api.rules import blamed_on, check_inputs, check_text, check_texts, choose_prompt
+from trivec.api.schemas import Dimensions, EmbeddingsRequest, Truncate, doc
+from trivec.api.scoring import DOCUMENTS_MAX, rank, score_pairs
 from trivec.core.errors import FieldInvalid
-from trivec.core.ports import Embedder
 from trivec.core.quantisation import cut, unit
 from trivec.core.types import Output
 
@@ -85,12 +66,12 @@ class TeiOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     truncate: bool | Truncate | None = None
     truncation_direction: Literal["left", "right"] | None = None
 
-    @property
-    def cut(self) -> bool | Truncate | None:
-        """Which side is cut of a text that is too long; None: as the key or the server says."""
-        if self.truncate in (True, "end") and self.truncation_direction == "left":
-            return "start"
-        return self.truncate
+    def cut(self, default: Truncate) -> bool | Truncate:
+        """Which side is cut of a text that is too long, if any; *default*: of the key or server."""
+        said = default if self.truncate is None else self.truncate
+        if self.truncation_direction is None or said in (False, "none"):
+            return said
+        return "start" if self.truncation_direction == "left" else "end"
 
 
 class TeiEmbedRequest(TeiOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -206,18 +187,11 @@ class TeiInfo(Struct, frozen=True):
 Sparse: TypeAlias = list[SparseValue]
 Tokens: TypeAlias = list[SimpleToken]
 Predictions: TypeAlias = list[Prediction | list[Prediction]]
-_embed_decoder = Decoder(TeiEmbedRequest)
-_rerank_decoder = Decoder(TeiRerankRequest)
-_predict_decoder = Decoder(TeiPredictRequest)
-_similarity_decoder = Decoder(SimilarityRequest)
-_tokenize_decoder = Decoder(TeiTokenizeRequest)
-_decode_decoder = Decoder(DecodeRequest)
-_encode = msgspec.json.Encoder().encode
 
 
 async def embed_dense(context: RequestContext, body: bytes | None = None) -> Response:
     """Turn texts into vectors, as TEI does."""
-    asked = await read(_embed_decoder, context, body)
+    asked = await read(TeiEmbedRequest, context, body)
     embedded = await _embed(asked, context, Output.DENSE)
     rows = cut(embedded.vectors.dense, asked.dimensions)
     if not np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-3):
@@ -227,41 +201,35 @@ async def embed_dense(context: RequestContext, body: bytes | None = None) -> Res
             "This model's vectors are of length 1; they are not to be had otherwise.",
             param="normalize",
         )
-    return await respond(context, partial(to_json, rows), number_count=rows.size)
+    return await respond(context, partial(to_json, rows), byte_count=embedded.response_bytes)
 
 
 async def embed_sparse(context: RequestContext, body: bytes | None = None) -> Response:
     """Turn texts into sparse vectors, as TEI does."""
-    asked = await read(_embed_decoder, context, body)
+    asked = await read(TeiEmbedRequest, context, body)
     embedded = await _embed(asked, context, Output.SPARSE)
 
     def write() -> bytes:
-        return _encode(
-            [
-                [
-                    SparseValue(index, value)
-                    for index, value in zip(
-                        one.token_ids.tolist(), one.weights.tolist(), strict=True
-                    )
-                ]
-                for one in embedded.vectors.sparse
-                if one is not None
-            ]
-        )
+        rows = [
+            map(SparseValue, one.token_ids.tolist(), one.weights.tolist())
+            for one in embedded.vectors.sparse
+            if one is not None
+        ]
+        return msgspec.json.encode([list(row) for row in rows])
 
-    return await respond(context, write, number_count=2 * embedded.sequences.token_count)
+    return await respond(context, write, byte_count=embedded.response_bytes)
 
 
 async def embed_all(context: RequestContext) -> Response:
     """Turn texts into a vector a token, by a model that is made for it."""
-    asked = await read(_embed_decoder, context)
+    asked = await read(TeiEmbedRequest, context)
     embedded = await _embed(asked, context, Output.MULTI)
     rows = [one for one in embedded.vectors.multi if one is not None]
 
     def write() -> bytes:
         return b"[%b]" % b",".join(map(to_json, rows))
 
-    return await respond(context, write, number_count=sum(one.size for one in rows))
+    return await respond(context, write, byte_count=embedded.response_bytes)
 
 
 async def _embed(asked: TeiEmbedRequest, context: RequestContext, output: Output) -> EmbeddedInputs:
@@ -275,7 +243,7 @@ async def _embed(asked: TeiEmbedRequest, context: RequestContext, output: Output
                 input=asked.inputs,
                 prompt_name=asked.prompt_name,
                 dimensions=asked.dimensions,
-                truncate=asked.cut,
+                truncate=asked.cut(context.truncate),
                 output_type=str(output.name).lower(),
                 token_encoding="model" if is_ids else None,
             ),
@@ -288,25 +256,25 @@ async def rerank(context: RequestContext, body: bytes | None = None) -> Response
     body = await context.read_body() if body is None else body
     if "documents" in _fields(body):
         return await documents_rerank.rerank(context, body)
-    asked = await read(_rerank_decoder, context, body)
-    embedder = choose_embedder(context, asked.model, Output.SCORE)
+    asked = await read(TeiRerankRequest, context, body)
     scored = await rank(
         context,
-        embedder,
+        choose_embedder(context, asked.model, Output.SCORE),
         asked.query,
         asked.texts,
-        truncate=asked.cut,
-        with_texts=bool(asked.return_text),
+        truncate=asked.cut(context.truncate),
+        returns_texts=asked.return_text,
         field="texts",
     )
-    scores = scored.activated(raw=bool(asked.raw_scores))[:, 0].tolist()
-    texts = asked.texts if asked.return_text else [None] * len(scores)
-    return json_response([Rank(i, scores[i], texts[i]) for i in best_first(scores, None)])
+    best = scored.ranked(raw=asked.raw_scores)
+    return json_response(
+        [Rank(i, one, asked.texts[i] if asked.return_text else None) for i, one in best.items()]
+    )
 
 
 async def predict(context: RequestContext, body: bytes | None = None) -> Response:
     """Sort texts, or pairs of texts, into a classifier's classes, as TEI does."""
-    asked = await read(_predict_decoder, context, body)
+    asked = await read(TeiPredictRequest, context, body)
     given = asked.inputs
     is_batch = not isinstance(given, str) and len(given) > 0 and isinstance(given[0], list)
     items = given if is_batch else [[given] if isinstance(given, str) else given]
@@ -320,45 +288,47 @@ async def predict(context: RequestContext, body: bytes | None = None) -> Respons
                 "two each.",
                 param=at,
             )
-        own = [one for one in item if isinstance(one, str)]
-        for one in own:
-            check_text(one, at)
-        texts.append(own)
+        for text in item:
+            check_text(text, at)
+        texts.append(cast("list[str]", item))
     embedder = choose_embedder(context, asked.model, Output.SCORE)
     if Output.SCORE not in embedder.card.outputs:
         raise FieldInvalid("This model is no classifier and no reranker.", param="model")
-    long_text = choose_long_text(context, asked.cut)
-    if len(texts[0]) == 1:
-        alone = [own[0] for own in texts]
-        scored = await score_texts(context, embedder, alone, long_text=long_text, field="inputs")
-    else:
-        firsts, seconds = zip(*texts, strict=True)
-        scored = await score_pairs(
-            context, embedder, firsts, seconds, long_text=long_text, fields=("inputs", "inputs")
-        )
+    *firsts, seconds = zip(*texts, strict=True)  # no firsts where texts are alone
+    scored = await score_pairs(
+        context,
+        embedder,
+        firsts[0] if firsts else None,
+        seconds,
+        truncate=asked.cut(context.truncate),
+        fields=("inputs", "inputs"),
+    )
     answers = [
-        [Prediction(row[label], f"LABEL_{label}") for label in best_first(row, None)]
-        for row in scored.activated(raw=bool(asked.raw_scores)).tolist()
+        [
+            Prediction(row[label], f"LABEL_{label}")
+            for label in sorted(range(len(row)), key=lambda i: -row[i])
+        ]
+        for row in scored.activated(raw=asked.raw_scores).tolist()
     ]
     return json_response(answers if is_batch else answers[0])
 
 
 async def similarity(context: RequestContext, body: bytes | None = None) -> Response:
     """Compare a text with others by the cosine of their vectors, as TEI does."""
-    asked = await read(_similarity_decoder, context, body)
+    asked = await read(SimilarityRequest, context, body)
     options = asked.parameters or SimilarityParameters()
     check_text(asked.inputs.source_sentence, "inputs.source_sentence")
     check_texts(asked.inputs.sentences, "inputs.sentences", DOCUMENTS_MAX)
     embedder = choose_embedder(context, options.model, Output.DENSE)
     if Output.DENSE not in embedder.card.outputs:
         raise FieldInvalid("This model has no dense output.", param="model")
-    prompt = _prompt(options.prompt_name, embedder)
+    prompt = choose_prompt(embedder.card, prompt_name=options.prompt_name)
     scored = await score_pairs(
         context,
         embedder,
         [asked.inputs.source_sentence],
         asked.inputs.sentences,
-        long_text=choose_long_text(context, options.cut),
+        truncate=options.cut(context.truncate),
         weights={Output.DENSE: 1.0},
         prompts=(prompt, prompt),
         fields=("inputs.source_sentence", "inputs.sentences"),
@@ -366,24 +336,17 @@ async def similarity(context: RequestContext, body: bytes | None = None) -> Resp
     return json_response(scored.scores[:, 0].tolist())
 
 
-def _prompt(name: str | None, embedder: Embedder) -> str:
-    request = TokenizeRequest(embedder.card.id, "", prompt_name=name)
-    return choose_prompt(request, embedder.card, are_texts=True)
-
-
 async def tokenize(context: RequestContext) -> Response:
     """Cut texts into tokens, as TEI does."""
-    asked = await read(_tokenize_decoder, context)
+    asked = await read(TeiTokenizeRequest, context, joins_queue=False)
     embedder = choose_embedder(context, asked.model, Output.DENSE)
     texts = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
-    check_texts(texts, "inputs", context.app.limits.inputs_max)
-    context.input_count = len(texts)
-    context.timeout.watch_client()
-    await context.reservation.acquire()
-    prompt = _prompt(asked.prompt_name, embedder)
-    async with tokenizer_turn(context):
-        with blamed_on({"input": "inputs"}):
-            found = await embedder.find_tokens(
+    prompt = choose_prompt(embedder.card, prompt_name=asked.prompt_name)
+    with blamed_on({"input": "inputs"}):
+        context.input_count = check_inputs(texts, context.app.limits)
+        await context.reservation.acquire()
+        async with tokenizer_turn(context):
+            found = await embedder.tokenizer.find_tokens(
                 [prompt + text for text in texts],
                 special_tokens=asked.add_special_tokens is not False,
             )
@@ -391,21 +354,20 @@ async def tokenize(context: RequestContext) -> Response:
     context.memory.add(token_count * TOKEN_BYTES, is_response=True)
 
     def write() -> bytes:
-        return _encode([[SimpleToken(*token) for token in tokens] for tokens in found])
+        return msgspec.json.encode([[SimpleToken(*token) for token in tokens] for tokens in found])
 
-    return await respond(context, write, number_count=8 * token_count)
+    return await respond(context, write, byte_count=token_count * TOKEN_BYTES)
 
 
 async def decode(context: RequestContext) -> Response:
     """Make texts of token ids, as TEI does."""
-    asked = await read(_decode_decoder, context)
+    asked = await read(DecodeRequest, context, joins_queue=False)
     embedder = choose_embedder(context, asked.model, Output.DENSE)
     with blamed_on({"input": "ids"}):
         context.input_count = check_inputs(asked.ids, context.app.limits)
-        context.timeout.watch_client()
         await context.reservation.acquire()
         lists = [asked.ids] if isinstance(asked.ids[0], int) else asked.ids
-        texts = await embedder.decode(
+        texts = await embedder.tokenizer.decode(
             [np.array(ids, np.int32) for ids in lists],
             special_tokens=asked.skip_special_tokens is False,
         )
@@ -421,7 +383,6 @@ async def info(context: RequestContext) -> Response:
         ids: dict[str, str | int] = {str(i): label for label, i in labels.items()}
         name = "reranker" if card.labels == 1 else "classifier"
         kind = {name: {"id2label": ids, "label2id": labels}}
-    truncate = context.known_caller.truncate or limits.truncate
     return json_response(
         TeiInfo(
             model_id=card.id,
@@ -430,7 +391,7 @@ async def info(context: RequestContext) -> Response:
             max_input_length=card.token_count_max,
             max_batch_tokens=limits.request_tokens_max,
             max_client_batch_size=limits.inputs_max,
-            auto_truncate=truncate != "none",
+            auto_truncate=context.truncate != "none",
             version=__version__,
         )
     )
@@ -459,22 +420,15 @@ def _fields(body: bytes) -> dict[str, bytes]:
     return {name: bytes(memoryview(value)[:1]) for name, value in given.items()}
 
 
-OPERATIONS = tuple(
-    replace(one, error_shape=TEI)
-    for one in (
-        Operation("GET", "/info", info, Scope.EMBED, TeiInfo),
-        Operation("POST", "/embed", embed_dense, Scope.EMBED, list[list[float]], TeiEmbedRequest),
-        Operation(
-            "POST", "/embed_sparse", embed_sparse, Scope.EMBED, list[Sparse], TeiEmbedRequest
-        ),
-        Operation(
-            "POST", "/embed_all", embed_all, Scope.EMBED, list[list[list[float]]], TeiEmbedRequest
-        ),
-        Operation("POST", "/rerank", rerank, Scope.EMBED, list[Rank], TeiRerankRequest),
-        Operation("POST", "/predict", predict, Scope.EMBED, Predictions, TeiPredictRequest),
-        Operation("POST", "/similarity", similarity, Scope.EMBED, list[float], SimilarityRequest),
-        Operation("POST", "/tokenize", tokenize, Scope.EMBED, list[Tokens], TeiTokenizeRequest),
-        Operation("POST", "/decode", decode, Scope.EMBED, list[str], DecodeRequest),
-        Operation("POST", "/", root, Scope.EMBED, list[list[float]], TeiEmbedRequest),
-    )
+OPERATIONS = (
+    keyed("/info", info, TeiInfo, None, TEI),
+    keyed("/embed", embed_dense, list[list[float]], TeiEmbedRequest, TEI),
+    keyed("/embed_sparse", embed_sparse, list[Sparse], TeiEmbedRequest, TEI),
+    keyed("/embed_all", embed_all, list[list[list[float]]], TeiEmbedRequest, TEI),
+    keyed("/rerank", rerank, list[Rank], TeiRerankRequest, TEI),
+    keyed("/predict", predict, Predictions, TeiPredictRequest, TEI),
+    keyed("/similarity", similarity, list[float], SimilarityRequest, TEI),
+    keyed("/tokenize", tokenize, list[Tokens], TeiTokenizeRequest, TEI),
+    keyed("/decode", decode, list[str], DecodeRequest, TEI),
+    keyed("/", root, list[list[float]], TeiEmbedRequest, TEI),
 )

@@ -179,8 +179,8 @@ def _embedding(settings: "Settings") -> "Embed":
     [model] = models.loaded
 
     def embed(texts: "Sequence[str]", outputs: "Output") -> "Vectors":
-        tokenized = models.embedders[model.card.id].tokenize(texts, long_text=LongText.REFUSE)
-        ids = asyncio.run(tokenized)
+        tokenizer = models.embedders[model.card.id].tokenizer
+        ids = asyncio.run(tokenizer.tokenize(texts, long_text=LongText.REFUSE))
         wanted = np.full(len(texts), outputs & model.card.outputs, np.uint8)  # [sequences]
         return model.backend.run(Batch(ids.token_ids, ids.cu_seqlens, wanted), slot=0)
 

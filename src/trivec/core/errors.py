@@ -14,8 +14,7 @@ TrivecError
     │   └── KeyMissing · KeyInvalid · ModelDenied · ScopeMissing · GrantDenied
     ├── BusyError      we must recover; each says when to try again
     │   └── Overloaded · Draining · Loading · DeadlineExceeded · StoreUnavailable
-    ├── RateLimitError the client must wait
-    │   └── RateLimitExceeded
+    ├── RateLimitExceeded  the client must wait
     └── EngineFault    our mistake; the message is only for the log
 """
 
@@ -239,12 +238,8 @@ class GrantDenied(AccessError):
         self.param = param
 
 
-class RateLimitError(ServiceError):
-    """The client must wait."""
-
-
-class RateLimitExceeded(RateLimitError):
-    """The key's own rate limit is used up for now."""
+class RateLimitExceeded(ServiceError):
+    """The client must wait: the key's own rate limit is used up for now."""
 
     def __init__(
         self, *, kind: str, limit: int, requested: int, retry_after_s: float, subject: str = ""

@@ -24,11 +24,8 @@ Texts: TypeAlias = Sequence[str]
 TokenLists: TypeAlias = Sequence[Int32Array]  # each int32 [tokens], every id in [0, vocabulary)
 
 
-class Embedder(Protocol):
-    """One served model, wherever it runs. All methods are called on the event loop."""
-
-    @property
-    def card(self) -> ModelCard: ...
+class TextTokenizer(Protocol):
+    """A model's tokenizer. Its coroutines run on the event loop, and compute on other threads."""
 
     async def tokenize(
         self,
@@ -76,23 +73,6 @@ class Embedder(Protocol):
         """
         ...
 
-    async def embed(
-        self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
-    ) -> Reply:
-        """Join the queue and wait for every vector of *sequences*, in their order.
-
-        *deadline_s* bounds the wait from now to the first batch. Raises `Overloaded` at once when
-        the queue is full, `DeadlineExceeded`, `EngineFault`. Cancelling the call frees its place.
-        """
-        ...
-
-    def check_admission(self, token_count: int) -> None:
-        """Raise what `embed` would raise at once for *token_count* tokens or more: `Overloaded`.
-
-        For refusing before there is anything to embed: cheap, reserves nothing, may let all pass.
-        """
-        ...
-
     def token_strings(self, token_ids: Int32Array) -> list[str]:
         """The vocabulary's own strings for *token_ids*."""
         ...
@@ -108,6 +88,33 @@ class Embedder(Protocol):
         """The text of each list of ids, with or without its *special_tokens*.
 
         Raises `TokenIdUnknown`.
+        """
+        ...
+
+
+class Embedder(Protocol):
+    """One served model, wherever it runs. All methods are called on the event loop."""
+
+    @property
+    def card(self) -> ModelCard: ...
+
+    @property
+    def tokenizer(self) -> TextTokenizer: ...
+
+    async def embed(
+        self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
+    ) -> Reply:
+        """Join the queue and wait for every vector of *sequences*, in their order.
+
+        *deadline_s* bounds the wait from now to the first batch. Raises `Overloaded` at once when
+        the queue is full, `DeadlineExceeded`, `EngineFault`. Cancelling the call frees its place.
+        """
+        ...
+
+    def check_admission(self, token_count: int) -> None:
+        """Raise what `embed` would raise at once for *token_count* tokens or more: `Overloaded`.
+
+        For refusing before there is anything to embed: cheap, reserves nothing, may let all pass.
         """
         ...
 

@@ -6,12 +6,11 @@ All of it runs on the event loop and none of it computes.
 import asyncio
 from functools import partial
 
-from trivec.core.ports import Backend
+from trivec.core.ports import Backend, TextTokenizer
 from trivec.core.types import ModelCard, Output, Reply, Sequences
 from trivec.engine.scheduler import ModelQueue
 from trivec.engine.worker import Workers
 from trivec.settings import QueueLimits
-from trivec.tokenizer import Tokenizer
 
 
 class Engine:
@@ -21,7 +20,7 @@ class Engine:
         self,
         card: ModelCard,
         *,
-        tokenizer: Tokenizer | None,
+        tokenizer: TextTokenizer | None,
         backend: Backend,
         workers: Workers,
         limits: QueueLimits,
@@ -30,12 +29,7 @@ class Engine:
         assert workers.slot_count <= backend.slot_count, "slots that the backend does not have"
         self.card = card
         if tokenizer is not None:
-            self.tokenize = tokenizer.tokenize
-            self.tokenize_pairs = tokenizer.encode_pairs
-            self.tokenize_chunks = tokenizer.tokenize_chunks
-            self.find_tokens = tokenizer.find_tokens
-            self.decode = tokenizer.decode
-            self.token_strings = tokenizer.token_strings
+            self.tokenizer = tokenizer
         self._scheduler = workers.scheduler
         self._queue = ModelQueue(card.id, backend, limits, backend.budget)
         self._scheduler.add_queue(self._queue)

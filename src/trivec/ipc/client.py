@@ -13,6 +13,7 @@ import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
 from trivec.core.errors import Draining, EngineFault
+from trivec.core.ports import TextTokenizer
 from trivec.core.types import ModelCard, Output, Reply, Sequences
 from trivec.ipc.folder import Served, SharedFolder
 from trivec.ipc.messages import (
@@ -25,7 +26,6 @@ from trivec.ipc.messages import (
     decode,
     encode,
 )
-from trivec.tokenizer import Tokenizer
 
 RETURN_S = 5.0  # after which a client should find the engine process started again
 AWAY = "The engine process is away. Please try again."
@@ -196,15 +196,10 @@ class RemoteEmbedder:
     """`core.ports.Embedder` for a model of the engine process: texts become tokens here."""
 
     def __init__(
-        self, index: int, card: ModelCard, tokenizer: Tokenizer, client: EngineClient
+        self, index: int, card: ModelCard, tokenizer: TextTokenizer, client: EngineClient
     ) -> None:
         self.card = card
-        self.tokenize = tokenizer.tokenize
-        self.tokenize_pairs = tokenizer.encode_pairs
-        self.tokenize_chunks = tokenizer.tokenize_chunks
-        self.find_tokens = tokenizer.find_tokens
-        self.decode = tokenizer.decode
-        self.token_strings = tokenizer.token_strings
+        self.tokenizer = tokenizer
         self._index = index
         self._client = client
 

@@ -90,7 +90,9 @@ class EmbedderEncoder:
         self.model = model
         self._embedder = embedder
         self._outputs = outputs
-        self._tokenize = partial(embedder.tokenize, long_text=LONG_TEXT[truncate], prompt=prompt)
+        self._tokenize = partial(
+            embedder.tokenizer.tokenize, long_text=LONG_TEXT[truncate], prompt=prompt
+        )
         self._is_cut = truncate != "none"
         self._open_requests = asyncio.Semaphore(OPEN_REQUESTS)
 

@@ -117,7 +117,7 @@ class SelfTest:
                 )
 
     async def _embed(self, embedder: Embedder) -> Float32Array:
-        sequences = await embedder.tokenize([SELF_TEST], long_text=LongText.CUT_END)
+        sequences = await embedder.tokenizer.tokenize([SELF_TEST], long_text=LongText.CUT_END)
         output = embedder.card.main_output
         row = (await embedder.embed(sequences, output)).vectors[output][0]
         assert row is not None, "what was asked for is there"

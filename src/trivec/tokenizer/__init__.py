@@ -184,7 +184,7 @@ class Tokenizer:
     async def tokenize_chunks(
         self, texts: Texts, *, prompt: str = "", chunk_size: int | None = None
     ) -> Sequences:
-        """See `core.ports.Embedder`. Texts are tokenised each alone, whatever lies beside them."""
+        """See `core.ports.TextTokenizer`. Texts are tokenised each alone, whatever lies beside them."""
         if chunk_size is not None:
             whole = await self.tokenize(texts, long_text=LongText.REFUSE, prompt=prompt)
             lead, ends = len(self._prefix), whole.lengths() - len(self._suffix)
@@ -207,7 +207,7 @@ class Tokenizer:
             raise FieldInvalid(f"{param} makes no token of which a chunk could be.", param=param)
         return replace(whole, skip=None, chunks=tuple(bounds))
 
-    async def encode_pairs(
+    async def tokenize_pairs(
         self,
         pairs: Sequence[tuple[str, str]],
         *,
@@ -242,7 +242,7 @@ class Tokenizer:
             return [self._codec.id_to_token(token_id) or "" for token_id in token_ids.tolist()]
 
     async def find_tokens(self, texts: Texts, *, special_tokens: bool) -> list[list[TextToken]]:
-        """See `core.ports.Embedder`. Some MB for each 10,000 tokens."""
+        """See `core.ports.TextTokenizer`. Some MB for each 10,000 tokens."""
         found: list[list[TextToken]] = []
         token_count = 0
         for job in _jobs(texts, prompt_characters=0):
@@ -275,7 +275,7 @@ class Tokenizer:
         ]
 
     async def decode(self, lists: TokenLists, *, special_tokens: bool) -> list[str]:
-        """See `core.ports.Embedder`."""
+        """See `core.ports.TextTokenizer`."""
         ids = [one.tolist() for one in lists]
         self._check_known(lists)
         with panics_are_faults("tokenizer"):
