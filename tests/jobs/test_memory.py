@@ -35,10 +35,14 @@ class Slow(Zeros):
 
     def __init__(self) -> None:
         self.at_once = self.at_once_max = 0
+        self.full = asyncio.Event()
 
     async def encode(self, texts: Sequence[str]) -> Encoded:
         self.at_once += 1
         self.at_once_max = max(self.at_once, self.at_once_max)
+        if self.at_once == SHARDS_AT_ONCE:
+            self.full.set()
+        await self.full.wait()  # nothing is done before as many as may be in work are
         for _ in range(20):  # to a thread and back, as reading a shard is
             await asyncio.to_thread(len, texts)
         self.at_once -= 1
