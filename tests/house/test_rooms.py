@@ -19,7 +19,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "server": (970, 5),
     "build": (448, 1),
     "settings": (420, 1),
-    "api": (4_053, 20),
+    "api": (4_056, 20),
     "engine": (971, 5),
     "models": (2_110, 15),
     "backends": (3_310, 17),
