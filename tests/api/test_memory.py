@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Iterator
 
+import httpx
 import pytest
 from starlette.types import Message, Scope
 from tests.api.house import MODEL, House
@@ -174,23 +175,30 @@ def test_a_slow_reader_has_less_and_less_time(
 async def test_large_texts_are_tokenised_one_request_after_another(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("trivec.api.context.WATCH_AFTER_S", 0.0)
     house.memory.__init__()  # type: ignore[misc] # room for all of them
     inner = house.model.tokenize
     may_go_on = asyncio.Event()
-    at_once = most = entered = 0
+    at_once = most = 0
+    asking: list[asyncio.Task[httpx.Response]] = []
+    too_many_watchers: list[int] = []
 
     async def held(*args: object, **kwargs: object) -> Sequences:
-        nonlocal at_once, most, entered
+        nonlocal at_once, most
         at_once += 1
         most = max(most, at_once)
         await may_go_on.wait()
+        for _ in range(20):  # turns of the loop, in which a second watcher would start
+            await asyncio.sleep(0)
+        watchers = [one for one in asyncio.all_tasks() if one.get_name() == "client-watch"]
+        too_many_watchers.append(len(watchers) - sum(not one.done() for one in asking))
         at_once -= 1
         return await inner(*args, **kwargs)  # type: ignore[arg-type] # passed on
 
     monkeypatch.setattr(house.model, "tokenize", held)
     body = {"model": MODEL, "input": ["x" * 100] * 700}
     async with house.client() as client:
-        asking = [
+        asking += [
             asyncio.create_task(client.post("/tokenize", json=body))
             for _ in range(LARGE_TOKENIZE_MAX + 3)
         ]
@@ -198,5 +206,6 @@ async def test_large_texts_are_tokenised_one_request_after_another(
         may_go_on.set()
         answers = [answer.status_code for answer in await asyncio.gather(*asking)]
     assert most == 1
+    assert max(too_many_watchers) <= 0
     assert (answers.count(200), answers.count(503)) == (LARGE_TOKENIZE_MAX, 3)
     assert house.memory.used_bytes == 0

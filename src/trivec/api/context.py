@@ -291,6 +291,7 @@ class RequestTimeout:
         self._loop = asyncio.get_running_loop()
         self._due_s = self._loop.time() + request_s_max
         self._reason: Exception | None = None
+        self._is_watching = False
         self._watcher: asyncio.Task[None] | None = None
 
     def __enter__(self) -> Self:
@@ -317,7 +318,10 @@ class RequestTimeout:
                 del reason
 
     def watch_client(self) -> None:
-        """From here on notice when the client leaves. Call it once the request's body is read."""
+        """From here on notice when the client leaves. Not before the request's body is read."""
+        if self._is_watching:
+            return
+        self._is_watching = True
         self._timer.cancel()
         self._timer = self._loop.call_at(
             min(self._loop.time() + WATCH_AFTER_S, self._due_s), self._look
