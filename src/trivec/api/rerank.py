@@ -187,11 +187,7 @@ async def score(context: RequestContext) -> Response:
     """Score pairs of texts: one with many, or each with its own."""
     asked = await read(ScoreRequest, context)
     context.user = asked.user
-    given = [
-        pair
-        for pair in PAIRS_OF_FIELDS
-        if getattr(asked, pair[0]) is not None and getattr(asked, pair[1]) is not None
-    ]
+    given = [pair for pair in PAIRS_OF_FIELDS if None not in [getattr(asked, one) for one in pair]]
     if len(given) != 1:
         raise FieldInvalid(
             "Send one pair of fields: 'queries' and 'documents', or 'text_1' and 'text_2'.",

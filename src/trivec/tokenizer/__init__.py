@@ -248,12 +248,7 @@ class Tokenizer:
         for job in _jobs(texts, prompt_characters=0):
             for i, text in enumerate(job, len(found)):
                 if len(text.encode("utf-8", "replace")) > self._text_bytes_max:
-                    raise TextTooLong(
-                        token_count=None,
-                        token_count_max=self.token_count_max,
-                        index=i,
-                        bytes_max=self._text_bytes_max,
-                    )
+                    raise self._not_counted(i)
             found += await self._in_pool(self._find_tokens, job, special_tokens)
             token_count += sum(map(len, found[-len(job) :]))
             self._check_token_count(token_count, is_all=len(found) == len(texts))
@@ -324,12 +319,7 @@ class Tokenizer:
         if how.prompt:
             read = [how.prompt + text for text in read]
         if over and how.long_text is LongText.REFUSE:
-            raise TextTooLong(
-                token_count=None,
-                token_count_max=self.token_count_max,
-                index=first + min(over),
-                bytes_max=self._text_bytes_max,
-            )
+            raise self._not_counted(first + min(over))
         try:
             # Releases the GIL; no offsets, which nobody reads.
             encodings = self._codec.encode_batch_fast(read)
@@ -344,6 +334,15 @@ class Tokenizer:
             raise
         whole = Sequences.pack([encoding.ids for encoding in encodings])
         return self._settle(whole, how, first, over)
+
+    def _not_counted(self, index: int) -> TextTooLong:
+        """The refusal of text number *index*, which is over the bound of bytes."""
+        return TextTooLong(
+            token_count=None,
+            token_count_max=self.token_count_max,
+            index=index,
+            bytes_max=self._text_bytes_max,
+        )
 
     def _shorten(self, text: str, long_text: LongText) -> tuple[str, bool]:
         """What to read of *text*, and whether the whole is over the bound of bytes.
