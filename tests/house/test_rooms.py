@@ -28,7 +28,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "telemetry": (670, 4),
     "ipc": (530, 5),
     "core": (900, 7),
-    "jobs": (1_310, 5),
+    "jobs": (1_320, 5),
     "playground": (90, 1),
 }
 

@@ -535,7 +535,8 @@ def check_chunks(asked: EmbeddingsRequest, outputs: Output, card: ModelCard) -> 
     """Refuse chunks where the model has none, and what does not go with them. `FieldInvalid`."""
     param = "late_chunking" if asked.late_chunking else "chunk_size"
     is_text = isinstance(asked.input, str) or isinstance(asked.input[0], str)
-    cuts = LONG_TEXT[asked.truncate or asked.truncation or False] is not LongText.REFUSE
+    said = asked.truncation if asked.truncate is None else asked.truncate
+    cuts = LONG_TEXT[said or False] is not LongText.REFUSE
     problem = None
     if not card.late_chunking:
         problem = "needs a model whose vector is the mean of its tokens (late_chunking in /models)"

@@ -200,7 +200,8 @@ def _load(settings: Settings, outputs: "Output") -> "Models":
     models = load_models(settings, open_parts(settings), cores=usable_cores())
     card = models.cards[0]
     if outputs not in card.outputs:
-        raise SettingInvalid(f"{card.id} has no such --outputs; it has {card.outputs.name}")
+        has = str(card.outputs.name).lower().replace("|", ", ")
+        raise SettingInvalid(f"{card.id} has no such --outputs; it has {has}")
     say(f"{card.id} in {card.precision} on {models.choice.device} ({models.choice.backend})")
     return models
 
