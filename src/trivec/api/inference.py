@@ -66,12 +66,16 @@ async def read(decoder: Decoder[T], context: RequestContext, body: bytes | None 
     return await parse(decoder, body, context)
 
 
-def choose_embedder(context: RequestContext, name: str | None, outputs: Output) -> Embedder:
+def choose_embedder(
+    context: RequestContext, name: str | None, outputs: Output, *, ranks: bool = False
+) -> Embedder:
     """The model called *name*; without one, the first that the key may use and that has any of
-    *outputs*, or else the first. Raises `ModelUnknown`, `ModelDenied`.
+    *outputs*, or else the first, and no classifier where it *ranks* if there is another. Raises
+    `ModelUnknown`, `ModelDenied`.
     """
     if name is None:
         cards = context.app.cards_for(context.known_caller)
+        cards = [card for card in cards if not ranks or card.labels <= 1] or cards
         suited = [card.id for card in cards if card.outputs & outputs]
         name = [*suited, *(card.id for card in cards), *context.app.embedders][0]
     return context.find_embedder(name)

@@ -175,6 +175,7 @@ def _request(
         model=_name(asked.model, context),
         input=given,
         dimensions=dimensions,
+        output_type="dense",
         truncate="none" if asked.truncate is False else "end",
     )
 

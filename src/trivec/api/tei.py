@@ -292,7 +292,7 @@ async def rerank(context: RequestContext, body: bytes | None = None) -> Response
     if "documents" in _fields(body):
         return await documents_rerank.rerank(context, body)
     asked = await read(_rerank_decoder, context, body)
-    embedder = choose_embedder(context, asked.model, Output.SCORE)
+    embedder = choose_embedder(context, asked.model, Output.SCORE, ranks=True)
     scored = await rank(
         context,
         embedder,

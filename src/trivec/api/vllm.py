@@ -98,7 +98,7 @@ async def score(context: RequestContext) -> Response:
             f"Send one, or as many as there are in '{fields[1]}'.",
             param=fields[0],
         )
-    embedder = choose_embedder(context, asked.model, Output.SCORE)
+    embedder = choose_embedder(context, asked.model, Output.SCORE, ranks=True)
     require_one_label(embedder.card)
     truncate = asked.truncate
     if truncate is None and asked.truncate_prompt_tokens is not None:
