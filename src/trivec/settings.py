@@ -33,6 +33,7 @@ API_KEY_CHARS_MIN = 16
 API_KEY_CHARS_MAX = 1024  # longer bearers are refused unread
 ENVIRONMENT_PREFIX = "TRIVEC_"
 OTHER_NAMES = {"TRIVEC_MODEL": "models", "TRIVEC_CONFIG": "config"}
+OF_COMMANDS = ("TRIVEC_BENCH_KEY", "TRIVEC_EMBED_KEY")  # read by their --key
 OTHER_FLAGS = {  # that are not called as their setting
     "models": "--model",
     "aliases": "--alias",
@@ -369,7 +370,7 @@ def _variables(environ: Mapping[str, str], warn: Callable[[str], None]) -> dict[
             )
         elif name in known:
             found[known[name]] = _Given(value, name, "in the environment")
-        else:
+        elif name not in OF_COMMANDS:
             warn(f"{name} is no setting of ours and is ignored{_did_you_mean(name, known)}")
     return found
 

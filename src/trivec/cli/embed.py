@@ -117,6 +117,8 @@ def embed(
         flags = {"precision": precision, "device": device, "backend": backend}
         models = _load(_bulk_settings(data_dir, config, model, flags), wanted)
         opened = _in_process(models, wanted, truncate)
+    elif precision or device or backend:
+        raise JobFailed("--precision, --device and --backend are the server's with --url")
     else:
         opened = _on_server(url, key, model, wanted, truncate)
 
