@@ -157,6 +157,27 @@ async def test_texts_are_ranked_by_the_first_reranker_and_by_no_classifier(fresh
     assert len(fresh.classifier.embedded) == 3
 
 
+async def test_a_text_in_several_strings_counts_as_one_in_a_large_body_too(house: House) -> None:
+    long = {"text": "a" * 20, "title": "b" * 300, "url": "c" * 200}
+    ranked = {"model": MODEL, "query": "hello", "documents": [long] * 800}
+    parts = [{"content": [{"type": "text", "text": "a" * 20}, {"type": "text", "text": "b"}]}]
+    embedded = {"model": MODEL, "inputs": parts * 2000, "priority": None, "x" * 200_000: None}
+    for path, body in (("/v1/rerank", ranked), ("/v2/embed", embedded)):
+        answer = await post(house, path, body)
+        assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "field"), [("/v1/rerank", "documents"), ("/v2/embed", "texts"), ("/embed", "inputs")]
+)
+async def test_too_many_texts_are_refused_by_the_faces_own_field(
+    house: House, path: str, field: str
+) -> None:
+    answer = await post(house, path, EVERY[path] | {field: ["a" * 200] * 2500})
+    assert f"'{field}'" in answer.text
+    assert_is_error(path, answer)
+
+
 BAD_BODIES = [
     pytest.param(lambda body: {}, id="empty"),
     pytest.param(lambda body: [], id="no-object"),

@@ -18,7 +18,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "server": (970, 5),
     "build": (450, 1),
     "settings": (420, 1),
-    "api": (4_240, 20),
+    "api": (4_250, 20),
     "engine": (980, 5),
     "models": (2_110, 15),
     "backends": (3_310, 17),

@@ -33,6 +33,7 @@ from trivec.models.scoring import WEIGHTS, fused_score
 
 T = TypeVar("T")
 
+STRINGS_A_TEXT = 16  # at most: the fields of a document, or the parts that Cohere cuts an input into
 WINDOW_BYTES = 128 * 1024 * 1024  # token vectors that are held at a time to score pairs with
 
 
@@ -63,7 +64,7 @@ async def read(decoder: Decoder[T], context: RequestContext, body: bytes | None 
     """The request in *body*, which is read unless it is given. Raises what reading it does."""
     body = await context.read_body() if body is None else body
     context.app.check_admission()
-    return await parse(decoder, body, context)
+    return await parse(decoder, body, context, strings_a_text=STRINGS_A_TEXT)
 
 
 def choose_embedder(

@@ -37,6 +37,7 @@ from trivec.api.schemas import (
 from trivec.core.errors import (
     AnswerTooLarge,
     FieldInvalid,
+    MalformedBody,
     Overloaded,
     RequestTooLarge,
     TokenIdUnknown,
@@ -300,11 +301,15 @@ def _model(card: ModelCard, name: str, context: RequestContext) -> Model:
     )
 
 
-async def parse(decoder: Decoder[Asked], body: bytes, context: RequestContext) -> Asked:
-    """The request in *body*. Raises `MalformedBody`, `FieldInvalid`, `RequestTooLarge`."""
+async def parse(
+    decoder: Decoder[Asked], body: bytes, context: RequestContext, *, strings_a_text: int = 1
+) -> Asked:
+    """The request in *body*, in which a text takes as many as *strings_a_text*, its fields' names
+    among them. Raises `MalformedBody`, `FieldInvalid`, `RequestTooLarge`.
+    """
     if len(body) <= PARSE_IN_LINE_BYTES_MAX:
         return decoder.decode(body)
-    await asyncio.to_thread(refuse_too_many_items, body, context.app.limits)
+    await asyncio.to_thread(refuse_too_many_items, body, context.app.limits, strings_a_text)
     return await asyncio.to_thread(decoder.decode, body)
 
 
@@ -439,8 +444,9 @@ def check_inputs(given: str | Sequence[str | int | list[int]], limits: HttpLimit
     return 1 if kind is int else len(given)
 
 
-def refuse_too_many_items(body: bytes, limits: HttpLimits) -> None:
-    """Refuse an `input` that is far too long before millions of objects are made of it.
+def refuse_too_many_items(body: bytes, limits: HttpLimits, strings_a_text: int = 1) -> None:
+    """Refuse an `input` that is far too long before millions of objects are made of it, or texts
+    of several strings each.
 
     8 MiB of `[],` take the decoder a second, in which it holds the interpreter's lock, and 200 MB;
     counting the punctuation outside its strings takes about 20 ms. What passes is counted exactly
@@ -454,8 +460,10 @@ def refuse_too_many_items(body: bytes, limits: HttpLimits) -> None:
     texts = int(np.count_nonzero(quotes)) // 2
     arrays = int(np.count_nonzero((characters == ord("[")) & is_outside))
     commas = int(np.count_nonzero((characters == ord(",")) & is_outside))
-    if max(texts, arrays) > limits.inputs_max + OTHER_ITEMS_MAX:
-        raise _array_too_long(f"one of about {max(texts, arrays)}", limits)
+    if (count := max(texts, arrays)) > strings_a_text * limits.inputs_max + OTHER_ITEMS_MAX:
+        if strings_a_text == 1:
+            raise _array_too_long(f"one of about {count}", limits)
+        raise MalformedBody(f"The body holds about {count} strings or arrays. Send fewer texts.")
     if commas > limits.request_tokens_max + limits.inputs_max + OTHER_ITEMS_MAX:
         raise RequestTooLarge(token_count=commas, token_count_max=limits.request_tokens_max)
 
