@@ -361,7 +361,7 @@ def _variables(environ: Mapping[str, str], warn: Callable[[str], None]) -> dict[
     known = {variable_name(path): path for path in paths} | OTHER_NAMES
     found: dict[str, _Given] = {}
     for name, value in sorted(environ.items()):
-        if not name.startswith(ENVIRONMENT_PREFIX) or name in CLIENT_KEYS:
+        if not name.startswith(ENVIRONMENT_PREFIX):
             continue
         if value.startswith("tcp://"):
             warn(
@@ -370,7 +370,7 @@ def _variables(environ: Mapping[str, str], warn: Callable[[str], None]) -> dict[
             )
         elif name in known:
             found[known[name]] = _Given(value, name, "in the environment")
-        else:
+        elif name not in CLIENT_KEYS:
             warn(f"{name} is no setting of ours and is ignored{_did_you_mean(name, known)}")
     return found
 

@@ -68,6 +68,13 @@ async def test_sizes_and_types_hold_for_parts(chunking: House) -> None:
     assert [len(item["embedding"]) for item in answer["data"]] == [4, 4]  # a byte, in base64
 
 
+async def test_truncate_wins_over_truncation_with_chunks_too(chunking: House) -> None:
+    """As everywhere: a client that sets Voyage's word by default may still ask for whole texts."""
+    asked: dict[str, object] = {"input": ["ab", "cd"], "late_chunking": True}
+    plain = await post(chunking, **asked)
+    assert await post(chunking, **asked, truncate=False, truncation=True) == plain
+
+
 @pytest.mark.parametrize("off", [False, None])
 async def test_what_is_not_asked_for_changes_nothing(house: House, off: object) -> None:
     plain = await post(house, input=["a", "b"])

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, get_args
 
 import httpx
@@ -12,6 +13,7 @@ from tests.api.house import CLASSIFIER, MODEL, PLAIN_MODEL, RERANKER, House
 
 from trivec.api.app import FACES, all_operations
 from trivec.core.errors import EngineFault, Overloaded
+from trivec.core.types import Output
 from trivec.settings import FaceName, load_settings
 
 # A good body of every route that computes something.
@@ -129,6 +131,51 @@ async def test_a_bad_field_is_refused_in_the_faces_shape_and_costs_nothing(
         assert 400 <= answer.status_code < 500, answer.text
         assert_is_error(path, answer)
     assert len(house.store.rows) == before
+
+
+async def test_a_model_without_dense_vectors_is_refused_where_only_those_have_a_place(
+    fresh: House,
+) -> None:
+    fresh.model.card = replace(fresh.model.card, outputs=Output.SPARSE)
+    for path in ("/v2/embed", "/v1/embed", "/embed", "/api/embed", "/api/embeddings"):
+        answer = await post(fresh, path, EVERY[path] | {"model": MODEL})
+        assert answer.status_code in (400, 422), (path, answer.text)
+        assert "no dense output" in answer.text
+    assert not fresh.model.embedded
+
+
+async def test_texts_are_ranked_by_the_first_reranker_and_by_no_classifier(fresh: House) -> None:
+    fresh.reranker.card = replace(fresh.reranker.card, labels=3)  # which is served first
+    fresh.classifier.card = replace(fresh.classifier.card, labels=1)
+    for path, body in (
+        ("/rerank", {"query": "hello", "texts": ["a", "bb"]}),
+        ("/", {"query": "hello", "texts": ["a", "bb"]}),
+        ("/score", {"text_1": "hello", "text_2": ["a", "bb"]}),
+    ):
+        answer = await post(fresh, path, body)
+        assert answer.status_code == 200, (path, answer.text)
+    assert len(fresh.classifier.embedded) == 3
+
+
+async def test_a_text_in_several_strings_counts_as_one_in_a_large_body_too(house: House) -> None:
+    long = {"text": "a" * 20, "title": "b" * 300, "url": "c" * 200}
+    ranked = {"model": MODEL, "query": "hello", "documents": [long] * 800}
+    parts = [{"content": [{"type": "text", "text": "a" * 20}, {"type": "text", "text": "b"}]}]
+    embedded = {"model": MODEL, "inputs": parts * 2000, "priority": None, "x" * 200_000: None}
+    for path, body in (("/v1/rerank", ranked), ("/v2/embed", embedded)):
+        answer = await post(house, path, body)
+        assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "field"), [("/v1/rerank", "documents"), ("/v2/embed", "texts"), ("/embed", "inputs")]
+)
+async def test_too_many_texts_are_refused_by_the_faces_own_field(
+    house: House, path: str, field: str
+) -> None:
+    answer = await post(house, path, EVERY[path] | {field: ["a" * 200] * 2500})
+    assert f"'{field}'" in answer.text
+    assert_is_error(path, answer)
 
 
 BAD_BODIES = [

@@ -179,6 +179,7 @@ async def test_voyages_client_finds_the_results_where_it_looks(house: House) -> 
         pytest.param({"documents": ["a"] * 1001}, "documents", id="too-many-documents"),
         pytest.param({"documents": ["a", ""]}, "documents[1]", id="an-empty-document"),
         pytest.param({"documents": ["a", {"text": ""}]}, "documents[1]", id="an-empty-object"),
+        pytest.param({"documents": [{"txt": "a"}]}, "documents[0].text", id="a-misspelt-object"),
         pytest.param({"documents": ["a", "b" * 99]}, "documents[1]", id="document-too-long"),
         pytest.param({"documents": "a"}, "documents", id="documents-of-another-type"),
         pytest.param({"documents": [1]}, "documents[0]", id="a-document-of-another-type"),

@@ -15,11 +15,11 @@ MODULE_LINES_MAX = 600
 LINES_MAX, FILES_MAX = 23_400, 129
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
-    "cli": (1_630, 7),
+    "cli": (1_640, 7),
     "server": (970, 5),
     "build": (450, 1),
     "settings": (420, 1),
-    "api": (4_060, 20),
+    "api": (4_080, 20),
     "engine": (980, 5),
     "models": (2_110, 15),
     "backends": (3_310, 17),
@@ -29,7 +29,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "telemetry": (700, 4),
     "ipc": (520, 5),
     "core": (950, 8),
-    "jobs": (1_330, 5),
+    "jobs": (1_340, 5),
     "playground": (90, 1),
 }
 

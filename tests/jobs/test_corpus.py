@@ -102,6 +102,7 @@ def test_a_row_without_a_text_is_named_with_its_line(tmp_path: Path) -> None:
         b'{"id": 6, "text": "\xff"}',
         b'{"id": 7, "text": "half a pair \\ud800 is no character"}',
         b'{"id": 8, "text": " "}',
+        b'{"id": 9, "text": "deep", "x": ' + b"[" * 5000 + b"]" * 5000 + b"}",
     ]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     [shard] = shards(tmp_path / "a.jsonl", WITH_ID, ShardSize(100, 10_000))
@@ -110,7 +111,7 @@ def test_a_row_without_a_text_is_named_with_its_line(tmp_path: Path) -> None:
     assert shard.places == [(str(tmp_path / "a.jsonl"), 1), (str(tmp_path / "a.jsonl"), 11)]
     assert [(bad.line, bad.row, bad.id) for bad in shard.bad] == [
         (2, 1, 2), (4, 2, 3), (5, 3, 4), (6, 4, None), (7, 5, None), (8, 6, None), (9, 7, None),
-        (10, 8, None),
+        (10, 8, None), (12, 10, None),
     ]  # fmt: skip
     reasons = " | ".join(bad.reason for bad in shard.bad)
     for word in ("is empty", "has no 'text'", "is no text", "is no JSON:", "object", "has no 'id'"):
@@ -160,6 +161,7 @@ def test_values_without_a_common_type_become_json_text(tmp_path: Path) -> None:
         pytest.param(b"not gzip", "a.jsonl.gz", ["cannot read"], id="not-gzip"),
         pytest.param(b"a", "a.doc", ["--format", ".parquet"], id="no-format"),
         pytest.param(None, "a.jsonl", ["cannot read", "No such file"], id="no-file"),
+        pytest.param(None, "a", ["cannot read", "No such file"], id="no-file-and-no-ending"),
     ],
 )
 def test_what_cannot_be_read_is_refused(

@@ -337,7 +337,22 @@ def test_a_model_that_fails_on_everything_stops_the_job(job: Job) -> None:
     job.model.fault = EngineFault("the driver said something")
     with pytest.raises(JobFailed, match="failed on"):
         job.run()
-    assert job.left_over() == [".manifest.json", ".parts"]
+    assert not job.out.exists()
+
+
+def test_a_job_that_fails_before_it_keeps_anything_may_begin_with_other_options(job: Job) -> None:
+    with pytest.raises(JobFailed, match="none of the first"):
+        replace(job, columns=replace(job.columns, text="body"), dtype="int8").run()
+    assert job.left_over() == []
+    assert job.run() is not None
+
+
+def test_shards_of_a_job_whose_manifest_is_gone_are_not_taken_for_another_ones(job: Job) -> None:
+    job.run(stop_when=lambda progress: progress.rows >= 10)
+    Path(f"{job.out}.manifest.json").unlink()
+    job.asked.clear()
+    assert replace(job, dtype="int8").run() is not None
+    assert len(job.asked) == COUNT
 
 
 def test_an_input_that_breaks_off_keeps_what_is_before_and_goes_on_when_mended(

@@ -188,6 +188,13 @@ def test_an_unknown_variable_is_a_warning_with_the_nearest_name() -> None:
     assert "TRIVEC_PORT?" in heard[0]
 
 
+@pytest.mark.parametrize("name", ["TRIVEC_BENCH_KEY", "TRIVEC_EMBED_KEY"])
+def test_a_variable_of_a_command_is_no_misspelt_setting(name: str) -> None:
+    warnings: list[str] = []
+    load_settings({}, {name: "tv_key"}, warn=warnings.append)
+    assert warnings == []
+
+
 def test_what_kubernetes_injects_for_a_service_is_ignored_with_a_hint() -> None:
     heard: list[str] = []
     settings = load_settings({}, {"TRIVEC_PORT": "tcp://10.0.0.1:8000"}, warn=heard.append)

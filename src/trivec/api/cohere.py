@@ -163,6 +163,7 @@ async def _embed(asked: CohereEmbedRequest, context: RequestContext, *, by_type:
         input=list(texts),
         input_type=asked.input_type,
         output_dimension=asked.output_dimension,
+        output_type="dense",
         output_dtype=packs,
         truncate=asked.truncate or "end",
         truncate_prompt_tokens=None if asked.truncate == "none" else asked.max_tokens,

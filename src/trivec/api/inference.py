@@ -44,6 +44,9 @@ PARSE_IN_LINE_BYTES_MAX = 256 * 1024  # larger bodies are parsed in a thread
 LARGE_TOKENIZE_BYTES = 64 * 1024  # of a body; smaller ones need not wait for others
 LARGE_TOKENIZE_MAX = 5  # at a time: one runs, the others wait
 TEXT_TOKEN_BYTES = 320  # a token with its text and place, as objects
+STRINGS_A_TEXT = (
+    16  # of other faces: the fields of a document, or the parts that Cohere cuts an input into
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +74,21 @@ async def read(
     decoder: Decoder[T] = decoder_of(kind)  # type: ignore[arg-type] # every class has a hash
     if len(body) <= PARSE_IN_LINE_BYTES_MAX:
         return decoder.decode(body)
-    await asyncio.to_thread(refuse_too_many_items, body, context.app.limits)
+    strings = 1 if issubclass(kind, TokenizeRequest) else STRINGS_A_TEXT
+    await asyncio.to_thread(refuse_too_many_items, body, context.app.limits, strings)
     return await asyncio.to_thread(decoder.decode, body)
 
 
-def choose_embedder(context: RequestContext, name: str | None, outputs: Output) -> Embedder:
+def choose_embedder(
+    context: RequestContext, name: str | None, outputs: Output, *, ranks: bool = False
+) -> Embedder:
     """The model called *name*; without one, the first that the key may use and that has any of
-    *outputs*, or else the first. Raises `ModelUnknown`, `ModelDenied`.
+    *outputs*, or else the first, and no classifier where it *ranks* if there is another. Raises
+    `ModelUnknown`, `ModelDenied`.
     """
     if name is None:
         cards = context.app.cards_for(context.known_caller)
+        cards = [card for card in cards if not ranks or card.labels <= 1] or cards
         suited = [card.id for card in cards if card.outputs & outputs]
         name = [*suited, *(card.id for card in cards), *context.app.embedders][0]
     return context.find_embedder(name)

@@ -165,6 +165,7 @@ async def _embed(
         model=_name(asked.model, context),
         input=given if isinstance(given, str) else [*given],
         dimensions=dimensions,
+        output_type="dense",
         truncate="none" if asked.truncate is False else "end",
     )
     with blamed_on({"input": field, "output_type": "model"}):

@@ -206,7 +206,7 @@ async def score(context: RequestContext) -> Response:
             f"Send one, or as many as there are in '{fields[1]}'.",
             param=fields[0],
         )
-    embedder = choose_embedder(context, asked.model, Output.SCORE)
+    embedder = choose_embedder(context, asked.model, Output.SCORE, ranks=True)
     require_one_label(embedder.card)
     cut = None if asked.truncate_prompt_tokens is None else "end"
     truncate = cut if asked.truncate is None else asked.truncate

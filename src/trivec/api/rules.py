@@ -10,7 +10,13 @@ from typing import cast
 import numpy as np
 
 from trivec.api.schemas import EmbeddingsRequest, shown
-from trivec.core.errors import FieldInvalid, RequestError, RequestTooLarge, TokenIdUnknown
+from trivec.core.errors import (
+    FieldInvalid,
+    MalformedBody,
+    RequestError,
+    RequestTooLarge,
+    TokenIdUnknown,
+)
 from trivec.core.types import Int32Array, LongText, ModelCard, Output
 from trivec.settings import HttpLimits
 
@@ -78,8 +84,9 @@ def _empty(param: str, kind: str) -> FieldInvalid:
     )
 
 
-def refuse_too_many_items(body: bytes, limits: HttpLimits) -> None:
-    """Refuse an `input` that is far too long before millions of objects are made of it.
+def refuse_too_many_items(body: bytes, limits: HttpLimits, strings_a_text: int = 1) -> None:
+    """Refuse an `input` that is far too long before millions of objects are made of it, or texts
+    of several strings each.
 
     8 MiB of `[],` take the decoder a second, in which it holds the interpreter's lock, and 200 MB;
     counting the punctuation outside its strings takes about 20 ms. What passes is counted exactly
@@ -93,8 +100,10 @@ def refuse_too_many_items(body: bytes, limits: HttpLimits) -> None:
     texts = int(np.count_nonzero(quotes)) // 2
     arrays = int(np.count_nonzero((characters == ord("[")) & is_outside))
     commas = int(np.count_nonzero((characters == ord(",")) & is_outside))
-    if max(texts, arrays) > limits.inputs_max + OTHER_ITEMS_MAX:
-        raise _array_too_long(f"one of about {max(texts, arrays)}", limits)
+    if (count := max(texts, arrays)) > strings_a_text * limits.inputs_max + OTHER_ITEMS_MAX:
+        if strings_a_text == 1:
+            raise _array_too_long(f"one of about {count}", limits)
+        raise MalformedBody(f"The body holds about {count} strings or arrays. Send fewer texts.")
     if commas > limits.request_tokens_max + limits.inputs_max + OTHER_ITEMS_MAX:
         raise RequestTooLarge(token_count=commas, token_count_max=limits.request_tokens_max)
 

@@ -379,7 +379,8 @@ class Decoder(Generic[T]):
             )
         is_null = wrong is not None and wrong["found"] == "null" and param in ("model", "input")
         if problem.startswith(_MISSING) or is_null:
-            name = param or problem.removeprefix(_MISSING).removesuffix("`")
+            missing = "" if is_null else problem.removeprefix(_MISSING).removesuffix("`")
+            name = ".".join(filter(None, (param, missing)))
             article = "an" if name[0] in "aeiou" else "a"
             return FieldInvalid(f"you must provide {article} {name} parameter", param=name)
         if not param:

@@ -259,7 +259,7 @@ async def rerank(context: RequestContext, body: bytes | None = None) -> Response
     asked = await read(TeiRerankRequest, context, body)
     scored = await rank(
         context,
-        choose_embedder(context, asked.model, Output.SCORE),
+        choose_embedder(context, asked.model, Output.SCORE, ranks=True),
         asked.query,
         asked.texts,
         truncate=asked.cut(context.truncate),

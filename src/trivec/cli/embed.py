@@ -126,6 +126,8 @@ def embed(
         models = _load(_bulk_settings(data_dir, config, model, flags))
         _check_card(models.cards[0], wanted, dimensions, prompt)
         opened = _in_process(models, wanted, truncate, prompt)
+    elif precision or device or backend:
+        raise JobFailed("--precision, --device and --backend are the server's with --url")
     else:
         fields = {"dimensions": dimensions, "prompt_name": prompt}
         asks = {name: value for name, value in fields.items() if value is not None}
@@ -222,7 +224,8 @@ def _check_card(
 ) -> None:
     """Raise `SettingInvalid` for what the model has not, with what it has."""
     if outputs not in card.outputs:
-        raise SettingInvalid(f"{card.id} has no such --outputs; it has {card.outputs.name}")
+        has = str(card.outputs.name).lower().replace("|", ", ")
+        raise SettingInvalid(f"{card.id} has no such --outputs; it has {has}")
     if dimensions is not None and not card.takes_dimensions(dimensions):
         sizes = sorted({*card.matryoshka_dimensions, card.dimensions})
         have = f"any up to {card.dimensions}" if card.dimensions_selectable else f"{sizes}"

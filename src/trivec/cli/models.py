@@ -79,7 +79,7 @@ def list_(
             "MODEL": row["id"],
             "HERE": row["source"] or "-",
             "TOKENS": row["token_count_max"],
-            "SIZE": row["dimensions"],
+            "SIZE": row["dimensions"] or "-",
             "OUTPUTS": " ".join(row["outputs"]),
             "FAMILY": row["family"],
             "LICENCE": row["licence"] + (" (gated)" if row["gated"] else ""),

@@ -247,7 +247,9 @@ class Greeting:
         self._say(f"Trivec {__version__} is ready.")
         for card in models.cards:
             state = "verified" if card.verified else "NOT verified against the catalogue"
-            row = f"scores of {card.labels}" if card.labels else f"{card.dimensions} dimensions"
+            row = f"{card.dimensions} dimensions"
+            if card.labels:
+                row = "reranker" if card.labels == 1 else f"classifier of {card.labels} classes"
             sizes = f"{row}, {card.token_count_max} tokens a text"
             self._say_fact("model", card.id)
             self._say_fact("", f"{sizes}, files {state}")

@@ -165,6 +165,7 @@ def find_sources(given: str, *, form: str | None = None) -> list[Source]:
     with read_faults(given):
         is_folder = path.is_dir()
         files = sorted(one for one in path.rglob("*") if one.is_file()) if is_folder else [path]
+        path.stat()  # what is not there is said first
         sources = [
             Source(str(f), found, f.stat().st_size or None)
             for f in files
@@ -361,7 +362,7 @@ def _jsonl_records(source: Source, raw: BinaryIO, _text: str) -> Iterator[Record
     for line, read in enumerate(source.lines(raw), 1):
         try:
             values = decode(read)
-        except (msgspec.DecodeError, UnicodeDecodeError) as fault:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as fault:
             if read.strip():  # blank lines are no rows
                 yield Record(source.name, line, {}, f"is no JSON: {fault}")
             continue

@@ -120,7 +120,10 @@ class Results:
 
     @contextmanager
     def open(self) -> Iterator["Results"]:
-        """Begin the job, or go on with it. Raises `JobFailed` where it was another job."""
+        """Begin the job, or go on with it. Raises `JobFailed` where it was another job.
+
+        One that fails before a shard is kept leaves nothing, so that it may begin with other options.
+        """
         with ExitStack() as held:
             with write_faults(self._out):
                 begun = self._read_manifest()
@@ -142,11 +145,17 @@ class Results:
                     except BlockingIOError:
                         busy = f"another process is writing {self._out}; wait for it"
                         raise JobFailed(busy) from None
-                    for left in self._parts.glob("*.tmp"):
+                    for left in self._parts.glob("*.tmp" if begun else "*.*"):
                         left.unlink()
                     if begun is None:
                         self._write_manifest(None)
-            yield self
+            try:
+                yield self
+            except JobFailed:
+                if self.finished is None and not list(self._parts.glob("*.arrow")):
+                    self._manifest.unlink(missing_ok=True)
+                    shutil.rmtree(self._parts, ignore_errors=True)
+                raise
 
     def part(self, shard: Shard) -> Part | None:
         """What an earlier run has made of *shard*. Raises `JobFailed` where it was another."""
