@@ -71,7 +71,8 @@ def build_app(
     served.append(Operation("GET", "/openapi.json", openapi, None, None))
     taken = {one.path: one for one in served if one.method == "GET"}
     pages = [for_browsers(one, taken[one.path]) if one.path in taken else one for one in pages]
-    served = [*pages, *served]  # the first of a path is asked
+    of_pages = {one.path for one in pages}
+    served = [one for one in served if one.method != "GET" or one.path not in of_pages] + pages
     unpaid = UnpaidRate(limits.unpaid_requests_per_minute)
     routes = [Route(one.path, Endpoint(one, unpaid), methods=[one.method]) for one in served]
     app: ASGIApp = RequestMiddleware(Router(routes, redirect_slashes=False), state)
