@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,21 @@ def test_a_pull_has_a_bar_of_bytes_and_of_hashing(
     assert Path(capsys.readouterr().out.strip()).is_dir(), "standard output is the folder alone"
 
 
+def test_its_clock_goes_on_from_step_to_step(
+    on_a_terminal: Run, tiny: CatalogueEntry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Hourly(common.LineConsole):
+        def __init__(self) -> None:
+            super().__init__()
+            self.get_time = partial(next, count(0.0, 3600.0))
+
+    monkeypatch.setattr(common, "LineConsole", Hourly)
+    shown = on_a_terminal("models", "pull", tiny.id).text
+    ended = [int(hours) for hours in re.findall(r"100% (\d+):00:00", shown)]
+    assert ended == sorted(ended)
+    assert ended[-1] > ended[0]
+
+
 def test_where_there_is_no_terminal_a_long_pull_says_a_line_now_and_then(
     tiny: CatalogueEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +169,8 @@ def test_a_first_start_says_what_its_certificate_waits_for_and_bench_ends_with_a
     places = [shown.find(step) for step in steps]
     assert -1 not in places, dict(zip(steps, places, strict=True))
     assert places == sorted(places)
+    assert re.search(r"100% 0:\d\d:\d\d hashing", shown)
+    assert not re.search(r"% 0:\d\d:\d\d all-minilm-l6-v2", shown), "nobody knows the share"
     chart = [line for line in shown.split("model all-minilm-l6-v2")[-1].split("\n") if line]
     lengths = [line.count("━") for line in chart[-2:]]
     assert max(lengths) == bench.CHART_COLUMNS, "the fastest has the longest bar"
@@ -195,7 +213,8 @@ def test_a_start_that_is_stopped_leaves_no_bar(tmp_path: Path) -> None:
         terminal.wait_for("hashing model.safetensors")
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-    assert terminal.raw.endswith(f"\r{ESCAPE}K")
+    _, _, after_its_log = terminal.raw.rpartition("stopped")
+    assert f"\r{ESCAPE}K" in after_its_log, "the line is erased, whatever the bar drew there"
 
 
 def test_a_start_elsewhere_writes_its_log_and_no_more(tmp_path: Path) -> None:

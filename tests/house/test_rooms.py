@@ -12,10 +12,10 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
 # The aim is 11,500 in 100: raised only in a commit that says why.
-LINES_MAX, FILES_MAX = 23_582, 129
+LINES_MAX, FILES_MAX = 23_584, 129
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
-    "cli": (1_740, 7),
+    "cli": (1_742, 7),
     "server": (970, 5),
     "build": (465, 1),
     "settings": (420, 1),

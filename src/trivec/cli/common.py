@@ -97,15 +97,17 @@ def shown_progress(*, first_line_s: float = LINE_EVERY_S) -> "Iterator[OnProgres
         console=LineConsole(),
         transient=True,
     )
-    task = bar.add_task("", total=None)
+    bar.add_task("", total=None)
+    [task] = bar.tasks
     next_line_s = time.monotonic() + first_line_s
 
     def show(step: str, share: float | None) -> None:
         nonlocal next_line_s
         if is_terminal:
-            total = None if share is None else 1.0
-            is_new = step != bar.tasks[0].description  # and may be over before the next refresh
-            bar.update(task, description=step, completed=share or 0.0, total=total, refresh=is_new)
+            is_new = step != task.description  # and may be over before the next refresh
+            task.total = None if share is None else 1.0  # None, to `update`, is as it was
+            bar.update(task.id, description=step, completed=share or 0.0, refresh=is_new)
+            task.finished_time = None  # the clock goes on: another step may follow
         elif time.monotonic() >= next_line_s:
             say(step)
             next_line_s = time.monotonic() + LINE_EVERY_S
