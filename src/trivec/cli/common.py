@@ -90,7 +90,7 @@ def shown_progress(*, first_line_s: float = LINE_EVERY_S) -> "Iterator[OnProgres
     """
     is_terminal = sys.stderr.isatty()
     bar = Progress(
-        BarColumn(),
+        BarColumn(bar_width=20),  # the words are worth more, in 80 columns
         TaskProgressColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.description}", markup=False),
