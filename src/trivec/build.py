@@ -24,7 +24,7 @@ from trivec.core.clock import SystemClock
 from trivec.core.errors import FieldInvalid, SettingInvalid
 from trivec.core.events import ModelLoaded
 from trivec.core.health import Health
-from trivec.core.ports import Backend, Clock, Embedder, Observer
+from trivec.core.ports import Backend, Clock, Embedder, Observer, OnProgress, no_progress
 from trivec.core.types import CertificateSummary, ModelCard
 from trivec.engine import Engine, Workers
 from trivec.playground import page_operations
@@ -182,7 +182,12 @@ def check_models(settings: Settings) -> None:
 
 
 def load_models(
-    settings: Settings, context: Parts, *, cores: int, takes_text: bool = True
+    settings: Settings,
+    context: Parts,
+    *,
+    cores: int,
+    takes_text: bool = True,
+    on_progress: OnProgress = no_progress,
 ) -> Models:
     """Load every model of *settings*; blocks for seconds. Raises `StartError`.
 
@@ -191,7 +196,9 @@ def load_models(
     choice = choose(settings)
     checkpoints = with_aliases(
         [
-            open_checkpoint(reference, cache_dir=settings.data_dir / "models")
+            open_checkpoint(
+                reference, cache_dir=settings.data_dir / "models", on_progress=on_progress
+            )
             for reference in settings.models or (DEFAULT_MODEL,)
         ],
         settings.aliases,
@@ -206,7 +213,7 @@ def load_models(
     reading = (pool := ThreadPoolExecutor(1)).submit(read_vocabularies)
     pool.shutdown(wait=False)
     loaded = [
-        load_checkpoint(checkpoint, choice, settings=settings, cores=cores)
+        load_checkpoint(checkpoint, choice, settings=settings, cores=cores, on_progress=on_progress)
         for checkpoint in checkpoints
     ]
     has_compiled.set()
@@ -245,7 +252,12 @@ def choose(settings: Settings) -> Choice:
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint, choice: Choice, *, settings: Settings, cores: int
+    checkpoint: Checkpoint,
+    choice: Choice,
+    *,
+    settings: Settings,
+    cores: int,
+    on_progress: OnProgress = no_progress,
 ) -> LoadedModel:
     """Load *checkpoint* on its backend. Raises `CheckpointRefused`, `SettingInvalid`."""
     if choice.backend == "fake":
@@ -259,6 +271,7 @@ def load_checkpoint(
     if choice.backend == "torch":
         from trivec.backends.torch.backend import TorchBackend
 
+        on_progress(f"{checkpoint.id}: loading on {choice.device}", None)
         on_torch = TorchBackend.load(
             checkpoint, precision=settings.precision, device=settings.device
         )
@@ -269,7 +282,11 @@ def load_checkpoint(
 
     cache_dir = settings.data_dir / "models"
     backend = OpenVinoBackend.load(
-        checkpoint, precision=settings.precision, cores=cores, cache_dir=cache_dir
+        checkpoint,
+        precision=settings.precision,
+        cores=cores,
+        cache_dir=cache_dir,
+        on_progress=on_progress,
     )
     card = replace(model_card(checkpoint, backend.precision), recipe=backend.recipe)
     earned = backend.certificate

@@ -17,6 +17,7 @@ from trivec.build import (
 from trivec.checkpoints import open_checkpoint
 from trivec.cli.serve import run
 from trivec.core.errors import DeviceLost
+from trivec.core.ports import OnProgress, no_progress
 from trivec.core.types import Batch, Vectors
 from trivec.settings import Settings, load_settings
 
@@ -32,7 +33,14 @@ class LosingBackend(FakeBackend):
         return super().run(batch, slot=slot)
 
 
-def load(settings: Settings, context: Parts, *, cores: int, takes_text: bool = True) -> Models:
+def load(
+    settings: Settings,
+    context: Parts,
+    *,
+    cores: int,
+    takes_text: bool = True,
+    on_progress: OnProgress = no_progress,
+) -> Models:
     checkpoint = open_checkpoint("all-minilm-l6-v2", cache_dir=settings.data_dir / "models")
     backend = LosingBackend(dimensions=checkpoint.config.hidden_size)
     loaded = LoadedModel(checkpoint, backend, model_card(checkpoint, "fake"), None)

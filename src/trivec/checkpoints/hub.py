@@ -7,17 +7,23 @@ ours. HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN are the client's.
 
 import fcntl
 import hashlib
+import io
 import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from trivec.checkpoints.catalogue import CatalogueEntry, Pin
-from trivec.checkpoints.hashes import Hashes
+from trivec.checkpoints.hashes import Hashes, sha256_of
 from trivec.checkpoints.layout import HEADS, model_files, read_json
 from trivec.core.errors import CheckpointRefused
+from trivec.core.ports import OnProgress, no_progress
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 _log = logging.getLogger("trivec.checkpoints")
 
@@ -34,6 +40,22 @@ class FirstPull(msgspec.Struct, frozen=True):
     files: dict[str, Pin]
 
 
+class PartFile(io.BufferedWriter):
+    """A file that grows to *byte_count*, by appending, and tells how far it is."""
+
+    def __init__(self, path: Path, name: str, byte_count: int, on_progress: OnProgress) -> None:
+        super().__init__(io.FileIO(path, "ab"))
+        self._byte_count = byte_count
+        self._on_progress = on_progress
+        self._what = f"pulling {name}"
+
+    def write(self, chunk: "ReadableBuffer", /) -> int:
+        count, done, size = super().write(chunk), self.tell(), self._byte_count
+        step = f"{self._what}, {done / 1e6:,.1f} of {size / 1e6:,.1f} MB"
+        self._on_progress(step, min(1.0, done / max(1, size)))
+        return count
+
+
 def pulled_folder(entry: CatalogueEntry, cache_dir: Path) -> Path:
     """Where the files of *entry* are kept once pulled."""
     return cache_dir / "hub" / entry.id.replace("/", "--")
@@ -47,12 +69,18 @@ def pulled_pins(entry: CatalogueEntry, cache_dir: Path) -> Mapping[str, Pin] | N
     return pins if pins and all((folder / name).is_file() for name in pins) else None
 
 
-def pull(entry: CatalogueEntry, *, cache_dir: Path, endpoint: str | None = None) -> Path:
+def pull(
+    entry: CatalogueEntry,
+    *,
+    cache_dir: Path,
+    endpoint: str | None = None,
+    on_progress: OnProgress = no_progress,
+) -> Path:
     """Fetch what is not there yet of *entry*, check all of it, and return its folder.
 
-    *endpoint* is a hub other than HF_ENDPOINT's. Shows a progress bar on standard error. Blocks
-    for as long as it takes; stopping it loses nothing. Raises `CheckpointRefused` when the hub
-    cannot be reached, has other files than the catalogue, or another pull of this model runs.
+    *endpoint* is a hub other than HF_ENDPOINT's. Blocks for as long as it takes; stopping it loses
+    nothing. Raises `CheckpointRefused` when the hub cannot be reached, has other files than the
+    catalogue, or another pull of this model runs.
     """
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
@@ -60,8 +88,10 @@ def pull(entry: CatalogueEntry, *, cache_dir: Path, endpoint: str | None = None)
         HTTPError,
         OfflineModeIsEnabled,
     )
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     constants.HF_HUB_DISABLE_TELEMETRY = True  # a pull tells the hub what it wants, no more
+    disable_progress_bars("huggingface_hub.http_get")  # `PartFile` tells how far it is
     if entry.terms is not None:
         _log.warning("%s", entry.terms)
     folder = pulled_folder(entry, cache_dir)
@@ -82,10 +112,11 @@ def pull(entry: CatalogueEntry, *, cache_dir: Path, endpoint: str | None = None)
             if not entry.is_pinned:
                 revision, names = _list_files(entry, endpoint)
             pins: dict[str, Pin] = {}
+            hashes = Hashes(cache_dir / "hashes", on_progress=on_progress)
             for name in names:
                 url = hf_hub_url(entry.hub_id, name, revision=revision, endpoint=endpoint)
-                pin, hashes = entry.pins.get(name), Hashes(cache_dir / "hashes")
-                pins[name] = _fetch(url, folder / name, pin, hashes, endpoint)
+                file, pin = folder / name, entry.pins.get(name)
+                pins[name] = _fetch(url, file, pin, hashes, endpoint, on_progress)
             if not entry.is_pinned:  # the hub is believed this once
                 content = msgspec.json.encode(FirstPull(entry.hub_id, revision, pins))
                 (folder / PINS_FILE).write_bytes(msgspec.json.format(content))
@@ -121,7 +152,14 @@ def _list_files(entry: CatalogueEntry, endpoint: str | None) -> tuple[str, list[
         raise CheckpointRefused(f"{entry.hub_id} on the hub {error}") from error
 
 
-def _fetch(url: str, file: Path, pin: Pin | None, hashes: Hashes, endpoint: str | None) -> Pin:
+def _fetch(
+    url: str,
+    file: Path,
+    pin: Pin | None,
+    hashes: Hashes,
+    endpoint: str | None,
+    on_progress: OnProgress,
+) -> Pin:
     """Have *file* as it is at *url*, and as *pin* demands; what it is then.
 
     Without a pin the hub's own sha256 is demanded, which it gives for large files.
@@ -152,7 +190,7 @@ def _fetch(url: str, file: Path, pin: Pin | None, hashes: Hashes, endpoint: str 
     version = hashlib.sha256(found.etag.encode()).hexdigest()
     part = file.parent / f".{file.name}.{version[:16]}.part"
     part.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("ab") as out:
+    with PartFile(part, file.name, found.size, on_progress) as out:
         if out.tell() > found.size:
             out.truncate(0)
         http_get(
@@ -163,8 +201,7 @@ def _fetch(url: str, file: Path, pin: Pin | None, hashes: Hashes, endpoint: str 
             expected_size=found.size,
             displayed_filename=file.name,
         )
-    with part.open("rb") as opened:
-        sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+    sha256 = sha256_of(part, lambda _step, share: on_progress(f"hashing {file.name}", share))
     if pin is not None and sha256 != pin.sha256:
         part.unlink()
         raise CheckpointRefused(

@@ -6,6 +6,7 @@ A quick look; `benchmarks/` has a leaner load generator, the peers and the limit
 import asyncio
 import json
 import random
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,19 +15,32 @@ from functools import partial
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from itertools import cycle
-from typing import Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 from urllib.parse import urlsplit
 
 import typer
 from typer import Option
 
-from trivec.cli.common import AsJson, DataDir, Row, print_json, print_table, say, settings_of
+from trivec.cli.common import (
+    AsJson,
+    DataDir,
+    Row,
+    print_json,
+    print_table,
+    say,
+    settings_of,
+    shown_progress,
+)
 from trivec.core.errors import StartError
 from trivec.settings import Settings
+
+if TYPE_CHECKING:
+    from trivec.core.ports import OnProgress
 
 LENGTHS = (16, 128, 512, 2048, 8192)  # tokens a text
 REQUEST_TOKENS = {"cpu": 2048, "cuda": 32_768}  # about what such a device takes in a batch
 SHAPES = ((1, 1), (16, 1), (8, 8), (4, 64))  # clients, texts a request
+CHART_COLUMNS = 40
 WAIT_S_MAX = 3600.0  # a measurement brings more work than a server would admit
 ANSWER_S_MAX = 120.0
 WORDS = "the water of the city and the trains of its market reported in science and in most schools"
@@ -52,28 +66,52 @@ def bench(
 
     On a server: texts a second and latency, by clients x texts a request.
     """
-    if url is not None:
-        subject, rows = _measure_server(url.rstrip("/"), key, model, seconds=seconds)
-    else:
-        waits = {"wait_s_max": WAIT_S_MAX, "first_batch_s_max": WAIT_S_MAX}
-        models = (model,) if model else None
-        settings = settings_of(data_dir, models=models, precision=precision, queue=waits)
-        subject, rows = asyncio.run(_measure_engine(settings, seconds=seconds))
+    with shown_progress() as on_progress:
+        if url is not None:
+            subject, rows = _measure_server(url.rstrip("/"), key, model, seconds, on_progress)
+        else:
+            waits = {"wait_s_max": WAIT_S_MAX, "first_batch_s_max": WAIT_S_MAX}
+            models = (model,) if model else None
+            settings = settings_of(data_dir, models=models, precision=precision, queue=waits)
+            subject, rows = asyncio.run(_measure_engine(settings, seconds, on_progress))
     if as_json:
         print_json({**subject, "rows": rows})
     else:
         say(", ".join(f"{name} {value}" for name, value in subject.items()))
         print_table(rows)
+        if sys.stdout.isatty():
+            _print_chart(rows)
 
 
-async def _measure_engine(settings: Settings, *, seconds: float) -> Measured:
+def _print_chart(rows: list[Row]) -> None:
+    """A bar a row, as long as its first rate is beside the largest."""
+    from rich.console import Console
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    [label, rate] = list(rows[0])[:2]
+    rates = [figure for row in rows if isinstance(figure := row[rate], float)]
+    chart = Table(box=None, header_style="bold", pad_edge=False)
+    chart.add_column(label, no_wrap=True)
+    chart.add_column(rate, ratio=1)
+    for row, figure in zip(rows, rates, strict=True):
+        bar = ProgressBar(max(rates), figure, width=CHART_COLUMNS, finished_style="bar.complete")
+        chart.add_row(str(row[label]), bar)
+    Console().print(chart)
+
+
+async def _measure_engine(
+    settings: Settings, seconds: float, on_progress: "OnProgress"
+) -> Measured:
     """Rates of the first model of *settings*, behind its own queue and workers."""
     from trivec.build import load_models, open_parts
     from trivec.core.types import Sequences
     from trivec.server.machine import usable_cores
 
     parts = open_parts(settings)
-    models = load_models(settings, parts, cores=usable_cores(), takes_text=False)
+    models = load_models(
+        settings, parts, cores=usable_cores(), takes_text=False, on_progress=on_progress
+    )
     card = models.cards[0]
     embedder = models.embedders[card.id]
     request_tokens = REQUEST_TOKENS[models.choice.device]
@@ -90,7 +128,9 @@ async def _measure_engine(settings: Settings, *, seconds: float) -> Measured:
     rows: list[Row] = []
     models.workers.start()
     try:
-        for length in (one for one in LENGTHS if one <= card.token_count_max):
+        lengths = [one for one in LENGTHS if one <= card.token_count_max]
+        for done, length in enumerate(lengths):
+            on_progress(f"measuring texts of {length} tokens", done / len(lengths))
             draw = random.Random(length)  # noqa: S311 - no secret
             text_count = max(1, request_tokens // length)
             ids = draw.choices(range(5, card.vocabulary_size - 5), k=length * text_count)
@@ -111,7 +151,9 @@ async def _measure_engine(settings: Settings, *, seconds: float) -> Measured:
     return {"model": card.id, "precision": card.precision, "workers": models.slot_count}, rows
 
 
-def _measure_server(url: str, key: str | None, model: str | None, *, seconds: float) -> Measured:
+def _measure_server(
+    url: str, key: str | None, model: str | None, seconds: float, on_progress: "OnProgress"
+) -> Measured:
     """Rates and latencies of the server at *url*, a thread a client. Raises `StartError`."""
     address = urlsplit(url)
     headers = {"Content-Type": "application/json"}
@@ -160,7 +202,9 @@ def _measure_server(url: str, key: str | None, model: str | None, *, seconds: fl
     head = {"model": model or served[0], "encoding_format": "base64", "truncate": "end"}
     texts = [f"{n} {WORDS[: 30 + n * 7 % 60]}" for n in range(1024)]  # of 5 to 17 words
     rows: list[Row] = []
-    for client_count, text_count in SHAPES:
+    for done, (client_count, text_count) in enumerate(SHAPES):
+        step = f"measuring {client_count} clients with {text_count} texts a request"
+        on_progress(step, done / len(SHAPES))
         parts = [texts[at : at + text_count] for at in range(0, len(texts), text_count)]
         bodies = cycle([json.dumps({**head, "input": part}).encode() for part in parts])
         client(bodies, 0.0)

@@ -5,14 +5,17 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
-from typing import Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 from typer import Option
@@ -20,7 +23,11 @@ from typer import Option
 from trivec.core.errors import SettingInvalid
 from trivec.settings import Settings, load_settings
 
+if TYPE_CHECKING:
+    from trivec.core.ports import OnProgress
+
 PIPED_COLUMNS = 10_000  # no terminal to fit into: rows stay whole
+LINE_EVERY_S = 10.0  # of progress, where there is no terminal
 FOLDED_MIN = 12  # characters that a folded column must have left, or others go
 UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -63,6 +70,50 @@ def instant(text: str, *, option: str, ahead: bool) -> int:
 def say(line: str) -> None:
     """Print a line for people; standard output is for data."""
     print(line, file=sys.stderr)
+
+
+class LineConsole(Console):
+    """Standard error, whose cursor a bar does not hide: a killed process would not show it again."""
+
+    def __init__(self) -> None:
+        super().__init__(stderr=True)
+
+    def show_cursor(self, show: bool = True) -> bool:
+        return False
+
+
+@contextmanager
+def shown_progress(*, first_line_s: float = LINE_EVERY_S) -> "Iterator[OnProgress]":
+    """Shows what it is told on standard error: a bar on a terminal, elsewhere a line now and then.
+
+    *first_line_s*: when the first line may come; what is quicker says nothing. Infinite: no line.
+    """
+    is_terminal = sys.stderr.isatty()
+    bar = Progress(
+        BarColumn(bar_width=20),  # the words are worth more, in 80 columns
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False),
+        console=LineConsole(),
+        transient=True,
+    )
+    bar.add_task("", total=None)
+    [task] = bar.tasks
+    next_line_s = time.monotonic() + first_line_s
+
+    def show(step: str, share: float | None) -> None:
+        nonlocal next_line_s
+        if is_terminal:
+            is_new = step != task.description  # and may be over before the next refresh
+            task.total = None if share is None else 1.0  # None, to `update`, is as it was
+            bar.update(task.id, description=step, completed=share or 0.0, refresh=is_new)
+            task.finished_time = None  # the clock goes on: another step may follow
+        elif time.monotonic() >= next_line_s:
+            say(step)
+            next_line_s = time.monotonic() + LINE_EVERY_S
+
+    with bar if is_terminal else nullcontext():
+        yield show
 
 
 def print_json(value: object) -> None:

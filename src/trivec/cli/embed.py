@@ -3,10 +3,9 @@
 import asyncio
 import os
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer import Argument, Option
 
-from trivec.cli.common import ConfigFile, DataDir, say, settings_of
+from trivec.cli.common import ConfigFile, DataDir, say, settings_of, shown_progress
 from trivec.core.errors import JobFailed, SettingInvalid
 from trivec.jobs import GO_ON
 from trivec.settings import Settings
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 SHARD_ROWS = 2048  # some dozen batches of a CPU
 SHARD_CHARACTERS = 1024 * 1024
 MULTI_SHARD_CHARACTERS = 128 * 1024  # a multi-vector takes kilobytes a token
-LINE_EVERY_S = 10.0  # where there is no terminal
 UNLIMITED = 1 << 31  # tokens: what waits is bounded by the shards at once
 WAIT_S_MAX = 1e9
 STOP_S_MAX = 5.0
@@ -213,7 +211,9 @@ def _load(settings: Settings) -> "Models":
     from trivec.telemetry import configure_log
 
     configure_log(settings.telemetry.log_format, level="warning")
-    models = load_models(settings, open_parts(settings), cores=usable_cores())
+    with shown_progress() as on_progress:
+        parts = open_parts(settings)
+        models = load_models(settings, parts, cores=usable_cores(), on_progress=on_progress)
     card = models.cards[0]
     say(f"{card.id} in {card.precision} on {models.choice.device} ({models.choice.backend})")
     return models
@@ -286,13 +286,10 @@ async def _on_server(
 @contextmanager
 def _stop_signals() -> Iterator[asyncio.Event]:
     """An event that the first Ctrl-C or SIGTERM sets; the second one ends the process."""
-    from rich.console import Console
-
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
 
     def ask_to_stop() -> None:
         if stop.is_set():  # nothing needs to be put in order, and a reader may be stuck
-            Console(stderr=True).show_cursor()
             say(f"Left. {GO_ON}.")
             os._exit(STOPPED_EXIT_CODE)
         stop.set()
@@ -309,36 +306,19 @@ def _stop_signals() -> Iterator[asyncio.Event]:
 
 @contextmanager
 def _shown() -> "Iterator[Callable[[Progress], None]]":
-    """Shows progress: a bar on a terminal, elsewhere a line now and then."""
-    from rich.console import Console
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn
-    from rich.progress import Progress as Bar
+    """Shows progress, from the first shard on."""
+    started_s, start_position = time.monotonic(), 0.0
 
-    is_terminal = sys.stderr.isatty()
-    bar = Bar(
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.description}", markup=False),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    task = bar.add_task("", total=None)
-    started_s, start_position, next_line_s = time.monotonic(), 0.0, 0.0
+    with shown_progress(first_line_s=0.0) as on_progress:
 
-    def show(progress: "Progress") -> None:
-        nonlocal start_position, next_line_s
-        now_s = time.monotonic()
-        if progress.rows == 0:  # all of it is of earlier runs
-            start_position = progress.position or 0.0
-        line = status(progress, now_s - started_s, start_position=start_position)
-        if is_terminal:
-            total = None if progress.position is None else 1.0
-            bar.update(task, description=line, completed=progress.position or 0.0, total=total)
-        elif now_s >= next_line_s:
-            say(line)
-            next_line_s = now_s + LINE_EVERY_S
+        def show(progress: "Progress") -> None:
+            nonlocal start_position
+            if progress.rows == 0:  # all of it is of earlier runs
+                start_position = progress.position or 0.0
+            elapsed_s = time.monotonic() - started_s
+            line = status(progress, elapsed_s, start_position=start_position)
+            on_progress(line, progress.position)
 
-    with bar if is_terminal else nullcontext():
         yield show
 
 

@@ -8,13 +8,23 @@ from typer import Argument, Option
 
 from trivec.checkpoints import open_own
 from trivec.checkpoints.catalogue import entries, entry_of
-from trivec.cli.common import AsJson, DataDir, Row, print_json, print_table, say, settings_of
+from trivec.cli.common import (
+    AsJson,
+    DataDir,
+    Row,
+    print_json,
+    print_table,
+    say,
+    settings_of,
+    shown_progress,
+)
 from trivec.core.errors import CheckpointRefused
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from trivec.checkpoints.verify import Embed
+    from trivec.core.ports import OnProgress
     from trivec.core.types import Output, Vectors
     from trivec.settings import Settings
 
@@ -39,35 +49,36 @@ def list_(
     cache_dir = settings_of(data_dir).data_dir / "models"
     rows: list[dict[str, Any]] = []
     found = [entry for entry in entries() if entry.matches(words or [])]
-    for entry in sorted(found, key=lambda one: (one.outputs, one.family)):
-        checkpoint, problem = None, None
-        try:
-            checkpoint = open_own(entry, cache_dir=cache_dir)  # checks its hashes
-        except CheckpointRefused as refusal:
-            problem = str(refusal)
-        rows.append(
-            {
-                "id": entry.id,
-                "aliases": list(entry.aliases),
-                "source": checkpoint.source if checkpoint else None,
-                "verified": checkpoint.verified if checkpoint else None,
-                "pinned": entry.is_pinned,
-                "folder": str(checkpoint.folder) if checkpoint else None,
-                "token_count_max": entry.token_count_max,
-                "dimensions": entry.dimensions,
-                "matryoshka_dimensions": list(entry.matryoshka_dimensions),
-                "outputs": list(entry.outputs),
-                "family": entry.family,
-                "licence": entry.licence,
-                "gated": entry.gated,
-                "prompts": dict(entry.prompts),
-                "problem": problem,
-            }
-        )
-        if checkpoint and not checkpoint.verified:
-            problem = "its files are not the ones that are known by this name"
-        if problem and not as_json:
-            say(f"{entry.id}: {problem}")
+    with shown_progress() as on_progress:  # new files are hashed
+        for entry in sorted(found, key=lambda one: (one.outputs, one.family)):
+            checkpoint, problem = None, None
+            try:
+                checkpoint = open_own(entry, cache_dir=cache_dir, on_progress=on_progress)
+            except CheckpointRefused as refusal:
+                problem = str(refusal)
+            rows.append(
+                {
+                    "id": entry.id,
+                    "aliases": list(entry.aliases),
+                    "source": checkpoint.source if checkpoint else None,
+                    "verified": checkpoint.verified if checkpoint else None,
+                    "pinned": entry.is_pinned,
+                    "folder": str(checkpoint.folder) if checkpoint else None,
+                    "token_count_max": entry.token_count_max,
+                    "dimensions": entry.dimensions,
+                    "matryoshka_dimensions": list(entry.matryoshka_dimensions),
+                    "outputs": list(entry.outputs),
+                    "family": entry.family,
+                    "licence": entry.licence,
+                    "gated": entry.gated,
+                    "prompts": dict(entry.prompts),
+                    "problem": problem,
+                }
+            )
+            if checkpoint and not checkpoint.verified:
+                problem = "its files are not the ones that are known by this name"
+            if problem and not as_json:
+                say(f"{entry.id}: {problem}")
     if as_json:
         print_json(rows)
         return
@@ -99,8 +110,9 @@ def pull(
     from trivec.checkpoints.hub import pull as fetch
 
     entry, cache_dir = entry_of(model), settings_of(data_dir).data_dir / "models"
-    fetch(entry, cache_dir=cache_dir)
-    checkpoint = open_own(entry, cache_dir=cache_dir)
+    with shown_progress() as on_progress:
+        fetch(entry, cache_dir=cache_dir, on_progress=on_progress)
+        checkpoint = open_own(entry, cache_dir=cache_dir, on_progress=on_progress)
     assert checkpoint is not None
     if not entry.is_pinned:
         say(f"{entry.id} has no known hashes; those of its files now were noted for later starts")
@@ -128,7 +140,8 @@ def verify(
     from trivec.checkpoints.verify import verify as compare
 
     settings = settings_of(data_dir, precision="fp32", models=(model,))
-    figures = compare(entry_of(model.partition("=")[0]).id, _embedding(settings))
+    with shown_progress() as on_progress:
+        figures = compare(entry_of(model.partition("=")[0]).id, _embedding(settings, on_progress))
     rows: list[Row] = [
         {
             "figure": one.name,
@@ -152,7 +165,8 @@ def verify(
 def _verify_prepared(settings: "Settings", *, as_json: bool) -> None:
     from trivec.backends.openvino import check_cache
 
-    found = check_cache(settings.data_dir / "models")
+    with shown_progress() as on_progress:
+        found = check_cache(settings.data_dir / "models", on_progress)
     if as_json:
         print_json([{"folder": str(one), "problem": fault} for one, fault in found.items()])
     else:
@@ -167,7 +181,7 @@ def _verify_prepared(settings: "Settings", *, as_json: bool) -> None:
     raise typer.Exit(MISSED_EXIT_CODE)
 
 
-def _embedding(settings: "Settings") -> "Embed":
+def _embedding(settings: "Settings", on_progress: "OnProgress") -> "Embed":
     """Load the one model of *settings*; a function from texts to its vectors."""
     import numpy as np
 
@@ -175,10 +189,12 @@ def _embedding(settings: "Settings") -> "Embed":
     from trivec.core.types import Batch, LongText
     from trivec.server.machine import usable_cores
 
-    models = load_models(settings, open_parts(settings), cores=usable_cores())
+    parts = open_parts(settings)
+    models = load_models(settings, parts, cores=usable_cores(), on_progress=on_progress)
     [model] = models.loaded
 
     def embed(texts: "Sequence[str]", outputs: "Output") -> "Vectors":
+        on_progress(f"{model.card.id}: embedding {len(texts)} texts", None)
         tokenizer = models.embedders[model.card.id].tokenizer
         ids = asyncio.run(tokenizer.tokenize(texts, long_text=LongText.REFUSE))
         wanted = np.full(len(texts), outputs & model.card.outputs, np.uint8)  # [sequences]

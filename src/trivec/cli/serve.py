@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import os
 import select
 import shlex
@@ -19,7 +20,7 @@ from typer.core import TyperCommand
 from typer.models import OptionInfo
 
 from trivec import __version__
-from trivec.cli.common import ConfigFile
+from trivec.cli.common import ConfigFile, shown_progress
 from trivec.core.errors import SettingInvalid
 from trivec.server import machine
 from trivec.server.processes import (
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from typer._click.core import Context
 
     from trivec.accounts import NewKey
-    from trivec.build import Models
+    from trivec.build import Models, Parts
     from trivec.ipc.folder import SharedFolder
 
 FIELDS = {**HttpLimits.model_fields, **Settings.model_fields}
@@ -102,6 +103,8 @@ def serve(
     sys.stdout.flush()
     if _takes_a_line(sys.stderr):  # else the log's thread is stuck in it, and holds its lock
         sys.stderr.flush()
+        if sys.stderr.isatty():  # and may show a bar: it may have been stopped while it loaded
+            os.write(sys.stderr.fileno(), b"\r\x1b[K")
     os._exit(exit_code)
 
 
@@ -120,7 +123,7 @@ def run(settings: Settings) -> int:
 
 
 def _serve_alone(settings: Settings, listener: socket.socket) -> int:
-    from trivec.build import check_models, load_models
+    from trivec.build import check_models
     from trivec.server.server import serve_http
 
     check_models(settings)
@@ -128,7 +131,7 @@ def _serve_alone(settings: Settings, listener: socket.socket) -> int:
     return serve_http(
         settings,
         listener,
-        load=partial(load_models, settings, cores=machine.usable_cores()),
+        load=partial(_load, settings),
         on_first_key=greeting.first_key,
         on_ready=greeting.ready,
     )
@@ -171,12 +174,25 @@ def _serve_several(settings: Settings) -> int:
 
 
 def _serve_engine(settings: Settings, folder: "SharedFolder") -> int:
-    from trivec.build import check_models, load_models
+    from trivec.build import check_models
     from trivec.server.server import serve_engine
 
     check_models(settings)
-    load = partial(load_models, settings, cores=machine.usable_cores(), takes_text=False)
-    return serve_engine(settings, folder, load=load)
+    return serve_engine(settings, folder, load=partial(_load, settings, takes_text=False))
+
+
+def _load(settings: Settings, parts: "Parts", *, takes_text: bool = True) -> "Models":
+    """Load every model, with a bar on a terminal; elsewhere standard error is the log's alone."""
+    from trivec.build import load_models
+
+    with shown_progress(first_line_s=math.inf) as on_progress:
+        return load_models(
+            settings,
+            parts,
+            cores=machine.usable_cores(),
+            takes_text=takes_text,
+            on_progress=on_progress,
+        )
 
 
 def _serve_api(

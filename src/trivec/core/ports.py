@@ -3,7 +3,7 @@
 One contract suite a port, in `tests/contract`, runs against every implementation of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
 from trivec.core.events import Event
@@ -22,6 +22,13 @@ from trivec.core.types import (
 
 Texts: TypeAlias = Sequence[str]
 TokenLists: TypeAlias = Sequence[Int32Array]  # each int32 [tokens], every id in [0, vocabulary)
+
+OnProgress: TypeAlias = Callable[[str, float | None], None]
+"""Told what takes seconds: the step in words, and the share of it that is done, if it is known."""
+
+
+def no_progress(_step: str, _share: float | None) -> None:
+    """An `OnProgress` for callers that show nothing."""
 
 
 class TextTokenizer(Protocol):

@@ -26,6 +26,7 @@ PIECE_BYTES_MAX = 4096  # what Linux writes to a pipe without mixing it with oth
 GATHER_S = 0.05  # a line waits this long for others: many lines, one write and one wake-up
 FINISH_S_MAX = 1.0  # for the last lines to be written, before the process ends all the same
 MESSAGE_CHARS_MAX = 160  # of an error, on a terminal
+ERASE_LINE = "\r\x1b[K"
 
 PROBES = frozenset({"/livez", "/readyz", "/health", "/metrics"})  # polled every few seconds
 
@@ -157,6 +158,8 @@ def configure_log(
     rendering: list[Any] = [partial(_to_text, colors=is_terminal, other=other)]
     if log_format == "json" or (log_format == "auto" and not is_terminal):
         rendering = [structlog.processors.format_exc_info, _to_json]
+    elif is_terminal:  # where a progress bar may stand in the line
+        rendering.append(lambda _logger, _method, line: f"{ERASE_LINE}{line}")
     structlog.configure(
         processors=[*common, *rendering],
         wrapper_class=structlog.make_filtering_bound_logger(number),

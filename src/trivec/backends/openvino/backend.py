@@ -18,6 +18,7 @@ from trivec.backends.openvino.quantise import FP32, INT8_SCHEMES, QuantScheme, m
 from trivec.backends.openvino.session import Session, mappings_of, open_session, release_memory
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.errors import SettingInvalid
+from trivec.core.ports import OnProgress, no_progress
 from trivec.core.types import Batch, Sequences, Vectors
 
 WARM_LENGTHS = (16, 32, 64, 128, 512)
@@ -49,7 +50,13 @@ class OpenVinoBackend:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, *, precision: str, cores: int, cache_dir: Path
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        precision: str,
+        cores: int,
+        cache_dir: Path,
+        on_progress: OnProgress = no_progress,
     ) -> "OpenVinoBackend":
         """Read, quantise if asked, compile and warm up; blocks for seconds.
 
@@ -59,7 +66,14 @@ class OpenVinoBackend:
         """
         quantised = None
         if precision != "fp32":
-            quantised = _quantised(checkpoint, precision, slot_count=cores, cache_dir=cache_dir)
+            quantised = _quantised(
+                checkpoint,
+                precision,
+                slot_count=cores,
+                cache_dir=cache_dir,
+                on_progress=on_progress,
+            )
+        on_progress(f"{checkpoint.id}: compiling", None)
         if quantised is not None and (precision == "int8" or quantised.certificate.passes):
             scheme, tensors = quantised.scheme, quantised.tensors
         else:
@@ -67,6 +81,7 @@ class OpenVinoBackend:
         reference = None if quantised is None else quantised.references.get(scheme.name)
         session = open_session(checkpoint, tensors, scheme, slot_count=cores, reference=reference)
         backend = cls(checkpoint, session, scheme, quantised)
+        on_progress(f"{checkpoint.id}: warming up", None)
         backend._warm()
         release_memory(mappings_of(tensors.values()))
         return backend
@@ -107,7 +122,12 @@ class OpenVinoBackend:
 
 
 def _quantised(
-    checkpoint: Checkpoint, precision: str, *, slot_count: int, cache_dir: Path
+    checkpoint: Checkpoint,
+    precision: str,
+    *,
+    slot_count: int,
+    cache_dir: Path,
+    on_progress: OnProgress,
 ) -> QuantisedModel:
     """*checkpoint* in int8, from the cache or made now and put there.
 
@@ -118,18 +138,20 @@ def _quantised(
     pinned = None if precision in ("auto", "int8") else _pinned(checkpoint, precision)
     name = "int8" if pinned is None else pinned.name
     folder = cache.cache_folder(checkpoint, precision=name, cache_dir=cache_dir)
-    if (kept := cache.load(folder)) is not None:
+    if (kept := cache.load(folder, on_progress)) is not None:
         return kept
     if pinned is None:
-        made = best_int8(checkpoint, slot_count=slot_count)
+        made = best_int8(checkpoint, slot_count=slot_count, on_progress=on_progress)
     else:
-        made = Calibration(checkpoint, slot_count=slot_count).attempt(pinned)
+        calibration = Calibration(checkpoint, slot_count=slot_count, on_progress=on_progress)
+        made = calibration.attempt(pinned)
         if not made.certificate.passes:  # nothing is kept: another start may find otherwise
             raise SettingInvalid(
                 f"{checkpoint.id} is not served in {pinned.name}: {made.certificate.summary}. "
                 f"It needs {COSINE_MIN} min and {COSINE_MEAN} mean; choose auto, fp32 or a more "
                 "careful recipe"
             )
+    on_progress(f"{checkpoint.id}: writing {made.scheme.name}", None)
     try:
         cache.save(folder, made)
     except OSError as error:

@@ -21,6 +21,7 @@ from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.checkpoints.hashes import Hashes
 from trivec.checkpoints.tensor_files import open_tensor_file, write_safetensors
 from trivec.core.errors import CheckpointRefused
+from trivec.core.ports import OnProgress, no_progress
 
 _log = logging.getLogger("trivec.openvino")
 
@@ -72,34 +73,35 @@ def save(folder: Path, model: QuantisedModel) -> None:
     unfinished.replace(folder / DESCRIBED)
 
 
-def load(folder: Path) -> QuantisedModel | None:
+def load(folder: Path, on_progress: OnProgress = no_progress) -> QuantisedModel | None:
     """What `save` wrote to *folder*; None where there is nothing, or something is damaged."""
     if not (folder / DESCRIBED).exists():
         return None
     try:
-        return _read(folder, fresh=False)
+        return _read(folder, on_progress, fresh=False)
     except DAMAGE as fault:
         _log.warning("the prepared model in %s is damaged and is made again: %s", folder, fault)
         return None
 
 
-def check_cache(cache_dir: Path) -> dict[Path, str | None]:
+def check_cache(cache_dir: Path, on_progress: OnProgress = no_progress) -> dict[Path, str | None]:
     """Every quantised model under *cache_dir*, read whole: what is wrong with it, or None."""
     found: dict[Path, str | None] = {}
     for described in sorted((cache_dir / "openvino").glob(f"*/{DESCRIBED}")):
         found[described.parent] = None
         try:
-            _read(described.parent, fresh=True)
+            _read(described.parent, on_progress, fresh=True)
         except DAMAGE as fault:
             found[described.parent] = str(fault)
     return found
 
 
-def _read(folder: Path, *, fresh: bool) -> QuantisedModel:
+def _read(folder: Path, on_progress: OnProgress, *, fresh: bool) -> QuantisedModel:
     """Raises one of `DAMAGE`. *fresh*: hash every byte, whatever is remembered."""
     described = msgspec.json.decode((folder / DESCRIBED).read_bytes(), type=Described)
     certificate, file = described.certificate, folder / TENSORS
-    if Hashes(folder).of(file, fresh=fresh).sha256 != described.sha256:
+    hashes = Hashes(folder, on_progress=on_progress)
+    if hashes.of(file, fresh=fresh).sha256 != described.sha256:
         raise ValueError(f"the hash of {file.name} is another than when it was written")
     scheme = QuantScheme.of_name(certificate.scheme)
     if scheme is None:

@@ -38,6 +38,7 @@ from trivec.backends.openvino.session import (
     self_test_ids,
 )
 from trivec.checkpoints.checkpoint import Checkpoint
+from trivec.core.ports import OnProgress, no_progress
 from trivec.core.types import Float32Array, Output, Sequences, Vectors
 from trivec.models.ops import AttentionSpec
 from trivec.models.registry import plan_of
@@ -253,9 +254,11 @@ class QuantisedModel:
     references: Mapping[str, Float32Array]
 
 
-def best_int8(checkpoint: Checkpoint, *, slot_count: int) -> QuantisedModel:
+def best_int8(
+    checkpoint: Checkpoint, *, slot_count: int, on_progress: OnProgress = no_progress
+) -> QuantisedModel:
     """The fastest scheme that passes, or the last that runs, whose certificate then says so."""
-    calibration = Calibration(checkpoint, slot_count=slot_count)
+    calibration = Calibration(checkpoint, slot_count=slot_count, on_progress=on_progress)
     best: QuantisedModel | None = None
     refused: list[str] = []
     for scheme in calibration.candidates():
@@ -272,9 +275,13 @@ def best_int8(checkpoint: Checkpoint, *, slot_count: int) -> QuantisedModel:
 class Calibration:
     """One model, its probes, and what fp32 makes of them: vectors, statistics, hidden states."""
 
-    def __init__(self, checkpoint: Checkpoint, *, slot_count: int) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, *, slot_count: int, on_progress: OnProgress = no_progress
+    ) -> None:
         self._checkpoint = checkpoint
         self._slot_count = slot_count
+        self._on_progress = on_progress
+        self._tell("compiling fp32, to compare int8 with")
         calibration, self._evaluation = make_probes(checkpoint)
         self._calibration = as_batch(calibration, next(iter(checkpoint.outputs)))
         self._self_test_ids = self_test_ids(checkpoint.config)
@@ -285,6 +292,7 @@ class Calibration:
         session = open_session(
             checkpoint, tensors, FP32, slot_count=slot_count, reference=self._reference
         )
+        self._tell("running the probes in fp32")
         self._exact = self._vectors(session)
         groups = plan_of(checkpoint.config).linears
         self._layer_outputs: list[Float32Array] = []  # of one micro-batch, each [tokens, hidden]
@@ -315,7 +323,9 @@ class Calibration:
 
         One that fails is compiled once more: the choice is kept, and the compile may be at fault.
         """
+        self._tell(f"quantising, {scheme.name}")
         tensors = self.tensors(scheme)
+        self._tell(f"comparing {scheme.name} with fp32")
         for _ in range(2):
             cosines, references = NO_VECTORS, {FP32.name: self._reference}
             agreement = None
@@ -337,6 +347,9 @@ class Calibration:
     def tensors(self, scheme: QuantScheme) -> dict[str, NDArray[np.generic]]:
         """The model quantised for *scheme*."""
         return make_tensors(self._checkpoint, scheme, self._statistics)
+
+    def _tell(self, step: str) -> None:
+        self._on_progress(f"{self._checkpoint.id}: {step}", None)
 
     def _most_sensitive_layers(self, scheme: QuantScheme) -> frozenset[int]:
         """The quarter of the layers that add most error to their own output, by its square."""
