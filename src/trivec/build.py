@@ -312,6 +312,7 @@ def model_card(
         owned_by=checkpoint.owned_by,
         dimensions_selectable=checkpoint.dimensions_selectable,
         matryoshka_dimensions=checkpoint.matryoshka_dimensions,
+        licence=checkpoint.licence,
         layer_norm_before_cut=checkpoint.layer_norm_before_cut,
         prompts=checkpoint.prompts,
         default_prompt_name=checkpoint.default_prompt_name,

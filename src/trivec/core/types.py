@@ -277,6 +277,7 @@ class ModelCard:
     owned_by: str
     dimensions_selectable: bool = False  # trained so that a leading slice of a vector is a vector
     matryoshka_dimensions: tuple[int, ...] = ()  # sizes a vector may be cut to; empty: only its own
+    licence: str | None = None  # of the weights, as SPDX has it, where the catalogue knows them
     layer_norm_before_cut: bool = False  # of the whole vector, without weights
     prompts: Mapping[str, str] = field(default_factory=lambda: NO_PROMPTS)  # put before a text
     default_prompt_name: str | None = None  # the prompt of a text whose request names none
