@@ -11,7 +11,7 @@ from trivec.settings import setting_paths, variable_name
 
 ROOT = Path(__file__).resolve().parents[2]
 DECISIONS = sorted((ROOT / "docs" / "decisions").glob("0*.md"))
-DECISIONS_MAX, DECISION_LINES_MAX = 16, 60
+DECISIONS_MAX, DECISION_LINES_MAX = 15, 60
 
 
 def page(name: str) -> str:

@@ -1,7 +1,7 @@
 """Playground: the pages at `/`, `/usage` and `/docs`, static files that use nothing but the public API.
 
 `static/` holds all of them; `scripts/vendor` adds Swagger UI as `static/vendor/`, which the wheel
-carries and a checkout may lack: decision 0016.
+carries and a checkout may lack: docs/pages.md.
 """
 
 import hashlib
