@@ -22,14 +22,14 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "api": (4_080, 20),
     "engine": (980, 5),
     "models": (2_110, 15),
-    "backends": (3_340, 17),
+    "backends": (3_350, 17),
     "checkpoints": (2_210, 11),
     "tokenizer": (730, 3),
     "accounts": (2_970, 19),
     "telemetry": (700, 4),
     "ipc": (520, 5),
     "core": (960, 8),
-    "jobs": (1_340, 5),
+    "jobs": (1_350, 5),
     "playground": (90, 1),
 }
 

@@ -109,10 +109,10 @@ async def score_pairs(
 ) -> PairScores:
     """Scores of *documents*, each for the one of *queries*, or for its own where there are many.
 
-    A classifier scores them alone, where *queries* is None. By the model's head for scores, or else by its vectors, whose scores are weighted by *weights*
-    and whose texts follow *prompts*. Only documents are cut, to *document_tokens_max* at most.
-    *response_bytes*: what the answer takes beside its numbers. *fields*: what the face
-    calls a query and the documents.
+    By the model's head for scores, a classifier's of documents alone, where *queries* is None; or
+    else by its vectors, whose scores are weighted by *weights* and whose texts follow *prompts*.
+    Only documents are cut, to *document_tokens_max* at most. *response_bytes*: what the answer
+    takes beside its numbers. *fields*: what the face calls a query and the documents.
     """
     assert queries is None or len(queries) in (1, len(documents))
     card, now_s = embedder.card, context.app.clock.now_s

@@ -181,7 +181,10 @@ class HttpEncoder:
         truncate: Truncate,
         asks: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
-        """*asks*: more fields of each request. *url* with the prefix, as `http://127.0.0.1:8000/v1`. Raises `JobFailed`."""
+        """*url* has the prefix, as `http://127.0.0.1:8000/v1`. *asks*: more fields of each request.
+
+        Raises `JobFailed`.
+        """
         self._url = url.rstrip("/")
         self._address = urlsplit(self._url)
         if self._address.scheme not in ("http", "https") or not self._address.hostname:

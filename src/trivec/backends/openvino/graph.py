@@ -335,9 +335,11 @@ def attend(
 
     *q* is scaled already. *by_distance* is what `GraphOps._by_distance` gives: ALiBi's distances are
     taken from scores that are divided by their head's slope, and the difference is multiplied by it.
-    So one matrix serves all heads, 256 MiB at 8,192 tokens where one a head would be 3 GiB. With *bf16* everything between the gathers is rounded to bf16, scores and
-    weights too; products and softmax add up in fp32. A text's bits are then its own only where the
-    padded length is a multiple of 16, which all of `packing.LENGTH_SIZES` are.
+    So one matrix serves all heads, 256 MiB at 8,192 tokens where one for each of 12 would be 3 GiB.
+
+    With *bf16* everything between the gathers is rounded to bf16, scores and weights too; products
+    and softmax add up in fp32. A text's bits are then its own only where the padded length is a
+    multiple of 16, which all of `packing.LENGTH_SIZES` are.
     """
 
     def typed(x: Node | Output) -> Node:
