@@ -16,7 +16,7 @@ from trivec.core.clock import SystemClock
 from trivec.core.errors import KeyInvalid
 from trivec.settings import Settings
 
-CANARIES = long_or_short(long=1_000, short=25)
+CANARIES = long_or_short(long=1_000, short=100)
 FIXED_KEY = "fixed-" + secrets.token_hex(16)
 HOSTILE = [
     "' OR 1=1 --",

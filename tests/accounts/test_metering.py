@@ -17,7 +17,7 @@ from trivec.core.clock import SystemClock
 
 KEYS = 50
 CONNECTIONS = 16
-REQUESTS = long_or_short(long=100_000, short=800)
+REQUESTS = long_or_short(long=100_000, short=3_000)
 WORDS = ("river", "stone", "cloud", "amber", "fjord")
 
 

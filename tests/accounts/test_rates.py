@@ -20,7 +20,7 @@ from trivec.core.clock import SystemClock
 from trivec.core.errors import RateLimitExceeded
 from trivec.settings import Settings
 
-LIMIT = 100
+LIMIT = 300
 TIMES_OVER = 10
 SECONDS = 60
 

@@ -25,9 +25,9 @@ from trivec.settings import load_settings
 
 pytestmark = pytest.mark.process
 
-KILLS = long_or_short(long=100, short=2)
+KILLS = long_or_short(long=100, short=4)
 CLIENTS = 8  # while it is killed
-AUDITED = long_or_short(long=100_000, short=320)
+AUDITED = long_or_short(long=100_000, short=1_000)
 KEYS = 50
 CONNECTIONS = 16
 FIXED_KEY = "a-fixed-key-of-the-tests"

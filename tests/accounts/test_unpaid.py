@@ -11,7 +11,7 @@ from trivec.accounts.stores.engines import SQLITE_FILE, sqlite_engines
 from trivec.accounts.stores.sql import SqlStore
 from trivec.accounts.stores.tables import counts, ledger
 
-TIMES = 100
+TIMES = 1_000
 ROWS_MAX = 3 * 4  # three kinds of request, and as many minutes as it may take
 
 
