@@ -25,7 +25,7 @@ from trivec.core.errors import FieldInvalid, SettingInvalid
 from trivec.core.events import ModelLoaded
 from trivec.core.health import Health
 from trivec.core.ports import Backend, Clock, Embedder, Observer, OnProgress, no_progress
-from trivec.core.types import CertificateSummary, ModelCard
+from trivec.core.types import CertificateSummary, ModelCard, TokenRules
 from trivec.engine import Engine, Workers
 from trivec.playground import page_operations
 from trivec.settings import Settings
@@ -331,23 +331,23 @@ def make_tokenizers(
     """A tokeniser for each of *checkpoints*, on threads that they share."""
     make = tokenizer_factory(context.settings, cores)
     return [
-        make(one.tokenizer_file, one, one.config.vocab_size, one.config.token_type_count)
+        make(one.tokenizer_file, one, one.config.vocab_size, one.rules)
         for one in checkpoints
     ]
 
 
 def tokenizer_factory(
     settings: Settings, cores: int
-) -> Callable[[Path, Checkpoint | ModelCard, int, int], Tokenizer]:
-    """Makes tokenisers that share threads: of a file, its model, and the rows of two tables."""
+) -> Callable[[Path, Checkpoint | ModelCard, int, TokenRules], Tokenizer]:
+    """Makes tokenisers that share threads: of a file, its model, its count of ids, and its rules."""
     pool = ThreadPoolExecutor(cores, thread_name_prefix="trivec-tokenizer")
-    return lambda file, model, vocabulary_size, token_type_count: Tokenizer(
+    return lambda file, model, vocabulary_size, rules: Tokenizer(
         file,
         token_count_max=model.token_count_max,
         vocabulary_size=vocabulary_size,
         pool=pool,
         request_tokens_max=settings.http.request_tokens_max,
-        token_type_count=token_type_count,
+        rules=rules,
         include_prompt=model.include_prompt,
     )
 
@@ -420,7 +420,7 @@ def served(models: Models) -> "Served":
                 one.card,
                 str(one.checkpoint.tokenizer_file),
                 one.certificate,
-                one.checkpoint.config.token_type_count,
+                one.checkpoint.rules,
             )
             for one in models.loaded
         ),
@@ -447,7 +447,7 @@ def connect_models(parts: ServerParts, *, folder: "SharedFolder", name: str, cor
             index,
             one.card,
             make_tokenizer(
-                Path(one.tokenizer_file), one.card, one.card.vocabulary_size, one.token_type_count
+                Path(one.tokenizer_file), one.card, one.card.vocabulary_size, one.rules
             ),
             client,
         )

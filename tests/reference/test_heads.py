@@ -118,7 +118,7 @@ async def batch_of_pairs(checkpoint: Checkpoint) -> Batch:
             token_count_max=checkpoint.token_count_max,
             vocabulary_size=checkpoint.config.vocab_size,
             pool=pool,
-            token_type_count=getattr(checkpoint.config, "type_vocab_size", 1),
+            rules=checkpoint.rules,
         )
         read = await tokenizer.tokenize_pairs(PAIRS, long_text=LongText.REFUSE)
     flags = np.full(len(read), Output.SCORE, np.uint8)

@@ -103,6 +103,7 @@ async def read(checkpoint: Checkpoint, texts: list[str], *, prompt: str = "") ->
             vocabulary_size=checkpoint.config.vocab_size,
             pool=pool,
             include_prompt=checkpoint.include_prompt,
+            rules=checkpoint.rules,
         )
         return await tokenizer.tokenize(texts, long_text=LongText.CUT_END, prompt=prompt)
 

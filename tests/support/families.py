@@ -70,6 +70,7 @@ CONFIGS: Mapping[str, Mapping[str, object]] = {  # of the families that `write_t
         "sliding_window_pattern": 3,
         "use_bidirectional_attention": True,
     },
+    "model2vec": {"normalize": True},
     "qwen3": {
         "intermediate_size": 160,
         "num_hidden_layers": 3,
@@ -99,6 +100,8 @@ def open_family(folder: Path, family: str, pooling: Pooling) -> Checkpoint:
     if written is None:
         opened = open_checkpoint(str(folder / "model"), cache_dir=folder / "cache")
         return replace(opened, pooling=(pooling,))
+    if family == "model2vec":
+        return replace(open_static(folder), pooling=(pooling,))
     config = {
         "model_type": family,
         "hidden_size": HIDDEN,
@@ -130,3 +133,18 @@ def open_family(folder: Path, family: str, pooling: Pooling) -> Checkpoint:
     save_file(tensors, next((folder / "model").glob("*.safetensors")))
     opened = open_checkpoint(str(folder / "model"), cache_dir=folder / "cache")
     return replace(opened, pooling=(pooling,))
+
+
+def open_static(folder: Path, **tensors: np.ndarray) -> Checkpoint:
+    """A static model in *folder*, whose tokenizer is there; of *tensors* where they are given."""
+    for part in ("modules.json", "1_Pooling/config.json", "2_Normalize"):
+        (folder / "model" / part).unlink(missing_ok=True)
+    (folder / "model" / "config.json").write_text(
+        json.dumps({"model_type": "model2vec", **CONFIGS["model2vec"]})
+    )
+    draw = np.random.default_rng(3)
+    table = draw.standard_normal((VOCABULARY_SIZE, HIDDEN)).astype(np.float32)
+    save_file(
+        {"embeddings": table, **tensors}, next((folder / "model").glob("*.safetensors"))
+    )
+    return open_checkpoint(str(folder / "model"), cache_dir=folder / "cache")

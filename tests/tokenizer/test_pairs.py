@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
 from trivec.core.errors import FieldInvalid, RequestTooLarge, TextTooLong
-from trivec.core.types import LongText, Sequences, Truncated
+from trivec.core.types import LongText, Sequences, TokenRules, Truncated
 from trivec.tokenizer import Tokenizer
 
 WORDS = ["<s>", "<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(16))]
@@ -168,6 +168,6 @@ async def test_a_lone_surrogate_in_a_document_is_named(
 async def test_types_that_the_models_table_does_not_hold_are_left_out(
     tmp_path: Path, pool: ThreadPoolExecutor
 ) -> None:
-    tokenizer = words(tmp_path, pool, token_type_count=1)
+    tokenizer = words(tmp_path, pool, rules=TokenRules(token_type_count=1))
     found = await tokenizer.tokenize_pairs([("w0", "w1")], long_text=LongText.REFUSE)
     assert found.token_types is None

@@ -23,7 +23,7 @@ from trivec.core.errors import (
     TextTooLong,
     TokenIdUnknown,
 )
-from trivec.core.types import LongText, Sequences, Truncated
+from trivec.core.types import LongText, Sequences, TokenRules, Truncated
 from trivec.tokenizer import JOB_CHARACTERS_MAX, Tokenizer
 
 T = TypeVar("T")
@@ -515,3 +515,19 @@ async def test_a_panic_is_a_fault_of_ours_that_quotes_nothing(
             await tokenizer.tokenize([text], long_text=LongText.CUT_END)
     assert "client's text" not in str(fault.value)
     assert len(await tokenizer.tokenize(["w1"], long_text=LongText.REFUSE)) == 1
+
+
+async def test_a_static_model_s_text_has_no_special_tokens_and_at_least_one_token(
+    tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    """Words that the vocabulary has not are left out, and a text of none is a token of zeros."""
+    rules = TokenRules(has_specials=False, dropped_token_id=UNKNOWN, blank_token_id=len(WORDS))
+    tokenizer = saved(
+        word_codec(), tmp_path, pool, rules=rules, vocabulary_size=len(WORDS) + 1, token_count_max=4
+    )
+    texts = ["w0 w1", "w0 other w1", "other", " ", text_of(*range(6))]
+    found = await tokenizer.tokenize(texts, long_text=LongText.CUT_END)
+    assert ids_of(found) == [[4, 5], [4, 5], [20], [20], [4, 5, 6, 7]]
+    assert found.truncated == {4: Truncated(6, 4)}
+    ids = await tokenizer.tokenize([np.array([4, UNKNOWN], np.int32)], long_text=LongText.REFUSE)
+    assert ids_of(ids) == [[4]]

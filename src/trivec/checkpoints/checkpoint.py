@@ -14,7 +14,6 @@ from trivec.checkpoints.heads import read_m3_heads, read_planned
 from trivec.checkpoints.hub import pull, pulled_folder, pulled_pins
 from trivec.checkpoints.layout import (
     HEADS,
-    TOKENIZER_FILE,
     model_files,
     read_config,
     read_tokenizer_length,
@@ -23,10 +22,11 @@ from trivec.checkpoints.layout import (
     scan,
 )
 from trivec.checkpoints.modules import read_length, read_modules, read_prompt_settings
+from trivec.checkpoints.static import StaticTensors, is_static, read_static, tokenizer_name
 from trivec.checkpoints.weights import Weights, open_weights
 from trivec.core.errors import CheckpointRefused
 from trivec.core.ports import OnProgress, no_progress
-from trivec.core.types import NO_PROMPTS, Output
+from trivec.core.types import NO_PROMPTS, Output, TokenRules
 from trivec.models.ops import ModelConfig
 from trivec.models.pooling import (
     HeadLayer,
@@ -39,6 +39,7 @@ from trivec.models.pooling import (
     TokenHead,
 )
 from trivec.models.registry import FAMILIES, tensor_shapes
+from trivec.models.static import StaticConfig
 
 _log = logging.getLogger("trivec.checkpoints")
 
@@ -78,6 +79,7 @@ class Checkpoint:
     truncate_dim: int | None = None  # so many numbers of a vector are kept; None: all
     head_tensors: frozenset[str] = frozenset()  # of the weight files, read already
     assumed: str | None = None  # what the files do not say, in a sentence
+    rules: TokenRules = TokenRules()
 
     @property
     def pooler(self) -> Pooler:
@@ -107,7 +109,8 @@ class Checkpoint:
     @property
     def late_chunking(self) -> bool:
         """Whether a vector is the mean of its tokens, so that parts of a sequence may have one."""
-        return self.pooling == (Pooling.MEAN,) and not self.labels
+        has_context = self.config.num_hidden_layers > 0
+        return self.pooling == (Pooling.MEAN,) and not self.labels and has_context
 
     @property
     def outputs(self) -> Output:
@@ -127,6 +130,8 @@ class Checkpoint:
         Raises `CheckpointRefused`.
         """
         opened = open_weights(self.weight_files, cache_dir=self.cache_dir)
+        if isinstance(self.config, StaticConfig):
+            opened = StaticTensors(opened)
         shapes, family = tensor_shapes(self.config), FAMILIES[self.config.family]
         return Weights(opened, shapes, family, self.head_tensors)
 
@@ -235,8 +240,14 @@ def _open(found: Location, cache_dir: Path, on_progress: OnProgress) -> Checkpoi
         _refuse_other_files(found, hashed)
     sha256s = {name: file.sha256 for name, file in hashed.items()}
 
-    config, plan = read_config(folder)
     weight_files = tuple(hashed[name] for name in read_weight_names(folder, used))
+    normalize = None  # where a static model's modules do not say
+    if is_static(folder, names):
+        stored = open_weights(weight_files, cache_dir=cache_dir)
+        (config, rules, normalize), plan = read_static(folder, names, stored), None
+    else:
+        config, plan = read_config(folder)
+        rules = TokenRules(token_type_count=config.token_type_count)
     lengths = (
         read_length(folder, names),
         read_tokenizer_length(folder, names),
@@ -251,7 +262,7 @@ def _open(found: Location, cache_dir: Path, on_progress: OnProgress) -> Checkpoi
         folder=folder,
         config=config,
         token_count_max=min([config.token_count_max, *(one for one in lengths if one)]),
-        tokenizer_file=folder / TOKENIZER_FILE,
+        tokenizer_file=folder / tokenizer_name(names),
         digest=hashlib.sha256("".join(lines).encode()).hexdigest(),
         verified=entry is not None
         and sha256s == {name: pin.sha256 for name, pin in entry.pins.items()},
@@ -274,9 +285,12 @@ def _open(found: Location, cache_dir: Path, on_progress: OnProgress) -> Checkpoi
         pooling=(),
         normalize=False,
         heads=None,
+        rules=rules,
     )
     m3_files = [name for name in used if Path(name).stem in HEADS]
     checkpoint = _with_head(checkpoint, names, entry, plan, m3_files)
+    if normalize is not None:
+        checkpoint = replace(checkpoint, normalize=normalize, assumed=None)
     if checkpoint.assumed:
         _log.warning("%s: %s", found.id, checkpoint.assumed)
     return checkpoint

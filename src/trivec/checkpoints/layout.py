@@ -31,7 +31,9 @@ TOKENIZER_FILE = "tokenizer.json"
 INDEX_FILE = "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 WEIGHT_FILES = ("model.safetensors", INDEX_FILE, "pytorch_model.bin")  # the first one there is read
+STATIC_PART = "0_StaticEmbedding/"  # where sentence-transformers 3 and 4 keep a table and tokenizer
 HEADS = ("sparse_linear", "colbert_linear")  # files of BGE-M3's heads, .safetensors or .pt
+STATIC_WEIGHT_FILES = tuple(STATIC_PART + name for name in ("model.safetensors", "pytorch_model.bin"))
 LAYOUT_FILES = (
     "config.json",
     "modules.json",
@@ -127,7 +129,8 @@ def model_files(names: frozenset[str], *, known: Collection[str] = ()) -> list[s
     Of several weight files the first *known* one is taken. Raises `ValueError` saying what lacks.
     """
     files = {name.rpartition("/")[2] for name in names}
-    weights = [name for name in WEIGHT_FILES if name in names]
+    weights = [name for name in (*WEIGHT_FILES, *STATIC_WEIGHT_FILES) if name in names]
+    is_bare = "config_sentence_transformers.json" in names and "modules.json" in names
     if "adapter_config.json" in names:
         raise ValueError(
             "holds an adapter, not merged into the model that it changes. Merge the two (peft: "
@@ -137,9 +140,10 @@ def model_files(names: frozenset[str], *, known: Collection[str] = ()) -> list[s
         for pattern, problem in OTHER_FORMATS.items():
             if fnmatch.filter(files, pattern):
                 raise ValueError(problem)
-    if "config.json" not in names:
+    if "config.json" not in names and not is_bare:  # which static models are
         raise ValueError("holds no config.json, so it is no model's folder")
-    if TOKENIZER_FILE not in names:
+    part = STATIC_PART if weights and weights[0] in STATIC_WEIGHT_FILES else ""
+    if part + TOKENIZER_FILE not in names:
         raise ValueError(f"holds no {TOKENIZER_FILE}; save the model's fast tokenizer there")
     if not weights:
         raise ValueError(f"holds none of {', '.join(WEIGHT_FILES)}")
@@ -156,13 +160,13 @@ def model_files(names: frozenset[str], *, known: Collection[str] = ()) -> list[s
         (found,) = heads.values()
         raise ValueError(f"holds {found} but no {lacking}.pt; copy both heads, or neither")
     layout = [name for name in LAYOUT_FILES if name in names]
-    modules = sorted(filter(MODULE_FILE.fullmatch, names))
-    return [*layout, *modules, TOKENIZER_FILE, weights[0], *shards, *heads.values()]
+    modules = sorted({*filter(MODULE_FILE.fullmatch, names)} - {weights[0]})
+    return [*layout, *modules, part + TOKENIZER_FILE, weights[0], *shards, *heads.values()]
 
 
 def read_weight_names(folder: Path, used: Collection[str]) -> list[str]:
     """The files among *used* that hold the encoder's weights. Raises `CheckpointRefused`."""
-    (first,) = (name for name in used if name in WEIGHT_FILES)
+    (first,) = (name for name in used if name in (*WEIGHT_FILES, *STATIC_WEIGHT_FILES))
     if first != INDEX_FILE:
         return [first]
     shards = [name for name in used if SHARD.fullmatch(name)]

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from trivec.checkpoints.heads import read_module_linear, read_module_norm
-from trivec.checkpoints.layout import read_json, token_count
+from trivec.checkpoints.layout import STATIC_PART, read_json, token_count
 from trivec.core.errors import CheckpointRefused
 from trivec.core.types import NO_PROMPTS
 from trivec.models.pooling import HeadLayer, Nonlinearity, Pooling
@@ -89,6 +89,7 @@ NONLINEARITIES = {  # by the last part of a torch module's name
     "ReLU": Nonlinearity.RELU,
 }
 MODULE_PATH = re.compile(r"\d+_\w+", re.ASCII)
+STATIC_PATHS = ("", ".", STATIC_PART.rstrip("/"))  # of newer sentence-transformers, model2vec, older
 SETTINGS_FILE = "config_sentence_transformers.json"
 
 
@@ -170,15 +171,18 @@ def read_modules(folder: Path, names: frozenset[str], *, hidden_size: int) -> Mo
                 f"{file}: module type {module.type!r} is code of the model's own; none is run"
             )
     kinds = ", ".join(module.kind for module in listed) or "none"
-    if not listed or listed[0].kind not in ("Transformer", "MLMTransformer"):
+    is_static = bool(listed) and listed[0].kind == "StaticEmbedding"
+    if not is_static and (not listed or listed[0].kind not in ("Transformer", "MLMTransformer")):
         raise CheckpointRefused(f"{file}: names the modules {kinds}; the first is no Transformer")
-    if listed[0].path != "" or not all(MODULE_PATH.fullmatch(one.path) for one in listed[1:]):
+    if listed[0].path not in (STATIC_PATHS if is_static else ("",)) or not all(MODULE_PATH.fullmatch(one.path) for one in listed[1:]):
         paths = ", ".join(module.path or "." for module in listed)
         raise CheckpointRefused(
             f"{file}: keeps its modules in {paths}; understood are the folder itself and others "
             "such as 1_Pooling"
         )
     made, width = Modules(), hidden_size
+    if is_static:
+        made.pooling = (Pooling.MEAN,)
     for module in listed[1:]:
         part = folder / module.path
         has_config = f"{module.path}/config.json" in names

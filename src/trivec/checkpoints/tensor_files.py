@@ -29,6 +29,7 @@ from typing import Any, ClassVar, TypeGuard, cast
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from trivec.checkpoints.hashes import HashedFile, Hashes
@@ -39,6 +40,9 @@ from trivec.core.types import Float32Array
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+NUMPY_TYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1"
 }  # fmt: skip
 TORCH_SUFFIXES = (".bin", ".pt")
 DIMENSIONS_MAX = 8
@@ -107,6 +111,13 @@ class TensorFile:
             )
         return array.reshape(tensor.shape)
 
+    def numbers(self, name: str) -> NDArray[np.generic]:
+        """Tensor *name* in the type and shape it is stored in; float32 where numpy has no such type."""
+        tensor = self.tensors[name]
+        if tensor.dtype not in NUMPY_TYPES:
+            return self.float32(name)
+        return np.frombuffer(self.raw(name), NUMPY_TYPES[tensor.dtype]).reshape(tensor.shape)
+
 
 class TensorFiles:
     """A model's tensors, in one file or several, under the names that transformers gives them now."""
@@ -127,6 +138,11 @@ class TensorFiles:
         """As `TensorFile.float32`."""
         file, stored_name = self._places[name]
         return file.float32(stored_name)
+
+    def numbers(self, name: str) -> NDArray[np.generic]:
+        """As `TensorFile.numbers`."""
+        file, stored_name = self._places[name]
+        return file.numbers(stored_name)
 
 
 def all_finite(array: Float32Array) -> bool:

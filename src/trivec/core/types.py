@@ -56,6 +56,16 @@ class TextToken(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class TokenRules:
+    """What becomes of a text's tokens beside what `tokenizer.json` says, as the model's files have it."""
+
+    has_specials: bool = True  # False: none is put around a text
+    dropped_token_id: int | None = None  # an unknown word's, where that has no part in a vector
+    blank_token_id: int | None = None  # the one token of a text that has none; None: it is refused
+    token_type_count: int = 2  # rows of the model's table of token types
+
+
+@dataclass(frozen=True, slots=True)
 class Sequences:
     """Tokenised texts end to end, in the order the client gave them."""
 

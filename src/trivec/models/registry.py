@@ -15,6 +15,7 @@ from trivec.models import (
     mpnet,
     nomic_bert,
     qwen3,
+    static,
 )
 from trivec.models.ops import ModelConfig, Ops, Plan, Recorder, T
 from trivec.models.pooling import HeadPlan, Pooling
@@ -133,6 +134,13 @@ GEMMA3 = Family(
     key_tensor=gemma3.KEY_TENSOR,
     unused=gemma3.UNUSED,
 )
+STATIC = Family(
+    read_config=static.read_config,
+    forward=static.forward,
+    prefixes=("",),
+    key_tensor=static.KEY_TENSOR,
+    unused=(),
+)
 FAMILIES: Mapping[str, Family] = {
     **dict.fromkeys(bert.MODEL_TYPES, BERT),
     **dict.fromkeys(distilbert.MODEL_TYPES, DISTILBERT),
@@ -143,6 +151,7 @@ FAMILIES: Mapping[str, Family] = {
     jina_bert.FAMILY_NAME: JINA_BERT,
     **dict.fromkeys(gemma3.MODEL_TYPES, GEMMA3),
     **dict.fromkeys(qwen3.MODEL_TYPES, QWEN3),
+    **dict.fromkeys(static.MODEL_TYPES, STATIC),
 }
 
 

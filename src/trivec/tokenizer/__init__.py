@@ -35,6 +35,7 @@ from trivec.core.types import (
     LongText,
     Sequences,
     TextToken,
+    TokenRules,
     Truncated,
 )
 from trivec.tokenizer.origin import TokenOrigin
@@ -81,17 +82,18 @@ class Tokenizer:
         vocabulary_size: int,
         pool: Executor,
         request_tokens_max: int | None = None,
-        token_type_count: int = 2,
+        rules: TokenRules = TokenRules(),  # noqa: B008 # a frozen value
         include_prompt: bool = True,
     ) -> None:
-        """*request_tokens_max*: of all texts of a call. *token_type_count*: rows of the model's
-        table of token types; a pair has no types where it would need more, as in XLM-R.
+        """*request_tokens_max*: of all texts of a call. A pair has no token types where it would
+        need more than the model's table of them has rows, as in XLM-R.
         *include_prompt* False: sequences with a prompt say how many tokens the pooled mean skips.
         """
         self.token_count_max = token_count_max
         self.request_tokens_max = request_tokens_max
         self.vocabulary_size = vocabulary_size
         self._include_prompt = include_prompt
+        self._rules = rules
         self._text_bytes_max = TEXT_BYTES_A_TOKEN * token_count_max
         self._pool = pool
         try:
@@ -102,6 +104,8 @@ class Tokenizer:
             ) from exc
         codec.no_padding()
         codec.no_truncation()
+        if not rules.has_specials:
+            codec.post_processor = tokenizers.processors.Sequence([])
         added = codec.get_added_tokens_decoder()
         id_count = max([codec.get_vocab_size(with_added_tokens=False), *(i + 1 for i in added)])
         specials, _ = _template(codec.encode("a"))
@@ -117,7 +121,7 @@ class Tokenizer:
             )
         self._prefix, self._suffix = specials
         self._special_count = len(self._prefix) + len(self._suffix)
-        self._pair_types = types if 0 < max(types) < token_type_count else None
+        self._pair_types = types if 0 < max(types) < rules.token_type_count else None
         self._origin = TokenOrigin(codec)
         self._blanks = _blank_runs(codec)
 
@@ -408,13 +412,13 @@ class Tokenizer:
         if not over and whole.token_count <= count_max and self._special_count:
             return whole  # so none of them is longer, and none is empty
         lengths = whole.lengths()
-        if not lengths.all():
+        if self._rules.blank_token_id is None and not lengths.all():
             param = f"input[{first + int(lengths.argmin())}]"
             raise FieldInvalid(f"{param} makes no token, and this model adds none.", param=param)
         is_kept = long_text is LongText.KEEP
         changed = over if is_kept else over | {*np.flatnonzero(lengths > count_max).tolist()}
         if not changed:
-            return whole
+            return self._ruled(whole)
         if long_text is LongText.REFUSE:
             i = min(changed)
             raise TextTooLong(
@@ -433,7 +437,16 @@ class Tokenizer:
                 text = _cut(ids[i][how.lead : len(ids[i]) - len(self._suffix)], room, long_text)
                 ids[i] = np.concatenate((ids[i][: how.lead], text, self._suffix))
             truncated[first + i] = Truncated(original, min(len(ids[i]), count_max))
-        return Sequences.pack(ids, truncated)
+        return self._ruled(Sequences.pack(ids, truncated))
+
+    def _ruled(self, whole: Sequences) -> Sequences:
+        """*whole* without the tokens that have no part in a vector; what is empty gets a blank one."""
+        blank_id, dropped_id = self._rules.blank_token_id, self._rules.dropped_token_id
+        if blank_id is None:
+            return whole
+        blank = np.array([blank_id], np.int32)
+        kept = [ids if dropped_id is None else ids[ids != dropped_id] for ids in _split(whole)]
+        return Sequences.pack([ids if len(ids) else blank for ids in kept], whole.truncated)
 
     def _without_specials(self, ids: Int32Array) -> Int32Array:
         """The ids of a text without its special tokens."""

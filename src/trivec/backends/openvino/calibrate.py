@@ -310,7 +310,8 @@ class Calibration:
 
     def candidates(self) -> Iterator[QuantScheme]:
         """From the fastest on; the last one is worked out only when it is reached."""
-        pays = bf16_pays(plan_of(self._checkpoint.config).attention[0])
+        attention = plan_of(self._checkpoint.config).attention
+        pays = bool(attention) and bf16_pays(attention[0])
         yield from (scheme for scheme in INT8_SCHEMES if pays or not scheme.bf16_attention)
         try:
             layers = self._most_sensitive_layers(INT8_GROUPS_32)
