@@ -330,10 +330,7 @@ def make_tokenizers(
 ) -> list[Tokenizer]:
     """A tokeniser for each of *checkpoints*, on threads that they share."""
     make = tokenizer_factory(context.settings, cores)
-    return [
-        make(one.tokenizer_file, one, one.config.vocab_size, one.rules)
-        for one in checkpoints
-    ]
+    return [make(one.tokenizer_file, one, one.config.vocab_size, one.rules) for one in checkpoints]
 
 
 def tokenizer_factory(
@@ -446,9 +443,7 @@ def connect_models(parts: ServerParts, *, folder: "SharedFolder", name: str, cor
         RemoteEmbedder(
             index,
             one.card,
-            make_tokenizer(
-                Path(one.tokenizer_file), one.card, one.card.vocabulary_size, one.rules
-            ),
+            make_tokenizer(Path(one.tokenizer_file), one.card, one.card.vocabulary_size, one.rules),
             client,
         )
         for index, one in enumerate(what.models)

@@ -1,4 +1,3 @@
-# ruff: noqa: E402 - what is imported below needs what is asked for above it
 """Static models against the libraries that write them: model2vec and sentence-transformers."""
 
 from pathlib import Path

@@ -144,7 +144,5 @@ def open_static(folder: Path, **tensors: np.ndarray) -> Checkpoint:
     )
     draw = np.random.default_rng(3)
     table = draw.standard_normal((VOCABULARY_SIZE, HIDDEN)).astype(np.float32)
-    save_file(
-        {"embeddings": table, **tensors}, next((folder / "model").glob("*.safetensors"))
-    )
+    save_file({"embeddings": table, **tensors}, next((folder / "model").glob("*.safetensors")))
     return open_checkpoint(str(folder / "model"), cache_dir=folder / "cache")

@@ -142,7 +142,9 @@ async def score_pairs(
             kept = await embedder.tokenizer.tokenize(
                 queries, long_text=LongText.KEEP, prompt=prompts[0]
             )
-            longest, count_max = int(kept.lengths().max()), card.token_count_max
+            longest = int(kept.lengths().max())
+            limits = (one.kept_tokens for one in kept.truncated.values())
+            count_max = min([card.token_count_max, *limits])
             if longest > count_max or kept.truncated:
                 raise TextTooLong(token_count=longest, token_count_max=count_max, index=None)
             answers = await embedder.tokenizer.tokenize(

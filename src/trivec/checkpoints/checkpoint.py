@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from trivec.checkpoints.catalogue import CATALOGUE, CatalogueEntry, Pin, Wheel, names_near
+from trivec.checkpoints.colbert import read_colbert
 from trivec.checkpoints.hashes import HashedFile, Hashes
 from trivec.checkpoints.heads import read_m3_heads, read_planned
 from trivec.checkpoints.hub import pull, pulled_folder, pulled_pins
@@ -21,12 +23,12 @@ from trivec.checkpoints.layout import (
     refuse_pointer,
     scan,
 )
-from trivec.checkpoints.modules import read_length, read_modules, read_prompt_settings
+from trivec.checkpoints.modules import read_modules, read_prompt_settings, read_transformer
 from trivec.checkpoints.static import StaticTensors, is_static, read_static, tokenizer_name
 from trivec.checkpoints.weights import Weights, open_weights
 from trivec.core.errors import CheckpointRefused
 from trivec.core.ports import OnProgress, no_progress
-from trivec.core.types import NO_PROMPTS, Output, TokenRules
+from trivec.core.types import NO_PROMPTS, ORDINARY_RULES, Output, TokenRules
 from trivec.models.ops import ModelConfig
 from trivec.models.pooling import (
     HeadLayer,
@@ -79,7 +81,7 @@ class Checkpoint:
     truncate_dim: int | None = None  # so many numbers of a vector are kept; None: all
     head_tensors: frozenset[str] = frozenset()  # of the weight files, read already
     assumed: str | None = None  # what the files do not say, in a sentence
-    rules: TokenRules = TokenRules()
+    rules: TokenRules = ORDINARY_RULES
 
     @property
     def pooler(self) -> Pooler:
@@ -248,8 +250,9 @@ def _open(found: Location, cache_dir: Path, on_progress: OnProgress) -> Checkpoi
     else:
         config, plan = read_config(folder)
         rules = TokenRules(token_type_count=config.token_type_count)
+    length, colbert = read_transformer(folder, names)
     lengths = (
-        read_length(folder, names),
+        length,
         read_tokenizer_length(folder, names),
         entry.token_count_max if entry and "modules.json" not in names else None,
     )
@@ -288,7 +291,13 @@ def _open(found: Location, cache_dir: Path, on_progress: OnProgress) -> Checkpoi
         rules=rules,
     )
     m3_files = [name for name in used if Path(name).stem in HEADS]
-    checkpoint = _with_head(checkpoint, names, entry, plan, m3_files)
+    said = {**colbert, **settings.colbert}  # of token vectors
+    checkpoint = _with_head(checkpoint, names, entry, plan, m3_files, said)
+    if said and not isinstance(checkpoint.token_head, MultiHead):
+        name, value = next(iter(said.items()))
+        raise CheckpointRefused(
+            f"{folder}: {name} = {value!r} is not understood of a model without token vectors"
+        )
     if normalize is not None:
         checkpoint = replace(checkpoint, normalize=normalize, assumed=None)
     if checkpoint.assumed:
@@ -302,6 +311,7 @@ def _with_head(
     entry: CatalogueEntry | None,
     plan: HeadPlan | None,
     m3_files: Sequence[str],
+    said: Mapping[str, Any],
 ) -> Checkpoint:
     """*checkpoint* and what follows its encoder: as its modules say, the catalogue, or its class."""
     folder, width = checkpoint.folder, checkpoint.config.hidden_size
@@ -323,8 +333,17 @@ def _with_head(
             normalize=modules.normalize,
             heads=m3_heads,
         )
-    if modules is not None and modules.is_multi:
-        return replace(checkpoint, token_head=MultiHead(modules.layers, modules.normalize))
+    is_stanford = plan is not None and plan.output is Output.MULTI
+    if is_stanford or (modules is not None and modules.is_multi):
+        layers, is_unit = (modules.layers, modules.normalize) if modules else ((), True)
+        if plan is not None and is_stanford:
+            projection, head_tensors = _planned(checkpoint, plan)
+            layers, checkpoint = (
+                layers or projection,
+                replace(checkpoint, head_tensors=head_tensors),
+            )
+        said = {**said, **(modules.mask if modules else {})}
+        return _with_token_vectors(checkpoint, layers, is_unit, said)
     if modules is None and entry is not None and entry.pooling is not None:
         return replace(
             checkpoint, pooling=(entry.pooling,), normalize=entry.normalize, heads=m3_heads
@@ -356,6 +375,31 @@ def _with_head(
         checkpoint,
         token_head=SpladeHead(layers, takes_log_twice),
         assumed=None if modules is not None or entry is not None else assumed,
+    )
+
+
+def _with_token_vectors(
+    checkpoint: Checkpoint, layers: tuple[HeadLayer, ...], normalize: bool, said: Mapping[str, Any]
+) -> Checkpoint:
+    """*checkpoint* with a row a token through *layers*, and with ColBERT's rules where its files
+    have any. Of these *said* is what other files than `artifact.metadata` say.
+    """
+    folder, rules = checkpoint.folder, checkpoint.rules
+    found = read_colbert(folder, said, checkpoint.prompts, checkpoint.tokenizer_file)
+    longest = [one.token_count_max for one in found.marked if one.token_count_max]
+    count_max = checkpoint.token_count_max
+    if len(longest) == len(found.marked) > 0:  # they alone count in that code
+        count_max = min(checkpoint.config.token_count_max, max(longest))
+    query = next((one.token_id for one in found.marked if one.filled_to), None)
+    if found.marked and found.prompts["query"].startswith(found.marked[0].marker):
+        query = found.marked[0].token_id
+    head = MultiHead(layers, normalize, found.skipped_token_ids, query, found.unattended_token_id)
+    return replace(
+        checkpoint,
+        token_head=head,
+        prompts={**checkpoint.prompts, **found.prompts},
+        rules=replace(rules, marked=found.marked),
+        token_count_max=count_max,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from trivec.checkpoints.colbert import PYLATE_KEYS
 from trivec.checkpoints.heads import read_module_linear, read_module_norm
 from trivec.checkpoints.layout import STATIC_PART, read_json, token_count
 from trivec.core.errors import CheckpointRefused
@@ -27,8 +28,10 @@ ORDINARY_MODEL: Mapping[str, object] = {
     "similarity_fn_name": ...,
     "activation_fn": ...,  # of scores, which are served as they are
     "truncate_dim": ...,
+    **dict.fromkeys(PYLATE_KEYS, ...),
     "model_type": (
         None,
+        "ColBERT",
         "SentenceTransformer",
         "CrossEncoder",
         "SparseEncoder",
@@ -45,10 +48,11 @@ ORDINARY_TRANSFORMER: Mapping[str, object] = {
         for name in ("last_hidden_state", "logits")
     ),
     "module_output_name": ("token_embeddings", "scores"),
-    "query_length": (None,),
-    "document_length": (None,),
-    "query_expansion": (None,),
+    "query_length": ...,
+    "document_length": ...,
+    "query_expansion": ...,
 }
+COLBERT_KEYS = ("query_length", "document_length", "query_expansion")  # of the Transformer module
 NAMES = ("module_input_name", "module_output_name")
 TOKENS, SENTENCE = "token_embeddings", "sentence_embedding"
 ORDINARY_DENSE = {
@@ -66,7 +70,7 @@ ORDINARY_SPLADE = {
     "chunk_size": ...,  # how much is in memory at once
 }
 ORDINARY_MASK = {
-    "skiplist_words": ([],),
+    "skiplist_words": ...,
     "skiplist_tasks": ...,
     "keep_only_token_ids": (None,),
 }
@@ -89,7 +93,12 @@ NONLINEARITIES = {  # by the last part of a torch module's name
     "ReLU": Nonlinearity.RELU,
 }
 MODULE_PATH = re.compile(r"\d+_\w+", re.ASCII)
-STATIC_PATHS = ("", ".", STATIC_PART.rstrip("/"))  # of newer sentence-transformers, model2vec, older
+STATIC_PATHS = (
+    "",
+    ".",
+    STATIC_PART.rstrip("/"),
+)  # of newer sentence-transformers, model2vec, older
+PYLATE_DENSE = "pylate.models.Dense.Dense"
 SETTINGS_FILE = "config_sentence_transformers.json"
 
 
@@ -111,6 +120,7 @@ class PromptSettings:
     prompts: Mapping[str, str] = field(default_factory=lambda: NO_PROMPTS)
     default_prompt_name: str | None = None
     truncate_dim: int | None = None
+    colbert: Mapping[str, Any] = field(default_factory=dict)  # PyLate's keys
 
 
 @dataclass(slots=True)
@@ -123,6 +133,8 @@ class Modules:
     normalize: bool = False
     is_splade: bool = False
     takes_log_twice: bool = False
+    mask: Mapping[str, Any] = field(default_factory=dict)  # settings of MultiVectorMask
+    is_pylate: bool = False
 
     @property
     def is_multi(self) -> bool:
@@ -146,16 +158,21 @@ def read_prompt_settings(folder: Path, names: frozenset[str]) -> PromptSettings:
         raise CheckpointRefused(f"{file}: default_prompt_name = {default!r} is none of its prompts")
     if cut is not None and cut < 1:
         raise CheckpointRefused(f"{file}: truncate_dim = {cut} leaves nothing of a vector")
-    return PromptSettings(prompts, default, cut)
+    colbert = {name: found[name] for name in PYLATE_KEYS if name in found}
+    return PromptSettings(prompts, default, cut, colbert)
 
 
-def read_length(folder: Path, names: frozenset[str]) -> int | None:
-    """`max_seq_length`, where `sentence_bert_config.json` has it. Raises `CheckpointRefused`."""
+def read_transformer(folder: Path, names: frozenset[str]) -> tuple[int | None, Mapping[str, Any]]:
+    """`max_seq_length` and the settings of token vectors, where `sentence_bert_config.json` has them.
+
+    Raises `CheckpointRefused`.
+    """
     file = folder / "sentence_bert_config.json"
     if file.name not in names:
-        return None
-    length = _read_settings(file, ORDINARY_TRANSFORMER).get("max_seq_length")
-    return token_count(file, "max_seq_length", length)
+        return None, {}
+    found = _read_settings(file, ORDINARY_TRANSFORMER)
+    length = token_count(file, "max_seq_length", found.get("max_seq_length"))
+    return length, {name: found[name] for name in COLBERT_KEYS if found.get(name) is not None}
 
 
 def read_modules(folder: Path, names: frozenset[str], *, hidden_size: int) -> Modules:
@@ -166,7 +183,7 @@ def read_modules(folder: Path, names: frozenset[str], *, hidden_size: int) -> Mo
     file = folder / "modules.json"
     listed = read_json(file, list[_Module])
     for module in listed:
-        if module.type.partition(".")[0] != "sentence_transformers":
+        if module.type.partition(".")[0] != "sentence_transformers" and module.type != PYLATE_DENSE:
             raise CheckpointRefused(
                 f"{file}: module type {module.type!r} is code of the model's own; none is run"
             )
@@ -174,7 +191,9 @@ def read_modules(folder: Path, names: frozenset[str], *, hidden_size: int) -> Mo
     is_static = bool(listed) and listed[0].kind == "StaticEmbedding"
     if not is_static and (not listed or listed[0].kind not in ("Transformer", "MLMTransformer")):
         raise CheckpointRefused(f"{file}: names the modules {kinds}; the first is no Transformer")
-    if listed[0].path not in (STATIC_PATHS if is_static else ("",)) or not all(MODULE_PATH.fullmatch(one.path) for one in listed[1:]):
+    if listed[0].path not in (STATIC_PATHS if is_static else ("",)) or not all(
+        MODULE_PATH.fullmatch(one.path) for one in listed[1:]
+    ):
         paths = ", ".join(module.path or "." for module in listed)
         raise CheckpointRefused(
             f"{file}: keeps its modules in {paths}; understood are the folder itself and others "
@@ -202,12 +221,14 @@ def read_modules(folder: Path, names: frozenset[str], *, hidden_size: int) -> Mo
                 found = _read_settings(part / "config.json", {**ORDINARY_DENSE, **expected})
                 made.layers += (_read_dense(part, names, found, width=width),)
                 width = int(found["out_features"])
+                if module.type == PYLATE_DENSE:  # whose code normalises each row
+                    made.is_pylate = True
             case "LayerNorm" if made.pooling and not made.normalize:
                 _read_settings(part / "config.json", {"dimension": (width,)})
                 own_names = _names_in(module.path, names)
                 made.layers += (read_module_norm(part, own_names, width=width),)
             case "MultiVectorMask" if not made.pooling and not made.is_splade:
-                _read_settings(part / "config.json", ORDINARY_MASK)
+                made.mask = _read_settings(part / "config.json", ORDINARY_MASK)
             case "Normalize" if not made.normalize and not made.is_splade:
                 if has_config:
                     _read_settings(part / "config.json", expected)
@@ -220,6 +241,7 @@ def read_modules(folder: Path, names: frozenset[str], *, hidden_size: int) -> Mo
                     "Understood are Pooling, then Dense and LayerNorm, then Normalize; "
                     "SpladePooling; or for token vectors Dense, MultiVectorMask and Normalize"
                 )
+    made.normalize |= made.is_pylate
     return made
 
 

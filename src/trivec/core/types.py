@@ -56,13 +56,28 @@ class TextToken(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class MarkedTexts:
+    """Texts before which a token says what they are: ColBERT's queries, or its documents."""
+
+    marker: str  # their prompt begins with it
+    token_id: int  # that stands for it, after the opening special tokens
+    token_count_max: int | None = None  # of a sequence
+    filler_id: int | None = None  # a token by which shorter sequences are filled up
+    filled_to: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class TokenRules:
     """What becomes of a text's tokens beside what `tokenizer.json` says, as the model's files have it."""
 
     has_specials: bool = True  # False: none is put around a text
     dropped_token_id: int | None = None  # an unknown word's, where that has no part in a vector
     blank_token_id: int | None = None  # the one token of a text that has none; None: it is refused
+    marked: tuple[MarkedTexts, ...] = ()
     token_type_count: int = 2  # rows of the model's table of token types
+
+
+ORDINARY_RULES = TokenRules()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from trivec.core.types import CertificateSummary, ModelCard, TokenRules
+from trivec.core.types import ORDINARY_RULES, CertificateSummary, ModelCard, TokenRules
 
 LOOK_EVERY_S = 0.05
 METRICS_EVERY_S = 2.0  # between two pages of one process
@@ -22,7 +22,7 @@ class ServedModel(msgspec.Struct, frozen=True):
     card: ModelCard
     tokenizer_file: str
     certificate: CertificateSummary | None  # of its int8 arithmetic, where it has one
-    rules: TokenRules = TokenRules()  # of its tokenizer
+    rules: TokenRules = ORDINARY_RULES  # of its tokenizer
 
 
 class Served(msgspec.Struct, frozen=True):

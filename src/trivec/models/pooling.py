@@ -108,7 +108,25 @@ class MultiHead:
 
     layers: tuple[HeadLayer, ...]
     normalize: bool
-    skipped_token_ids: tuple[int, ...] = ()  # that have no row
+    skipped_token_ids: tuple[int, ...] = ()  # that have no row, but in queries
+    query_token_id: int | None = None  # the first or second token of queries, and of nothing else
+    unattended_token_id: int | None = None  # that no token attends to at a sequence's end
+
+    def has_row(self, token_ids: Int32Array, cu_seqlens: Int32Array) -> NDArray[np.bool_]:
+        """Which of the packed *token_ids* have a row: bool `[tokens]`."""
+        starts = cu_seqlens[:-1]
+        seconds = np.minimum(starts + 1, cu_seqlens[1:] - 1)
+        is_query = (token_ids[starts] == self.query_token_id) | (
+            token_ids[seconds] == self.query_token_id
+        )
+        skipped = np.isin(token_ids, self.skipped_token_ids)
+        return ~skipped | np.repeat(is_query, np.diff(cu_seqlens))
+
+    def seen_lengths(self, token_ids: Int32Array, cu_seqlens: Int32Array) -> Int32Array:
+        """How many leading tokens of each sequence others attend to: int32 `[sequences]`, at least 1."""
+        places = np.arange(len(token_ids)) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
+        ends = np.where(token_ids == self.unattended_token_id, 1, places + 1)
+        return np.maximum.reduceat(ends, cu_seqlens[:-1]).astype(np.int32)
 
 
 TokenHead: TypeAlias = SpladeHead | MultiHead
@@ -336,8 +354,8 @@ def _fill_splade(head: SpladeHead, rows: HiddenRows, sparse: list[SparseVector |
 
 def _fill_colbert(head: MultiHead, rows: HiddenRows, multi: list[Float32Array | None]) -> None:
     """A row for each token, of every sequence that asked, but for those that are skipped."""
+    has_row = head.has_row(rows.token_ids, rows.cu_seqlens)
     for i in _asked(rows, Output.MULTI).tolist():
         own = slice(rows.cu_seqlens[i], rows.cu_seqlens[i + 1])
-        projected = through(head.layers, rows.hidden[own])
-        projected = projected[~np.isin(rows.token_ids[own], head.skipped_token_ids)]
+        projected = through(head.layers, rows.hidden[own][has_row[own]])
         multi[i] = _unit(projected) if head.normalize else projected

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from trivec.core.types import Output
 from trivec.models import (
     bert,
     distilbert,
@@ -18,7 +19,7 @@ from trivec.models import (
     static,
 )
 from trivec.models.ops import ModelConfig, Ops, Plan, Recorder, T
-from trivec.models.pooling import HeadPlan, Pooling
+from trivec.models.pooling import HeadPlan, LinearName, Pooling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,6 +194,8 @@ def head_plan(file: Mapping[str, Any], config: ModelConfig) -> HeadPlan | None:
     Raises `ValueError` with the reason for a head that is not understood.
     """
     architectures = file.get("architectures") or [""]
+    if architectures[0] == "HF_ColBERT":  # Stanford's code, over any encoder
+        return HeadPlan(Output.MULTI, (), (LinearName("linear.weight", None),))
     return FAMILIES[config.family].head_plan(str(architectures[0]), file, config)
 
 

@@ -31,8 +31,10 @@ from trivec.core.errors import (
 from trivec.core.ports import Texts, TokenLists
 from trivec.core.types import (
     NOTHING_TRUNCATED,
+    ORDINARY_RULES,
     Int32Array,
     LongText,
+    MarkedTexts,
     Sequences,
     TextToken,
     TokenRules,
@@ -69,6 +71,7 @@ class Reading:
     token_count_max: int  # of a sequence; what is longer is treated as `long_text` says
     lead: int  # tokens at the front of every sequence that are never cut: special ones, a prompt's
     prompt: str = ""  # put before every text
+    marked: MarkedTexts | None = None
 
 
 class Tokenizer:
@@ -82,7 +85,7 @@ class Tokenizer:
         vocabulary_size: int,
         pool: Executor,
         request_tokens_max: int | None = None,
-        rules: TokenRules = TokenRules(),  # noqa: B008 # a frozen value
+        rules: TokenRules = ORDINARY_RULES,
         include_prompt: bool = True,
     ) -> None:
         """*request_tokens_max*: of all texts of a call. A pair has no token types where it would
@@ -147,11 +150,18 @@ class Tokenizer:
         count_max = min(token_count_max or self.token_count_max, self.token_count_max)
         with panics_are_faults("tokenizer"):
             lead = len(self._prefix)
+            marked = next(
+                (one for one in self._rules.marked if prompt.startswith(one.marker)), None
+            )
+            if marked is not None:
+                prompt = prompt.removeprefix(marked.marker)
+                count_max = min(count_max, marked.token_count_max or count_max)
             if prompt:  # counted as sentence-transformers does: of the prompt alone
                 lead = len(self._codec.encode(prompt)) - len(self._suffix)
-            how = Reading(long_text, count_max, lead, prompt)
+            how = Reading(long_text, count_max, lead + (marked is not None), prompt, marked)
             if not isinstance(inputs[0], str):
                 assert not prompt, "a prompt goes before texts"
+                assert marked is None, "a marker is a prompt"
                 lists = cast(TokenLists, inputs)
                 # Taking ids is array work; judging their origin asks the library about each.
                 inline_max = JOB_CHARACTERS_MAX if trusted else INLINE_CHARACTERS_MAX
@@ -301,8 +311,11 @@ class Tokenizer:
         ids at its cuts may differ from those of the whole. *token_count*: of the texts before.
         """
         text, is_over = await self._in_pool(self._shorten, text, LongText.KEEP)
-        text, plain = how.prompt + text, replace(how, prompt="")
-        ids = [self._prefix]
+        text, plain = how.prompt + text, replace(how, prompt="", marked=None)
+        ids = [
+            self._prefix,
+            *([] if how.marked is None else [np.array([how.marked.token_id], np.int32)]),
+        ]
         pieces = (match[0] for match in _PIECE.finditer(text)) if is_over else [text]
         for piece in pieces:
             part = await self._in_pool(self._encode, [piece], plain, first)
@@ -336,8 +349,11 @@ class Tokenizer:
                         param=f"input[{i}]",
                     ) from exc
             raise
-        whole = Sequences.pack([encoding.ids for encoding in encodings])
-        return self._settle(whole, how, first, over)
+        ids = [encoding.ids for encoding in encodings]
+        if how.marked is not None:
+            place, marker = len(self._prefix), [how.marked.token_id]
+            ids = [one[:place] + marker + one[place:] for one in ids]
+        return self._settle(Sequences.pack(ids), how, first, over)
 
     def _not_counted(self, index: int) -> TextTooLong:
         """The refusal of text number *index*, which is over the bound of bytes."""
@@ -409,16 +425,19 @@ class Tokenizer:
         *over*: which texts are over the bound of bytes. Kept for counting, only these are marked.
         """
         count_max, long_text = how.token_count_max, how.long_text
-        if not over and whole.token_count <= count_max and self._special_count:
+        if not over and whole.token_count <= count_max and self._special_count and not how.marked:
             return whole  # so none of them is longer, and none is empty
         lengths = whole.lengths()
         if self._rules.blank_token_id is None and not lengths.all():
             param = f"input[{first + int(lengths.argmin())}]"
             raise FieldInvalid(f"{param} makes no token, and this model adds none.", param=param)
+        # Of what is marked none may be longer, though it is kept: no vectors would be the model's.
         is_kept = long_text is LongText.KEEP
-        changed = over if is_kept else over | {*np.flatnonzero(lengths > count_max).tolist()}
+        changed = over
+        if not is_kept or how.marked is not None:
+            changed = over | {*np.flatnonzero(lengths > count_max).tolist()}
         if not changed:
-            return self._ruled(whole)
+            return self._ruled(whole, how.marked)
         if long_text is LongText.REFUSE:
             i = min(changed)
             raise TextTooLong(
@@ -437,16 +456,25 @@ class Tokenizer:
                 text = _cut(ids[i][how.lead : len(ids[i]) - len(self._suffix)], room, long_text)
                 ids[i] = np.concatenate((ids[i][: how.lead], text, self._suffix))
             truncated[first + i] = Truncated(original, min(len(ids[i]), count_max))
-        return self._ruled(Sequences.pack(ids, truncated))
+        return self._ruled(Sequences.pack(ids, truncated), how.marked)
 
-    def _ruled(self, whole: Sequences) -> Sequences:
-        """*whole* without the tokens that have no part in a vector; what is empty gets a blank one."""
-        blank_id, dropped_id = self._rules.blank_token_id, self._rules.dropped_token_id
-        if blank_id is None:
+    def _ruled(self, whole: Sequences, marked: MarkedTexts | None) -> Sequences:
+        """*whole* without tokens that have no part in a vector, and with those that fill it up."""
+        if marked is None and self._rules.blank_token_id is None:
             return whole
-        blank = np.array([blank_id], np.int32)
-        kept = [ids if dropped_id is None else ids[ids != dropped_id] for ids in _split(whole)]
-        return Sequences.pack([ids if len(ids) else blank for ids in kept], whole.truncated)
+        dropped_id, blank_id, ids = (
+            self._rules.dropped_token_id,
+            self._rules.blank_token_id,
+            _split(whole),
+        )
+        if dropped_id is not None:
+            ids = [one[one != dropped_id] for one in ids]
+        if blank_id is not None:
+            ids = [one if len(one) else np.array([blank_id], np.int32) for one in ids]
+        if marked is not None and marked.filler_id is not None:
+            filler = np.full(marked.filled_to, marked.filler_id, np.int32)
+            ids = [np.concatenate((one, filler[len(one) :])) for one in ids]
+        return Sequences.pack(ids, whole.truncated)
 
     def _without_specials(self, ids: Int32Array) -> Int32Array:
         """The ids of a text without its special tokens."""

@@ -91,8 +91,11 @@ def pack_micro_batch(
     whole: NDArray[np.bool_],
     keeps_last: bool,
     position_offset: int,
+    seen_lengths: Int32Array | None = None,
 ) -> MicroBatch:
     """Pack the sequences *members* of *batch*.
+
+    *seen_lengths* `[sequences of the batch]`: tokens of each that others attend to; None: all.
 
     *whole* (bool `[sequences of the batch]`) says of which sequences all hidden states are wanted;
     of the others only one is: the first token's, or with *keeps_last* the last one's.
@@ -117,7 +120,10 @@ def pack_micro_batch(
     gather = np.zeros((len(members), length_size), np.int32)
     gather.reshape(-1)[place] = token
     bias = np.full((len(members), 1, 1, length_size), HIDDEN_SCORE, np.float32)
-    bias.reshape(-1)[place] = 0
+    is_seen = (
+        slice(None) if seen_lengths is None else offset < seen_lengths[members].repeat(lengths)
+    )
+    bias.reshape(-1)[place[is_seen]] = 0
 
     pooled = offset == (np.repeat(lengths, lengths) - 1 if keeps_last else 0)
     wanted = np.repeat(whole[members], lengths) | pooled  # [tokens]

@@ -32,7 +32,7 @@ from trivec.core.types import (
     Vectors,
 )
 from trivec.models.ops import ModelConfig
-from trivec.models.pooling import HiddenRows, Pooling
+from trivec.models.pooling import HiddenRows, MultiHead, Pooling
 from trivec.models.registry import plan_of
 
 LONG_TOKENS = 2 * MICRO_BATCH_BUDGET.tokens_max
@@ -186,6 +186,9 @@ class Session:
 
     def _pack(self, batch: Batch, whole: NDArray[np.bool_]) -> Iterator[MicroBatch]:
         """The micro-batches of *batch*; *whole*: where every token's hidden state is wanted."""
+        head, seen_lengths = self._pooler.token_head, None
+        if isinstance(head, MultiHead) and head.unattended_token_id is not None:
+            seen_lengths = head.seen_lengths(batch.token_ids, batch.cu_seqlens)
         for members in plan_micro_batches(np.diff(batch.cu_seqlens)):
             yield pack_micro_batch(
                 batch,
@@ -193,6 +196,7 @@ class Session:
                 whole=whole,
                 keeps_last=self._pooler.token is Pooling.LAST,
                 position_offset=self._config.position_offset,
+                seen_lengths=seen_lengths,
             )
 
     def _infer(self, packed: MicroBatch, slot: int) -> Sequence[ov.Tensor]:

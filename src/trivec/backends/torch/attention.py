@@ -81,10 +81,13 @@ def plan_reference(cu_seqlens: Tensor, lengths: tuple[int, ...]) -> Attend:
     return attend
 
 
-def plan_grouped(cu_seqlens: Tensor, lengths: tuple[int, ...]) -> Attend:
+def plan_grouped(
+    cu_seqlens: Tensor, lengths: tuple[int, ...], seen_lengths: tuple[int, ...] = ()
+) -> Attend:
     """Sequences of like lengths padded together: for devices and types without a packed kernel.
 
-    Equal lengths are not padded at all, and the padding never leaves this function.
+    Equal lengths are not padded at all, and the padding never leaves this function. *seen_lengths*:
+    so many leading tokens of each sequence are attended to; none: all are.
     """
 
     def upload(array: NDArray[np.generic]) -> Tensor:
@@ -102,7 +105,10 @@ def plan_grouped(cu_seqlens: Tensor, lengths: tuple[int, ...]) -> Attend:
         columns = np.arange(own_lengths.max())
         is_token = columns < own_lengths  # [sequences, longest]
         places = starts[sequences, None] + np.where(is_token, columns, 0)  # [sequences, longest]
-        mask = None if is_token.all() else upload(is_token[:, None, None])
+        is_seen = is_token
+        if seen_lengths:
+            is_seen = columns < np.array(seen_lengths)[sequences, None]
+        mask = None if is_seen.all() else upload(is_seen[:, None, None])
         unpadded = upload(np.flatnonzero(is_token))
         groups.append((upload(places), unpadded, upload(places[is_token]), mask))
 

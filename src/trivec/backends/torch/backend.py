@@ -119,14 +119,15 @@ class DeviceModel:
 
         It holds no memory of the device: the stream's next batch may have it at once.
         """
-        captured = () if self.graphs is None else self.graphs.captured
+        seen_lengths = self._heads.seen_lengths(batch)
+        captured = () if self.graphs is None or seen_lengths else self.graphs.captured
         shape = choose_shape(batch.token_count, len(batch), captured)
         position_offset = self.encoder.config.position_offset
         buffer, lengths = pack(batch, position_offset=position_offset, shape=shape)
         if self.graphs is not None and shape is not None:
             packed, hidden = self.graphs.replay(shape, buffer)
         else:
-            packed = PackedBatch.view(self.stream.upload(buffer), lengths)
+            packed = PackedBatch.view(self.stream.upload(buffer), lengths, seen_lengths)
             hidden = self.encoder(packed)
         return self.stream.download(self._heads.launch(hidden, packed, batch, self.stream.upload))
 

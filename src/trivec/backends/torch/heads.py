@@ -124,12 +124,19 @@ class DeviceHeads:
             return Vectors.of(score=pooled)
         return Vectors.of(pooled, sparse, multi, chunks=chunks)
 
+    def seen_lengths(self, batch: Batch) -> tuple[int, ...]:
+        """How many leading tokens of each sequence others attend to; none where it is all of them."""
+        head = self._pooler.token_head
+        if not isinstance(head, MultiHead) or head.unattended_token_id is None:
+            return ()
+        return tuple(head.seen_lengths(batch.token_ids, batch.cu_seqlens).tolist())
+
     def _multi_tokens(self, batch: Batch) -> Int32Array:
         """Indices of the tokens that have a row of their own: int32 `[rows]`, ascending."""
         head = self._pooler.token_head
         tokens = _tokens_wanting(batch, Output.MULTI)
         if isinstance(head, MultiHead):
-            return tokens[~np.isin(batch.token_ids[tokens], head.skipped_token_ids)]
+            return tokens[head.has_row(batch.token_ids, batch.cu_seqlens)[tokens]]
         # The first token, <s>, has no vector.
         return tokens[~np.isin(tokens, batch.cu_seqlens[:-1], assume_unique=True)]
 

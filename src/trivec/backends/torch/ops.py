@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trivec.backends.torch.attention import REFERENCE, Attention
+from trivec.backends.torch.attention import REFERENCE, Attention, plan_grouped
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.types import Batch, Int32Array
 from trivec.models import registry
@@ -89,14 +89,16 @@ class PackedBatch:
     sequence_ids: Tensor  # int32 [tokens]: the sequence a token is of
     cu_seqlens: Tensor  # int32 [sequences + 1]
     lengths: tuple[int, ...]  # [sequences]
+    seen_lengths: tuple[int, ...] = ()  # leading tokens that others attend to; none: all of them
 
     @classmethod
-    def view(cls, buffer: Tensor, lengths: tuple[int, ...]) -> "PackedBatch":
+    def view(
+        cls, buffer: Tensor, lengths: tuple[int, ...], seen_lengths: tuple[int, ...] = ()
+    ) -> "PackedBatch":
         """*buffer*: int32 `[4 * tokens + sequences + 1]`, the fields end to end."""
         rows = buffer[: -len(lengths) - 1].view(4, -1)
-        token_ids, positions, token_types, sequence_ids = rows.unbind()
         cu_seqlens = buffer[-len(lengths) - 1 :]
-        return cls(token_ids, positions, token_types, sequence_ids, cu_seqlens, lengths)
+        return cls(*rows.unbind(), cu_seqlens, lengths, seen_lengths)
 
 
 class BlockOps:
@@ -192,7 +194,10 @@ class PackedOps(BlockOps):
     def __init__(self, encoder: Encoder, packed: PackedBatch) -> None:
         super().__init__(encoder.weights, encoder.dtype)
         self._encoder = encoder
-        self._attend = encoder.attention.plan(packed.cu_seqlens, packed.lengths)
+        if packed.seen_lengths:
+            self._attend = plan_grouped(packed.cu_seqlens, packed.lengths, packed.seen_lengths)
+        else:
+            self._attend = encoder.attention.plan(packed.cu_seqlens, packed.lengths)
         self._indices = {
             Index.ID: packed.token_ids,
             Index.TYPE: packed.token_types,
