@@ -124,6 +124,33 @@ def test_token_vectors_equal_the_twin(tmp_path: Path) -> None:
         np.testing.assert_allclose(own, expected, atol=2e-5, rtol=0)
 
 
+def test_queries_have_every_row_and_nothing_sees_what_fills_them_up(tmp_path: Path) -> None:
+    """By themselves, beside others, and with fewer fillers the same."""
+    weight = np.random.default_rng(0).standard_normal((48, HIDDEN)).astype(np.float32)
+    marker, filler = 4, 6
+    head = MultiHead((HeadLinear(weight, None),), True, (7, 8), marker, filler)
+    checkpoint = opened(write_masked_lm(tmp_path / "model"))
+    backend = fp32(replace(checkpoint, token_head=head), tmp_path / "kept")
+    query, document = [2, marker, 7, 9, 3], [2, 5, 7, 9, filler, 8, 3]
+    texts = [query + 11 * [filler], document, query + 2 * [filler], query, random_ids([300])[0]]
+    found = backend.run(batch_of(texts, Output.MULTI), slot=0).multi
+    assert [len(rows) for rows in found if rows is not None][:4] == [16, 5, 7, 5]
+    for ids, rows in zip(texts, found, strict=True):
+        alone = backend.run(batch_of([ids], Output.MULTI), slot=0).multi[0]
+        assert rows is not None
+        assert alone is not None
+        assert alone.tobytes() == rows.tobytes()
+    filled, without = found[0], found[3]
+    assert filled is not None
+    assert without is not None
+    np.testing.assert_allclose(filled[:5], without, atol=2e-6, rtol=0)
+    plain = replace(head, unattended_token_id=None)
+    backend = fp32(replace(checkpoint, token_head=plain), tmp_path / "kept")
+    seen = backend.run(batch_of(texts[:1], Output.MULTI), slot=0).multi[0]
+    assert seen is not None
+    assert np.abs(seen[:5] - without).max() > 1e-3
+
+
 def test_layers_after_pooling_equal_the_twin(tmp_path: Path) -> None:
     """Two poolings, a Dense module with tanh, a LayerNorm, L2, and the first numbers of it."""
     folder = write_masked_lm(tmp_path / "model")

@@ -23,7 +23,7 @@ from trivec.core.errors import (
     TextTooLong,
     TokenIdUnknown,
 )
-from trivec.core.types import LongText, Sequences, TokenRules, Truncated
+from trivec.core.types import LongText, MarkedTexts, Sequences, TokenRules, Truncated
 from trivec.tokenizer import JOB_CHARACTERS_MAX, Tokenizer
 
 T = TypeVar("T")
@@ -531,3 +531,41 @@ async def test_a_static_model_s_text_has_no_special_tokens_and_at_least_one_toke
     assert found.truncated == {4: Truncated(6, 4)}
     ids = await tokenizer.tokenize([np.array([4, UNKNOWN], np.int32)], long_text=LongText.REFUSE)
     assert ids_of(ids) == [[4]]
+
+
+QUERY = MarkedTexts("w9", 13, token_count_max=6, filler_id=19, filled_to=6)
+DOCUMENT = MarkedTexts("[D] ", 14, token_count_max=5)
+COLBERT = TokenRules(marked=(QUERY, DOCUMENT))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "ids"),
+    [
+        pytest.param("w9 ", text_of(0), [0, 13, 4, 2, 19, 19], id="a-query-is-filled-up"),
+        pytest.param("w9 w1 ", text_of(0), [0, 13, 5, 4, 2, 19], id="whose-prompt-says-more"),
+        pytest.param("w9", text_of(*range(8)), [0, 13, 4, 5, 6, 2], id="and-cut"),
+        pytest.param("[D] ", text_of(0), [0, 14, 4, 2], id="a-document-is-not"),
+        pytest.param("[D] ", text_of(*range(8)), [0, 14, 4, 5, 2], id="but-cut"),
+        pytest.param("", text_of(0), [0, 4, 2], id="a-text-without-a-prompt-is-neither"),
+        pytest.param("", "w9 w0", [0, 13, 4, 2], id="nor-one-that-begins-like-it"),
+    ],
+)
+async def test_a_prompt_s_marker_is_one_token_after_the_opening_one(
+    prompt: str, text: str, ids: list[int], tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    tokenizer = saved(word_codec(), tmp_path, pool, rules=COLBERT, token_count_max=20)
+    texts = [text] * 3
+    found = await tokenizer.tokenize(texts, long_text=LongText.CUT_END, prompt=prompt)
+    assert ids_of(found) == [ids] * 3
+    assert {cut.kept_tokens for cut in found.truncated.values()} <= {len(ids)}
+
+
+async def test_a_query_that_is_longer_than_the_model_fills_up_is_told_even_where_it_is_kept(
+    tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    tokenizer = saved(word_codec(), tmp_path, pool, rules=COLBERT, token_count_max=20)
+    text = text_of(*range(8))
+    kept = await tokenizer.tokenize([text], long_text=LongText.KEEP, prompt="w9")
+    assert kept.truncated == {0: Truncated(11, 6)}
+    with pytest.raises(TextTooLong, match="11 tokens"):
+        await tokenizer.tokenize([text], long_text=LongText.REFUSE, prompt="w9")

@@ -20,10 +20,10 @@ from trivec.core.types import MarkedTexts
 
 Length = Annotated[int, Meta(ge=4, le=8192)]
 QUERY_LENGTH = 32  # where nothing is said, as in all of the layouts' own code
-PYLATE_KEYS = (
-    "query_prefix", "document_prefix", "query_length", "document_length", "do_query_expansion",
-    "attend_to_expansion_tokens", "skiplist_words",
+PYLATE_OWN = (
+    "query_prefix", "document_prefix", "do_query_expansion", "attend_to_expansion_tokens"
 )  # fmt: skip
+PYLATE_KEYS = (*PYLATE_OWN, "query_length", "document_length", "skiplist_words")
 
 
 class _Expansion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,7 +67,7 @@ def read_colbert(
     """
     if (folder / COLBERT_FILE).is_file():
         said = _as_stanford_says(read_json(folder / COLBERT_FILE, dict[str, Any]))
-    elif {*said} & {*PYLATE_KEYS} and "query_expansion" not in said:
+    elif {*said} & {*PYLATE_OWN}:
         said = _as_pylate_says(said, prompts)
     try:
         found = msgspec.convert(
@@ -142,7 +142,8 @@ def _as_pylate_says(said: Mapping[str, Any], prompts: Mapping[str, str]) -> dict
 
 def _marked(codec: tokenizers.Tokenizer, prompt: str, length: int | None) -> MarkedTexts | None:
     """Texts behind *prompt*, where that begins with a token of the vocabulary, as a whole or a word."""
-    for marker in (prompt, *prompt.split(maxsplit=1)[:1]):
+    word = prompt.partition(" ")[0]
+    for marker in (prompt, f"{word} ", word):
         if marker and (token_id := codec.token_to_id(marker)) is not None:
             return MarkedTexts(marker, token_id, length)
     return None
