@@ -179,6 +179,8 @@ def test_what_changes_a_family_s_vectors_is_refused_by_name(
     ("changed", "reason"),
     [
         pytest.param({"model_type": "t5"}, "model_type is 't5'", id="an-unknown-family"),
+        pytest.param({"lora_adaptations": ["retrieval.query"]}, "adapter for each task", id="jina-3"),
+        pytest.param({"model_type": "jina_embeddings_v3"}, "adapter for each", id="jina-3-of-5"),
         pytest.param({"model_type": ["bert"]}, "model_type is", id="a-family-that-is-a-list"),
         pytest.param({"hidden_act": "relu"}, "hidden_act", id="another-activation"),
         pytest.param({"auto_map": {"AutoModel": "x"}}, "run code", id="code-of-its-own"),
@@ -191,3 +193,11 @@ def test_what_changes_a_family_s_vectors_is_refused_by_name(
 def test_what_is_not_understood_is_refused_by_name(changed: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         registry.read_config({**CONFIG, **changed})
+
+
+@pytest.mark.parametrize(("changed", "is_near"), [({}, True), ({"mlp_bias": True}, False)])
+def test_half_precision_is_not_chosen_where_it_is_known_to_be_far_from_fp32(
+    changed: dict[str, Any], is_near: bool
+) -> None:
+    config = registry.read_config({**CONFIG, "model_type": "modernbert", **changed})
+    assert (config.fp32_reason is None) == is_near

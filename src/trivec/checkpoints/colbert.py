@@ -144,7 +144,7 @@ def _marked(codec: tokenizers.Tokenizer, prompt: str, length: int | None) -> Mar
     """Texts behind *prompt*, where that begins with a token of the vocabulary, as a whole or a word."""
     word = prompt.partition(" ")[0]
     for marker in (prompt, f"{word} ", word):
-        if marker and (token_id := codec.token_to_id(marker)) is not None:
+        if marker.strip() and (token_id := codec.token_to_id(marker)) is not None:
             return MarkedTexts(marker, token_id, length)
     return None
 

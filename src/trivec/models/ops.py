@@ -181,6 +181,11 @@ class ModelConfig:
         """Rows of the table of token types; 0 where the family has none."""
         return getattr(self, "type_vocab_size", 0)
 
+    @property
+    def fp32_reason(self) -> str | None:
+        """Why `auto` never takes half precision, in a clause; None where it may."""
+        return None
+
 
 class Ops(Protocol[T]):
     """A backend's ops on packed tokens. *T* stands for rows `[tokens, width]`.

@@ -161,6 +161,11 @@ def read_config(config: Mapping[str, object]) -> ModelConfig:
     model_type = config.get("model_type")
     if model_type == "bert" and config.get("position_embedding_type") == "alibi":
         model_type = jina_bert.FAMILY_NAME
+    if model_type == "jina_embeddings_v3" or config.get("lora_adaptations"):
+        raise ValueError(
+            "it is jina-embeddings v3, which keeps an adapter for each task beside its weights, and "
+            "none is merged here. Take jina-embeddings v2, or another multilingual model"
+        )
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             f"model_type is {model_type!r}; served are models of the families {', '.join(FAMILIES)}"

@@ -174,7 +174,10 @@ class TorchBackend:
         """
         hardware = find_devices()
         chosen = choose_device(device, hardware)
-        precision, precision_reason = choose_precision(precision, chosen, hardware)
+        asked, fp32_reason = precision, checkpoint.config.fp32_reason
+        precision, precision_reason = choose_precision(asked, chosen, hardware)
+        if asked == "auto" and precision != "fp32" and fp32_reason is not None:
+            precision, precision_reason = "fp32", f"auto: fp32, since {fp32_reason}"
         # These are the process's own: fp32 means fp32, and sums of half-precision products are
         # never rounded in between.
         torch.set_float32_matmul_precision("highest")
