@@ -339,7 +339,8 @@ class Recorder:
             assert up.out % experts.num_experts == 0
             self._plan.shapes[f"{self._at}{experts.router}.weight"] = (experts.num_experts, x.width)
         (inner,) = self.linear(x, up)
-        return self.linear(Traced(inner.width, activation=activation), down)[0]
+        made_by = activation if experts is None else None  # its numbers are then weighted
+        return self.linear(Traced(inner.width, activation=made_by), down)[0]
 
     def gated_mlp(
         self, x: Traced, gate: Linear, up: Linear, down: Linear, activation: Activation

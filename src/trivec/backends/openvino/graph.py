@@ -37,6 +37,7 @@ from trivec.models.ops import (
 INT8_MAX, UINT8_MAX = 127.0, 255.0
 LARGEST_FLOOR = 1e-10  # a token of zeros is divided by this instead of by zero
 LINES = {Index.ID: TOKEN_ID, Index.TYPE: TOKEN_TYPE, Index.POSITION: POSITION}
+EXPERT_ROWS = 16  # an expert computes a multiple of so many: its kernels' bits depend on the count
 BY_HEAD = np.array([0, 2, 1, 3])  # [sequences, length, heads, width] and back
 
 
@@ -80,7 +81,7 @@ def build_graph(
     gather = op.parameter([-1, -1], np.int32, name="gather")
     bias = op.parameter([-1, 1, 1, -1], np.float32, name="bias")
     kept = op.parameter([2, -1], np.int32, name="kept")
-    ops = GraphOps(tokens, gather, bias, kept, tensors, scheme)
+    ops = GraphOps(tokens, gather, bias, kept, tensors, scheme, is_calibrating=with_statistics)
     outputs = [ops.rows(registry.forward(ops, model))]
     if with_statistics:
         outputs += [*ops.statistics, *ops.blocks]
@@ -98,6 +99,7 @@ class GraphOps:
     tensors: Tensors
     scheme: QuantScheme
     at: str = ""
+    is_calibrating: bool = False
     # Of each input of linear layers in turn a channel's max |x|, and then its mean: [in].
     statistics: list[Node] = field(default_factory=list)
     blocks: list[Node] = field(default_factory=list)  # the output of each layer: [tokens, hidden]
@@ -209,16 +211,19 @@ class GraphOps:
         activation: Activation,
         experts: Experts | None = None,
     ) -> Rows:
-        """With *experts* all of them are computed, and those that a token does not go through get
-        weight 0: so its bits are its own, at num_experts / top_k times the work.
+        """With *experts* see `_mixed`; while calibrating all of them are computed, each for every
+        token, since statistics are of the layers as the plan has them.
         """
         x = self.rows(x)
+        if experts is not None and not self.is_calibrating:
+            return self._mixed(x, up, down, activation, experts)
         inner = activated(self.linear(x, up)[0], activation)
-        if experts is not None:
-            by_expert = _in_heads(inner, up.out // experts.num_experts)
-            weights = op.unsqueeze(self._expert_weights(x, experts), integer(-1))
-            inner = _flat(op.multiply(by_expert, weights))
-        return self.linear(inner, down, shift=SHIFTS.get(activation, 0.0))[0]
+        if experts is None:
+            return self.linear(inner, down, shift=SHIFTS.get(activation, 0.0))[0]
+        weights, chosen = self._routed(x, experts)
+        weights = op.unsqueeze(op.multiply(weights, op.convert(chosen, "f32")), integer(-1))
+        by_expert = _in_heads(inner, up.out // experts.num_experts)
+        return self.linear(_flat(op.multiply(by_expert, weights)), down)[0]
 
     def gated_mlp(
         self, x: Rows, gate: Linear, up: Linear, down: Linear, activation: Activation
@@ -226,13 +231,69 @@ class GraphOps:
         gates, inner = self.linear(x, gate, up)
         return self.linear(op.multiply(activated(gates, activation), inner), down)[0]
 
-    def _expert_weights(self, x: Node, experts: Experts) -> Node:
-        """How much each expert has of each token: `[tokens, num_experts]`; the router is never int8."""
+    def _routed(self, x: Node, experts: Experts) -> tuple[Node, Node]:
+        """Of each token the experts' shares, float32, and whether it goes through them, int32: each
+        `[tokens, num_experts]`. The router is never int8.
+        """
         router = constant(self.tensors[f"{self.at}{experts.router}.weight"])
-        weights = op.softmax(op.matmul(x, router, False, True), -1)
-        top = op.topk(weights, op.constant(np.int32(experts.top_k)), -1, "max", "value").output(0)
-        least = op.reduce_min(top, op.constant(np.array([-1])), True)
-        return op.select(op.greater_equal(weights, least), weights, number(0.0))
+        shares = op.softmax(op.matmul(x, router, False, True), -1)
+        best = op.topk(shares, op.constant(np.int32(experts.top_k)), -1, "max", "value").output(1)
+        count = op.constant(np.int32(experts.num_experts))
+        ones = op.one_hot(best, count, op.constant(np.int32(1)), op.constant(np.int32(0)), -1)
+        return shares, op.reduce_max(ones, op.constant(np.array([1])))
+
+    def _mixed(
+        self, x: Node, up: Linear, down: Linear, activation: Activation, experts: Experts
+    ) -> Node:
+        """down(activation(up(x)) * share), summed over the experts that a token goes through.
+
+        Each expert gathers its own tokens, and as many copies of the first as make a multiple of
+        `EXPERT_ROWS`. A token then adds up its rows in the experts' order, so its bits are its own.
+        """
+        shares, chosen = self._routed(x, experts)
+        step, axis = op.constant(np.int32(EXPERT_ROWS)), op.constant(np.array(0))
+        counts = op.reduce_sum(chosen, axis)  # [experts]
+        rounded = op.multiply(
+            op.divide(op.add(counts, op.constant(np.int32(EXPERT_ROWS - 1))), step), step
+        )
+        rounded = op.maximum(rounded, step)
+        firsts = op.cum_sum(rounded, axis, True)
+        # Where each token's row of an expert is, among the rows of all of them: [tokens, experts].
+        places = op.add(op.cum_sum(chosen, axis, True), firsts)
+        rows = []
+        for expert in range(experts.num_experts):
+            own = replace(self, tensors=self._of_expert(expert, up, down, experts.num_experts))
+            at = integer(expert)
+            tokens = op.squeeze(op.non_zero(gathered(chosen, at, axis=1), "i32"), axis)
+            missing = op.subtract(gathered(rounded, at), gathered(counts, at))
+            copies = op.broadcast(op.constant(np.int32(0)), op.unsqueeze(missing, axis))
+            tokens = op.concat([tokens, copies], 0)
+            inner = activated(own.linear(gathered(x, tokens), up)[0], activation)
+            share = op.unsqueeze(gathered(gathered(shares, at, axis=1), tokens), integer(-1))
+            rows.append(own.linear(op.multiply(inner, share), down)[0])
+        made = op.concat(rows, 0)
+        ids = op.topk(
+            op.convert(chosen, "f32"), op.constant(np.int32(experts.top_k)), -1, "max", "index"
+        ).output(1)
+        mine = op.gather_elements(places, ids, 1)  # [tokens, top_k]
+        total = constant(self.tensors[f"{self.at}{down.name}.bias"])
+        for k in range(experts.top_k):
+            total = op.add(gathered(made, gathered(mine, integer(k), axis=1)), total)
+        return total
+
+    def _of_expert(self, expert: int, up: Linear, down: Linear, count: int) -> Tensors:
+        """The tensors of one expert's two layers, without the bias that all of them share."""
+        own: dict[str, NDArray[np.generic]] = {}
+        for name, parts in (
+            (up.name, {"weight": 0, "scale": 0, "bias": 0, "channel_scale": None}),
+            (down.name, {"weight": 1, "scale": None, "channel_scale": 0}),
+        ):
+            for part, axis in parts.items():
+                if (found := self.tensors.get(f"{self.at}{name}.{part}")) is not None:
+                    whole = axis is None
+                    one = found if whole else np.split(found, count, axis)[expert]
+                    own[f"{self.at}{name}.{part}"] = one
+        return own
 
     def keep(self, x: Rows) -> Rows:
         """Gather the kept tokens; of attention's output, from its padded places at once."""
