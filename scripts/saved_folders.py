@@ -52,7 +52,8 @@ def cases() -> dict[str, tuple[Callable[[], Modules], dict[str, Any]]]:
 
     def layer_norm(width: int) -> Any:
         made = models.LayerNorm(width)
-        made.norm.weight.data, made.norm.bias.data = (torch.from_numpy(numbers(width)),) * 2
+        made.norm.weight.data = torch.from_numpy(numbers(width))
+        made.norm.bias.data = torch.from_numpy(numbers(width))
         return made
 
     def pooling(mode: str, **settings: Any) -> Any:

@@ -5,7 +5,7 @@ run along one row or one sequence, and matrix products are made per sequence, si
 kernel by the number of rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, TypeAlias
@@ -16,7 +16,12 @@ from numpy.typing import NDArray
 from trivec.core.types import Float32Array, Int32Array, Output, SparseVector, Vectors
 
 LENGTH_FLOOR = 1e-12  # as torch.nn.functional.normalize: a zero row stays zero
-SPLADE_TOKENS = 64  # whose logits are in memory at once: 8 MB at 30,522 words, 64 MB at 250,002
+SPLADE_ROWS = 64  # whose logits are in memory at once: 8 MB at 30,522 words, 64 MB at 250,002
+
+LogitsOf: TypeAlias = Callable[[Float32Array], Float32Array]
+"""A SPLADE head where it runs: at most `SPLADE_ROWS` hidden states to `[rows, vocabulary]`, which may
+be memory that the next call overwrites. A row's bits depend on that row alone.
+"""
 
 
 class Pooling(Enum):
@@ -197,12 +202,12 @@ class Pooler:
         single = self.pooling[0] if len(self.pooling) == 1 else None
         return single if single in (Pooling.CLS, Pooling.LAST) else None
 
-    def vectors(self, rows: HiddenRows) -> Vectors:
+    def vectors(self, rows: HiddenRows, logits_of: LogitsOf | None = None) -> Vectors:
         """All that was asked for, one entry a sequence, none of it a view of `rows.hidden`.
 
         Dense: the pooled row through the layers, L2-normalised and cut where the model says so.
         Sparse (BGE-M3): relu(H Wsᵀ + bs), the maximum a token id. Multi: H[1:] Wcᵀ + bc, each row
-        L2-normalised.
+        L2-normalised. SPLADE's head is *logits_of*.
         """
         pooled = self._pooled(rows) if self.pooling else None
         sparse: list[SparseVector | None] = [None] * len(rows.outputs)
@@ -211,7 +216,8 @@ class Pooler:
             _fill_sparse(self.heads, rows, sparse)
             _fill_multi(self.heads, rows, multi)
         if isinstance(self.token_head, SpladeHead):
-            _fill_splade(self.token_head, rows, sparse)
+            assert logits_of is not None, "a backend runs the head"
+            _fill_splade(self.token_head, rows, sparse, logits_of)
         elif isinstance(self.token_head, MultiHead):
             _fill_colbert(self.token_head, rows, multi)
         if self.is_score:
@@ -339,17 +345,33 @@ def _fill_multi(heads: Heads, rows: HiddenRows, multi: list[Float32Array | None]
         multi[i] = _unit(own @ heads.multi_weight.T + heads.multi_bias)
 
 
-def _fill_splade(head: SpladeHead, rows: HiddenRows, sparse: list[SparseVector | None]) -> None:
+def _fill_splade(
+    head: SpladeHead, rows: HiddenRows, sparse: list[SparseVector | None], logits_of: LogitsOf
+) -> None:
     """Weights of the words that the tokens of each sequence that asked suggest."""
-    for i in _asked(rows, Output.SPARSE).tolist():
-        own = rows.hidden[rows.cu_seqlens[i] : rows.cu_seqlens[i + 1]]  # [tokens, hidden]
-        pieces = [own[begin : begin + SPLADE_TOKENS] for begin in range(0, len(own), SPLADE_TOKENS)]
-        logits = through(head.layers, pieces[0]).max(axis=0)  # [vocabulary]
-        for piece in pieces[1:]:
-            np.maximum(logits, through(head.layers, piece).max(axis=0), out=logits)
-        ids = np.flatnonzero(~(logits <= 0)).astype(np.int32)  # NaN is kept on purpose
-        weights = np.log1p(logits[ids])
-        sparse[i] = SparseVector(ids, np.log1p(weights) if head.takes_log_twice else weights)
+    asked = _asked(rows, Output.SPARSE)
+    lengths = np.diff(rows.cu_seqlens)
+    owners = np.repeat(np.arange(len(lengths)), lengths)  # [rows]
+    wanted = np.flatnonzero(np.isin(owners, asked))
+    best: dict[int, Float32Array] = {}  # by sequence the largest logit of each word
+    for begin in range(0, len(wanted), SPLADE_ROWS):
+        piece = wanted[begin : begin + SPLADE_ROWS]
+        logits = logits_of(rows.hidden[piece])
+        found, firsts = np.unique(owners[piece], return_index=True)
+        for i, own in zip(found.tolist(), np.split(logits, firsts[1:]), strict=True):
+            largest = own.max(axis=0)
+            best[i] = np.maximum(best[i], largest) if i in best else largest
+        for i in [one for one in best if one != owners[piece[-1]]]:
+            sparse[i] = _weighed(head, best.pop(i))
+    for i, logits in best.items():
+        sparse[i] = _weighed(head, logits)
+
+
+def _weighed(head: SpladeHead, logits: Float32Array) -> SparseVector:
+    """The weights of the words whose *logits* `[vocabulary]` are above 0."""
+    ids = np.flatnonzero(~(logits <= 0)).astype(np.int32)  # NaN is kept on purpose
+    weights = np.log1p(logits[ids])
+    return SparseVector(ids, np.log1p(weights) if head.takes_log_twice else weights)
 
 
 def _fill_colbert(head: MultiHead, rows: HiddenRows, multi: list[Float32Array | None]) -> None:

@@ -8,7 +8,7 @@ kernel; one FakeQuantize on integers before it makes the activations int8 with o
 products of attention, its mask and softmax become one kernel where all of them have one type.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -19,7 +19,7 @@ from openvino import Node, Output
 from openvino import opset15 as op
 
 from trivec.backends.openvino.packing import HIDDEN_SCORE, PLACE, POSITION, TOKEN_ID, TOKEN_TYPE
-from trivec.backends.openvino.quantise import SHIFTS, QuantScheme, Tensors
+from trivec.backends.openvino.quantise import SHIFTS, QuantScheme, Tensors, quantise
 from trivec.models import registry
 from trivec.models.ops import (
     Activation,
@@ -33,11 +33,17 @@ from trivec.models.ops import (
     Rope,
     Table,
 )
+from trivec.models.pooling import HeadLayer, HeadNorm, Nonlinearity
 
 INT8_MAX, UINT8_MAX = 127.0, 255.0
 LARGEST_FLOOR = 1e-10  # a token of zeros is divided by this instead of by zero
 LINES = {Index.ID: TOKEN_ID, Index.TYPE: TOKEN_TYPE, Index.POSITION: POSITION}
 EXPERT_ROWS = 16  # an expert computes a multiple of so many: its kernels' bits depend on the count
+NONLINEARITIES: Mapping[Nonlinearity, Callable[[Node], Node]] = {
+    Nonlinearity.TANH: op.tanh,
+    Nonlinearity.GELU: lambda x: op.gelu(x, "erf"),
+    Nonlinearity.RELU: op.relu,
+}
 BY_HEAD = np.array([0, 2, 1, 3])  # [sequences, length, heads, width] and back
 
 
@@ -86,6 +92,33 @@ def build_graph(
     if with_statistics:
         outputs += [*ops.statistics, *ops.blocks]
     return ov.Model([op.result(node) for node in outputs], [tokens, gather, bias, kept])
+
+
+def build_head(layers: Sequence[HeadLayer], scheme: QuantScheme, *, rows: int) -> ov.Model:
+    """The graph of a head's *layers*: float32 `[rows, in]` to `[rows, out]`.
+
+    In int8 its last layer is, the one with a row for each word; what is before that is small.
+    """
+    x = op.parameter([rows, layers[0].weight.shape[-1]], np.float32, name="rows")
+    tensors: dict[str, NDArray[np.generic]] = {}
+    for i, layer in enumerate(layers):
+        tensors[f"{i}.weight"] = layer.weight
+        if layer.bias is not None:
+            tensors[f"{i}.bias"] = layer.bias
+    if scheme.is_int8:
+        last = len(layers) - 1
+        tensors[f"{last}.weight"], tensors[f"{last}.scale"] = quantise(layers[last].weight)
+    ops, node = GraphOps(x, x, x, x, tensors, scheme), x
+    for i, layer in enumerate(layers):
+        if isinstance(layer, HeadNorm):
+            node = ops.rows(
+                ops.layer_norm(node, str(i), eps=layer.eps, bias=layer.bias is not None)
+            )
+            continue
+        (node,) = ops.linear(node, Linear(str(i), len(layer.weight)))
+        if (after := NONLINEARITIES.get(layer.nonlinearity)) is not None:
+            node = after(node)
+    return ov.Model([op.result(node)], [x])
 
 
 @dataclass(slots=True)

@@ -7,12 +7,13 @@ import ctypes
 import mmap
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from trivec.backends.openvino.graph import build_graph
+from trivec.backends.openvino.graph import build_graph, build_head
 from trivec.backends.openvino.packing import (
     MICRO_BATCH_BUDGET,
     MicroBatch,
@@ -32,7 +33,7 @@ from trivec.core.types import (
     Vectors,
 )
 from trivec.models.ops import ModelConfig
-from trivec.models.pooling import HiddenRows, MultiHead, Pooling
+from trivec.models.pooling import SPLADE_ROWS, HiddenRows, MultiHead, Pooling, SpladeHead
 from trivec.models.registry import plan_of
 
 LONG_TOKENS = 2 * MICRO_BATCH_BUDGET.tokens_max
@@ -139,6 +140,15 @@ class Session:
             self._compiled[slot // streams].create_infer_request() for slot in range(slot_count)
         ]
         self._pooler = checkpoint.pooler
+        self._head_requests = []
+        if isinstance(self._pooler.token_head, SpladeHead):
+            head = build_head(self._pooler.token_head.layers, scheme, rows=SPLADE_ROWS)
+            compiled = [
+                core.compile_model(head, "CPU", properties) for _ in range(slot_count // streams)
+            ]
+            self._head_requests = [
+                compiled[slot // streams].create_infer_request() for slot in range(slot_count)
+            ]
         self._config = checkpoint.config
         self._mapped = mappings_of(tensors.values())  # tables are read from these as needed
         self._lock = threading.Lock()  # of the two below
@@ -163,11 +173,21 @@ class Session:
                 skip=None if batch.skip is None else batch.skip[packed.members],
                 chunks=None if batch.chunks is None else [batch.chunks[i] for i in packed.members],
             )
-            parts.append(self._pooler.vectors(states))
+            parts.append(self._pooler.vectors(states, partial(self._logits, slot)))
             members.append(packed.members)
         if len(batch) == 1:
             return parts[0]
         return Vectors.join(parts, np.argsort(np.concatenate(members)))
+
+    def _logits(self, slot: int, hidden: Float32Array) -> Float32Array:
+        """A `models.pooling.LogitsOf`: always of so many rows, so that one's bits are its own."""
+        rows = np.zeros((SPLADE_ROWS, hidden.shape[1]), np.float32)
+        rows[: len(hidden)] = hidden
+        request = self._head_requests[slot]
+        request.set_input_tensor(0, ov.Tensor(rows, shared_memory=True))
+        request.infer(share_outputs=True)
+        logits: Float32Array = request.get_output_tensor(0).data[: len(hidden)]
+        return logits
 
     def hidden(self, token_ids: Int32Array, *, slot: int) -> Float32Array:
         """Last hidden states of one short text: a copy, `[tokens, hidden]`."""
