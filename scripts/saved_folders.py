@@ -12,6 +12,7 @@ modules are made by a formula, so that the test makes the same ones.
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,11 +60,14 @@ def cases() -> dict[str, tuple[Callable[[], Modules], dict[str, Any]]]:
     def pooling(mode: str, **settings: Any) -> Any:
         return models.Pooling(WIDTH, pooling_mode=mode, **settings)
 
+    def pooled(mode: str) -> Modules:
+        return [pooling(mode)]
+
     identity = {"bias": False, "activation_function": torch.nn.Identity()}
     poolings = ("cls", "mean", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens")
     prompts = {"prompts": {"query": "find what answers: "}, "default_prompt_name": "query"}
     return {
-        **{mode: (lambda mode=mode: [pooling(mode)], {}) for mode in poolings},
+        **{mode: (partial(pooled, mode), {}) for mode in poolings},
         "normalised": (lambda: [pooling("mean"), models.Normalize()], {}),
         "dense-tanh": (lambda: [pooling("mean"), dense(WIDTH), models.Normalize()], {}),
         "dense-identity": (lambda: [pooling("cls"), dense(WIDTH, **identity)], {}),
@@ -100,7 +104,10 @@ def main() -> None:
         found[name] = {"files": files, "products": np.round(products, 6).tolist()}
     FOLDER.mkdir(exist_ok=True)
     file = FOLDER / f"{'-'.join(versions.values())}.json"
-    file.write_text(json.dumps({"versions": versions, "cases": found}, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    file.write_text(
+        json.dumps({"versions": versions, "cases": found}, indent=1, ensure_ascii=False) + "\n",
+        "utf-8",
+    )
 
 
 if __name__ == "__main__":

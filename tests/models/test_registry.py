@@ -179,7 +179,9 @@ def test_what_changes_a_family_s_vectors_is_refused_by_name(
     ("changed", "reason"),
     [
         pytest.param({"model_type": "t5"}, "model_type is 't5'", id="an-unknown-family"),
-        pytest.param({"lora_adaptations": ["retrieval.query"]}, "adapter for each task", id="jina-3"),
+        pytest.param(
+            {"lora_adaptations": ["retrieval.query"]}, "adapter for each task", id="jina-3"
+        ),
         pytest.param({"model_type": "jina_embeddings_v3"}, "adapter for each", id="jina-3-of-5"),
         pytest.param({"model_type": ["bert"]}, "model_type is", id="a-family-that-is-a-list"),
         pytest.param({"hidden_act": "relu"}, "hidden_act", id="another-activation"),

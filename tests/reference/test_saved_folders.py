@@ -67,7 +67,9 @@ async def test_vectors_are_those_of_the_version_that_saved_the_folder(
     sequences = await read(checkpoint, list(TEXTS), prompt=prompt)
     flags = np.full(len(sequences), int(checkpoint.outputs), np.uint8)
     batch = Batch(sequences.token_ids, sequences.cu_seqlens, flags, skip=sequences.skip)
-    backend = OpenVinoBackend.load(checkpoint, precision="fp32", cores=1, cache_dir=tmp_path / "kept")
+    backend = OpenVinoBackend.load(
+        checkpoint, precision="fp32", cores=1, cache_dir=tmp_path / "kept"
+    )
     vectors = backend.run(batch, slot=0).dense
     products = vectors @ directions(vectors.shape[1]).T
     np.testing.assert_allclose(products, case["products"], atol=1e-4, rtol=0)
