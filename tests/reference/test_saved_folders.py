@@ -25,9 +25,9 @@ pytestmark = pytest.mark.reference
 
 SAVED = sorted((Path(__file__).parent / "saved").glob("*.json"))
 CASES = [
-    pytest.param(file, name, id=f"{file.stem}-{name}")
+    pytest.param(case, id=f"{file.stem}-{name}")
     for file in SAVED
-    for name in json.loads(file.read_text("utf-8"))["cases"]
+    for name, case in json.loads(file.read_text("utf-8"))["cases"].items()
 ]
 
 
@@ -56,11 +56,10 @@ def test_there_are_several_versions() -> None:
     assert len(SAVED) >= 3
 
 
-@pytest.mark.parametrize(("file", "name"), CASES)
+@pytest.mark.parametrize("case", CASES)
 async def test_vectors_are_those_of_the_version_that_saved_the_folder(
-    file: Path, name: str, tmp_path: Path
+    case: dict[str, Any], tmp_path: Path
 ) -> None:
-    case = json.loads(file.read_text("utf-8"))["cases"][name]
     write(tmp_path / "model", case["files"])
     checkpoint = open_checkpoint(str(tmp_path / "model"), cache_dir=tmp_path / "cache")
     prompt = checkpoint.prompts.get(checkpoint.default_prompt_name or "", "")
