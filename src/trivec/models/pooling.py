@@ -124,8 +124,9 @@ class MultiHead:
         is_query = (token_ids[starts] == self.query_token_id) | (
             token_ids[seconds] == self.query_token_id
         )
-        kept: NDArray[np.bool_] = ~np.isin(token_ids, self.skipped_token_ids)
-        return kept | np.repeat(is_query, np.diff(cu_seqlens))
+        found: NDArray[np.bool_] = ~np.isin(token_ids, self.skipped_token_ids)
+        found |= np.repeat(is_query, np.diff(cu_seqlens))
+        return found
 
     def seen_lengths(self, token_ids: Int32Array, cu_seqlens: Int32Array) -> Int32Array:
         """How many leading tokens of each sequence others attend to: int32 `[sequences]`, at least 1."""
