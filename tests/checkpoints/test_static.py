@@ -17,7 +17,7 @@ TABLE = np.random.default_rng(1).standard_normal((ROWS, WIDTH)).astype(np.float3
 MODEL2VEC = "sentence_transformers.models.StaticEmbedding"
 
 
-def write_static(folder: Path, *, at: str = "", **tensors: np.ndarray) -> Path:
+def write_static(folder: Path, tensors: dict[str, np.ndarray], *, at: str = "") -> Path:
     """A folder of *tensors*, in its part *at*, with the tokenizer of a tiny BERT."""
     write_tiny(folder, family="bert", heads=False)
     for file in [one for one in folder.rglob("*.*") if one.is_file()]:
@@ -51,7 +51,7 @@ def table_of(checkpoint: Checkpoint) -> np.ndarray:
 def test_a_table_of_sentence_transformers_is_served_as_it_is(
     at: str, tmp_path: Path, cache_dir: Path
 ) -> None:
-    folder = write_static(tmp_path / "model", at=at, **{"embedding.weight": TABLE})
+    folder = write_static(tmp_path / "model", {"embedding.weight": TABLE}, at=at)
     modules(folder, at, normalize=True)
     checkpoint = open_checkpoint(str(folder), cache_dir=cache_dir)
     assert checkpoint.normalize
@@ -66,7 +66,7 @@ def test_a_table_of_sentence_transformers_is_served_as_it_is(
 def test_model2vec_says_in_its_config_what_is_normalised_and_how_long_texts_are(
     has_modules: bool, tmp_path: Path, cache_dir: Path
 ) -> None:
-    folder = write_static(tmp_path / "model", embeddings=TABLE)
+    folder = write_static(tmp_path / "model", {"embeddings": TABLE})
     config = {"model_type": "model2vec", "normalize": has_modules, "max_length": 100}
     write(folder, "config.json", config)
     if has_modules:
@@ -83,7 +83,7 @@ def test_model2vec_says_in_its_config_what_is_normalised_and_how_long_texts_are(
 def test_a_length_that_is_not_said_is_model2vec_s_own(
     given: dict[str, object], read: int, tmp_path: Path, cache_dir: Path
 ) -> None:
-    folder = write_static(tmp_path / "model", embeddings=TABLE)
+    folder = write_static(tmp_path / "model", {"embeddings": TABLE})
     write(folder, "config.json", {"model_type": "model2vec", **given})
     assert open_checkpoint(str(folder), cache_dir=cache_dir).token_count_max == read
 
@@ -95,7 +95,8 @@ def test_a_quantised_vocabulary_is_unfolded_whatever_its_type(
     few = (8 * TABLE[:5]).astype(dtype)
     mapping = np.arange(ROWS) % 5
     shares = np.linspace(0, 1, ROWS)
-    folder = write_static(tmp_path / "model", embeddings=few, mapping=mapping, weights=shares)
+    tensors = {"embeddings": few, "mapping": mapping, "weights": shares}
+    folder = write_static(tmp_path / "model", tensors)
     write(folder, "config.json", {"model_type": "model2vec"})
     table = table_of(open_checkpoint(str(folder), cache_dir=cache_dir))
     np.testing.assert_allclose(table[:-1], few[mapping] * shares[:, None], rtol=1e-6)
@@ -120,7 +121,7 @@ def test_a_quantised_vocabulary_is_unfolded_whatever_its_type(
 def test_what_makes_no_table_is_refused(
     tensors: dict[str, np.ndarray], reason: str, tmp_path: Path, cache_dir: Path
 ) -> None:
-    folder = write_static(tmp_path / "model", **tensors)
+    folder = write_static(tmp_path / "model", tensors)
     write(folder, "config.json", {"model_type": "model2vec"})
     with pytest.raises(CheckpointRefused, match=reason):
         table_of(open_checkpoint(str(folder), cache_dir=cache_dir))
@@ -129,7 +130,7 @@ def test_what_makes_no_table_is_refused(
 def test_a_folder_without_config_that_is_no_static_model_is_refused(
     tmp_path: Path, cache_dir: Path
 ) -> None:
-    folder = write_static(tmp_path / "model", **{"embedding.weight": TABLE})
+    folder = write_static(tmp_path / "model", {"embedding.weight": TABLE})
     kind = "sentence_transformers.models.Transformer"
     write(folder, "modules.json", [{"idx": 0, "name": "0", "path": "", "type": kind}])
     with pytest.raises(CheckpointRefused, match=r"config\.json"):

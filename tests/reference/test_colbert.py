@@ -31,7 +31,7 @@ pytestmark = pytest.mark.reference
 SIZE = 48
 QUERIES = ["what is a cat?", "x", "who, when, why (and how)?"]
 DOCUMENTS = ["a cat sits on the mat.", "x", "Ünïcödé 12,5 % -- of all!", "rates rose again. " * 40]
-PYLATE = {  # as PyLate 1.2 writes it
+PYLATE: dict[str, object] = {  # as PyLate 1.2 writes it
     "prompts": {},
     "default_prompt_name": None,
     "similarity_fn_name": "MaxSim",
@@ -69,8 +69,12 @@ def write_pylate(folder: Path, **changed: object) -> None:
         {"idx": i, "name": str(i), "path": path, "type": kind}
         for i, (path, kind) in enumerate(zip(("", "1_Dense"), kinds, strict=True))
     ]
-    dense = {"in_features": WIDTH, "out_features": SIZE, "bias": False}
-    dense["activation_function"] = "torch.nn.modules.linear.Identity"
+    dense = {
+        "in_features": WIDTH,
+        "out_features": SIZE,
+        "bias": False,
+        "activation_function": "torch.nn.modules.linear.Identity",
+    }
     (folder / "1_Dense").mkdir()
     save_file({"linear.weight": projection()}, folder / "1_Dense" / "model.safetensors")
     for name, content in (

@@ -317,15 +317,16 @@ class GraphOps:
     def _of_expert(self, expert: int, up: Linear, down: Linear, count: int) -> Tensors:
         """The tensors of one expert's two layers, without the bias that all of them share."""
         own: dict[str, NDArray[np.generic]] = {}
-        for name, parts in (
-            (up.name, {"weight": 0, "scale": 0, "bias": 0, "channel_scale": None}),
-            (down.name, {"weight": 1, "scale": None, "channel_scale": 0}),
+        for name, axes in (  # by which axis a tensor is divided; what is not named is for all
+            (up.name, {"weight": 0, "scale": 0, "bias": 0}),
+            (down.name, {"weight": 1, "channel_scale": 0}),
         ):
-            for part, axis in parts.items():
-                if (found := self.tensors.get(f"{self.at}{name}.{part}")) is not None:
-                    whole = axis is None
-                    one = found if whole else np.split(found, count, axis)[expert]
-                    own[f"{self.at}{name}.{part}"] = one
+            for part in ("weight", "scale", "channel_scale", *axes):
+                found = self.tensors.get(f"{self.at}{name}.{part}")
+                if found is not None and part in axes:
+                    found = np.split(found, count, axes[part])[expert]
+                if found is not None:
+                    own[f"{self.at}{name}.{part}"] = found
         return own
 
     def keep(self, x: Rows) -> Rows:

@@ -98,7 +98,9 @@ class PackedBatch:
         """*buffer*: int32 `[4 * tokens + sequences + 1]`, the fields end to end."""
         rows = buffer[: -len(lengths) - 1].view(4, -1)
         cu_seqlens = buffer[-len(lengths) - 1 :]
-        return cls(*rows.unbind(), cu_seqlens, lengths, seen_lengths)
+        token_ids, positions, token_types, sequence_ids = rows.unbind()
+        lines = (token_ids, positions, token_types, sequence_ids, cu_seqlens)
+        return cls(*lines, lengths, seen_lengths)
 
 
 class BlockOps:
