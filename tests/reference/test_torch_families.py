@@ -334,3 +334,19 @@ def test_int8_is_near_fp32(saved: Saved, tmp_path: Path) -> None:
     cosines = (backend.run(batch, slot=0).dense * saved.expected(batch)).sum(axis=1)
     assert cosines.min() > 0.97
     assert cosines.mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("family", "precision"), [("modernbert-with-biases", "fp32"), ("modernbert-mean", "bf16")]
+)
+def test_auto_takes_half_precision_only_where_it_is_near_fp32(
+    family: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where `auto` would take bf16; the model's notes say why not."""
+    monkeypatch.setattr(
+        "trivec.backends.torch.backend.choose_precision", lambda *_: ("bf16", "auto: bf16")
+    )
+    checkpoint = Saved(tmp_path, *FAMILIES[family]).checkpoint
+    backend = TorchBackend.load(checkpoint, precision="auto", device="cpu")
+    assert backend.precision == precision
+    assert ("0.998 to fp32" in backend.notes["precision"]) == (precision == "fp32")
