@@ -28,6 +28,7 @@ def test_pylate_s_prefixes_are_tokens_and_its_queries_are_filled_up(tmp_path: Pa
     assert found.prompts == {"query": "[Q] find: ", "document": "[D] "}
     assert found.marked == (MarkedTexts("[Q] ", Q, 32, MASK, 32), MarkedTexts("[D] ", D, 100))
     assert found.skipped_token_ids == (6, 7)
+    assert found.query_token_id == Q
     assert found.unattended_token_id == MASK
 
 
@@ -69,7 +70,7 @@ def test_sentence_transformers_says_it_in_its_modules(tmp_path: Path) -> None:
 
 def test_without_any_setting_there_is_no_rule(tmp_path: Path) -> None:
     found = settings(tmp_path, {}, {})
-    assert found == ColbertSettings({"query": "", "document": ""}, (), (), None)
+    assert found == ColbertSettings({}, (), (), None, None)
 
 
 @pytest.mark.parametrize(

@@ -16,15 +16,17 @@ from trivec.checkpoints.heads import read_m3_heads, read_planned
 from trivec.checkpoints.hub import pull, pulled_folder, pulled_pins
 from trivec.checkpoints.layout import (
     HEADS,
+    TOKENIZER_FILE,
     model_files,
     read_config,
     read_tokenizer_length,
     read_weight_names,
     refuse_pointer,
     scan,
+    static_part,
 )
 from trivec.checkpoints.modules import read_modules, read_prompt_settings, read_transformer
-from trivec.checkpoints.static import StaticTensors, is_static, read_static, tokenizer_name
+from trivec.checkpoints.static import StaticTensors, is_static, read_static
 from trivec.checkpoints.weights import Weights, open_weights
 from trivec.core.errors import CheckpointRefused
 from trivec.core.ports import OnProgress, no_progress
@@ -265,7 +267,7 @@ def _open(found: Location, cache_dir: Path, on_progress: OnProgress) -> Checkpoi
         folder=folder,
         config=config,
         token_count_max=min([config.token_count_max, *(one for one in lengths if one)]),
-        tokenizer_file=folder / tokenizer_name(names),
+        tokenizer_file=folder / static_part(names) / TOKENIZER_FILE,
         digest=hashlib.sha256("".join(lines).encode()).hexdigest(),
         verified=entry is not None
         and sha256s == {name: pin.sha256 for name, pin in entry.pins.items()},
@@ -338,10 +340,8 @@ def _with_head(
         layers, is_unit = (modules.layers, modules.normalize) if modules else ((), True)
         if plan is not None and is_stanford:
             projection, head_tensors = _planned(checkpoint, plan)
-            layers, checkpoint = (
-                layers or projection,
-                replace(checkpoint, head_tensors=head_tensors),
-            )
+            layers = layers or projection
+            checkpoint = replace(checkpoint, head_tensors=head_tensors)
         said = {**said, **(modules.mask if modules else {})}
         return _with_token_vectors(checkpoint, layers, is_unit, said)
     if modules is None and entry is not None and entry.pooling is not None:
@@ -390,10 +390,13 @@ def _with_token_vectors(
     count_max = checkpoint.token_count_max
     if len(longest) == len(found.marked) > 0:  # they alone count in that code
         count_max = min(checkpoint.config.token_count_max, max(longest))
-    query = next((one.token_id for one in found.marked if one.filled_to), None)
-    if found.marked and found.prompts["query"].startswith(found.marked[0].marker):
-        query = found.marked[0].token_id
-    head = MultiHead(layers, normalize, found.skipped_token_ids, query, found.unattended_token_id)
+    head = MultiHead(
+        layers,
+        normalize,
+        skipped_token_ids=found.skipped_token_ids,
+        query_token_id=found.query_token_id,
+        unattended_token_id=found.unattended_token_id,
+    )
     return replace(
         checkpoint,
         token_head=head,

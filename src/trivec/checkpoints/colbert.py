@@ -54,6 +54,7 @@ class ColbertSettings:
     prompts: Mapping[str, str]
     marked: tuple[MarkedTexts, ...]  # queries, documents; none where these are no token's
     skipped_token_ids: tuple[int, ...]  # have no row in a document
+    query_token_id: int | None  # before queries
     unattended_token_id: int | None  # of what queries are filled up with, where nothing sees it
 
 
@@ -70,9 +71,9 @@ def read_colbert(
     elif {*said} & {*PYLATE_OWN}:
         said = _as_pylate_says(said, prompts)
     try:
-        found = msgspec.convert(
-            {**prompts, **{k: v for k, v in said.items() if v is not None}}, _Settings
-        )
+        own = {name: prompts[name] for name in ("query", "document") if name in prompts}
+        given = {name: value for name, value in said.items() if value is not None}
+        found = msgspec.convert(own | given, _Settings)
     except msgspec.ValidationError as error:
         raise CheckpointRefused(
             f"{folder}: its settings of ColBERT are not understood: {error}"
@@ -100,9 +101,10 @@ def read_colbert(
         )
     words = [codec.token_to_id(word) for word in found.skiplist_words]
     return ColbertSettings(
-        prompts={"query": found.query, "document": found.document},
+        prompts={"query": found.query, "document": found.document} if found.query else {},
         marked=tuple(one for one in (query, document) if one is not None),
         skipped_token_ids=tuple(sorted({one for one in words if one is not None})),
+        query_token_id=None if query is None else query.token_id,
         unattended_token_id=filler if expansion is not None and not expansion.attend else None,
     )
 

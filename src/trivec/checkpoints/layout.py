@@ -146,7 +146,7 @@ def model_files(names: frozenset[str], *, known: Collection[str] = ()) -> list[s
                 raise ValueError(problem)
     if "config.json" not in names and not is_bare:  # which static models are
         raise ValueError("holds no config.json, so it is no model's folder")
-    part = STATIC_PART if weights and weights[0] in STATIC_WEIGHT_FILES else ""
+    part = static_part(names)
     if part + TOKENIZER_FILE not in names:
         raise ValueError(f"holds no {TOKENIZER_FILE}; save the model's fast tokenizer there")
     if not weights:
@@ -166,6 +166,12 @@ def model_files(names: frozenset[str], *, known: Collection[str] = ()) -> list[s
     layout = [name for name in LAYOUT_FILES if name in names]
     modules = sorted({*filter(MODULE_FILE.fullmatch, names)} - {weights[0]})
     return [*layout, *modules, part + TOKENIZER_FILE, weights[0], *shards, *heads.values()]
+
+
+def static_part(names: Collection[str]) -> str:
+    """Where among *names* a static model's table and tokenizer are: before their names, or empty."""
+    is_inside = {*STATIC_WEIGHT_FILES} & {*names} and not {*WEIGHT_FILES} & {*names}
+    return STATIC_PART if is_inside else ""
 
 
 def read_weight_names(folder: Path, used: Collection[str]) -> list[str]:

@@ -93,11 +93,8 @@ NONLINEARITIES = {  # by the last part of a torch module's name
     "ReLU": Nonlinearity.RELU,
 }
 MODULE_PATH = re.compile(r"\d+_\w+", re.ASCII)
-STATIC_PATHS = (
-    "",
-    ".",
-    STATIC_PART.rstrip("/"),
-)  # of newer sentence-transformers, model2vec, older
+# Of newer sentence-transformers, of model2vec, of older sentence-transformers.
+STATIC_PATHS = ("", ".", STATIC_PART.rstrip("/"))
 PYLATE_DENSE = "pylate.models.Dense.Dense"
 SETTINGS_FILE = "config_sentence_transformers.json"
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from trivec.checkpoints.layout import STATIC_PART, TOKENIZER_FILE, read_json
+from trivec.checkpoints.layout import TOKENIZER_BYTES_MAX, TOKENIZER_FILE, read_json, static_part
 from trivec.checkpoints.tensor_files import StoredTensor, TensorFiles
 from trivec.core.errors import CheckpointRefused
 from trivec.core.types import Float32Array, TokenRules
@@ -59,7 +59,7 @@ class StaticTensors(TensorFiles):
         rows, table = self._stored.numbers(self._name), np.zeros(self.tensors[name].shape, "f4")
         if "mapping" in self._stored.tensors:
             mapping = self._stored.numbers("mapping").astype(np.int64)
-            if not 0 <= mapping.min() <= mapping.max() < len(rows):
+            if not ((mapping >= 0) & (mapping < len(rows))).all():
                 raise CheckpointRefused(f"{self.file}: its mapping names rows that it has not")
             rows = rows[mapping]
         table[:-1] = rows
@@ -93,7 +93,11 @@ def read_static(
         )
     except ValueError as error:
         raise CheckpointRefused(f"{made.file}: {error}") from error
-    unknown = _unknown_token_id(folder / tokenizer_name(names)) if made.is_model2vec else None
+    unknown = (
+        _unknown_token_id(folder / static_part(names) / TOKENIZER_FILE)
+        if made.is_model2vec
+        else None
+    )
     rules = TokenRules(
         has_specials=False, dropped_token_id=unknown, blank_token_id=made.token_count
     )
@@ -101,14 +105,9 @@ def read_static(
     return config, rules, bool(found.get("normalize")) if is_told else None
 
 
-def tokenizer_name(names: frozenset[str]) -> str:
-    """Where among *names* `tokenizer.json` is."""
-    return next(name for name in (STATIC_PART + TOKENIZER_FILE, TOKENIZER_FILE) if name in names)
-
-
 def _unknown_token_id(file: Path) -> int | None:
     """The id of words that the vocabulary has not, or None. Raises `CheckpointRefused`."""
-    model = read_json(file, dict[str, Any], bytes_max=256 << 20).get("model") or {}
+    model = read_json(file, dict[str, Any], bytes_max=TOKENIZER_BYTES_MAX).get("model") or {}
     if "unk_id" in model:
         return int(model["unk_id"]) if model["unk_id"] is not None else None
     unknown = model.get("unk_token")
