@@ -15,6 +15,7 @@ from trivec.api.app import FACES, all_operations
 from trivec.core.errors import EngineFault, Overloaded
 from trivec.core.types import Output
 from trivec.settings import FaceName, load_settings
+from trivec.telemetry.metrics import ROUTES_MAX, TIMED_ROUTES_MAX, route_label
 
 # A good body of every route that computes something.
 BODIES: dict[str, dict[str, Any]] = {
@@ -108,6 +109,23 @@ async def test_rerank_without_a_prefix_is_vllms_where_tei_is_left_out(fresh: Hou
     fresh.serve()
     answer = await post(fresh, "/rerank", {"model": MODEL, "query": "a", "documents": ["b"]})
     assert answer.json()["results"][0]["document"] == {"text": "b"}
+
+
+async def test_a_route_of_another_face_is_not_counted_with_its_namesake(fresh: House) -> None:
+    """Cohere's `/v1/embed` has no prefix to leave out, and TEI's is `/embed`."""
+    for path in ("/v1/embed", "/embed", "/openai/v1/embeddings", "/nowhere"):
+        await post(fresh, path, EVERY.get(path, EVERY["/v1/embeddings"]))
+    labels = [route_label(one.route, one.prefix) for one in fresh.heard.served]
+    assert labels == ["/v1/embed", "/embed", "/embeddings", "other"]
+
+
+def test_metrics_have_room_for_every_route_that_is_served() -> None:
+    """With a third to spare, so that a face that is added shows up."""
+    served = all_operations(True, metrics_open=False)
+    labels = {(one.method, route_label(one.path, one.prefix)) for one in served}
+    timed = {label for method, label in labels if method == "POST" and "/admin/" not in label}
+    assert len(labels) <= ROUTES_MAX * 2 / 3
+    assert len(timed) <= TIMED_ROUTES_MAX * 2 / 3
 
 
 @pytest.mark.parametrize("path", EVERY)

@@ -22,6 +22,7 @@ def request(**changes: Any) -> RequestServed:
         "client_request_id": None,
         "method": "POST",
         "route": "/v1/embeddings",
+        "prefix": "/v1",
         "status": 200,
         "code": None,
         "key_id": "key_01",

@@ -106,7 +106,7 @@ def all_operations(
     and its route's path is whole in logs and metrics.
     """
     operations = [
-        replace(one, path=prefix + one.path)
+        replace(one, path=prefix + one.path, prefix=prefix)
         for prefix in PREFIXES
         for one in (*openai.OPERATIONS, *rerank.OPERATIONS)
     ]

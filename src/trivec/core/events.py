@@ -14,6 +14,7 @@ class RequestServed:
     client_request_id: str | None
     method: str
     route: str  # the route's template, or "other"
+    prefix: str  # of those that its API is served under, the one that the route begins with
     status: int
     code: str | None  # the error's code or type; None for a success
     key_id: str | None
