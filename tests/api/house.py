@@ -149,9 +149,15 @@ class StandIn:
         return ids if is_whole else [OPENING, *ids, CLOSING]
 
     async def embed(
-        self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
+        self,
+        sequences: Sequences,
+        outputs: Output,
+        *,
+        deadline_s: float | None = None,
+        continues: bool = False,
     ) -> Reply:
-        self.check_admission(sequences.token_count)
+        if not continues:
+            self.check_admission(sequences.token_count)
         self.embedded.append((sequences, outputs, deadline_s))
         self.entered.set()
         try:

@@ -1,5 +1,6 @@
 """Rerank: by a head for scores, by three vectors, by cosine; and what it says of it."""
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -109,6 +110,25 @@ async def test_token_vectors_are_scored_a_window_at_a_time(
     windows = [sequences for sequences, _, _ in house.model.embedded]
     assert len(windows) > 1
     assert all(one.token_count <= 20 or len(one) == 1 for one in windows)
+
+
+async def test_a_queue_that_fills_up_meanwhile_does_not_refuse_what_is_half_computed(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "WINDOW_BYTES", 20 * 4 * house.model.card.dimensions)
+    house.model.gate.clear()
+    asking = asyncio.create_task(ask(house, model=MODEL))
+    assert await asyncio.to_thread(house.model.entered.wait, 60)
+    house.model.room_tokens = 0
+    house.model.gate.set()
+    await asking
+    tokens = sum(sequences.token_count for sequences, _, _ in house.model.embedded)
+
+    answered = len(house.model.embedded)
+    house.model.room_tokens = tokens - 1
+    with pytest.raises(AssertionError, match="queue is full"):
+        await ask(house, model=MODEL)
+    assert len(house.model.embedded) == answered, "too large as a whole: nothing of it is computed"
 
 
 @pytest.mark.parametrize("model", [RERANKER, MODEL, PLAIN_MODEL])

@@ -18,7 +18,7 @@ from tests.engine.rig import (
 from tests.hand_clock import HandClock, HandLoop
 
 from trivec.backends.fake import FakeBackend
-from trivec.core.errors import DeadlineExceeded, Overloaded
+from trivec.core.errors import DeadlineExceeded, Draining, Overloaded
 from trivec.core.events import BatchRan
 from trivec.core.health import QueueLoad
 from trivec.core.types import Batch, BatchBudget, Output, Vectors
@@ -253,6 +253,23 @@ async def test_an_empty_queue_admits_what_is_larger_than_its_limit() -> None:
         rig.backend.gate.set()
         assert len((await huge).vectors) == 2
         await holder
+
+
+async def test_what_continues_an_admitted_request_is_let_in_until_the_end() -> None:
+    async with Rig(limits=QueueLimits(tokens_max=100, wait_s_max=0.1, **NO_FLOOR)) as rig:
+        holder = await rig.occupy()
+        waiting = rig.send(sequences(500))
+        await rig.queued(waiting)
+        with pytest.raises(Overloaded):
+            await rig.engine.embed(sequences(3), Output.DENSE)
+        going_on = rig.send(sequences(3), continues=True)
+        await rig.queued(going_on)
+        rig.backend.gate.set()
+        assert len((await going_on).vectors) == 1
+        await asyncio.gather(holder, waiting)
+        await rig.workers.stop(0)
+        with pytest.raises(Draining):
+            await rig.engine.embed(sequences(3), Output.DENSE, continues=True)
 
 
 async def test_a_cancelled_request_frees_its_tokens_at_once_and_never_runs() -> None:

@@ -63,11 +63,12 @@ def test_a_request_arrives_as_it_was_sent(
         deadline_s,
         skip,
         chunks,
+        continues=True,
     )
     found = decode(encode(sent))
     assert isinstance(found, EmbedRequest)
     assert (found.id, found.model, found.outputs) == (7, 1, Output.DENSE | Output.MULTI)
-    assert found.deadline_s == deadline_s
+    assert (found.deadline_s, found.continues) == (deadline_s, True)
     np.testing.assert_array_equal(found.sequences().token_ids, asked.token_ids)
     np.testing.assert_array_equal(found.sequences().cu_seqlens, asked.cu_seqlens)
     np.testing.assert_array_equal(found.sequences().token_types, types)

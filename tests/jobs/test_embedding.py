@@ -227,12 +227,10 @@ class Faulty(StandIn):
             token_count_max=token_count_max,
         )
 
-    async def embed(
-        self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
-    ) -> Reply:
+    async def embed(self, sequences: Sequences, outputs: Output, **how: Any) -> Reply:
         if ord("!") + 4 in sequences.token_ids:
             raise EngineFault("a vector is not finite")
-        return await super().embed(sequences, outputs, deadline_s=deadline_s)
+        return await super().embed(sequences, outputs, **how)
 
 
 def test_a_text_on_which_the_model_fails_holds_up_no_other(job: Job) -> None:
