@@ -104,8 +104,12 @@ async def test_a_face_that_is_left_out_is_not_served(face: str, fresh: House) ->
     }
 
 
-async def test_rerank_without_a_prefix_is_vllms_where_tei_is_left_out(fresh: House) -> None:
-    fresh.faces = ("vllm",)
+@pytest.mark.parametrize("faces", [("ollama",), ("openai",), ("vllm",), ("tei", "vllm")])
+async def test_rerank_without_a_prefix_is_served_whichever_faces_are(
+    fresh: House, faces: tuple[str, ...]
+) -> None:
+    """LiteLLM's `jina_ai/` asks for it, and vLLM's clients."""
+    fresh.faces = faces
     fresh.serve()
     answer = await post(fresh, "/rerank", {"model": MODEL, "query": "a", "documents": ["b"]})
     assert answer.json()["results"][0]["document"] == {"text": "b"}

@@ -12,6 +12,7 @@ from tests.api.house import CLASSIFIER, MODEL, PLAIN_MODEL, RERANKER, House, Sta
 from trivec.api import scoring
 from trivec.core.types import LongText, Output, Row
 from trivec.models.scoring import WEIGHTS, fused_score
+from trivec.settings import HttpLimits
 
 QUERY = "what is a panda?"
 DOCUMENTS = ["a bear", "hi", "a bear of China", "Paris"]
@@ -184,6 +185,19 @@ async def test_voyages_client_finds_the_results_where_it_looks(house: House) -> 
     answer = await ask(house, truncation=True, return_documents=False, top_k=2)
     assert answer["data"] == answer["results"]
     assert "data" not in await ask(house)
+
+
+async def test_a_server_of_voyages_form_has_the_results_in_data_alone(house: House) -> None:
+    """`object`, `data`, `model`, `usage`, and a document as a string, where it is asked for."""
+    house.limits = HttpLimits(rerank_answer="data")
+    house.serve()
+    answer = await ask(house, top_k=2, truncation=True)
+    with_texts = await ask(house, return_documents=True)
+    assert set(answer) == {"id", "object", "data", "model", "usage"}
+    assert [set(one) for one in answer["data"]] == [{"index", "relevance_score"}] * 2
+    assert answer["usage"]["total_tokens"] > 0
+    texts = [DOCUMENTS[one["index"]] for one in with_texts["data"]]
+    assert [one["document"] for one in with_texts["data"]] == texts
 
 
 @pytest.mark.parametrize("model", [RERANKER, MODEL])

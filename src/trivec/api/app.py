@@ -113,8 +113,9 @@ def all_operations(
     operations += [*admin.OPERATIONS, *health.OPERATIONS]
     if has_metrics:
         operations.append(replace(health.METRICS, scope=None) if metrics_open else health.METRICS)
-    for name, of_face in FACES.items():
-        if name in faces:
-            taken = {(one.method, one.path) for one in operations}
-            operations += [one for one in of_face if (one.method, one.path) not in taken]
+    # Clients of Jina that are given no prefix ask for /rerank, whichever faces are served.
+    chosen = [of_face for name, of_face in FACES.items() if name in faces]
+    for of_face in (*chosen, rerank.OPERATIONS):
+        taken = {(one.method, one.path) for one in operations}
+        operations += [one for one in of_face if (one.method, one.path) not in taken]
     return operations
