@@ -153,12 +153,12 @@ class StandIn:
         sequences: Sequences,
         outputs: Output,
         *,
-        deadline_s: float | None = None,
+        timeout_s: float | None = None,
         continues: bool = False,
     ) -> Reply:
         if not continues:
             self.check_admission(sequences.token_count)
-        self.embedded.append((sequences, outputs, deadline_s))
+        self.embedded.append((sequences, outputs, timeout_s))
         self.entered.set()
         try:
             if not self.gate.is_set():  # it belongs to another thread

@@ -318,7 +318,7 @@ async def test_a_deadline_that_passes_in_the_queue_is_answered_while_the_device_
     async with Rig() as rig:
         holder = await rig.occupy()
         with pytest.raises(DeadlineExceeded) as late:
-            await rig.engine.embed(sequences(5), Output.DENSE, deadline_s=0.001)
+            await rig.engine.embed(sequences(5), Output.DENSE, timeout_s=0.001)
         assert late.value.retry_after_s >= 0
         rig.backend.gate.set()
         await holder
@@ -345,7 +345,7 @@ async def test_what_is_late_when_a_slot_frees_is_dropped_before_the_choice() -> 
 async def test_a_request_that_began_in_time_may_take_longer_than_its_deadline() -> None:
     async with Rig() as rig:
         rig.backend.gate.clear()
-        request = rig.send(sequences(500, 500, 500), deadline_s=5)
+        request = rig.send(sequences(500, 500, 500), timeout_s=5)
         await rig.entered(1)
         rig.clock.move(100)
         rig.backend.gate.set()
@@ -356,7 +356,7 @@ def test_a_deadline_that_passes_after_the_first_batch_began_changes_nothing() ->
     async def begin_and_let_pass(loop: HandLoop) -> None:
         async with Rig() as rig:
             rig.backend.gate.clear()
-            request = rig.send(sequences(5), deadline_s=60)
+            request = rig.send(sequences(5), timeout_s=60)
             await rig.entered(1)
             loop.move(600)
             rig.clock.move(600)

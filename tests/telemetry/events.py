@@ -30,7 +30,7 @@ def request(**changes: Any) -> RequestServed:
         "input_count": 3,
         "token_count": 40,
         "request_bytes": 120,
-        "answer_bytes": 9000,
+        "response_bytes": 9000,
         "duration_s": 0.050,
         "tokenize_s": 0.001,
         "queue_s": 0.004,

@@ -132,7 +132,7 @@ def observe(context: RequestContext, scope: Scope) -> None:
             input_count=context.input_count,
             token_count=context.token_count if status < 400 else 0,
             request_bytes=context.request_bytes,
-            answer_bytes=context.response_bytes,
+            response_bytes=context.response_bytes,
             duration_s=context.app.clock.now_s() - context.started_s,
             tokenize_s=context.tokenize_s,
             queue_s=context.queue_s,

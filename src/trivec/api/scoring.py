@@ -234,8 +234,8 @@ async def _compute(
     *,
     continues: bool = False,
 ) -> Vectors:
-    deadline_s = context.deadline_s - context.app.clock.now_s()
-    reply = await embedder.embed(sequences, outputs, deadline_s=deadline_s, continues=continues)
+    timeout_s = context.deadline_s - context.app.clock.now_s()
+    reply = await embedder.embed(sequences, outputs, timeout_s=timeout_s, continues=continues)
     context.token_count += sequences.token_count
     context.queue_s += reply.queue_s
     context.compute_s += reply.compute_s

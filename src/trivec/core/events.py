@@ -22,7 +22,7 @@ class RequestServed:
     input_count: int
     token_count: int
     request_bytes: int
-    answer_bytes: int
+    response_bytes: int
     duration_s: float
     tokenize_s: float = 0.0
     queue_s: float = 0.0

@@ -115,7 +115,7 @@ class EngineClient:
         model: int,
         sequences: Sequences,
         outputs: Output,
-        deadline_s: float | None,
+        timeout_s: float | None,
         *,
         continues: bool,
     ) -> Reply:
@@ -134,7 +134,7 @@ class EngineClient:
                     sequences.token_ids,
                     sequences.cu_seqlens,
                     sequences.token_types,
-                    deadline_s,
+                    timeout_s,
                     sequences.skip,
                     sequences.chunks,
                     continues,
@@ -215,12 +215,12 @@ class RemoteEmbedder:
         sequences: Sequences,
         outputs: Output,
         *,
-        deadline_s: float | None = None,
+        timeout_s: float | None = None,
         continues: bool = False,
     ) -> Reply:
-        """See `core.ports.Embedder`. The deadline counts from when the engine process reads it."""
+        """See `core.ports.Embedder`. *timeout_s* counts from when the engine process reads it."""
         return await self._client.embed(
-            self._index, sequences, outputs, deadline_s, continues=continues
+            self._index, sequences, outputs, timeout_s, continues=continues
         )
 
     def check_admission(self, token_count: int) -> None:

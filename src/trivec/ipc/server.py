@@ -92,7 +92,7 @@ class EngineServer:
             reply = await self._embedders[request.model].embed(
                 request.sequences(),
                 request.outputs,
-                deadline_s=request.deadline_s,
+                timeout_s=request.timeout_s,
                 continues=request.continues,
             )
             rows = dict(reply.vectors.rows)
