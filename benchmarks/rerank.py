@@ -12,6 +12,7 @@ most its p99 alone and 1.5 batches of 512 tokens, as in `benchmarks.fairness`. T
 import argparse
 import asyncio
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -19,11 +20,13 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+import structlog
 from benchmarks.dummy import blueprint_of, write_dummy
 from benchmarks.fairness import BATCH_TOKENS, QUERY_TOKENS, queries, queries_for, timed
 from benchmarks.figures import Provenance, Spread, percentile
@@ -140,13 +143,14 @@ async def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
         "log_level": "warning",
         "queue": {"wait_s_max": WAIT_S_MAX, "first_batch_s_max": WAIT_S_MAX},
     }
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     cores, parts = usable_cores(), open_server_parts(load_settings(flags, os.environ))
     parts.accounts.start()
     models = load_models(parts.settings, parts, cores=cores)
     models.workers.start()
     lone, scorer = (EngineOnTrial(models.embedders[n], models, 0.0) for n in (EMBEDDER, RERANKER))
     recipes = {one.card.id: one.card.recipe or one.card.precision for one in models.loaded}
-    query, *documents = texts_of(PAIRS + 1, given.tokens)
+    query, *documents = await texts_of(scorer, PAIRS, given.tokens)
     # The same tokens for both, so that only the head, and what is said of a pair, differ.
     pairs = await scorer.embedder.tokenizer.tokenize_pairs(
         [(query, one) for one in documents], long_text=LongText.CUT_END
@@ -175,9 +179,7 @@ async def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
                 },
                 given.rounds,
             )
-            api = await by_turns(
-                {name: lambda name=name: ask(name) for name in asked}, given.rounds
-            )  # type: ignore[misc]
+            api = await by_turns({name: partial(ask, name) for name in asked}, given.rounds)
         beside = await fairness(lone, scorer, given.seconds, given.tokens, cores)
     finally:
         await models.workers.stop(within_s=30.0)
@@ -194,11 +196,14 @@ async def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def texts_of(count: int, tokens: int) -> list[str]:
-    """A short query, and texts of enough words for pairs of about *tokens* tokens."""
-    words = " ".join(sentences(count * tokens // 8)).split()
-    each = len(words) // count
-    return [" ".join(words[:12]), *(" ".join(words[i * each :][:each]) for i in range(1, count))]
+async def texts_of(scorer: EngineOnTrial, count: int, tokens: int) -> list[str]:
+    """A short query, and *count* texts of enough words for pairs of about *tokens* tokens."""
+    words = " ".join(sentences(count * tokens // 4)).split()
+    query, sample = " ".join(words[:6]), " ".join(words[:200])
+    read = await scorer.embedder.tokenizer.tokenize([query, sample], long_text=LongText.KEEP)
+    of_query, of_sample = read.lengths().tolist()
+    each = (tokens - of_query) * 200 // of_sample
+    return [query, *(" ".join(words[i * each :][:each]) for i in range(1, count + 1))]
 
 
 def plain(pairs: Sequences) -> Sequences:

@@ -44,7 +44,5 @@ def test_every_store_has_an_example() -> None:
 
 
 def test_a_store_takes_all_rows_and_finds_the_nearest(program: str, folder: Path) -> None:
-    printed = run_apart(
-        program + "\nprint(count, nearest)", folder=folder, PYTHONWARNINGS="ignore"
-    )
+    printed = run_apart(program + "\nprint(count, nearest)", folder=folder, PYTHONWARNINGS="ignore")
     assert printed.split()[-2:] == [str(COUNT), "7"], "row 7's own vector is the nearest to it"
