@@ -28,7 +28,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "accounts": (2_970, 19),
     "telemetry": (700, 4),
     "ipc": (540, 5),
-    "core": (960, 8),
+    "core": (970, 8),
     "jobs": (1_370, 5),
     "playground": (90, 1),
 }

@@ -157,7 +157,7 @@ async def test_int8_ranks_as_fp32_does(
     flags = np.full(len(read), Output.SCORE, np.uint8)
     batch = Batch(read.token_ids, read.cu_seqlens, flags, read.token_types)
     exact, served = open_both(checkpoint, tmp_path)
-    check(name, *(scores_of(one, batch) for one in (exact, served)), summary_of(served))
+    check(name, scores_of(exact, batch), scores_of(served, batch), summary_of(served))
 
 
 def scores_of(backend: OpenVinoBackend, batch: Batch) -> NDArray[np.float32]:
