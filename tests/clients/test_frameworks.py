@@ -80,13 +80,24 @@ def test_llama_index_embeds_texts_and_queries(
 
 
 @pytest.mark.usefixtures("tiktoken_cache")
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        pytest.param(
+            "A young child is riding a horse through the field.",
+            "token_ids_foreign",
+            id="in-the-vocabulary",
+        ),
+        pytest.param(TEXTS[2], None, id="beyond-the-vocabulary"),
+    ],
+)
 def test_langchain_with_its_defaults_is_told_the_setting_it_needs(
-    base_url: str, server: Server, http: httpx.Client
+    base_url: str, server: Server, http: httpx.Client, text: str, code: str | None
 ) -> None:
     embeddings = langchain(base_url, server, http_client=http, check_embedding_ctx_length=True)
     with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length=False") as refusal:
-        embeddings.embed_documents(TEXTS)
-    assert refusal.value.code == "token_ids_foreign"
+        embeddings.embed_documents([text])
+    assert refusal.value.code == code
 
 
 @pytest.fixture(scope="module")
