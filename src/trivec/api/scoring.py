@@ -198,9 +198,8 @@ async def _score_by_vectors(
     await context.admit(
         sequences.token_count, response_bytes=response_bytes, vector_bytes=vector_bytes
     )
-    embedder.check_admission(
-        sequences.token_count
-    )  # of all: the windows after the first are let in
+    # Of the whole, since the windows after the first are let in whatever waits by then.
+    embedder.check_admission(sequences.token_count)
     scores: list[float] = []
     query: dict[Output, Row | None] = {}
 
