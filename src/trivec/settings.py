@@ -133,6 +133,8 @@ class HttpLimits(Section):
     """Which end of a text is cut that is too long, where neither its request nor its key says; none: it is an error."""
     token_encoding: Literal["model", "cl100k_base", "o200k_base"] | None = None
     """Whose token ids arrays in a request are that does not say: OpenAI's are decoded and tokenised anew; unset: the model's own, and another's are refused."""
+    rerank_answer: Literal["results", "data"] = "results"
+    """List of the scores in an answer to a rerank: results, as Novita and Jina have it, or data, as Voyage has."""
     request_s_max: float = Field(600.0, gt=0)
     """Seconds a whole request may take."""
     connections_max: int = Field(1024, ge=1)

@@ -149,10 +149,16 @@ class StandIn:
         return ids if is_whole else [OPENING, *ids, CLOSING]
 
     async def embed(
-        self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
+        self,
+        sequences: Sequences,
+        outputs: Output,
+        *,
+        timeout_s: float | None = None,
+        continues: bool = False,
     ) -> Reply:
-        self.check_admission(sequences.token_count)
-        self.embedded.append((sequences, outputs, deadline_s))
+        if not continues:
+            self.check_admission(sequences.token_count)
+        self.embedded.append((sequences, outputs, timeout_s))
         self.entered.set()
         try:
             if not self.gate.is_set():  # it belongs to another thread

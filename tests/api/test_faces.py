@@ -1,5 +1,7 @@
 """What holds for every face: its switch, its error shape, and that the ledger says what answers say."""
 
+import importlib.util
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,6 +17,7 @@ from trivec.api.app import FACES, all_operations
 from trivec.core.errors import EngineFault, Overloaded
 from trivec.core.types import Output
 from trivec.settings import FaceName, load_settings
+from trivec.telemetry.metrics import ROUTES_MAX, TIMED_ROUTES_MAX, route_label
 
 # A good body of every route that computes something.
 BODIES: dict[str, dict[str, Any]] = {
@@ -103,11 +106,32 @@ async def test_a_face_that_is_left_out_is_not_served(face: str, fresh: House) ->
     }
 
 
-async def test_rerank_without_a_prefix_is_vllms_where_tei_is_left_out(fresh: House) -> None:
-    fresh.faces = ("vllm",)
+@pytest.mark.parametrize("faces", [("ollama",), ("openai",), ("vllm",), ("tei", "vllm")])
+async def test_rerank_without_a_prefix_is_served_whichever_faces_are(
+    fresh: House, faces: tuple[str, ...]
+) -> None:
+    """LiteLLM's `jina_ai/` asks for it, and vLLM's clients."""
+    fresh.faces = faces
     fresh.serve()
     answer = await post(fresh, "/rerank", {"model": MODEL, "query": "a", "documents": ["b"]})
     assert answer.json()["results"][0]["document"] == {"text": "b"}
+
+
+async def test_a_route_of_another_face_is_not_counted_with_its_namesake(fresh: House) -> None:
+    """Cohere's `/v1/embed` has no prefix to leave out, and TEI's is `/embed`."""
+    for path in ("/v1/embed", "/embed", "/openai/v1/embeddings", "/nowhere"):
+        await post(fresh, path, EVERY.get(path, EVERY["/v1/embeddings"]))
+    labels = [route_label(one.route, one.prefix) for one in fresh.heard.served]
+    assert labels == ["/v1/embed", "/embed", "/embeddings", "other"]
+
+
+def test_metrics_have_room_for_every_route_that_is_served() -> None:
+    """With a third to spare, so that a face that is added shows up."""
+    served = all_operations(True, metrics_open=False)
+    labels = {(one.method, route_label(one.path, one.prefix)) for one in served}
+    timed = {label for method, label in labels if method == "POST" and "/admin/" not in label}
+    assert len(labels) <= ROUTES_MAX * 2 / 3
+    assert len(timed) <= TIMED_ROUTES_MAX * 2 / 3
 
 
 @pytest.mark.parametrize("path", EVERY)
@@ -287,31 +311,76 @@ def tokens_said(answer: Any) -> int | None:
     return int(answer["usage"]["total_tokens"]) if "usage" in answer else None
 
 
+IDS = [9906, 11, 1917]  # cl100k_base's of "Hello, world"
+VARIANTS: list[tuple[str, dict[str, Any]]] = [  # beside EVERY
+    *(("/v1/embeddings", {"output_dtype": one}) for one in ("int8", "uint8", "binary", "ubinary")),
+    ("/v1/embeddings", {"output_dtype": "int8", "encoding_format": "base64"}),
+    ("/v1/embeddings", {"output_type": "dense&sparse&multi", "return_tokens": True}),
+    ("/v1/embeddings", {"input": ["first ", "second"], "late_chunking": True}),
+    ("/v1/embeddings", {"input": ["abcdefg", "hi"], "chunk_size": 3}),
+    ("/v1/embeddings", {"input": [[12, 13], [7]]}),
+    ("/v1/embeddings", {"input": "x" * 100, "truncate": "start", "user": "someone"}),
+    ("/v1/embeddings", {"input": ["x" * 50], "truncate_prompt_tokens": 9, "truncation": True}),
+    ("/openai/v1/embeddings", {"model": PLAIN_MODEL, "dimensions": 4, "input_type": "query"}),
+    ("/v3/openai/embeddings", {"output_dimension": 8}),
+    ("/v1/rerank", {"model": MODEL, "weights": {"dense": 1, "multi": 1}}),
+    ("/openai/v1/rerank", {"model": PLAIN_MODEL, "truncation": True, "top_k": 1}),
+    (
+        "/v3/openai/rerank",
+        {"raw_scores": True, "documents": [{"text": "a"}, "b" * 100], "truncate": True},
+    ),
+    ("/v2/rerank", {"model": MODEL, "max_tokens_per_doc": 5, "documents": ["abcdefgh"]}),
+    ("/v2/embed", {"embedding_types": ["float", "int8", "ubinary", "base64"], "max_tokens": 4}),
+    ("/v2/embed", {"texts": None, "inputs": [{"content": [{"type": "text", "text": "a"}]}]}),
+    ("/embed", {"inputs": [[12, 13], [7]], "normalize": True}),
+    ("/predict", {"inputs": "hello", "truncate": True}),
+    (
+        "/rerank",
+        {
+            "texts": None,
+            "raw_scores": None,
+            "return_text": None,
+            "model": MODEL,
+            "documents": ["a"],
+        },
+    ),
+    ("/", {"inputs": {"source_sentence": "hello", "sentences": ["a"]}}),
+    ("/", {"inputs": None, "query": "hello", "texts": ["a", "bb"]}),
+]
+if importlib.util.find_spec("bpe_openai") is not None:
+    VARIANTS.append(("/v1/embeddings", {"input": [IDS], "token_encoding": "cl100k_base"}))
+MIXED_REQUESTS = int(os.environ.get("MIXED_REQUESTS", "400"))  # 10,000 take a minute
+
+
 async def test_the_ledger_says_what_the_answers_say_over_a_mixed_run(fresh: House) -> None:
     """Good and bad requests of every face, by chance: one row for each good one, with its tokens."""
     house, draw = fresh, random.Random(14)
+    house.model.card = replace(house.model.card, late_chunking=True)
     models = (house.model, house.plain_model, house.reranker, house.classifier)
     said: dict[str, int] = {}
     refused = 0
     async with house.client() as client:
-        for _ in range(400):
-            path = draw.choice(list(EVERY))
-            body = dict(EVERY[path])
+        for _ in range(MIXED_REQUESTS):
+            path, changes = draw.choice([*((path, {}) for path in EVERY), *VARIANTS])
+            face = path.replace("/openai/v1", "/v1").replace("/v3/openai", "/v1")
+            body = {**EVERY[face], **changes}
+            body = {name: value for name, value in body.items() if value is not None}
             is_bad = draw.random() < 0.2
             if is_bad:
                 body["nonsense"] = 1
-            elif path in ("/v1/embeddings", "/v2/embed", "/api/embed"):
+            elif not changes and path in ("/v1/embeddings", "/v2/embed", "/api/embed"):
                 name = "texts" if path == "/v2/embed" else "input"
                 body["model"] = draw.choice([MODEL, PLAIN_MODEL])
                 body[name] = ["x" * draw.randint(1, 60) for _ in range(draw.randint(1, 9))]
-            computed = sum(one.token_count for model in models for one, _, _ in model.embedded)
+            for model in models:
+                model.embedded.clear()
             answer = await client.post(f"http://house{path}", json=body)
-            assert answer.is_success != is_bad, answer.text
+            assert answer.is_success != is_bad, (path, body, answer.text)
             refused += is_bad
-            total = sum(one.token_count for model in models for one, _, _ in model.embedded)
-            if not is_bad and path in BODIES:
-                said[answer.headers["x-request-id"]] = total - computed
-                assert tokens_said(answer.json()) in (None, total - computed)
+            if not is_bad and face in BODIES:
+                computed = sum(one.token_count for model in models for one, _, _ in model.embedded)
+                said[answer.headers["x-request-id"]] = computed
+                assert tokens_said(answer.json()) in (None, computed)
     rows = {row.request_id: row.token_count for row in house.store.rows}
     assert rows == said
     assert sum(status >= 400 for status in statuses(house.store)) == refused

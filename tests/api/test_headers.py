@@ -89,7 +89,7 @@ async def test_the_clients_own_request_id_is_kept_only_if_it_is_sane(
 
 
 @pytest.mark.parametrize(
-    ("patience", "deadline_s"),
+    ("patience", "timeout_s"),
     [
         pytest.param("20", 20.0, id="shorter-than-ours"),
         pytest.param("6000", 600.0, id="longer-than-ours"),
@@ -100,10 +100,10 @@ async def test_the_clients_own_request_id_is_kept_only_if_it_is_sane(
     ],
 )
 async def test_the_engine_hears_how_long_the_client_waits(
-    house: House, patience: str, deadline_s: float
+    house: House, patience: str, timeout_s: float
 ) -> None:
     async with house.client() as client:
         named = {"x-stainless-read-timeout": patience}
         await client.post("/embeddings", json=BODY, headers=named)
     _, _, heard_s = house.model.embedded[0]
-    assert heard_s == pytest.approx(deadline_s)
+    assert heard_s == pytest.approx(timeout_s)

@@ -109,6 +109,19 @@ async def test_a_spent_budget_refuses_what_is_large_and_serves_what_is_small(hou
     assert house.memory.used_bytes == 0
 
 
+async def test_texts_of_token_ids_are_reserved_for_too(house: House) -> None:
+    others = MemoryReservation(house.memory)
+    others.add(house.memory.large_bytes_max - MEBIBYTE)
+    async with house.client() as client:
+        many = {"ids": [[5] * 20_000]}
+        refused = await client.post("http://house/decode", json=many)
+        others.shrink(0)
+        answer = await client.post("http://house/decode", json=many)
+    assert (refused.status_code, refused.json()["error_type"]) == (503, "Overloaded")
+    assert len(answer.json()[0]) == 20_000
+    assert house.memory.used_bytes == 0
+
+
 def test_all_connections_can_hold_a_small_request_whatever_large_ones_hold() -> None:
     budget = ByteBudget(BUDGET, connections_max=16)
     MemoryReservation(budget).add(budget.large_bytes_max)

@@ -271,7 +271,7 @@ async def test_the_observer_hears_one_event_a_request(house: House) -> None:
     assert first.request_id == good.headers["x-request-id"]
     assert (first.route, first.method, first.status) == ("/v1/embeddings", "POST", 200)
     assert (first.model, first.input_count, first.token_count) == (MODEL, 2, TOKENS)
-    assert first.answer_bytes == len(good.content)
+    assert first.response_bytes == len(good.content)
     assert first.request_bytes > 0
     assert (first.queue_s, first.compute_s, first.code) == (0.002, 0.003, None)
     assert (second.route, second.status, second.code) == ("other", 404, "invalid_request_error")

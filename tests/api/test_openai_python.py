@@ -98,5 +98,5 @@ def test_its_own_read_timeout_becomes_the_deadline(house: House) -> None:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key=house.key, timeout=timeout)
         client.embeddings.create(model=MODEL, input="a")
         client.close()
-    _, _, deadline_s = house.model.embedded[0]
-    assert deadline_s == pytest.approx(12.0)
+    _, _, timeout_s = house.model.embedded[0]
+    assert timeout_s == pytest.approx(12.0)

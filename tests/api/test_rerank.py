@@ -1,5 +1,6 @@
 """Rerank: by a head for scores, by three vectors, by cosine; and what it says of it."""
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from tests.api.house import CLASSIFIER, MODEL, PLAIN_MODEL, RERANKER, House, Sta
 from trivec.api import scoring
 from trivec.core.types import LongText, Output, Row
 from trivec.models.scoring import WEIGHTS, fused_score
+from trivec.settings import HttpLimits
 
 QUERY = "what is a panda?"
 DOCUMENTS = ["a bear", "hi", "a bear of China", "Paris"]
@@ -111,6 +113,25 @@ async def test_token_vectors_are_scored_a_window_at_a_time(
     assert all(one.token_count <= 20 or len(one) == 1 for one in windows)
 
 
+async def test_a_queue_that_fills_up_meanwhile_does_not_refuse_what_is_half_computed(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "WINDOW_BYTES", 20 * 4 * house.model.card.dimensions)
+    house.model.gate.clear()
+    asking = asyncio.create_task(ask(house, model=MODEL))
+    assert await asyncio.to_thread(house.model.entered.wait, 60)
+    house.model.room_tokens = 0
+    house.model.gate.set()
+    await asking
+    tokens = sum(sequences.token_count for sequences, _, _ in house.model.embedded)
+
+    answered = len(house.model.embedded)
+    house.model.room_tokens = tokens - 1
+    with pytest.raises(AssertionError, match="queue is full"):
+        await ask(house, model=MODEL)
+    assert len(house.model.embedded) == answered, "too large as a whole: nothing of it is computed"
+
+
 @pytest.mark.parametrize("model", [RERANKER, MODEL, PLAIN_MODEL])
 async def test_usage_is_what_was_computed_and_what_the_ledger_has(house: House, model: str) -> None:
     answer = await ask(house, model=model)
@@ -164,6 +185,19 @@ async def test_voyages_client_finds_the_results_where_it_looks(house: House) -> 
     answer = await ask(house, truncation=True, return_documents=False, top_k=2)
     assert answer["data"] == answer["results"]
     assert "data" not in await ask(house)
+
+
+async def test_a_server_of_voyages_form_has_the_results_in_data_alone(house: House) -> None:
+    """`object`, `data`, `model`, `usage`, and a document as a string, where it is asked for."""
+    house.limits = HttpLimits(rerank_answer="data")
+    house.serve()
+    answer = await ask(house, top_k=2, truncation=True)
+    with_texts = await ask(house, return_documents=True)
+    assert set(answer) == {"id", "object", "data", "model", "usage"}
+    assert [set(one) for one in answer["data"]] == [{"index", "relevance_score"}] * 2
+    assert answer["usage"]["total_tokens"] > 0
+    texts = [DOCUMENTS[one["index"]] for one in with_texts["data"]]
+    assert [one["document"] for one in with_texts["data"]] == texts
 
 
 @pytest.mark.parametrize("model", [RERANKER, MODEL])

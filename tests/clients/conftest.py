@@ -1,6 +1,5 @@
 """One real server for all the clients, on the small model's own weights."""
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +8,6 @@ import pytest
 from tests.process.server import Server, running
 
 MODEL = "all-minilm-l6-v2"
-# 340 MB that CI does without: its test is there for whoever has it.
-collect_ignore = [] if importlib.util.find_spec("lancedb") else ["test_lancedb.py"]
 # Read when the libraries are imported: none of them may report to anybody.
 os.environ.update(ANONYMIZED_TELEMETRY="False", HAYSTACK_TELEMETRY_ENABLED="False")
 

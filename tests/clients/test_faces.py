@@ -1,12 +1,15 @@
 """Clients of other APIs work unchanged against their face, with nothing but an address and a key."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from tests.process.server import Server
+from tests.clients.apart import run_apart
+from tests.process.server import Server, running
 
 COMES_WITH = "comes with: make test-clients"
 MODEL = "all-minilm-l6-v2"
@@ -84,8 +87,6 @@ def test_hugging_faces_client_extracts_features_and_compares(
     server: Server, expected: list[list[float]]
 ) -> None:
     hub = pytest.importorskip("huggingface_hub", reason=COMES_WITH)
-    # LangChain's HuggingFaceEndpointEmbeddings makes the first call; its package wants an older
-    # huggingface_hub than ours.
     assert_equal(
         hub.InferenceClient(model=server.url, token=server.key).feature_extraction(text=TEXTS),
         expected,
@@ -105,18 +106,57 @@ def test_hugging_faces_client_extracts_features_and_compares(
     hub.close_session()
 
 
-def test_voyage_embeds_and_reranks(server: Server, expected: list[list[float]]) -> None:
+HUGGING_FACE = """
+import json, sys
+from langchain_huggingface import HuggingFaceEndpointEmbeddings
+
+embeddings = HuggingFaceEndpointEmbeddings(model=sys.argv[1])
+texts = json.loads(sys.argv[2])
+print(json.dumps([embeddings.embed_documents(texts), embeddings.embed_query(texts[0])]))
+"""
+
+
+def test_langchains_hugging_face_endpoint_embeds(
+    server: Server, expected: list[list[float]], tmp_path: Path
+) -> None:
+    environment = {"HUGGINGFACEHUB_API_TOKEN": server.key}
+    printed = run_apart(HUGGING_FACE, server.url, json.dumps(TEXTS), folder=tmp_path, **environment)
+    documents, query = json.loads(printed.splitlines()[-1])
+    assert_equal(documents, expected)
+    assert_equal([query], expected[:1])
+
+
+@pytest.fixture(scope="module", params=["results", "data"])
+def reranking_server(
+    request: pytest.FixtureRequest, server: Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A server with its defaults, and one that answers reranks in Voyage's form."""
+    if request.param == "results":
+        yield server
+        return
+    with running(tmp_path_factory.mktemp("voyage"), "--rerank-answer", "data") as started:
+        yield started
+
+
+def test_voyages_client_reranks_with_either_form(reranking_server: Server) -> None:
+    voyageai = pytest.importorskip("voyageai", reason=COMES_WITH)
+    server = reranking_server
+    client = voyageai.Client(server.key, base_url=f"{server.url}/v1")
+    ranked = client.rerank(QUERY, TEXTS, model=MODEL, top_k=2)
+    assert_best_first(
+        [one.index for one in ranked.results], [one.relevance_score for one in ranked.results]
+    )
+    assert [one.document for one in ranked.results] == [TEXTS[one.index] for one in ranked.results]
+    assert (len(ranked.results), ranked.total_tokens > 0) == (2, True)
+
+
+def test_voyage_embeds(server: Server, expected: list[list[float]]) -> None:
     voyageai = pytest.importorskip("voyageai", reason=COMES_WITH)
     client = voyageai.Client(server.key, base_url=f"{server.url}/v1")
     embedded = client.embed(TEXTS, model=MODEL, input_type="document")
     assert_equal(embedded.embeddings, expected)
     small = client.embed(TEXTS, model=MODEL, output_dtype="int8")
     assert all(isinstance(number, int) for number in small.embeddings[0])
-    ranked = client.rerank(QUERY, TEXTS, model=MODEL, top_k=2)
-    assert_best_first(
-        [one.index for one in ranked.results], [one.relevance_score for one in ranked.results]
-    )
-    assert (len(ranked.results), ranked.total_tokens > 0) == (2, True)
 
 
 @pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecationWarning")  # of cohere's

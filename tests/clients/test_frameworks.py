@@ -9,14 +9,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from benchmarks.dummy import blueprint_of, write_dummy
 from tests.process.server import Server, running
 
 from trivec.tokenizer.encodings import table_bytes
 
 COMES_WITH = "comes with: make test-clients"
-MODEL = "all-minilm-l6-v2"
-# What cl100k_base, the encoding that LangChain takes for a model it does not know, makes of a sentence.
-CL100K = [32, 3995, 1716, 374, 20427, 264, 15580, 1555, 279, 2115, 13]
+MODEL, BGE_M3 = "all-minilm-l6-v2", "baai/bge-m3"
 TEXTS = ["A cat sits on the mat.", "On the mat there is a cat.", "Interest rates rose again."]
 
 
@@ -43,10 +42,10 @@ async def http_async() -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-def langchain(base_url: str, server: Server, **options: object) -> Any:
+def langchain(base_url: str, server: Server, model: str = MODEL, **options: object) -> Any:
     library = pytest.importorskip("langchain_openai", reason=COMES_WITH)
     settings = {"check_embedding_ctx_length": False, **options}
-    return library.OpenAIEmbeddings(model=MODEL, base_url=base_url, api_key=server.key, **settings)
+    return library.OpenAIEmbeddings(model=model, base_url=base_url, api_key=server.key, **settings)
 
 
 def test_langchain_embeds_documents_and_queries(
@@ -80,32 +79,35 @@ def test_llama_index_embeds_texts_and_queries(
     assert embedding.get_query_embedding(TEXTS[0]) == vectors[0]
 
 
-class Cl100k:
-    """In tiktoken's place, whose vocabulary would come over the network."""
-
-    def encode(self, text: str, **_: object) -> list[int]:
-        return CL100K
-
-    encode_ordinary = encode
-
-
+@pytest.mark.usefixtures("tiktoken_cache")
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        pytest.param(
+            "A young child is riding a horse through the field.",
+            "token_ids_foreign",
+            id="in-the-vocabulary",
+        ),
+        pytest.param(TEXTS[2], None, id="beyond-the-vocabulary"),
+    ],
+)
 def test_langchain_with_its_defaults_is_told_the_setting_it_needs(
-    base_url: str, server: Server, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+    base_url: str, server: Server, http: httpx.Client, text: str, code: str | None
 ) -> None:
-    tiktoken = pytest.importorskip("tiktoken", reason=COMES_WITH)
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda _: Cl100k())
     embeddings = langchain(base_url, server, http_client=http, check_embedding_ctx_length=True)
     with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length=False") as refusal:
-        embeddings.embed_documents(TEXTS)
-    assert refusal.value.code == "token_ids_foreign"
+        embeddings.embed_documents([text])
+    assert refusal.value.code == code
 
 
 @pytest.fixture(scope="module")
 def repairing_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that takes arrays of ids for cl100k_base's."""
+    """A server of both models that takes arrays of ids for cl100k_base's."""
     pytest.importorskip("tiktoken", reason=COMES_WITH)
     folder: Path = tmp_path_factory.mktemp("data")
-    with running(folder, "--token-encoding", "cl100k_base") as started:
+    write_dummy(folder / "model", blueprint_of(BGE_M3).with_layers(1))
+    models = ("--model", MODEL, "--model", f"{BGE_M3}={folder / 'model'}", "--precision", "fp32")
+    with running(folder, *models, "--token-encoding", "cl100k_base") as started:
         yield started
 
 
@@ -119,16 +121,17 @@ def tiktoken_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("tiktoken_cache")
+@pytest.mark.parametrize("model", [MODEL, BGE_M3])
 def test_langchain_with_its_defaults_gets_the_vectors_of_its_texts_where_ids_are_repaired(
-    repairing_server: Server, http: httpx.Client
+    repairing_server: Server, http: httpx.Client, model: str
 ) -> None:
     """In batches of 1,000 arrays, as its default is."""
     base_url = f"{repairing_server.url}/v1"
     texts = [f"{text} {i}" for i in range(350) for text in (*TEXTS, "Zürich 日本語 😀")]
     sends_ids = langchain(
-        base_url, repairing_server, http_client=http, check_embedding_ctx_length=True
+        base_url, repairing_server, model, http_client=http, check_embedding_ctx_length=True
     )
-    sends_texts = langchain(base_url, repairing_server, http_client=http)
+    sends_texts = langchain(base_url, repairing_server, model, http_client=http)
     assert sends_ids.embed_documents(texts) == sends_texts.embed_documents(texts)
     assert sends_ids.embed_query(texts[0]) == sends_texts.embed_query(texts[0])
 

@@ -20,6 +20,7 @@ from benchmarks.dummy import blueprint_of, write_dummy
 from numpy.typing import NDArray
 from tests.api.house import MODEL, PLAIN_MODEL, House
 from tests.process.server import Server, running
+from tests.support.heads import write_classifier
 
 from trivec import playground
 from trivec.playground import STATIC, page_operations, static_files
@@ -31,6 +32,7 @@ CHROMIUM = next(
 # A new profile that looks nothing up, and no sandbox, which root may not have.
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+CROSS_ENCODER = "cross-encoder"
 TWO = ["hello world", "hello there"]
 HOSTILE = [
     "<script>document.title='taken'</script>",
@@ -78,10 +80,13 @@ def address(house: House) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def dummy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A real server with all three vectors, of random weights."""
+    """A real server with all three vectors, and a cross-encoder, of random weights."""
     folder = tmp_path_factory.mktemp("dummy")
     write_dummy(folder / "model", blueprint_of(MODEL).with_layers(1))
-    with running(folder, "--model", f"{MODEL}={folder / 'model'}", "--precision", "fp32") as server:
+    write_classifier(folder / "head")
+    models = [f"{MODEL}={folder / 'model'}", f"{CROSS_ENCODER}={folder / 'head'}"]
+    flags = [part for one in models for part in ("--model", one)]
+    with running(folder, *flags, "--precision", "fp32") as server:
         assert server.url
         yield server
 
@@ -446,27 +451,39 @@ def test_a_key_is_kept_in_its_tab_alone(visit: Visit, house: House, address: str
 def test_documents_are_reranked_beside_their_embeddings(
     visit: Visit, house: House, address: str
 ) -> None:
+    check_reranking(visit, MODEL, house.key)
+
+
+def test_a_real_cross_encoder_reranks(visits: Callable[..., Visit], dummy: Server) -> None:
+    visit = visits(dummy.url)
+    visit.open("/", dummy.key)
+    check_reranking(visit, CROSS_ENCODER, dummy.key)
+
+
+def check_reranking(visit: Visit, reranker: str, key: str) -> None:
+    """The panel shows what the API says of the same texts, and the model's cosines beside it."""
     documents = ["a world of words", *TWO]
     visit.page.locator("#rerank").wait_for()
     visit.page.get_by_label("Texts, one a line").fill("\n".join(documents))
-    visit.page.get_by_label("Reranker").select_option(MODEL)
+    visit.page.get_by_label("Reranker").select_option(reranker)
     visit.page.get_by_label("Query").fill("hello")
     visit.page.get_by_role("button", name="Rerank").click()
     table = visit.page.get_by_role("table", name="By the reranker")
     table.wait_for()
     answer = httpx.post(
-        f"{address}/v1/rerank",
-        json={"model": MODEL, "query": "hello", "documents": documents},
-        headers={"authorization": f"Bearer {house.key}"},
+        f"{visit.address}/v1/rerank",
+        json={"model": reranker, "query": "hello", "documents": documents},
+        headers={"authorization": f"Bearer {key}"},
         timeout=60,
     )
     ranked = answer.json()["results"]
+    assert len({one["relevance_score"] for one in ranked}) == len(documents)
     names = [f"{one['index'] + 1} {documents[one['index']]}" for one in ranked]
     assert table.locator("th").all_text_contents() == names
     scores = [f"{one['relevance_score']:.3f}" for one in ranked]
     assert table.locator(".figure").all_text_contents() == scores
     beside = visit.page.get_by_role("table", name="By the embeddings").locator(".figure")
-    items = vectors_of(address, house.key, MODEL, ["hello", *documents])
+    items = vectors_of(visit.address, key, MODEL, ["hello", *documents])
     cosines = sorted(similarities(items, "dense")[0, 1:], reverse=True)
     assert beside.all_text_contents() == [f"{one:.3f}" for one in cosines]
 

@@ -267,7 +267,7 @@ async def test_a_deadline_that_has_passed_is_refused_with_a_time_to_return(
     embedder: Embedder,
 ) -> None:
     with pytest.raises(DeadlineExceeded) as late:
-        await embedder.embed(await read(embedder, "w1"), Output.DENSE, deadline_s=-1.0)
+        await embedder.embed(await read(embedder, "w1"), Output.DENSE, timeout_s=-1.0)
     assert late.value.retry_after_s >= 0
 
 

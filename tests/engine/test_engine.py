@@ -18,7 +18,7 @@ from tests.engine.rig import (
 from tests.hand_clock import HandClock, HandLoop
 
 from trivec.backends.fake import FakeBackend
-from trivec.core.errors import DeadlineExceeded, Overloaded
+from trivec.core.errors import DeadlineExceeded, Draining, Overloaded
 from trivec.core.events import BatchRan
 from trivec.core.health import QueueLoad
 from trivec.core.types import Batch, BatchBudget, Output, Vectors
@@ -255,6 +255,23 @@ async def test_an_empty_queue_admits_what_is_larger_than_its_limit() -> None:
         await holder
 
 
+async def test_what_continues_an_admitted_request_is_let_in_until_the_end() -> None:
+    async with Rig(limits=QueueLimits(tokens_max=100, wait_s_max=0.1, **NO_FLOOR)) as rig:
+        holder = await rig.occupy()
+        waiting = rig.send(sequences(500))
+        await rig.queued(waiting)
+        with pytest.raises(Overloaded):
+            await rig.engine.embed(sequences(3), Output.DENSE)
+        going_on = rig.send(sequences(3), continues=True)
+        await rig.queued(going_on)
+        rig.backend.gate.set()
+        assert len((await going_on).vectors) == 1
+        await asyncio.gather(holder, waiting)
+        await rig.workers.stop(0)
+        with pytest.raises(Draining):
+            await rig.engine.embed(sequences(3), Output.DENSE, continues=True)
+
+
 async def test_a_cancelled_request_frees_its_tokens_at_once_and_never_runs() -> None:
     async with Rig(limits=QueueLimits(tokens_max=1_000, **NO_FLOOR)) as rig:
         holder = await rig.occupy()
@@ -301,7 +318,7 @@ async def test_a_deadline_that_passes_in_the_queue_is_answered_while_the_device_
     async with Rig() as rig:
         holder = await rig.occupy()
         with pytest.raises(DeadlineExceeded) as late:
-            await rig.engine.embed(sequences(5), Output.DENSE, deadline_s=0.001)
+            await rig.engine.embed(sequences(5), Output.DENSE, timeout_s=0.001)
         assert late.value.retry_after_s >= 0
         rig.backend.gate.set()
         await holder
@@ -328,7 +345,7 @@ async def test_what_is_late_when_a_slot_frees_is_dropped_before_the_choice() -> 
 async def test_a_request_that_began_in_time_may_take_longer_than_its_deadline() -> None:
     async with Rig() as rig:
         rig.backend.gate.clear()
-        request = rig.send(sequences(500, 500, 500), deadline_s=5)
+        request = rig.send(sequences(500, 500, 500), timeout_s=5)
         await rig.entered(1)
         rig.clock.move(100)
         rig.backend.gate.set()
@@ -339,7 +356,7 @@ def test_a_deadline_that_passes_after_the_first_batch_began_changes_nothing() ->
     async def begin_and_let_pass(loop: HandLoop) -> None:
         async with Rig() as rig:
             rig.backend.gate.clear()
-            request = rig.send(sequences(5), deadline_s=60)
+            request = rig.send(sequences(5), timeout_s=60)
             await rig.entered(1)
             loop.move(600)
             rig.clock.move(600)

@@ -40,14 +40,14 @@ def vectors(outputs: Output, *row_counts: int) -> Vectors:
     )
 
 
-@pytest.mark.parametrize("deadline_s", [None, 0.25, -1.0])
+@pytest.mark.parametrize("timeout_s", [None, 0.25, -1.0])
 @pytest.mark.parametrize("types", [None, np.array([0, 0, 1, 0], np.int32)], ids=["none", "types"])
 @pytest.mark.parametrize("skip", [None, np.array([2, 0], np.int32)], ids=["whole", "skip"])
 @pytest.mark.parametrize(
     "chunks", [None, (np.array([0, 2, 3], np.int32), np.zeros(1, np.int32))], ids=["none", "chunks"]
 )
 def test_a_request_arrives_as_it_was_sent(
-    deadline_s: float | None,
+    timeout_s: float | None,
     types: np.ndarray | None,
     skip: np.ndarray | None,
     chunks: tuple[np.ndarray, ...] | None,
@@ -60,14 +60,15 @@ def test_a_request_arrives_as_it_was_sent(
         asked.token_ids,
         asked.cu_seqlens,
         types,
-        deadline_s,
+        timeout_s,
         skip,
         chunks,
+        continues=True,
     )
     found = decode(encode(sent))
     assert isinstance(found, EmbedRequest)
     assert (found.id, found.model, found.outputs) == (7, 1, Output.DENSE | Output.MULTI)
-    assert found.deadline_s == deadline_s
+    assert (found.timeout_s, found.continues) == (timeout_s, True)
     np.testing.assert_array_equal(found.sequences().token_ids, asked.token_ids)
     np.testing.assert_array_equal(found.sequences().cu_seqlens, asked.cu_seqlens)
     np.testing.assert_array_equal(found.sequences().token_types, types)

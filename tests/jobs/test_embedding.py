@@ -15,7 +15,7 @@ from trivec.core.errors import EngineFault, JobFailed, Overloaded
 from trivec.core.ports import Texts, TokenLists
 from trivec.core.quantisation import cut, quantise
 from trivec.core.types import Float32Array, LongText, Output, Reply, Sequences, SparseVector
-from trivec.jobs.corpus import Columns
+from trivec.jobs.corpus import NESTING_MAX, Columns
 from trivec.jobs.results import Layout, Results
 
 COUNT = 45
@@ -120,6 +120,30 @@ def test_types_of_a_column_that_differ_between_shards_are_joined(job: Job) -> No
     assert table["y"].to_pylist() == ["1"] * (COUNT - 1) + ["text"]
 
 
+@pytest.mark.parametrize(
+    ("opening", "closing"), [("[", "]"), ('{"a":', "}")], ids=["list", "object"]
+)
+@pytest.mark.parametrize("other", ["[]", "1"], ids=["of-one-type", "mixed"])
+def test_what_is_nested_too_deep_for_the_output_is_a_bad_row(
+    job: Job, opening: str, closing: str, other: str
+) -> None:
+    depths = (NESTING_MAX, NESTING_MAX + 1, 500, 985)
+    values = [other, *(opening * depth + "1" + closing * depth for depth in depths)]
+    lines = [f'{{"id":{i},"text":"a","x":{value}}}\n' for i, value in enumerate(values)]
+    job.given.write_text("".join(lines))
+    totals = job.run()
+    assert totals is not None
+    assert totals.texts == 2
+    assert [(one["line"], one["reason"]) for one in job.errors] == [
+        (line, "'x' is nested too deep") for line in (3, 4, 5)
+    ]
+    job.columns = replace(job.columns, kept=())
+    job.out = job.out.with_name("without.parquet")
+    totals = job.run()
+    assert totals is not None
+    assert totals.bad == 0, "what is not kept may be as it is"
+
+
 def test_a_text_that_is_too_long_is_a_bad_row_or_cut_and_marked(job: Job) -> None:
     write(job.given, [*rows(COUNT), {"id": "long", "text": "x" * 100}])
     totals = job.run()
@@ -203,12 +227,10 @@ class Faulty(StandIn):
             token_count_max=token_count_max,
         )
 
-    async def embed(
-        self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
-    ) -> Reply:
+    async def embed(self, sequences: Sequences, outputs: Output, **how: Any) -> Reply:
         if ord("!") + 4 in sequences.token_ids:
             raise EngineFault("a vector is not finite")
-        return await super().embed(sequences, outputs, deadline_s=deadline_s)
+        return await super().embed(sequences, outputs, **how)
 
 
 def test_a_text_on_which_the_model_fails_holds_up_no_other(job: Job) -> None:

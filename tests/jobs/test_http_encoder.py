@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,14 +34,12 @@ class Busy(Faulty):
     refusals = 3
     _lock = threading.Lock()
 
-    async def embed(
-        self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
-    ) -> Reply:
+    async def embed(self, sequences: Sequences, outputs: Output, **how: Any) -> Reply:
         with self._lock:
             self.refusals -= 1
             if self.refusals >= 0:
                 raise Overloaded("The queue is full.", retry_after_s=5.0)
-        return await super().embed(sequences, outputs, deadline_s=deadline_s)
+        return await super().embed(sequences, outputs, **how)
 
 
 @pytest.fixture

@@ -50,15 +50,13 @@ class HeldEmbedder(StubEmbedder):
         self._is_self_test = inputs == [SELF_TEST]
         return Sequences.pack([[1]])
 
-    async def embed(
-        self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
-    ) -> Reply:
+    async def embed(self, sequences: Sequences, outputs: Output, **how: Any) -> Reply:
         if self._is_self_test:
             self.was_tested.set()
         else:
             self.has_request.set()
             await self.released.wait()
-        return await super().embed(sequences, outputs, deadline_s=deadline_s)
+        return await super().embed(sequences, outputs, **how)
 
     def check_admission(self, token_count: int) -> None:
         pass

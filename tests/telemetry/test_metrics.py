@@ -213,10 +213,10 @@ def test_models_routes_and_error_codes_beyond_their_number_share_a_label(metrics
     assert refusals == [1] * REASONS_MAX + [10]
 
 
-def counted_as(route: str, method: str, status: int = 200) -> dict[str, str]:
+def counted_as(route: str, method: str, status: int = 200, prefix: str = "/v1") -> dict[str, str]:
     """The labels under which such a request is counted."""
     metrics = Metrics()
-    metrics.observe(request(route=route, method=method, status=status, model=None))
+    metrics.observe(request(route=route, prefix=prefix, method=method, status=status, model=None))
     (sample,) = samples(metrics, "trivec_requests")
     return sample.labels
 
@@ -228,7 +228,7 @@ def samples(metrics: Metrics, family: str) -> list[Sample]:
 
 @pytest.mark.parametrize("prefix", ["/v1", "/openai/v1", "/v3/openai"])
 def test_the_three_prefixes_are_one_route(prefix: str) -> None:
-    assert counted_as(f"{prefix}/embeddings", "POST")["route"] == "/embeddings"
+    assert counted_as(f"{prefix}/embeddings", "POST", prefix=prefix)["route"] == "/embeddings"
 
 
 @pytest.mark.parametrize(

@@ -106,15 +106,16 @@ def all_operations(
     and its route's path is whole in logs and metrics.
     """
     operations = [
-        replace(one, path=prefix + one.path)
+        replace(one, path=prefix + one.path, prefix=prefix)
         for prefix in PREFIXES
         for one in (*openai.OPERATIONS, *rerank.OPERATIONS)
     ]
     operations += [*admin.OPERATIONS, *health.OPERATIONS]
     if has_metrics:
         operations.append(replace(health.METRICS, scope=None) if metrics_open else health.METRICS)
-    for name, of_face in FACES.items():
-        if name in faces:
-            taken = {(one.method, one.path) for one in operations}
-            operations += [one for one in of_face if (one.method, one.path) not in taken]
+    # Clients of Jina that are given no prefix ask for /rerank, whichever faces are served.
+    chosen = [of_face for name, of_face in FACES.items() if name in faces]
+    for of_face in (*chosen, rerank.OPERATIONS):
+        taken = {(one.method, one.path) for one in operations}
+        operations += [one for one in of_face if (one.method, one.path) not in taken]
     return operations

@@ -137,7 +137,7 @@ async def embed(asked: EmbeddingsRequest, context: RequestContext) -> EmbeddedIn
     )
 
     wanted = outputs if sequences.chunks is None else Output.CHUNKS
-    reply = await embedder.embed(sequences, wanted, deadline_s=context.deadline_s - clock.now_s())
+    reply = await embedder.embed(sequences, wanted, timeout_s=context.deadline_s - clock.now_s())
     context.token_count = token_count
     context.queue_s, context.compute_s = reply.queue_s, reply.compute_s
     vectors = reply.vectors

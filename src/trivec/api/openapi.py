@@ -36,6 +36,7 @@ class Operation:
     error_shape: ErrorShape = OPENAI
     query: Sequence[str] = ()
     is_metered: bool = True  # with a row in the ledger, where it asks for a key
+    prefix: str = ""  # of several that its API is served under, the one that the path begins with
 
 
 def keyed(

@@ -42,7 +42,10 @@ class RerankRequest(Struct, frozen=True, forbid_unknown_fields=True):
         Annotated[int, Meta(ge=0)] | None, doc("How many of the best to return; 0 is all.")
     ] = None
     top_k: Annotated[Annotated[int, Meta(ge=0)] | None, doc("The same as `top_n`.")] = None
-    return_documents: Annotated[bool | None, doc("With the texts; the default is true.")] = None
+    return_documents: Annotated[
+        bool | None,
+        doc("With the texts; the default is true, or false on a server of Voyage's form."),
+    ] = None
     truncate: Annotated[
         bool | Truncate | None,
         doc("Cut a document that is too long; by default it is an error. true is end."),
@@ -66,7 +69,7 @@ class RerankResult(Struct, frozen=True, omit_defaults=True):
 
     index: int
     relevance_score: float
-    document: Document | None = None
+    document: Annotated[Document | str | None, doc("A string in Voyage's form.")] = None
     truncated: Truncated | None = None
 
 
@@ -77,13 +80,16 @@ class RerankUsage(Usage, frozen=True):
 
 
 class RerankResponse(Struct, frozen=True, omit_defaults=True):
-    """Response of `POST /rerank`, the most relevant first; documents of one score as they came."""
+    """Response of `POST /rerank`, the most relevant first; documents of one score as they came.
+
+    In `results`; in `data` alone on a server of Voyage's form, in both where `truncation` is asked.
+    """
 
     id: str
     object: Literal["list"]
     model: str
-    results: list[RerankResult]
     usage: RerankUsage
+    results: list[RerankResult] | None = None
     data: list[RerankResult] | None = None
 
 
@@ -131,7 +137,8 @@ async def rerank(context: RequestContext, body: bytes | None = None) -> Response
     context.user = asked.user
     embedder = context.find_embedder(asked.model)
     texts = texts_of(asked.documents)
-    with_texts = asked.return_documents is not False
+    is_voyage = context.app.limits.rerank_answer == "data"
+    with_texts = not is_voyage if asked.return_documents is None else asked.return_documents
     scored = await rank(
         context,
         embedder,
@@ -142,17 +149,18 @@ async def rerank(context: RequestContext, body: bytes | None = None) -> Response
         returns_texts=with_texts,
     )
     best = scored.ranked(asked.top_n or asked.top_k, raw=asked.raw_scores)
-    results = [
-        RerankResult(i, score, Document(texts[i]) if with_texts else None, scored.truncated.get(i))
-        for i, score in best.items()
-    ]
+    results = []
+    for i, score in best.items():
+        document = texts[i] if is_voyage else Document(texts[i])
+        truncated = scored.truncated.get(i)
+        results.append(RerankResult(i, score, document if with_texts else None, truncated))
     response = RerankResponse(
         id=f"rerank-{context.request_id.removeprefix('req_')}",
         object="list",
         model=asked.model,
-        results=results,
         usage=RerankUsage(scored.token_count, scored.token_count),
-        data=None if asked.truncation is None else results,
+        results=None if is_voyage else results,
+        data=results if is_voyage or asked.truncation is not None else None,
     )
     return json_response(response)
 
@@ -229,5 +237,4 @@ OPERATIONS = (keyed("/rerank", rerank, RerankResponse, RerankRequest),)
 VLLM_OPERATIONS = (
     keyed("/v1/score", score, ScoreResponse, ScoreRequest),
     keyed("/score", score, ScoreResponse, ScoreRequest),
-    keyed("/rerank", rerank, RerankResponse, RerankRequest),
 )

@@ -200,6 +200,8 @@ async def _score_by_vectors(
     await context.admit(
         sequences.token_count, response_bytes=response_bytes, vector_bytes=vector_bytes
     )
+    # Of the whole, since the windows after the first are let in whatever waits by then.
+    embedder.check_admission(sequences.token_count)
     scores: list[float] = []
     query: dict[Output, Row | None] = {}
 
@@ -219,17 +221,22 @@ async def _score_by_vectors(
             sequences.cu_seqlens[first : end + 1] - begin,
             skip=None if sequences.skip is None else sequences.skip[first:end],
         )
-        vectors = await _compute(context, embedder, window, outputs)
+        vectors = await _compute(context, embedder, window, outputs, continues=first > 0)
         await asyncio.to_thread(add_scores, vectors, first)
         del vectors  # before the next are computed
     return np.array(scores)[:, np.newaxis]
 
 
 async def _compute(
-    context: RequestContext, embedder: Embedder, sequences: Sequences, outputs: Output
+    context: RequestContext,
+    embedder: Embedder,
+    sequences: Sequences,
+    outputs: Output,
+    *,
+    continues: bool = False,
 ) -> Vectors:
-    deadline_s = context.deadline_s - context.app.clock.now_s()
-    reply = await embedder.embed(sequences, outputs, deadline_s=deadline_s)
+    timeout_s = context.deadline_s - context.app.clock.now_s()
+    reply = await embedder.embed(sequences, outputs, timeout_s=timeout_s, continues=continues)
     context.token_count += sequences.token_count
     context.queue_s += reply.queue_s
     context.compute_s += reply.compute_s

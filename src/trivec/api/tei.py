@@ -36,6 +36,7 @@ from trivec.core.types import Output
 
 TOKEN_ID_MAX = 2**31 - 1
 TOKEN_BYTES = 400  # of a token with its text and place, as objects and in JSON
+DECODED_TOKEN_BYTES = 64  # of a token's text alone, twice: as a string and in JSON
 TokenId: TypeAlias = Annotated[int, Meta(ge=0, le=TOKEN_ID_MAX)]
 Inputs: TypeAlias = str | list[str | TokenId | list[TokenId]]
 ERROR_TYPES: Mapping[str | None, str] = {
@@ -366,12 +367,15 @@ async def decode(context: RequestContext) -> Response:
     with blamed_on({"input": "ids"}):
         context.input_count = check_inputs(asked.ids, context.app.limits)
         await context.reservation.acquire()
-        lists = [asked.ids] if isinstance(asked.ids[0], int) else asked.ids
-        texts = await embedder.tokenizer.decode(
-            [np.array(ids, np.int32) for ids in lists],
-            special_tokens=asked.skip_special_tokens is False,
-        )
-    return json_response(texts)
+        lists = cast("list[list[int]]", [asked.ids] if isinstance(asked.ids[0], int) else asked.ids)
+        byte_count = DECODED_TOKEN_BYTES * sum(map(len, lists))
+        context.memory.add(byte_count, is_response=True)
+        async with tokenizer_turn(context):
+            texts = await embedder.tokenizer.decode(
+                [np.array(ids, np.int32) for ids in lists],
+                special_tokens=asked.skip_special_tokens is False,
+            )
+    return await respond(context, partial(msgspec.json.encode, texts), byte_count=byte_count)
 
 
 async def info(context: RequestContext) -> Response:

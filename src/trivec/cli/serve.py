@@ -85,6 +85,7 @@ def serve(
     config: ConfigFile = None,
     truncate: Annotated[str | None, _flag("truncate")] = None,
     token_encoding: Annotated[str | None, _flag("token_encoding")] = None,
+    rerank_answer: Annotated[str | None, _flag("rerank_answer")] = None,
     cors_origins: Annotated[list[str] | None, _flag("cors_origins", "--cors-origin")] = None,
     page: Annotated[bool | None, _flag("page", "--page/--no-page")] = None,
     no_auth: Annotated[str | None, _flag("no_auth", metavar="[=anywhere]")] = None,
@@ -96,7 +97,8 @@ def serve(
     """
     flags = locals()
     flags["http"] = {
-        name: flags.pop(name) for name in ("truncate", "token_encoding", "cors_origins", "page")
+        name: flags.pop(name)
+        for name in ("truncate", "token_encoding", "rerank_answer", "cors_origins", "page")
     }
     exit_code = run(load_settings(flags, os.environ, warn=_say))
     # At the interpreter's orderly end granian's own threads abort the process.

@@ -14,6 +14,7 @@ class RequestServed:
     client_request_id: str | None
     method: str
     route: str  # the route's template, or "other"
+    prefix: str  # of those that its API is served under, the one that the route begins with
     status: int
     code: str | None  # the error's code or type; None for a success
     key_id: str | None
@@ -21,7 +22,7 @@ class RequestServed:
     input_count: int
     token_count: int
     request_bytes: int
-    answer_bytes: int
+    response_bytes: int
     duration_s: float
     tokenize_s: float = 0.0
     queue_s: float = 0.0

@@ -109,12 +109,19 @@ class Embedder(Protocol):
     def tokenizer(self) -> TextTokenizer: ...
 
     async def embed(
-        self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
+        self,
+        sequences: Sequences,
+        outputs: Output,
+        *,
+        timeout_s: float | None = None,
+        continues: bool = False,
     ) -> Reply:
         """Join the queue and wait for every vector of *sequences*, in their order.
 
-        *deadline_s* bounds the wait from now to the first batch. Raises `Overloaded` at once when
-        the queue is full, `DeadlineExceeded`, `EngineFault`. Cancelling the call frees its place.
+        *timeout_s* bounds the wait from now to the first batch. Raises `Overloaded` at once when
+        the queue is full, unless this *continues* what was admitted before, so that nothing which
+        is half computed is refused; `DeadlineExceeded`, `EngineFault`. Cancelling the call frees its
+        place.
         """
         ...
 

@@ -51,16 +51,21 @@ class Engine:
         return len(self._queue.open)
 
     async def embed(
-        self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
+        self,
+        sequences: Sequences,
+        outputs: Output,
+        *,
+        timeout_s: float | None = None,
+        continues: bool = False,
     ) -> Reply:
-        """See `core.ports.Embedder`. A *deadline_s* beyond the setting's limit is the limit."""
+        """See `core.ports.Embedder`. A *timeout_s* beyond the setting's limit is the limit."""
         assert len(sequences) > 0
         assert outputs in self.card.outputs | Output.CHUNKS, "the route refuses what it lacks"
         assert self.card.late_chunking or Output.CHUNKS not in outputs
         scheduler, queue = self._scheduler, self._queue
         limit_s = queue.limits.first_batch_s_max
-        wait_s = limit_s if deadline_s is None else min(deadline_s, limit_s)
-        request = scheduler.submit(queue, sequences, outputs, wait_s=wait_s)
+        wait_s = limit_s if timeout_s is None else min(timeout_s, limit_s)
+        request = scheduler.submit(queue, sequences, outputs, wait_s=wait_s, continues=continues)
         queue.open.add(request)
         timer = request.future.get_loop().call_later(wait_s, scheduler.expire, queue, request)
         try:

@@ -199,13 +199,22 @@ class Scheduler:
         )
 
     def submit(
-        self, queue: ModelQueue, sequences: Sequences, outputs: Output, *, wait_s: float
+        self,
+        queue: ModelQueue,
+        sequences: Sequences,
+        outputs: Output,
+        *,
+        wait_s: float,
+        continues: bool = False,
     ) -> Request:
-        """A request in *queue*, to start within *wait_s*. Raises what `check_admission` does."""
+        """A request in *queue*, to start within *wait_s*. Raises what `check_admission` does, but
+        one that *continues* an admitted one may exceed the limits: its caller bounds how many do.
+        """
         future, now_s = asyncio.get_running_loop().create_future(), self._clock.now_s()
         request = Request(sequences, outputs, future, submitted_s=now_s, deadline_s=now_s + wait_s)
         with self._changed:
-            self.check_admission(queue, request.tokens_left)
+            if not continues or self._closing_message is not None:
+                self.check_admission(queue, request.tokens_left)
             if not queue.requests:  # no credit for the time it had nothing to do
                 queue.device_s = max(queue.device_s, self._device_s)
             queue.requests.add(request)

@@ -111,7 +111,13 @@ class EngineClient:
             raise Draining(AWAY, retry_after_s=RETURN_S)
 
     async def embed(
-        self, model: int, sequences: Sequences, outputs: Output, deadline_s: float | None
+        self,
+        model: int,
+        sequences: Sequences,
+        outputs: Output,
+        timeout_s: float | None,
+        *,
+        continues: bool,
     ) -> Reply:
         """Let the engine process embed *sequences*; cancelling the call cancels it there."""
         await self._was_connected.wait()
@@ -128,9 +134,10 @@ class EngineClient:
                     sequences.token_ids,
                     sequences.cu_seqlens,
                     sequences.token_types,
-                    deadline_s,
+                    timeout_s,
                     sequences.skip,
                     sequences.chunks,
+                    continues,
                 )
             )
             return await future
@@ -204,10 +211,17 @@ class RemoteEmbedder:
         self._client = client
 
     async def embed(
-        self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
+        self,
+        sequences: Sequences,
+        outputs: Output,
+        *,
+        timeout_s: float | None = None,
+        continues: bool = False,
     ) -> Reply:
-        """See `core.ports.Embedder`. The deadline counts from when the engine process reads it."""
-        return await self._client.embed(self._index, sequences, outputs, deadline_s)
+        """See `core.ports.Embedder`. *timeout_s* counts from when the engine process reads it."""
+        return await self._client.embed(
+            self._index, sequences, outputs, timeout_s, continues=continues
+        )
 
     def check_admission(self, token_count: int) -> None:
         """Refuse while the engine process is away; how full its queue is, only `embed` hears."""

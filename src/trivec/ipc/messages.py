@@ -29,9 +29,10 @@ class EmbedRequest(msgspec.Struct, frozen=True, tag=True):
     token_ids: np.ndarray  # int32 [tokens]
     cu_seqlens: np.ndarray  # int32 [sequences + 1]
     token_types: np.ndarray | None  # int32 [tokens]
-    deadline_s: float | None  # counts from when the engine process reads it
+    timeout_s: float | None  # counts from when the engine process reads it
     skip: np.ndarray | None = None  # int32 [sequences]
     chunks: tuple[np.ndarray, ...] | None = None  # of each sequence int32 [chunks + 1]
+    continues: bool = False  # what was admitted before
 
     def sequences(self) -> Sequences:
         return Sequences(

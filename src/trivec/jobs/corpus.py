@@ -34,6 +34,7 @@ FORMATS = {
 }
 COMPRESSED = ".gz"  # may follow any of these but .parquet
 LINE_BYTES_MAX = 64 * 1024 * 1024
+NESTING_MAX = 63  # of lists and objects in a value: Arrow writes 64 levels, the innermost included
 PARQUET_BUFFER_BYTES = 1024 * 1024  # read at a time, instead of a whole row group
 ROW_COLUMN = "row"  # the rows' numbers, where no column of the input identifies them
 
@@ -241,13 +242,17 @@ class Corpus:
 
         def block(position: float | None) -> _Block:
             names = columns.names_kept(dict.fromkeys(n for one in records for n in one.values))
+            reasons = {i: one.reason for i, one in enumerate(records) if one.reason}
+            kept = {name: [one.values.get(name) for one in records] for name in names}
+            for name, values in kept.items():
+                for i, value in enumerate(values):
+                    if isinstance(value, (dict, list)) and is_nested_too_deep(value):
+                        reasons[i], values[i] = f"{name!r} is nested too deep", None
             return _Block(
                 places=[(one.file, one.line) for one in records],
                 texts=[one.values.get(columns.text) for one in records],
-                reasons={i: one.reason for i, one in enumerate(records) if one.reason},
-                table=pa.table(
-                    {n: as_column([one.values.get(n) for one in records]) for n in names}
-                ),
+                reasons=reasons,
+                table=pa.table({name: as_column(values) for name, values in kept.items()}),
                 position=position,
             )
 
@@ -299,6 +304,19 @@ def as_column(values: Sequence[object]) -> pa.Array:
 def as_json_text(value: object) -> str:
     """*value* as it is if it is text, else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def is_nested_too_deep(value: object) -> bool:
+    """Whether there are more than `NESTING_MAX` lists or objects in each other in *value*."""
+    level = [value]
+    for _ in range(NESTING_MAX):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, (dict, list))
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+    return any(isinstance(one, (dict, list)) for one in level)
 
 
 @contextmanager

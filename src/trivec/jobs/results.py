@@ -36,7 +36,8 @@ DENSE, SPARSE_IDS, SPARSE_WEIGHTS, MULTI = VECTORS = (
 TRUNCATED = "truncated"
 RESERVED = frozenset((*VECTORS, TRUNCATED))
 FOOTER = b"trivec"  # key of our own metadata in a part
-ROW_GROUP_ROWS, ROW_GROUP_BYTES = 65_536, 32 * 1024 * 1024  # of the final file, whichever is first
+# Of the final file, whichever is first; writing a group takes twice its bytes.
+ROW_GROUP_ROWS, ROW_GROUP_BYTES = 65_536, 16 * 1024 * 1024
 _encoder = msgspec.json.Encoder(enc_hook=str)
 
 

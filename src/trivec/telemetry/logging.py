@@ -237,7 +237,7 @@ def _request_fields(event: events.RequestServed) -> dict[str, object]:
         "status": event.status,
         "duration_ms": round(event.duration_s * 1e3, 3),
         "request_bytes": event.request_bytes,
-        "answer_bytes": event.answer_bytes,
+        "answer_bytes": event.response_bytes,
         "code": event.code,
         "key_id": event.key_id,
         "client_request_id": event.client_request_id,

@@ -32,12 +32,12 @@ from trivec.core.events import Event
 from trivec.core.health import QueueLoad
 from trivec.core.ports import Clock
 
-SERIES_MAX = 1_500
+SERIES_MAX = 2_000
 # Values of a label with series of their own; those that come later share the label "other".
 MODELS_MAX = 4
 REASONS_MAX = 23  # error codes; the API has some 20, all its own words
 ROUTES_MAX = 60  # each with its method
-TIMED_ROUTES_MAX = 16
+TIMED_ROUTES_MAX = 30  # POST, but for the admin API's
 OTHER = "other"
 
 STATUS_CLASSES = {2: "2xx", 4: "4xx", 5: "5xx"}
@@ -45,15 +45,14 @@ PHASES = ("loading", "ready", "draining", "stopped")
 WINDOW_S = 30  # of tokens a second: longer than a batch on a slow machine
 SHORT_BUCKETS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 1)
 
-_PREFIX = re.compile(r"^/(?:openai/v1|v3/openai|v1)(?=/)")
 _PARAMETER = re.compile(r"\{[^/]*\}")
 _M = TypeVar("_M", bound=MetricWrapperBase)
 
 
 @cache
-def route_label(route: str) -> str:
-    """A route's template without the API's prefix, its parameters all called alike."""
-    return _PARAMETER.sub("{id}", _PREFIX.sub("", route))
+def route_label(route: str, prefix: str) -> str:
+    """A route's template without its API's *prefix*, its parameters all called alike."""
+    return _PARAMETER.sub("{id}", route.removeprefix(prefix))
 
 
 class Metrics:
@@ -217,7 +216,8 @@ class Metrics:
         route, method = OTHER, OTHER
         if event.status != HTTPStatus.METHOD_NOT_ALLOWED and event.route != OTHER:
             served = "GET" if event.method == "HEAD" else event.method
-            pair = self._admit(f"{served} {route_label(event.route)}", self._routes, ROUTES_MAX)
+            label = route_label(event.route, event.prefix)
+            pair = self._admit(f"{served} {label}", self._routes, ROUTES_MAX)
             if pair != OTHER:
                 method, route = pair.split()
         status = STATUS_CLASSES.get(event.status // 100, OTHER)

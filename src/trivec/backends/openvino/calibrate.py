@@ -45,7 +45,9 @@ from trivec.models.registry import plan_of
 
 COSINE_MIN = 0.99
 COSINE_MEAN = 0.998
-RANK_AGREEMENT_MIN = 0.98  # Kendall's tau of scores; who ranks by them cares for their order alone
+# Kendall's tau over all probes; who ranks by scores cares for their order alone. Within one query,
+# where they lie closer, it was up to 0.006 less, and 0.98 is held (test_rank_agreement.py).
+RANK_AGREEMENT_MIN = 0.987
 
 PAIRED = 4  # documents of each query among the probes of a reranker
 LENGTHS_MADE = (3, 4, 6, 9, 64, 128, 256, 512)  # beside the sentences' own, special tokens included

@@ -186,7 +186,7 @@ function showMap() {
 async function rerank() {
   const [query, documents] = [byId("query").value, readTexts().slice(0, SHOWN)];
   const body = { model: byId("reranker").value, query, documents };
-  const [{ results }, [asked, ...items]] = await Promise.all(
+  const [{ data, results = data }, [asked, ...items]] = await Promise.all(
     [call("v1/rerank", { body }), embedSome(model().id, [query, ...documents], ["dense"], {})]);
   const cosines = items.map((item, i) => [i, SIMILARITY.dense(asked, item)]);
   part("rerank").replaceChildren(...[
