@@ -5,7 +5,7 @@ A `Transaction` decides; this reads and locks the rows that it needs, and writes
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from threading import Lock
+from threading import Event, Lock
 from typing import Any, TypeAlias
 
 import sqlalchemy as sa
@@ -13,21 +13,24 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, IntegrityError, TimeoutError
 from sqlalchemy.sql.compiler import SQLCompiler
 
+from trivec.accounts import rate_limits
 from trivec.accounts.ledger import (
     ERROR_FROM,
     Committed,
     Entry,
     KeyChanges,
     LedgerRow,
+    Outcome,
     RecordUsage,
+    Reserve,
     Transaction,
     keys_touched,
     name_taken,
     unavailable,
 )
-from trivec.accounts.rate_limits import Bucket
+from trivec.accounts.rate_limits import AHEAD_SHARE, LEFT_SHARE, Bucket, Cost, Grant
 from trivec.accounts.stores import tables
-from trivec.accounts.stores.engines import Engines
+from trivec.accounts.stores.engines import Engines, is_pooled
 from trivec.accounts.stores.tables import (
     Values,
     archive,
@@ -42,7 +45,13 @@ from trivec.accounts.stores.tables import (
 )
 from trivec.accounts.types import Key, UsageBy, UsageLine, UsageQuery
 from trivec.accounts.utc import DAY_US, MINUTE_US, day, moment
-from trivec.core.errors import FieldInvalid, ResourceUnknown, StoreRefused
+from trivec.core.errors import (
+    FieldInvalid,
+    RateLimitExceeded,
+    ResourceUnknown,
+    StoreRefused,
+    StoreUnavailable,
+)
 
 MINUTES_A_DAY = DAY_US // MINUTE_US
 FOREVER_US = 3_000_000 * DAY_US  # whole days, beyond the year 9999
@@ -57,6 +66,51 @@ NEXT_REVISION = (  # locks the row until the end of the transaction
     .values(revision=key_revision.c.revision + 1)
     .returning(key_revision.c.revision)
 )
+KEY_CHANGES = "LISTEN trivec_keys"  # a trigger notifies it: migration 0007
+LISTEN_S = 1.0  # between two looks whether it is over
+LISTEN_AGAIN_S = 1.0  # after a connection was lost
+# The same as `Transaction` does for a `Reserve`, of both limits at once, in one statement that holds
+# the bucket's lock no longer than it takes: nodes that share a busy key else wait for each other's
+# round trips. A minute has 60,000,000 us. What is null in `least` and `greatest` is left out.
+RESERVE = """
+WITH asked AS (
+    SELECT %s::text AS key_id, %s::bigint AS now_us,
+        %s::bigint AS requests_limit, %s::bigint AS tokens_limit,
+        %s::bigint AS requests, %s::bigint AS tokens,
+        %s::bigint AS ahead_requests, %s::bigint AS ahead_tokens,
+        %s::bigint AS unused_requests, %s::bigint AS unused_tokens
+), refilled AS (
+    SELECT asked.*, greatest(now_us, at_us) AS at_us,
+        greatest(0, least(requests_debt, requests_limit * 60000000)
+            - requests_limit * least(greatest(0, now_us - at_us), 60000000)
+            - unused_requests * 60000000) AS requests_debt,
+        greatest(0, least(tokens_debt, tokens_limit * 60000000)
+            - tokens_limit * least(greatest(0, now_us - at_us), 60000000)
+            - unused_tokens * 60000000) AS tokens_debt
+    FROM asked JOIN buckets USING (key_id) FOR UPDATE OF buckets
+), decided AS (
+    SELECT *,
+        (requests = 0 OR requests_limit IS NULL
+            OR requests_debt + requests * 60000000 <= requests_limit * 60000000)
+        AND (tokens = 0 OR tokens_limit IS NULL
+            OR tokens_debt + tokens * 60000000 <= tokens_limit * 60000000) AS fits,
+        greatest(0, least(ahead_requests, requests_limit / %s,
+            ((requests_limit * 60000000 - requests_debt) / 60000000 - requests) / %s)) AS more_requests,
+        greatest(0, least(ahead_tokens, tokens_limit / %s,
+            ((tokens_limit * 60000000 - tokens_debt) / 60000000 - tokens) / %s)) AS more_tokens
+    FROM refilled
+)
+UPDATE buckets SET at_us = decided.at_us,
+    requests_debt = CASE WHEN fits AND requests_limit IS NOT NULL
+        THEN decided.requests_debt + (requests + more_requests) * 60000000
+        ELSE decided.requests_debt END,
+    tokens_debt = CASE WHEN fits AND tokens_limit IS NOT NULL
+        THEN decided.tokens_debt + (tokens + more_tokens) * 60000000
+        ELSE decided.tokens_debt END
+FROM decided WHERE buckets.key_id = decided.key_id
+RETURNING fits, buckets.requests_debt, buckets.tokens_debt, buckets.at_us,
+    more_requests, more_tokens, set_config('synchronous_commit', 'off', true)
+"""
 KEY_NAMES = sa.select(keys.c.id, keys.c.name)
 COUNT_KEY = sa.tuple_(*counts.primary_key.columns)
 Rows: TypeAlias = Sequence[Sequence[Any]]
@@ -130,6 +184,7 @@ class SqlStore:
         self._add_to_daily = _inserting(daily, dialect, there=lambda old, new: old + new)
         self._add_to_counts = _inserting(counts, dialect, there=lambda old, new: old + new)
         self._upgrades_itself = upgrades_itself
+        self._is_shared = engines.listening is not None  # by several machines
         self._is_prepared = False
         self._preparing = Lock()
 
@@ -160,24 +215,42 @@ class SqlStore:
 
     def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
         self._ensure_prepared()
-        # Only what was billed must outlive a power cut; a reservation is forgotten in a minute.
-        durable = any(isinstance(one, RecordUsage) and one.row.token_count for one in entries)
+        is_asked = [self._is_shared and isinstance(entry, Reserve) for entry in entries]
+        asked = [one for one in entries if self._is_shared and isinstance(one, Reserve)]
+        rest = [one for one, apart in zip(entries, is_asked, strict=True) if not apart]
+        granted = recorded = Committed((), now_us)
         writing = self._engines.writing
         with self._translated(writing), closing(writing.raw_connection()) as pooled:
             raw: Any = pooled.driver_connection
             try:
-                self._engines.begin(raw, durable or not entries)
                 with closing(raw.cursor()) as cursor:  # an open one keeps a closed file in use
-                    found = self._lock_buckets.run(cursor, [[one] for one in keys_touched(entries)])
-                    held = {key_id: Bucket(*debts) for key_id, *debts in found}
-                    transaction = Transaction(entries, now_us=now_us, buckets=held)
-                    self._write(cursor, transaction)
-                    if not entries:
-                        self._put_probe.run(cursor, [(1, now_us)])
-                raw.commit()
+                    if asked:
+                        granted = _reserve(cursor, asked, now_us=now_us)
+                    if rest or not entries:
+                        recorded = self._record(raw, cursor, rest, now_us=now_us)
             except self._driver.Error:
                 pooled.invalidate()
                 raise
+        if not asked:
+            return recorded
+        outcomes = {True: iter(granted.outcomes), False: iter(recorded.outcomes)}
+        return Committed(
+            [next(outcomes[apart]) for apart in is_asked], max(granted.now_us, recorded.now_us)
+        )
+
+    def _record(self, raw: Any, cursor: Any, entries: Sequence[Entry], *, now_us: int) -> Committed:
+        """One transaction over *entries*."""
+        # Only what was billed must outlive a power cut; a reservation is forgotten in a minute. What
+        # is written without entries tells of a disk that is full, but of Postgres' it cannot.
+        durable = any(isinstance(one, RecordUsage) and one.row.token_count for one in entries)
+        self._engines.begin(raw, durable or not (entries or self._is_shared))
+        found = self._lock_buckets.run(cursor, [[one] for one in keys_touched(entries)])
+        held = {key_id: Bucket(*debts) for key_id, *debts in found}
+        transaction = Transaction(entries, now_us=now_us, buckets=held)
+        self._write(cursor, transaction)
+        if not entries:
+            self._put_probe.run(cursor, [(1, now_us)])
+        raw.commit()
         return transaction.committed
 
     def _write(self, cursor: Any, transaction: Transaction) -> None:
@@ -346,6 +419,22 @@ class SqlStore:
                 connection.execute(sa.delete(counts).where(is_old, last >= COUNT_KEY))
             next_keys = next_keys.where(last < COUNT_KEY)
 
+    def listen(self, heard: Callable[[], None], is_over: Event) -> None:
+        engine = self._engines.listening
+        while engine is not None and not is_over.is_set():
+            try:
+                with self._translated(engine), closing(engine.raw_connection()) as pooled:
+                    raw: Any = pooled.driver_connection
+                    if is_pooled(raw):  # nothing is heard through pgbouncer
+                        return
+                    raw.execute(KEY_CHANGES)
+                    heard()  # of what has changed before
+                    while not is_over.is_set():
+                        for _ in raw.notifies(timeout=LISTEN_S, stop_after=1):
+                            heard()
+            except StoreUnavailable:
+                is_over.wait(LISTEN_AGAIN_S)
+
     def interrupt(self) -> None:
         self._engines.interrupt()
 
@@ -379,10 +468,45 @@ class SqlStore:
             cause = fault.orig if isinstance(fault, DBAPIError) else fault
             if cause is None or isinstance(cause, self._our_faults):
                 raise
-            (engine if engine is self._engines.summing else self._engines).dispose()
+            is_apart = engine in (self._engines.summing, self._engines.listening)
+            (engine if is_apart else self._engines).dispose()
             raise unavailable() from cause
         except TimeoutError as fault:  # every connection is taken
             raise unavailable() from fault
+
+
+def _reserve(cursor: Any, asked: Sequence[Reserve], *, now_us: int) -> Committed:
+    """Decide *asked* on Postgres, one statement each, all in one round trip."""
+    places = sorted(range(len(asked)), key=lambda at: asked[at].key_id)  # see `_lock_buckets`
+    shares = (AHEAD_SHARE, LEFT_SHARE) * 2
+    ordered = [(asked[at].limits, asked[at]) for at in places]
+    cursor.executemany(
+        RESERVE,
+        [
+            (
+                one.key_id,
+                now_us,
+                limits.requests_per_minute,
+                limits.tokens_per_minute,
+                *(*one.cost, *one.ahead, *one.unused, *shares),
+            )
+            for limits, one in ordered
+        ],
+        returning=True,
+    )
+    outcomes: dict[int, Outcome] = {}
+    for at, (limits, one) in zip(places, ordered, strict=True):
+        fits, requests_debt, tokens_debt, at_us, *ahead, _ = cursor.fetchone()
+        cursor.nextset()
+        bucket = Bucket(requests_debt, tokens_debt, at_us)
+        if fits:
+            outcomes[at] = Grant(bucket, Cost(*ahead))
+        else:
+            refused = rate_limits.reserve(bucket, limits, one.cost, now_us=at_us)
+            assert isinstance(refused, RateLimitExceeded)
+            outcomes[at] = refused
+        now_us = max(now_us, at_us)
+    return Committed([outcomes[at] for at in range(len(asked))], now_us)
 
 
 def _inserting(
