@@ -31,7 +31,7 @@ class Lease:
         self.ends_us = now_us
         self.asked: Reserve | None = None  # for the next lease; the answer is on its way
         self.used = NOTHING  # since `since_us`
-        self.since_us = now_us
+        self.since_us = now_us - LEASE_US
 
     def own(self, now_us: int) -> Bucket:
         """The bucket as if what is left were still in it: what this node may use of it."""
@@ -85,17 +85,14 @@ class Leases:
         is_held = lease.holds(wanted.cost, now_us)
         if not is_held and (refused := lease.refusal(wanted.cost, now_us)) is not None:
             return refused
-        lease.used = lease.used.plus(wanted.cost)
         if is_held:
             lease.left = lease.left.minus(wanted.cost)
-            return None
-        if lease.asked is not None:
-            return wanted
-        unused, lease.left = lease.left, NOTHING
-        lease.ends_us = now_us + LEASE_US
-        ahead = lease.expected(now_us)
-        lease.asked = Reserve(wanted.key_id, wanted.limits, wanted.cost, ahead, unused)
-        return lease.asked
+        elif lease.asked is None:
+            ahead, unused = lease.expected(now_us), lease.left
+            wanted = Reserve(wanted.key_id, wanted.limits, wanted.cost, ahead, unused)
+            lease.asked, lease.left, lease.ends_us = wanted, NOTHING, now_us + LEASE_US
+        lease.used = lease.used.plus(wanted.cost)
+        return None if is_held else wanted
 
     def put(self, asked: Reserve, grant: Grant | None) -> None:
         """Note the store's answer to *asked*; None where it granted nothing."""
