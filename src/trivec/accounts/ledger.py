@@ -391,7 +391,8 @@ class LedgerWriter:
             # Without what leads back to its caller; it was logged. Nobody waits for an idle check.
             answers = [fault.with_traceback(None)] * len(group)
         else:
-            self._offset_us += max(0, committed.now_us - now_us)
+            # Not from *now_us*: what others wrote while this waited for its turn is no later than now.
+            self._offset_us += max(0, committed.now_us - self.now_us())
             if not self.health.writable:
                 self._note(StoreHealth(writable=True, reason="ok"))
             answers = committed.outcomes

@@ -65,11 +65,10 @@ class Engines:
     listening: Engine | None = None  # hears of changes to keys, where the database tells of them
 
     def dispose(self) -> None:
-        """Drop every idle connection; the next use makes new ones."""
+        """Drop every idle connection but the listening one; the next use makes new ones."""
         self.writing.dispose()
         self.reading.dispose()
         self.summing.dispose()
-        # The one that listens is left to its thread, which finds out by itself.
 
 
 def is_pooled(raw: Any) -> bool:

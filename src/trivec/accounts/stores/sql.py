@@ -61,6 +61,10 @@ ARCHIVE_LOCK = 7_472_697_666  # Postgres' advisory lock, beside the one for migr
 ALREADY_ARCHIVING = (
     "another trivec db archive is at work on this store; wait until it has ended, then try again"
 )
+NO_SESSION = (
+    "an archive run holds a lock for as long as it takes, which pgbouncer's transaction mode cannot; "
+    "set TRIVEC_DATABASE_URL to Postgres itself for it"
+)
 NEXT_REVISION = (  # locks the row until the end of the transaction
     sa.update(key_revision)
     .values(revision=key_revision.c.revision + 1)
@@ -359,6 +363,8 @@ class SqlStore:
             yield
             return
         with self._translated(self._engines.reading), self._engines.summing.connect() as connection:
+            if is_pooled(connection.connection.driver_connection):
+                raise StoreRefused(NO_SESSION)
             is_taken = connection.scalar(sa.select(sa.func.pg_try_advisory_lock(ARCHIVE_LOCK)))
             connection.commit()  # the lock is the session's; an open transaction holds up vacuum
             if not is_taken:
@@ -434,6 +440,8 @@ class SqlStore:
                             heard()
             except StoreUnavailable:
                 is_over.wait(LISTEN_AGAIN_S)
+            finally:
+                engine.dispose()
 
     def interrupt(self) -> None:
         self._engines.interrupt()
