@@ -433,11 +433,15 @@ class SqlStore:
                     raw: Any = pooled.driver_connection
                     if is_pooled(raw):  # nothing is heard through pgbouncer
                         return
-                    raw.execute(KEY_CHANGES)
-                    heard()  # of what has changed before
-                    while not is_over.is_set():
-                        for _ in raw.notifies(timeout=LISTEN_S, stop_after=1):
-                            heard()
+                    try:
+                        raw.execute(KEY_CHANGES)
+                        heard()  # of what has changed before
+                        while not is_over.is_set():
+                            for _ in raw.notifies(timeout=LISTEN_S, stop_after=1):
+                                heard()
+                    except self._driver.Error:
+                        pooled.invalidate()
+                        raise
             except StoreUnavailable:
                 is_over.wait(LISTEN_AGAIN_S)
             finally:
