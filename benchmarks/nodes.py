@@ -117,7 +117,7 @@ def cluster(count: int) -> Iterator[tuple[PostgresServer, Nodes, int]]:
         nodes = Nodes(postgres.upgraded_database(), folder, [free_port() for _ in range(count)])
         for number in range(count):
             nodes.start(number)
-        stack.callback(lambda: [nodes.kill(number) for number in nodes.running])
+            stack.callback(nodes.kill, number)
         nodes.wait_until_ready()
         port = free_port()
         servers = [f"    server n{at} 127.0.0.1:{one}" for at, one in enumerate(nodes.ports)]

@@ -12,7 +12,7 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
 # The aim is 11,500 in 100: raised only in a commit that says why.
-LINES_MAX, FILES_MAX = 24_080, 131
+LINES_MAX, FILES_MAX = 24_100, 131
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_750, 7),
@@ -25,7 +25,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "backends": (3_350, 17),
     "checkpoints": (2_210, 11),
     "tokenizer": (730, 3),
-    "accounts": (3_450, 21),
+    "accounts": (3_470, 21),
     "telemetry": (700, 4),
     "ipc": (520, 5),
     "core": (960, 8),

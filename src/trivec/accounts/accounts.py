@@ -46,12 +46,7 @@ from trivec.accounts.types import (
     UsageQuery,
 )
 from trivec.accounts.utc import SECOND_US
-from trivec.core.errors import (
-    KeyMissing,
-    Overloaded,
-    RequestTooLarge,
-    StoreUnavailable,
-)
+from trivec.core.errors import KeyMissing, Overloaded, RequestTooLarge, StoreUnavailable
 from trivec.core.ports import Clock
 
 UNLIMITED = RateLimits()
@@ -102,9 +97,13 @@ class Accounts:
         self._keys = KeyCache(store.keys_since, reader=self._reader, clock=clock, secret=secret)
         self._is_over = Event()
         self._watch = Thread(target=self._watch_store, name="trivec-store-watch", daemon=True)
-        self._listener: Thread | None = None
-        if shared:
-            self._listener = Thread(target=self._listen, name="trivec-keys-listen", daemon=True)
+        # Keys are read again as soon as any node has changed one; where nothing is heard of it, or
+        # just now not, twice a second all the same.
+        self._listener = Thread(
+            target=lambda: store.listen(self._keys.invalidate, self._is_over),
+            name="trivec-keys-listen",
+            daemon=True,
+        )
         self._usage_pool = ThreadPoolExecutor(1, thread_name_prefix="trivec-usage")
         self._sums = 0
         self._administration = Administration(store, clock=clock, secret=secret)
@@ -112,7 +111,7 @@ class Accounts:
     def start(self) -> None:
         self.writer.start()
         self._watch.start()
-        if self._listener is not None:
+        if self.leases is not None:
             self._listener.start()
 
     def stop(self) -> None:
@@ -122,12 +121,12 @@ class Accounts:
         self._reader.shutdown()
         self._is_over.set()
         self._watch.join()
-        if self._listener is not None:
-            self._store.interrupt()  # it waits for what may never come
+        if self.leases is not None:
+            self._store.interrupt()  # the listener waits for what may never come
             self._listener.join()
-        if self.leases is not None and (left := self.leases.expire(now_us=sys.maxsize)):
-            with suppress(StoreUnavailable):  # then they are over by themselves
-                self._store.commit(left, now_us=self.writer.now_us())
+            if left := self.leases.expire(now_us=sys.maxsize):
+                with suppress(StoreUnavailable):  # then they are over by themselves
+                    self._store.commit(left, now_us=self.writer.now_us())
         self._store.close()
 
     def health(self) -> StoreHealth:
@@ -234,13 +233,6 @@ class Accounts:
         if self.leases:
             loop = asyncio.get_running_loop()
             self.expiry = loop.call_later(LEASE_US / SECOND_US, self.expire_leases)
-
-    def _listen(self) -> None:
-        """Have keys read again as soon as any process has changed one. In a thread of its own.
-
-        Where nothing is heard, or just now not, they are read twice a second all the same.
-        """
-        self._store.listen(self._keys.invalidate, self._is_over)
 
     def _watch_store(self) -> None:
         """Break off calls that hang. In a thread of its own, for the others may be in them."""

@@ -5,6 +5,7 @@ A `Transaction` decides; this reads and locks the rows that it needs, and writes
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from random import randrange
 from threading import Event, Lock
 from typing import Any, TypeAlias
 
@@ -55,6 +56,7 @@ from trivec.core.errors import (
 
 MINUTES_A_DAY = DAY_US // MINUTE_US
 FOREVER_US = 3_000_000 * DAY_US  # whole days, beyond the year 9999
+PARTS = 64  # of a daily total on a store that nodes share
 ROWS_MAX = 32  # of one bulk statement
 COUNTS_AT_ONCE = 5_000  # deleted in one transaction
 ARCHIVE_LOCK = 7_472_697_666  # Postgres' advisory lock, beside the one for migrations
@@ -147,6 +149,7 @@ class SqlStore:
         self._add_to_counts = _inserting(counts, dialect, there=lambda old, new: old + new)
         self._upgrades_itself = upgrades_itself
         self._is_shared = engines.listening is not None  # by several machines
+        self._part = randrange(PARTS) if self._is_shared else 0  # noqa: S311
         self._is_prepared = False
         self._preparing = Lock()
 
@@ -177,9 +180,8 @@ class SqlStore:
 
     def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
         self._ensure_prepared()
-        is_asked = [self._is_shared and isinstance(entry, Reserve) for entry in entries]
         asked = [one for one in entries if self._is_shared and isinstance(one, Reserve)]
-        rest = [one for one, apart in zip(entries, is_asked, strict=True) if not apart]
+        rest = [one for one in entries if isinstance(one, RecordUsage)] if asked else entries
         granted = recorded = Committed((), now_us)
         writing = self._engines.writing
         with self._translated(writing), closing(writing.raw_connection()) as pooled:
@@ -195,10 +197,9 @@ class SqlStore:
                 raise
         if not asked:
             return recorded
-        outcomes = {True: iter(granted.outcomes), False: iter(recorded.outcomes)}
-        return Committed(
-            [next(outcomes[apart]) for apart in is_asked], max(granted.now_us, recorded.now_us)
-        )
+        outcomes = {Reserve: iter(granted.outcomes), RecordUsage: iter(recorded.outcomes)}
+        now_us = max(granted.now_us, recorded.now_us)
+        return Committed([next(outcomes[type(entry)]) for entry in entries], now_us)
 
     def _record(self, raw: Any, cursor: Any, entries: Sequence[Entry], *, now_us: int) -> Committed:
         """One transaction over *entries*."""
@@ -223,7 +224,10 @@ class SqlStore:
         if transaction.totals:
             self._append_rows.run(cursor, transaction.rows)
             totals = transaction.totals.items()
-            days = sorted((key, model or "", day, *sums) for (key, model, day), sums in totals)
+            part = self._part
+            days = sorted(
+                (key, model or "", day, part, *sums) for (key, model, day), sums in totals
+            )
             self._add_to_daily.run(cursor, days)
         if transaction.counts:
             counted = transaction.counts.items()
@@ -517,7 +521,8 @@ def _usage_sums(query: UsageQuery) -> sa.Select[Any]:
     """Group, requests, failed and tokens: of whole days from their totals, else from each row."""
     days, parts = _days_and_parts(query)
     row, count = ledger.c, counts.c
-    used = [sa.select(daily).where(daily.c.day >= days.start, daily.c.day < days.stop)]
+    columns = [column for column in daily.c if column.name != "part"]
+    used = [sa.select(*columns).where(daily.c.day >= days.start, daily.c.day < days.stop)]
     for part in parts:
         used.append(
             sa.select(

@@ -108,6 +108,8 @@ daily = sa.Table(  # sums of ledger and counts, kept when their rows are archive
     sa.Column("key_id", sa.String(32), primary_key=True),
     sa.Column("model", sa.String, primary_key=True),  # empty: no model
     sa.Column("day", sa.BigInteger, primary_key=True, autoincrement=False),  # since the epoch
+    # Nodes have rows of their own: else those that serve a busy key wait for each other's commits.
+    sa.Column("part", sa.SmallInteger, primary_key=True, autoincrement=False),
     sa.Column("requests", sa.BigInteger, nullable=False),
     sa.Column("failed", sa.BigInteger, nullable=False),
     sa.Column("tokens", sa.BigInteger, nullable=False),
