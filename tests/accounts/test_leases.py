@@ -1,7 +1,10 @@
 """Nodes that lease a key's rate limit from one store: together they let in what it allows."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -239,6 +242,49 @@ def told(outcome: object) -> object:
     return str(outcome) if isinstance(outcome, RateLimitExceeded) else outcome
 
 
+def test_a_change_to_a_key_is_heard_at_once(on_postgres: Store) -> None:
+    heard: queue.Queue[None] = queue.Queue()
+    is_over = threading.Event()
+    thread = threading.Thread(target=on_postgres.listen, args=(lambda: heard.put(None), is_over))
+    thread.start()
+    heard.get(timeout=60)  # it listens
+
+    on_postgres.add_key(a_key("heard"))
+    heard.get(timeout=60)
+    on_postgres.change_key("key_heard", lambda key: replace(key, revoked_us=NOON_US))
+    heard.get(timeout=60)
+
+    assert heard.empty()
+    is_over.set()
+    on_postgres.interrupt()
+    thread.join()
+
+
+class Contended(MemoryStore):
+    """Each commit waits a while for another process, which has written the bucket by then."""
+
+    def __init__(self, clock: HandClock) -> None:
+        super().__init__()
+        self._clock = clock
+
+    def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
+        self._clock.move(0.25)
+        return super().commit(entries, now_us=now_us + 250_000)
+
+
+async def test_waiting_for_another_process_is_not_taken_for_a_clock_that_is_late(
+    clock: HandClock,
+) -> None:
+    accounts = Accounts(Contended(clock), clock=clock, secret=b"s" * 32)
+    accounts.start()
+    caller = await caller_with(accounts, RateLimits(1_000))
+    for _ in range(10):
+        await (await acquire(accounts, caller, opening())).close(closing())
+    accounts.stop()
+
+    assert abs(accounts.writer.now_us() - clock.wall_s() * 1e6) < 1_000
+
+
 class CountedStore(MemoryStore):
     """Counts reservations; commits nothing while it is `broken`."""
 
@@ -246,7 +292,7 @@ class CountedStore(MemoryStore):
         super().__init__()
         self.reserves: list[Reserve] = []
 
-    def commit(self, entries: "list[Entry]", *, now_us: int) -> Committed:  # type: ignore[override]
+    def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
         committed = super().commit(entries, now_us=now_us)
         self.reserves += [one for one in entries if isinstance(one, Reserve)]
         return committed
