@@ -158,6 +158,8 @@ class Accounts:
             digest = keys.digest(bearer, secret=self.secret)
             if hmac.compare_digest(digest, self._fixed):
                 return FIXED
+        if self.writer.is_slow:  # the store hangs: reading keys would wait as long
+            raise unavailable()
         return await self._keys.find(bearer)
 
     def reserve(self, caller: Key, meta: RequestMeta) -> "Reservation":
