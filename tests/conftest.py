@@ -29,7 +29,12 @@ def postgres() -> Iterator[PostgresServer]:
 
 # Continuous integration installs everything, so a skip there hides a missing step. Only these few
 # things may be absent from it.
-ABSENT_AT_TIMES = ("no CUDA device", "the shared test data", "this system does not say")
+ABSENT_AT_TIMES = (
+    "no CUDA device",
+    "no network namespaces",
+    "the shared test data",
+    "this system does not say",
+)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

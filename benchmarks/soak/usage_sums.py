@@ -68,7 +68,8 @@ def fill(execute: Execute, dialect: str, *, rows: int, since_us: int) -> None:
             numbers=NUMBERS[dialect].format(rows=rows),
         )
     )
-    execute(FILL_DAILY)
+    in_parts = FILL_DAILY.replace("model, day, requests", "model, day, part, requests")
+    execute(in_parts.replace("86400000000, count", "86400000000, 0, count"))
 
 
 def fill_sqlite(folder: Path, *, rows: int, since_us: int) -> None:

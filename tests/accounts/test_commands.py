@@ -234,8 +234,8 @@ def much_used(trivec: Trivec, tmp_path: Path) -> Path:
     made = trivec("keys", "create", "--name", LONG_NAME, "--json").json
     with closing_file(sqlite3.connect(tmp_path / SQLITE_FILE)) as books:
         books.executemany(
-            "INSERT INTO daily (key_id, model, day, requests, failed, tokens) "
-            "VALUES (?, ?, 20000, 1000000000000, 1000000000000, 1000000000000000)",
+            "INSERT INTO daily (key_id, model, day, part, requests, failed, tokens) "
+            "VALUES (?, ?, 20000, 0, 1000000000000, 1000000000000, 1000000000000000)",
             [(made["id"], LONG_MODEL), (made["id"], "m"), ("fixed", "m")],
         )
         books.commit()

@@ -11,7 +11,8 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 from tests.accounts.shelf import ask
 
-from trivec.accounts import RateLimits, RateLimitState, UsageBy, UsageLine, UsageQuery
+from trivec.accounts import RateLimits, UsageBy, UsageLine, UsageQuery
+from trivec.accounts.rate_limits import Grant
 from trivec.accounts.stores import tables
 from trivec.accounts.stores.engines import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
 from trivec.accounts.stores.sql import SqlStore
@@ -126,7 +127,7 @@ def test_a_store_of_the_first_edition_keeps_its_keys_ledger_and_rate_limits(
     spent = store.commit([ask(a.limits)], now_us=1_700_000_001_000_000).outcomes
     assert isinstance(spent[0], RateLimitExceeded)
     later = store.commit([ask(a.limits)], now_us=1_700_000_006_000_000).outcomes
-    assert isinstance(later[0], RateLimitState)
+    assert isinstance(later[0], Grant)
     with engines.writing.begin() as connection:
         assert differences(connection) == []
         with pytest.raises(DBAPIError, match="append-only"):

@@ -16,8 +16,8 @@ from tests.accounts.shelf import (
 )
 
 from trivec.accounts.ledger import Entry, Outcome, RecordUsage, Store
-from trivec.accounts.rate_limits import Cost
-from trivec.accounts.types import RateLimits, RateLimitState, UsageBy, UsageLine, UsageQuery
+from trivec.accounts.rate_limits import Cost, Grant, state
+from trivec.accounts.types import RateLimits, UsageBy, UsageLine, UsageQuery
 from trivec.accounts.utc import DAY_US
 from trivec.core.errors import (
     FieldInvalid,
@@ -46,9 +46,9 @@ def test_an_allowance_is_spent_and_refilled_with_time(shelf: Shelf) -> None:
 
     burst = store.commit([ask(TEN_A_MINUTE)] * 11, now_us=NOON_US).outcomes
 
-    assert [type(outcome) for outcome in burst] == [RateLimitState] * 10 + [RateLimitExceeded]
+    assert [type(outcome) for outcome in burst] == [Grant] * 10 + [RateLimitExceeded]
     assert isinstance(one(store, ask(TEN_A_MINUTE), at_s=5.999), RateLimitExceeded)
-    assert isinstance(one(store, ask(TEN_A_MINUTE), at_s=6), RateLimitState)
+    assert isinstance(one(store, ask(TEN_A_MINUTE), at_s=6), Grant)
     assert isinstance(one(store, ask(TEN_A_MINUTE), at_s=6), RateLimitExceeded)
 
 
@@ -63,9 +63,9 @@ def test_a_refused_reservation_takes_nothing(shelf: Shelf) -> None:
 
     assert isinstance(refused, RateLimitExceeded)
     assert refused.kind == "tokens"
-    assert isinstance(granted, RateLimitState)
-    assert granted.remaining_requests == 9
-    assert granted.remaining_tokens == 0
+    assert isinstance(granted, Grant)
+    left = state(granted.bucket, limits)
+    assert (left.remaining_requests, left.remaining_tokens) == (9, 0)
 
 
 def test_what_was_not_used_is_given_back(shelf: Shelf) -> None:
@@ -76,8 +76,8 @@ def test_what_was_not_used_is_given_back(shelf: Shelf) -> None:
 
     settled = one(store, RecordUsage(a_row("r1"), limits, unused=Cost(tokens=93)))
 
-    assert isinstance(settled, RateLimitState)
-    assert settled.remaining_tokens == 93
+    assert isinstance(settled, Grant)
+    assert state(settled.bucket, limits).remaining_tokens == 93
 
 
 def test_a_restart_does_not_refill(shelf: Shelf) -> None:
@@ -94,7 +94,7 @@ def test_processes_share_an_allowance_to_the_last_request(shelf: Shelf) -> None:
     stores[0].add_key(a_key("a", limits))
 
     def spend(store: Store) -> int:
-        return sum(isinstance(one(store, ask(limits)), RateLimitState) for _ in range(50))
+        return sum(isinstance(one(store, ask(limits)), Grant) for _ in range(50))
 
     with ThreadPoolExecutor(len(stores)) as threads:
         granted = sum(threads.map(spend, stores))
@@ -226,7 +226,7 @@ def test_a_group_is_written_whole_when_some_of_it_is_refused(shelf: Shelf) -> No
     )
 
     kinds = [type(outcome) for outcome in committed.outcomes]
-    assert kinds == [RateLimitState, type(None), RateLimitExceeded, type(None)]
+    assert kinds == [Grant, type(None), RateLimitExceeded, type(None)]
     assert used(store)[0].requests == 2
 
 

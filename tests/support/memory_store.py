@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from threading import Lock
+from threading import Event, Lock
 
 from trivec.accounts.ledger import (
     ERROR_FROM,
@@ -101,6 +101,9 @@ class MemoryStore:
             )
             for group, total in sorted(totals.items(), key=lambda item: item[0] or "")
         ]
+
+    def listen(self, heard: Callable[[], None], is_over: Event) -> None:
+        pass
 
     def interrupt(self) -> None:
         pass

@@ -5,19 +5,23 @@ Called on the event loop. The threads that write, read and sum touch the store; 
 
 import asyncio
 import hmac
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from threading import Event, Thread
 from typing import TypeVar
 
-from trivec.accounts import keys
+from trivec.accounts import keys, rate_limits
 from trivec.accounts.administration import FIXED_KEY_ID, OVERLAP_S, Administration, check_secret
 from trivec.accounts.key_cache import KeyCache
+from trivec.accounts.leases import LEASE_US, Leases
 from trivec.accounts.ledger import (
     CALL_S_MAX,
     ERROR_FROM,
     HANGS,
+    IDLE_S,
     Entry,
     LedgerRow,
     LedgerWriter,
@@ -41,6 +45,7 @@ from trivec.accounts.types import (
     UsageLine,
     UsageQuery,
 )
+from trivec.accounts.utc import SECOND_US
 from trivec.core.errors import KeyMissing, Overloaded, RequestTooLarge, StoreUnavailable
 from trivec.core.ports import Clock
 
@@ -49,6 +54,9 @@ ANONYMOUS = Key("anonymous", "anonymous", frozenset(Scope), None, UNLIMITED, cre
 FIXED = replace(ANONYMOUS, id=FIXED_KEY_ID, name=FIXED_KEY_ID)
 FIXED_KEY_CHARS_MIN = 16
 HANG_CHECK_S = 0.25  # between two checks for a call to the store that hangs
+# A node that is cut off from a store that it shares is not ready within 2 s: the sum of these three.
+SHARED_IDLE_S = 0.5
+SHARED_CALL_S = 1.0  # a call that takes longer makes the node unready, though it may still succeed
 SUMS_MAX = 16  # usage sums at a time: the running one and those that wait
 SUMS_RETRY_AFTER_S = 5.0
 OUR_FAULT_FROM = 500  # statuses from here on give the request back to the key
@@ -67,13 +75,20 @@ class Accounts:
         secret: bytes,
         fixed_key: str | None = None,
         no_auth: bool = False,
+        shared: bool = False,
     ) -> None:
+        """*shared*: other nodes use the store too, so rate limits are leased from it."""
         assert fixed_key is None or len(fixed_key) >= FIXED_KEY_CHARS_MIN
         self.clock = clock
         self.secret = secret
         self.writer = LedgerWriter(
-            store, clock=clock, check=lambda: None if no_auth else check_secret(store, secret)
+            store,
+            clock=clock,
+            check=lambda: None if no_auth else check_secret(store, secret),
+            idle_s=SHARED_IDLE_S if shared else IDLE_S,
         )
+        self.leases = Leases() if shared else None
+        self.expiry: asyncio.TimerHandle | None = None
         self.limits_seen: dict[str, RateLimitState] = {}  # by key id, when last asked
         self._store = store
         self._fixed = None if fixed_key is None else keys.digest(fixed_key, secret=secret)
@@ -82,6 +97,13 @@ class Accounts:
         self._keys = KeyCache(store.keys_since, reader=self._reader, clock=clock, secret=secret)
         self._is_over = Event()
         self._watch = Thread(target=self._watch_store, name="trivec-store-watch", daemon=True)
+        # Keys are read again as soon as any node has changed one; where nothing is heard of it, or
+        # just now not, twice a second all the same.
+        self._listener = Thread(
+            target=lambda: store.listen(self._keys.invalidate, self._is_over),
+            name="trivec-keys-listen",
+            daemon=True,
+        )
         self._usage_pool = ThreadPoolExecutor(1, thread_name_prefix="trivec-usage")
         self._sums = 0
         self._administration = Administration(store, clock=clock, secret=secret)
@@ -89,6 +111,8 @@ class Accounts:
     def start(self) -> None:
         self.writer.start()
         self._watch.start()
+        if self.leases is not None:
+            self._listener.start()
 
     def stop(self) -> None:
         """Write what was handed over, then close the store. Blocks for as long as that takes."""
@@ -97,6 +121,12 @@ class Accounts:
         self._reader.shutdown()
         self._is_over.set()
         self._watch.join()
+        if self.leases is not None:
+            self._store.interrupt()  # the listener waits for what may never come
+            self._listener.join()
+            if left := self.leases.expire(now_us=sys.maxsize):
+                with suppress(StoreUnavailable):  # then they are over by themselves
+                    self._store.commit(left, now_us=self.writer.now_us())
         self._store.close()
 
     def health(self) -> StoreHealth:
@@ -128,6 +158,8 @@ class Accounts:
             digest = keys.digest(bearer, secret=self.secret)
             if hmac.compare_digest(digest, self._fixed):
                 return FIXED
+        if self.writer.is_slow:  # the store hangs: reading keys would wait as long
+            raise unavailable()
         return await self._keys.find(bearer)
 
     def reserve(self, caller: Key, meta: RequestMeta) -> "Reservation":
@@ -194,20 +226,39 @@ class Accounts:
         finally:
             self._keys.invalidate()
 
+    def expire_leases(self) -> None:
+        """Have what is left of leases that are over given back, now and as long as there are some."""
+        assert self.leases is not None
+        for unused in self.leases.expire(now_us=self.writer.now_us()):
+            self.writer.submit(unused).add_done_callback(PendingEntry.exception)
+        self.expiry = None
+        if self.leases:
+            loop = asyncio.get_running_loop()
+            self.expiry = loop.call_later(LEASE_US / SECOND_US, self.expire_leases)
+
     def _watch_store(self) -> None:
         """Break off calls that hang. In a thread of its own, for the others may be in them."""
         while not self._is_over.wait(HANG_CHECK_S):
+            since_s = self.writer.busy_since_s
             if self._hangs():
-                since_s = self.writer.busy_since_s
-                if since_s is not None and self._is_late(since_s):
+                if since_s is not None and self._is_late(since_s, CALL_S_MAX):
                     self.writer.give_up(since_s=since_s)
                 self._store.interrupt()
+            elif (
+                self.leases is not None
+                and since_s is not None
+                and self._is_late(since_s, SHARED_CALL_S)
+            ):
+                self.writer.suspect(since_s=since_s)
 
     def _hangs(self) -> bool:
-        return self._is_late(self.writer.busy_since_s) or self._is_late(self._keys.busy_since_s)
+        return any(
+            since_s is not None and self._is_late(since_s, CALL_S_MAX)
+            for since_s in (self.writer.busy_since_s, self._keys.busy_since_s)
+        )
 
-    def _is_late(self, since_s: float | None) -> bool:
-        return since_s is not None and self.clock.now_s() - since_s >= CALL_S_MAX
+    def _is_late(self, since_s: float, after_s: float) -> bool:
+        return self.clock.now_s() - since_s >= after_s
 
 
 class Reservation:
@@ -247,7 +298,7 @@ class Reservation:
             if tokens_follow and seen is not None and (left is None or left > enough):
                 self._owed = Cost(requests=1)
             else:
-                await self._commit(Reserve(self._caller.id, self._caller.limits, Cost(requests=1)))
+                await self._take(Cost(requests=1))
         self._is_let_in = True
 
     async def reserve_tokens(self, count: int) -> None:
@@ -264,7 +315,7 @@ class Reservation:
             raise RequestTooLarge(token_count=count, token_count_max=limit)
         cost = Cost(self._owed.requests, 0 if limit is None else count)
         if cost != NOTHING:
-            await self._commit(Reserve(self._caller.id, self._caller.limits, cost))
+            await self._take(cost)
 
     async def close(self, usage: RequestUsage) -> None:
         """Record the request: its ledger row is durable when this returns. A failure costs zero.
@@ -307,7 +358,8 @@ class Reservation:
         if self.state is not None and unused == NOTHING:
             limits = None  # all that was reserved was used: its bucket is not touched again
         entry = RecordUsage(row, limits, unused)
-        if is_our_fault and not self._is_let_in and limits is None and writer.health.writable:
+        waits = not (writer.health.writable or writer.is_slow)  # it may just have come back
+        if is_our_fault and not self._is_let_in and limits is None and not waits:
             # A refusal is cheap: it waits for no disk, and its row bills nothing.
             writer.submit(entry).add_done_callback(PendingEntry.exception)
             return
@@ -316,6 +368,26 @@ class Reservation:
         except StoreUnavailable:
             if self._is_let_in or is_success:
                 raise
+
+    async def _take(self, cost: Cost) -> None:
+        """Reserve *cost*: out of what this node has leased, or else of the store."""
+        accounts, caller = self._accounts, self._caller
+        wanted = Reserve(caller.id, caller.limits, cost)
+        if accounts.leases is None:
+            await self._commit(wanted)
+            return
+        now_us = accounts.writer.now_us()
+        asked = accounts.leases.take(wanted, now_us=now_us)
+        if isinstance(asked, Reserve):
+            if accounts.expiry is None:
+                accounts.expire_leases()
+            await self._commit(asked)
+            return
+        if (state := accounts.leases.state(caller.id, now_us=now_us)) is not None:
+            self.state = accounts.limits_seen[caller.id] = state
+        if asked is not None:
+            raise asked
+        self._reserved, self._owed = self._reserved.plus(cost), NOTHING
 
     async def _commit(self, entry: Entry) -> None:
         """Wait until *entry* is durable, and keep what it granted. Raises as the callers say."""
@@ -330,10 +402,18 @@ class Reservation:
             while task.uncancel():  # however often it was cancelled
                 pass
         finally:  # also when the task was cancelled: the entry is done by then
-            if pending.done() and pending.exception() is None:
+            if pending.done():
+                accounts, caller = self._accounts, self._caller
+                grant = None if pending.exception() is not None else pending.result()
                 if isinstance(entry, Reserve):
-                    self._reserved = Cost(*map(sum, zip(self._reserved, entry.cost, strict=True)))
-                    self._owed = NOTHING
-                if (state := pending.result()) is not None:
-                    self.state = self._accounts.limits_seen[self._caller.id] = state
+                    if grant is not None:
+                        self._reserved, self._owed = self._reserved.plus(entry.cost), NOTHING
+                    if accounts.leases is not None:
+                        accounts.leases.put(entry, grant)
+                if grant is not None:
+                    state = rate_limits.state(grant.bucket, caller.limits)
+                    if accounts.leases is not None:
+                        now_us = accounts.writer.now_us()
+                        state = accounts.leases.see(caller.id, grant.bucket, now_us=now_us) or state
+                    self.state = accounts.limits_seen[caller.id] = state
             del pending  # else its error's traceback would hold itself and its callers' locals

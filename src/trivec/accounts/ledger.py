@@ -16,11 +16,10 @@ from threading import Event, Thread
 from typing import NamedTuple, Protocol, TypeAlias
 
 from trivec.accounts import rate_limits
-from trivec.accounts.rate_limits import NOTHING, Bucket, Cost
+from trivec.accounts.rate_limits import NOTHING, Bucket, Cost, Grant
 from trivec.accounts.types import (
     Key,
     RateLimits,
-    RateLimitState,
     StoreHealth,
     UsageLine,
     UsageQuery,
@@ -37,6 +36,7 @@ WAITING_MAX = 16_384  # entries; more than 1,024 connections can ever have waiti
 IDLE_S = 5.0  # between two commits of an idle process, which so learns whether it can write
 RETRY_S = 1.0  # between two tries while the store cannot be written
 HANGS = f"a call to it has not come back within {CALL_S_MAX:g} s"
+SLOW = "a call to it has not come back yet"
 DIED = "the thread that writes the ledger has died"
 log = logging.getLogger("trivec.accounts")
 
@@ -74,11 +74,16 @@ class KeyDay(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
-    """Take *cost* out of a key's bucket, all or nothing."""
+    """Give back *unused*, then take *cost* out of a key's bucket, all of it or nothing.
+
+    Where it is taken, what there is of *ahead* is taken too: see `leases`.
+    """
 
     key_id: str
     limits: RateLimits
     cost: Cost
+    ahead: Cost = NOTHING
+    unused: Cost = NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +96,7 @@ class RecordUsage:
 
 
 Entry: TypeAlias = Reserve | RecordUsage
-Granted: TypeAlias = RateLimitState | None  # None: the entry touched no bucket
+Granted: TypeAlias = Grant | None  # None: the entry touched no bucket
 Outcome: TypeAlias = Granted | RateLimitExceeded
 
 
@@ -125,11 +130,17 @@ class Transaction:
     def _apply(self, entry: Entry, now_us: int) -> Outcome:
         """Decide one entry."""
         match entry:
-            case Reserve(key_id, limits, cost):
+            case Reserve(key_id, limits, cost, ahead, unused):
                 found = self._buckets.get(key_id, Bucket())
-                bucket = rate_limits.reserve(found, limits, cost, now_us=now_us)
-                if isinstance(bucket, RateLimitExceeded):
-                    return bucket
+                if unused != NOTHING:
+                    found = rate_limits.give_back(found, limits, unused, now_us=now_us)
+                    self._buckets[key_id] = self.buckets[key_id] = found
+                reserved = rate_limits.reserve(found, limits, cost, now_us=now_us)
+                if isinstance(reserved, RateLimitExceeded):
+                    return reserved
+                grant = Grant(reserved)
+                if ahead != NOTHING:
+                    grant = rate_limits.reserve_ahead(reserved, limits, ahead)
             case RecordUsage(row, limits, unused):
                 key_id = row.key_id
                 if row.token_count == 0:
@@ -144,9 +155,9 @@ class Transaction:
                 if limits is None:
                     return None
                 found = self._buckets.get(key_id, Bucket())
-                bucket = rate_limits.give_back(found, limits, unused, now_us=now_us)
-        self._buckets[key_id] = self.buckets[key_id] = bucket
-        return rate_limits.state(bucket, limits)
+                grant = Grant(rate_limits.give_back(found, limits, unused, now_us=now_us))
+        self._buckets[key_id] = self.buckets[key_id] = grant.bucket
+        return grant
 
 
 def keys_touched(entries: Iterable[Entry]) -> list[str]:
@@ -210,6 +221,14 @@ class Store(Protocol):
         """Sums over the ledger, ordered by group; with the names of its keys where it is by key."""
         ...
 
+    def listen(self, heard: Callable[[], None], is_over: Event) -> None:
+        """Call *heard* soon after any process has changed a key, until *is_over*.
+
+        It connects again by itself; `interrupt` wakes it up. It returns at once where nothing is to
+        be heard.
+        """
+        ...
+
     def interrupt(self) -> None:
         """Break off the calls of other threads: they raise `StoreUnavailable`.
 
@@ -263,16 +282,20 @@ class LedgerWriter:
     wall clock that is set by hand neither refills buckets while we run nor ever blocks a key.
     """
 
-    def __init__(self, store: Store, *, clock: Clock, check: Callable[[], None]) -> None:
+    def __init__(
+        self, store: Store, *, clock: Clock, check: Callable[[], None], idle_s: float = IDLE_S
+    ) -> None:
         """*check* raises `StoreRefused` for a store that must not be written; run until it passes."""
         self.health = StoreHealth(writable=True, reason="ok")
         self.died: Future[str] = Future()  # why the thread has died, if it has
         self.busy_since_s: float | None = None  # when the running commit began; None: none runs
+        self.is_slow = False  # the running commit is late
         self._store = store
         self._check = check
         self._is_checked = False
         self._clock = clock
         self._offset_us = int((clock.wall_s() - clock.now_s()) * 1e6)
+        self._idle_s = idle_s
         self._due_s = clock.now_s()  # of the next commit, even of nothing
         self._waiting: deque[PendingEntry] = deque()
         self._wake = Event()
@@ -304,6 +327,17 @@ class LedgerWriter:
             loop.call_soon(self._wake.set)
         return pending
 
+    def now_us(self) -> int:
+        """The time that buckets go by."""
+        return int(self._clock.now_s() * 1e6) + self._offset_us
+
+    def suspect(self, *, since_s: float) -> None:
+        """Let nothing more in until the commit begun at *since_s* has come back, or another."""
+        if self.busy_since_s == since_s:
+            self.is_slow = True
+            if self.health.writable:
+                self._note(StoreHealth(writable=False, reason=SLOW))
+
     def give_up(self, *, since_s: float) -> None:
         """Fail everything that waits with `StoreUnavailable`: the commit begun at *since_s* hangs.
 
@@ -318,7 +352,7 @@ class LedgerWriter:
         try:
             while self._waiting or not self._is_stopping:
                 if not self._waiting:
-                    self._wake.wait(min(max(0.0, self._due_s - self._clock.now_s()), IDLE_S))
+                    self._wake.wait(min(max(0.0, self._due_s - self._clock.now_s()), self._idle_s))
                 self._wake.clear()
                 with suppress(IndexError):  # none is left; `give_up` takes them too
                     while len(self._group) < GROUP_MAX:
@@ -336,8 +370,8 @@ class LedgerWriter:
 
     def _commit(self, group: Group) -> None:
         began_s = self.busy_since_s = self._clock.now_s()
-        self._due_s = began_s + IDLE_S
-        now_us = int(began_s * 1e6) + self._offset_us
+        self._due_s = began_s + self._idle_s
+        now_us = self.now_us()
         answers: Sequence[Answer]
         try:
             if not self._is_checked:
@@ -357,12 +391,13 @@ class LedgerWriter:
             # Without what leads back to its caller; it was logged. Nobody waits for an idle check.
             answers = [fault.with_traceback(None)] * len(group)
         else:
-            self._offset_us += max(0, committed.now_us - now_us)
+            # Not from *now_us*: what others wrote while this waited for its turn is no later than now.
+            self._offset_us += max(0, committed.now_us - self.now_us())
             if not self.health.writable:
                 self._note(StoreHealth(writable=True, reason="ok"))
             answers = committed.outcomes
         finally:
-            self.busy_since_s = None
+            self.busy_since_s, self.is_slow = None, False
         _answer(group, answers)
 
     def _fail(self, group: Group) -> None:

@@ -13,6 +13,10 @@ from trivec.accounts.utc import MINUTE_US, SECOND_US
 from trivec.core.errors import RateLimitExceeded
 
 LIMIT_MAX = 1_000_000_000
+AHEAD_SHARE = (
+    100  # at most this part of a limit is reserved ahead at a time: all that a crash loses
+)
+LEFT_SHARE = 8  # and this part of what is left, so that the last of it is there for every node
 
 
 class Cost(NamedTuple):
@@ -20,6 +24,14 @@ class Cost(NamedTuple):
 
     requests: int = 0
     tokens: int = 0
+
+    def plus(self, other: "Cost") -> "Cost":
+        return Cost(self.requests + other.requests, self.tokens + other.tokens)
+
+    def minus(self, other: "Cost") -> "Cost":
+        """Never less than nothing."""
+        requests, tokens = self.requests - other.requests, self.tokens - other.tokens
+        return Cost(max(0, requests), max(0, tokens))
 
 
 NOTHING = Cost()
@@ -31,6 +43,13 @@ class Bucket(NamedTuple):
     requests_debt: int = 0
     tokens_debt: int = 0
     at_us: int = 0
+
+
+class Grant(NamedTuple):
+    """A bucket as it was left, and what was reserved of it ahead of any request."""
+
+    bucket: Bucket
+    ahead: Cost = NOTHING
 
 
 def refill(bucket: Bucket, limits: RateLimits, *, now_us: int) -> Bucket:
@@ -78,6 +97,25 @@ def give_back(bucket: Bucket, limits: RateLimits, cost: Cost, *, now_us: int) ->
         max(0, bucket.tokens_debt - cost.tokens * MINUTE_US),
         bucket.at_us,
     )
+
+
+def reserve_ahead(bucket: Bucket, limits: RateLimits, wanted: Cost) -> Grant:
+    """Take what there may be of *wanted* out of a bucket that was just refilled."""
+
+    def ahead(debt: int, limit: int | None, count: int) -> int:
+        if limit is None:
+            return count
+        left = (limit * MINUTE_US - debt) // MINUTE_US
+        return max(0, min(count, limit // AHEAD_SHARE, left // LEFT_SHARE))
+
+    requests = ahead(bucket.requests_debt, limits.requests_per_minute, wanted.requests)
+    tokens = ahead(bucket.tokens_debt, limits.tokens_per_minute, wanted.tokens)
+    debts = Bucket(
+        bucket.requests_debt + (requests * MINUTE_US if limits.requests_per_minute else 0),
+        bucket.tokens_debt + (tokens * MINUTE_US if limits.tokens_per_minute else 0),
+        bucket.at_us,
+    )
+    return Grant(debts, Cost(requests, tokens))
 
 
 def state(bucket: Bucket, limits: RateLimits) -> RateLimitState:

@@ -36,7 +36,8 @@ def open_accounts(settings: Settings, *, clock: Clock) -> Accounts:
     except StoreUnavailable:
         pass  # the writer tries again every second; until then the server is not ready
     fixed_key = settings.api_key.get_secret_value() if settings.api_key is not None else None
-    return Accounts(store, clock=clock, secret=secret, fixed_key=fixed_key)
+    shared = settings.database_url is not None
+    return Accounts(store, clock=clock, secret=secret, fixed_key=fixed_key, shared=shared)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from threading import Lock
 from typing import Any
 from weakref import WeakSet
 
-from sqlalchemy import Dialect, Engine, create_engine, event
+from sqlalchemy import Connection, Dialect, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import QueuePool
@@ -36,7 +36,19 @@ POSTGRES_ARGUMENTS: dict[str, Any] = {
     "keepalives_interval": 2,
     "keepalives_count": 3,
     "tcp_user_timeout": 5_000,  # milliseconds
+    "autocommit": True,  # what begins a transaction says what holds in it
 }
+# Durable whatever the server's own default is; and nothing that hangs, hangs for long. Said in each
+# transaction, for behind pgbouncer the next one has another session.
+BEGIN_DURABLE = (
+    "BEGIN; SET LOCAL synchronous_commit = on; "
+    "SET LOCAL lock_timeout = 2000; SET LOCAL statement_timeout = 10000"
+)
+BEGIN_FORGETFUL = (
+    "BEGIN; SET LOCAL synchronous_commit = off; "
+    "SET LOCAL lock_timeout = 2000; SET LOCAL statement_timeout = 10000"
+)
+BEGIN_READING = "BEGIN READ ONLY; SET LOCAL statement_timeout = 60000"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +62,18 @@ class Engines:
     # power cut.
     begin: Callable[[Any, bool], None]
     interrupt: Callable[[], None]  # break off what other threads wait for
+    listening: Engine | None = None  # hears of changes to keys, where the database tells of them
 
     def dispose(self) -> None:
-        """Drop every idle connection; the next use makes new ones."""
+        """Drop every idle connection but the listening one; the next use makes new ones."""
         self.writing.dispose()
         self.reading.dispose()
         self.summing.dispose()
+
+
+def is_pooled(raw: Any) -> bool:
+    """Whether a connection to Postgres has another session behind it from time to time."""
+    return raw.prepare_threshold is None
 
 
 def sqlite_engines(file: Path) -> Engines:
@@ -124,12 +142,10 @@ def postgres_engines(database_url: str) -> Engines:
             "and without it the store is a SQLite file in the data folder"
         )
     url = url.set(drivername=POSTGRES_DRIVER)
-    # Durable whatever the server's own default is; and nothing that hangs, hangs for long.
-    write = "-c synchronous_commit=on -c lock_timeout=2000 -c statement_timeout=10000"
-    read = "-c default_transaction_read_only=on -c statement_timeout=60000"
-    writing = _engine(url, 1, **POSTGRES_ARGUMENTS, options=write)
-    reading = _engine(url, READERS_MAX, **POSTGRES_ARGUMENTS, options=read)
-    summing = _engine(url, 1, **POSTGRES_ARGUMENTS, options=read)
+    writing = _engine(url, 1, **POSTGRES_ARGUMENTS)
+    reading = _engine(url, READERS_MAX, **POSTGRES_ARGUMENTS)
+    summing = _engine(url, 1, **POSTGRES_ARGUMENTS)
+    listening = _engine(url, 1, **POSTGRES_ARGUMENTS)
     opened: WeakSet[Any] = WeakSet()
     opening = Lock()
 
@@ -137,6 +153,9 @@ def postgres_engines(database_url: str) -> Engines:
         raw = dialect.connect(*given, **named)
         with opening:
             opened.add(raw)
+        (session,) = raw.execute("SELECT pg_backend_pid()").fetchone()
+        if session != raw.info.backend_pid:  # pgbouncer's sessions, where nothing stays prepared
+            raw.prepare_threshold = None
         return raw
 
     def interrupt() -> None:
@@ -152,12 +171,18 @@ def postgres_engines(database_url: str) -> Engines:
                 duplicate.shutdown(socket.SHUT_RDWR)
 
     def begin(raw: Any, durable: bool) -> None:
-        if not durable:  # else the driver begins with the first statement
-            raw.execute("SET LOCAL synchronous_commit = off")
+        raw.execute(BEGIN_DURABLE if durable else BEGIN_FORGETFUL, prepare=False)
 
-    for engine in (writing, reading, summing):
+    def begin_reading(made: Connection) -> None:
+        raw: Any = made.connection.driver_connection
+        raw.execute(BEGIN_READING, prepare=False)
+
+    event.listen(writing, "begin", lambda made: begin(made.connection.driver_connection, True))
+    event.listen(reading, "begin", begin_reading)
+    event.listen(summing, "begin", begin_reading)
+    for engine in (writing, reading, summing, listening):
         event.listen(engine, "do_connect", connect)
-    return Engines(writing, reading, summing, begin, interrupt)
+    return Engines(writing, reading, summing, begin, interrupt, listening)
 
 
 def _engine(url: URL, connections_max: int, **connect_args: Any) -> Engine:

@@ -5,7 +5,8 @@ A `Transaction` decides; this reads and locks the rows that it needs, and writes
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from threading import Lock
+from random import randrange
+from threading import Event, Lock
 from typing import Any, TypeAlias
 
 import sqlalchemy as sa
@@ -13,21 +14,24 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, IntegrityError, TimeoutError
 from sqlalchemy.sql.compiler import SQLCompiler
 
+from trivec.accounts import rate_limits
 from trivec.accounts.ledger import (
     ERROR_FROM,
     Committed,
     Entry,
     KeyChanges,
     LedgerRow,
+    Outcome,
     RecordUsage,
+    Reserve,
     Transaction,
     keys_touched,
     name_taken,
     unavailable,
 )
-from trivec.accounts.rate_limits import Bucket
+from trivec.accounts.rate_limits import AHEAD_SHARE, LEFT_SHARE, Bucket, Cost, Grant
 from trivec.accounts.stores import tables
-from trivec.accounts.stores.engines import Engines
+from trivec.accounts.stores.engines import Engines, is_pooled
 from trivec.accounts.stores.tables import (
     Values,
     archive,
@@ -42,21 +46,35 @@ from trivec.accounts.stores.tables import (
 )
 from trivec.accounts.types import Key, UsageBy, UsageLine, UsageQuery
 from trivec.accounts.utc import DAY_US, MINUTE_US, day, moment
-from trivec.core.errors import FieldInvalid, ResourceUnknown, StoreRefused
+from trivec.core.errors import (
+    FieldInvalid,
+    RateLimitExceeded,
+    ResourceUnknown,
+    StoreRefused,
+    StoreUnavailable,
+)
 
 MINUTES_A_DAY = DAY_US // MINUTE_US
 FOREVER_US = 3_000_000 * DAY_US  # whole days, beyond the year 9999
+PARTS = 64  # of a daily total on a store that nodes share
 ROWS_MAX = 32  # of one bulk statement
 COUNTS_AT_ONCE = 5_000  # deleted in one transaction
 ARCHIVE_LOCK = 7_472_697_666  # Postgres' advisory lock, beside the one for migrations
 ALREADY_ARCHIVING = (
     "another trivec db archive is at work on this store; wait until it has ended, then try again"
 )
+NO_SESSION = (
+    "an archive run holds a lock for as long as it takes, which pgbouncer's transaction mode cannot; "
+    "set TRIVEC_DATABASE_URL to Postgres itself for it"
+)
 NEXT_REVISION = (  # locks the row until the end of the transaction
     sa.update(key_revision)
     .values(revision=key_revision.c.revision + 1)
     .returning(key_revision.c.revision)
 )
+KEY_CHANGES = "LISTEN trivec_keys"  # a trigger notifies it: migration 0007
+LISTEN_S = 1.0  # between two looks whether it is over
+LISTEN_AGAIN_S = 1.0  # after a connection was lost
 KEY_NAMES = sa.select(keys.c.id, keys.c.name)
 COUNT_KEY = sa.tuple_(*counts.primary_key.columns)
 Rows: TypeAlias = Sequence[Sequence[Any]]
@@ -130,6 +148,8 @@ class SqlStore:
         self._add_to_daily = _inserting(daily, dialect, there=lambda old, new: old + new)
         self._add_to_counts = _inserting(counts, dialect, there=lambda old, new: old + new)
         self._upgrades_itself = upgrades_itself
+        self._is_shared = engines.listening is not None  # by several machines
+        self._part = randrange(PARTS) if self._is_shared else 0  # noqa: S311
         self._is_prepared = False
         self._preparing = Lock()
 
@@ -160,24 +180,40 @@ class SqlStore:
 
     def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
         self._ensure_prepared()
-        # Only what was billed must outlive a power cut; a reservation is forgotten in a minute.
-        durable = any(isinstance(one, RecordUsage) and one.row.token_count for one in entries)
+        asked = [one for one in entries if self._is_shared and isinstance(one, Reserve)]
+        rest = [one for one in entries if isinstance(one, RecordUsage)] if asked else entries
+        granted = recorded = Committed((), now_us)
         writing = self._engines.writing
         with self._translated(writing), closing(writing.raw_connection()) as pooled:
             raw: Any = pooled.driver_connection
             try:
-                self._engines.begin(raw, durable or not entries)
                 with closing(raw.cursor()) as cursor:  # an open one keeps a closed file in use
-                    found = self._lock_buckets.run(cursor, [[one] for one in keys_touched(entries)])
-                    held = {key_id: Bucket(*debts) for key_id, *debts in found}
-                    transaction = Transaction(entries, now_us=now_us, buckets=held)
-                    self._write(cursor, transaction)
-                    if not entries:
-                        self._put_probe.run(cursor, [(1, now_us)])
-                raw.commit()
+                    if asked:
+                        granted = _reserve(cursor, asked, now_us=now_us)
+                    if rest or not entries:
+                        recorded = self._record(raw, cursor, rest, now_us=now_us)
             except self._driver.Error:
                 pooled.invalidate()
                 raise
+        if not asked:
+            return recorded
+        outcomes = {Reserve: iter(granted.outcomes), RecordUsage: iter(recorded.outcomes)}
+        now_us = max(granted.now_us, recorded.now_us)
+        return Committed([next(outcomes[type(entry)]) for entry in entries], now_us)
+
+    def _record(self, raw: Any, cursor: Any, entries: Sequence[Entry], *, now_us: int) -> Committed:
+        """One transaction over *entries*."""
+        # Only what was billed must outlive a power cut; a reservation is forgotten in a minute. What
+        # is written without entries tells of a disk that is full, but of Postgres' it cannot.
+        durable = any(isinstance(one, RecordUsage) and one.row.token_count for one in entries)
+        self._engines.begin(raw, durable or not (entries or self._is_shared))
+        found = self._lock_buckets.run(cursor, [[one] for one in keys_touched(entries)])
+        held = {key_id: Bucket(*debts) for key_id, *debts in found}
+        transaction = Transaction(entries, now_us=now_us, buckets=held)
+        self._write(cursor, transaction)
+        if not entries:
+            self._put_probe.run(cursor, [(1, now_us)])
+        raw.commit()
         return transaction.committed
 
     def _write(self, cursor: Any, transaction: Transaction) -> None:
@@ -188,7 +224,10 @@ class SqlStore:
         if transaction.totals:
             self._append_rows.run(cursor, transaction.rows)
             totals = transaction.totals.items()
-            days = sorted((key, model or "", day, *sums) for (key, model, day), sums in totals)
+            part = self._part
+            days = sorted(
+                (key, model or "", day, part, *sums) for (key, model, day), sums in totals
+            )
             self._add_to_daily.run(cursor, days)
         if transaction.counts:
             counted = transaction.counts.items()
@@ -286,6 +325,8 @@ class SqlStore:
             yield
             return
         with self._translated(self._engines.reading), self._engines.summing.connect() as connection:
+            if is_pooled(connection.connection.driver_connection):
+                raise StoreRefused(NO_SESSION)
             is_taken = connection.scalar(sa.select(sa.func.pg_try_advisory_lock(ARCHIVE_LOCK)))
             connection.commit()  # the lock is the session's; an open transaction holds up vacuum
             if not is_taken:
@@ -346,6 +387,28 @@ class SqlStore:
                 connection.execute(sa.delete(counts).where(is_old, last >= COUNT_KEY))
             next_keys = next_keys.where(last < COUNT_KEY)
 
+    def listen(self, heard: Callable[[], None], is_over: Event) -> None:
+        engine = self._engines.listening
+        while engine is not None and not is_over.is_set():
+            try:
+                with self._translated(engine), closing(engine.raw_connection()) as pooled:
+                    raw: Any = pooled.driver_connection
+                    if is_pooled(raw):  # nothing is heard through pgbouncer
+                        return
+                    try:
+                        raw.execute(KEY_CHANGES)
+                        heard()  # of what has changed before
+                        while not is_over.is_set():
+                            for _ in raw.notifies(timeout=LISTEN_S, stop_after=1):
+                                heard()
+                    except self._driver.Error:
+                        pooled.invalidate()
+                        raise
+            except StoreUnavailable:
+                is_over.wait(LISTEN_AGAIN_S)
+            finally:
+                engine.dispose()
+
     def interrupt(self) -> None:
         self._engines.interrupt()
 
@@ -379,10 +442,45 @@ class SqlStore:
             cause = fault.orig if isinstance(fault, DBAPIError) else fault
             if cause is None or isinstance(cause, self._our_faults):
                 raise
-            (engine if engine is self._engines.summing else self._engines).dispose()
+            is_apart = engine in (self._engines.summing, self._engines.listening)
+            (engine if is_apart else self._engines).dispose()
             raise unavailable() from cause
         except TimeoutError as fault:  # every connection is taken
             raise unavailable() from fault
+
+
+def _reserve(cursor: Any, asked: Sequence[Reserve], *, now_us: int) -> Committed:
+    """Decide *asked* on Postgres, one statement each, all in one round trip."""
+    places = sorted(range(len(asked)), key=lambda at: asked[at].key_id)  # see `_lock_buckets`
+    shares = (AHEAD_SHARE, LEFT_SHARE) * 2
+    ordered = [(asked[at].limits, asked[at]) for at in places]
+    cursor.executemany(
+        tables.RESERVE,
+        [
+            (
+                one.key_id,
+                now_us,
+                limits.requests_per_minute,
+                limits.tokens_per_minute,
+                *(*one.cost, *one.ahead, *one.unused, *shares),
+            )
+            for limits, one in ordered
+        ],
+        returning=True,
+    )
+    outcomes: dict[int, Outcome] = {}
+    for at, (limits, one) in zip(places, ordered, strict=True):
+        fits, requests_debt, tokens_debt, at_us, *ahead, _ = cursor.fetchone()
+        cursor.nextset()
+        bucket = Bucket(requests_debt, tokens_debt, at_us)
+        if fits:
+            outcomes[at] = Grant(bucket, Cost(*ahead))
+        else:
+            refused = rate_limits.reserve(bucket, limits, one.cost, now_us=at_us)
+            assert isinstance(refused, RateLimitExceeded)
+            outcomes[at] = refused
+        now_us = max(now_us, at_us)
+    return Committed([outcomes[at] for at in range(len(asked))], now_us)
 
 
 def _inserting(
@@ -423,7 +521,8 @@ def _usage_sums(query: UsageQuery) -> sa.Select[Any]:
     """Group, requests, failed and tokens: of whole days from their totals, else from each row."""
     days, parts = _days_and_parts(query)
     row, count = ledger.c, counts.c
-    used = [sa.select(daily).where(daily.c.day >= days.start, daily.c.day < days.stop)]
+    columns = [column for column in daily.c if column.name != "part"]
+    used = [sa.select(*columns).where(daily.c.day >= days.start, daily.c.day < days.stop)]
     for part in parts:
         used.append(
             sa.select(

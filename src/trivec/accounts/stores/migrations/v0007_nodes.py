@@ -1,0 +1,42 @@
+"""What several nodes need: notices of changed keys, a bucket for each key, daily totals in parts."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0007"
+down_revision = "0005"
+
+FILL_BUCKETS = (
+    "INSERT INTO buckets (key_id, requests_debt, tokens_debt, at_us) SELECT id, 0, 0, 0 FROM keys "
+    "WHERE NOT EXISTS (SELECT 1 FROM buckets WHERE buckets.key_id = keys.id)"
+)
+COPY_DAILY = (
+    "INSERT INTO daily_in_parts (key_id, model, day, part, requests, failed, tokens) "
+    "SELECT key_id, model, day, 0, requests, failed, tokens FROM daily"
+)
+NOTIFY = (
+    "CREATE FUNCTION keys_notify() RETURNS trigger LANGUAGE plpgsql AS "
+    "$$ BEGIN NOTIFY trivec_keys; RETURN NULL; END $$",
+    "CREATE TRIGGER keys_changed AFTER UPDATE ON keyring "
+    "FOR EACH STATEMENT EXECUTE FUNCTION keys_notify()",
+)
+
+
+def upgrade() -> None:
+    op.execute(FILL_BUCKETS)
+    op.create_table(
+        "daily_in_parts",
+        sa.Column("key_id", sa.String(32), primary_key=True),
+        sa.Column("model", sa.String, primary_key=True),
+        sa.Column("day", sa.BigInteger, primary_key=True, autoincrement=False),
+        sa.Column("part", sa.SmallInteger, primary_key=True, autoincrement=False),
+        sa.Column("requests", sa.BigInteger, nullable=False),
+        sa.Column("failed", sa.BigInteger, nullable=False),
+        sa.Column("tokens", sa.BigInteger, nullable=False),
+    )
+    op.execute(COPY_DAILY)
+    op.drop_table("daily")
+    op.rename_table("daily_in_parts", "daily")
+    if op.get_bind().dialect.name == "postgresql":
+        for statement in NOTIFY:
+            op.execute(statement)
