@@ -149,7 +149,12 @@ class StandIn:
         return ids if is_whole else [OPENING, *ids, CLOSING]
 
     async def embed(
-        self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
+        self,
+        sequences: Sequences,
+        outputs: Output,
+        *,
+        deadline_s: float | None = None,
+        background: bool = False,
     ) -> Reply:
         self.check_admission(sequences.token_count)
         self.embedded.append((sequences, outputs, deadline_s))

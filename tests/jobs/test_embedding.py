@@ -204,7 +204,12 @@ class Faulty(StandIn):
         )
 
     async def embed(
-        self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
+        self,
+        sequences: Sequences,
+        outputs: Output,
+        *,
+        deadline_s: float | None = None,
+        background: bool = False,
     ) -> Reply:
         if ord("!") + 4 in sequences.token_ids:
             raise EngineFault("a vector is not finite")

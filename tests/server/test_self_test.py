@@ -52,7 +52,12 @@ class StubEmbedder:
         return Sequences.pack([[1]])
 
     async def embed(
-        self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
+        self,
+        sequences: Sequences,
+        outputs: Output,
+        *,
+        deadline_s: float | None = None,
+        background: bool = False,
     ) -> Reply:
         self.asked += 1
         if isinstance(self.next, ServiceError):

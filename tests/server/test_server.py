@@ -51,7 +51,12 @@ class HeldEmbedder(StubEmbedder):
         return Sequences.pack([[1]])
 
     async def embed(
-        self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
+        self,
+        sequences: Sequences,
+        outputs: Output,
+        *,
+        deadline_s: float | None = None,
+        background: bool = False,
     ) -> Reply:
         if self._is_self_test:
             self.was_tested.set()

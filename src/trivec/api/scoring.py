@@ -227,7 +227,9 @@ async def _compute(
     context: RequestContext, embedder: Embedder, sequences: Sequences, outputs: Output
 ) -> Vectors:
     deadline_s = context.deadline_s - context.app.clock.now_s()
-    reply = await embedder.embed(sequences, outputs, deadline_s=deadline_s)
+    reply = await embedder.embed(
+        sequences, outputs, deadline_s=deadline_s, background=context.background
+    )
     context.token_count += sequences.token_count
     context.queue_s += reply.queue_s
     context.compute_s += reply.compute_s

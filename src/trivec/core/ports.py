@@ -109,11 +109,17 @@ class Embedder(Protocol):
     def tokenizer(self) -> TextTokenizer: ...
 
     async def embed(
-        self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
+        self,
+        sequences: Sequences,
+        outputs: Output,
+        *,
+        deadline_s: float | None = None,
+        background: bool = False,
     ) -> Reply:
         """Join the queue and wait for every vector of *sequences*, in their order.
 
-        *deadline_s* bounds the wait from now to the first batch. Raises `Overloaded` at once when
+        *deadline_s* bounds the wait from now to the first batch. A *background* request is computed
+        only while no other waits; it has neither deadline nor limit of the queue. Raises `Overloaded` at once when
         the queue is full, `DeadlineExceeded`, `EngineFault`. Cancelling the call frees its place.
         """
         ...

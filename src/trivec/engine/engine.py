@@ -12,6 +12,8 @@ from trivec.engine.scheduler import ModelQueue
 from trivec.engine.worker import Workers
 from trivec.settings import QueueLimits
 
+BACKGROUND_S_MAX = 30 * 24 * 3600.0  # its sender, a batch job, has a deadline of its own
+
 
 class Engine:
     """A model and its queue. Its workers are shared with the other models of the device."""
@@ -51,7 +53,12 @@ class Engine:
         return len(self._queue.open)
 
     async def embed(
-        self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
+        self,
+        sequences: Sequences,
+        outputs: Output,
+        *,
+        deadline_s: float | None = None,
+        background: bool = False,
     ) -> Reply:
         """See `core.ports.Embedder`. A *deadline_s* beyond the setting's limit is the limit."""
         assert len(sequences) > 0
@@ -60,7 +67,9 @@ class Engine:
         scheduler, queue = self._scheduler, self._queue
         limit_s = queue.limits.first_batch_s_max
         wait_s = limit_s if deadline_s is None else min(deadline_s, limit_s)
-        request = scheduler.submit(queue, sequences, outputs, wait_s=wait_s)
+        if background:
+            wait_s = BACKGROUND_S_MAX
+        request = scheduler.submit(queue, sequences, outputs, wait_s=wait_s, background=background)
         queue.open.add(request)
         timer = request.future.get_loop().call_later(wait_s, scheduler.expire, queue, request)
         try:

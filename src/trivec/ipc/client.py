@@ -111,7 +111,13 @@ class EngineClient:
             raise Draining(AWAY, retry_after_s=RETURN_S)
 
     async def embed(
-        self, model: int, sequences: Sequences, outputs: Output, deadline_s: float | None
+        self,
+        model: int,
+        sequences: Sequences,
+        outputs: Output,
+        deadline_s: float | None,
+        *,
+        background: bool = False,
     ) -> Reply:
         """Let the engine process embed *sequences*; cancelling the call cancels it there."""
         await self._was_connected.wait()
@@ -131,6 +137,7 @@ class EngineClient:
                     deadline_s,
                     sequences.skip,
                     sequences.chunks,
+                    background,
                 )
             )
             return await future
@@ -204,10 +211,17 @@ class RemoteEmbedder:
         self._client = client
 
     async def embed(
-        self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
+        self,
+        sequences: Sequences,
+        outputs: Output,
+        *,
+        deadline_s: float | None = None,
+        background: bool = False,
     ) -> Reply:
         """See `core.ports.Embedder`. The deadline counts from when the engine process reads it."""
-        return await self._client.embed(self._index, sequences, outputs, deadline_s)
+        return await self._client.embed(
+            self._index, sequences, outputs, deadline_s, background=background
+        )
 
     def check_admission(self, token_count: int) -> None:
         """Refuse while the engine process is away; how full its queue is, only `embed` hears."""

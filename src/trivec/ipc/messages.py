@@ -32,6 +32,7 @@ class EmbedRequest(msgspec.Struct, frozen=True, tag=True):
     deadline_s: float | None  # counts from when the engine process reads it
     skip: np.ndarray | None = None  # int32 [sequences]
     chunks: tuple[np.ndarray, ...] | None = None  # of each sequence int32 [chunks + 1]
+    background: bool = False
 
     def sequences(self) -> Sequences:
         return Sequences(

@@ -90,7 +90,10 @@ class EngineServer:
         answer: Message
         try:
             reply = await self._embedders[request.model].embed(
-                request.sequences(), request.outputs, deadline_s=request.deadline_s
+                request.sequences(),
+                request.outputs,
+                deadline_s=request.deadline_s,
+                background=request.background,
             )
             rows = dict(reply.vectors.rows)
             answer = Embedded(request.id, rows, reply.queue_s, reply.compute_s)

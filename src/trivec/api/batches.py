@@ -1,0 +1,591 @@
+"""The Files and Batches APIs, as OpenAI's clients speak them; and how a line of a batch is answered.
+
+A key finds its own files and batches only: of others' it is told that they do not exist.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+from starlette.datastructures import QueryParams
+from starlette.responses import Response
+from starlette.types import Receive, Send
+from starlette.types import Scope as AsgiScope
+
+from trivec.accounts import Accounts, Key, RequestUsage, Scope
+from trivec.api.context import AppState, RequestContext
+from trivec.api.errors import TABLE, error_response, fault_of
+from trivec.api.memory import ByteBudget
+from trivec.api.openai import embeddings
+from trivec.api.openapi import Operation
+from trivec.api.rerank import rerank
+from trivec.api.responses import json_response
+from trivec.api.schemas import decoder_of, doc, shown
+from trivec.core.errors import (
+    BodyTooSlow,
+    EngineFault,
+    FieldInvalid,
+    MalformedBody,
+    MediaTypeUnsupported,
+    ServiceError,
+)
+from trivec.core.health import Health
+from trivec.core.ports import Clock, Embedder, Observer
+from trivec.jobs.batches import ENDPOINTS, Answer, Batches, LineAnswer
+from trivec.jobs.records import FileRecord, JobRecord, Page
+from trivec.settings import HttpLimits
+
+if TYPE_CHECKING:
+    from trivec.jobs.files import NewFile
+
+DAY_S = 24 * 3600
+INPUT_EXPIRES_S = 30 * DAY_S
+EXPIRES_S_MIN, EXPIRES_S_MAX = 3_600, 30 * DAY_S
+FORM_FIELD_BYTES_MAX = 1024  # of a part that is no file
+FORM_PARTS_MAX = 16
+FILENAME_CHARS_MAX = 255
+RETRY_S_MAX = 10.0
+_log = logging.getLogger(__name__)
+LINE_HANDLERS = dict(zip(ENDPOINTS, (embeddings, rerank), strict=True))
+
+
+class UploadRequest(Struct, frozen=True, kw_only=True):
+    """Form of `POST /files`."""
+
+    file: Annotated[str, Meta(extra_json_schema={"format": "binary"})]
+    purpose: Literal["batch"]
+    anchor: Annotated[Literal["created_at"] | None, doc("The default is 30 days.")] = msgspec.field(
+        default=None, name="expires_after[anchor]"
+    )
+    seconds: Annotated[int, Meta(ge=EXPIRES_S_MIN, le=EXPIRES_S_MAX)] | None = msgspec.field(
+        default=None, name="expires_after[seconds]"
+    )
+
+
+class FileObject(Struct, frozen=True, kw_only=True):
+    """A file."""
+
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    expires_at: int | None
+    filename: str
+    purpose: Literal["batch", "batch_output"]
+    status: Literal["processed"] = "processed"
+
+
+class FileList(Struct, frozen=True, kw_only=True):
+    """Response of `GET /files`."""
+
+    object: Literal["list"] = "list"
+    data: list[FileObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class FileDeleted(Struct, frozen=True, kw_only=True):
+    """Response of `DELETE /files/{id}`."""
+
+    id: str
+    object: Literal["file"] = "file"
+    deleted: bool = True
+
+
+class OutputExpiresAfter(Struct, frozen=True, forbid_unknown_fields=True):
+    """When the files of a batch expire: so long after they were made."""
+
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Meta(ge=EXPIRES_S_MIN, le=EXPIRES_S_MAX)]
+
+
+class CreateBatchRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of `POST /batches`; null means unset."""
+
+    input_file_id: str
+    endpoint: Literal["/v1/embeddings", "/v1/rerank"]
+    completion_window: Annotated[
+        str,
+        Meta(pattern=r"^([1-9]\d?|[1-2]\d\d|3[0-3][0-6])h$"),
+        doc("24h as at OpenAI, or any other number of hours up to 336h."),
+    ]
+    metadata: (
+        Annotated[
+            dict[
+                Annotated[str, Meta(max_length=64)],
+                Annotated[str, Meta(max_length=512)],
+            ],
+            Meta(max_length=16),
+        ]
+        | None
+    ) = None
+    output_expires_after: OutputExpiresAfter | None = None
+
+
+class BatchError(Struct, frozen=True):
+    """What is wrong with a line of the input file."""
+
+    code: str
+    message: str
+    param: str | None
+    line: int | None
+
+
+class BatchErrors(Struct, frozen=True, kw_only=True):
+    """All that is wrong with an input file."""
+
+    object: Literal["list"] = "list"
+    data: list[BatchError]
+
+
+class RequestCounts(Struct, frozen=True):
+    """Lines of a batch."""
+
+    total: int
+    completed: int
+    failed: int
+
+
+class BatchUsage(Struct, frozen=True):
+    """Tokens of a batch, in OpenAI's words for its newer APIs."""
+
+    input_tokens: int
+    input_tokens_details: dict[str, int]
+    output_tokens: int
+    output_tokens_details: dict[str, int]
+    total_tokens: int
+
+
+class BatchObject(Struct, frozen=True, kw_only=True):
+    """A batch. Times are in seconds since the epoch, null where they have not come."""
+
+    id: str
+    object: Literal["batch"] = "batch"
+    endpoint: str
+    model: str | None
+    errors: BatchErrors | None
+    input_file_id: str
+    completion_window: str
+    status: Literal[
+        "validating",
+        "failed",
+        "in_progress",
+        "finalizing",
+        "completed",
+        "expired",
+        "cancelling",
+        "cancelled",
+    ]
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    in_progress_at: int | None
+    expires_at: int
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: RequestCounts
+    usage: BatchUsage
+    metadata: dict[str, str] | None
+
+
+class BatchList(Struct, frozen=True, kw_only=True):
+    """Response of `GET /batches`, newest first."""
+
+    object: Literal["list"] = "list"
+    data: list[BatchObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+async def upload_file(context: RequestContext) -> Response:
+    """Upload a file of requests, as multipart/form-data."""
+    new = await _jobs(context).files.begin(context.known_caller.id, "batch")
+    try:
+        form = await _read_form(context, new)
+        if form.get("purpose", "") != "batch":
+            raise FieldInvalid(
+                f"Invalid value for 'purpose' = {shown(form.get('purpose', ''))}. "
+                "Supported values: ['batch'].",
+                param="purpose",
+            )
+        if "file" not in form:
+            raise FieldInvalid("you must provide a file parameter", param="file")
+        kept = await new.keep(_filename(form["file"]), expires_s=_expires_s(form))
+    except BaseException:
+        await new.drop()
+        raise
+    return json_response(_file_object(kept))
+
+
+async def list_files(context: RequestContext) -> Response:
+    """List this key's files."""
+    given = _query(context, "purpose", "limit", "order", "after")
+    order = given.get("order", "desc")
+    if order not in ("asc", "desc"):
+        raise FieldInvalid(
+            "Invalid value for 'order'. Supported values: ['asc', 'desc'].", param="order"
+        )
+    page = Page(given.get("after"), _limit(given, 10_000, 10_000), newest_first=order == "desc")
+    store, key_id = _jobs(context).store, context.known_caller.id
+    found = await asyncio.to_thread(store.list_files, key_id, page, purpose=given.get("purpose"))
+    data = [_file_object(one) for one in found[: page.limit]]
+    return json_response(FileList(data=data, **_ends(data, has_more=len(found) > page.limit)))
+
+
+async def show_file(context: RequestContext) -> Response:
+    """Show a file."""
+    return json_response(_file_object(await _file(context)))
+
+
+async def file_content(context: RequestContext) -> Response:
+    """Download a file."""
+    file = await _file(context)
+    pieces = _jobs(context).files.read(file)
+    first = await anext(pieces, b"")  # that it cannot be read is better said than shown by an end
+    return StreamedFile(file, first, pieces)
+
+
+async def delete_file(context: RequestContext) -> Response:
+    """Delete a file."""
+    file_id = context.path_params["id"]
+    await _jobs(context).files.delete(context.known_caller.id, file_id)
+    return json_response(FileDeleted(id=file_id))
+
+
+async def create_batch(context: RequestContext) -> Response:
+    """Have the requests of a file answered, within a time."""
+    asked = decoder_of(CreateBatchRequest).decode(await context.read_body())
+    expires = asked.output_expires_after
+    made = await _jobs(context).create(
+        context.known_caller.id,
+        endpoint=asked.endpoint,
+        input_file_id=asked.input_file_id,
+        window_s=3_600.0 * int(asked.completion_window[:-1]),
+        metadata=asked.metadata,
+        output_expires_s=None if expires is None else expires.seconds,
+    )
+    return json_response(_batch_object(made))
+
+
+async def list_batches(context: RequestContext) -> Response:
+    """List this key's batches, newest first."""
+    given = _query(context, "limit", "after")
+    page = Page(given.get("after"), _limit(given, 100, 20))
+    store, key_id = _jobs(context).store, context.known_caller.id
+    found = await asyncio.to_thread(store.list_batches, key_id, page)
+    data = [_batch_object(one) for one in found[: page.limit]]
+    return json_response(BatchList(data=data, **_ends(data, has_more=len(found) > page.limit)))
+
+
+async def show_batch(context: RequestContext) -> Response:
+    """Show a batch."""
+    store, key_id = _jobs(context).store, context.known_caller.id
+    found = await asyncio.to_thread(store.find_batch, key_id, context.path_params["id"])
+    return json_response(_batch_object(found))
+
+
+async def cancel_batch(context: RequestContext) -> Response:
+    """Cancel a batch; what is done by then is in its files."""
+    cancelled = await _jobs(context).cancel(context.known_caller.id, context.path_params["id"])
+    return json_response(_batch_object(cancelled))
+
+
+async def answer_line(
+    app: AppState, key: Key, url: str, body: bytes, *, request_id: str
+) -> LineAnswer:
+    """The answer to one line of a batch: what its endpoint would say, and what it is billed.
+
+    It takes nothing of the key's rate limits, and waits behind all other requests. An error that
+    asks to try again is no answer; one of ours is, so that no line is tried for ever.
+    """
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    scope = {"type": "http", "method": "POST", "headers": headers, "query_string": b""}
+    context = RequestContext(scope, receive, app)
+    context.request_id, context.caller, context.background = request_id, key, True
+    retry_after_s: float | None = None
+    try:
+        response = await LINE_HANDLERS[url](context)
+    except Exception as raised:  # an outermost loop, as the middleware is
+        error = raised if isinstance(raised, ServiceError) else fault_of(raised)
+        if isinstance(error, EngineFault):
+            _log.error("line %s failed: %s", request_id, error)
+        response = error_response(error, request_id=request_id)
+        if TABLE[type(error)].status in (429, 503):
+            retry_after_s = min(getattr(error, "retry_after_s", RETRY_S_MAX), RETRY_S_MAX)
+    finally:
+        context.memory.shrink(0)
+    usage = RequestUsage(
+        status=response.status_code,
+        input_count=context.input_count,
+        token_count=context.token_count if response.status_code < 400 else 0,
+        duration_s=app.clock.now_s() - context.started_s,
+        user=context.user,
+    )
+    return LineAnswer(msgspec.Raw(bytes(response.body)), usage, context.model, retry_after_s)
+
+
+def line_answerer(
+    embedders: Mapping[str, Embedder],
+    *,
+    accounts: Accounts,
+    observer: Observer,
+    clock: Clock,
+    limits: HttpLimits,
+    memory: ByteBudget,
+) -> Answer:
+    """`answer_line` with *embedders*, by id and alias."""
+    health = Health("ready", alive=True, ready=True, reason="ok")  # who asks is ready
+    app = AppState(embedders, accounts, observer, clock, limits, lambda: health, None, memory)
+    return partial(answer_line, app)
+
+
+class StreamedFile(Response):
+    """A file's bytes, read while they are sent. Each piece has the deadline of a large answer's."""
+
+    def __init__(self, file: FileRecord, first: bytes, pieces: AsyncGenerator[bytes]) -> None:
+        super().__init__(media_type="application/octet-stream")
+        self.headers["content-length"] = str(file.byte_count)
+        self.headers["x-content-type-options"] = "nosniff"
+        self._first = first
+        self._pieces = pieces
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        async with aclosing(self._pieces) as pieces:
+            await send({"type": "http.response.body", "body": self._first, "more_body": True})
+            if scope["method"] != "HEAD":
+                async for piece in pieces:
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+@dataclass(slots=True)
+class _Form:
+    """The parts of a multipart body while they arrive: the file's bytes, and the other fields."""
+
+    fields: dict[str, str] = field(default_factory=dict)
+    file_bytes: bytearray = field(default_factory=bytearray)  # that are not yet written
+    _headers: dict[bytes, bytes] = field(default_factory=dict)
+    _header: tuple[bytearray, bytearray] = field(default_factory=lambda: (bytearray(), bytearray()))
+    _name: str = ""
+    _value: bytearray | None = None  # None: it is the file's
+    _parts: int = 0
+
+    def callbacks(self) -> dict[str, Callable[..., None]]:
+        return {
+            "on_part_begin": self._begin,
+            "on_header_field": lambda data, start, end: self._header[0].extend(data[start:end]),
+            "on_header_value": lambda data, start, end: self._header[1].extend(data[start:end]),
+            "on_header_end": self._end_header,
+            "on_headers_finished": self._end_headers,
+            "on_part_data": self._add,
+            "on_part_end": self._end,
+        }
+
+    def _begin(self) -> None:
+        self._parts += 1
+        self._headers.clear()
+        if self._parts > FORM_PARTS_MAX:
+            raise MalformedBody(f"The form has more than {FORM_PARTS_MAX} parts.")
+
+    def _end_header(self) -> None:
+        name, value = self._header
+        self._headers[bytes(name).lower()] = bytes(value)
+        name.clear()
+        value.clear()
+
+    def _end_headers(self) -> None:
+        from python_multipart.multipart import parse_options_header
+
+        _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
+        self._name = options.get(b"name", b"").decode("utf-8", "replace")
+        self._value = bytearray()
+        if self._name == "file":
+            if "file" in self.fields:
+                raise MalformedBody("The form has more than one file. Upload them one by one.")
+            self.fields["file"] = options.get(b"filename", b"").decode("utf-8", "replace")
+            self._value = None
+
+    def _add(self, data: bytes, start: int, end: int) -> None:
+        into = self.file_bytes if self._value is None else self._value
+        into += data[start:end]
+        if into is self._value and len(into) > FORM_FIELD_BYTES_MAX:
+            raise FieldInvalid(
+                f"'{shown(self._name)}' has more than {FORM_FIELD_BYTES_MAX} bytes.",
+                param=shown(self._name),
+            )
+
+    def _end(self) -> None:
+        if self._value is not None:
+            self.fields[self._name] = self._value.decode("utf-8", "replace")
+
+
+async def _read_form(context: RequestContext, new: "NewFile") -> dict[str, str]:
+    """The fields of the form in the body; its file, by the name that it came with, is in *new*."""
+    from python_multipart.exceptions import FormParserError
+    from python_multipart.multipart import MultipartParser, parse_options_header
+
+    kind, options = parse_options_header(context.headers.get(b"content-type", b""))
+    if kind != b"multipart/form-data" or not options.get(b"boundary"):
+        raise MediaTypeUnsupported(
+            "Upload a file as multipart/form-data, with the fields file and purpose."
+        )
+    upload_s_max = _jobs(context).files.limits.upload_s_max
+    form = _Form()
+    try:
+        parser = MultipartParser(options[b"boundary"], form.callbacks())  # type: ignore[arg-type]
+        async with asyncio.timeout(upload_s_max), aclosing(context.pieces()) as pieces:
+            async for piece in pieces:
+                parser.write(piece)
+                if form.file_bytes:
+                    await new.receive(bytes(form.file_bytes))
+                    form.file_bytes.clear()
+        parser.finalize()
+    except FormParserError:
+        raise MalformedBody("We could not parse the form in the body of your request.") from None
+    except TimeoutError:
+        raise BodyTooSlow(
+            f"The upload did not arrive within {upload_s_max:g} seconds. Send smaller files."
+        ) from None
+    return form.fields
+
+
+def _filename(given: str) -> str:
+    """A client's name for its file, without folders and what cannot be shown."""
+    name = PurePosixPath(given.replace("\\", "/")).name
+    clean = "".join(character for character in name if character.isprintable())
+    return clean[:FILENAME_CHARS_MAX] or "file"
+
+
+def _expires_s(form: Mapping[str, str]) -> int:
+    """How long an upload is kept."""
+    if not any(name.startswith("expires_after") for name in form):
+        return INPUT_EXPIRES_S
+    try:
+        seconds = int(form.get("expires_after[seconds]", ""))
+    except ValueError:
+        seconds = 0
+    if form.get("expires_after[anchor]") != "created_at" or not (
+        EXPIRES_S_MIN <= seconds <= EXPIRES_S_MAX
+    ):
+        raise FieldInvalid(
+            "Invalid 'expires_after': send the anchor created_at, and "
+            f"{EXPIRES_S_MIN} to {EXPIRES_S_MAX} seconds.",
+            param="expires_after",
+        )
+    return seconds
+
+
+def _query(context: RequestContext, *known: str) -> dict[str, str]:
+    given = dict(QueryParams(context.query_string))
+    for name in given.keys() - set(known):
+        raise FieldInvalid(
+            f"Unrecognized query parameter: {shown(name)}. Known: {', '.join(known)}.",
+            param=shown(name),
+        )
+    return given
+
+
+def _limit(given: Mapping[str, str], most: int, default: int) -> int:
+    text = given.get("limit", str(default))
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= most):
+        raise FieldInvalid(f"Invalid value for 'limit': it is 1 to {most}.", param="limit")
+    return int(text)
+
+
+def _ends(data: list[Any], *, has_more: bool) -> dict[str, Any]:
+    first, last = (data[0].id, data[-1].id) if data else (None, None)
+    return {"first_id": first, "last_id": last, "has_more": has_more}
+
+
+def _jobs(context: RequestContext) -> Batches:
+    assert context.app.batches is not None, "the face is served without them"
+    return context.app.batches
+
+
+async def _file(context: RequestContext) -> FileRecord:
+    return await _jobs(context).files.find(context.known_caller.id, context.path_params["id"])
+
+
+def _file_object(file: FileRecord) -> FileObject:
+    return FileObject(
+        id=file.id,
+        bytes=file.byte_count,
+        created_at=file.created_us // 1_000_000,
+        expires_at=None if file.expires_us is None else file.expires_us // 1_000_000,
+        filename=file.filename,
+        purpose="batch" if file.purpose == "batch" else "batch_output",
+    )
+
+
+def _batch_object(job: JobRecord) -> BatchObject:
+    times = {
+        f"{name.removesuffix('_us')}_at": None if at is None else at // 1_000_000
+        for name in JobRecord.__slots__
+        if name.endswith("_us")
+        for at in [getattr(job, name)]
+    }
+    tokens = job.token_count
+    return BatchObject(
+        id=job.id,
+        endpoint=job.endpoint,
+        model=job.model,
+        errors=None if job.errors is None else BatchErrors(data=json.loads(job.errors)),
+        input_file_id=job.input_file_id,
+        completion_window=f"{round((job.expires_us - job.created_us) / 3.6e9)}h",
+        status=job.status,
+        output_file_id=job.output_file_id,
+        error_file_id=job.error_file_id,
+        request_counts=RequestCounts(job.total, job.completed, job.failed),
+        usage=BatchUsage(tokens, {"cached_tokens": 0}, 0, {"reasoning_tokens": 0}, tokens),
+        metadata=None if job.metadata is None else json.loads(job.metadata),
+        **times,
+    )
+
+
+def _operation(
+    method: str,
+    path: str,
+    handler: Callable[[RequestContext], Awaitable[Response]],
+    response_type: type | None,
+    body_type: type | None = None,
+    *,
+    query: tuple[str, ...] = (),
+    media_type: str = "application/json",
+) -> Operation:
+    operation = Operation(method, path, handler, Scope.EMBED, response_type, body_type)
+    return replace(operation, query=query, media_type=media_type)
+
+
+OPERATIONS = (
+    _operation(
+        "POST", "/files", upload_file, FileObject, UploadRequest, media_type="multipart/form-data"
+    ),
+    _operation("GET", "/files", list_files, FileList, query=("purpose", "limit", "order", "after")),
+    _operation("GET", "/files/{id}", show_file, FileObject),
+    _operation("DELETE", "/files/{id}", delete_file, FileDeleted),
+    _operation("GET", "/files/{id}/content", file_content, None),
+    _operation("POST", "/batches", create_batch, BatchObject, CreateBatchRequest),
+    _operation("GET", "/batches", list_batches, BatchList, query=("limit", "after")),
+    _operation("GET", "/batches/{id}", show_batch, BatchObject),
+    _operation("POST", "/batches/{id}/cancel", cancel_batch, BatchObject),
+)
