@@ -109,7 +109,7 @@ class Rig:
         )
 
     def send(
-        self, what: Sequences, outputs: Output = Output.DENSE, **options: float
+        self, what: Sequences, outputs: Output = Output.DENSE, **options: Any
     ) -> "asyncio.Task[Reply]":
         return asyncio.create_task(self.engine.embed(what, outputs, **options))
 

@@ -23,7 +23,9 @@ def input_lines(count: int, *, bad_every: int = 100) -> bytes:
         body: dict[str, object] = {"model": MODEL, "input": f"text number {i}"}
         if i % bad_every == bad_every - 1:
             body["dimensions"] = 50_000
-        lines.append({"custom_id": f"c{i}", "method": "POST", "url": "/v1/embeddings", "body": body})
+        lines.append(
+            {"custom_id": f"c{i}", "method": "POST", "url": "/v1/embeddings", "body": body}
+        )
     return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
 
 
@@ -120,15 +122,11 @@ def check(found: Mapping[str, object], ledger: Sequence[tuple[str, int, int]], l
     assert {line["response"]["status_code"] for line in bad_lines} == {400}
     billed = {request_id: tokens for request_id, _, tokens in ledger}
     assert len(billed) == len(ledger)
-    told = {
-        line["id"]: line["response"]["body"]["usage"]["total_tokens"] for line in good_lines
-    }
+    told = {line["id"]: line["response"]["body"]["usage"]["total_tokens"] for line in good_lines}
     assert {one: tokens for one, tokens in billed.items() if one.startswith("batch_req_")} == told
     assert batch["usage"]["total_tokens"] == sum(told.values())
 
 
 def sqlite_ledger(data_dir: Path) -> list[tuple[str, int, int]]:
     with closing(sqlite3.connect(data_dir / "trivec.sqlite3")) as connection:
-        return connection.execute(
-            "SELECT request_id, status, token_count FROM ledger"
-        ).fetchall()
+        return connection.execute("SELECT request_id, status, token_count FROM ledger").fetchall()

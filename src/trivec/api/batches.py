@@ -8,14 +8,15 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
 from functools import partial
+from io import BytesIO
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
-from starlette.datastructures import QueryParams
+from starlette.datastructures import Headers, QueryParams, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import Response
 from starlette.types import Receive, Send
 from starlette.types import Scope as AsgiScope
@@ -40,17 +41,15 @@ from trivec.core.errors import (
 from trivec.core.health import Health
 from trivec.core.ports import Clock, Embedder, Observer
 from trivec.jobs.batches import ENDPOINTS, Answer, Batches, LineAnswer
-from trivec.jobs.records import FileRecord, JobRecord, Page
+from trivec.jobs.files import NewFile
+from trivec.jobs.records import FileRecord, JobRecord, Page, Status
 from trivec.settings import HttpLimits
-
-if TYPE_CHECKING:
-    from trivec.jobs.files import NewFile
 
 DAY_S = 24 * 3600
 INPUT_EXPIRES_S = 30 * DAY_S
 EXPIRES_S_MIN, EXPIRES_S_MAX = 3_600, 30 * DAY_S
-FORM_FIELD_BYTES_MAX = 1024  # of a part that is no file
-FORM_PARTS_MAX = 16
+FORM = "multipart/form-data"
+FIELD_BYTES_MAX = 1024  # of a part of a form that is no file
 FILENAME_CHARS_MAX = 255
 RETRY_S_MAX = 10.0
 _log = logging.getLogger(__name__)
@@ -175,16 +174,7 @@ class BatchObject(Struct, frozen=True, kw_only=True):
     errors: BatchErrors | None
     input_file_id: str
     completion_window: str
-    status: Literal[
-        "validating",
-        "failed",
-        "in_progress",
-        "finalizing",
-        "completed",
-        "expired",
-        "cancelling",
-        "cancelled",
-    ]
+    status: Status
     output_file_id: str | None
     error_file_id: str | None
     created_at: int
@@ -378,95 +368,58 @@ class StreamedFile(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-@dataclass(slots=True)
-class _Form:
-    """The parts of a multipart body while they arrive: the file's bytes, and the other fields."""
+class _Upload(UploadFile):
+    """The file in a form: what is written to it goes where the file will lie."""
 
-    fields: dict[str, str] = field(default_factory=dict)
-    file_bytes: bytearray = field(default_factory=bytearray)  # that are not yet written
-    _headers: dict[bytes, bytes] = field(default_factory=dict)
-    _header: tuple[bytearray, bytearray] = field(default_factory=lambda: (bytearray(), bytearray()))
-    _name: str = ""
-    _value: bytearray | None = None  # None: it is the file's
-    _parts: int = 0
+    def __init__(self, new: NewFile, filename: str | None) -> None:
+        super().__init__(BytesIO(), filename=filename)
+        self._new = new
 
-    def callbacks(self) -> dict[str, Callable[..., None]]:
-        return {
-            "on_part_begin": self._begin,
-            "on_header_field": lambda data, start, end: self._header[0].extend(data[start:end]),
-            "on_header_value": lambda data, start, end: self._header[1].extend(data[start:end]),
-            "on_header_end": self._end_header,
-            "on_headers_finished": self._end_headers,
-            "on_part_data": self._add,
-            "on_part_end": self._end,
-        }
+    async def write(self, data: bytes) -> None:
+        await self._new.receive(data)
 
-    def _begin(self) -> None:
-        self._parts += 1
-        self._headers.clear()
-        if self._parts > FORM_PARTS_MAX:
-            raise MalformedBody(f"The form has more than {FORM_PARTS_MAX} parts.")
-
-    def _end_header(self) -> None:
-        name, value = self._header
-        self._headers[bytes(name).lower()] = bytes(value)
-        name.clear()
-        value.clear()
-
-    def _end_headers(self) -> None:
-        from python_multipart.multipart import parse_options_header
-
-        _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
-        self._name = options.get(b"name", b"").decode("utf-8", "replace")
-        self._value = bytearray()
-        if self._name == "file":
-            if "file" in self.fields:
-                raise MalformedBody("The form has more than one file. Upload them one by one.")
-            self.fields["file"] = options.get(b"filename", b"").decode("utf-8", "replace")
-            self._value = None
-
-    def _add(self, data: bytes, start: int, end: int) -> None:
-        into = self.file_bytes if self._value is None else self._value
-        into += data[start:end]
-        if into is self._value and len(into) > FORM_FIELD_BYTES_MAX:
-            raise FieldInvalid(
-                f"'{shown(self._name)}' has more than {FORM_FIELD_BYTES_MAX} bytes.",
-                param=shown(self._name),
-            )
-
-    def _end(self) -> None:
-        if self._value is not None:
-            self.fields[self._name] = self._value.decode("utf-8", "replace")
+    async def seek(self, offset: int) -> None:
+        """Starlette's parser does this at the end of the file."""
 
 
-async def _read_form(context: RequestContext, new: "NewFile") -> dict[str, str]:
-    """The fields of the form in the body; its file, by the name that it came with, is in *new*."""
-    from python_multipart.exceptions import FormParserError
-    from python_multipart.multipart import MultipartParser, parse_options_header
+class _UploadParser(MultiPartParser):
+    """Starlette's parser, without its temporary files."""
 
-    kind, options = parse_options_header(context.headers.get(b"content-type", b""))
-    if kind != b"multipart/form-data" or not options.get(b"boundary"):
-        raise MediaTypeUnsupported(
-            "Upload a file as multipart/form-data, with the fields file and purpose."
+    def __init__(self, context: RequestContext, new: NewFile) -> None:
+        headers = Headers({"content-type": context.content_type})
+        super().__init__(
+            headers, context.pieces(), max_files=1, max_fields=8, max_part_size=FIELD_BYTES_MAX
         )
+        self._new = new
+
+    def on_headers_finished(self) -> None:
+        super().on_headers_finished()
+        part = self._current_part
+        if part.file is not None:
+            part.file = _Upload(self._new, part.file.filename)
+
+
+async def _read_form(context: RequestContext, new: NewFile) -> dict[str, str]:
+    """The fields of the form in the body; its file is in *new*, and here by the client's name."""
+    if context.content_type.partition(";")[0].strip().lower() != FORM:
+        raise MediaTypeUnsupported(f"Upload a file as {FORM}, with the fields file and purpose.")
     upload_s_max = _jobs(context).files.limits.upload_s_max
-    form = _Form()
     try:
-        parser = MultipartParser(options[b"boundary"], form.callbacks())  # type: ignore[arg-type]
-        async with asyncio.timeout(upload_s_max), aclosing(context.pieces()) as pieces:
-            async for piece in pieces:
-                parser.write(piece)
-                if form.file_bytes:
-                    await new.receive(bytes(form.file_bytes))
-                    form.file_bytes.clear()
-        parser.finalize()
-    except FormParserError:
-        raise MalformedBody("We could not parse the form in the body of your request.") from None
+        async with asyncio.timeout(upload_s_max):
+            form = await _UploadParser(context, new).parse()
+    except MultiPartException as refused:
+        raise MalformedBody(
+            f"We could not parse the form in the body of your request: {refused.message}"
+        ) from None
     except TimeoutError:
         raise BodyTooSlow(
             f"The upload did not arrive within {upload_s_max:g} seconds. Send smaller files."
         ) from None
-    return form.fields
+    return {
+        name: value if isinstance(value, str) else value.filename or "file"
+        for name, value in form.multi_items()
+        if isinstance(value, _Upload) == (name == "file")
+    }
 
 
 def _filename(given: str) -> str:
@@ -538,7 +491,7 @@ def _file_object(file: FileRecord) -> FileObject:
 
 
 def _batch_object(job: JobRecord) -> BatchObject:
-    times = {
+    times: dict[str, Any] = {
         f"{name.removesuffix('_us')}_at": None if at is None else at // 1_000_000
         for name in JobRecord.__slots__
         if name.endswith("_us")
@@ -562,30 +515,25 @@ def _batch_object(job: JobRecord) -> BatchObject:
     )
 
 
-def _operation(
+def _keyed(
     method: str,
     path: str,
     handler: Callable[[RequestContext], Awaitable[Response]],
     response_type: type | None,
-    body_type: type | None = None,
-    *,
-    query: tuple[str, ...] = (),
-    media_type: str = "application/json",
+    **more: Any,
 ) -> Operation:
-    operation = Operation(method, path, handler, Scope.EMBED, response_type, body_type)
-    return replace(operation, query=query, media_type=media_type)
+    return Operation(method, path, handler, Scope.EMBED, response_type, **more)
 
 
+FILES, FILE, BATCHES, BATCH = "/files", "/files/{id}", "/batches", "/batches/{id}"
 OPERATIONS = (
-    _operation(
-        "POST", "/files", upload_file, FileObject, UploadRequest, media_type="multipart/form-data"
-    ),
-    _operation("GET", "/files", list_files, FileList, query=("purpose", "limit", "order", "after")),
-    _operation("GET", "/files/{id}", show_file, FileObject),
-    _operation("DELETE", "/files/{id}", delete_file, FileDeleted),
-    _operation("GET", "/files/{id}/content", file_content, None),
-    _operation("POST", "/batches", create_batch, BatchObject, CreateBatchRequest),
-    _operation("GET", "/batches", list_batches, BatchList, query=("limit", "after")),
-    _operation("GET", "/batches/{id}", show_batch, BatchObject),
-    _operation("POST", "/batches/{id}/cancel", cancel_batch, BatchObject),
+    _keyed("POST", FILES, upload_file, FileObject, body_type=UploadRequest, media_type=FORM),
+    _keyed("GET", FILES, list_files, FileList, query=("purpose", "limit", "order", "after")),
+    _keyed("GET", FILE, show_file, FileObject),
+    _keyed("DELETE", FILE, delete_file, FileDeleted),
+    _keyed("GET", FILE + "/content", file_content, None),
+    _keyed("POST", BATCHES, create_batch, BatchObject, body_type=CreateBatchRequest),
+    _keyed("GET", BATCHES, list_batches, BatchList, query=("limit", "after")),
+    _keyed("GET", BATCH, show_batch, BatchObject),
+    _keyed("POST", BATCH + "/cancel", cancel_batch, BatchObject),
 )

@@ -128,6 +128,10 @@ class RequestContext:
         return has_length or b"transfer-encoding" in self.headers
 
     @property
+    def content_type(self) -> str:
+        return self.headers.get(b"content-type", b"").decode("latin-1")
+
+    @property
     def waits_for_100(self) -> bool:
         """Whether the client sends its body only when told to, and has not been told."""
         return b"expect" in self.headers and not self.is_body_asked_for
@@ -262,7 +266,7 @@ class RequestContext:
 
     def _require_json(self) -> None:
         """Raise `MediaTypeUnsupported` unless the body says that it is plain JSON in UTF-8."""
-        content_type = self.headers.get(b"content-type", b"").decode("latin-1") or "nothing"
+        content_type = self.content_type or "nothing"
         encoding = self.headers.get(b"content-encoding", b"").decode("latin-1")
         if encoding.strip().lower() not in ("", "identity"):
             raise MediaTypeUnsupported(

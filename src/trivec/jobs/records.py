@@ -13,7 +13,7 @@ import socket
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import sqlalchemy as sa
 
@@ -32,6 +32,10 @@ STEP_STATUS = {
     "run": ("in_progress",),
 }  # join: the other two of `OPEN`
 Kind: TypeAlias = Literal["validate", "run", "join"]
+Status: TypeAlias = Literal[
+    "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling",
+    "cancelled",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +62,8 @@ class JobRecord:
     input_file_id: str
     output_file_id: str | None
     error_file_id: str | None
-    status: str
-    ends_as: str
+    status: Status
+    ends_as: Status
     metadata: str | None  # a JSON object
     errors: str | None  # a JSON array
     output_expires_s: int | None
@@ -103,6 +107,9 @@ class Page:
     after: str | None
     limit: int
     newest_first: bool = True
+
+
+R = TypeVar("R", FileRecord, JobRecord, ShardRecord)
 
 
 class JobStore:
@@ -488,7 +495,7 @@ class JobStore:
                 )
                 .returning(batches.c.ends_as)
             ).scalar_one()
-            values = {f"{ends_as}_us": now_us}
+            values: dict[str, object] = {f"{ends_as}_us": now_us}
             if ends_as == "expired":  # the lines that never ran
                 values["failed"] = batches.c.total - batches.c.completed
             connection.execute(
@@ -552,7 +559,7 @@ def _is_other_alive(pid: int) -> bool:
     return True
 
 
-def _record(kind: Any, row: sa.Row[Any]) -> Any:
+def _record(kind: type[R], row: sa.Row[Any]) -> R:
     """The row as a *kind*, which may have fewer fields."""
     return kind(**{field.name: row._mapping[field.name] for field in fields(kind)})
 
