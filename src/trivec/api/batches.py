@@ -396,6 +396,7 @@ class _UploadParser(MultiPartParser):
         super().on_headers_finished()
         part = self._current_part
         if part.file is not None:
+            part.file.file.close()
             part.file = _Upload(self._new, part.file.filename)
 
 
