@@ -127,12 +127,14 @@ class Validation:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             self._add("invalid_json_line", "This line is not a JSON object in UTF-8.", number)
             return 0
+        within = ""
         try:
             line = msgspec.json.decode(raw, type=Line)
+            within = "body."
             body = msgspec.json.decode(line.body, type=_Body)
         except msgspec.ValidationError as lacking:
-            text = str(lacking)
-            self._add("missing_required_parameter", f"{text}.", number, param=_param(text))
+            says, param = str(lacking), within + _param(str(lacking))
+            self._add("missing_required_parameter", f"{says}.", number, param=param)
             return 0
         if not 1 <= len(line.custom_id) <= CUSTOM_ID_CHARS_MAX:
             says = f"A custom_id has 1 to {CUSTOM_ID_CHARS_MAX} characters."
@@ -290,6 +292,7 @@ class BatchRunner:
                 waking.cancel()
                 self._wake.clear()
                 with suppress(StoreUnavailable):  # until the lease is over there is hope
+                    await asyncio.to_thread(self._store.expire_batches)
                     if not work.done() and not await asyncio.to_thread(self._store.renew, shard):
                         work.cancel()
             if not work.cancelled():
@@ -471,10 +474,10 @@ def _lines(file: IO[bytes], bytes_max: int) -> Iterator[bytes]:
         yield line
 
 
-def _param(complaint: str) -> str | None:
-    """The field that msgspec complains of."""
-    found = complaint.split("`")
-    return found[1].removeprefix("$.") if len(found) > 2 else None
+def _param(complaint: str) -> str:
+    """The field that msgspec complains of: one that is wrong, or one that is missing."""
+    _, _, wrong = complaint.partition(" - at `$.")
+    return wrong.removesuffix("`") or complaint.split("`")[1]
 
 
 def _part(shard: ShardRecord, *, ok: bool) -> str:
