@@ -162,7 +162,7 @@ BAD_FILES = [
         id="no-body",
     ),
     pytest.param([line("a", model=3)], ("missing_required_parameter", 1, "body.model"), id="model"),
-    pytest.param([3], ("missing_required_parameter", 1, "object"), id="no-object"),
+    pytest.param([3], ("missing_required_parameter", 1, None), id="no-object"),
     pytest.param(
         [line(f"{i}", ["x"] * 25_000) for i in range(3)], ("too_many_inputs", 3, None), id="inputs"
     ),

@@ -133,7 +133,8 @@ class Validation:
             within = "body."
             body = msgspec.json.decode(line.body, type=_Body)
         except msgspec.ValidationError as lacking:
-            says, param = str(lacking), within + _param(str(lacking))
+            says, param = str(lacking), _param(str(lacking))
+            param = param and within + param
             self._add("missing_required_parameter", f"{says}.", number, param=param)
             return 0
         if not 1 <= len(line.custom_id) <= CUSTOM_ID_CHARS_MAX:
@@ -474,10 +475,11 @@ def _lines(file: IO[bytes], bytes_max: int) -> Iterator[bytes]:
         yield line
 
 
-def _param(complaint: str) -> str:
+def _param(complaint: str) -> str | None:
     """The field that msgspec complains of: one that is wrong, or one that is missing."""
     _, _, wrong = complaint.partition(" - at `$.")
-    return wrong.removesuffix("`") or complaint.split("`")[1]
+    missing = complaint.split("`")[1] if "missing" in complaint else ""
+    return wrong.removesuffix("`") or missing or None
 
 
 def _part(shard: ShardRecord, *, ok: bool) -> str:
