@@ -259,12 +259,7 @@ def test_jobs_take_turns(jobs: JobStore, clock: HandClock) -> None:
     for _ in range(4):
         clock.move(1)
         turns.append(leased(jobs, "run").batch_id)
-    assert turns == [small.id, large.id, small.id, large.id] or turns == [
-        large.id,
-        small.id,
-        large.id,
-        small.id,
-    ]
+    assert turns == [large.id, small.id, large.id, small.id]  # by when each had one last
 
 
 def test_a_key_that_has_had_its_day_waits_and_no_other(jobs: JobStore, clock: HandClock) -> None:
@@ -316,8 +311,9 @@ def test_a_key_has_so_many_open_jobs_at_a_time(
         new_job(jobs)
     new_job(jobs, key_id="key_b")
     jobs.cancel_batch(KEY, job.id)
-    assert jobs.finish_join(leased(jobs, "join"), output=None, error=None) or True
-    assert len(jobs.list_batches(KEY, Page(None, 10))) == 2
+    assert jobs.finish_join(leased(jobs, "join"), output=None, error=None)
+    new_job(jobs)
+    assert len(jobs.list_batches(KEY, Page(None, 10))) == 3
 
 
 def test_shards_are_forgotten_a_day_after_the_end(jobs: JobStore, clock: HandClock) -> None:
