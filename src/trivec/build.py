@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -17,13 +18,13 @@ from starlette.types import ASGIApp
 
 from trivec.accounts import Accounts
 from trivec.accounts.stores import open_accounts, open_job_store
-from trivec.api import ByteBudget, budget_bytes, build_app, line_answerer
+from trivec.api import AppState, ByteBudget, answer_line, budget_bytes, build_app
 from trivec.checkpoints import Checkpoint, find_folder, open_checkpoint
 from trivec.checkpoints.catalogue import CATALOGUE
 from trivec.core.clock import SystemClock
 from trivec.core.errors import FieldInvalid, SettingInvalid
 from trivec.core.events import ModelLoaded
-from trivec.core.health import Health
+from trivec.core.health import HEALTHY, Health
 from trivec.core.ports import Backend, Clock, Embedder, Observer, OnProgress, no_progress
 from trivec.core.types import CertificateSummary, ModelCard
 from trivec.engine import Engine, Workers
@@ -102,17 +103,19 @@ class ServerParts(Parts):
         """What works on batch jobs with *embedders*, where their face is served."""
         if self.batches is None:
             return None
-        answer = line_answerer(
+        app = AppState(
             embedders,
-            accounts=self.accounts,
-            observer=self.observer,
-            clock=self.clock,
-            limits=self.settings.http,
+            self.accounts,
+            self.observer,
+            self.clock,
+            self.settings.http,
+            health=lambda: HEALTHY,
+            metrics=None,
             memory=ByteBudget(self.memory.bytes_max),  # its own: requests keep theirs
         )
         return BatchRunner(
             self.batches,
-            answer=answer,
+            answer=partial(answer_line, app),
             names={name: one.card.names for name, one in embedders.items()},
             accounts=self.accounts,
             line_bytes_max=self.settings.http.body_bytes_max,
@@ -197,7 +200,7 @@ def open_server_parts(settings: Settings, *, machine_bytes: int = 1 << 31) -> Se
 
 def open_batches(settings: Settings, *, clock: Clock) -> Batches:
     """Files and batch jobs, in the store and in the folder of *settings*; touches neither."""
-    store = JobStore(open_job_store(settings), clock=clock)
+    store = JobStore(open_job_store(settings), settings.batch, clock=clock)
     url = settings.batch.files or str((settings.data_dir / "files").absolute())
     return Batches(store, Files(store, settings.batch, url=url))
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Self, cast
 
 import httpx
@@ -20,7 +21,7 @@ from tests.support.memory_store import MemoryStore
 from trivec.accounts import Accounts, KeyPlan, RateLimits, Scope
 from trivec.accounts.stores.engines import memory_engines
 from trivec.accounts.stores.sql import SqlStore
-from trivec.api import ByteBudget, build_app, line_answerer
+from trivec.api import AppState, ByteBudget, answer_line, build_app
 from trivec.api.app import FACES
 from trivec.api.openapi import Operation
 from trivec.backends.fake import FakeBackend
@@ -274,7 +275,8 @@ class House:
             self.store, clock=self.clock, secret=b"s" * 32, no_auth=self.no_auth
         )
         self.accounts.start()
-        jobs = JobStore(SqlStore(memory_engines(), upgrades_itself=True), clock=self.clock)
+        store = SqlStore(memory_engines(), upgrades_itself=True)
+        jobs = JobStore(store, self.batch_limits, clock=self.clock)
         self.batches = Batches(jobs, Files(jobs, self.batch_limits, url=self.files_url))
         self.key = self.new_key("all", scopes=frozenset(Scope))
         self.serve()
@@ -313,17 +315,19 @@ class House:
     def batch_runner(self) -> BatchRunner:
         """A server's part in the work on batches."""
         served = self.embedders()
-        answer = line_answerer(
+        app = AppState(
             served,
-            accounts=self.accounts,
-            observer=self.heard,
-            clock=self.clock,
-            limits=self.limits,
+            self.accounts,
+            self.heard,
+            self.clock,
+            self.limits,
+            health=lambda: READY,
+            metrics=None,
             memory=ByteBudget(),
         )
         return BatchRunner(
             self.batches,
-            answer=answer,
+            answer=partial(answer_line, app),
             names={name: one.card.names for name, one in served.items()},
             accounts=self.accounts,
             line_bytes_max=self.limits.body_bytes_max,

@@ -56,7 +56,7 @@ class Client:
     async def until(self, batch: Json, wanted: Callable[[Json], bool]) -> Json:
         """The batch as soon as it is *wanted*; whoever works on it has the loop meanwhile."""
         async with asyncio.timeout(60):
-            while not wanted(found := await self.get(batch)):
+            while not wanted(found := await self.get(batch)):  # noqa: ASYNC110 - as clients do
                 await asyncio.sleep(0.01)
         return found
 
@@ -361,7 +361,7 @@ async def test_what_is_beyond_the_days_allowance_waits_for_the_next(
         await client.until(batch, lambda one: one["request_counts"]["completed"] == 4)
         for _ in range(3):  # it has looked again, and found nothing that it may do
             await asyncio.to_thread(house.batches.store.expire_batches)
-            found = await asyncio.to_thread(house.batches.store.lease, [MODEL], tokens_per_day=30)
+            found = await asyncio.to_thread(house.batches.store.lease, [MODEL])
             assert found is None
         house.clock.move(DAY_S + 1)
         wake(house)

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 
 import httpx
@@ -18,7 +18,13 @@ PURPOSE = {"purpose": "batch"}
 DAY_S = 24 * 3600
 
 
-async def upload(client: httpx.AsyncClient, content: bytes = LINE, **form: str) -> httpx.Response:
+def kept_in(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+async def upload(
+    client: httpx.AsyncClient, content: bytes = LINE, form: Mapping[str, str] = PURPOSE
+) -> httpx.Response:
     given = {**PURPOSE, **form}
     return await client.post("/files", files={"file": ("in.jsonl", content)}, data=given)
 
@@ -128,7 +134,7 @@ async def test_no_part_of_a_path_is_a_clients(
     async with on_disk.client() as client:
         files = {"file": (name, LINE)}
         made = (await client.post("/files", files=files, data=PURPOSE)).json()
-    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+    kept = kept_in(tmp_path)
     assert made["filename"] == shown
     assert [path.name for path in kept] == [made["id"]]
     assert kept[0].parent.parent == tmp_path / "files"
@@ -152,11 +158,11 @@ async def test_a_form_that_is_wrong_is_refused_and_leaves_nothing(
     on_disk: House, tmp_path: Path, form: dict[str, str], param: str
 ) -> None:
     async with on_disk.client() as client:
-        answer = await upload(client, **form)
+        answer = await upload(client, form=form)
         listed = (await client.get("/files")).json()["data"]
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
     assert listed == []
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert kept_in(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -203,7 +209,7 @@ async def test_a_file_of_201_megabytes_is_refused_while_it_arrives(
     assert answer.status_code == 413
     assert "200,000,000 bytes" in answer.json()["error"]["message"]
     assert listed == []
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert kept_in(tmp_path) == []
 
 
 async def test_a_key_has_a_quota_of_files_and_of_bytes(on_disk: House) -> None:
@@ -229,14 +235,14 @@ async def test_a_key_has_a_quota_of_files_and_of_bytes(on_disk: House) -> None:
 async def test_a_file_expires_and_its_bytes_go(on_disk: House, tmp_path: Path) -> None:
     async with on_disk.client() as client:
         expiry = {"expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
-        made = (await upload(client, **expiry)).json()
+        made = (await upload(client, form=expiry)).json()
         assert made["expires_at"] == made["created_at"] + 3600
         on_disk.clock.move(3599)
         assert (await client.get(f"/files/{made['id']}")).status_code == 200
         on_disk.clock.move(1)
         assert (await client.get(f"/files/{made['id']}")).status_code == 404
     await on_disk.batches.files.sweep()
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert kept_in(tmp_path) == []
 
 
 async def test_what_an_upload_that_died_has_left_is_removed_in_a_day(
@@ -247,10 +253,10 @@ async def test_what_an_upload_that_died_has_left_is_removed_in_a_day(
     await new.close()
     on_disk.clock.move(DAY_S - 1)
     await on_disk.batches.files.sweep()
-    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
+    assert len(kept_in(tmp_path)) == 1
     on_disk.clock.move(2)
     await on_disk.batches.files.sweep()
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert kept_in(tmp_path) == []
 
 
 async def test_a_folder_that_cannot_be_written_is_a_503_and_not_for_long(

@@ -34,7 +34,12 @@ class Busy(Faulty):
     _lock = threading.Lock()
 
     async def embed(
-        self, sequences: Sequences, outputs: Output, *, deadline_s: float | None = None
+        self,
+        sequences: Sequences,
+        outputs: Output,
+        *,
+        deadline_s: float | None = None,
+        background: bool = False,
     ) -> Reply:
         with self._lock:
             self.refusals -= 1

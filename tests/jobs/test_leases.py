@@ -5,6 +5,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from trivec.accounts.stores.sql import SqlStore
 from trivec.core.errors import FieldInvalid, Overloaded, StoreUnavailable
 from trivec.jobs import records
 from trivec.jobs.records import LEASE_S, JobRecord, JobStore, Page, ShardRecord
+from trivec.settings import BatchLimits
 
 KEY, MODEL = "key_a", "m"
 Opened = tuple[JobStore, SqlStore]
@@ -27,19 +29,20 @@ Opened = tuple[JobStore, SqlStore]
 @pytest.fixture(params=["sqlite", "postgres"])
 def open_store(
     request: pytest.FixtureRequest, tmp_path: Path, clock: HandClock
-) -> Iterator[Callable[[], Opened]]:
+) -> Iterator[Callable[..., Opened]]:
     """Opens the same store as another server would."""
     opened: list[SqlStore] = []
     if request.param == "sqlite":
         (tmp_path / SQLITE_FILE).write_bytes(latest_sqlite())
-        make = lambda: sqlite_engines(tmp_path / SQLITE_FILE)  # noqa: E731
+        make = partial(sqlite_engines, tmp_path / SQLITE_FILE)
     else:
         url = request.getfixturevalue("postgres").upgraded_database()
-        make = lambda: postgres_engines(url)  # noqa: E731
+        make = partial(postgres_engines, url)
 
-    def open_one() -> Opened:
+    def open_one(tokens_per_day: int | None = None) -> Opened:
         opened.append(SqlStore(make(), upgrades_itself=False))
-        return JobStore(opened[-1], clock=clock), opened[-1]
+        limits = BatchLimits(tokens_per_day=tokens_per_day)
+        return JobStore(opened[-1], limits, clock=clock), opened[-1]
 
     yield open_one
     for store in opened:
@@ -52,14 +55,13 @@ def clock() -> HandClock:
 
 
 @pytest.fixture
-def jobs(open_store: Callable[[], Opened]) -> JobStore:
+def jobs(open_store: Callable[..., Opened]) -> JobStore:
     return open_store()[0]
 
 
 def new_job(jobs: JobStore, *, key_id: str = KEY, window_s: float = 3600.0) -> JobRecord:
-    room = {"bytes_max": 100, "files_max": 100}
-    file = jobs.add_file(key_id, "batch", **room)
-    jobs.keep_file(file, **room)
+    file = jobs.add_file(key_id, "batch")
+    jobs.keep_file(file)
     return jobs.add_batch(
         key_id,
         endpoint="/v1/embeddings",
@@ -70,8 +72,8 @@ def new_job(jobs: JobStore, *, key_id: str = KEY, window_s: float = 3600.0) -> J
     )
 
 
-def lease(jobs: JobStore, *, tokens_per_day: int | None = None) -> ShardRecord | None:
-    leased = jobs.lease([MODEL], tokens_per_day=tokens_per_day)
+def lease(jobs: JobStore) -> ShardRecord | None:
+    leased = jobs.lease([MODEL])
     return None if leased is None else leased[0]
 
 
@@ -107,7 +109,7 @@ def billed(store: SqlStore) -> Sequence[tuple[int, int]]:
     return [(line.requests, line.tokens) for line in store.usage(UsageQuery(UsageBy.KEY))]
 
 
-def test_from_validation_to_the_end_in_order(open_store: Callable[[], Opened]) -> None:
+def test_from_validation_to_the_end_in_order(open_store: Callable[..., Opened]) -> None:
     jobs, store = open_store()
     job = validated(jobs)
     assert jobs.lines_left() == 20
@@ -131,7 +133,7 @@ def test_from_validation_to_the_end_in_order(open_store: Callable[[], Opened]) -
     assert (lease(jobs), jobs.lines_left()) == (None, 0)
 
 
-def test_no_two_servers_have_the_same_shard(open_store: Callable[[], Opened]) -> None:
+def test_no_two_servers_have_the_same_shard(open_store: Callable[..., Opened]) -> None:
     validated(open_store()[0], shards=20)
     found: list[int] = []
     barrier = threading.Barrier(4)
@@ -151,7 +153,7 @@ def test_no_two_servers_have_the_same_shard(open_store: Callable[[], Opened]) ->
 
 
 def test_a_lease_ends_with_time_and_whoever_had_it_is_too_late(
-    open_store: Callable[[], Opened], clock: HandClock
+    open_store: Callable[..., Opened], clock: HandClock
 ) -> None:
     (one, store), (other, _) = open_store(), open_store()
     job = validated(one, shards=1)
@@ -181,7 +183,7 @@ def test_a_lease_that_is_renewed_holds(jobs: JobStore, clock: HandClock) -> None
 
 
 def test_a_commit_that_was_not_heard_of_counts_once(
-    open_store: Callable[[], Opened], monkeypatch: pytest.MonkeyPatch
+    open_store: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs, store = open_store()
     validated(jobs, shards=2)
@@ -207,7 +209,7 @@ def test_a_commit_that_was_not_heard_of_counts_once(
 
 
 def test_a_line_is_in_the_ledger_once_whatever_the_shards_say(
-    open_store: Callable[[], Opened],
+    open_store: Callable[..., Opened],
 ) -> None:
     jobs, store = open_store()
     validated(jobs, shards=1)
@@ -262,25 +264,28 @@ def test_jobs_take_turns(jobs: JobStore, clock: HandClock) -> None:
     assert turns == [large.id, small.id, large.id, small.id]  # by when each had one last
 
 
-def test_a_key_that_has_had_its_day_waits_and_no_other(jobs: JobStore, clock: HandClock) -> None:
+def test_a_key_that_has_had_its_day_waits_and_no_other(
+    open_store: Callable[..., Opened], clock: HandClock
+) -> None:
+    (jobs, _), (more, _) = open_store(tokens_per_day=27), open_store(tokens_per_day=28)
     mine = validated(jobs, shards=3)
     assert finish(jobs, leased(jobs, "run"))
-    assert lease(jobs, tokens_per_day=27) is None
-    validated_other = new_job(jobs, key_id="key_b")
-    step = lease(jobs, tokens_per_day=27)
-    assert step is not None
-    assert step.batch_id == validated_other.id
-    assert lease(jobs, tokens_per_day=28) is not None
-    clock.move(24 * 3600 + LEASE_S)
-    again = lease(jobs, tokens_per_day=27)
-    assert again is not None
-    assert again.batch_id in (mine.id, validated_other.id)
+    assert lease(jobs) is None
+    other = new_job(jobs, key_id="key_b")
+    step = leased(jobs, "validate")
+    assert step.batch_id == other.id
+    assert jobs.finish_validation(step, model=None, shards=[], errors=[{"code": "empty_file"}])
+    assert jobs.find_batch("key_b", other.id).status == "failed"
+    assert leased(more, "run").batch_id == mine.id
+    assert lease(jobs) is None
+    clock.move(24 * 3600)
+    assert leased(jobs, "run").batch_id == mine.id
 
 
 def test_lines_of_a_model_that_is_not_served_here_are_left_to_others(jobs: JobStore) -> None:
     validated(jobs, shards=1)
-    assert jobs.lease(["another"], tokens_per_day=None) is None
-    assert leased(jobs, "run")
+    assert jobs.lease(["another"]) is None
+    assert leased(jobs, "run").number == 1
 
 
 def test_what_a_dead_process_of_this_machine_had_is_free_at_the_next_start(
@@ -342,6 +347,5 @@ def test_a_file_that_a_job_reads_neither_expires_nor_is_deleted(
 
 def test_a_store_that_is_away_is_said(tmp_path: Path, clock: HandClock) -> None:
     engines = sqlite_engines(tmp_path / "absent" / SQLITE_FILE)
-    with closing(SqlStore(engines, upgrades_itself=True)) as store:
-        with pytest.raises(StoreUnavailable):
-            JobStore(store, clock=clock).lines_left()
+    with closing(SqlStore(engines, upgrades_itself=True)) as store, pytest.raises(StoreUnavailable):
+        JobStore(store, BatchLimits(), clock=clock).lines_left()

@@ -1,5 +1,6 @@
 """Whole batches on real servers and real weights: 50,000 lines, killed twenty times. Minutes each."""
 
+import os
 from pathlib import Path
 
 import psycopg
@@ -9,7 +10,7 @@ from tests.process.batches import check, run_batch_through_kills, sqlite_ledger
 
 pytestmark = pytest.mark.reference
 
-LINES, KILLS = 50_000, 20
+LINES, KILLS = int(os.environ.get("TRIVEC_TEST_LINES", "50000")), 20
 NO_GRACE = {"TRIVEC_LIFE__DRAIN_GRACE_S": "0"}
 PAUSE_S = 4.0  # at most, from a start to the next kill
 

@@ -88,4 +88,9 @@ def every_kind() -> list[Event]:
             for method, status in product(("GET", "POST"), (200, 404, 405, 503, 999))
         ]
     events += [request(status=503, code=f"code_{number}") for number in range(REASONS_MAX + 10)]
-    return [*events, LinesWaiting(3), PhaseChanged("loading", "start"), PhaseChanged("unheard of", "")]
+    return [
+        *events,
+        LinesWaiting(3),
+        PhaseChanged("loading", "start"),
+        PhaseChanged("unheard of", ""),
+    ]

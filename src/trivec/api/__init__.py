@@ -5,7 +5,8 @@ an `Embedder` a model, an `Accounts`, `Batches`, and two callables for health an
 """
 
 from trivec.api.app import build_app
-from trivec.api.batches import line_answerer
+from trivec.api.batches import answer_line
+from trivec.api.context import AppState
 from trivec.api.memory import ByteBudget, budget_bytes
 
-__all__ = ["ByteBudget", "budget_bytes", "build_app", "line_answerer"]
+__all__ = ["AppState", "ByteBudget", "answer_line", "budget_bytes", "build_app"]

@@ -6,9 +6,9 @@ A key finds its own files and batches only: of others' it is told that they do n
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from functools import partial
+from dataclasses import replace
 from io import BytesIO
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
@@ -21,12 +21,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Send
 from starlette.types import Scope as AsgiScope
 
-from trivec.accounts import Accounts, Key, RequestUsage, Scope
+from trivec.accounts import Key, RequestUsage
 from trivec.api.context import AppState, RequestContext
 from trivec.api.errors import TABLE, error_response, fault_of
-from trivec.api.memory import ByteBudget
 from trivec.api.openai import embeddings
-from trivec.api.openapi import Operation
+from trivec.api.openapi import keyed
 from trivec.api.rerank import rerank
 from trivec.api.responses import json_response
 from trivec.api.schemas import decoder_of, doc, shown
@@ -38,12 +37,9 @@ from trivec.core.errors import (
     MediaTypeUnsupported,
     ServiceError,
 )
-from trivec.core.health import Health
-from trivec.core.ports import Clock, Embedder, Observer
-from trivec.jobs.batches import ENDPOINTS, Answer, Batches, LineAnswer
+from trivec.jobs.batches import ENDPOINTS, Batches, LineAnswer
 from trivec.jobs.files import NewFile
 from trivec.jobs.records import FileRecord, JobRecord, Page, Status
-from trivec.settings import HttpLimits
 
 DAY_S = 24 * 3600
 INPUT_EXPIRES_S = 30 * DAY_S
@@ -332,21 +328,6 @@ async def answer_line(
     return LineAnswer(msgspec.Raw(bytes(response.body)), usage, context.model, retry_after_s)
 
 
-def line_answerer(
-    embedders: Mapping[str, Embedder],
-    *,
-    accounts: Accounts,
-    observer: Observer,
-    clock: Clock,
-    limits: HttpLimits,
-    memory: ByteBudget,
-) -> Answer:
-    """`answer_line` with *embedders*, by id and alias."""
-    health = Health("ready", alive=True, ready=True, reason="ok")  # who asks is ready
-    app = AppState(embedders, accounts, observer, clock, limits, lambda: health, None, memory)
-    return partial(answer_line, app)
-
-
 class StreamedFile(Response):
     """A file's bytes, read while they are sent. Each piece has the deadline of a large answer's."""
 
@@ -516,25 +497,17 @@ def _batch_object(job: JobRecord) -> BatchObject:
     )
 
 
-def _keyed(
-    method: str,
-    path: str,
-    handler: Callable[[RequestContext], Awaitable[Response]],
-    response_type: type | None,
-    **more: Any,
-) -> Operation:
-    return Operation(method, path, handler, Scope.EMBED, response_type, **more)
-
-
 FILES, FILE, BATCHES, BATCH = "/files", "/files/{id}", "/batches", "/batches/{id}"
+_upload = keyed(FILES, upload_file, FileObject, UploadRequest)
+_list_files = keyed(FILES, list_files, FileList)
 OPERATIONS = (
-    _keyed("POST", FILES, upload_file, FileObject, body_type=UploadRequest, media_type=FORM),
-    _keyed("GET", FILES, list_files, FileList, query=("purpose", "limit", "order", "after")),
-    _keyed("GET", FILE, show_file, FileObject),
-    _keyed("DELETE", FILE, delete_file, FileDeleted),
-    _keyed("GET", FILE + "/content", file_content, None),
-    _keyed("POST", BATCHES, create_batch, BatchObject, body_type=CreateBatchRequest),
-    _keyed("GET", BATCHES, list_batches, BatchList, query=("limit", "after")),
-    _keyed("GET", BATCH, show_batch, BatchObject),
-    _keyed("POST", BATCH + "/cancel", cancel_batch, BatchObject),
+    replace(_upload, media_type=FORM),
+    replace(_list_files, query=("purpose", "limit", "order", "after")),
+    keyed(FILE, show_file, FileObject),
+    replace(keyed(FILE, delete_file, FileDeleted), method="DELETE"),
+    replace(keyed(FILE + "/content", file_content, FileObject), response_type=None),
+    keyed(BATCHES, create_batch, BatchObject, CreateBatchRequest),
+    replace(keyed(BATCHES, list_batches, BatchList), query=("limit", "after")),
+    keyed(BATCH, show_batch, BatchObject),
+    replace(keyed(BATCH + "/cancel", cancel_batch, BatchObject), method="POST"),
 )

@@ -275,10 +275,7 @@ class BatchRunner:
             await asyncio.to_thread(self._store.forget_shards)
             self._swept_s = self._clock.now_s()
         await asyncio.to_thread(self._store.expire_batches)
-        tokens_per_day = self._files.limits.tokens_per_day
-        leased = await asyncio.to_thread(
-            self._store.lease, list(self._names), tokens_per_day=tokens_per_day
-        )
+        leased = await asyncio.to_thread(self._store.lease, list(self._names))
         if leased is None:
             return False
         shard, job = leased

@@ -134,8 +134,7 @@ class Files:
 
     async def begin(self, key_id: str, purpose: str) -> "NewFile":
         """A file to be written, then kept or dropped. Raises `FieldInvalid`, `StoreUnavailable`."""
-        room = {"bytes_max": self.limits.key_bytes_max, "files_max": self.limits.key_files_max}
-        record = await asyncio.to_thread(self._store.add_file, key_id, purpose, **room)
+        record = await asyncio.to_thread(self._store.add_file, key_id, purpose)
         return NewFile(self, self._store, record)
 
     async def find(self, key_id: str, file_id: str) -> FileRecord:
@@ -197,8 +196,7 @@ class NewFile(FileWriter):
     async def keep(self, filename: str, *, expires_s: int | None) -> FileRecord:
         """The file is there from now on. Raises `FieldInvalid` where its key has no room for it."""
         record = await self.finished(filename, expires_s=expires_s)
-        room = {"bytes_max": self._limits.key_bytes_max, "files_max": self._limits.key_files_max}
-        await asyncio.to_thread(self._store.keep_file, record, **room)
+        await asyncio.to_thread(self._store.keep_file, record)
         return record
 
     async def drop(self) -> None:

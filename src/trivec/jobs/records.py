@@ -12,7 +12,7 @@ import secrets
 import socket
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import sqlalchemy as sa
@@ -23,6 +23,7 @@ from trivec.accounts.stores.tables import batch_shards, batches, files
 from trivec.accounts.utc import DAY_US
 from trivec.core.errors import FieldInvalid, Overloaded, ResourceUnknown
 from trivec.core.ports import Clock
+from trivec.settings import BatchLimits
 
 LEASE_S = 30.0
 OPEN_BATCHES_MAX = 100  # of one key
@@ -115,8 +116,9 @@ R = TypeVar("R", FileRecord, JobRecord, ShardRecord)
 class JobStore:
     """Files, batch jobs and shards. What one key has, no other key finds."""
 
-    def __init__(self, store: SqlStore, *, clock: Clock) -> None:
+    def __init__(self, store: SqlStore, limits: BatchLimits, *, clock: Clock) -> None:
         self._store = store
+        self._limits = limits
         self._clock = clock
         self.close = store.close
 
@@ -125,22 +127,22 @@ class JobStore:
 
     # Files. A row is there before the bytes and after them, so no bytes are ever forgotten.
 
-    def add_file(self, key_id: str, purpose: str, *, bytes_max: int, files_max: int) -> FileRecord:
+    def add_file(self, key_id: str, purpose: str) -> FileRecord:
         """A pending file. Raises `FieldInvalid` where the key has no room for one more."""
         new = FileRecord(
             f"file-{secrets.token_hex(16)}", key_id, purpose, "", 0, self.now_us(), None
         )
         with self._store.writing() as connection:
             if purpose == "batch":  # what a job has computed is kept all the same
-                _check_room(connection, key_id, bytes_max=bytes_max - 1, files_max=files_max - 1)
-            connection.execute(sa.insert(files), {**_values(new), "state": "pending"})
+                self._check_room(connection, key_id, more=1)
+            connection.execute(sa.insert(files), {**asdict(new), "state": "pending"})
         return new
 
-    def keep_file(self, file: FileRecord, *, bytes_max: int, files_max: int) -> None:
+    def keep_file(self, file: FileRecord) -> None:
         """Its bytes are there. Raises `FieldInvalid` where they are too many for its key."""
         with self._store.writing() as connection:
             _store_file(connection, file)
-            _check_room(connection, file.key_id, bytes_max=bytes_max, files_max=files_max)
+            self._check_room(connection, file.key_id)
 
     def find_file(self, key_id: str, file_id: str) -> FileRecord:
         """Raises `ResourceUnknown`."""
@@ -191,6 +193,19 @@ class JobStore:
         with self._store.writing() as connection:
             connection.execute(sa.delete(files).where(files.c.id == file_id))
 
+    def _check_room(self, connection: sa.Connection, key_id: str, *, more: int = 0) -> None:
+        """Raise `FieldInvalid` where a key has not got room for what it has, and for *more* files."""
+        sums = sa.select(sa.func.count(), sa.func.sum(files.c.byte_count))
+        is_own = (files.c.key_id == key_id) & (files.c.state == "stored")
+        count, used = connection.execute(sums.where(is_own)).one()
+        used, limits = int(used or 0), self._limits
+        if count + more > limits.key_files_max or used + more > limits.key_bytes_max:
+            raise FieldInvalid(
+                f"This key has {count} files of {used:,} bytes in all, and no room for another. "
+                "Delete some that are no longer needed.",
+                param="file",
+            )
+
     def _is_there(self, key_id: str) -> sa.ColumnElement[bool]:
         is_live = files.c.expires_us.is_(None) | (files.c.expires_us > self.now_us())
         return sa.and_(files.c.key_id == key_id, files.c.state == "stored", is_live | _is_read())
@@ -216,11 +231,7 @@ class JobStore:
                 param="input_file_id",
             )
         batch_id, now_us = f"batch_{secrets.token_hex(16)}", self.now_us()
-        times = {c.name: None for c in batches.c if c.name.endswith("_us")}
         values = {
-            **times,
-            **dict.fromkeys(("model", "output_file_id", "error_file_id", "errors")),
-            **dict.fromkeys(("total", "completed", "failed", "token_count", "served_us"), 0),
             "id": batch_id,
             "key_id": key_id,
             "endpoint": endpoint,
@@ -244,10 +255,9 @@ class JobStore:
                     retry_after_s=60.0,
                 )
             connection.execute(sa.insert(batches), values)
-            steps = ((-1, "join"), (0, "validate"))
-            connection.execute(
-                sa.insert(batch_shards), [_new_shard(batch_id, at, kind) for at, kind in steps]
-            )
+            steps = [{"batch_id": batch_id, "number": 0, "kind": "validate"}]
+            steps.append({"batch_id": batch_id, "number": -1, "kind": "join"})
+            connection.execute(sa.insert(batch_shards), steps)
         return self.find_batch(key_id, batch_id)
 
     def find_batch(self, key_id: str, batch_id: str) -> JobRecord:
@@ -300,13 +310,11 @@ class JobStore:
                 .values(status="finalizing", ends_as="expired", finalizing_us=now_us)
             )
 
-    def lease(
-        self, models: Collection[str], *, tokens_per_day: int | None
-    ) -> tuple[ShardRecord, JobRecord] | None:
+    def lease(self, models: Collection[str]) -> tuple[ShardRecord, JobRecord] | None:
         """The next step of the batch job that has waited longest, leased; None: there is none.
 
         Lines run of the *models* that are served here, and of keys whose batch jobs have computed
-        fewer than *tokens_per_day* in the last 24 hours.
+        fewer tokens in the last 24 hours than they may.
         """
         now_us = self.now_us()
         other = batch_shards.alias()
@@ -318,7 +326,7 @@ class JobStore:
         )
         is_running = (batch_shards.c.kind == "run") & (batches.c.status == "in_progress")
         is_running &= batches.c.model.in_(models)
-        if tokens_per_day is not None:
+        if (tokens_per_day := self._limits.tokens_per_day) is not None:
             spent = (
                 sa.select(batches.c.key_id)
                 .join(batch_shards)
@@ -437,8 +445,10 @@ class JobStore:
                 .values(values)
             )
             if begun.rowcount and not errors:
-                added = [_new_shard(shard.batch_id, one.number, "run", one) for one in shards]
-                connection.execute(sa.insert(batch_shards), added)
+                places = ("number", "kind", "first_line", "line_count", "byte_start", "byte_count")
+                added = [{name: getattr(one, name) for name in places} for one in shards]
+                own = {"batch_id": shard.batch_id}
+                connection.execute(sa.insert(batch_shards), [one | own for one in added])
         return True
 
     def finish_run(
@@ -531,19 +541,6 @@ class JobStore:
         return connection.scalar(sa.select(batch_shards.c.done_us).where(is_own)) is not None
 
 
-def _check_room(connection: sa.Connection, key_id: str, *, bytes_max: int, files_max: int) -> None:
-    """Raise `FieldInvalid` where the files of a key are more, or take more bytes."""
-    sums = sa.select(sa.func.count(), sa.func.sum(files.c.byte_count))
-    is_own = (files.c.key_id == key_id) & (files.c.state == "stored")
-    count, used = connection.execute(sums.where(is_own)).one()
-    if count > files_max or int(used or 0) > bytes_max:
-        raise FieldInvalid(
-            f"This key has {count} files of {int(used or 0):,} bytes in all, and no room for another. "
-            "Delete some that are no longer needed.",
-            param="file",
-        )
-
-
 def _process() -> str:
     return f"{socket.gethostname()}/{os.getpid()}"
 
@@ -564,20 +561,6 @@ def _record(kind: type[R], row: sa.Row[Any]) -> R:
     return kind(**{field.name: row._mapping[field.name] for field in fields(kind)})
 
 
-def _values(record: FileRecord) -> dict[str, object]:
-    return {field.name: getattr(record, field.name) for field in fields(record)}
-
-
-def _new_shard(
-    batch_id: str, number: int, kind: str, lines: ShardRecord | None = None
-) -> dict[str, object]:
-    places = ("first_line", "line_count", "byte_start", "byte_count")
-    counts = ("completed", "failed", "token_count", "lease_until_us")
-    values = dict.fromkeys((*places, *counts), 0)
-    values |= {name: getattr(lines, name) for name in places} if lines else {}
-    return {**values, "batch_id": batch_id, "number": number, "kind": kind}
-
-
 def _is_held(shard: ShardRecord) -> sa.ColumnElement[bool]:
     return sa.and_(
         batch_shards.c.id == shard.id,
@@ -593,7 +576,7 @@ def _mark_done(connection: sa.Connection, shard: ShardRecord, **values: object) 
 
 def _store_file(connection: sa.Connection, file: FileRecord) -> None:
     connection.execute(
-        sa.update(files).where(files.c.id == file.id).values({**_values(file), "state": "stored"})
+        sa.update(files).where(files.c.id == file.id).values({**asdict(file), "state": "stored"})
     )
 
 

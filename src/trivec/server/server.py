@@ -28,7 +28,7 @@ from trivec.build import (
 )
 from trivec.core.errors import BusyError, SettingInvalid, StoreUnavailable
 from trivec.core.events import PhaseChanged
-from trivec.core.health import Health, Phase
+from trivec.core.health import HEALTHY, Health, Phase
 from trivec.core.ports import Embedder
 from trivec.core.types import Float32Array, LongText, Output, SparseVector
 from trivec.server.granian_server import GranianServer, SwappableApp, probes_only
@@ -60,7 +60,6 @@ STOPPING: Mapping[Phase | None, str] = {
     "draining": "draining: asked to stop",
     "stopped": "draining: about to leave",
 }
-HEALTHY = Health("ready", alive=True, ready=True, reason="ok")
 
 P = ParamSpec("P")
 

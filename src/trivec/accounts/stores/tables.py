@@ -168,11 +168,15 @@ batches = sa.Table(
     sa.Column("expired_us", sa.BigInteger),
     sa.Column("cancelling_us", sa.BigInteger),
     sa.Column("cancelled_us", sa.BigInteger),
-    sa.Column("total", sa.BigInteger, nullable=False),  # lines, as are completed and failed
-    sa.Column("completed", sa.BigInteger, nullable=False),
-    sa.Column("failed", sa.BigInteger, nullable=False),
-    sa.Column("token_count", sa.BigInteger, nullable=False),  # billed
-    sa.Column("served_us", sa.BigInteger, nullable=False),  # when a shard was last leased
+    sa.Column(
+        "total", sa.BigInteger, nullable=False, default=0
+    ),  # lines, as are completed and failed
+    sa.Column("completed", sa.BigInteger, nullable=False, default=0),
+    sa.Column("failed", sa.BigInteger, nullable=False, default=0),
+    sa.Column("token_count", sa.BigInteger, nullable=False, default=0),  # billed
+    sa.Column(
+        "served_us", sa.BigInteger, nullable=False, default=0
+    ),  # when a shard was last leased
     sa.Index("ix_batches_key_id", "key_id", "created_us"),
 )
 
@@ -188,16 +192,16 @@ batch_shards = sa.Table(  # what there is to do for a batch job, each by one ser
     sa.Column("batch_id", sa.String(64), sa.ForeignKey("batches.id"), nullable=False),
     sa.Column("number", sa.Integer, nullable=False),
     sa.Column("kind", sa.String(8), nullable=False),  # validate, run or join
-    sa.Column("first_line", sa.BigInteger, nullable=False),  # of its file, from 1
-    sa.Column("line_count", sa.BigInteger, nullable=False),
-    sa.Column("byte_start", sa.BigInteger, nullable=False),
-    sa.Column("byte_count", sa.BigInteger, nullable=False),
+    sa.Column("first_line", sa.BigInteger, nullable=False, default=0),  # of its file, from 1
+    sa.Column("line_count", sa.BigInteger, nullable=False, default=0),
+    sa.Column("byte_start", sa.BigInteger, nullable=False, default=0),
+    sa.Column("byte_count", sa.BigInteger, nullable=False, default=0),
     sa.Column("lease", sa.String(128), index=True),  # of the server that has it, or that did it
-    sa.Column("lease_until_us", sa.BigInteger, nullable=False),
+    sa.Column("lease_until_us", sa.BigInteger, nullable=False, default=0),
     sa.Column("done_us", sa.BigInteger, index=True),
-    sa.Column("completed", sa.BigInteger, nullable=False),
-    sa.Column("failed", sa.BigInteger, nullable=False),
-    sa.Column("token_count", sa.BigInteger, nullable=False),
+    sa.Column("completed", sa.BigInteger, nullable=False, default=0),
+    sa.Column("failed", sa.BigInteger, nullable=False, default=0),
+    sa.Column("token_count", sa.BigInteger, nullable=False, default=0),
     sa.UniqueConstraint("batch_id", "number", name="uq_batch_shards_number"),
 )
 
