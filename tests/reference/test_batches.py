@@ -12,7 +12,7 @@ pytestmark = pytest.mark.reference
 
 LINES, KILLS = int(os.environ.get("TRIVEC_TEST_LINES", "50000")), 20
 NO_GRACE = {"TRIVEC_LIFE__DRAIN_GRACE_S": "0"}
-PAUSE_S = 4.0  # at most, from a start to the next kill
+PAUSE_S = 2.0  # at most, from a start to the next kill
 
 
 def test_one_server_on_sqlite(tmp_path: Path) -> None:
