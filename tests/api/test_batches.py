@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,6 +16,7 @@ from trivec.accounts import KeyPlan, RateLimits
 from trivec.core.errors import EngineFault
 from trivec.core.events import LinesWaiting, ShardFinished
 from trivec.jobs import batches as jobs
+from trivec.jobs.files import FileStorage, FileWriter
 from trivec.settings import BatchLimits
 
 EMBEDDINGS, RERANK = "/v1/embeddings", "/v1/rerank"
@@ -430,6 +433,22 @@ async def test_a_keys_models_bound_its_batches(house: House) -> None:
         client = Client(http)
         batch = await client.ended(await client.create([line("a")]))
     assert batch["errors"]["data"][0]["code"] == "model_not_found"
+
+
+async def test_what_a_server_that_died_has_left_of_shards_goes_with_the_batch(
+    house: House, tmp_path: Path
+) -> None:
+    house.batches.files.storage = FileStorage(str(tmp_path))
+    async with working(house) as client:
+        batch = await client.ended(await client.create([line("a")]))
+        [key_id] = os.listdir(tmp_path)
+    left = FileWriter(house.batches.files.storage, key_id, f"{batch['id']}/00001-lost.output")
+    await left.write(b"half a line")
+    await left.close()
+    house.clock.move(DAY_S + 1)
+    async with working(house) as client:
+        await client.ended(await client.create([line("a")]))
+    assert batch["id"] not in os.listdir(tmp_path / key_id)
 
 
 @pytest.mark.parametrize("house", [{"no_auth": True}], indirect=True)

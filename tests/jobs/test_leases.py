@@ -321,15 +321,15 @@ def test_a_key_has_so_many_open_jobs_at_a_time(
     assert len(jobs.list_batches(KEY, Page(None, 10))) == 3
 
 
-def test_shards_are_forgotten_a_day_after_the_end(jobs: JobStore, clock: HandClock) -> None:
+def test_shards_are_old_a_day_after_the_end(jobs: JobStore, clock: HandClock) -> None:
     job = validated(jobs, shards=1)
     assert finish(jobs, leased(jobs, "run"))
     assert jobs.finish_join(leased(jobs, "join"), output=None, error=None)
-    jobs.forget_shards()
-    assert len(jobs.run_shards(job.id, done=True)) == 1
-    clock.move(24 * 3600 + 1)
-    jobs.forget_shards()
-    assert jobs.run_shards(job.id, done=True) == []
+    assert jobs.old_batches() == []
+    clock.move(24 * 3600)
+    assert jobs.old_batches() == [(KEY, job.id)]
+    jobs.forget_shards(job.id)
+    assert (jobs.run_shards(job.id, done=True), jobs.old_batches()) == ([], [])
 
 
 def test_a_file_that_a_job_reads_neither_expires_nor_is_deleted(

@@ -260,19 +260,23 @@ class BatchRunner:
                 _log.warning("batches go on")
             is_well = True
             if not is_done:
-                await self._sleep(POLL_S)
+                await self._ended(within_s=POLL_S)
 
-    async def _sleep(self, seconds: float) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._wake.wait()
+    async def _ended(self, *work: "asyncio.Task[None]", within_s: float = RENEW_S) -> bool:
+        """Wait for *work*, for a while, or until there may be something new."""
+        waking = asyncio.create_task(self._wake.wait())
+        await asyncio.wait((*work, waking), timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+        waking.cancel()
         self._wake.clear()
+        return all(one.done() for one in work)
 
     async def _work_once(self) -> bool:
         """Do the next step that is due; False where there is none."""
         if self._clock.now_s() - self._swept_s >= SWEEP_S:
             await self._files.sweep()
-            await asyncio.to_thread(self._store.forget_shards)
+            for key_id, batch_id in await asyncio.to_thread(self._store.old_batches):
+                await asyncio.to_thread(self._files.storage.remove, key_id, batch_id)
+                await asyncio.to_thread(self._store.forget_shards, batch_id)
             self._swept_s = self._clock.now_s()
         await asyncio.to_thread(self._store.expire_batches)
         leased = await asyncio.to_thread(self._store.lease, list(self._names))
@@ -282,16 +286,10 @@ class BatchRunner:
         step = {"validate": self._validate, "run": self._run, "join": self._join}[shard.kind]
         work = asyncio.create_task(step(shard, job), name=f"batch {shard.kind}")
         try:
-            while not work.done():
-                waking = asyncio.create_task(self._wake.wait())
-                await asyncio.wait(
-                    (work, waking), timeout=RENEW_S, return_when=asyncio.FIRST_COMPLETED
-                )
-                waking.cancel()
-                self._wake.clear()
+            while not await self._ended(work):
                 with suppress(StoreUnavailable):  # until the lease is over there is hope
                     await asyncio.to_thread(self._store.expire_batches)
-                    if not work.done() and not await asyncio.to_thread(self._store.renew, shard):
+                    if not await asyncio.to_thread(self._store.renew, shard):
                         work.cancel()
             if not work.cancelled():
                 work.result()
@@ -374,6 +372,7 @@ class BatchRunner:
                     for _ in range(inputs):
                         await places.acquire()
                     group.create_task(run(number, line, inputs))
+                    await asyncio.sleep(0)  # requests get a turn after every line
             for part in parts.values():
                 if part.byte_count:
                     await part.close()

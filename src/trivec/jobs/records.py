@@ -523,17 +523,20 @@ class JobStore:
             found = connection.execute(statement.order_by(batch_shards.c.number)).all()
         return [_record(ShardRecord, row) for row in found]
 
-    def forget_shards(self) -> None:
-        """Delete those of jobs that ended over a day ago, which no allowance counts any more."""
-        ended = sa.select(batches.c.id).where(batches.c.status.not_in(OPEN))
-        old = self.now_us() - DAY_US
-        worked = sa.select(batch_shards.c.batch_id).where(batch_shards.c.done_us > old)
+    def old_batches(self) -> list[tuple[str, str]]:
+        """Key and id of those that ended over a day ago, so that no allowance counts their shards."""
+        is_young = sa.exists().where(
+            batch_shards.c.batch_id == batches.c.id, batch_shards.c.done_us > self.now_us() - DAY_US
+        )
+        has_shards = sa.exists().where(batch_shards.c.batch_id == batches.c.id)
+        is_old = sa.and_(batches.c.status.not_in(OPEN), has_shards, ~is_young)
+        with self._store.reading() as connection:
+            found = connection.execute(sa.select(batches.c.key_id, batches.c.id).where(is_old))
+            return [(row.key_id, row.id) for row in found]
+
+    def forget_shards(self, batch_id: str) -> None:
         with self._store.writing() as connection:
-            connection.execute(
-                sa.delete(batch_shards).where(
-                    batch_shards.c.batch_id.in_(ended), batch_shards.c.batch_id.not_in(worked)
-                )
-            )
+            connection.execute(sa.delete(batch_shards).where(batch_shards.c.batch_id == batch_id))
 
     def _was_done(self, connection: sa.Connection, shard: ShardRecord) -> bool:
         """Whether an earlier try, whose commit was not heard of, did finish the step."""
