@@ -12,24 +12,24 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
 # The aim is 11,500 in 100: raised only in a commit that says why.
-LINES_MAX, FILES_MAX = 23_600, 129
+LINES_MAX, FILES_MAX = 25_900, 134
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_750, 7),
-    "server": (970, 5),
-    "build": (470, 1),
-    "settings": (420, 1),
-    "api": (4_080, 20),
-    "engine": (980, 5),
+    "server": (980, 5),
+    "build": (510, 1),
+    "settings": (440, 1),
+    "api": (4_650, 21),
+    "engine": (1_010, 5),
     "models": (2_110, 15),
     "backends": (3_350, 17),
     "checkpoints": (2_210, 11),
     "tokenizer": (730, 3),
-    "accounts": (2_970, 19),
-    "telemetry": (700, 4),
-    "ipc": (520, 5),
-    "core": (960, 8),
-    "jobs": (1_350, 5),
+    "accounts": (3_170, 20),
+    "telemetry": (720, 4),
+    "ipc": (540, 5),
+    "core": (990, 8),
+    "jobs": (2_690, 8),
     "playground": (90, 1),
 }
 

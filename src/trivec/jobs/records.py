@@ -27,6 +27,7 @@ from trivec.settings import BatchLimits
 
 LEASE_S = 30.0
 OPEN_BATCHES_MAX = 100  # of one key
+ID_CHARS_SHOWN = 64  # of what a client takes for an id
 OPEN = ("validating", "in_progress", "finalizing", "cancelling")
 STEP_STATUS = {
     "validate": ("validating",),
@@ -146,21 +147,17 @@ class JobStore:
 
     def find_file(self, key_id: str, file_id: str) -> FileRecord:
         """Raises `ResourceUnknown`."""
-        with self._store.reading() as connection:
-            found = connection.execute(
-                sa.select(files).where(files.c.id == file_id, self._is_there(key_id))
-            ).first()
-        if found is None:
-            raise ResourceUnknown(f"No such File object: {file_id}")
-        return _record(FileRecord, found)
+        is_meant = (files.c.id == file_id) & self._is_there(key_id)
+        found = self._read(FileRecord, sa.select(files).where(is_meant))
+        if not found:
+            raise ResourceUnknown(f"No such File object: {file_id[:ID_CHARS_SHOWN]}")
+        return found[0]
 
     def list_files(self, key_id: str, page: Page, *, purpose: str | None) -> list[FileRecord]:
         is_meant = self._is_there(key_id)
         if purpose is not None:
             is_meant &= files.c.purpose == purpose
-        with self._store.reading() as connection:
-            found = connection.execute(_paged(files, is_meant, page)).all()
-        return [_record(FileRecord, row) for row in found]
+        return self._read(FileRecord, _paged(files, is_meant, page))
 
     def delete_file(self, key_id: str, file_id: str) -> FileRecord:
         """The record of a file that nobody finds any more. `ResourceUnknown`, `FieldInvalid`."""
@@ -184,9 +181,7 @@ class JobStore:
             (files.c.state == "pending") & (files.c.created_us < now_us - DAY_US),
             (files.c.expires_us <= now_us) & ~_is_read(),
         )
-        with self._store.reading() as connection:
-            found = connection.execute(sa.select(files).where(is_dead).limit(1_000)).all()
-        return [_record(FileRecord, row) for row in found]
+        return self._read(FileRecord, sa.select(files).where(is_dead).limit(1_000))
 
     def forget_file(self, file_id: str) -> None:
         """Its bytes are gone."""
@@ -263,16 +258,13 @@ class JobStore:
     def find_batch(self, key_id: str, batch_id: str) -> JobRecord:
         """Raises `ResourceUnknown`."""
         is_meant = (batches.c.id == batch_id) & (batches.c.key_id == key_id)
-        with self._store.reading() as connection:
-            found = connection.execute(sa.select(batches).where(is_meant)).first()
-        if found is None:
-            raise ResourceUnknown(f"No batch found with id '{batch_id}'.")
-        return _record(JobRecord, found)
+        found = self._read(JobRecord, sa.select(batches).where(is_meant))
+        if not found:
+            raise ResourceUnknown(f"No batch found with id '{batch_id[:ID_CHARS_SHOWN]}'.")
+        return found[0]
 
     def list_batches(self, key_id: str, page: Page) -> list[JobRecord]:
-        with self._store.reading() as connection:
-            found = connection.execute(_paged(batches, batches.c.key_id == key_id, page)).all()
-        return [_record(JobRecord, row) for row in found]
+        return self._read(JobRecord, _paged(batches, batches.c.key_id == key_id, page))
 
     def cancel_batch(self, key_id: str, batch_id: str) -> JobRecord:
         """Raises `ResourceUnknown`; `FieldInvalid` for one that has ended, or is about to."""
@@ -519,9 +511,7 @@ class JobStore:
         statement = sa.select(batch_shards).where(
             batch_shards.c.batch_id == batch_id, batch_shards.c.kind == "run", is_done
         )
-        with self._store.reading() as connection:
-            found = connection.execute(statement.order_by(batch_shards.c.number)).all()
-        return [_record(ShardRecord, row) for row in found]
+        return self._read(ShardRecord, statement.order_by(batch_shards.c.number))
 
     def old_batches(self) -> list[tuple[str, str]]:
         """Key and id of those that ended over a day ago, so that no allowance counts their shards."""
@@ -537,6 +527,10 @@ class JobStore:
     def forget_shards(self, batch_id: str) -> None:
         with self._store.writing() as connection:
             connection.execute(sa.delete(batch_shards).where(batch_shards.c.batch_id == batch_id))
+
+    def _read(self, kind: type[R], statement: sa.Select[Any]) -> list[R]:
+        with self._store.reading() as connection:
+            return [_record(kind, row) for row in connection.execute(statement)]
 
     def _was_done(self, connection: sa.Connection, shard: ShardRecord) -> bool:
         """Whether an earlier try, whose commit was not heard of, did finish the step."""
