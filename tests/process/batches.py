@@ -16,12 +16,12 @@ MODEL = "all-minilm-l6-v2"
 ENDED = ("completed", "failed", "cancelled", "expired")
 
 
-def input_lines(count: int, *, bad_every: int = 100) -> bytes:
-    """Requests of a short text each; every hundredth one asks for more than the model has."""
+def input_lines(count: int, *, words: int = 0) -> bytes:
+    """Requests of a text each, of some *words* more; every hundredth asks for more than there is."""
     lines = []
     for i in range(count):
-        body: dict[str, object] = {"model": MODEL, "input": f"text number {i}"}
-        if i % bad_every == bad_every - 1:
+        body: dict[str, object] = {"model": MODEL, "input": f"text number {i}" + " word" * words}
+        if i % 100 == 99:
             body["dimensions"] = 50_000
         lines.append(
             {"custom_id": f"c{i}", "method": "POST", "url": "/v1/embeddings", "body": body}
@@ -52,6 +52,7 @@ def run_batch_through_kills(
     seed: int,
     environ: Mapping[str, str],
     pause_s: float,
+    words: int = 0,
 ) -> dict[str, object]:
     """Run a batch to its end while one of the servers is killed again and again; what is found.
 
@@ -73,7 +74,7 @@ def run_batch_through_kills(
             return httpx.Client(base_url=server.url, headers=headers, timeout=120)
 
         with client(servers[0]) as first:
-            batch_id = submit(first, input_lines(line_count))
+            batch_id = submit(first, input_lines(line_count, words=words))
         killed = 0
         while killed < kills:
             time.sleep(randomly.uniform(0, pause_s))  # the moment is what is random here
