@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -16,17 +17,20 @@ from typing import TYPE_CHECKING
 from starlette.types import ASGIApp
 
 from trivec.accounts import Accounts
-from trivec.accounts.stores import open_accounts
-from trivec.api import ByteBudget, budget_bytes, build_app
+from trivec.accounts.stores import open_accounts, open_job_store
+from trivec.api import AppState, ByteBudget, answer_line, budget_bytes, build_app
 from trivec.checkpoints import Checkpoint, find_folder, open_checkpoint
 from trivec.checkpoints.catalogue import CATALOGUE
 from trivec.core.clock import SystemClock
 from trivec.core.errors import FieldInvalid, SettingInvalid
 from trivec.core.events import ModelLoaded
-from trivec.core.health import Health
+from trivec.core.health import HEALTHY, Health
 from trivec.core.ports import Backend, Clock, Embedder, Observer, OnProgress, no_progress
 from trivec.core.types import CertificateSummary, ModelCard, TokenRules
 from trivec.engine import Engine, Workers
+from trivec.jobs.batches import Batches, BatchRunner
+from trivec.jobs.files import Files
+from trivec.jobs.records import JobStore
 from trivec.playground import page_operations
 from trivec.settings import Settings
 from trivec.telemetry import (
@@ -45,7 +49,7 @@ if TYPE_CHECKING:
     from trivec.ipc.folder import Served, SharedFolder
 
 ENGINE = "engine"  # the engine process's name
-FIRST_API = "api-1"  # the API process that makes the first key, and greets for all
+FIRST_API = "api-1"  # the API process that makes the first key, greets for all, and runs batch jobs
 DEFAULT_MODEL = "all-minilm-l6-v2"
 # Reading a vocabulary of 250,000 takes a second, and all that time the GIL: it had better be the
 # second in which compiling does without.
@@ -69,6 +73,7 @@ class ServerParts(Parts):
     accounts: Accounts
     tracing: Tracing | None
     memory: ByteBudget
+    batches: Batches | None  # None: their face is left out
 
     def app(
         self,
@@ -89,13 +94,40 @@ class ServerParts(Parts):
             metrics=metrics_page or self.metrics.page,
             metrics_open=settings.metrics_open,
             memory=self.memory,
-            faces=self.settings.faces,
+            batches=self.batches,
+            faces=settings.faces,
             pages=page_operations(has_keys=not settings.no_auth) if settings.http.page else (),
+        )
+
+    def batch_runner(self, embedders: Mapping[str, Embedder]) -> BatchRunner | None:
+        """What works on batch jobs with *embedders*, where their face is served."""
+        if self.batches is None:
+            return None
+        app = AppState(
+            embedders,
+            self.accounts,
+            self.observer,
+            self.clock,
+            self.settings.http,
+            health=lambda: HEALTHY,
+            metrics=None,
+            memory=ByteBudget(self.memory.bytes_max),  # its own: requests keep theirs
+        )
+        return BatchRunner(
+            self.batches,
+            answer=partial(answer_line, app),
+            names={name: one.card.names for name, one in embedders.items()},
+            accounts=self.accounts,
+            line_bytes_max=self.settings.http.body_bytes_max,
+            clock=self.clock,
+            observer=self.observer,
         )
 
     def close(self) -> None:
         """Flush the ledger and the traces. Blocks."""
         self.accounts.stop()
+        if self.batches is not None:
+            self.batches.store.close()
         if self.tracing is not None:
             self.tracing.close()
 
@@ -132,7 +164,7 @@ class Models:
     loaded: tuple[LoadedModel, ...] = ()  # those in this process
     metrics_page: Callable[[], bytes] | None = None  # of all processes, where there are several
     problems: Callable[[], Sequence[str]] = tuple  # why nothing can run for now
-    makes_first_key: bool = True  # this process makes a new store's first key, and shows it
+    leads: bool = True  # of the HTTP processes: makes and shows the first key, works on batch jobs
 
     def loaded_events(self, *, load_s: float) -> Iterator[ModelLoaded]:
         """That each model is ready, for the observer."""
@@ -162,7 +194,15 @@ def open_server_parts(settings: Settings, *, machine_bytes: int = 1 << 31) -> Se
             budget_bytes(settings, machine_bytes=machine_bytes),
             connections_max=settings.http.connections_max,
         ),
+        batches=open_batches(settings, clock=parts.clock) if "batches" in settings.faces else None,
     )
+
+
+def open_batches(settings: Settings, *, clock: Clock) -> Batches:
+    """Files and batch jobs, in the store and in the folder of *settings*; touches neither."""
+    store = JobStore(open_job_store(settings), settings.batch, clock=clock)
+    url = settings.batch.files or str((settings.data_dir / "files").absolute())
+    return Batches(store, Files(store, settings.batch, url=url))
 
 
 def check_models(settings: Settings) -> None:
@@ -457,5 +497,5 @@ def connect_models(parts: ServerParts, *, folder: "SharedFolder", name: str, cor
         slot_count=what.slot_count,
         metrics_page=metrics_page,
         problems=lambda: client.problems,
-        makes_first_key=name == FIRST_API,
+        leads=name == FIRST_API,
     )

@@ -39,6 +39,7 @@ OTHER_FLAGS = {  # that are not called as their setting
     "aliases": "--alias",
     "http.cors_origins": "--cors-origin",
     "faces": "--face",
+    "batch.tokens_per_day": "--batch-tpd",
 }
 SECRETS = ("api_key", "database_url", "secret")  # no message shows their values
 PRECISIONS = ("auto", "fp32", "int8", "bf16", "fp16")
@@ -87,7 +88,7 @@ Origins: TypeAlias = Annotated[
     tuple[Annotated[str, AfterValidator(_check_origin)], ...], BeforeValidator(_split_at_commas)
 ]
 Models: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_split_at_commas)]
-FaceName: TypeAlias = Literal["openai", "cohere", "tei", "vllm", "ollama"]
+FaceName: TypeAlias = Literal["openai", "batches", "cohere", "tei", "vllm", "ollama"]
 Faces: TypeAlias = Annotated[tuple[FaceName, ...], BeforeValidator(_split_at_commas)]
 Folder: TypeAlias = Annotated[Path, AfterValidator(Path.expanduser)]
 
@@ -169,6 +170,23 @@ class QueueLimits(Section):
         return self
 
 
+class BatchLimits(Section):
+    """The Files and Batches APIs."""
+
+    files: str | None = None
+    """Folder, or fsspec URL as s3://bucket/folder, for files; unset: the folder files in the data folder."""
+    tokens_per_day: int | None = Field(None, ge=1)
+    """Most tokens in 24 hours that batches compute for one key, apart from its rate limits; what is more waits. Unset: no limit."""
+    file_bytes_max: int = Field(200_000_000, ge=1024)
+    """Largest file that may be uploaded."""
+    key_bytes_max: int = Field(4096 * MEBIBYTE, ge=1024)
+    """Most bytes that the files of one key may take before it can upload another."""
+    key_files_max: int = Field(1_000, ge=1)
+    """Most files of one key, outputs included, before it can upload another."""
+    upload_s_max: float = Field(600.0, gt=0)
+    """Seconds in which an upload must have arrived."""
+
+
 class Life(Section):
     """How the process watches itself, and how it stops."""
 
@@ -196,8 +214,8 @@ class Settings(Section):
     """Model to serve: a catalogue ID, a folder, or ID=FOLDER. May be repeated."""
     aliases: Aliases = ()
     """Another name for a served model, as NAME=ID. May be repeated."""
-    faces: Faces = ("cohere", "tei", "vllm", "ollama")
-    """API to serve beside OpenAI's: cohere, tei, vllm or ollama; openai alone for none of them. May be repeated."""
+    faces: Faces = ("batches", "cohere", "tei", "vllm", "ollama")
+    """API to serve beside OpenAI's embeddings: batches (Files and Batches), cohere, tei, vllm or ollama; openai alone for none of them. May be repeated."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = Field(8000, ge=0, le=65535)
@@ -232,6 +250,7 @@ class Settings(Section):
     """Least severe message that is logged; info has one line a request, but for probes."""
     http: HttpLimits = HttpLimits()
     queue: QueueLimits = QueueLimits()
+    batch: BatchLimits = BatchLimits()
     life: Life = Life()
     telemetry: Telemetry = Telemetry()
 

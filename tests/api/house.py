@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Self, cast
 
 import httpx
@@ -18,7 +19,9 @@ from tests.hand_clock import HandClock, HandLoop
 from tests.support.memory_store import MemoryStore
 
 from trivec.accounts import Accounts, KeyPlan, RateLimits, Scope
-from trivec.api import ByteBudget, build_app
+from trivec.accounts.stores.engines import memory_engines
+from trivec.accounts.stores.sql import SqlStore
+from trivec.api import AppState, ByteBudget, answer_line, build_app
 from trivec.api.app import FACES
 from trivec.api.openapi import Operation
 from trivec.backends.fake import FakeBackend
@@ -37,9 +40,12 @@ from trivec.core.types import (
     TextToken,
     Truncated,
 )
+from trivec.jobs.batches import Batches, BatchRunner
+from trivec.jobs.files import Files
+from trivec.jobs.records import JobStore
 from trivec.server.granian_server import GranianServer
 from trivec.server.machine import listen
-from trivec.settings import HttpLimits
+from trivec.settings import BatchLimits, HttpLimits
 
 MODEL = "baai/bge-m3"
 ALIAS = "BAAI/bge-m3"
@@ -155,6 +161,7 @@ class StandIn:
         *,
         timeout_s: float | None = None,
         continues: bool = False,
+        background: bool = False,
     ) -> Reply:
         if not continues:
             self.check_admission(sequences.token_count)
@@ -262,12 +269,17 @@ class House:
     is_loading: bool = False
     memory: ByteBudget = field(default_factory=ByteBudget)
     clock: HandClock = field(default_factory=HandClock)
+    files_url: str = "memory://files"  # for files of batches: any URL of fsspec
+    batch_limits: BatchLimits = field(default_factory=BatchLimits)
 
     def __post_init__(self) -> None:
         self.accounts = Accounts(
             self.store, clock=self.clock, secret=b"s" * 32, no_auth=self.no_auth
         )
         self.accounts.start()
+        store = SqlStore(memory_engines(), upgrades_itself=True)
+        jobs = JobStore(store, self.batch_limits, clock=self.clock)
+        self.batches = Batches(jobs, Files(jobs, self.batch_limits, url=self.files_url))
         self.key = self.new_key("all", scopes=frozenset(Scope))
         self.serve()
 
@@ -290,6 +302,7 @@ class House:
             metrics=metrics,
             metrics_open=metrics_open,
             memory=self.memory,
+            batches=self.batches,
             faces=self.faces,
             operations=operations,
             pages=pages,
@@ -300,6 +313,29 @@ class House:
         if self.has_rerankers:
             served |= {RERANKER: self.reranker, CLASSIFIER: self.classifier}
         return served
+
+    def batch_runner(self) -> BatchRunner:
+        """A server's part in the work on batches."""
+        served = self.embedders()
+        app = AppState(
+            served,
+            self.accounts,
+            self.heard,
+            self.clock,
+            self.limits,
+            health=lambda: READY,
+            metrics=None,
+            memory=ByteBudget(),
+        )
+        return BatchRunner(
+            self.batches,
+            answer=partial(answer_line, app),
+            names={name: one.card.names for name, one in served.items()},
+            accounts=self.accounts,
+            line_bytes_max=self.limits.body_bytes_max,
+            clock=self.clock,
+            observer=self.heard,
+        )
 
     def new_key(
         self,
@@ -334,6 +370,7 @@ class House:
 
     def close(self) -> None:
         self.accounts.stop()
+        self.batches.store.close()
 
     def let_pass(self, seconds: float) -> None:
         """Bring near what the listening app has timed, without waiting for it."""

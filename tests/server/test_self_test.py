@@ -58,6 +58,7 @@ class StubEmbedder:
         *,
         timeout_s: float | None = None,
         continues: bool = False,
+        background: bool = False,
     ) -> Reply:
         self.asked += 1
         if isinstance(self.next, ServiceError):

@@ -6,10 +6,12 @@ from typing import Any
 from trivec.core.events import (
     BatchRan,
     Event,
+    LinesWaiting,
     ModelLoaded,
     PhaseChanged,
     RequestServed,
     RowNotFinite,
+    ShardFinished,
 )
 from trivec.core.health import QueueLoad
 from trivec.core.types import CertificateSummary, ModelCard, Output
@@ -79,6 +81,7 @@ def every_kind() -> list[Event]:
     for model in ["a-client's-word", *(f"served-{number}" for number in range(MODELS_MAX + 3))]:
         events += [request(model=model), batch(model=model), batch(model=model, failed=True)]
         events += [RowNotFinite(model, recovered=recovered) for recovered in (True, False)]
+        events.append(ShardFinished("batch_1", model, 9, 1, 90, 0.5))
     unknown = (f"/v1/{number}" for number in range(ROUTES_MAX))
     for route in ("/v1/embeddings", "/v1/tokenize", *unknown, "other"):
         events += [
@@ -86,4 +89,9 @@ def every_kind() -> list[Event]:
             for method, status in product(("GET", "POST"), (200, 404, 405, 503, 999))
         ]
     events += [request(status=503, code=f"code_{number}") for number in range(REASONS_MAX + 10)]
-    return [*events, PhaseChanged("loading", "start"), PhaseChanged("unheard of", "")]
+    return [
+        *events,
+        LinesWaiting(3),
+        PhaseChanged("loading", "start"),
+        PhaseChanged("unheard of", ""),
+    ]

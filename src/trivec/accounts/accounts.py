@@ -188,6 +188,19 @@ class Accounts:
     async def show_key(self, reference: str) -> Key:
         return await asyncio.to_thread(self._administration.show_key, reference)
 
+    async def find_key(self, key_id: str) -> Key:
+        """The key with this id, also one that is in no store. Raises `ResourceUnknown`."""
+        for key in (ANONYMOUS, FIXED):
+            if key_id == key.id:
+                return key
+        return await self.show_key(key_id)
+
+    def pseudonym(self, user: str | None) -> str | None:
+        """The digest under which the ledger has what a client calls its user."""
+        if user is None:
+            return None
+        return keys.pseudonym(user, secret=self.secret, purpose="user").hex()
+
     async def revoke_key(self, reference: str) -> Key:
         return await self._change(lambda: self._administration.revoke_key(reference))
 

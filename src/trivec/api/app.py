@@ -11,22 +11,41 @@ from starlette.types import ASGIApp
 from trivec.accounts import Accounts
 from trivec.api import admin, cohere, health, ollama, openai, rerank, tei
 from trivec.api.auth import Endpoint, UnpaidRate
+from trivec.api.batches import OPERATIONS as BATCH_OPERATIONS
 from trivec.api.context import AppState, RequestContext
 from trivec.api.memory import ByteBudget
 from trivec.api.middleware import RequestMiddleware
 from trivec.api.openapi import Operation, openapi_document
 from trivec.core.health import Health
 from trivec.core.ports import Clock, Embedder, Observer
+from trivec.jobs.batches import Batches
 from trivec.settings import HttpLimits
 
-# The APIs beside OpenAI's, which can be left out. Of two with the same route the first one has it.
+PREFIXES = ("/v1", "/openai/v1", "/v3/openai")  # the first is matched first
+
+
+def prefixed(operations: Sequence[Operation]) -> list[Operation]:
+    """*operations* under each of `PREFIXES`.
+
+    The prefixes are spelt out rather than mounted: a request then meets one router instead of two,
+    and its route's path is whole in logs and metrics.
+    """
+    return [
+        replace(one, path=prefix + one.path, prefix=prefix)
+        for prefix in PREFIXES
+        for one in operations
+    ]
+
+
+# The APIs beside OpenAI's embeddings, which can be left out. Of two with the same route the first one
+# has it.
 FACES: Mapping[str, Sequence[Operation]] = {
+    "batches": prefixed(BATCH_OPERATIONS),
     "cohere": cohere.OPERATIONS,
     "tei": tei.OPERATIONS,
     "vllm": rerank.VLLM_OPERATIONS,
     "ollama": ollama.OPERATIONS,
 }
-PREFIXES = ("/v1", "/openai/v1", "/v3/openai")  # the first is matched first
 CORS_HEADERS = (  # of an answer, that a page's scripts may read
     *("x-request-id", "openai-processing-ms", "server-timing", "retry-after", "retry-after-ms"),
     *(
@@ -48,6 +67,7 @@ def build_app(
     metrics: Callable[[], bytes] | None,
     metrics_open: bool,
     memory: ByteBudget | None = None,
+    batches: Batches | None = None,
     faces: Collection[str] = FACES.keys(),
     operations: Sequence[Operation] = (),
     pages: Sequence[Operation] = (),
@@ -55,12 +75,13 @@ def build_app(
     """The whole HTTP surface as one plain ASGI app, for granian, uvicorn or Ray Serve.
 
     *embedders* maps every served id and alias; empty while loading. *metrics* None: not served.
-    *memory* is shared by the apps of one process. *faces*: of `FACES`, those that are served.
+    *memory* is shared by the apps of one process. *batches* None: that face is not served. *faces*: of `FACES`, those that are served.
     *operations* are served beside our own, and *pages* too, undescribed: for browsers, where a face
     has their path. The app starts and owns nothing.
     """
     memory = memory or ByteBudget(connections_max=limits.connections_max)
-    state = AppState(embedders, accounts, observer, clock, limits, health, metrics, memory)
+    state = AppState(embedders, accounts, observer, clock, limits, health, metrics, memory, batches)
+    faces = [name for name in faces if name != "batches" or batches is not None]
     known = all_operations(metrics is not None, metrics_open=metrics_open, faces=faces)
     served = [*known, *operations]
     document = openapi_document(served)
@@ -80,7 +101,7 @@ def build_app(
         app = CORSMiddleware(
             app,
             allow_origins=limits.cors_origins,
-            allow_methods=("GET", "POST"),
+            allow_methods=("GET", "POST", "DELETE"),
             allow_headers=("*",),
             expose_headers=CORS_HEADERS,
         )
@@ -100,16 +121,8 @@ def for_browsers(page: Operation, other: Operation) -> Operation:
 def all_operations(
     has_metrics: bool, *, metrics_open: bool, faces: Collection[str] = FACES.keys()
 ) -> list[Operation]:
-    """Every operation that is served and described. Another API adds its own list here.
-
-    The prefixes are spelt out rather than mounted: a request then meets one router instead of two,
-    and its route's path is whole in logs and metrics.
-    """
-    operations = [
-        replace(one, path=prefix + one.path, prefix=prefix)
-        for prefix in PREFIXES
-        for one in (*openai.OPERATIONS, *rerank.OPERATIONS)
-    ]
+    """Every operation that is served and described. Another API adds its own list here."""
+    operations = prefixed([*openai.OPERATIONS, *rerank.OPERATIONS])
     operations += [*admin.OPERATIONS, *health.OPERATIONS]
     if has_metrics:
         operations.append(replace(health.METRICS, scope=None) if metrics_open else health.METRICS)

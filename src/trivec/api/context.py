@@ -10,7 +10,7 @@ would be a tenth of what it costs the event loop (decision 0006). So no task sta
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +19,7 @@ from typing import Self, cast
 
 from starlette.types import Receive, Scope
 
-from trivec.accounts import Accounts, Key, RateLimitState, RequestMeta, Reservation
+from trivec.accounts import ANONYMOUS, Accounts, Key, RateLimitState, RequestMeta, Reservation
 from trivec.api.memory import ByteBudget, MemoryReservation
 from trivec.api.schemas import Chunk, Truncate, shown
 from trivec.core.errors import (
@@ -36,6 +36,7 @@ from trivec.core.errors import (
 from trivec.core.health import Health
 from trivec.core.ports import Clock, Embedder, Observer
 from trivec.core.types import ModelCard
+from trivec.jobs.batches import Batches
 from trivec.settings import HttpLimits
 
 CONTEXT = "trivec.context"  # where the context lies in the ASGI scope
@@ -59,6 +60,7 @@ class AppState:
     health: Callable[[], Health]
     metrics: Callable[[], bytes] | None
     memory: ByteBudget
+    batches: Batches | None = None  # None: the face is not served
     # Large requests to tokenize run one at a time: their threads are those of embeddings.
     large_tokenize: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     large_tokenize_count: int = 0
@@ -104,6 +106,7 @@ class RequestContext:
         self.memory = MemoryReservation(app.memory)
 
         self.caller: Key | None = None
+        self.background = False  # a line of a batch job: outside rate limits, and never urgent
         self.rate_limits: RateLimitState | None = None
         self.user: str | None = None  # the client's word for its user, on its way to be hashed
         self.error_code: str | None = None
@@ -125,6 +128,10 @@ class RequestContext:
         return has_length or b"transfer-encoding" in self.headers
 
     @property
+    def content_type(self) -> str:
+        return self.headers.get(b"content-type", b"").decode("latin-1")
+
+    @property
     def waits_for_100(self) -> bool:
         """Whether the client sends its body only when told to, and has not been told."""
         return b"expect" in self.headers and not self.is_body_asked_for
@@ -144,7 +151,8 @@ class RequestContext:
     def reservation(self) -> Reservation:
         """What this request holds of its key's rate limits; made once its model is known."""
         meta = RequestMeta(self.request_id, self.model)
-        return self.app.accounts.reserve(self.known_caller, meta)
+        caller = ANONYMOUS if self.background else self.known_caller
+        return self.app.accounts.reserve(caller, meta)
 
     def find_embedder(self, name: str) -> Embedder:
         """The model called *name*, case and all. Raises `ModelUnknown`, `ModelDenied`."""
@@ -175,6 +183,26 @@ class RequestContext:
             )
         self.memory.add(response_bytes + vector_bytes - reserved_bytes, is_response=True)
         await self.reservation.reserve_tokens(token_count)
+
+    async def pieces(self) -> AsyncGenerator[bytes]:
+        """The body as it arrives, of any length: its reader bounds that, and the time of it all.
+
+        Raises `MalformedBody` if it breaks off, `BodyTooSlow` after `body_s_max` without a byte.
+        """
+        self.is_body_asked_for = has_more = True
+        while has_more:
+            try:
+                async with asyncio.timeout(self.app.limits.body_s_max):
+                    message = await self._receive()
+            except TimeoutError:
+                raise BodyTooSlow("The request body has stopped arriving. Send it again.") from None
+            if message["type"] != "http.request":
+                raise MalformedBody("The body of your request broke off before its end.")
+            has_more = message.get("more_body", False)
+            piece = message.get("body", b"")
+            self.request_bytes += len(piece)
+            self.is_body_read = not has_more
+            yield piece
 
     async def read_body(self, *, is_optional: bool = False) -> bytes:
         """The whole body, which must be declared as JSON; empty only where it *is_optional*.
@@ -238,7 +266,7 @@ class RequestContext:
 
     def _require_json(self) -> None:
         """Raise `MediaTypeUnsupported` unless the body says that it is plain JSON in UTF-8."""
-        content_type = self.headers.get(b"content-type", b"").decode("latin-1") or "nothing"
+        content_type = self.content_type or "nothing"
         encoding = self.headers.get(b"content-encoding", b"").decode("latin-1")
         if encoding.strip().lower() not in ("", "identity"):
             raise MediaTypeUnsupported(

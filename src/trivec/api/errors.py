@@ -4,6 +4,7 @@ Every response that is not a success is made here: OpenAI's shape with all four 
 API whose route it is.
 """
 
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import ceil
@@ -81,6 +82,12 @@ def status_of(error: BaseException, shape: ErrorShape) -> int:
         return shape.status(type(error))
     is_cancelled = not isinstance(error, Exception) and not is_panic(error)
     return CLIENT_GONE if is_cancelled or isinstance(error, ClientDisconnected) else 500
+
+
+def fault_of(raised: BaseException) -> e.EngineFault:
+    """Where *raised* comes from, and not what it says: that may hold a client's text."""
+    frames = "".join(traceback.format_tb(raised.__traceback__))
+    return e.EngineFault(f"{type(raised).__name__}\n{frames}")
 
 
 def error_response(error: ServiceError, *, request_id: str, shape: ErrorShape = OPENAI) -> Response:

@@ -68,9 +68,10 @@ async def read(
     one that *joins_queue*, `Overloaded`.
     """
     body = await context.read_body() if body is None else body
-    context.timeout.watch_client()
-    if joins_queue:  # looked at after reading: a connection with an unread body is lost
-        context.app.check_admission()
+    if not context.background:
+        context.timeout.watch_client()
+        if joins_queue:  # looked at after reading: a connection with an unread body is lost
+            context.app.check_admission()
     decoder: Decoder[T] = decoder_of(kind)  # type: ignore[arg-type] # every class has a hash
     if len(body) <= PARSE_IN_LINE_BYTES_MAX:
         return decoder.decode(body)
@@ -137,7 +138,12 @@ async def embed(asked: EmbeddingsRequest, context: RequestContext) -> EmbeddedIn
     )
 
     wanted = outputs if sequences.chunks is None else Output.CHUNKS
-    reply = await embedder.embed(sequences, wanted, timeout_s=context.deadline_s - clock.now_s())
+    reply = await embedder.embed(
+        sequences,
+        wanted,
+        timeout_s=context.deadline_s - clock.now_s(),
+        background=context.background,
+    )
     context.token_count = token_count
     context.queue_s, context.compute_s = reply.queue_s, reply.compute_s
     vectors = reply.vectors

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import re
-import traceback
 from math import ceil
 
 from starlette.exceptions import HTTPException
@@ -11,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trivec.api.auth import Endpoint
 from trivec.api.context import CONTEXT, AppState, ClientDisconnected, RequestContext
-from trivec.api.errors import CLIENT_GONE, OPENAI, TABLE, error_response
+from trivec.api.errors import CLIENT_GONE, OPENAI, TABLE, error_response, fault_of
 from trivec.api.openapi import Operation
 from trivec.core.errors import EngineFault, MethodNotAllowed, RouteUnknown, ServiceError, is_panic
 from trivec.core.events import RequestServed
@@ -86,9 +85,7 @@ async def respond_to_error(
             allowed = {name for route in routes for name in route.methods}
             error = MethodNotAllowed(method=context.method, allowed=tuple(sorted(allowed)))
     elif isinstance(raised, Exception) or is_panic(raised):
-        # Not what it says: a message of a library can hold a client's text.
-        frames = "".join(traceback.format_tb(raised.__traceback__))
-        error = EngineFault(f"{type(raised).__name__}\n{frames}")
+        error = fault_of(raised)
     else:
         return False
     if isinstance(error, EngineFault):

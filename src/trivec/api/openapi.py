@@ -35,6 +35,7 @@ class Operation:
     must_have_body: bool = True  # where it reads one
     error_shape: ErrorShape = OPENAI
     query: Sequence[str] = ()
+    media_type: str = "application/json"  # of the body
     is_metered: bool = True  # with a row in the ledger, where it asks for a key
     prefix: str = ""  # of several that its API is served under, the one that the path begins with
 
@@ -79,7 +80,7 @@ def openapi_document(operations: Sequence[Operation]) -> bytes:
                 for name, at in places
             ]
         if one.body_type is not None:
-            content = {"application/json": {"schema": schema_of[one.body_type]}}
+            content = {one.media_type: {"schema": schema_of[one.body_type]}}
             described["requestBody"] = {"required": one.must_have_body, "content": content}
         paths.setdefault(path, {})[one.method.lower()] = described
     document = {

@@ -235,8 +235,13 @@ async def _compute(
     *,
     continues: bool = False,
 ) -> Vectors:
-    timeout_s = context.deadline_s - context.app.clock.now_s()
-    reply = await embedder.embed(sequences, outputs, timeout_s=timeout_s, continues=continues)
+    reply = await embedder.embed(
+        sequences,
+        outputs,
+        timeout_s=context.deadline_s - context.app.clock.now_s(),
+        continues=continues,
+        background=context.background,
+    )
     context.token_count += sequences.token_count
     context.queue_s += reply.queue_s
     context.compute_s += reply.compute_s

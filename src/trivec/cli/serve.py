@@ -30,7 +30,7 @@ from trivec.server.processes import (
     exit_code_of,
     ignore_early_signals,
 )
-from trivec.settings import HttpLimits, Settings, load_settings
+from trivec.settings import BatchLimits, HttpLimits, Settings, load_settings
 
 if TYPE_CHECKING:
     from typer._click.core import Context
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from trivec.build import Models, Parts
     from trivec.ipc.folder import SharedFolder
 
-FIELDS = {**HttpLimits.model_fields, **Settings.model_fields}
+FIELDS = {**BatchLimits.model_fields, **HttpLimits.model_fields, **Settings.model_fields}
 FIRST_KEY_FILE = "first-key"  # in the data folder
 SOCKET_PATH_MAX = 100  # bytes of a Unix socket's path that every system takes
 
@@ -88,6 +88,7 @@ def serve(
     rerank_answer: Annotated[str | None, _flag("rerank_answer")] = None,
     cors_origins: Annotated[list[str] | None, _flag("cors_origins", "--cors-origin")] = None,
     page: Annotated[bool | None, _flag("page", "--page/--no-page")] = None,
+    batch_tpd: Annotated[str | None, _flag("tokens_per_day", "--batch-tpd")] = None,
     no_auth: Annotated[str | None, _flag("no_auth", metavar="[=anywhere]")] = None,
 ) -> None:
     """Serve embeddings over HTTP until told to stop.
@@ -100,6 +101,7 @@ def serve(
         name: flags.pop(name)
         for name in ("truncate", "token_encoding", "rerank_answer", "cors_origins", "page")
     }
+    flags["batch"] = {"tokens_per_day": flags.pop("batch_tpd")}
     exit_code = run(load_settings(flags, os.environ, warn=_say))
     # At the interpreter's orderly end granian's own threads abort the process.
     sys.stdout.flush()
@@ -209,7 +211,7 @@ def _serve_api(
     async def greet_when_all_serve(models: "Models") -> None:
         """The key was shown before: a process may die before all of them are ready."""
         await folder.all_serving(name, count=settings.api_processes)
-        if models.makes_first_key:
+        if models.leads:
             greeting.ready(models)
 
     cores = max(1, machine.usable_cores() // settings.api_processes)

@@ -70,4 +70,31 @@ class PhaseChanged:
     reason: str
 
 
-Event: TypeAlias = RequestServed | BatchRan | RowNotFinite | ModelLoaded | PhaseChanged
+@dataclass(frozen=True, slots=True)
+class ShardFinished:
+    """Lines of a batch job were answered and billed."""
+
+    batch_id: str
+    model: str  # a served id
+    completed: int  # lines
+    failed: int
+    token_count: int
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LinesWaiting:
+    """How many lines of batch jobs are not answered yet, whichever server will do it."""
+
+    count: int
+
+
+Event: TypeAlias = (
+    LinesWaiting
+    | ShardFinished
+    | RequestServed
+    | BatchRan
+    | RowNotFinite
+    | ModelLoaded
+    | PhaseChanged
+)

@@ -25,6 +25,9 @@ class Health:
     reason: str  # why it is not alive or not ready, in words for whoever is on call; else "ok"
 
 
+HEALTHY = Health("ready", alive=True, ready=True, reason="ok")
+
+
 @dataclass(frozen=True, slots=True)
 class QueueLoad:
     """What waits for one model, in no batch yet."""

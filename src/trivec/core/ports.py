@@ -115,13 +115,15 @@ class Embedder(Protocol):
         *,
         timeout_s: float | None = None,
         continues: bool = False,
+        background: bool = False,
     ) -> Reply:
         """Join the queue and wait for every vector of *sequences*, in their order.
 
-        *timeout_s* bounds the wait from now to the first batch. Raises `Overloaded` at once when
-        the queue is full, unless this *continues* what was admitted before, so that nothing which
-        is half computed is refused; `DeadlineExceeded`, `EngineFault`. Cancelling the call frees its
-        place.
+        *timeout_s* bounds the wait from now to the first batch. A *background* request is computed
+        only while no other waits; it has neither deadline nor limit of the queue. Raises
+        `Overloaded` at once when the queue is full, unless this *continues* what was admitted
+        before, so that nothing which is half computed is refused; `DeadlineExceeded`,
+        `EngineFault`. Cancelling the call frees its place.
         """
         ...
 

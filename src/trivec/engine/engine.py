@@ -12,6 +12,8 @@ from trivec.engine.scheduler import ModelQueue
 from trivec.engine.worker import Workers
 from trivec.settings import QueueLimits
 
+BACKGROUND_S_MAX = 30 * 24 * 3600.0  # its sender, a batch job, has a deadline of its own
+
 
 class Engine:
     """A model and its queue. Its workers are shared with the other models of the device."""
@@ -57,6 +59,7 @@ class Engine:
         *,
         timeout_s: float | None = None,
         continues: bool = False,
+        background: bool = False,
     ) -> Reply:
         """See `core.ports.Embedder`. A *timeout_s* beyond the setting's limit is the limit."""
         assert len(sequences) > 0
@@ -65,7 +68,11 @@ class Engine:
         scheduler, queue = self._scheduler, self._queue
         limit_s = queue.limits.first_batch_s_max
         wait_s = limit_s if timeout_s is None else min(timeout_s, limit_s)
-        request = scheduler.submit(queue, sequences, outputs, wait_s=wait_s, continues=continues)
+        if background:
+            wait_s = BACKGROUND_S_MAX
+        request = scheduler.submit(
+            queue, sequences, outputs, wait_s=wait_s, continues=continues, background=background
+        )
         queue.open.add(request)
         timer = request.future.get_loop().call_later(wait_s, scheduler.expire, queue, request)
         try:

@@ -36,6 +36,7 @@ class Request:
     future: "asyncio.Future[Reply]"
     submitted_s: float  # on the engine's clock, as is the deadline
     deadline_s: float  # by which its first batch must have started
+    background: bool = False  # served only while no other request waits
     order: list[int] = field(init=False)  # sequence indices, longest first
     lengths: list[int] = field(init=False)  # tokens of each of `order`
     tokens_left: int = field(init=False)  # in no batch yet

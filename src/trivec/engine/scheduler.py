@@ -109,8 +109,14 @@ class ModelQueue:
     budget: BatchBudget  # the backend's, until memory runs short
     throughput: ThroughputEstimator = ThroughputEstimator()
     requests: RequestQueue = field(default_factory=RequestQueue)
+    background: RequestQueue = field(default_factory=RequestQueue)  # of batch jobs; no limits
     open: set[Request] = field(default_factory=set)  # without a reply; of the event loop alone
     device_s: float = 0.0  # spent on this model, by which models share the slots
+
+    @property
+    def served_next(self) -> RequestQueue:
+        """The queue that the next batch comes from: background requests where none other waits."""
+        return self.requests or self.background
 
 
 @dataclass(eq=False, frozen=True, slots=True)
@@ -161,17 +167,22 @@ class Scheduler:
                 for queue in self.queues
             ]
 
-    def check_admission(self, queue: ModelQueue, token_count: int) -> None:
+    def check_admission(
+        self, queue: ModelQueue, token_count: int, *, background: bool = False
+    ) -> None:
         """Raise `Overloaded` unless a request of *token_count* is admitted; `Draining` at the end.
 
         A short queue admits everything however slow the device is: a client that waits a minute is
         better served than one that is sent away. Beyond that the limits are seconds of work that
         fairness puts before the request's end, and tokens, which bound memory. What is refused to
-        a request is refused to every larger one.
+        a request is refused to every larger one. A *background* request takes the place of none, and
+        its sender bounds how many there are.
         """
         with self._changed:
             if self._closing_message is not None:
                 raise Draining(self._closing_message, retry_after_s=RESTART_S)
+            if background:
+                return
             limits, depth, queued = queue.limits, len(queue.requests), queue.requests.token_count
             if not depth or (depth < limits.always_requests and queued < limits.always_tokens):
                 return
@@ -206,18 +217,19 @@ class Scheduler:
         *,
         wait_s: float,
         continues: bool = False,
+        background: bool = False,
     ) -> Request:
         """A request in *queue*, to start within *wait_s*. Raises what `check_admission` does, but
         one that *continues* an admitted one may exceed the limits: its caller bounds how many do.
         """
         future, now_s = asyncio.get_running_loop().create_future(), self._clock.now_s()
-        request = Request(sequences, outputs, future, submitted_s=now_s, deadline_s=now_s + wait_s)
+        request = Request(sequences, outputs, future, now_s, now_s + wait_s, background)
         with self._changed:
             if not continues or self._closing_message is not None:
-                self.check_admission(queue, request.tokens_left)
-            if not queue.requests:  # no credit for the time it had nothing to do
+                self.check_admission(queue, request.tokens_left, background=background)
+            if not queue.served_next:  # no credit for the time it had nothing to do
                 queue.device_s = max(queue.device_s, self._device_s)
-            queue.requests.add(request)
+            (queue.background if background else queue.requests).add(request)
             if self._idle_count or (self._is_coalescing and not self._coalescing_delay_s()):
                 self._changed.notify()
         return request
@@ -228,7 +240,7 @@ class Scheduler:
             if request.is_open:  # else it is complete, and its reply is read without the lock
                 request.parts.clear()
             request.is_open = False
-            queue.requests.remove(request)
+            (queue.background if request.background else queue.requests).remove(request)
 
     def fail(self, queue: ModelQueue, request: Request, error: ServiceError) -> None:
         """Reply to *request* with *error*, and free what it holds."""
@@ -256,6 +268,7 @@ class Scheduler:
                 finished.queue.device_s += took_s - finished.expected_s
             while not self._is_closed:
                 waiting = [queue for queue in self.queues if queue.requests]
+                waiting = waiting or [queue for queue in self.queues if queue.background]
                 is_last_free = not self._idle_count and not self._is_coalescing
                 if not waiting:
                     self._idle_count += 1
@@ -267,7 +280,7 @@ class Scheduler:
                     self._is_coalescing = False
                 elif batch := self._schedule(min(waiting, key=lambda queue: queue.device_s)):
                     is_any_free = self._idle_count or self._is_coalescing
-                    if is_any_free and any(queue.requests for queue in self.queues):
+                    if is_any_free and any(queue.served_next for queue in self.queues):
                         self._changed.notify()
                     return batch
             return None
@@ -316,7 +329,7 @@ class Scheduler:
         if not self._coalesces or not self._running:
             return 0.0
         next_free_s = min(batch.started_s + batch.expected_s for batch in self._running)
-        return min(
+        delays_s = (
             coalescing_delay_s(
                 request_count=len(queue.requests),
                 queued_s=queue.requests.token_count * queue.throughput.s_per_token,
@@ -326,6 +339,7 @@ class Scheduler:
             for queue in self.queues
             if queue.requests
         )
+        return min(delays_s, default=0.0)
 
     def _schedule(self, queue: ModelQueue) -> ScheduledBatch | None:
         """The next batch of *queue*; None when all that waited has passed its deadline."""
@@ -334,18 +348,19 @@ class Scheduler:
             if now_s >= request.deadline_s:
                 self.expire(queue, request)
 
-        budget, tokens_before = queue.budget, queue.requests.token_count
+        requests = queue.served_next
+        budget, tokens_before = queue.budget, requests.token_count
         share = -(-tokens_before // (self._idle_count + 1))  # of each free slot
         if share < budget.tokens_max:
             split = max(share, -(-budget.tokens_max // SPLIT_MAX))
             budget = BatchBudget(split, budget.sequences_max)
-        items = queue.requests.take_batch(budget)
+        items = requests.take_batch(budget)
         if not items:
             return None
         for request, _ in items:
             if request.started_s is None:
                 request.started_s = now_s
-        tokens = tokens_before - queue.requests.token_count
+        tokens = tokens_before - requests.token_count
         batch = ScheduledBatch(queue, items, now_s, tokens * queue.throughput.s_per_token)
         self._device_s = queue.device_s
         queue.device_s += batch.expected_s

@@ -117,7 +117,8 @@ class EngineClient:
         outputs: Output,
         timeout_s: float | None,
         *,
-        continues: bool,
+        continues: bool = False,
+        background: bool = False,
     ) -> Reply:
         """Let the engine process embed *sequences*; cancelling the call cancels it there."""
         await self._was_connected.wait()
@@ -138,6 +139,7 @@ class EngineClient:
                     sequences.skip,
                     sequences.chunks,
                     continues,
+                    background,
                 )
             )
             return await future
@@ -217,10 +219,16 @@ class RemoteEmbedder:
         *,
         timeout_s: float | None = None,
         continues: bool = False,
+        background: bool = False,
     ) -> Reply:
         """See `core.ports.Embedder`. *timeout_s* counts from when the engine process reads it."""
         return await self._client.embed(
-            self._index, sequences, outputs, timeout_s, continues=continues
+            self._index,
+            sequences,
+            outputs,
+            timeout_s,
+            continues=continues,
+            background=background,
         )
 
     def check_admission(self, token_count: int) -> None:

@@ -33,6 +33,7 @@ class EmbedRequest(msgspec.Struct, frozen=True, tag=True):
     skip: np.ndarray | None = None  # int32 [sequences]
     chunks: tuple[np.ndarray, ...] | None = None  # of each sequence int32 [chunks + 1]
     continues: bool = False  # what was admitted before
+    background: bool = False
 
     def sequences(self) -> Sequences:
         return Sequences(

@@ -94,6 +94,7 @@ class EngineServer:
                 request.outputs,
                 timeout_s=request.timeout_s,
                 continues=request.continues,
+                background=request.background,
             )
             rows = dict(reply.vectors.rows)
             answer = Embedded(request.id, rows, reply.queue_s, reply.compute_s)

@@ -28,7 +28,7 @@ from trivec.build import (
 )
 from trivec.core.errors import BusyError, SettingInvalid, StoreUnavailable
 from trivec.core.events import PhaseChanged
-from trivec.core.health import Health, Phase
+from trivec.core.health import HEALTHY, Health, Phase
 from trivec.core.ports import Embedder
 from trivec.core.types import Float32Array, LongText, Output, SparseVector
 from trivec.server.granian_server import GranianServer, SwappableApp, probes_only
@@ -60,7 +60,6 @@ STOPPING: Mapping[Phase | None, str] = {
     "draining": "draining: asked to stop",
     "stopped": "draining: about to leave",
 }
-HEALTHY = Health("ready", alive=True, ready=True, reason="ok")
 
 P = ParamSpec("P")
 
@@ -255,7 +254,7 @@ class HttpServer:
         self._start(models.workers.lost(), "watch workers")
         self._self_test = SelfTest(models.embedders.values())
         await self._self_test.start()
-        if models.makes_first_key:
+        if models.leads:
             with suppress(StoreUnavailable):  # another start will make it
                 new_key = await self._parts.accounts.create_first_key()
                 if new_key is not None:
@@ -279,7 +278,11 @@ class HttpServer:
         freeze_garbage_collector()
         self._enter("ready")
         self._on_ready(models)
+        runner = self._parts.batch_runner(models.embedders) if models.leads else None
+        batches = None if runner is None else self._start(runner.run(), "batches")
         await _first(self._stop_asked, self._lost)
+        if batches is not None:
+            batches.cancel()  # what it is at is free for another server, or for the next start
 
         hurries = (self._stop_asked_again, self._lost, self._closed)
         if not self._lost.done():
@@ -322,7 +325,9 @@ class HttpServer:
         if not self._lost.done():
             self._lost.set_result(reason)
 
-    def _start(self, work: Coroutine[None, None, str | None], name: str) -> None:
+    def _start(
+        self, work: Coroutine[None, None, str | None], name: str
+    ) -> "asyncio.Task[str | None]":
         """Let *work* run in the background; why we are lost, where it fails or returns a reason."""
 
         def ended(task: "asyncio.Task[str | None]") -> None:
@@ -336,6 +341,7 @@ class HttpServer:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(ended)
+        return task
 
     def _stop_signal(self, number: signal.Signals) -> None:
         """Drain; a second signal cuts that short, a second Ctrl-C ends the process at once."""

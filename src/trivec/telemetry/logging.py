@@ -211,6 +211,8 @@ class RequestLog:
                 log("request", **_request_fields(event))
             case events.BatchRan(failed=True):
                 self._log.warning("batch_failed", **asdict(event))
+            case events.ShardFinished():
+                self._log.info("batch_shard", **asdict(event))
             case events.RowNotFinite():
                 self._log.warning("row_not_finite", **asdict(event))
             case events.ModelLoaded(card=card):

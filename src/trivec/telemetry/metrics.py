@@ -128,6 +128,14 @@ class Metrics:
         self._rows_not_finite = metric(Counter, "trivec_rows_not_finite_total",
             "Vectors that held NaN or infinity, by outcome of the second try: recovered or lost.",
             labels=("model", "outcome"))
+        self._job_lines = metric(Counter, "trivec_job_lines_total",
+            "Lines of batch jobs answered here, by outcome: completed or failed.",
+            labels=("model", "outcome"))
+        self._job_tokens = metric(Counter, "trivec_job_tokens_total",
+            "Tokens that lines of batch jobs were billed for.")
+        self._job_lines_waiting = Gauge("trivec_job_lines_waiting",
+            "Lines of batch jobs that no server of this store has answered yet.",
+            registry=registry)
         self._phase = metric(Gauge, "trivec_phase",
             "1 for the phase of life the process is in, 0 for the others.", labels=("phase",))
         self._model_info = metric(Gauge, "trivec_model_info",
@@ -200,6 +208,13 @@ class Metrics:
             case events.RowNotFinite():
                 outcome = "recovered" if event.recovered else "lost"
                 self._rows_not_finite(self._model(event.model), outcome).inc()
+            case events.ShardFinished():
+                model = self._model(event.model)
+                self._job_lines(model, "completed").inc(event.completed)
+                self._job_lines(model, "failed").inc(event.failed)
+                self._job_tokens(model).inc(event.token_count)
+            case events.LinesWaiting(count=count):
+                self._job_lines_waiting.set(count)
             case events.ModelLoaded(card=card):
                 if self._admit(card.id, self._models, MODELS_MAX) == OTHER:
                     return

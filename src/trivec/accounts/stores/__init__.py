@@ -1,7 +1,7 @@
 """Stores of the accounts, SQLite and Postgres, and how settings choose one of them."""
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from trivec.accounts.accounts import Accounts
@@ -18,8 +18,9 @@ from trivec.core.errors import SettingInvalid, StoreUnavailable
 from trivec.core.ports import Clock
 from trivec.settings import Settings
 
-__all__ = ["open_accounts", "open_administration", "open_store", "sqlite_file"]
+__all__ = ["open_accounts", "open_administration", "open_job_store", "open_store", "sqlite_file"]
 
+KEYLESS_FILE = "batches.sqlite3"  # of a server without keys
 MEMORY_SECRET = b"nothing that outlives the process"
 
 
@@ -57,6 +58,18 @@ def open_store(settings: Settings) -> SqlStore:
         return SqlStore(engines, upgrades_itself=False)
     file = _data_dir(settings) / SQLITE_FILE
     return SqlStore(sqlite_engines(file), upgrades_itself=True)
+
+
+def open_job_store(settings: Settings) -> SqlStore:
+    """For files and batch jobs, with connections of its own; touches nothing yet.
+
+    Without keys it is a file all the same: a batch job outlives the process that began it.
+    """
+    if not settings.no_auth:
+        return open_store(settings)
+    with suppress(OSError):  # a server without keys starts all the same
+        settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return SqlStore(sqlite_engines(settings.data_dir / KEYLESS_FILE), upgrades_itself=True)
 
 
 def sqlite_file(settings: Settings) -> Path | None:

@@ -4,7 +4,7 @@ A `Transaction` decides; this reads and locks the rows that it needs, and writes
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from random import randrange
 from threading import Event, Lock
 from typing import Any, TypeAlias
@@ -408,6 +408,21 @@ class SqlStore:
                 is_over.wait(LISTEN_AGAIN_S)
             finally:
                 engine.dispose()
+
+    # What batch jobs ask for, whose statements are in `jobs/records.py`.
+
+    def writing(self) -> AbstractContextManager[sa.Connection]:
+        """A transaction that writes; durable once it has ended."""
+        return self._transaction(self._engines.writing)
+
+    def reading(self) -> AbstractContextManager[sa.Connection]:
+        return self._transaction(self._engines.reading)
+
+    def record(self, connection: sa.Connection, rows: Sequence[LedgerRow]) -> None:
+        """Bill *rows* in the transaction of *connection*, which `writing` has begun."""
+        transaction = Transaction([RecordUsage(row) for row in rows], now_us=0, buckets={})
+        with closing(connection.connection.cursor()) as cursor:
+            self._write(cursor, transaction)
 
     def interrupt(self) -> None:
         self._engines.interrupt()

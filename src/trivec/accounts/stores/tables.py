@@ -1,6 +1,7 @@
 """Tables of the SQL stores, their migrations, the rows of keys, and how Postgres reserves.
 
-Instants are integers: microseconds since the epoch (`*_us`). No column ever holds a client's text.
+Instants are integers: microseconds since the epoch (`*_us`). No column ever holds a client's text;
+of a file there is its name, of a batch job the metadata that its client gave it.
 """
 
 import json
@@ -127,6 +128,83 @@ probe = sa.Table(  # written by an idle process, which so learns whether it can
     metadata,
     sa.Column("id", sa.SmallInteger, primary_key=True, autoincrement=False),  # always 1
     sa.Column("at_us", sa.BigInteger, nullable=False),
+)
+
+files = sa.Table(
+    "files",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("key_id", sa.String(32), nullable=False),
+    sa.Column("purpose", sa.String(16), nullable=False),  # batch or batch_output
+    sa.Column(
+        "filename", sa.String(255), nullable=False
+    ),  # as the client calls it; no path of ours
+    sa.Column("state", sa.String(8), nullable=False),  # pending, stored or deleted
+    sa.Column("byte_count", sa.BigInteger, nullable=False),
+    sa.Column("created_us", sa.BigInteger, nullable=False),
+    sa.Column("expires_us", sa.BigInteger),
+    sa.Index("ix_files_key_id", "key_id", "created_us"),
+)
+
+batches = sa.Table(
+    "batches",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("key_id", sa.String(32), nullable=False),
+    sa.Column("endpoint", sa.String(32), nullable=False),
+    sa.Column("model", sa.String),  # as its lines name it; null until they are validated
+    sa.Column("input_file_id", sa.String(64), nullable=False),
+    sa.Column("output_file_id", sa.String(64)),
+    sa.Column("error_file_id", sa.String(64)),
+    sa.Column("status", sa.String(16), nullable=False, index=True),
+    sa.Column("ends_as", sa.String(16), nullable=False),  # its status once its files are there
+    sa.Column("metadata", sa.String),  # a JSON object
+    sa.Column("errors", sa.String),  # a JSON array: what was wrong with its lines
+    sa.Column("output_expires_s", sa.BigInteger),
+    sa.Column("created_us", sa.BigInteger, nullable=False),
+    sa.Column("expires_us", sa.BigInteger, nullable=False),
+    sa.Column("in_progress_us", sa.BigInteger),
+    sa.Column("finalizing_us", sa.BigInteger),
+    sa.Column("completed_us", sa.BigInteger),
+    sa.Column("failed_us", sa.BigInteger),
+    sa.Column("expired_us", sa.BigInteger),
+    sa.Column("cancelling_us", sa.BigInteger),
+    sa.Column("cancelled_us", sa.BigInteger),
+    sa.Column(
+        "total", sa.BigInteger, nullable=False, default=0
+    ),  # lines, as are completed and failed
+    sa.Column("completed", sa.BigInteger, nullable=False, default=0),
+    sa.Column("failed", sa.BigInteger, nullable=False, default=0),
+    sa.Column("token_count", sa.BigInteger, nullable=False, default=0),  # billed
+    sa.Column(
+        "served_us", sa.BigInteger, nullable=False, default=0
+    ),  # when a shard was last leased
+    sa.Index("ix_batches_key_id", "key_id", "created_us"),
+)
+
+batch_shards = sa.Table(  # what there is to do for a batch job, each by one server at a time
+    "batch_shards",
+    metadata,
+    sa.Column(
+        "id",
+        sa.BigInteger().with_variant(sa.Integer, "sqlite"),
+        primary_key=True,
+        autoincrement=True,
+    ),
+    sa.Column("batch_id", sa.String(64), sa.ForeignKey("batches.id"), nullable=False),
+    sa.Column("number", sa.Integer, nullable=False),
+    sa.Column("kind", sa.String(8), nullable=False),  # validate, run or join
+    sa.Column("first_line", sa.BigInteger, nullable=False, default=0),  # of its file, from 1
+    sa.Column("line_count", sa.BigInteger, nullable=False, default=0),
+    sa.Column("byte_start", sa.BigInteger, nullable=False, default=0),
+    sa.Column("byte_count", sa.BigInteger, nullable=False, default=0),
+    sa.Column("lease", sa.String(128), index=True),  # of the server that has it, or that did it
+    sa.Column("lease_until_us", sa.BigInteger, nullable=False, default=0),
+    sa.Column("done_us", sa.BigInteger, index=True),
+    sa.Column("completed", sa.BigInteger, nullable=False, default=0),
+    sa.Column("failed", sa.BigInteger, nullable=False, default=0),
+    sa.Column("token_count", sa.BigInteger, nullable=False, default=0),
+    sa.UniqueConstraint("batch_id", "number", name="uq_batch_shards_number"),
 )
 
 

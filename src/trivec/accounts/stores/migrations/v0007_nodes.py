@@ -4,7 +4,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0007"
-down_revision = "0005"
+down_revision = "0006"
 
 FILL_BUCKETS = (
     "INSERT INTO buckets (key_id, requests_debt, tokens_debt, at_us) SELECT id, 0, 0, 0 FROM keys "

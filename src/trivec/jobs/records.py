@@ -1,0 +1,599 @@
+"""Records of files and batch jobs in the store, and the leases by which servers share the work.
+
+A batch job is validated, then its lines run in shards, then what they left is joined. Each of these
+steps is a row of `batch_shards`. A server leases one, renews the lease while it works, and is done
+in one transaction; one that dies holds its lease for `LEASE_S` at most. A lease is never taken
+twice, so whoever had it before cannot finish the step any more. All methods block.
+"""
+
+import json
+import os
+import secrets
+import socket
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import sqlalchemy as sa
+
+from trivec.accounts.ledger import LedgerRow
+from trivec.accounts.stores.sql import SqlStore
+from trivec.accounts.stores.tables import batch_shards, batches, files
+from trivec.accounts.utc import DAY_US
+from trivec.core.errors import FieldInvalid, Overloaded, ResourceUnknown
+from trivec.core.ports import Clock
+from trivec.settings import BatchLimits
+
+LEASE_S = 30.0
+OPEN_BATCHES_MAX = 100  # of one key
+ID_CHARS_SHOWN = 64  # of what a client takes for an id
+OPEN = ("validating", "in_progress", "finalizing", "cancelling")
+STEP_STATUS = {
+    "validate": ("validating",),
+    "run": ("in_progress",),
+}  # join: the other two of `OPEN`
+Kind: TypeAlias = Literal["validate", "run", "join"]
+Status: TypeAlias = Literal[
+    "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling",
+    "cancelled",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file of a key. Its name is the client's word for it, and no path."""
+
+    id: str
+    key_id: str
+    purpose: str  # batch or batch_output
+    filename: str
+    byte_count: int
+    created_us: int  # microseconds since the epoch, here and below
+    expires_us: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """A batch job, as it stands."""
+
+    id: str
+    key_id: str
+    endpoint: str
+    model: str | None
+    input_file_id: str
+    output_file_id: str | None
+    error_file_id: str | None
+    status: Status
+    ends_as: Status
+    metadata: str | None  # a JSON object
+    errors: str | None  # a JSON array
+    output_expires_s: int | None
+    created_us: int
+    expires_us: int
+    in_progress_us: int | None
+    finalizing_us: int | None
+    completed_us: int | None
+    failed_us: int | None
+    expired_us: int | None
+    cancelling_us: int | None
+    cancelled_us: int | None
+    total: int
+    completed: int
+    failed: int
+    token_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """One step of a batch job, and of a run the lines that it reads."""
+
+    id: int
+    batch_id: str
+    number: int
+    kind: Kind
+    first_line: int
+    line_count: int
+    byte_start: int
+    byte_count: int
+    lease: str | None
+    completed: int = 0
+    failed: int = 0
+    token_count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A part of a list: after the record with the id *after*, at most *limit*."""
+
+    after: str | None
+    limit: int
+    newest_first: bool = True
+
+
+R = TypeVar("R", FileRecord, JobRecord, ShardRecord)
+
+
+class JobStore:
+    """Files, batch jobs and shards. What one key has, no other key finds."""
+
+    def __init__(self, store: SqlStore, limits: BatchLimits, *, clock: Clock) -> None:
+        self._store = store
+        self._limits = limits
+        self._clock = clock
+        self.close = store.close
+
+    def now_us(self) -> int:
+        return int(self._clock.wall_s() * 1e6)
+
+    # Files. A row is there before the bytes and after them, so no bytes are ever forgotten.
+
+    def add_file(self, key_id: str, purpose: str) -> FileRecord:
+        """A pending file. Raises `FieldInvalid` where the key has no room for one more."""
+        new = FileRecord(
+            f"file-{secrets.token_hex(16)}", key_id, purpose, "", 0, self.now_us(), None
+        )
+        with self._store.writing() as connection:
+            if purpose == "batch":  # what a job has computed is kept all the same
+                self._check_room(connection, key_id, more=1)
+            connection.execute(sa.insert(files), {**asdict(new), "state": "pending"})
+        return new
+
+    def keep_file(self, file: FileRecord) -> None:
+        """Its bytes are there. Raises `FieldInvalid` where they are too many for its key."""
+        with self._store.writing() as connection:
+            _store_file(connection, file)
+            self._check_room(connection, file.key_id)
+
+    def find_file(self, key_id: str, file_id: str) -> FileRecord:
+        """Raises `ResourceUnknown`."""
+        is_meant = (files.c.id == file_id) & self._is_there(key_id)
+        found = self._read(FileRecord, sa.select(files).where(is_meant))
+        if not found:
+            raise ResourceUnknown(f"No such File object: {file_id[:ID_CHARS_SHOWN]}")
+        return found[0]
+
+    def list_files(self, key_id: str, page: Page, *, purpose: str | None) -> list[FileRecord]:
+        is_meant = self._is_there(key_id)
+        if purpose is not None:
+            is_meant &= files.c.purpose == purpose
+        return self._read(FileRecord, _paged(files, is_meant, page))
+
+    def delete_file(self, key_id: str, file_id: str) -> FileRecord:
+        """The record of a file that nobody finds any more. `ResourceUnknown`, `FieldInvalid`."""
+        found = self.find_file(key_id, file_id)
+        with self._store.writing() as connection:
+            deleted = connection.execute(
+                sa.update(files).where(files.c.id == file_id, ~_is_read()).values(state="deleted")
+            )
+            if not deleted.rowcount:
+                raise FieldInvalid(
+                    f"A batch is reading {file_id}. Cancel that batch first, or wait for its end.",
+                    param="file_id",
+                )
+        return found
+
+    def dead_files(self) -> list[FileRecord]:
+        """Files that are to be removed: deleted, expired, or begun a day ago and never there."""
+        now_us = self.now_us()
+        is_dead = sa.or_(
+            files.c.state == "deleted",
+            (files.c.state == "pending") & (files.c.created_us < now_us - DAY_US),
+            (files.c.expires_us <= now_us) & ~_is_read(),
+        )
+        return self._read(FileRecord, sa.select(files).where(is_dead).limit(1_000))
+
+    def forget_file(self, file_id: str) -> None:
+        """Its bytes are gone."""
+        with self._store.writing() as connection:
+            connection.execute(sa.delete(files).where(files.c.id == file_id))
+
+    def _check_room(self, connection: sa.Connection, key_id: str, *, more: int = 0) -> None:
+        """Raise `FieldInvalid` where a key has not got room for what it has, and for *more* files."""
+        sums = sa.select(sa.func.count(), sa.func.sum(files.c.byte_count))
+        is_own = (files.c.key_id == key_id) & (files.c.state == "stored")
+        count, used = connection.execute(sums.where(is_own)).one()
+        used, limits = int(used or 0), self._limits
+        if count + more > limits.key_files_max or used + more > limits.key_bytes_max:
+            raise FieldInvalid(
+                f"This key has {count} files of {used:,} bytes in all, and no room for another. "
+                "Delete some that are no longer needed.",
+                param="file",
+            )
+
+    def _is_there(self, key_id: str) -> sa.ColumnElement[bool]:
+        is_live = files.c.expires_us.is_(None) | (files.c.expires_us > self.now_us())
+        return sa.and_(files.c.key_id == key_id, files.c.state == "stored", is_live | _is_read())
+
+    # Batch jobs.
+
+    def add_batch(
+        self,
+        key_id: str,
+        *,
+        endpoint: str,
+        input_file_id: str,
+        window_s: float,
+        metadata: Mapping[str, str] | None,
+        output_expires_s: int | None,
+    ) -> JobRecord:
+        """A batch job, to be validated. Raises `ResourceUnknown`, `FieldInvalid`, `Overloaded`."""
+        file = self.find_file(key_id, input_file_id)
+        if file.purpose != "batch":
+            raise FieldInvalid(
+                f"The file {input_file_id} has the purpose {file.purpose}. Upload it with the "
+                "purpose batch.",
+                param="input_file_id",
+            )
+        batch_id, now_us = f"batch_{secrets.token_hex(16)}", self.now_us()
+        values = {
+            "id": batch_id,
+            "key_id": key_id,
+            "endpoint": endpoint,
+            "input_file_id": input_file_id,
+            "status": "validating",
+            "ends_as": "completed",
+            "metadata": None if metadata is None else json.dumps(metadata),
+            "output_expires_s": output_expires_s,
+            "created_us": now_us,
+            "expires_us": now_us + round(window_s * 1e6),
+        }
+        with self._store.writing() as connection:
+            is_open = (batches.c.key_id == key_id) & batches.c.status.in_(OPEN)
+            count = connection.scalar(
+                sa.select(sa.func.count()).select_from(batches).where(is_open)
+            )
+            if (count or 0) >= OPEN_BATCHES_MAX:
+                raise Overloaded(
+                    f"This key has {count} batches that are not done, which is the most. "
+                    "Wait until one has ended.",
+                    retry_after_s=60.0,
+                )
+            connection.execute(sa.insert(batches), values)
+            steps = [{"batch_id": batch_id, "number": 0, "kind": "validate"}]
+            steps.append({"batch_id": batch_id, "number": -1, "kind": "join"})
+            connection.execute(sa.insert(batch_shards), steps)
+        return self.find_batch(key_id, batch_id)
+
+    def find_batch(self, key_id: str, batch_id: str) -> JobRecord:
+        """Raises `ResourceUnknown`."""
+        is_meant = (batches.c.id == batch_id) & (batches.c.key_id == key_id)
+        found = self._read(JobRecord, sa.select(batches).where(is_meant))
+        if not found:
+            raise ResourceUnknown(f"No batch found with id '{batch_id[:ID_CHARS_SHOWN]}'.")
+        return found[0]
+
+    def list_batches(self, key_id: str, page: Page) -> list[JobRecord]:
+        return self._read(JobRecord, _paged(batches, batches.c.key_id == key_id, page))
+
+    def cancel_batch(self, key_id: str, batch_id: str) -> JobRecord:
+        """Raises `ResourceUnknown`; `FieldInvalid` for one that has ended, or is about to."""
+        is_meant = (batches.c.id == batch_id) & (batches.c.key_id == key_id)
+        is_early = batches.c.status.in_(("validating", "in_progress"))
+        with self._store.writing() as connection:
+            cancelled = connection.execute(
+                sa.update(batches)
+                .where(is_meant, is_early)
+                .values(status="cancelling", ends_as="cancelled", cancelling_us=self.now_us())
+            )
+        found = self.find_batch(key_id, batch_id)
+        if not cancelled.rowcount and found.status not in ("cancelling", "cancelled"):
+            raise FieldInvalid(f"Cannot cancel a batch with status '{found.status}'.")
+        return found
+
+    def lines_left(self) -> int:
+        """Lines of all keys that are valid and not yet answered."""
+        left = sa.func.sum(batches.c.total - batches.c.completed - batches.c.failed)
+        with self._store.reading() as connection:
+            found = connection.scalar(sa.select(left).where(batches.c.status == "in_progress"))
+        return int(found or 0)
+
+    # Leases. Rows of shards are locked before those of jobs, so that no two transactions wait in a
+    # circle.
+
+    def expire_batches(self) -> None:
+        """End those whose time is over, with what they have."""
+        now_us = self.now_us()
+        is_late = batches.c.expires_us <= now_us
+        with self._store.writing() as connection:
+            connection.execute(
+                sa.update(batches)
+                .where(batches.c.status.in_(("validating", "in_progress")), is_late)
+                .values(status="finalizing", ends_as="expired", finalizing_us=now_us)
+            )
+
+    def lease(self, models: Collection[str]) -> tuple[ShardRecord, JobRecord] | None:
+        """The next step of the batch job that has waited longest, leased; None: there is none.
+
+        Lines run of the *models* that are served here, and of keys whose batch jobs have computed
+        fewer tokens in the last 24 hours than they may.
+        """
+        now_us = self.now_us()
+        other = batch_shards.alias()
+        is_worked_on = sa.exists().where(
+            other.c.batch_id == batches.c.id,
+            other.c.kind != "join",
+            other.c.done_us.is_(None),
+            other.c.lease_until_us > now_us,
+        )
+        is_running = (batch_shards.c.kind == "run") & (batches.c.status == "in_progress")
+        is_running &= batches.c.model.in_(models)
+        if (tokens_per_day := self._limits.tokens_per_day) is not None:
+            spent = (
+                sa.select(batches.c.key_id)
+                .join(batch_shards)
+                .where(batch_shards.c.done_us > now_us - DAY_US)
+                .group_by(batches.c.key_id)
+                .having(sa.func.sum(batch_shards.c.token_count) >= tokens_per_day)
+            )
+            is_running &= batches.c.key_id.not_in(spent)
+        is_due = sa.or_(
+            is_running,
+            (batch_shards.c.kind == "validate") & (batches.c.status == "validating"),
+            sa.and_(
+                batch_shards.c.kind == "join",
+                batches.c.status.in_(("finalizing", "cancelling")),
+                ~is_worked_on,
+            ),
+        )
+        next_id = (
+            sa.select(batch_shards.c.id)
+            .join(batches)
+            .where(
+                batch_shards.c.done_us.is_(None), batch_shards.c.lease_until_us <= now_us, is_due
+            )
+            .order_by(batches.c.served_us, batches.c.created_us, batch_shards.c.number)
+            .limit(1)
+            .with_for_update(skip_locked=True, of=batch_shards)
+        )
+        leasing = (
+            sa.update(batch_shards)
+            .where(batch_shards.c.id == next_id.scalar_subquery())
+            .values(
+                lease=f"{_process()}/{secrets.token_hex(16)}",
+                lease_until_us=now_us + round(LEASE_S * 1e6),
+            )
+            .returning(*batch_shards.c)
+        )
+        with self._store.writing() as connection:
+            found = connection.execute(leasing).first()
+            if found is None:
+                return None
+            shard = _record(ShardRecord, found)
+            is_own = batch_shards.c.batch_id == shard.batch_id
+            if shard.kind == "join":  # whoever is late with a shard of it cannot finish that now
+                connection.execute(
+                    sa.update(batch_shards)
+                    .where(is_own, batch_shards.c.kind != "join", batch_shards.c.done_us.is_(None))
+                    .values(lease=None)
+                )
+            served = sa.update(batches).where(batches.c.id == shard.batch_id)
+            job = connection.execute(served.values(served_us=now_us).returning(*batches.c)).one()
+        return shard, _record(JobRecord, job)
+
+    def renew(self, shard: ShardRecord) -> bool:
+        """Whether the lease still holds, and the step is still wanted."""
+        until_us = self.now_us() + round(LEASE_S * 1e6)
+        statuses = STEP_STATUS.get(shard.kind, ("finalizing", "cancelling"))
+        is_wanted = sa.exists().where(
+            batches.c.id == shard.batch_id, batches.c.status.in_(statuses)
+        )
+        with self._store.writing() as connection:
+            renewed = connection.execute(
+                sa.update(batch_shards)
+                .where(_is_held(shard), is_wanted)
+                .values(lease_until_us=until_us)
+            )
+        return renewed.rowcount == 1
+
+    def release(self, shard: ShardRecord) -> None:
+        """Let another server have the step at once."""
+        with self._store.writing() as connection:
+            connection.execute(
+                sa.update(batch_shards).where(_is_held(shard)).values(lease_until_us=0)
+            )
+
+    def release_dead(self) -> None:
+        """Release what processes of this machine had that are no more, or this one's own before."""
+        ours = batch_shards.c.lease.startswith(f"{socket.gethostname()}/", autoescape=True)
+        with self._store.writing() as connection:
+            found = connection.execute(
+                sa.select(batch_shards.c.id, batch_shards.c.lease).where(
+                    batch_shards.c.done_us.is_(None), batch_shards.c.lease_until_us > 0, ours
+                )
+            )
+            dead = [row.id for row in found if not _is_other_alive(int(row.lease.split("/")[1]))]
+            connection.execute(
+                sa.update(batch_shards).where(batch_shards.c.id.in_(dead)).values(lease_until_us=0)
+            )
+
+    def finish_validation(
+        self,
+        shard: ShardRecord,
+        *,
+        model: str | None,
+        shards: Sequence[ShardRecord],
+        errors: Sequence[Mapping[str, object]],
+    ) -> bool:
+        """Let the lines run, in *shards*; or fail the batch job, where there are *errors*.
+
+        False where the lease was lost, here and below: nothing is changed then.
+        """
+        now_us = self.now_us()
+        values: dict[str, object] = {
+            "status": "in_progress",
+            "in_progress_us": now_us,
+            "model": model,
+            "total": sum(one.line_count for one in shards),
+        }
+        if errors:
+            values = {"status": "failed", "failed_us": now_us, "errors": json.dumps(errors)}
+        with self._store.writing() as connection:
+            if not _mark_done(connection, shard, done_us=now_us):
+                return self._was_done(connection, shard)
+            begun = connection.execute(
+                sa.update(batches)
+                .where(batches.c.id == shard.batch_id, batches.c.status == "validating")
+                .values(values)
+            )
+            if begun.rowcount and not errors:
+                places = ("number", "kind", "first_line", "line_count", "byte_start", "byte_count")
+                added = [{name: getattr(one, name) for name in places} for one in shards]
+                own = {"batch_id": shard.batch_id}
+                connection.execute(sa.insert(batch_shards), [one | own for one in added])
+        return True
+
+    def finish_run(
+        self,
+        shard: ShardRecord,
+        rows: Sequence[LedgerRow],
+        *,
+        completed: int,
+        failed: int,
+        token_count: int,
+    ) -> bool:
+        """The shard's lines are answered, and billed by *rows*, in one transaction."""
+        now_us = self.now_us()
+        job = sa.update(batches).where(batches.c.id == shard.batch_id)
+        with self._store.writing() as connection:
+            counts = {"completed": completed, "failed": failed, "token_count": token_count}
+            if not _mark_done(connection, shard, done_us=now_us, **counts):
+                return self._was_done(connection, shard)
+            # Locks the row: of two that finish the last shards, the later sees the other's.
+            connection.execute(
+                job.values({name: batches.c[name] + more for name, more in counts.items()})
+            )
+            left = sa.exists().where(
+                batch_shards.c.batch_id == shard.batch_id,
+                batch_shards.c.kind == "run",
+                batch_shards.c.done_us.is_(None),
+            )
+            connection.execute(
+                job.where(batches.c.status == "in_progress", ~left).values(
+                    status="finalizing", finalizing_us=now_us
+                )
+            )
+            self._store.record(connection, rows)
+        return True
+
+    def finish_join(
+        self, shard: ShardRecord, *, output: FileRecord | None, error: FileRecord | None
+    ) -> bool:
+        """The job has ended as it was to, with its files."""
+        now_us = self.now_us()
+        with self._store.writing() as connection:
+            if not _mark_done(connection, shard, done_us=now_us):
+                return self._was_done(connection, shard)
+            for file in (output, error):
+                if file is not None:
+                    _store_file(connection, file)
+            ends_as = connection.execute(
+                sa.update(batches)
+                .where(batches.c.id == shard.batch_id)
+                .values(
+                    status=batches.c.ends_as,
+                    output_file_id=None if output is None else output.id,
+                    error_file_id=None if error is None else error.id,
+                )
+                .returning(batches.c.ends_as)
+            ).scalar_one()
+            values: dict[str, object] = {f"{ends_as}_us": now_us}
+            if ends_as == "expired":  # the lines that never ran
+                values["failed"] = batches.c.total - batches.c.completed
+            connection.execute(
+                sa.update(batches).where(batches.c.id == shard.batch_id).values(values)
+            )
+        return True
+
+    def run_shards(self, batch_id: str, *, done: bool) -> list[ShardRecord]:
+        """The shards whose lines were answered, or those whose lines were not; in order."""
+        is_done = batch_shards.c.done_us.is_not(None) == done
+        statement = sa.select(batch_shards).where(
+            batch_shards.c.batch_id == batch_id, batch_shards.c.kind == "run", is_done
+        )
+        return self._read(ShardRecord, statement.order_by(batch_shards.c.number))
+
+    def old_batches(self) -> list[tuple[str, str]]:
+        """Key and id of those that ended over a day ago, so that no allowance counts their shards."""
+        is_young = sa.exists().where(
+            batch_shards.c.batch_id == batches.c.id, batch_shards.c.done_us > self.now_us() - DAY_US
+        )
+        has_shards = sa.exists().where(batch_shards.c.batch_id == batches.c.id)
+        is_old = sa.and_(batches.c.status.not_in(OPEN), has_shards, ~is_young)
+        with self._store.reading() as connection:
+            found = connection.execute(sa.select(batches.c.key_id, batches.c.id).where(is_old))
+            return [(row.key_id, row.id) for row in found]
+
+    def forget_shards(self, batch_id: str) -> None:
+        with self._store.writing() as connection:
+            connection.execute(sa.delete(batch_shards).where(batch_shards.c.batch_id == batch_id))
+
+    def _read(self, kind: type[R], statement: sa.Select[Any]) -> list[R]:
+        with self._store.reading() as connection:
+            return [_record(kind, row) for row in connection.execute(statement)]
+
+    def _was_done(self, connection: sa.Connection, shard: ShardRecord) -> bool:
+        """Whether an earlier try, whose commit was not heard of, did finish the step."""
+        is_own = (batch_shards.c.id == shard.id) & (batch_shards.c.lease == shard.lease)
+        return connection.scalar(sa.select(batch_shards.c.done_us).where(is_own)) is not None
+
+
+def _process() -> str:
+    return f"{socket.gethostname()}/{os.getpid()}"
+
+
+def _is_other_alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    with suppress(PermissionError):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+    return True
+
+
+def _record(kind: type[R], row: sa.Row[Any]) -> R:
+    """The row as a *kind*, which may have fewer fields."""
+    return kind(**{field.name: row._mapping[field.name] for field in fields(kind)})
+
+
+def _is_held(shard: ShardRecord) -> sa.ColumnElement[bool]:
+    return sa.and_(
+        batch_shards.c.id == shard.id,
+        batch_shards.c.lease == shard.lease,
+        batch_shards.c.done_us.is_(None),
+    )
+
+
+def _mark_done(connection: sa.Connection, shard: ShardRecord, **values: object) -> bool:
+    done = connection.execute(sa.update(batch_shards).where(_is_held(shard)).values(**values))
+    return done.rowcount == 1
+
+
+def _store_file(connection: sa.Connection, file: FileRecord) -> None:
+    connection.execute(
+        sa.update(files).where(files.c.id == file.id).values({**asdict(file), "state": "stored"})
+    )
+
+
+def _is_read() -> sa.ColumnElement[bool]:
+    """Whether a batch job that has not ended reads a file."""
+    return sa.exists().where(batches.c.input_file_id == files.c.id, batches.c.status.in_(OPEN))
+
+
+def _paged(table: sa.Table, is_meant: sa.ColumnElement[bool], page: Page) -> sa.Select[Any]:
+    """One record more than the page has, which says that there are more."""
+    created_us, own_id = table.c.created_us, table.c.id
+    statement = sa.select(table).where(is_meant).limit(page.limit + 1)
+    if page.after is not None:
+        own = table.alias()
+        last_us = sa.select(own.c.created_us).where(own.c.id == page.after).scalar_subquery()
+        is_further, is_after = created_us > last_us, own_id > page.after
+        if page.newest_first:
+            is_further, is_after = created_us < last_us, own_id < page.after
+        statement = statement.where(is_further | ((created_us == last_us) & is_after))
+    order = (created_us, own_id)
+    if page.newest_first:
+        return statement.order_by(*(column.desc() for column in order))
+    return statement.order_by(*order)
