@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from starlette.types import ASGIApp
 
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 ENGINE = "engine"  # the engine process's name
 FIRST_API = "api-1"  # the API process that makes the first key, and greets for all
 DEFAULT_MODEL = "all-minilm-l6-v2"
+Named = TypeVar("Named", Checkpoint, ModelCard)
 # Reading a vocabulary of 250,000 takes a second, and all that time the GIL: it had better be the
 # second in which compiling does without.
 COMPILING_AFTER_S = 0.5
@@ -220,9 +221,9 @@ def load_models(
     return set_up(loaded, choice, context=context, tokenizers=reading.result())
 
 
-def with_aliases(checkpoints: Sequence[Checkpoint], aliases: Sequence[str]) -> list[Checkpoint]:
-    """*checkpoints* with further names, each as NAME=ID. Raises `SettingInvalid`."""
-    named = list(checkpoints)
+def with_aliases(models: Sequence[Named], aliases: Sequence[str]) -> list[Named]:
+    """*models* with further names, each as NAME=ID. Raises `SettingInvalid`."""
+    named = list(models)
     for name, _, model in (pair.partition("=") for pair in aliases):
         i = next((i for i, one in enumerate(named) if model in (one.id, *one.aliases)), None)
         if i is None:
@@ -405,7 +406,7 @@ def by_name(embedders: Sequence[Embedder]) -> Mapping[str, Embedder]:
 
 
 def served(models: Models) -> "Served":
-    """What the engine process tells the others of *models*."""
+    """What other processes are told of *models*, which are in this one."""
     from trivec import __version__
     from trivec.ipc.folder import Served, ServedModel
 
