@@ -25,7 +25,7 @@ from trivec.core.errors import FieldInvalid, SettingInvalid
 from trivec.core.events import ModelLoaded
 from trivec.core.health import Health
 from trivec.core.ports import Backend, Clock, Embedder, Observer, OnProgress, no_progress
-from trivec.core.types import CertificateSummary, ModelCard
+from trivec.core.types import CertificateSummary, ModelCard, Output
 from trivec.engine import Engine, Workers
 from trivec.playground import page_operations
 from trivec.settings import Settings
@@ -43,6 +43,7 @@ from trivec.tokenizer.encodings import token_table
 if TYPE_CHECKING:
     from trivec.ipc.client import EngineClient
     from trivec.ipc.folder import Served, SharedFolder
+    from trivec.jobs.encoders import EmbedderEncoder, Truncate
 
 ENGINE = "engine"  # the engine process's name
 FIRST_API = "api-1"  # the API process that makes the first key, and greets for all
@@ -223,15 +224,16 @@ def load_models(
 
 def with_aliases(models: Sequence[Named], aliases: Sequence[str]) -> list[Named]:
     """*models* with further names, each as NAME=ID. Raises `SettingInvalid`."""
-    named = list(models)
+    named: list[Named] = list(models)
     for name, _, model in (pair.partition("=") for pair in aliases):
-        i = next((i for i, one in enumerate(named) if model in (one.id, *one.aliases)), None)
-        if i is None:
+        found = [i for i in range(len(named)) if model in (named[i].id, *named[i].aliases)]
+        if not found:
             raise SettingInvalid(
                 f"alias {name}={model} is of a model that is not served; "
                 f"served are {', '.join(one.id for one in named)}"
             )
-        named[i] = replace(named[i], aliases=(*named[i].aliases, name))
+        own = named[found[0]]
+        named[found[0]] = replace(own, aliases=(*own.aliases, name))
     return named
 
 
@@ -391,6 +393,27 @@ def set_up(
         slot_count=slot_count,
         loaded=tuple(loaded),
     )
+
+
+def text_encoder(
+    models: Models, outputs: Output, *, truncate: "Truncate", prompt_name: str | None
+) -> "EmbedderEncoder":
+    """Bulk work's encoder over the first of *models*, which are in this process."""
+    from trivec.jobs.encoders import EmbedderEncoder
+
+    card = models.cards[0]
+    prompt = card.prompts.get(prompt_name or card.default_prompt_name or "", "")
+    identity = {
+        "id": card.id,
+        "files": models.loaded[0].checkpoint.digest,
+        "precision": card.precision,
+        "recipe": card.recipe,
+        "backend": models.choice.backend,
+        "dimensions": card.dimensions,
+        "prompt": prompt,
+    }
+    embedder = models.embedders[card.id]
+    return EmbedderEncoder(embedder, outputs, model=identity, truncate=truncate, prompt=prompt)
 
 
 def by_name(embedders: Sequence[Embedder]) -> Mapping[str, Embedder]:

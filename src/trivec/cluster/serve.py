@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import Field
 from ray import serve
@@ -67,7 +67,7 @@ class ServeArguments(Section):
 
     models: Models = (DEFAULT_MODEL,)
     """Models to serve, each a deployment: catalogue IDs, folders that every node has, or ID=FOLDER."""
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default_factory=dict)
     """Settings as in a settings file; TRIVEC_* of each node's environment fill in the rest."""
     replicas_min: int = Field(1, ge=1)
     """Replicas of each model at least."""
@@ -75,7 +75,7 @@ class ServeArguments(Section):
     """Replicas of each model at most."""
     queue_s_target: float = Field(1.0, gt=0)
     """Seconds of work that may wait: with more, replicas are added."""
-    autoscaling: dict[str, Any] = {}
+    autoscaling: dict[str, Any] = Field(default_factory=dict)
     """More of Ray Serve's AutoscalingConfig, as upscale_delay_s."""
     cpus: float = Field(1.0, ge=1)
     """CPUs of a model's replica: on a CPU as many batches at a time."""
@@ -276,7 +276,8 @@ class HandleBackend:
                     batch, exact=exact, ingress=self._ingress, open_tokens=open_tokens
                 )
                 try:
-                    return response.result(timeout_s=max(0.0, deadline_s - time.monotonic()))
+                    left_s = max(0.0, deadline_s - time.monotonic())
+                    return cast(Vectors, response.result(timeout_s=left_s))
                 except TimeoutError:
                     response.cancel()
                     break
@@ -295,7 +296,9 @@ class HandleBackend:
 class Ingress:
     """HTTP: the ASGI app, its accounts, and an engine for each model's handle."""
 
-    async def __init__(self, arguments: ServeArguments, *handles: DeploymentHandle[Any]) -> None:
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
+        self, arguments: ServeArguments, *handles: DeploymentHandle[Any]
+    ) -> None:
         settings = arguments.read(*arguments.models)
         configure_log(settings.telemetry.log_format, level=settings.log_level)
         self._parts = parts = open_server_parts(settings, machine_bytes=usable_memory_bytes())
