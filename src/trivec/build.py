@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 ENGINE = "engine"  # the engine process's name
 FIRST_API = "api-1"  # the API process that makes the first key, and greets for all
 DEFAULT_MODEL = "all-minilm-l6-v2"
-Named = TypeVar("Named", Checkpoint, ModelCard)
+Named = TypeVar("Named", bound=Checkpoint | ModelCard)
 # Reading a vocabulary of 250,000 takes a second, and all that time the GIL: it had better be the
 # second in which compiling does without.
 COMPILING_AFTER_S = 0.5
@@ -226,14 +226,13 @@ def with_aliases(models: Sequence[Named], aliases: Sequence[str]) -> list[Named]
     """*models* with further names, each as NAME=ID. Raises `SettingInvalid`."""
     named: list[Named] = list(models)
     for name, _, model in (pair.partition("=") for pair in aliases):
-        found = [i for i in range(len(named)) if model in (named[i].id, *named[i].aliases)]
-        if not found:
+        i = next((i for i, one in enumerate(named) if model in (one.id, *one.aliases)), None)
+        if i is None:
             raise SettingInvalid(
                 f"alias {name}={model} is of a model that is not served; "
                 f"served are {', '.join(one.id for one in named)}"
             )
-        own = named[found[0]]
-        named[found[0]] = replace(own, aliases=(*own.aliases, name))
+        named[i] = replace(named[i], aliases=(*named[i].aliases, name))
     return named
 
 

@@ -110,7 +110,7 @@ def postgres_server(bin_folder: Path, *, is_durable: bool = False) -> Iterator[P
     user = "postgres" if os.geteuid() == ROOT else None
     if user is not None:
         shutil.chown(folder, user)
-    server = PostgresServer(bin_folder, folder, _free_port(), user, is_durable)
+    server = PostgresServer(bin_folder, folder, free_port(), user, is_durable)
     try:
         made = ("-D", str(folder / "data"), "-U", "trivec", "--auth=trust", "-E", "UTF8")
         server._run("initdb", *made, "--no-sync")
@@ -124,7 +124,7 @@ def postgres_server(bin_folder: Path, *, is_durable: bool = False) -> Iterator[P
         shutil.rmtree(folder)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
