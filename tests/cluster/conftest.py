@@ -52,7 +52,7 @@ def second_node(cluster: Any) -> Iterator[Any]:
 
 @pytest.fixture
 def driver(cluster: Any) -> Iterator[None]:
-    """This process as a program of the cluster."""
+    """The tests' process becomes a program of the cluster."""
     import ray
 
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")

@@ -12,6 +12,8 @@ with warnings.catch_warnings():
 from trivec.cluster.serve import BatchRunner, HandleBackend
 from trivec.core.ports import Backend
 
+__all__ = ["handle_backend", "serve"]
+
 CALL_S_MAX = 60.0
 
 _numbers = count()

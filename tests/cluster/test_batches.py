@@ -121,9 +121,7 @@ async def test_a_caller_that_leaves_frees_no_slot_that_computes() -> None:
 
     def run() -> "asyncio.Task[Vectors]":
         batch = batch_of([[0, 5, 1]])
-        return asyncio.create_task(
-            runner.run(batch, exact=False, ingress="a", open_tokens=3)
-        )
+        return asyncio.create_task(runner.run(batch, exact=False, ingress="a", open_tokens=3))
 
     left, stays = run(), run()
     await asyncio.to_thread(inner.wait_entered, 1)

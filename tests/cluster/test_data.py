@@ -82,7 +82,7 @@ def test_a_job_outlives_an_actor_and_a_node_and_its_files_are_those_of_one_machi
     parts = tmp_path / "out.parquet.parts"
     give(process, lines[:1_500])
     wait_for_files(parts, count=10)
-    kill_one("ray::EngineActor")
+    kill_one("ray::BulkEngine")
     give(process, lines[1_500:3_000])
     wait_for_files(parts, count=40)
     cluster.remove_node(second_node, allow_graceful=False)

@@ -148,7 +148,6 @@ def test_clients_see_one_service_also_while_a_node_is_killed(
     for one in clients:
         one.join()
 
-    print(outcomes)
     others = outcomes.total() - outcomes["answered"] - outcomes["busy"]
     assert others <= outcomes.total() / 100, outcomes
     billed = service.billed() - billed_before

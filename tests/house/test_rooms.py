@@ -12,24 +12,25 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
 # The aim is 11,500 in 100: raised only in a commit that says why.
-LINES_MAX, FILES_MAX = 23_600, 129
+LINES_MAX, FILES_MAX = 24_560, 132
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_750, 7),
     "server": (970, 5),
-    "build": (470, 1),
-    "settings": (420, 1),
+    "build": (490, 1),
+    "settings": (430, 1),
     "api": (4_080, 20),
-    "engine": (980, 5),
+    "engine": (990, 5),
     "models": (2_110, 15),
     "backends": (3_350, 17),
     "checkpoints": (2_210, 11),
     "tokenizer": (730, 3),
     "accounts": (2_970, 19),
     "telemetry": (700, 4),
-    "ipc": (520, 5),
+    "ipc": (530, 5),
     "core": (960, 8),
-    "jobs": (1_350, 5),
+    "jobs": (1_380, 5),
+    "cluster": (850, 3),
     "playground": (90, 1),
 }
 

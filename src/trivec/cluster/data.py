@@ -9,6 +9,7 @@ dies is embedded by another.
 import asyncio
 import json
 import os
+import re
 import threading
 import time
 from collections import deque
@@ -95,22 +96,6 @@ class BulkEngine:
         return asyncio.run_coroutine_threadsafe(self._encoder.encode(texts), self._loop)
 
 
-class EngineActor(BulkEngine):
-    """A `BulkEngine` that tells its caller why it cannot begin, which an actor's death would not."""
-
-    def __init__(self, work: BulkWork) -> None:
-        self._fault: TrivecError | None = None
-        try:
-            super().__init__(work)
-        except TrivecError as fault:
-            self._fault = fault
-
-    def describe(self) -> tuple[bytes, ModelIdentity]:
-        if self._fault is not None:
-            raise self._fault
-        return super().describe()
-
-
 class RayEncoder:
     """An encoder over actors on a cluster.
 
@@ -119,7 +104,7 @@ class RayEncoder:
     """
 
     def __init__(self, actors: Sequence[Any]) -> None:
-        """*actors*: handles of `EngineActor`s, of the same work."""
+        """*actors*: handles of `BulkEngine`s, of the same work."""
         self.model: ModelIdentity = {}
         self.card: ModelCard
         self.shards_at_once = (PLACES + 1) * len(actors)  # and one of each on its way to the disk
@@ -216,7 +201,7 @@ async def ray_encoder(
         cores = [int(one["CPU"]) for one in nodes if one.get("CPU", 0) >= 1]
         if not cores:
             raise JobFailed(f"the cluster at {address} has no CPU")
-        engine = ray.remote(EngineActor).options(
+        engine = ray.remote(BulkEngine).options(
             num_cpus=cpus or (1 if gpus else min(cores)),
             num_gpus=1 if gpus else 0,
             max_concurrency=PLACES + 1,
@@ -411,8 +396,9 @@ def without_secrets(settings: Settings) -> Settings:
 
 
 def _own(fault: RayError) -> TrivecError:
-    """What an actor raised, where that is an error of ours; else that it failed."""
+    """What an actor raised, or what its start did, where that is an error of ours."""
     cause = getattr(fault, "cause", None)
     if isinstance(cause, TrivecError):
         return cause
-    return JobFailed(f"an actor of the cluster failed: {' '.join(str(fault).split())[-500:]}")
+    ours = re.findall(r"^trivec\.core\.errors\.\w+: (.+)", str(fault), re.MULTILINE)
+    return JobFailed(ours[-1] if ours else f"an actor of the cluster failed: {str(fault)[-500:]}")
