@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import re
+import socket
 import threading
 import time
 from collections import deque
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 SHARD_ROWS, SHARD_CHARACTERS = 2048, 1024 * 1024  # of a block, whichever is first
 PLACES = 2  # shards in one actor: while one is embedded, the next is tokenised
 DEATHS_MAX = 8  # of actors under one shard: it may be what they die of
+CONNECT_S_MAX = 10.0
 AWAY_S_MAX = 600.0  # for a node that comes in the place of one that is gone
 ERROR = "error"  # column: why a row has no vector
 NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
@@ -191,9 +193,12 @@ async def ray_encoder(
     *actors*: None for one a GPU of the cluster where it has any, else one a node. *cpus* of each:
     None for one beside a GPU, else all that the smallest node has. Raises `JobFailed`, `StartError`.
     """
+    host, _, port = address.rpartition(":")
     try:
+        if host and port.isdigit():  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), CONNECT_S_MAX).close()
         await asyncio.to_thread(ray.init, address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError) as fault:
+    except (OSError, RuntimeError, ValueError) as fault:
         raise JobFailed(f"no Ray cluster at {address}: {fault}") from fault
     try:
         nodes = [one["Resources"] for one in ray.nodes() if one["Alive"]]
