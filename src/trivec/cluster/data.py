@@ -12,7 +12,6 @@ import os
 import re
 import socket
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -28,11 +27,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from trivec.build import load_models, open_parts, text_encoder
 from trivec.core.errors import JobFailed, TrivecError
 from trivec.core.types import ModelCard, Output
+from trivec.jobs import GO_ON
 from trivec.jobs.corpus import cuts
 from trivec.jobs.encoders import Encoded, ModelIdentity, Truncate
 from trivec.jobs.results import TRUNCATED, DType, Layout, check_card, parse_outputs
@@ -46,6 +46,7 @@ SHARD_ROWS, SHARD_CHARACTERS = 2048, 1024 * 1024  # of a block, whichever is fir
 PLACES = 2  # shards in one actor: while one is embedded, the next is tokenised
 DEATHS_MAX = 8  # of actors under one shard: it may be what they die of
 CONNECT_S_MAX = 10.0
+RETURN_S = 1.0  # between two looks whether a dead actor is there again
 AWAY_S_MAX = 600.0  # for a node that comes in the place of one that is gone
 ERROR = "error"  # column: why a row has no vector
 NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
@@ -111,27 +112,24 @@ class RayEncoder:
         self.card: ModelCard
         self.shards_at_once = (PLACES + 1) * len(actors)  # and one of each on its way to the disk
         self.actors = actors
-        self._free: asyncio.Queue[Any] = asyncio.Queue()
+        self._free: asyncio.Queue[Any] = asyncio.Queue()  # an actor as often as it has room
+        self._open_count = 0  # shards that an actor has
         self._tasks: set[asyncio.Task[None]] = set()
-        self._fault: JobFailed | None = None
+        self._fault: TrivecError | None = None
 
     async def start(self) -> None:
         """Wait for the first actor's model. Raises what loading it raised."""
         tasks = [self._join(actor, PLACES) for actor in self.actors]
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if self._fault is not None:
+            raise self._fault
 
     async def encode(self, texts: Sequence[str]) -> Encoded:
         """See `TextEncoder`."""
-        for _ in range(DEATHS_MAX):
-            try:
-                async with asyncio.timeout(AWAY_S_MAX):
-                    actor = await self._free.get()
-            except TimeoutError:
-                raise JobFailed(f"no actor was free for {AWAY_S_MAX:.0f} s") from None
-            if self._fault is not None:
-                raise self._fault
+        # Each place may be one of a node that is gone, beside the deaths of these texts' doing.
+        for _ in range(PLACES * len(self.actors) + DEATHS_MAX):
+            actor = await self._take()
+            self._open_count += 1
             try:
                 encoded = cast(Encoded, await actor.encode.remote(texts))
             except RayTaskError as fault:
@@ -139,43 +137,58 @@ class RayEncoder:
             except RayError:  # its process or its node is gone
                 self._join(actor, 1)
                 continue
+            finally:
+                self._open_count -= 1
             self._free.put_nowait(actor)
             return encoded
-        raise JobFailed(f"{DEATHS_MAX} actors died of the same texts; the log of Ray says how")
+        raise JobFailed("one actor after another died of the same texts; Ray's log says how")
+
+    async def _take(self) -> Any:
+        """The next actor that has room. Raises `JobFailed` where none is left, and none comes."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(AWAY_S_MAX):
+                    actor = await self._free.get()
+                if self._fault is not None:
+                    raise self._fault
+                return actor
+            if not self._open_count:
+                raise JobFailed(f"the cluster has had no actor for {AWAY_S_MAX:.0f} s. {GO_ON}")
 
     def _join(self, actor: Any, places: int) -> "asyncio.Task[None]":
         """Use *actor* for so many more shards at a time, once its model is loaded."""
 
         async def join() -> None:
-            began_s = time.monotonic()
-            while True:
+            while self._fault is None:
                 try:
                     card, identity = await actor.describe.remote()
-                    break
-                except RayTaskError as fault:
-                    raise _own(fault) from fault
                 except RayError as fault:
-                    if not self.model or time.monotonic() - began_s > AWAY_S_MAX:
-                        raise _own(fault) from fault
-                    await asyncio.sleep(1.0)
-            if not self.model:
-                self.model, self.card = (
-                    identity,
-                    msgspec.json.decode(
-                        card, type=ModelCard, dec_hook=lambda kind, value: kind(value)
-                    ),
-                )
-            if identity != self.model:
-                self._fault = JobFailed(
-                    f"the nodes of the cluster differ: one has {identity}, another {self.model}; "
-                    "name one arithmetic with --precision"
-                )
+                    if isinstance(fault, RayActorError) and not fault.actor_init_failed:
+                        await asyncio.sleep(RETURN_S)
+                        continue
+                    self._fault = _own(fault)  # as it would be in every place it is started
+                else:
+                    self._check(card, identity)
+                break
             for _ in range(places):
                 self._free.put_nowait(actor)
 
         task = asyncio.create_task(join())
         self._tasks.add(task)
         return task
+
+    def _check(self, card: bytes, identity: ModelIdentity) -> None:
+        """Keep what the first actor says of its model; the others must say the same."""
+        if not self.model:
+            self.model = identity
+            self.card = msgspec.json.decode(
+                card, type=ModelCard, dec_hook=lambda kind, value: kind(value)
+            )
+        elif identity != self.model:
+            self._fault = JobFailed(
+                f"the nodes of the cluster differ: one has {identity}, another {self.model}; name "
+                "one arithmetic with --precision"
+            )
 
     def close(self) -> None:
         for task in self._tasks:
@@ -202,7 +215,8 @@ async def ray_encoder(
         raise JobFailed(f"no Ray cluster at {address}: {fault}") from fault
     try:
         nodes = [one["Resources"] for one in ray.nodes() if one["Alive"]]
-        gpus = 0 if work.settings.device == "cpu" else sum(int(one.get("GPU", 0)) for one in nodes)
+        runs_on_gpu = work.settings.device != "cpu" and work.settings.backend in ("auto", "torch")
+        gpus = sum(int(one.get("GPU", 0)) for one in nodes) if runs_on_gpu else 0
         cores = [int(one["CPU"]) for one in nodes if one.get("CPU", 0) >= 1]
         if not cores:
             raise JobFailed(f"the cluster at {address} has no CPU")

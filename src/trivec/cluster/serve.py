@@ -59,6 +59,9 @@ SIGNAL_S = 10.0  # after which an ingress that sends nothing is taken to have no
 RATE_WINDOW_S = 30.0  # of computing, after which a measurement counts for 1/e
 STOP_S_MAX = 5.0
 CONNECTIONS = 4096  # requests at a time in one ingress; its own limits are below that
+# Batches at a time in one replica, where they wait for a slot: with fewer, Ray's router would come
+# back only after a pause, and find a slot that had nothing to do.
+CALLS_MAX = 256
 QUIET = {"enable_access_log": False}  # a line a call, where we have one a request
 
 
@@ -116,7 +119,7 @@ def app(args: ServeArguments) -> Application:
         .options(
             name=f"model-{i}-{re.sub('[^a-z0-9]+', '-', reference.lower()).strip('-')}",
             autoscaling_config=scaling,
-            max_ongoing_requests=int(args.cpus) + 1,  # one waits, so that no slot does
+            max_ongoing_requests=CALLS_MAX,
             ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
             health_check_period_s=2,
             logging_config=QUIET,
