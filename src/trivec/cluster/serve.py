@@ -56,8 +56,7 @@ DEATHS_MAX = 3  # of replicas under one batch: it may be what they die of
 PAUSE_S_MIN, PAUSE_S_MAX = 0.05, 1.0  # between two tries, while Ray finds out who has died
 BUSY_TARGET = 0.8  # share of a replica's time that it should compute
 SIGNAL_S = 10.0  # after which an ingress that sends nothing is taken to have nothing
-RATE_WINDOW_S = 30.0  # of computing, after which a measurement counts for 1/e
-STOP_S_MAX = 5.0
+RATE_WINDOW_S = 30.0  # of computing, after which a measurement counts for half
 CONNECTIONS = 4096  # requests at a time in one ingress; its own limits are below that
 # Batches at a time in one replica, where they wait for a slot: with fewer, Ray's router would come
 # back only after a pause, and find a slot that had nothing to do.
@@ -80,7 +79,7 @@ class ServeArguments(Section):
     """Seconds of work that may wait: with more, replicas are added."""
     autoscaling: dict[str, Any] = Field(default_factory=dict)
     """More of Ray Serve's AutoscalingConfig, as upscale_delay_s."""
-    cpus: float = Field(1.0, ge=1)
+    cpus: int = Field(1, ge=1)
     """CPUs of a model's replica: on a CPU as many batches at a time."""
     gpus: float = Field(0.0, ge=0)
     """GPUs of a model's replica."""
@@ -97,7 +96,7 @@ class ServeArguments(Section):
 
 
 def app(args: ServeArguments) -> Application:
-    """The application: `serve run trivec.cluster.serve:app models=… `. Raises `StartError`."""
+    """The application: `serve run trivec.cluster.serve:app models=baai/bge-m3`. Raises `StartError`."""
     settings = args.read(*args.models)
     check_models(settings)
     if args.ingress_replicas > 1 and not (settings.database_url or settings.no_auth):
@@ -117,7 +116,7 @@ def app(args: ServeArguments) -> Application:
     replicas = [
         serve.deployment(ModelReplica)
         .options(
-            name=f"model-{i}-{re.sub('[^a-z0-9]+', '-', reference.lower()).strip('-')}",
+            name=f"model-{i}-{re.sub('[^a-z0-9]+', '-', reference.partition('=')[0].lower())}",
             autoscaling_config=scaling,
             max_ongoing_requests=CALLS_MAX,
             ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
@@ -216,8 +215,8 @@ class ModelReplica(BatchRunner):
 
     def __init__(self, reference: str, arguments: ServeArguments) -> None:
         settings = arguments.read(reference).model_copy(update={"aliases": ()})
-        cores = int(arguments.cpus)
-        models = load_models(settings, open_parts(settings), cores=cores, takes_text=False)
+        parts = open_parts(settings)
+        models = load_models(settings, parts, cores=arguments.cpus, takes_text=False)
         model = models.loaded[0]
         self._description = Description(
             served(models).encode(),
