@@ -26,8 +26,6 @@ def cluster() -> Iterator[Any]:
     os.environ |= {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
-        # On a busy machine a start takes its time.
-        "RAY_raylet_start_wait_time_s": "120",
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
