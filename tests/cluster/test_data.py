@@ -17,9 +17,9 @@ import pytest
 import ray
 import ray.data
 from benchmarks.texts import sentences
-from ray.exceptions import RayError
 
-from trivec.cluster.data import embed_dataset
+from trivec.cluster.data import KeptShards, embed_dataset
+from trivec.core.errors import JobFailed
 
 SETTLE_S = 150.0
 COUNT = 4_000
@@ -97,7 +97,6 @@ def test_what_a_cluster_cannot_do_is_said_in_a_line(cluster: Any, tmp_path: Path
     for arguments, reason in (
         (("--ray", "127.0.0.1:1"), "no Ray cluster at 127.0.0.1:1"),
         (("--ray", cluster.address, "--url", "http://127.0.0.1:1/v1"), "give one"),
-        (("--ray", cluster.address, "--outputs", "multi"), "has no such --outputs"),
         (("--ray", cluster.address, "--model", "nothing/here"), "nothing/here"),
     ):
         process = started(tmp_path / "out.parquet", *arguments)
@@ -136,5 +135,16 @@ def test_a_pipeline_outlives_an_actor_and_goes_on_where_it_was(
     again = {file: file.stat().st_ino for file in kept.glob("*.arrow")}
     assert again.keys() == files.keys()
     assert {file for file in files if again[file] != files[file]} == {removed}
-    with pytest.raises(RayError, match="name another folder"):
-        embedded(source, manifest=str(kept), dtype="float16")
+
+
+def test_what_is_kept_is_one_jobs_and_whole(tmp_path: Path) -> None:
+    folder = str(tmp_path / "kept")
+    kept, columns = KeptShards(folder, {"model": "a"}), pa.table({"embedding": [[1.0], None]})
+    assert kept.read("digest") is None
+    kept.write("digest", columns)
+    assert KeptShards(folder, {"model": "a"}).read("digest") == columns
+    with pytest.raises(JobFailed, match="name another folder"):
+        KeptShards(folder, {"model": "b"})
+    file = tmp_path / "kept" / "digest.arrow"
+    file.write_bytes(file.read_bytes()[:-20])
+    assert kept.read("digest") is None, "half a file is none"
