@@ -6,13 +6,13 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet --no-input
 INSTALL := $(PIP) install --no-deps --require-hashes
 ARGS ?=
 
-.PHONY: serve test check test-reference test-clients wheel lock clean
+.PHONY: serve test check test-reference test-clients test-cluster wheel lock clean
 
 serve: $(VENV)/.serve
 	@exec $(VENV)/bin/trivec serve $(ARGS)
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not reference" --ignore=tests/reference --ignore=tests/clients $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not reference" --ignore=tests/reference --ignore=tests/clients --ignore=tests/cluster $(ARGS)
 
 check: $(VENV)/.test $(VENV)/.check
 	$(VENV)/bin/ruff check .
@@ -24,9 +24,14 @@ check: $(VENV)/.test $(VENV)/.check
 test-clients: $(VENV)/.clients $(VENV)-apart/.done
 	$(VENV)/bin/python -m pytest tests/clients $(ARGS)
 
+# On a Ray cluster of two nodes, which are processes of this machine, and through Ray's handles.
+test-cluster: $(VENV)/.cluster
+	$(VENV)/bin/python -m pytest tests/cluster $(ARGS)
+	$(VENV)/bin/python -m pytest tests/contract -k ray $(ARGS)
+
 # Compares with torch, transformers and FlagEmbedding: about 1 GB of packages.
 test-reference: $(VENV)/.test $(VENV)/.reference
-	$(VENV)/bin/python -m pytest -m reference --ignore=tests/clients $(ARGS)
+	$(VENV)/bin/python -m pytest -m reference --ignore=tests/clients --ignore=tests/cluster $(ARGS)
 
 # The wheel that is published, with Swagger UI for /docs; needs npm.
 wheel: $(VENV)/.serve
@@ -61,6 +66,11 @@ $(VENV)/.check: requirements/check.txt $(VENV)/.serve
 
 $(VENV)/.clients: requirements/clients.txt $(VENV)/.test
 	@echo "Installing the clients that CI tries." >&2
+	@$(INSTALL) -r $<
+	@touch $@
+
+$(VENV)/.cluster: requirements/cluster.txt $(VENV)/.test
+	@echo "Installing Ray." >&2
 	@$(INSTALL) -r $<
 	@touch $@
 

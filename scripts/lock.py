@@ -49,6 +49,10 @@ def main() -> None:
     write("check", without(check, serve | test))
     clients = compiled("--group", "clients")
     write("clients", without(clients, serve | test))
+    # Into the environment of the clients, too, so that it must agree with all of them.
+    beside = [f"--constraint={FOLDER / name}.txt" for name in ("test", "clients")]
+    cluster = compiled("--group", "cluster", *beside)
+    write("cluster", without(cluster, serve | test))
     write("apart", compiled("-", stdin=APART))
     reference = compiled("--group", "reference")
     write("reference", without(reference, serve | test))

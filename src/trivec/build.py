@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from starlette.types import ASGIApp
 
@@ -26,7 +26,7 @@ from trivec.core.errors import FieldInvalid, SettingInvalid
 from trivec.core.events import ModelLoaded
 from trivec.core.health import HEALTHY, Health
 from trivec.core.ports import Backend, Clock, Embedder, Observer, OnProgress, no_progress
-from trivec.core.types import CertificateSummary, ModelCard, TokenRules
+from trivec.core.types import CertificateSummary, ModelCard, Output, TokenRules
 from trivec.engine import Engine, Workers
 from trivec.jobs.batches import Batches, BatchRunner
 from trivec.jobs.files import Files
@@ -47,10 +47,12 @@ from trivec.tokenizer.encodings import token_table
 if TYPE_CHECKING:
     from trivec.ipc.client import EngineClient
     from trivec.ipc.folder import Served, SharedFolder
+    from trivec.jobs.encoders import EmbedderEncoder, Truncate
 
 ENGINE = "engine"  # the engine process's name
 FIRST_API = "api-1"  # the API process that makes the first key, greets for all, and runs batch jobs
 DEFAULT_MODEL = "all-minilm-l6-v2"
+Named = TypeVar("Named", bound=Checkpoint | ModelCard)
 # Reading a vocabulary of 250,000 takes a second, and all that time the GIL: it had better be the
 # second in which compiling does without.
 COMPILING_AFTER_S = 0.5
@@ -260,9 +262,9 @@ def load_models(
     return set_up(loaded, choice, context=context, tokenizers=reading.result())
 
 
-def with_aliases(checkpoints: Sequence[Checkpoint], aliases: Sequence[str]) -> list[Checkpoint]:
-    """*checkpoints* with further names, each as NAME=ID. Raises `SettingInvalid`."""
-    named = list(checkpoints)
+def with_aliases(models: Sequence[Named], aliases: Sequence[str]) -> list[Named]:
+    """*models* with further names, each as NAME=ID. Raises `SettingInvalid`."""
+    named: list[Named] = list(models)
     for name, _, model in (pair.partition("=") for pair in aliases):
         i = next((i for i, one in enumerate(named) if model in (one.id, *one.aliases)), None)
         if i is None:
@@ -429,6 +431,27 @@ def set_up(
     )
 
 
+def text_encoder(
+    models: Models, outputs: Output, *, truncate: "Truncate", prompt_name: str | None
+) -> "EmbedderEncoder":
+    """Bulk work's encoder over the first of *models*, which are in this process."""
+    from trivec.jobs.encoders import EmbedderEncoder
+
+    card = models.cards[0]
+    prompt = card.prompts.get(prompt_name or card.default_prompt_name or "", "")
+    identity = {
+        "id": card.id,
+        "files": models.loaded[0].checkpoint.digest,
+        "precision": card.precision,
+        "recipe": card.recipe,
+        "backend": models.choice.backend,
+        "dimensions": card.dimensions,
+        "prompt": prompt,
+    }
+    embedder = models.embedders[card.id]
+    return EmbedderEncoder(embedder, outputs, model=identity, truncate=truncate, prompt=prompt)
+
+
 def by_name(embedders: Sequence[Embedder]) -> Mapping[str, Embedder]:
     """*embedders* by id and alias. Raises `SettingInvalid` where two would share a name."""
     named: dict[str, Embedder] = {}
@@ -442,7 +465,7 @@ def by_name(embedders: Sequence[Embedder]) -> Mapping[str, Embedder]:
 
 
 def served(models: Models) -> "Served":
-    """What the engine process tells the others of *models*."""
+    """What other processes are told of *models*, which are in this one."""
     from trivec import __version__
     from trivec.ipc.folder import Served, ServedModel
 

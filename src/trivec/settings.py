@@ -287,6 +287,13 @@ def _check_api_key(key: str) -> None:
         )
 
 
+# Of bulk work, whose requests are whole shards: what waits is bounded by the shards at once.
+BULK_LIMITS: Mapping[str, Any] = {
+    "http": {"request_tokens_max": 1 << 31},
+    "queue": {"tokens_max": 1 << 31, "wait_s_max": 1e9, "first_batch_s_max": 1e9},
+}
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach *host*."""
     try:

@@ -32,6 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
         "fake",
         "openvino-fp32",
         "openvino-int8",
+        *(["ray"] if find_spec("ray") else []),
         pytest.param(
             "torch-fp32",
             marks=[
@@ -46,6 +47,13 @@ def backend(
 ) -> Iterator[Backend]:
     name, _, precision = str(request.param).partition("-")
     made: Backend
+    if name == "ray":
+        from tests.cluster.handles import handle_backend
+
+        inner = FakeBackend(dimensions=DIMENSIONS, outputs=ALL, slot_count=2)
+        with handle_backend(inner) as made:
+            yield made
+        return
     if name == "fake":
         made = FakeBackend(dimensions=DIMENSIONS, outputs=ALL, slot_count=2)
     elif name == "openvino":

@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from tokenizers import models, pre_tokenizers, processors
 from trivec.backends.fake import FakeBackend
 from trivec.core.clock import SystemClock
 from trivec.core.errors import DeadlineExceeded, Overloaded, TextTooLong, TokenIdUnknown
-from trivec.core.ports import Embedder
+from trivec.core.ports import Backend, Embedder
 from trivec.core.types import LongText, ModelCard, Output, Sequences
 from trivec.engine import Engine, Workers
 from trivec.settings import QueueLimits
@@ -47,8 +48,9 @@ def tokenizer_file(folder: Path) -> Path:
 
 @asynccontextmanager
 async def local_engine(
-    folder: Path, backend: FakeBackend, outputs: Output = ALL
+    folder: Path, backend: FakeBackend, outputs: Output = ALL, *, reached_by: Backend | None = None
 ) -> AsyncIterator[Embedder]:
+    """An engine on *backend*, which it may reach by another one."""
     workers = Workers(2, clock=SystemClock(), observer=Listener())
     with ThreadPoolExecutor(2) as pool:
         engine = Engine(
@@ -72,7 +74,7 @@ async def local_engine(
                 pool=pool,
                 include_prompt=False,
             ),
-            backend=backend,
+            backend=reached_by or backend,
             workers=workers,
             limits=QueueLimits(),
         )
@@ -93,9 +95,22 @@ async def engine_at_a_distance(
         yield remote.embedder
 
 
+@asynccontextmanager
+async def engine_over_ray(
+    folder: Path, backend: FakeBackend, outputs: Output = ALL
+) -> AsyncIterator[Embedder]:
+    """An engine as Ray Serve's ingress has it: its batches go through a handle."""
+    from tests.cluster.handles import handle_backend
+
+    with handle_backend(backend) as remote:
+        async with local_engine(folder, backend, outputs, reached_by=remote) as engine:
+            yield engine
+
+
 EMBEDDERS: dict[str, Callable[..., AbstractAsyncContextManager[Embedder]]] = {
     "engine": local_engine,
     "remote": engine_at_a_distance,
+    **({"ray": engine_over_ray} if find_spec("ray") else {}),
 }
 
 

@@ -71,6 +71,25 @@ async def test_a_request_with_one_poisoned_text_among_many_fails_and_frees_its_p
     assert rig.batches() == [[90], [90], [3]], "its other texts never ran"
 
 
+class Away(FakeBackend):
+    """A device that is there for one batch."""
+
+    def run(self, batch: Batch, *, slot: int) -> Vectors:
+        vectors = super().run(batch, slot=slot)
+        if len(self.ran) > 1:
+            raise Draining("nobody is there", retry_after_s=7.0)
+        return vectors
+
+
+async def test_where_a_device_is_away_each_request_is_told_when_to_return() -> None:
+    async with Rig(backend=Away(dimensions=8)) as rig:
+        replies = await send_side_by_side(rig, 3)
+    assert [getattr(reply, "retry_after_s", None) for reply in replies] == [7.0] * 3
+    assert {type(reply) for reply in replies} == {Draining}
+    assert len({id(reply) for reply in replies}) == 3
+    assert rig.batches()[1:] == [[6, 6, 6]], "no sequence is looked for"
+
+
 class PausingAtItsSecond(FakeBackend):
     """Closes its gate before the second batch."""
 

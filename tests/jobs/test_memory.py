@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from trivec.core.types import Output, Vectors
 from trivec.jobs.corpus import Columns, Corpus, ShardSize, find_sources
-from trivec.jobs.embedding import SHARDS_AT_ONCE, embed_corpus
-from trivec.jobs.encoders import Encoded, ModelIdentity
+from trivec.jobs.embedding import embed_corpus
+from trivec.jobs.encoders import SHARDS_AT_ONCE, Encoded, ModelIdentity
 from trivec.jobs.results import Layout, Results
 
 DIMENSIONS = 256
@@ -21,6 +21,8 @@ SHARD_ROWS = 500
 
 class Zeros:
     """An encoder that computes nothing."""
+
+    shards_at_once = SHARDS_AT_ONCE
 
     @property
     def model(self) -> ModelIdentity:

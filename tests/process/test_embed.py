@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks.texts import sentences
+from tests.checkpoints.tiny import write_tiny
 from tests.process.server import clean_environment, running
 
 pq = pytest.importorskip("pyarrow.parquet", reason="comes with: make test")
@@ -103,6 +104,21 @@ def test_standard_input_is_a_corpus(corpus: Path, tmp_path: Path) -> None:
     assert embed("-", out, *FAKE, *SMALL, given=corpus.read_text("utf-8")).returncode == 0
     assert embed(corpus, named, *FAKE, *SMALL).returncode == 0
     assert out.read_bytes() == named.read_bytes()
+
+
+def test_a_prompt_goes_before_each_text(tmp_path: Path) -> None:
+    folder, prompt = write_tiny(tmp_path / "tiny", position_count=514), "passage: "
+    prompts = {"prompts": {"document": prompt}, "default_prompt_name": None}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    texts = sentences(5)
+    vectors = []
+    for name, before, options in (("named", "", ["--prompt", "document"]), ("written", prompt, [])):
+        given, out = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.parquet"
+        given.write_text("\n".join(json.dumps({"text": before + one}) for one in texts), "utf-8")
+        run = embed(given, out, *FAKE, "--model", folder, *options)
+        assert run.returncode == 0, run.stderr
+        vectors.append(pq.read_table(out)["embedding"].to_pylist())
+    assert vectors[0] == vectors[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda one: one.name)

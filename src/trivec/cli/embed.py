@@ -17,11 +17,11 @@ from typer import Argument, Option
 from trivec.cli.common import ConfigFile, DataDir, say, settings_of, shown_progress
 from trivec.core.errors import JobFailed, SettingInvalid
 from trivec.jobs import GO_ON
-from trivec.settings import Settings
+from trivec.settings import BULK_LIMITS, Settings
 
 if TYPE_CHECKING:
     from trivec.build import Models
-    from trivec.core.types import ModelCard, Output
+    from trivec.core.types import Output
     from trivec.jobs.embedding import Progress
     from trivec.jobs.encoders import TextEncoder, Truncate
     from trivec.jobs.results import Totals
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 SHARD_ROWS = 2048  # some dozen batches of a CPU
 SHARD_CHARACTERS = 1024 * 1024
 MULTI_SHARD_CHARACTERS = 128 * 1024  # a multi-vector takes kilobytes a token
-UNLIMITED = 1 << 31  # tokens: what waits is bounded by the shards at once
-WAIT_S_MAX = 1e9
 STOP_S_MAX = 5.0
 BAD_ROWS_EXIT_CODE, STOPPED_EXIT_CODE = 3, 130
 
@@ -78,6 +76,15 @@ def embed(
         str | None, Option(help="Server that computes, as http://127.0.0.1:8000/v1.")
     ] = None,
     key: Annotated[str | None, Option(help="Its API key.", envvar="TRIVEC_EMBED_KEY")] = None,
+    ray: Annotated[
+        str | None, Option(help="Ray cluster that computes, as auto or HOST:6379.")
+    ] = None,
+    ray_actors: Annotated[
+        int | None, Option(help="Engines on it; else one a GPU, or one a node.", min=1)
+    ] = None,
+    ray_cpus: Annotated[
+        int | None, Option(help="CPUs of each; else 1 beside a GPU, or a node's.", min=1)
+    ] = None,
     precision: Annotated[str | None, Option(help="auto, fp32, int8 or an exact recipe.")] = None,
     device: Annotated[str | None, Option(help="auto, cpu or cuda.")] = None,
     backend: Annotated[str | None, Option(help="auto, openvino, torch or fake.")] = None,
@@ -102,7 +109,14 @@ def embed(
             find_sources,
         )
         from trivec.jobs.embedding import embed_corpus
-        from trivec.jobs.results import ENDINGS, RESERVED, Layout, Results
+        from trivec.jobs.results import (
+            ENDINGS,
+            RESERVED,
+            Layout,
+            Results,
+            check_card,
+            parse_outputs,
+        )
     except ImportError as fault:
         if fault.name != "pyarrow":
             raise
@@ -111,7 +125,7 @@ def embed(
 
     # Arrow's own pool keeps some 60 MB of what is freed; malloc, nearly nothing.
     pa.set_memory_pool(pa.system_memory_pool())
-    wanted = _parse_outputs(outputs)
+    wanted = parse_outputs(outputs)
     if out.suffix not in ENDINGS:
         raise JobFailed(f"{out} ends in none of {', '.join(ENDINGS)}, which say what to make")
     if out.suffix == ".npy" and wanted != Output.DENSE:
@@ -123,11 +137,19 @@ def embed(
     sources = find_sources(given, form=form)
     check_columns(sources, columns)
 
+    if ray is not None and url is not None:
+        raise JobFailed("--ray and --url both say what computes; give one")
     if url is None:
         flags = {"precision": precision, "device": device, "backend": backend}
-        models = _load(_bulk_settings(data_dir, config, model, flags))
-        _check_card(models.cards[0], wanted, dimensions, prompt)
-        opened = _in_process(models, wanted, truncate, prompt)
+        settings = _bulk_settings(data_dir, config, model, flags)
+        if ray is None:
+            models = _load(settings)
+            check_card(models.cards[0], wanted, dimensions, prompt)
+            opened = _in_process(models, wanted, truncate, prompt)
+        else:
+            opened = _on_ray(
+                ray, settings, wanted, truncate, prompt, dimensions, ray_actors, ray_cpus
+            )
     elif precision or device or backend:
         raise JobFailed("--precision, --device and --backend are the server's with --url")
     else:
@@ -175,18 +197,6 @@ def embed(
         raise typer.Exit(BAD_ROWS_EXIT_CODE)
 
 
-def _parse_outputs(given: str) -> "Output":
-    from trivec.core.types import Output
-
-    names = {"dense": Output.DENSE, "sparse": Output.SPARSE, "multi": Output.MULTI}
-    wanted = Output(0)
-    for name in given.split(","):
-        if name not in names:
-            raise JobFailed(f"--outputs has {name!r}; it takes {', '.join(names)}, with commas")
-        wanted |= names[name]
-    return wanted
-
-
 def _bulk_settings(
     data_dir: str | None, config: str | None, model: str | None, flags: dict[str, str | None]
 ) -> Settings:
@@ -195,12 +205,7 @@ def _bulk_settings(
         data_dir,
         config,
         models=(model,) if model else None,
-        http={"request_tokens_max": UNLIMITED},
-        queue={
-            "tokens_max": UNLIMITED,
-            "wait_s_max": WAIT_S_MAX,
-            "first_batch_s_max": WAIT_S_MAX,
-        },
+        **BULK_LIMITS,
         **flags,
     )
     if len(settings.models) > 1:
@@ -223,49 +228,51 @@ def _load(settings: Settings) -> "Models":
     return models
 
 
-def _check_card(
-    card: "ModelCard", outputs: "Output", dimensions: int | None, prompt: str | None
-) -> None:
-    """Raise `SettingInvalid` for what the model has not, with what it has."""
-    if outputs not in card.outputs:
-        has = str(card.outputs.name).lower().replace("|", ", ")
-        raise SettingInvalid(f"{card.id} has no such --outputs; it has {has}")
-    if dimensions is not None and not card.takes_dimensions(dimensions):
-        sizes = sorted({*card.matryoshka_dimensions, card.dimensions})
-        have = f"any up to {card.dimensions}" if card.dimensions_selectable else f"{sizes}"
-        raise SettingInvalid(f"--dimensions is {dimensions}; {card.id} has {have}")
-    if prompt is not None and prompt not in card.prompts:
-        have = ", ".join(card.prompts) or "none"
-        raise SettingInvalid(f"{card.id} has no --prompt {prompt!r}; it has {have}")
-
-
 @asynccontextmanager
 async def _in_process(
     models: "Models", outputs: "Output", truncate: "Truncate", prompt_name: str | None
 ) -> AsyncIterator["TextEncoder"]:
     """The first of *models* with its workers, until the block ends."""
-    from trivec.jobs.encoders import EmbedderEncoder
+    from trivec.build import text_encoder
     from trivec.telemetry import finish_log
 
-    card = models.cards[0]
-    prompt = card.prompts.get(prompt_name or card.default_prompt_name or "", "")
-    identity = {
-        "id": card.id,
-        "files": models.loaded[0].checkpoint.digest,
-        "precision": card.precision,
-        "recipe": card.recipe,
-        "backend": models.choice.backend,
-        "dimensions": card.dimensions,
-        "prompt": prompt,
-    }
+    encoder = text_encoder(models, outputs, truncate=truncate, prompt_name=prompt_name)
     models.workers.start()
     watch = asyncio.create_task(models.workers.lost())  # which fails the requests, if it is
     try:
-        yield EmbedderEncoder(models.embedders[card.id], outputs, model=identity, truncate=truncate)
+        yield encoder
     finally:
         watch.cancel()
         await models.workers.stop(within_s=STOP_S_MAX)  # closes the backends, too
         finish_log()
+
+
+@asynccontextmanager
+async def _on_ray(
+    address: str,
+    settings: Settings,
+    outputs: "Output",
+    truncate: "Truncate",
+    prompt_name: str | None,
+    dimensions: int | None,
+    actors: int | None,
+    cpus: int | None,
+) -> AsyncIterator["TextEncoder"]:
+    """Actors on the Ray cluster at *address*. Raises `JobFailed`, `StartError`."""
+    try:
+        from trivec.cluster.data import BulkWork, ray_encoder, without_secrets
+    except ImportError as fault:
+        if fault.name != "ray":
+            raise
+        raise JobFailed("--ray needs Ray: pip install 'trivec[cluster]'") from fault
+    from trivec.jobs.results import check_card
+
+    work = BulkWork(without_secrets(settings), outputs, truncate, prompt_name)
+    async with ray_encoder(address, work, actors=actors, cpus=cpus) as encoder:
+        card = encoder.card
+        check_card(card, outputs, dimensions, prompt_name)
+        say(f"{card.id} in {card.precision} on {len(encoder.actors)} actors of {address}")
+        yield encoder
 
 
 @asynccontextmanager

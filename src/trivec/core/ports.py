@@ -149,7 +149,11 @@ class Backend(Protocol):
         ...
 
     def run(self, batch: Batch, *, slot: int) -> Vectors:
-        """Compute *batch*; blocks. Rows come in the order given. Any exception fails the batch."""
+        """Compute *batch*; blocks. Rows come in the order given.
+
+        A `BusyError` is what each request of the batch then fails with; after any other exception
+        the batch is halved, to find the sequence at fault.
+        """
         ...
 
     def run_exact(self, batch: Batch, *, slot: int) -> Vectors:

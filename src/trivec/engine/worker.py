@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from trivec.core.errors import DeviceLost, Draining, EngineFault
+from trivec.core.errors import BusyError, DeviceLost, Draining, EngineFault
 from trivec.core.events import BatchRan, RowNotFinite
 from trivec.core.ports import Clock, Observer
 from trivec.core.types import Batch, Int32Array, SparseVector, Vectors
@@ -44,14 +44,24 @@ class Workers:
     """Slot threads of one device: `start` them once, then `stop`, both on the event loop."""
 
     def __init__(
-        self, slot_count: int, *, coalesces: bool = False, clock: Clock, observer: Observer
+        self,
+        slot_count: int,
+        *,
+        coalesces: bool = False,
+        clock: Clock,
+        observer: Observer,
+        call_s_min: float = CALL_S_MIN,
     ) -> None:
-        """*coalesces*: slots are cores, of which the event loop needs one (decision 0012)."""
+        """*coalesces*: slots are cores, of which the event loop needs one (decision 0012).
+
+        *call_s_min*: no call is taken to hang before this.
+        """
         assert slot_count > 0
         self.slot_count = slot_count
         self.scheduler = Scheduler(slot_count, coalesces=coalesces, clock=clock)
         self._clock = clock
         self._observer = observer
+        self._call_s_min = call_s_min
         self._threads: list[threading.Thread] = []
         # By slot: each is written by its thread, and read by the event loop without a lock.
         self._calls: list[_Call | None] = [None] * slot_count
@@ -172,6 +182,11 @@ class Workers:
                 rows = self._finite_rows(queue, items, result, slot)
                 self.scheduler.complete(queue, rows, ran, cost)
                 continue
+            if isinstance(result, BusyError):  # no sequence is at fault
+                for request, _ in items:
+                    refusal = type(result)(str(result), retry_after_s=result.retry_after_s)
+                    self.scheduler.fail(queue, request, refusal)
+                continue
             if isinstance(result, MemoryError):
                 self.scheduler.shrink_budget(queue, packed.token_count)
             if len(packed) > 1:
@@ -189,7 +204,7 @@ class Workers:
     ) -> Vectors | Exception:
         """One call into a backend, watched for hanging: its rows, or what it raised."""
         started_s = self._clock.now_s()
-        late_s = started_s + max(CALL_S_MIN, CALL_RATIO_MAX * expected_s)
+        late_s = started_s + max(self._call_s_min, CALL_RATIO_MAX * expected_s)
         self._calls[slot] = _Call(slot, model, started_s, late_s)
         try:
             vectors = run(batch, slot=slot)

@@ -43,6 +43,13 @@ class Served(msgspec.Struct, frozen=True):
         )
         return self.version == other.version and ours == theirs
 
+    def encode(self) -> bytes:
+        return msgspec.json.encode(self, enc_hook=dict)
+
+    @classmethod
+    def decode(cls, text: bytes) -> "Served":
+        return msgspec.json.decode(text, type=cls, dec_hook=lambda kind, value: kind(value))
+
 
 class SharedFolder:
     """Files below *path*, which only our own user may enter. Each is replaced whole."""
@@ -52,16 +59,14 @@ class SharedFolder:
         self.endpoint = f"ipc://{path}/engine"
 
     def write_served(self, served: Served) -> None:
-        self._write("served.json", msgspec.json.encode(served, enc_hook=dict))
+        self._write("served.json", served.encode())
 
     def read_served(self) -> Served:
         """What the engine process runs; blocks until it has loaded it for the first time."""
         file = self._path / "served.json"
         while not file.exists():
             time.sleep(LOOK_EVERY_S)
-        return msgspec.json.decode(
-            file.read_bytes(), type=Served, dec_hook=lambda kind, value: kind(value)
-        )
+        return Served.decode(file.read_bytes())
 
     async def write_metrics_forever(self, process: str, page: Callable[[], bytes]) -> None:
         """Leave its *page*, in Prometheus's text format, for the other processes to show."""

@@ -280,7 +280,7 @@ class Corpus:
                 for batch in file.iter_batches(size.rows_max, columns=read):
                     whole = pa.Table.from_batches([batch])
                     texts, reasons = _texts_of(whole[columns.text])
-                    for start, end in _cuts(texts, size.characters_max):
+                    for start, end in cuts(texts, size.characters_max):
                         done = before + (source.byte_count or 0) * (line + end - 1) / row_count
                         yield _Block(
                             places=[(source.name, line + i) for i in range(start, end)],
@@ -450,7 +450,7 @@ def _texts_of(column: pa.ChunkedArray) -> tuple[list[str | None], dict[int, str]
         return texts, reasons
 
 
-def _cuts(texts: Sequence[str | None], characters_max: int) -> Iterator[tuple[int, int]]:
+def cuts(texts: Sequence[str | None], characters_max: int) -> Iterator[tuple[int, int]]:
     """Starts and ends of neighbouring *texts* that together reach *characters_max*, or end it."""
     start = characters = 0
     for end, text in enumerate(texts, 1):

@@ -12,9 +12,6 @@ from trivec.jobs.corpus import Corpus, Shard
 from trivec.jobs.encoders import Encoded, TextEncoder
 from trivec.jobs.results import Results, Totals
 
-# Two that are being embedded, two tokenised ahead, one on its way to the disk.
-SHARDS_AT_ONCE = 5
-
 
 @dataclass(slots=True)
 class Progress:
@@ -46,7 +43,7 @@ async def embed_corpus(
         await asyncio.to_thread(results.check_unchanged, digests)
         return results.finished
     progress = Progress()
-    places = asyncio.Semaphore(SHARDS_AT_ONCE)
+    places = asyncio.Semaphore(encoder.shards_at_once)
 
     def advance(shard: Shard) -> None:
         if shard.position is not None:

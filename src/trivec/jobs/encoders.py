@@ -39,6 +39,8 @@ Truncate: TypeAlias = Literal["none", "end", "start"]
 ModelIdentity: TypeAlias = Mapping[str, str | int | None]
 LONG_TEXT = {"none": LongText.KEEP, "end": LongText.CUT_END, "start": LongText.CUT_START}
 OPEN_REQUESTS = 2  # while one ends, the other keeps the device busy
+# Two that are being embedded, two tokenised ahead, one on its way to the disk.
+SHARDS_AT_ONCE = 5
 # Texts in a row on which a model fails one by one: then it is the model, and not the texts.
 FAILED_MAX = 8
 
@@ -70,6 +72,11 @@ class TextEncoder(Protocol):
         """All that vectors depend on but the texts, for the manifest."""
         ...
 
+    @property
+    def shards_at_once(self) -> int:
+        """How many shards keep it busy; they are in memory."""
+        ...
+
     async def encode(self, texts: Sequence[str]) -> Encoded:
         """Vectors of *texts*, at least one, none empty. Raises `JobFailed` if it cannot go on."""
         ...
@@ -77,6 +84,8 @@ class TextEncoder(Protocol):
 
 class EmbedderEncoder:
     """An encoder over an `Embedder`: texts are tokenised while those before them are embedded."""
+
+    shards_at_once = SHARDS_AT_ONCE
 
     def __init__(
         self,
@@ -170,6 +179,8 @@ class HttpEncoder:
 
     What is busy or out of reach is asked again for two minutes, and a rate limit waited for.
     """
+
+    shards_at_once = SHARDS_AT_ONCE
 
     def __init__(
         self,

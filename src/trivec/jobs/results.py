@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from trivec.core.errors import JobFailed
+from trivec.core.errors import JobFailed, SettingInvalid
 from trivec.core.quantisation import ByteDtype, cut, quantise
-from trivec.core.types import Float32Array, Output, Vectors
+from trivec.core.types import Float32Array, ModelCard, Output, Vectors
 from trivec.jobs import GO_ON
 from trivec.jobs.corpus import BadRow, Shard, as_json_text
 
@@ -312,6 +312,33 @@ class Results:
             with suppress(OSError):
                 new.unlink(missing_ok=True)
             raise
+
+
+def parse_outputs(given: str) -> Output:
+    """The outputs of names with commas between them. Raises `JobFailed`."""
+    names = {"dense": Output.DENSE, "sparse": Output.SPARSE, "multi": Output.MULTI}
+    wanted = Output(0)
+    for name in given.split(","):
+        if name not in names:
+            raise JobFailed(f"--outputs has {name!r}; it takes {', '.join(names)}, with commas")
+        wanted |= names[name]
+    return wanted
+
+
+def check_card(
+    card: ModelCard, outputs: Output, dimensions: int | None, prompt: str | None
+) -> None:
+    """Raise `SettingInvalid` for what the model has not, with what it has."""
+    if outputs not in card.outputs:
+        has = str(card.outputs.name).lower().replace("|", ", ")
+        raise SettingInvalid(f"{card.id} has no such --outputs; it has {has}")
+    if dimensions is not None and not card.takes_dimensions(dimensions):
+        sizes = sorted({*card.matryoshka_dimensions, card.dimensions})
+        have = f"any up to {card.dimensions}" if card.dimensions_selectable else f"{sizes}"
+        raise SettingInvalid(f"--dimensions is {dimensions}; {card.id} has {have}")
+    if prompt is not None and prompt not in card.prompts:
+        have = ", ".join(card.prompts) or "none"
+        raise SettingInvalid(f"{card.id} has no --prompt {prompt!r}; it has {have}")
 
 
 @contextmanager

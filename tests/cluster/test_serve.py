@@ -1,0 +1,160 @@
+"""The application on two nodes, as clients see it: also while one of the nodes is killed."""
+
+import asyncio
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import psycopg
+import pytest
+from tests.accounts.postgres import PostgresServer, free_port
+from tests.checkpoints.tiny import write_tiny
+from tests.cluster.handles import serve
+
+from trivec.build import load_models, open_parts
+from trivec.cluster.serve import ServeArguments, app
+from trivec.core.errors import SettingInvalid
+from trivec.core.types import Float32Array, LongText, Output
+from trivec.settings import load_settings
+
+MODEL = "all-minilm-l6-v2"
+KEY = "a-key-of-the-tests-long-enough"
+CLIENTS = 4  # of which each has at most one connection cut
+BEFORE, AFTER = 150, 450  # answers before the kill and after it
+TEXTS = [f"text number {i} " * (1 + i % 7) for i in range(100)]
+
+
+class Service:
+    """The application, its address and its ledger."""
+
+    def __init__(self, port: int, database: str) -> None:
+        self.url = f"http://127.0.0.1:{port}/v1"
+        self.database = database
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.url, api_key=KEY, max_retries=0, timeout=120)
+
+    def billed(self) -> Counter[str]:
+        """Successes in the ledger, by the user that the client named: one a request of `outcome`."""
+        statement = "SELECT coalesce(user_digest, request_id) FROM ledger WHERE status < 400"
+        with psycopg.connect(self.database) as connection:
+            rows = connection.execute(statement).fetchall()
+        return Counter(row[0] for row in rows)
+
+
+@pytest.fixture
+def service(
+    driver: None, second_node: Any, postgres: PostgresServer, tmp_path: Path
+) -> Iterator[Service]:
+    """Two replicas of the ingress and of two models, on two nodes."""
+    port, database = free_port(), postgres.upgraded_database()
+    folder = tmp_path / "tiny"
+    write_tiny(folder, hidden=32, position_count=64)
+    arguments = ServeArguments(
+        models=(MODEL, f"tiny={folder}"),
+        settings={
+            "precision": "fp32",
+            "data_dir": str(tmp_path / "data"),
+            "database_url": database,
+            "api_key": KEY,
+            "secret": "one secret for all the nodes of the tests",
+            "aliases": [f"ada={MODEL}"],
+        },
+        replicas_min=2,
+        replicas_max=2,
+        ingress_replicas=2,
+        ingress_cpus=0.5,
+    )
+    serve.start(proxy_location="EveryNode", http_options={"port": port, "host": "127.0.0.1"})
+    serve.run(app(arguments))
+    yield Service(port, database)
+    serve.shutdown()
+
+
+def plain_vectors(folder: Path) -> Float32Array:
+    """What the model gives for `TEXTS` without Ray: `[texts, dimensions]`."""
+    settings = load_settings({"models": (MODEL,), "precision": "fp32", "data_dir": folder}, {})
+    models = load_models(settings, open_parts(settings), cores=1)
+
+    async def embed() -> Float32Array:
+        models.workers.start()
+        embedder = models.embedders[MODEL]
+        sequences = await embedder.tokenizer.tokenize(TEXTS, long_text=LongText.REFUSE)
+        reply = await embedder.embed(sequences, Output.DENSE)
+        await models.workers.stop(5)
+        return reply.vectors.dense
+
+    return asyncio.run(embed())
+
+
+def outcome(client: openai.OpenAI, number: int) -> str:
+    """How one request ended."""
+    try:
+        client.embeddings.create(model=MODEL, input=TEXTS[:4], user=f"request {number}")
+    except openai.APIStatusError as refusal:
+        is_busy = refusal.status_code == 503 and "retry-after" in refusal.response.headers
+        return "busy" if is_busy else f"{refusal.status_code}"
+    except openai.APIConnectionError:
+        return "cut"
+    return "answered"
+
+
+def test_clients_see_one_service_also_while_a_node_is_killed(
+    service: Service, cluster: Any, second_node: Any, tmp_path: Path
+) -> None:
+    client = service.client()
+    answer = client.embeddings.create(model="ada", input=TEXTS)
+    found = np.array([item.embedding for item in answer.data], np.float32)
+    assert np.array_equal(found, plain_vectors(tmp_path / "data"))
+    other = client.embeddings.create(model="tiny", input=[[4, 5, 6]], dimensions=32)
+    assert len(other.data[0].embedding) == 32
+    assert {model.id for model in client.models.list()} == {MODEL, "tiny"}
+    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+        client.embeddings.create(model=MODEL, input="word " * 2000)
+    with pytest.raises(openai.NotFoundError):
+        client.embeddings.create(model="unknown", input="text")
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=service.url, api_key="no", max_retries=0).models.list()
+    assert httpx.get(f"{service.url.removesuffix('/v1')}/readyz").status_code == 200
+
+    billed_before = service.billed()
+    outcomes: Counter[str] = Counter()
+    answered, numbers, done = threading.Condition(), itertools.count(), threading.Event()
+
+    def ask() -> None:
+        with service.client() as own:
+            while not done.is_set():
+                found = outcome(own, next(numbers))
+                with answered:
+                    outcomes[found] += 1
+                    answered.notify_all()
+
+    clients = [threading.Thread(target=ask) for _ in range(CLIENTS)]
+    for one in clients:
+        one.start()
+    with answered:
+        assert answered.wait_for(lambda: outcomes["answered"] >= BEFORE, timeout=120)
+    cluster.remove_node(second_node, allow_graceful=False)
+    with answered:
+        reached = outcomes["answered"] + AFTER
+        assert answered.wait_for(lambda: outcomes["answered"] >= reached, timeout=120), outcomes
+    done.set()
+    for one in clients:
+        one.join()
+
+    others = outcomes.total() - outcomes["answered"] - outcomes["busy"]
+    assert others <= outcomes.total() / 100, outcomes
+    billed = service.billed() - billed_before
+    assert set(billed.values()) == {1}, "a client's request has two rows"
+    assert outcomes["answered"] <= billed.total() <= outcomes["answered"] + others
+
+
+def test_several_ingresses_need_a_store_that_they_share() -> None:
+    with pytest.raises(SettingInvalid, match="database_url"):
+        app(ServeArguments(models=(MODEL,), ingress_replicas=2))
