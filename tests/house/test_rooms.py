@@ -12,7 +12,7 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
 # The aim is 11,500 in 100: raised only in a commit that says why.
-LINES_MAX, FILES_MAX = 24_330, 132
+LINES_MAX, FILES_MAX = 24_350, 132
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_750, 7),
@@ -22,8 +22,8 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "api": (4_080, 20),
     "engine": (980, 5),
     "models": (2_240, 16),
-    "backends": (3_490, 17),
-    "checkpoints": (2_600, 13),
+    "backends": (3_500, 17),
+    "checkpoints": (2_620, 13),
     "tokenizer": (770, 3),
     "accounts": (2_970, 19),
     "telemetry": (700, 4),
