@@ -214,7 +214,7 @@ def test_one_statement_on_postgres_decides_as_the_arithmetic_does(on_postgres: S
         most = (limits.requests_per_minute or 9, limits.tokens_per_minute or 9)
         return Cost(*(dice.randrange(scale * one // 4 + 2) for one in most))
 
-    for number in range(60):
+    for number in range(30):
         key = a_key(f"twin{number}")
         limits = RateLimits(dice.choice(limited), dice.choice(limited))
         twin = MemoryStore()
