@@ -6,7 +6,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet --no-input
 INSTALL := $(PIP) install --no-deps --require-hashes
 ARGS ?=
 
-.PHONY: serve test check test-reference test-clients wheel lock clean
+.PHONY: serve test check test-reference test-clients docs man wheel lock clean
 
 serve: $(VENV)/.serve
 	@exec $(VENV)/bin/trivec serve $(ARGS)
@@ -21,12 +21,21 @@ check: $(VENV)/.test $(VENV)/.check
 	$(VENV)/bin/lint-imports
 
 # Other people's clients and fuzzers, whose packages would slow `make test` down.
-test-clients: $(VENV)/.clients $(VENV)-openai/.done
+test-clients: $(VENV)/.clients $(VENV)-openai/.done $(VENV)-weaviate/.done
 	$(VENV)/bin/python -m pytest tests/clients $(ARGS)
 
 # Compares with torch, transformers and FlagEmbedding: about 1 GB of packages.
 test-reference: $(VENV)/.test $(VENV)/.reference
 	$(VENV)/bin/python -m pytest -m reference --ignore=tests/clients $(ARGS)
+
+# The site, into build/site; a broken link or anchor stops it.
+docs: $(VENV)-docs/.done
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
+
+# The pages that are made from the code, `man trivec` among them: a test says when one is stale.
+man: $(VENV)/.test
+	$(VENV)/bin/python scripts/configuration.py > docs/configuration.md
+	$(VENV)/bin/python scripts/reference.py
 
 # The wheel that is published, with Swagger UI for /docs; needs npm.
 wheel: $(VENV)/.serve
@@ -38,7 +47,7 @@ lock:
 	python3 scripts/lock.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-openai build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
@@ -64,9 +73,10 @@ $(VENV)/.clients: requirements/clients.txt $(VENV)/.test
 	@$(INSTALL) -r $<
 	@touch $@
 
-$(VENV)-openai/.done: requirements/openai.txt
-	@scripts/make-venv $(VENV)-openai
-	@$(VENV)-openai/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --require-hashes -r $<
+# Environments of their own: tools and clients that want other versions than ours.
+$(VENV)-%/.done: requirements/%.txt
+	@scripts/make-venv $(VENV)-$*
+	@$(VENV)-$*/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --require-hashes -r $<
 	@touch $@
 
 $(VENV)/.reference: requirements/reference.txt requirements/torch.txt $(VENV)/.test

