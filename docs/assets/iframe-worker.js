@@ -8,6 +8,7 @@ if (location.protocol === "file:") {
       frame.hidden = true;
       document.documentElement.append(frame);
       const inner = frame.contentWindow;
+      const own = new URL(url, location);
       const deliver = (target, data) => setTimeout(() => {
         const event = new MessageEvent("message", { data });
         target.dispatchEvent(event);
@@ -15,14 +16,14 @@ if (location.protocol === "file:") {
       });
       const load = (address) => new Promise((done, failed) => {
         const script = inner.document.createElement("script");
-        script.src = new URL(address, url);
+        script.src = new URL(address, own);
         script.onload = done;
         script.onerror = failed;
         inner.document.head.append(script);
       });
       inner.postMessage = (data) => deliver(this, data);
       inner.importScripts = (...addresses) => Promise.all(addresses.map(load));
-      this.ready = load(url);
+      this.ready = load(own);
       this.postMessage = (data) => this.ready.then(() => {
         const event = new inner.MessageEvent("message", { data });
         inner.dispatchEvent(event);
