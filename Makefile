@@ -6,7 +6,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet --no-input
 INSTALL := $(PIP) install --no-deps --require-hashes
 ARGS ?=
 
-.PHONY: serve test check test-reference test-clients docs man wheel lock clean
+.PHONY: serve test check test-reference test-clients docs generated wheel lock clean
 
 serve: $(VENV)/.serve
 	@exec $(VENV)/bin/trivec serve $(ARGS)
@@ -32,10 +32,11 @@ test-reference: $(VENV)/.test $(VENV)/.reference
 docs: $(VENV)-docs/.done
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
 
-# The pages that are made from the code, `man trivec` among them: a test says when one is stale.
-man: $(VENV)/.test
+# What is made from the code and the pins, `man trivec` among it; tests say when something is stale.
+generated: $(VENV)/.test
 	$(VENV)/bin/python scripts/configuration.py > docs/configuration.md
 	$(VENV)/bin/python scripts/reference.py
+	$(VENV)/bin/python scripts/sbom.py
 
 # The wheel that is published, with Swagger UI for /docs; needs npm.
 wheel: $(VENV)/.serve

@@ -149,7 +149,9 @@ def _route(method: str, path: str, operation: Any) -> str:
     facts = [f"takes {takes}"] * bool(takes) + [f"answers {gives}"] * bool(gives)
     facts += ["needs a key"] * bool(operation.get("security")) + [f"or {statuses}"] * bool(statuses)
     told = "; ".join(facts)
-    return f"### {method.upper()} {path}\n\n{operation['summary']}.\n\n{told[:1].upper()}{told[1:]}."
+    return (
+        f"### {method.upper()} {path}\n\n{operation['summary']}.\n\n{told[:1].upper()}{told[1:]}."
+    )
 
 
 def _type(name: str, schema: Any) -> str:

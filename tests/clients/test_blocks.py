@@ -16,8 +16,6 @@ from tests.clients.test_use_pages import ADDRESS
 from tests.process.server import TRIVEC, Server
 from tests.support.blocks import Block, blocks
 
-# Programs that have a test of their own, which looks at what they find.
-TESTED = ("docs/use/", "docs/bulk.md")
 HOST = "http://HOST:8000"
 # `serve` would stay: its arguments are read, and no more. Names in place of the fixture's server are
 # its own, and so are the models that it does not have.
@@ -52,8 +50,7 @@ def address(house: House) -> Iterator[str]:
 )
 def test_shell_runs(one: Block, server: Server, tmp_path: Path) -> None:
     program = SHELL.format(python=sys.executable, trivec=TRIVEC) + one.text
-    for theirs, ours in ((ADDRESS, server.url), ("baai/bge-m3", "all-minilm-l6-v2")):
-        program = program.replace(theirs, ours)
+    program = program.replace(ADDRESS, server.url).replace("baai/bge-m3", "all-minilm-l6-v2")
     kept = {name: value for name, value in os.environ.items() if not name.startswith("TRIVEC_")}
     data = str(tmp_path / "data")
     subprocess.run(
@@ -90,27 +87,19 @@ def test_a_fragment_of_python_runs(one: Block, house: House, address: str) -> No
         model=CARD.id, input=texts, encoding_format="float", extra_body=everything
     )
     names: dict[str, Any] = {
-        **{"openai": openai, "OpenAI": openai.OpenAI, "cohere": cohere, "ollama": ollama},
-        **{"InferenceClient": InferenceClient, "models": qdrant.models, "np": np},
-        **{"client": client, "answer": answer, "KEY": house.key, "i": 1},
-        **{"texts": texts, "query": texts[0], "documents": texts[1:]},
+        "openai": openai,
+        "OpenAI": openai.OpenAI,
+        "cohere": cohere,
+        "ollama": ollama,
+        "InferenceClient": InferenceClient,
+        "models": qdrant.models,
+        "np": np,
+        "client": client,
+        "answer": answer,
+        "KEY": house.key,
+        "i": 1,
+        "texts": texts,
+        "query": texts[0],
+        "documents": texts[1:],
     }
     exec(compile(one.text.replace(HOST, address), one.place, "exec"), names)
-
-
-@pytest.mark.parametrize(
-    "one",
-    [one for one in blocks("python") if not one.reason and not one.page.startswith(TESTED)],
-    ids=lambda one: one.place,
-)
-def test_a_program_runs(one: Block, server: Server, tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", one.text.replace(ADDRESS, server.url)],
-        cwd=tmp_path,
-        env={**os.environ, "TRIVEC_API_KEY": server.key, "KEY": server.key},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr

@@ -34,9 +34,17 @@ def test_python_compiles(one: Block) -> None:
     compile(one.text, one.place, "exec")
 
 
+def test_every_program_is_on_a_page_whose_programs_have_a_test() -> None:
+    """`tests/clients/test_use_pages.py` and `test_bulk_page.py`, which look at what they find."""
+    tested = ("docs/use/", "docs/bulk.md")
+    assert [one.place for one in blocks("python") if not one.page.startswith(tested)] == []
+
+
 def test_shell_has_no_error_of_syntax() -> None:
     for one in blocks("sh"):
-        run = subprocess.run(["bash", "-n"], input=one.text, text=True, capture_output=True)
+        run = subprocess.run(
+            ["bash", "-n"], input=one.text, text=True, capture_output=True, check=False
+        )
         assert run.returncode == 0, f"{one.place}: {run.stderr}"
 
 

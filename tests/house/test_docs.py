@@ -2,9 +2,13 @@
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from trivec.checkpoints.catalogue import CATALOGUE
 from trivec.settings import setting_paths, variable_name
@@ -12,6 +16,9 @@ from trivec.settings import setting_paths, variable_name
 ROOT = Path(__file__).resolve().parents[2]
 DECISIONS = sorted((ROOT / "docs" / "decisions").glob("0*.md"))
 DECISIONS_MAX, DECISION_LINES_MAX = 15, 60
+REFERENCE: dict[str, Callable[[], str]] = runpy.run_path(str(ROOT / "scripts/reference.py"))[
+    "PAGES"
+]
 
 
 def page(name: str) -> str:
@@ -26,6 +33,11 @@ def test_the_configuration_page_is_what_the_settings_say() -> None:
     assert page("configuration.md") == made.stdout, (
         "run: python scripts/configuration.py > docs/configuration.md"
     )
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_a_page_that_is_made_from_the_code_is_what_the_code_says(name: str) -> None:
+    assert (ROOT / name).read_text("utf-8") == REFERENCE[name](), "run: make generated"
 
 
 def test_every_setting_is_on_the_configuration_page() -> None:

@@ -48,7 +48,9 @@ def test_no_file_is_over_two_mebibytes() -> None:
     assert [str(file) for file in committed() if file.stat().st_size > FILE_BYTES_MAX] == []
 
 
-@pytest.mark.parametrize("name", ["serve", "test", "check", "clients", "openai", "weaviate", "docs", "reference"])
+@pytest.mark.parametrize(
+    "name", ["serve", "test", "check", "clients", "openai", "weaviate", "docs", "reference"]
+)
 def test_every_pin_is_exact_and_hashed(name: str) -> None:
     text = (ROOT / "requirements" / f"{name}.txt").read_text("utf-8")
     logical = text.replace("\\\n", " ").splitlines()
