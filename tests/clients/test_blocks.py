@@ -1,5 +1,6 @@
 """The code of README and docs runs: shell on a real server, fragments of Python on a stand-in for BGE-M3."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -73,7 +74,9 @@ def test_shell_runs(one: Block, server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("one", blocks("py"), ids=lambda one: one.place)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 def test_a_fragment_of_python_runs(one: Block, house: House, address: str) -> None:
     cohere = pytest.importorskip("cohere", reason="comes with: make test-clients")
     ollama = pytest.importorskip("ollama", reason="comes with: make test-clients")
@@ -103,3 +106,6 @@ def test_a_fragment_of_python_runs(one: Block, house: House, address: str) -> No
         "documents": texts[1:],
     }
     exec(compile(one.text.replace(HOST, address), one.place, "exec"), names)
+    client.close()
+    names.clear()
+    gc.collect()  # what a fragment left open says so now, and not after the last test
