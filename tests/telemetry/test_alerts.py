@@ -100,6 +100,8 @@ def test_every_alert_fires_on_its_series_alone(tmp_path: Path) -> None:
         del rule["annotations"]
     (tmp_path / "bare.yml").write_text(yaml.safe_dump(bare))
     file.write_text(yaml.safe_dump({"rule_files": ["bare.yml"], "tests": tests}))
-    for command in (["check", "rules", str(RULES)], ["test", "rules", str(file)]):
+    scrapes = [str(RULES.parent / name) for name in ("prometheus.yml", "monitoring/prometheus.yml")]
+    checks = [["check", "rules", str(RULES)], ["check", "config", "--syntax-only", *scrapes]]
+    for command in (*checks, ["test", "rules", str(file)]):
         run = subprocess.run([str(PROMTOOL), *command], capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stdout + run.stderr
