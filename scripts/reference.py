@@ -22,11 +22,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 WRITTEN = "Written by `scripts/reference.py`; do not edit."
 MARKUP = re.compile(r"\[/?(?:dim|bold)?\]|\\(?=\[)")  # Rich's, in help texts
-FAMILIES = {  # of routes, by how their paths begin
-    "/v1/": "OpenAI, under `/v1`, `/openai/v1` and `/v3/openai`",
-    "/admin/": "Administration",
-    "": "Probes and other APIs",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +122,17 @@ def api_page() -> str:
     paths = {
         path: item for path, item in document["paths"].items() if not path.startswith(prefixes)
     }
-    for beginning, title in FAMILIES.items():
-        mine = [path for path in paths if path.startswith(beginning)]
+    openai = [path for path in paths if f"/openai{path}" in document["paths"]]
+    admin = [path for path in paths if path.startswith("/admin/")]
+    sections = {
+        "OpenAI, under `/v1`, `/openai/v1` and `/v3/openai`": openai,
+        "Administration": admin,
+        "Probes and other APIs": [path for path in paths if path not in {*openai, *admin}],
+    }
+    for title, mine in sections.items():
         parts.append(f"## {title}")
         for path in mine:
-            parts += [_route(method, path, one) for method, one in paths.pop(path).items()]
+            parts += [_route(method, path, one) for method, one in paths[path].items()]
     parts.append("## Types")
     schemas = document["components"]["schemas"]
     parts += [_type(name, schemas[name]) for name in sorted(schemas)]
