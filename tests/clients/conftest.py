@@ -9,7 +9,7 @@ import pytest
 from tests.process.server import Server, running
 
 MODEL = "all-minilm-l6-v2"
-# 340 MB that CI does without: its test is there for whoever has it.
+# It imports LanceDB, which comes with: make test-clients.
 collect_ignore = [] if importlib.util.find_spec("lancedb") else ["test_lancedb.py"]
 # Read when the libraries are imported: none of them may report to anybody.
 os.environ.update(ANONYMIZED_TELEMETRY="False", HAYSTACK_TELEMETRY_ENABLED="False")

@@ -63,13 +63,25 @@ def test_decisions_are_few_short_and_in_the_index() -> None:
     assert {name: n for name, n in lengths.items() if n > DECISION_LINES_MAX} == {}
 
 
+def anchors(page: Path) -> set[str]:
+    """Those of *page*'s headings."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings}
+
+
 def test_links_between_our_pages_lead_somewhere() -> None:
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    links = [
+        (page, target, (page.parent / file).resolve() if file else page, anchor)
+        for page in pages
+        for target in re.findall(r"\]\(([^):]+)\)", page.read_text("utf-8"))
+        for file, _, anchor in [target.partition("#")]
+    ]
     broken = [
-        f"{file.relative_to(ROOT)}: {target}"
-        for file in pages
-        for target in re.findall(r"\]\(([^)#:]+)\)", file.read_text("utf-8"))
-        if not (file.parent / target).exists()
+        f"{page.relative_to(ROOT)}: {target}"
+        for page, target, file, anchor in links
+        if not file.exists() or (anchor and anchor not in anchors(file))
     ]
     assert broken == []
 
