@@ -86,6 +86,10 @@ def test_links_between_our_pages_lead_somewhere() -> None:
     assert broken == []
 
 
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 120
+
+
 def test_the_readme_names_only_models_that_can_be_pulled() -> None:
     text = (ROOT / "README.md").read_text("utf-8")
     [row] = re.findall(r"^\| \*\*Models\*\* \| (.+?) and their fine-tunes", text, re.M)
