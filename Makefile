@@ -6,7 +6,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet --no-input
 INSTALL := $(PIP) install --no-deps --require-hashes
 ARGS ?=
 
-.PHONY: serve test check test-reference test-clients test-cluster wheel lock clean
+.PHONY: serve test check test-reference test-clients test-cluster docs generated wheel lock clean
 
 serve: $(VENV)/.serve
 	@exec $(VENV)/bin/trivec serve $(ARGS)
@@ -21,7 +21,7 @@ check: $(VENV)/.test $(VENV)/.check
 	$(VENV)/bin/lint-imports
 
 # Other people's clients and fuzzers, whose packages would slow `make test` down.
-test-clients: $(VENV)/.clients $(VENV)-apart/.done
+test-clients: $(VENV)/.clients $(VENV)-apart/.done $(VENV)-weaviate/.done
 	$(VENV)/bin/python -m pytest tests/clients $(ARGS)
 
 # On a Ray cluster of two nodes, which are processes of this machine, and through Ray's handles.
@@ -33,6 +33,16 @@ test-cluster: $(VENV)/.cluster
 test-reference: $(VENV)/.test $(VENV)/.reference
 	$(VENV)/bin/python -m pytest -m reference --ignore=tests/clients --ignore=tests/cluster $(ARGS)
 
+# The site, into build/site; a broken link or anchor stops it.
+docs: $(VENV)-docs/.done
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
+
+# What is made from the code and the pins, `man trivec` among it; tests say when something is stale.
+generated: $(VENV)/.test
+	$(VENV)/bin/python scripts/configuration.py > docs/configuration.md
+	$(VENV)/bin/python scripts/reference.py
+	$(VENV)/bin/python scripts/sbom.py
+
 # The wheel that is published, with Swagger UI for /docs; needs npm.
 wheel: $(VENV)/.serve
 	scripts/vendor
@@ -43,7 +53,7 @@ lock:
 	python3 scripts/lock.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-apart build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
@@ -74,9 +84,10 @@ $(VENV)/.cluster: requirements/cluster.txt $(VENV)/.test
 	@$(INSTALL) -r $<
 	@touch $@
 
-$(VENV)-apart/.done: requirements/apart.txt
-	@scripts/make-venv $(VENV)-apart
-	@$(VENV)-apart/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --require-hashes -r $<
+# Environments of their own: tools and clients that want other versions than ours.
+$(VENV)-%/.done: requirements/%.txt
+	@scripts/make-venv $(VENV)-$*
+	@$(VENV)-$*/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --require-hashes -r $<
 	@touch $@
 
 $(VENV)/.reference: requirements/reference.txt requirements/torch.txt $(VENV)/.test

@@ -24,6 +24,8 @@ APART = "\n".join(
         *("psycopg[binary]>=3.2", "pyarrow>=21"),
     )
 )
+WEAVIATE = "openai>=2\nweaviate-client>=4.24"  # of an older grpcio and protobuf than Qdrant's
+SITE = "mkdocs-material>=9.8"  # of docs/
 LEFT_OUT = {"openvino-telemetry", "trivec"}
 # Torch comes in builds of many sizes whose hashes differ, so it is pinned by hand and apart.
 TORCH_FAMILY = {"torch", "triton", "cuda-toolkit", "cuda-bindings", "cuda-pathfinder"}
@@ -54,6 +56,8 @@ def main() -> None:
     cluster = compiled("--group", "cluster", *beside)
     write("cluster", without(cluster, serve | test))
     write("apart", compiled("-", stdin=APART))
+    write("weaviate", compiled("-", stdin=WEAVIATE))
+    write("docs", compiled("-", stdin=SITE))
     reference = compiled("--group", "reference")
     write("reference", without(reference, serve | test))
 
@@ -72,7 +76,7 @@ def compiled(*arguments: str, stdin: str = "") -> dict[str, str]:
             sys.executable,
         ),
     ]
-    is_apart = "pyproject.toml" in arguments or stdin == APART
+    is_apart = "pyproject.toml" in arguments or stdin in (APART, WEAVIATE, SITE)
     if constraints.exists() and not is_apart:
         command += ["--constraint", str(constraints)]
     run = subprocess.run(  # noqa: S603 - our own arguments

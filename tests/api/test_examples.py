@@ -33,10 +33,9 @@ def test_hybrid_search_scores_every_passage(
         assert float(line.partition("  ")[0]) > 0.7 * dense, "the words they share count"
 
 
-def test_the_hybrid_retrieval_that_the_readme_shows_is_short_and_runs() -> None:
-    (program,) = re.findall(
-        r"^```py\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.M | re.S
-    )
+def test_the_hybrid_retrieval_that_the_docs_show_is_short_and_runs() -> None:
+    page = (ROOT / "docs" / "use" / "hybrid.md").read_text("utf-8")
+    (program,) = re.findall(r"^```py\n(.*?)^```$", page, re.M | re.S)
     assert len(program.splitlines()) <= LINES_MAX
     texts = ["the red house", "a red house by the sea", "green hills"]
     house = House(model=StandIn(replace(CARD, token_count_max=256)))
@@ -45,7 +44,7 @@ def test_the_hybrid_retrieval_that_the_readme_shows_is_short_and_runs() -> None:
         OpenAI(base_url=f"{address}/v1", api_key=house.key) as client,
     ):
         names: dict[str, Any] = {"client": client, "np": np, "texts": texts, "i": 1}
-        exec(compile(program, "README.md", "exec"), names)
+        exec(compile(program, "hybrid.md", "exec"), names)
     house.close()
     dense = names["dense"]
     assert names["score"] > 0.7 * float(dense[0] @ dense[1]), "the words they share count"

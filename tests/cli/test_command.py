@@ -71,3 +71,24 @@ def test_a_refusal_of_a_setting_can_name_every_flag_of_serve() -> None:
     own = {name: opts for name, opts in flags.items() if name in paths}
     assert set(flags) - set(own) == {"config"}
     assert {name: opts for name, opts in own.items() if flag_name(paths[name]) not in opts} == {}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        pytest.param("trivec mo", "models", id="command"),
+        pytest.param("trivec keys rot", "rotate", id="command-of-a-command"),
+        pytest.param("trivec keys create --trun", "--truncate", id="option-of-a-lazy-command"),
+    ],
+)
+def test_the_tab_key_completes(shell: str, typed: str, completed: str) -> None:
+    """As the scripts of `--show-completion` ask it, by the environment."""
+    asked = {
+        "bash": {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))},
+        "zsh": {"_TYPER_COMPLETE_ARGS": typed},
+        "fish": {"_TYPER_COMPLETE_ARGS": typed, "_TYPER_COMPLETE_FISH_ACTION": "get-args"},
+    }[shell]
+    environ = {"_TRIVEC_COMPLETE": f"complete_{shell}", **asked}
+    shown = CliRunner().invoke(app, [], prog_name="trivec", env=environ).output
+    assert completed in shown

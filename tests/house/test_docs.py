@@ -2,9 +2,13 @@
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from trivec.checkpoints.catalogue import CATALOGUE
 from trivec.settings import setting_paths, variable_name
@@ -12,6 +16,9 @@ from trivec.settings import setting_paths, variable_name
 ROOT = Path(__file__).resolve().parents[2]
 DECISIONS = sorted((ROOT / "docs" / "decisions").glob("0*.md"))
 DECISIONS_MAX, DECISION_LINES_MAX = 15, 60
+REFERENCE: dict[str, Callable[[], str]] = runpy.run_path(str(ROOT / "scripts/reference.py"))[
+    "PAGES"
+]
 
 
 def page(name: str) -> str:
@@ -26,6 +33,11 @@ def test_the_configuration_page_is_what_the_settings_say() -> None:
     assert page("configuration.md") == made.stdout, (
         "run: python scripts/configuration.py > docs/configuration.md"
     )
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_a_page_that_is_made_from_the_code_is_what_the_code_says(name: str) -> None:
+    assert (ROOT / name).read_text("utf-8") == REFERENCE[name](), "run: make generated"
 
 
 def test_every_setting_is_on_the_configuration_page() -> None:
@@ -51,15 +63,31 @@ def test_decisions_are_few_short_and_in_the_index() -> None:
     assert {name: n for name, n in lengths.items() if n > DECISION_LINES_MAX} == {}
 
 
+def anchors(page: Path) -> set[str]:
+    """Those of *page*'s headings."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings}
+
+
 def test_links_between_our_pages_lead_somewhere() -> None:
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    links = [
+        (page, target, (page.parent / file).resolve() if file else page, anchor)
+        for page in pages
+        for target in re.findall(r"\]\(([^):]+)\)", page.read_text("utf-8"))
+        for file, _, anchor in [target.partition("#")]
+    ]
     broken = [
-        f"{file.relative_to(ROOT)}: {target}"
-        for file in pages
-        for target in re.findall(r"\]\(([^)#:]+)\)", file.read_text("utf-8"))
-        if not (file.parent / target).exists()
+        f"{page.relative_to(ROOT)}: {target}"
+        for page, target, file, anchor in links
+        if not file.exists() or (anchor and anchor not in anchors(file))
     ]
     assert broken == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 120
 
 
 def test_the_readme_names_only_models_that_can_be_pulled() -> None:

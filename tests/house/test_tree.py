@@ -49,7 +49,8 @@ def test_no_file_is_over_two_mebibytes() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["serve", "test", "check", "clients", "cluster", "apart", "reference"]
+    "name",
+    ["serve", "test", "check", "clients", "cluster", "apart", "weaviate", "docs", "reference"],
 )
 def test_every_pin_is_exact_and_hashed(name: str) -> None:
     text = (ROOT / "requirements" / f"{name}.txt").read_text("utf-8")

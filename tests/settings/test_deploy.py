@@ -4,11 +4,13 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
 from trivec.settings import load_settings, setting_paths, variable_name
 
 ROOT = Path(__file__).resolve().parents[2]
+IMAGES = ["Dockerfile", "Dockerfile.cuda"]
 
 
 def test_the_sample_settings_load_without_a_warning() -> None:
@@ -18,18 +20,26 @@ def test_the_sample_settings_load_without_a_warning() -> None:
     assert not warned
 
 
-def test_the_image_runs_as_a_user_by_number() -> None:
-    users = re.findall(r"^USER (.+)$", (ROOT / "deploy/Dockerfile").read_text("utf-8"), re.M)
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_image_runs_as_a_user_by_number(name: str) -> None:
+    users = re.findall(r"^USER (.+)$", (ROOT / "deploy" / name).read_text("utf-8"), re.M)
     assert users == ["10001:10001"]
 
 
-def test_the_image_is_built_of_nothing_but_what_it_copies() -> None:
+def test_the_images_are_built_of_nothing_but_what_they_copy() -> None:
     ignored = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
-    copied = re.findall(
-        r"^COPY (?!--from)(.+) \S+$", (ROOT / "deploy/Dockerfile").read_text("utf-8"), re.M
-    )
+    text = " ".join((ROOT / "deploy" / name).read_text("utf-8") for name in IMAGES)
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.M)
     assert ignored[0] == "*"
-    assert {f"!{name}" for line in copied for name in line.split()} <= set(ignored)
+    wanted = {f"!{name}" for line in copied for name in line.split()}
+    assert wanted == {name for name in ignored if name.startswith("!")}
+    assert [name for name in wanted if not (ROOT / name[1:]).exists()] == []
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_the_variables_of_an_image_are_settings(name: str) -> None:
+    named = set(re.findall(r"\bTRIVEC_[A-Z_]+(?==)", (ROOT / "deploy" / name).read_text("utf-8")))
+    assert named <= {variable_name(path) for path in setting_paths()}
 
 
 def test_the_unit_reads_its_secrets_from_a_file() -> None:
@@ -71,3 +81,13 @@ def test_the_compose_file_gives_variables_that_the_settings_know() -> None:
     assert (ROOT / "deploy" / build["context"] / build["dockerfile"]).is_file()
     known = {variable_name(path) for path in setting_paths()}
     assert set(services["trivec"]["environment"]) <= known
+
+
+def test_the_files_that_compose_mounts_are_there_and_its_board_and_rules_are_ours() -> None:
+    compose = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text("utf-8"))
+    mounts = [one for service in compose["services"].values() for one in service["volumes"]]
+    files = [one.split(":")[0] for one in mounts if one.startswith("./")]
+    assert {"./alerts.yml", "./grafana-dashboard.json"} <= set(files)
+    assert [name for name in files if not (ROOT / "deploy" / name).is_file()] == []
+    volumes = {one.split(":")[0] for one in mounts if not one.startswith("./")}
+    assert volumes == set(compose["volumes"])

@@ -46,7 +46,6 @@ def load_command(name: str) -> "Command":
 app = typer.Typer(
     name="trivec",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
