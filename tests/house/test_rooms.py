@@ -12,23 +12,23 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
 # The aim is 11,500 in 100: raised only in a commit that says why.
-LINES_MAX, FILES_MAX = 23_600, 129
+LINES_MAX, FILES_MAX = 23_760, 129
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_750, 7),
     "server": (970, 5),
-    "build": (470, 1),
+    "build": (475, 1),
     "settings": (420, 1),
-    "api": (4_080, 20),
+    "api": (4_110, 20),
     "engine": (980, 5),
     "models": (2_110, 15),
     "backends": (3_350, 17),
     "checkpoints": (2_210, 11),
     "tokenizer": (730, 3),
-    "accounts": (2_970, 19),
-    "telemetry": (700, 4),
+    "accounts": (2_975, 19),
+    "telemetry": (765, 4),
     "ipc": (520, 5),
-    "core": (960, 8),
+    "core": (1_000, 8),
     "jobs": (1_350, 5),
     "playground": (90, 1),
 }
