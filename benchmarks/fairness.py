@@ -8,16 +8,14 @@ its rate. Batches are timed one on each stream at once, since free streams would
 It runs on the engine's own door, so that HTTP adds nothing. The last line is JSON.
 """
 
-import argparse
 import asyncio
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import Provenance, Spread, percentile
+from benchmarks.figures import Provenance, Spread, keep, parser, percentile
 from benchmarks.harness import EngineOnTrial, engine_on_trial, quiet_settings
-from benchmarks.keeping import keep
 from benchmarks.texts import Workload
 
 from trivec.core.types import Output, Sequences
@@ -49,9 +47,7 @@ async def queries_for(trial: EngineOnTrial, query: Sequences, seconds: float) ->
     return await queries(trial, query, stop)
 
 
-async def measure(
-    trial: EngineOnTrial, given: argparse.Namespace, *, streams: int
-) -> dict[str, Any]:
+async def measure(trial: EngineOnTrial, given: Any, *, streams: int) -> dict[str, Any]:
     vocabulary_size = trial.embedder.card.vocabulary_size
     tokens = min(given.tokens, trial.embedder.card.token_count_max)
     query = Workload("query", (QUERY_TOKENS,)).sequences(vocabulary_size=vocabulary_size)
@@ -85,7 +81,7 @@ async def measure(
     }
 
 
-async def run(given: argparse.Namespace) -> dict[str, Any]:
+async def run(given: Any) -> dict[str, Any]:
     settings = quiet_settings(given.model, precision=given.precision, data_dir=given.data_dir)
     cores = usable_cores()
     async with engine_on_trial(settings, cores=cores) as trial:
@@ -106,16 +102,14 @@ async def run(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--model", default="all-minilm-l6-v2")
-    arguments.add_argument("--name", default="all-minilm-l6-v2")
-    arguments.add_argument("--precision", default="int8", choices=["int8", "fp32"])
+    arguments = parser(
+        __doc__, model="all-minilm-l6-v2", name="all-minilm-l6-v2", precision="int8", texts=2048,
+        tokens=128, seconds=5.0,
+    )  # fmt: skip
     arguments.add_argument("--data-dir", type=Path)
-    arguments.add_argument("--texts", type=int, default=2048)
-    arguments.add_argument("--tokens", type=int, default=128)
-    arguments.add_argument("--seconds", type=float, default=5.0)
     given = arguments.parse_args()
-    keep(f"fairness-{given.name}-{given.precision}", asyncio.run(run(given)))
+    name = f"fairness-{given.name}-{given.precision}"
+    keep(name, asyncio.run(run(given)), record=given.record)
 
 
 if __name__ == "__main__":

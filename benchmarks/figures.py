@@ -1,8 +1,10 @@
-"""Figures of a measurement: spread over repeats, percentiles, and the machine they were taken on.
+"""Figures of a measurement: spread over repeats, percentiles, the machine, and where they are kept.
 
 It does not know what is measured.
 """
 
+import argparse
+import json
 import os
 import platform
 import shutil
@@ -14,11 +16,13 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from trivec import __version__
 
 LOOK_S = 0.5
+RESULTS = Path(__file__).parent / "results"  # of the page; one file a benchmark and model
+LOCAL = Path(__file__).parent / "local"  # of everybody else, which git ignores
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,27 @@ def interleaved(
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
     """Round by round, so that what slows a whole round cancels out."""
     return Spread.of([a / b for a, b in zip(numerator, denominator, strict=True)])
+
+
+def parser(about: str | None, **defaults: object) -> argparse.ArgumentParser:
+    """Options that every measurement has, and one for each of *defaults*."""
+    made = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument(
+        "--record", action="store_true", help="keep the result for docs/performance.md"
+    )
+    for name, default in defaults.items():
+        made.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    return made
+
+
+def keep(name: str, result: Mapping[str, Any], *, record: bool) -> None:
+    """File *result* under *name*, for the page or for whoever ran it; print it as the last line."""
+    folder = RESULTS if record else LOCAL
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
 
 
 class Ticks(NamedTuple):

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,7 +25,7 @@ from trivec.backends.torch.backend import TorchBackend
 from trivec.backends.torch.device import TorchOptions
 from trivec.backends.torch.ops import DTYPES, pack
 from trivec.checkpoints.checkpoint import Checkpoint
-from trivec.core.types import Batch, BatchBudget, Output, Sequences, Vectors
+from trivec.core.types import Batch, BatchBudget, Output, Sequences
 from trivec.models.ops import ModelConfig
 
 Keep: TypeAlias = Callable[[dict[str, Any]], None]
@@ -55,7 +55,7 @@ def peak_memory_gib() -> float | None:
 
 def engine_rates(
     backend: TorchBackend,
-    checkpoint: Checkpoint,
+    config: ModelConfig,
     plan: Plan,
     *,
     keep: Keep,
@@ -66,7 +66,6 @@ def engine_rates(
     Rounds interleave the matrix rate with every length, so that clocks and heat are shared.
     *may_go_on* says whether there is time for one more round of so many seconds.
     """
-    config = checkpoint.config
     budget = backend.budget
     workloads = [uniform(n, tokens=8 * budget.tokens_max) for n in plan.lengths]
     workloads.append(mixed(tokens=8 * budget.tokens_max, length_max=max(plan.lengths)))
@@ -228,7 +227,6 @@ def host_rates(
         "tokenise": lambda: [one.ids for one in tokenizer.encode_batch_fast(texts)],
         "pack": lambda: Sequences.pack(ids),
         "lay_out": lambda: pack(batch, position_offset=2),
-        "cut": lambda: list(Vectors.of(dense).dense),
         "encode_base64": lambda: [to_base64(row) for row in dense],
         "encode_floats": lambda: [to_json(row) for row in dense],
     }
@@ -241,31 +239,26 @@ def host_rates(
 # Peers on the same device with the same weights, where they are installed
 
 
-def peers(folder: Path, backend: TorchBackend, plan: Plan, *, keep: Keep) -> dict[str, Any]:
-    """Texts a second of sentence-transformers, and tokens a second of transformers' SDPA.
-
-    A peer that fails loses what it has not yet said.
-    """
+def peers(folder: Path, backend: TorchBackend, plan: Plan) -> dict[str, Any]:
+    """Texts a second of ordinary sentences, tokenising included: ours, and sentence-transformers'."""
     texts = sentences(64 if plan.is_small else 4096)
     found: dict[str, Any] = {"trivec": {"texts_a_second": own_rate(folder, backend, texts)}}
-    talk(f"trivec: {found['trivec']}")
-    keep(found)
-    for name, measured in (
-        ("sentence_transformers", sentence_transformers_rates),
-        ("transformers_sdpa", transformers_rates),
-    ):
-        rates: dict[str, float | str] = {}
-        found[name] = rates
-        try:
-            for what, rate in measured(folder, DTYPES[backend.precision], plan, texts):
-                rates[what] = rate
-                keep(found)
-        except ImportError as error:
-            found[name] = f"not here: {error}"
-        except Exception as error:  # others' code, which may raise anything
-            rates["failed"] = repr(error)
-        keep(found)
-        talk(f"{name}: {found[name]}")
+    rates: dict[str, float | str] = {}
+    try:
+        from sentence_transformers import SentenceTransformer
+
+        options = {"dtype": DTYPES[backend.precision]}
+        model = SentenceTransformer(str(folder), local_files_only=True, model_kwargs=options)
+        for batch_size in (32, 256):
+            model.encode(texts[:batch_size], batch_size=batch_size)
+            started_s = time.perf_counter()
+            model.encode(texts, batch_size=batch_size, normalize_embeddings=True)
+            rate = len(texts) / (time.perf_counter() - started_s)
+            rates[f"texts_a_second_batch_{batch_size}"] = rate
+    except Exception as error:  # others' code, which may raise anything, and need not be here
+        rates["failed"] = repr(error)
+    found["sentence_transformers"] = rates
+    talk(f"{found}")
     return found
 
 
@@ -280,64 +273,16 @@ def own_rate(folder: Path, backend: TorchBackend, texts: list[str]) -> float:
     return len(texts) / seconds_a_call(embed, seconds=0.0)
 
 
-def sentence_transformers_rates(
-    folder: Path, dtype: torch.dtype, plan: Plan, texts: list[str]
-) -> Iterator[tuple[str, float]]:
-    """Texts a second of ordinary sentences, tokenising included, sorted by it and in large batches."""
-    from sentence_transformers import SentenceTransformer
-
-    model = SentenceTransformer(str(folder), local_files_only=True, model_kwargs={"dtype": dtype})
-    for batch_size in (32, 256):
-        model.encode(texts[:batch_size], batch_size=batch_size)
-        started_s = time.perf_counter()
-        model.encode(texts, batch_size=batch_size, normalize_embeddings=True)
-        yield f"texts_a_second_batch_{batch_size}", len(texts) / (time.perf_counter() - started_s)
-
-
-def transformers_rates(
-    folder: Path, dtype: torch.dtype, plan: Plan, texts: list[str]
-) -> Iterator[tuple[str, float]]:
-    """Tokens a second of padded rectangles without any padding in them: its best case."""
-    from transformers import AutoModel
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-    model = model.to(device).eval()
-
-    def forward(ids: torch.Tensor) -> None:
-        with torch.inference_mode():
-            model(input_ids=ids, attention_mask=torch.ones_like(ids))
-        finish_device()
-
-    for length in plan.lengths:
-        count = max(1, plan.matmul_rows // length)
-        ids = torch.randint(5, model.config.vocab_size - 5, (count, length), device=device)
-        rate = ids.numel() / seconds_a_call(partial(forward, ids), plan.seconds)
-        yield f"tokens_a_second_{length}", rate
-
-
 # End to end over HTTP
-
-
-@dataclass(frozen=True, slots=True)
-class HttpRun:
-    """One load to put on the server."""
-
-    kind: str  # of the texts
-    shape: Shape
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.shape}"
 
 
 WORDS = {"short": 10.0, "long": 350.0}  # a text; by XLM-R's tokeniser some 17 and 420 tokens
 TEXTS = {"short": 4096, "long": 512}
-SMALL_RUNS = tuple(HttpRun("short", Shape(*pair)) for pair in ((1, 1), (4, 1), (8, 8)))
-FULL_RUNS = (
-    *(HttpRun("short", Shape(*pair)) for pair in ((1, 1), (16, 1), (64, 1), (256, 1))),
-    *(HttpRun("short", Shape(*pair)) for pair in ((64, 8), (32, 32), (16, 128))),
-    *(HttpRun("long", Shape(*pair)) for pair in ((1, 1), (32, 16))),
-)
+SMALL_RUNS = {"short": ((1, 1), (4, 1), (8, 8))}
+FULL_RUNS = {
+    "short": ((1, 1), (16, 1), (64, 1), (256, 1), (64, 8), (32, 32), (16, 128)),
+    "long": ((1, 1), (32, 16)),
+}
 
 
 def over_http(folder: Path, plan: Plan, *, keep: Keep) -> dict[str, Any] | str:
@@ -357,20 +302,21 @@ def over_http(folder: Path, plan: Plan, *, keep: Keep) -> dict[str, Any] | str:
             own_server(str(folder), arguments=options) as target,
             ProcessPoolExecutor(loader_count, mp_context=get_context("spawn")) as loaders,
         ):
-            for run in SMALL_RUNS if plan.is_small else FULL_RUNS:
-                clients = run.shape.client_count
+            runs = SMALL_RUNS if plan.is_small else FULL_RUNS
+            for kind, (clients, texts) in ((k, pair) for k, many in runs.items() for pair in many):
+                name = f"{kind} {Shape(clients, texts)}"
                 counts = [
                     clients // loader_count + (i < clients % loader_count)
                     for i in range(loader_count)
                 ]
                 try:
                     for seconds in (min(1.0, plan.seconds), plan.seconds):  # the first: warm
-                        load = partial(load_from_one_process, run, target, seconds)
+                        load = partial(load_from_one_process, kind, texts, target, seconds)
                         answers = list(loaders.map(load, filter(None, counts)))
-                    found[str(run)] = http_figures(answers, run.shape.text_count)
+                    found[name] = http_figures(answers, texts)
                 except (LoadFailed, OSError) as error:
-                    found[str(run)] = f"failed: {error}"
-                talk(f"{run!s:>14}: {found[str(run)]}")
+                    found[name] = f"failed: {error}"
+                talk(f"{name:>14}: {found[name]}")
                 keep(found)
     except ServerFailed as error:
         talk(str(error))
@@ -391,11 +337,10 @@ def server_settings(api_processes: int) -> Iterator[None]:
 
 
 def load_from_one_process(
-    run: HttpRun, target: Target, seconds: float, client_count: int
+    kind: str, text_count: int, target: Target, seconds: float, client_count: int
 ) -> Answers:
-    texts = sentences(TEXTS[run.kind], words_median=WORDS[run.kind], words_max=500)
-    shape = Shape(client_count, run.shape.text_count)
-    return measure(target, shape, texts, duration_s=seconds)
+    texts = sentences(TEXTS[kind], words_median=WORDS[kind], words_max=500)
+    return measure(target, Shape(client_count, text_count), texts, duration_s=seconds)
 
 
 def http_figures(parts: Sequence[Answers], text_count: int) -> dict[str, float]:

@@ -2,22 +2,20 @@
 
 Run: python -m benchmarks.memory [--model ID|DIR] [--name NAME]
 
-Memory is Pss over all of its processes: shared pages count once, and a mapped file counts where it is
+Memory is Pss over all of its processes, and the peak until it is ready that of the first: shared pages count once, and a mapped file counts where it is
 resident. Read when ready, after texts of every length up to the largest, and again after as many
 more: it has to stay flat. Cold is a fresh data folder (hashes, conversion, certificate); the files
 themselves are in the page cache either way. The last line is JSON.
 """
 
-import argparse
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import Provenance
+from benchmarks.figures import Provenance, keep, parser
 from benchmarks.harness import Shape, Target, measure, own_server
-from benchmarks.keeping import keep
 from benchmarks.texts import sentences
 
 MEBIBYTE = 1024 * 1024
@@ -27,6 +25,14 @@ def pss_mib(pid: int) -> float:
     """Proportional set size of *pid* and all its descendants."""
     total_kib = sum(_pss_kib(one) for one in (pid, *_descendants(pid)))
     return round(total_kib * 1024 / MEBIBYTE, 1)
+
+
+def peak_mib(pid: int) -> float:
+    """The most that was ever resident of *pid*, mapped files included."""
+    status = dict(
+        line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+    )
+    return round(int(status["VmHWM"].split()[0]) * 1024 / MEBIBYTE, 1)
 
 
 def _pss_kib(pid: int) -> int:
@@ -58,14 +64,18 @@ def embed_once(target: Target, texts: list[str]) -> None:
     measure(target, Shape(1, len(texts)), texts, duration_s=0.001)
 
 
-def started(given: argparse.Namespace, data_dir: Path, words_max: int) -> dict[str, Any]:
+def started(given: Any, data_dir: Path, words_max: int) -> dict[str, Any]:
     """One life of a server: when it was ready, what it held."""
     started_s = time.perf_counter()
     arguments = ["--precision", given.precision]
     with own_server(given.model, data_dir=data_dir, arguments=arguments) as target:
         ready_s = time.perf_counter() - started_s
         assert target.pid is not None
-        figures = {"ready_s": round(ready_s, 2), "pss_ready_mib": pss_mib(target.pid)}
+        figures = {
+            "ready_s": round(ready_s, 2),
+            "peak_mib": peak_mib(target.pid),
+            "pss_ready_mib": pss_mib(target.pid),
+        }
         texts = texts_of_every_length(words_max)
         for name in ("pss_warm_mib", "pss_later_mib"):
             embed_once(target, texts)
@@ -74,11 +84,9 @@ def started(given: argparse.Namespace, data_dir: Path, words_max: int) -> dict[s
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--model", default="all-minilm-l6-v2")
-    arguments.add_argument("--name", default="all-minilm-l6-v2")
-    arguments.add_argument("--precision", default="int8", choices=["int8", "fp32"])
-    arguments.add_argument("--words-max", type=int, default=120, help="longest text, in words")
+    arguments = parser(
+        __doc__, model="all-minilm-l6-v2", name="all-minilm-l6-v2", precision="int8", words_max=120
+    )
     given = arguments.parse_args()
     with tempfile.TemporaryDirectory(prefix="trivec-bench-") as folder:
         lives = {name: started(given, Path(folder), given.words_max) for name in ("cold", "cached")}
@@ -91,7 +99,7 @@ def main() -> None:
         "lives": lives,
         "provenance": Provenance.now("openvino").as_dict(),
     }
-    keep(f"memory-{given.name}-{given.precision}", result)
+    keep(f"memory-{given.name}-{given.precision}", result, record=given.record)
 
 
 if __name__ == "__main__":

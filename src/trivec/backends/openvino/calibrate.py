@@ -288,12 +288,7 @@ class Calibration:
         tensors = make_tensors(checkpoint, FP32)
         alone = open_session(checkpoint, tensors, FP32, slot_count=1, with_statistics=True)
         self._reference = alone.hidden(self._self_test_ids, slot=0)
-        # Two compiles must agree before anything is compared with them, or kept: see `open_session`.
-        session = open_session(
-            checkpoint, tensors, FP32, slot_count=slot_count, reference=self._reference
-        )
         self._tell("running the probes in fp32")
-        self._exact = self._vectors(session)
         groups = plan_of(checkpoint.config).linears
         self._layer_outputs: list[Float32Array] = []  # of one micro-batch, each [tokens, hidden]
         parts = []
@@ -307,6 +302,12 @@ class Calibration:
             )
             for i, group in enumerate(groups)
         }
+        del alone  # one fp32 session at a time: each is 1.2 GB of BGE-M3
+        # Two compiles must agree before anything is compared with them, or kept: see `open_session`.
+        session = open_session(
+            checkpoint, tensors, FP32, slot_count=slot_count, reference=self._reference
+        )
+        self._exact = self._vectors(session)
 
     def candidates(self) -> Iterator[QuantScheme]:
         """From the fastest on; the last one is worked out only when it is reached."""

@@ -141,6 +141,8 @@ class Session:
         self._pooler = checkpoint.pooler
         self._config = checkpoint.config
         self._mapped = mappings_of(tensors.values())  # tables are read from these as needed
+        del model
+        release_memory(self._mapped)  # what was compiled has been read, and is not read again
         self._lock = threading.Lock()  # of the two below
         self._running = 0
         self._has_leftovers = False  # of a long micro-batch, in the plugin
