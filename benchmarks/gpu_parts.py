@@ -2,9 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
@@ -48,9 +47,6 @@ def finish_device() -> None:
 
 def peak_memory_gib() -> float | None:
     return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-
-
-# The engine against the device's matrix rate
 
 
 def engine_rates(
@@ -191,9 +187,6 @@ def run_for(backend: TorchBackend, batches: Sequence[Batch], *, seconds: float) 
     return tokens / (time.perf_counter() - started_s)
 
 
-# The host's work beside the device
-
-
 def host_stages(tokenizer_file: Path, config: ModelConfig, *, seconds: float) -> dict[str, Any]:
     """Tokens a second of every stage alone, for short sentences and for texts of some 420 tokens.
 
@@ -209,9 +202,7 @@ def host_stages(tokenizer_file: Path, config: ModelConfig, *, seconds: float) ->
         rates = host_rates(tokenizer, texts, config, seconds=seconds)
         cores = {stage: HOST_TOKENS_A_SECOND / rate for stage, rate in rates.items()}
         found[name] = {"tokens_a_second": rates, "cores_at_600k": cores}
-        for stage, rate in rates.items():
-            line = f"{name} {stage:>14}: {rate:>12,.0f} tokens/s, {cores[stage]:.3f} cores"
-            talk(f"{line} at 600 k/s")
+        talk(f"{name}: {found[name]}")
     return found
 
 
@@ -234,9 +225,6 @@ def host_rates(
         name: packed.token_count / seconds_a_call(stage, seconds / 3, clock=time.process_time)
         for name, stage in stages.items()
     }
-
-
-# Peers on the same device with the same weights, where they are installed
 
 
 def peers(folder: Path, backend: TorchBackend, plan: Plan) -> dict[str, Any]:
@@ -273,9 +261,6 @@ def own_rate(folder: Path, backend: TorchBackend, texts: list[str]) -> float:
     return len(texts) / seconds_a_call(embed, seconds=0.0)
 
 
-# End to end over HTTP
-
-
 WORDS = {"short": 10.0, "long": 350.0}  # a text; by XLM-R's tokeniser some 17 and 420 tokens
 TEXTS = {"short": 4096, "long": 512}
 SMALL_RUNS = {"short": ((1, 1), (4, 1), (8, 8))}
@@ -294,26 +279,28 @@ def over_http(folder: Path, plan: Plan, *, keep: Keep) -> dict[str, Any] | str:
     cores = os.cpu_count() or 1
     api_processes = plan.api_processes or (2 if plan.is_small else max(1, cores // 2))
     options = ["--backend", "torch", "--device", plan.device, "--precision", plan.precision]
+    settings = {"TRIVEC_API_PROCESSES": str(api_processes), "TRIVEC_LIFE__DRAIN_GRACE_S": "0"}
     loader_count = max(1, min(LOADERS_MAX, cores // 4))
     found: dict[str, Any] = {"api_processes": api_processes}
     try:
         with (
-            server_settings(api_processes),
-            own_server(str(folder), arguments=options) as target,
+            own_server(str(folder), arguments=options, environ=settings) as target,
             ProcessPoolExecutor(loader_count, mp_context=get_context("spawn")) as loaders,
         ):
             runs = SMALL_RUNS if plan.is_small else FULL_RUNS
             for kind, (clients, texts) in ((k, pair) for k, many in runs.items() for pair in many):
                 name = f"{kind} {Shape(clients, texts)}"
-                counts = [
-                    clients // loader_count + (i < clients % loader_count)
-                    for i in range(loader_count)
-                ]
+                counts = [len(range(i, clients, loader_count)) for i in range(loader_count)]
                 try:
                     for seconds in (min(1.0, plan.seconds), plan.seconds):  # the first: warm
                         load = partial(load_from_one_process, kind, texts, target, seconds)
                         answers = list(loaders.map(load, filter(None, counts)))
-                    found[name] = http_figures(answers, texts)
+                    latencies = [one for part in answers for one in part.latencies_s]
+                    found[name] = {
+                        "texts_a_second": sum(part.rate for part in answers) * texts,
+                        "p50_ms": percentile(latencies, 0.50) * 1e3,
+                        "p99_ms": percentile(latencies, 0.99) * 1e3,
+                    }
                 except (LoadFailed, OSError) as error:
                     found[name] = f"failed: {error}"
                 talk(f"{name:>14}: {found[name]}")
@@ -324,18 +311,6 @@ def over_http(folder: Path, plan: Plan, *, keep: Keep) -> dict[str, Any] | str:
     return found
 
 
-@contextmanager
-def server_settings(api_processes: int) -> Iterator[None]:
-    """The server's environment. It need not wait for clients when it is stopped."""
-    settings = {"TRIVEC_API_PROCESSES": str(api_processes), "TRIVEC_LIFE__DRAIN_GRACE_S": "0"}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name in settings:
-            del os.environ[name]
-
-
 def load_from_one_process(
     kind: str, text_count: int, target: Target, seconds: float, client_count: int
 ) -> Answers:
@@ -343,56 +318,35 @@ def load_from_one_process(
     return measure(target, Shape(client_count, text_count), texts, duration_s=seconds)
 
 
-def http_figures(parts: Sequence[Answers], text_count: int) -> dict[str, float]:
-    latencies = [latency for part in parts for latency in part.latencies_s]
-    return {
-        "texts_a_second": sum(part.rate for part in parts) * text_count,
-        "p50_ms": percentile(latencies, 0.50) * 1e3,
-        "p99_ms": percentile(latencies, 0.99) * 1e3,
-    }
-
-
-# Odd texts through half precision
-
-
 def nan_zoo(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """Rows that half precision could not hold, over all lengths; all must be finite in the end."""
+    length_max, size = plan.nan_length_max, checkpoint.config.vocab_size
+    draw = np.random.default_rng(5)
+    lengths = [*range(1, length_max + 1, ODD_LENGTH_STEP), *range(32, length_max, length_max // 8)]
+    texts = [draw.integers(4, size, length, dtype=np.int32) for length in lengths]
+    repeated = draw.integers(0, size, 16, dtype=np.int32)  # texts of one token again and again
+    texts += [np.full(length_max // 4, token_id, np.int32) for token_id in repeated]
     found = {}
     for precision in ("bf16", "fp16"):
         options = TorchOptions(compiled=False)
         backend = TorchBackend.load(
             checkpoint, precision=precision, device=plan.device, options=options
         )
-        rows = broken = lost = 0
+        broken = lost = 0
         worst = 0.0
-        for batch in odd_batches(checkpoint.config, plan.nan_length_max):
+        for ids in texts:
+            outputs = np.array([Output.DENSE], np.uint8)
+            batch = Batch(ids, np.array([0, len(ids)], np.int32), outputs)
             dense = backend.run(batch, slot=0).dense
             if not np.isfinite(dense).all():
                 broken += 1
                 dense = backend.run_exact(batch, slot=0).dense
             lost += not np.isfinite(dense).all()
             worst = max(worst, float(np.abs(np.linalg.norm(dense, axis=1) - 1).max()))
-            rows += len(dense)
         backend.close()
         found[precision] = {
-            "rows": rows,
-            "not_finite_at_first": broken,
-            "not_finite_at_last": lost,
+            "rows": len(texts), "not_finite_at_first": broken, "not_finite_at_last": lost,
             "norm_error_max": worst,
-        }
+        }  # fmt: skip
         talk(f"{precision}: {found[precision]}")
     return found
-
-
-def odd_batches(config: ModelConfig, length_max: int) -> Iterator[Batch]:
-    """One text a batch: lengths at even steps, then texts of one token repeated."""
-    draw = np.random.default_rng(5)
-    lengths = [
-        *range(1, length_max + 1, ODD_LENGTH_STEP),
-        *range(32, length_max + 1, length_max // 8),
-    ]
-    texts = [draw.integers(4, config.vocab_size, length, dtype=np.int32) for length in lengths]
-    repeated = draw.integers(0, config.vocab_size, 16, dtype=np.int32)
-    texts += [np.full(length_max // 4, token_id, np.int32) for token_id in repeated]
-    for ids in texts:
-        yield Batch(ids, np.array([0, len(ids)], np.int32), np.array([Output.DENSE], np.uint8))

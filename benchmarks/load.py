@@ -1,8 +1,7 @@
 """A lean HTTP load: many keep-alive clients, one thread, raw sockets.
 
-It costs 8 to 13 µs an answer (`LOG.md`), little beside what a server spends on one. Official clients cost more than the server they measure; here a request is bytes made beforehand, and
-an answer is read to its end and its status looked at, no more. It knows HTTP/1.1 as far as that
-takes and nothing about embeddings.
+It costs 8 to 13 µs an answer (`LOG.md`). Official clients cost more than the server they measure; here
+a request is bytes made beforehand, and an answer is read to its end and its status looked at.
 """
 
 import re
@@ -50,7 +49,6 @@ class Answers:
     compute_s: tuple[float, ...]  # [answers], what `server-timing` says; empty where it is silent
     bytes_received: int
     elapsed_s: float  # from the first request to the last answer
-    client_cpu_s: float  # what this load cost its own process
 
     @property
     def rate(self) -> float:
@@ -104,7 +102,6 @@ def _drive(
     latencies: list[float] = []
     computes: list[float] = []
     bytes_received = 0
-    cpu_s = time.process_time()
     started_s = last_s = time.perf_counter()
     for client in clients:
         selector.register(client.connection, selectors.EVENT_READ, client)
@@ -136,7 +133,6 @@ def _drive(
         tuple(computes),
         bytes_received,
         last_s - started_s,
-        time.process_time() - cpu_s,
     )
 
 

@@ -2,10 +2,10 @@
 
 Run: python -m benchmarks.memory [--model ID|DIR] [--name NAME]
 
-Memory is Pss over all of its processes, and the peak until it is ready that of the first: shared pages count once, and a mapped file counts where it is
-resident. Read when ready, after texts of every length up to the largest, and again after as many
-more: it has to stay flat. Cold is a fresh data folder (hashes, conversion, certificate); the files
-themselves are in the page cache either way. The last line is JSON.
+Memory is Pss: shared pages count once, and a mapped file counts where it is resident; the peak is of
+all that was resident until it was ready. It is read when ready, after texts of every length up to the
+largest, and again after as many more: it has to stay flat. Cold is a fresh data folder (hashes,
+conversion, certificate); the files are in the page cache either way. The last line is JSON.
 """
 
 import sys
@@ -15,40 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import Provenance, keep, parser
-from benchmarks.harness import Shape, Target, measure, own_server
+from benchmarks.harness import Shape, measure, own_server
 from benchmarks.texts import sentences
 
-MEBIBYTE = 1024 * 1024
 
-
-def pss_mib(pid: int) -> float:
-    """Proportional set size of *pid* and all its descendants."""
-    total_kib = sum(_pss_kib(one) for one in (pid, *_descendants(pid)))
-    return round(total_kib * 1024 / MEBIBYTE, 1)
-
-
-def peak_mib(pid: int) -> float:
-    """The most that was ever resident of *pid*, mapped files included."""
-    status = dict(
-        line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
-    )
-    return round(int(status["VmHWM"].split()[0]) * 1024 / MEBIBYTE, 1)
-
-
-def _pss_kib(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1])
-    return 0
-
-
-def _descendants(pid: int) -> list[int]:
-    children = [
-        int(child)
-        for task in Path(f"/proc/{pid}/task").iterdir()
-        for child in (task / "children").read_text().split()
-    ]
-    return children + [deeper for child in children for deeper in _descendants(child)]
+def memory_mib(pid: int, file: str, field: str) -> float:
+    """*field* of one of a process' files in /proc: `Pss`, or `VmHWM`, the most that was resident."""
+    lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
+    found = dict(line.split(":", 1) for line in lines if ":" in line)
+    return round(int(found[field].split()[0]) / 1024, 1)
 
 
 def texts_of_every_length(words_max: int) -> list[str]:
@@ -60,10 +35,6 @@ def texts_of_every_length(words_max: int) -> list[str]:
     )
 
 
-def embed_once(target: Target, texts: list[str]) -> None:
-    measure(target, Shape(1, len(texts)), texts, duration_s=0.001)
-
-
 def started(given: Any, data_dir: Path, words_max: int) -> dict[str, Any]:
     """One life of a server: when it was ready, what it held."""
     started_s = time.perf_counter()
@@ -73,13 +44,13 @@ def started(given: Any, data_dir: Path, words_max: int) -> dict[str, Any]:
         assert target.pid is not None
         figures = {
             "ready_s": round(ready_s, 2),
-            "peak_mib": peak_mib(target.pid),
-            "pss_ready_mib": pss_mib(target.pid),
+            "peak_mib": memory_mib(target.pid, "status", "VmHWM"),
+            "pss_ready_mib": memory_mib(target.pid, "smaps_rollup", "Pss"),
         }
         texts = texts_of_every_length(words_max)
         for name in ("pss_warm_mib", "pss_later_mib"):
-            embed_once(target, texts)
-            figures[name] = pss_mib(target.pid)
+            measure(target, Shape(1, len(texts)), texts, duration_s=0.001)  # each once
+            figures[name] = memory_mib(target.pid, "smaps_rollup", "Pss")
     return figures
 
 

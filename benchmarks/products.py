@@ -27,25 +27,20 @@ class Products:
 
     @cached_property
     def int8(self) -> list[Any]:
-        return [
-            (
-                deep,
-                torch.ops.onednn.qlinear_prepack(
-                    torch.randint(-127, 127, (wide, deep), dtype=torch.int8), None
-                ),
-                torch.rand(wide) + 0.01,
-                torch.zeros(wide, dtype=torch.long),
-                torch.randn(wide),
-            )
-            for wide, deep in self._shapes
-        ]
+        made = []
+        for wide, deep in self._shapes:
+            weight = torch.randint(-127, 127, (wide, deep), dtype=torch.int8)
+            packed = torch.ops.onednn.qlinear_prepack(weight, None)
+            zeros = torch.zeros(wide, dtype=torch.long)
+            made.append((deep, packed, torch.rand(wide) + 0.01, zeros, torch.randn(wide)))
+        return made
 
     @cached_property
     def fp32(self) -> list[Any]:
         pack = torch.ops.mkldnn._reorder_linear_weight
+        shapes = self._shapes
         return [
-            (deep, pack(torch.randn(wide, deep), 256), torch.randn(wide))
-            for wide, deep in self._shapes
+            (deep, pack(torch.randn(wide, deep), 256), torch.randn(wide)) for wide, deep in shapes
         ]
 
     def pass_over(self, precision: str, rows: int) -> Callable[[], None]:

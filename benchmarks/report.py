@@ -29,7 +29,6 @@ python -m benchmarks.roster                       # the peers' environments
 python -m benchmarks.compare                      # beside the peers' libraries
 python -m benchmarks.compare --http               # beside the peers' servers, and our own engine
 python -m benchmarks.engine --name all-minilm-l6-v2
-python -m benchmarks.fairness
 python -m benchmarks.memory
 ```
 """
@@ -158,17 +157,6 @@ def over_http_section(result: Result) -> str:
     return "\n".join([f"## Over HTTP: {result['model']}\n", *tables])
 
 
-def fairness_section(result: Result) -> str:
-    figures = result["figures"]
-    return (
-        f"## Fairness: {result['model']}, {result['precision']}\n\n"
-        f"With {instructions(result)}, a lone query's p99 is {short(figures['p99_alone_ms'])} ms "
-        f"alone and {short(figures['p99_beside_ms'])} ms beside one huge request, where one batch "
-        f"takes {short(figures['batch_ms'])} ms and {short(figures['p99_allowed_ms'])} ms are "
-        f"allowed. The huge request keeps {short(figures['huge_rate_kept'], 2)} of its rate.\n"
-    )
-
-
 def memory_section(result: Result) -> str:
     body = tabled(result, result["lives"], first="start", columns=MEMORY)
     return f"## Memory: {result['model']}, {result['precision']}\n\n{body}"
@@ -178,7 +166,6 @@ SECTIONS = {
     "over_http": over_http_section,
     "against": against_section,
     "engine": engine_section,
-    "fairness": fairness_section,
     "memory": memory_section,
 }
 

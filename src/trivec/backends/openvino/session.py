@@ -7,6 +7,7 @@ import ctypes
 import mmap
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import openvino as ov
@@ -179,12 +180,22 @@ class Session:
         return states[: len(token_ids)].copy()
 
     def statistics(self, batch: Batch) -> Iterator[list[Float32Array]]:
-        """For each micro-batch of *batch*, copies of what `with_statistics` asked for; on slot 0.
+        """For each micro-batch of *batch*, copies of what `with_statistics` asked for; on all slots.
 
         One token a sequence passes the last layer, whatever the pooling.
         """
-        for packed in self._pack(batch, np.zeros(len(batch), np.bool_)):
-            yield [output.data.copy() for output in self._infer(packed, 0)[1:]]
+        parts = list(self._pack(batch, np.zeros(len(batch), np.bool_)))
+
+        def run(slot: int) -> list[list[Float32Array]]:
+            return [
+                [output.data.copy() for output in self._infer(packed, slot)[1:]]
+                for packed in parts[slot :: self.slot_count]
+            ]
+
+        with ThreadPoolExecutor(self.slot_count, "trivec-statistics") as pool:
+            found = list(pool.map(run, range(self.slot_count)))
+        for i in range(len(parts)):
+            yield found[i % self.slot_count][i // self.slot_count]
 
     def _pack(self, batch: Batch, whole: NDArray[np.bool_]) -> Iterator[MicroBatch]:
         """The micro-batches of *batch*; *whole*: where every token's hidden state is wanted."""
