@@ -305,6 +305,7 @@ class Calibration:
             for i, group in enumerate(groups)
         }
         del first  # one fp32 session at a time: each is 1.2 GB of BGE-M3
+        release_memory(())
         # Two compiles must agree before anything is compared with them, or kept: see `open_session`.
         session = open_session(
             checkpoint, tensors, FP32, slot_count=slot_count, reference=self._reference

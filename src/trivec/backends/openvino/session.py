@@ -184,18 +184,14 @@ class Session:
 
         One token a sequence passes the last layer, whatever the pooling.
         """
-        parts = list(self._pack(batch, np.zeros(len(batch), np.bool_)))
+        parts, slots = list(self._pack(batch, np.zeros(len(batch), np.bool_))), self.slot_count
 
-        def run(slot: int) -> list[list[Float32Array]]:
-            return [
-                [output.data.copy() for output in self._infer(packed, slot)[1:]]
-                for packed in parts[slot :: self.slot_count]
-            ]
+        def run(slot: int, packed: MicroBatch) -> list[Float32Array]:
+            return [output.data.copy() for output in self._infer(packed, slot)[1:]]
 
-        with ThreadPoolExecutor(self.slot_count, "trivec-statistics") as pool:
-            found = list(pool.map(run, range(self.slot_count)))
-        for i in range(len(parts)):
-            yield found[i % self.slot_count][i // self.slot_count]
+        with ThreadPoolExecutor(slots, "trivec-statistics") as pool:
+            for at in range(0, len(parts), slots):  # some at a time: each is 50 MB of BGE-M3
+                yield from pool.map(run, range(slots), parts[at : at + slots])
 
     def _pack(self, batch: Batch, whole: NDArray[np.bool_]) -> Iterator[MicroBatch]:
         """The micro-batches of *batch*; *whole*: where every token's hidden state is wanted."""
