@@ -106,6 +106,8 @@ class Comparison:
                     server = own_server(f"bench={self.stage.model_dir}", data_dir=data_dir)
                 self.running[name] = opened.enter_context(server)
             except FAILURES as why:
+                if not self.running:
+                    raise  # ours, with which all are compared
                 self.drop(name, why)
 
     def figures(self, texts: list[str], shape: Shape | None, *, repeats: int) -> dict[str, Any]:
@@ -115,9 +117,7 @@ class Comparison:
         """
         ours = next(iter(self.running))
         rates: dict[str, list[float]] = defaultdict(list)
-        found: dict[str, list[Any]] = defaultdict(
-            list
-        )  # answers of servers, first vectors of others
+        found: dict[str, list[Any]] = defaultdict(list)  # `Answers` of a server, else `Timed`
         for turn in range(repeats + 1):  # the first warms up
             for name, one in list(self.running.items()):
                 try:

@@ -27,9 +27,7 @@ from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.types import Batch, BatchBudget, Output, Sequences
 from trivec.models.ops import ModelConfig
 
-Keep: TypeAlias = Callable[[dict[str, Any]], None]
-"""Called with a part's figures whenever there are more of them."""
-
+Keep: TypeAlias = Callable[[dict[str, Any]], None]  # told a part's figures when there are more
 HOST_TOKENS_A_SECOND = 600_000  # the rate of a device that the host is to keep up with
 LOADERS_MAX = 6  # one process of clients ends near 10,000 answers a second
 ODD_LENGTH_STEP = 31  # meets every edge of a kernel's blocks

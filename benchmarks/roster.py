@@ -37,7 +37,7 @@ REQUIREMENTS: Mapping[str, Sequence[str]] = MappingProxyType(
         "infinity": (TORCH, "infinity-emb[server,torch]==0.0.78"),
     }
 )
-# In this process' stead: kind of `benchmarks.peer`, its precision, and its environment; None: ours.
+# Kind of `benchmarks.peer`, its precision, and its environment; None: ours.
 PEERS: Mapping[str, tuple[str, str, str | None]] = MappingProxyType(
     {
         "trivec-int8": ("trivec", "int8", None),
