@@ -52,3 +52,17 @@ async def test_a_deadline_that_is_set_when_another_is_due_is_called_for_too() ->
     deadlines.set("first", 0.0)
     await called.is_full.wait()
     assert called.names == ["first", "second"]
+
+
+async def test_a_late_deadline_that_is_set_when_another_is_due_hides_no_earlier_one() -> None:
+    called, now_s = Called(), asyncio.get_running_loop().time()
+
+    def later(name: str) -> None:
+        called(name)
+        deadlines.set(name, now_s + AGES_S)
+
+    deadlines = Deadlines(later)
+    deadlines.set("first", now_s + 0.01)
+    deadlines.set("second", now_s + 0.02)
+    await asyncio.wait_for(called.is_full.wait(), 60)
+    assert called.names == ["first", "second"]

@@ -43,10 +43,14 @@ class Deadlines(Generic[T]):
         self._due_s.pop(what, None)
 
     def _look(self) -> None:
-        loop, self._timer = asyncio.get_running_loop(), None
+        loop = asyncio.get_running_loop()
         late_s = loop.time() + EARLY_S
-        for what in [what for what, due_s in self._due_s.items() if due_s <= late_s]:
-            if self._due_s.pop(what, None) is not None:
-                self._call(what)
-        if self._due_s and self._timer is None:
-            self._timer = loop.call_at(min(self._due_s.values()), self._look)
+        try:  # what is set meanwhile leaves the timer, which is over, to the end
+            for what in [what for what, due_s in self._due_s.items() if due_s <= late_s]:
+                if self._due_s.pop(what, None) is not None:
+                    self._call(what)
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            due_s = min(self._due_s.values(), default=None)
+            self._timer = None if due_s is None else loop.call_at(due_s, self._look)
