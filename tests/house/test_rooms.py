@@ -28,7 +28,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "accounts": (2_985, 19),
     "telemetry": (765, 4),
     "ipc": (520, 5),
-    "core": (1_000, 8),
+    "core": (1_010, 8),
     "jobs": (1_350, 5),
     "playground": (90, 1),
 }

@@ -45,8 +45,10 @@ class Deadlines(Generic[T]):
     def _look(self) -> None:
         loop = asyncio.get_running_loop()
         late_s = loop.time() + EARLY_S
+        due = [what for what, due_s in self._due_s.items() if due_s <= late_s]
+        due.sort(key=self._due_s.__getitem__)
         try:  # what is set meanwhile leaves the timer, which is over, to the end
-            for what in [what for what, due_s in self._due_s.items() if due_s <= late_s]:
+            for what in due:
                 if self._due_s.pop(what, None) is not None:
                     self._call(what)
         finally:
