@@ -1,28 +1,24 @@
 """The engine's rate as a share of what the machine's matrix products allow, in one run.
 
-Run: python -m benchmarks.engine --model ID|DIR --name NAME [--precision int8|fp32] [--envs DIR]
+Run: python -m benchmarks.engine [--model ID|DIR --name NAME] [--precision int8|fp32] [--envs DIR]
 
-Each round measures the limit (oneDNN over every weight of the model, all cores, 256 rows), OpenVINO's
-fully-connected layers alone, and then one workload; the share is taken round by round, so that noisy
-neighbours cancel out. Without torch's environment the second stands in for the first. Beside int8
-layers `share_of_arithmetic` counts attention's products at the fp32 rate of the same limit, since
-they are not int8: the time that the arithmetic must cost over the time it took. The last line is JSON.
+Each round measures the limit (oneDNN over every weight of the model, all cores, 256 rows), then one
+workload; the share is taken round by round, so that noisy neighbours cancel out. Beside int8 layers
+`share_of_arithmetic` counts attention's products at the fp32 rate of the same limit, since they are
+not int8: the time that the arithmetic must cost over the time it took. Without torch's environment
+(`python -m benchmarks.roster onnxruntime`) there are rates and no shares. The last line is JSON.
 """
 
-import argparse
 import asyncio
 import sys
 from collections import defaultdict
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.against.environments import ENVS, python_of
-from benchmarks.against.peer import Peer
-from benchmarks.figures import Provenance, Spread, ratio
+from benchmarks.figures import Provenance, Spread, keep, parser, ratio
 from benchmarks.harness import EngineOnTrial, engine_on_trial, quiet_settings, sized
-from benchmarks.keeping import keep
+from benchmarks.roster import ENVS, PeerFailed, Process, Stage
 from benchmarks.texts import Workload, mixed, sentences, uniform
 
 from trivec.models.ops import ModelConfig
@@ -30,19 +26,6 @@ from trivec.server.machine import usable_cores
 
 LENGTHS = (16, 128, 512, 2048, 8192)
 LIMIT_ROWS = 256  # where the rate of the products has levelled off
-
-
-@dataclass(frozen=True, slots=True)
-class Limit:
-    """A process that does nothing but the model's matrix products."""
-
-    peer: Peer
-    precision: str
-    seconds: float
-
-    def gops(self) -> float:
-        question = {"rows": LIMIT_ROWS, "precision": self.precision, "seconds": self.seconds}
-        return float(self.peer.ask(question)["gops"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,38 +52,51 @@ class Arithmetic:
         return self.weights_gop / weights_gops + self.attention_gop / attention_gops
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a round is compared with."""
+async def compared(
+    trial: EngineOnTrial, workload: Workload, limit: Process | None, given: Any
+) -> dict[str, Spread]:
+    """The rates of one workload and of the limit, turn and turn about, and its shares of it."""
+    loaded = trial.models.loaded[0]
+    arithmetic = Arithmetic.of(workload, loaded.checkpoint.config)
+    rates: dict[str, list[float]] = defaultdict(list)
+    for _ in range(given.repeats):
+        for precision in dict.fromkeys((loaded.card.precision, "fp32")) if limit else ():
+            question = {"rows": LIMIT_ROWS, "precision": precision, "seconds": given.seconds / 2}
+            assert limit is not None
+            answer = await asyncio.to_thread(limit.ask, question)
+            rates[f"limit_{precision}_gops"].append(float(answer["gops"]))
+        rate = await trial.rate_of(workload)
+        rates["tokens_a_second"].append(rate.tokens_a_second)
+        rates["texts_a_second"].append(rate.texts_a_second)
+        rates["engine_gops"].append(arithmetic.gop / rate.elapsed_s)
+        rates["elapsed_s"].append(rate.elapsed_s)
+    spreads = {name: Spread.of(many) for name, many in rates.items()}
+    if limit is not None:
+        weights = rates[f"limit_{loaded.card.precision}_gops"]
+        least_s = [
+            arithmetic.least_s(weights_gops=of_weights, attention_gops=of_attention)
+            for of_weights, of_attention in zip(weights, rates["limit_fp32_gops"], strict=True)
+        ]
+        spreads["share_of_onednn"] = ratio(rates["engine_gops"], weights)
+        spreads["share_of_arithmetic"] = ratio(least_s, rates["elapsed_s"])
+    return spreads
 
-    of_products: dict[str, Limit]  # at the model's own precision, the one that counts first
-    of_attention: Limit  # at fp32, by the first of them
 
-
-async def measure(
-    trial: EngineOnTrial, limits: Limits, given: argparse.Namespace
-) -> dict[str, Any]:
-    seconds, repeats = given.seconds, given.repeats
-    card = trial.embedder.card
+async def measure(trial: EngineOnTrial, limit: Process | None, given: Any) -> dict[str, Any]:
+    """Figures of each length that the model reads, of mixed ones, and of sentences."""
+    length_max = trial.embedder.card.token_count_max
     slot_count = trial.models.slot_count  # each has a text, or a core would stand idle
-    first = [
-        uniform(n, tokens=max(2048, n * slot_count))
-        for n in given.lengths
-        if n <= card.token_count_max
-    ]
-    first.append(mixed(tokens=8192, length_max=card.token_count_max))
-    workloads = [await sized(trial, one, seconds=seconds) for one in first]
+    lengths = [n for n in given.lengths if n <= length_max]
+    workloads = [uniform(n, tokens=max(2048, n * slot_count)) for n in lengths]
     figures: dict[str, Any] = {}
-    for workload in workloads:
-        spreads = await compared(trial, workload, limits, repeats)
+    for first in (*workloads, mixed(tokens=8192, length_max=length_max)):
+        workload = await sized(trial, first, seconds=given.seconds)
+        spreads = await compared(trial, workload, limit, given)
         figures[workload.name] = {name: asdict(spread) for name, spread in spreads.items()}
-        shares = {name: spread for name, spread in spreads.items() if name.startswith("share_of")}
-        shown = ", ".join(f"{name} {spread.median:.2f}" for name, spread in shares.items())
-        print(
-            f"{workload.name:>6}: {spreads['tokens_a_second']} tokens/s, {shown}", file=sys.stderr
-        )
-    texts = sentences(512)
-    many = [await trial.rate_of_texts(texts) for _ in range(repeats)]
+        shown = [f"{name} {one.median:.2f}" for name, one in spreads.items() if "share" in name]
+        rate = spreads["tokens_a_second"]
+        print(f"{workload.name:>6}: {rate} tokens/s {', '.join(shown)}", file=sys.stderr)
+    many = [await trial.rate_of_texts(sentences(512)) for _ in range(given.repeats)]
     figures["sentences"] = {
         "texts_a_second": asdict(Spread.of([rate.texts_a_second for rate in many])),
         "tokens_a_second": asdict(Spread.of([rate.tokens_a_second for rate in many])),
@@ -108,71 +104,32 @@ async def measure(
     return figures
 
 
-async def compared(
-    trial: EngineOnTrial, workload: Workload, limits: Limits, repeats: int
-) -> dict[str, Spread]:
-    """The rates of one workload and of the limits, turn and turn about, and its shares of them."""
-    arithmetic = Arithmetic.of(workload, trial.models.loaded[0].checkpoint.config)
-    rates: dict[str, list[float]] = defaultdict(list)
-    for _ in range(repeats):
-        for name, limit in limits.of_products.items():
-            rates[name].append(await asyncio.to_thread(limit.gops))
-        rates["fp32"].append(await asyncio.to_thread(limits.of_attention.gops))
-        rate = await trial.rate_of(workload)
-        rates["tokens_a_second"].append(rate.tokens_a_second)
-        rates["texts_a_second"].append(rate.texts_a_second)
-        rates["engine_gops"].append(arithmetic.gop / rate.elapsed_s)
-        rates["elapsed_s"].append(rate.elapsed_s)
-    names = list(limits.of_products)
-    least_s = [
-        arithmetic.least_s(weights_gops=weights, attention_gops=attention)
-        for weights, attention in zip(rates[names[0]], rates["fp32"], strict=True)
-    ]
-    shares = {f"share_of_{name}": ratio(rates["engine_gops"], rates[name]) for name in names}
-    shares["share_of_arithmetic"] = ratio(least_s, rates["elapsed_s"])
-    return {name: Spread.of(many) for name, many in rates.items()} | shares
-
-
-def start_limits(
-    config: ModelConfig, precision: str, *, cores: int, envs: Path, work_dir: Path
-) -> dict[str, Peer]:
+def start_limit(config: ModelConfig, stage: Stage, *, cores: int) -> Process | None:
     shape = (config.hidden_size, config.intermediate_size, config.num_hidden_layers, cores)
-    arguments = [str(one) for one in shape]
-    work_dir.mkdir(parents=True, exist_ok=True)
-    pythons = {"openvino": Path(sys.executable)}
-    if python_of("onnxruntime", envs).exists():
-        pythons["onednn"] = python_of("onnxruntime", envs)
-    return {
-        name: Peer(
-            f"products_{name}", *arguments, python=python, log=work_dir / f"products_{name}.log"
-        )
-        for name, python in sorted(pythons.items())
-    }
+    try:
+        python, log = stage.python_of("onnxruntime"), stage.work_dir / "products.log"
+        return Process("benchmarks.products", *map(str, shape), python=python, log=log)
+    except PeerFailed as why:
+        print(f"no limit: {why}", file=sys.stderr)
+        return None
 
 
-async def run(given: argparse.Namespace) -> dict[str, Any]:
+async def run(given: Any) -> dict[str, Any]:
     settings = quiet_settings(given.model, precision=given.precision, data_dir=given.data_dir)
-    cores = usable_cores()
+    stage, cores = Stage(Path(), "", given.envs.parent / "work", given.envs), usable_cores()
     async with engine_on_trial(settings, cores=cores) as trial:
         loaded = trial.models.loaded[0]
-        precision = loaded.card.precision
-        started = start_limits(
-            loaded.checkpoint.config,
-            precision,
-            cores=cores,
-            envs=given.envs,
-            work_dir=given.envs.parent / "work",
-        )
-        with ExitStack() as open_peers:
-            peers = {name: open_peers.enter_context(peer) for name, peer in started.items()}
-            seconds = given.seconds / 2
-            products = {name: Limit(peer, precision, seconds) for name, peer in peers.items()}
-            fp32 = Limit(next(iter(peers.values())), "fp32", seconds)
-            figures = await measure(trial, Limits(products, fp32), given)
+        limit = start_limit(loaded.checkpoint.config, stage, cores=cores)
+        try:
+            figures = await measure(trial, limit, given)
+        finally:
+            if limit is not None:
+                limit.close()
         return {
             "benchmark": "engine",
             "model": given.name,
-            "precision": precision,
+            "precision": loaded.card.precision,
+            "recipe": loaded.card.recipe,
             "cores": cores,
             "load_s": round(trial.load_s, 2),
             "workloads": figures,
@@ -181,17 +138,16 @@ async def run(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--model", default="all-minilm-l6-v2")
-    arguments.add_argument("--name", required=True, help="what the result is filed under")
-    arguments.add_argument("--precision", default="int8", choices=["int8", "fp32"])
+    arguments = parser(
+        __doc__, model="all-minilm-l6-v2", name="all-minilm-l6-v2", precision="int8", seconds=2.0,
+        repeats=5,
+    )  # fmt: skip
     arguments.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     arguments.add_argument("--envs", type=Path, default=ENVS)
     arguments.add_argument("--data-dir", type=Path)
-    arguments.add_argument("--seconds", type=float, default=2.0)
-    arguments.add_argument("--repeats", type=int, default=5)
     given = arguments.parse_args()
-    keep(f"engine-{given.name}-{given.precision}", asyncio.run(run(given)))
+    name = f"engine-{given.name}-{given.precision}"
+    keep(name, asyncio.run(run(given)), record=given.record)
 
 
 if __name__ == "__main__":

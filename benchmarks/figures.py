@@ -1,24 +1,28 @@
-"""Figures of a measurement: spread over repeats, percentiles, and the machine they were taken on.
+"""Figures of a measurement: spread over repeats, percentiles, the machine, and where they are kept.
 
 It does not know what is measured.
 """
 
+import argparse
+import json
 import os
 import platform
 import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from trivec import __version__
 
 LOOK_S = 0.5
+RESULTS = Path(__file__).parent / "results"  # of the page; one file a benchmark and model
+LOCAL = Path(__file__).parent / "local"  # of everybody else, which git ignores
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,30 +58,30 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1))]
 
 
-def interleaved(
-    measures: Mapping[str, Callable[[], float]], *, repeats: int
-) -> dict[str, tuple[float, ...]]:
-    """Each measure *repeats* times, one after another and round again; by name, in order of time.
-
-    Neighbours on a shared machine come and go: what is compared must share their company.
-    """
-    taken: dict[str, list[float]] = {name: [] for name in measures}
-    for _ in range(repeats):
-        for name, measure in measures.items():
-            taken[name].append(measure())
-    return {name: tuple(values) for name, values in taken.items()}
-
-
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
     """Round by round, so that what slows a whole round cancels out."""
     return Spread.of([a / b for a, b in zip(numerator, denominator, strict=True)])
 
 
-class Ticks(NamedTuple):
-    """Of all processors since they started."""
+def parser(about: str | None, **defaults: object) -> argparse.ArgumentParser:
+    """Options that every measurement has, and one for each of *defaults*."""
+    made = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument(
+        "--record", action="store_true", help="keep the result for docs/performance.md"
+    )
+    for name, default in defaults.items():
+        made.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    return made
 
-    busy: int
-    total: int
+
+def keep(name: str, result: Mapping[str, Any], *, record: bool) -> None:
+    """File *result* under *name*, for the page or for whoever ran it; print it as the last line."""
+    folder = RESULTS if record else LOCAL
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,21 +126,15 @@ class Provenance:
 
 def _others_busy() -> float | None:
     """Look for half a second, while nothing of ours runs: peers starved of a core look slow."""
-    before = _processor_ticks()
-    time.sleep(LOOK_S)
-    after = _processor_ticks()
-    if before is None or after is None or before.total == after.total:
-        return None
-    return round((after.busy - before.busy) / (after.total - before.total), 2)
-
-
-def _processor_ticks() -> Ticks | None:
-    file = Path("/proc/stat")
+    file, looks = Path("/proc/stat"), []
     if not file.exists():
         return None
-    numbers = [int(word) for word in file.read_text().split("\n", 1)[0].split()[1:9]]
-    idle = numbers[3] + numbers[4]  # idle and waiting for a disk
-    return Ticks(sum(numbers) - idle, sum(numbers))
+    for _ in range(2):
+        ticks = [int(word) for word in file.read_text().split("\n", 1)[0].split()[1:9]]
+        looks.append((ticks[3] + ticks[4], sum(ticks)))  # idle, or waiting for a disk; of all
+        time.sleep(LOOK_S)
+    (idle_before, before), (idle_after, after) = looks
+    return round(1 - (idle_after - idle_before) / (after - before), 2) if after > before else None
 
 
 def _version(package: str) -> str:

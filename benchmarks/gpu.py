@@ -1,6 +1,6 @@
 """How fast the torch engine is on this machine's device: one command, no network, nothing installed.
 
-    python -m benchmarks.gpu                      everything, BGE-M3's shape, 24 layers
+    python -m benchmarks.gpu --out FILE           everything, BGE-M3's shape, 24 layers
     python -m benchmarks.gpu --small              the same at a size that a CPU does in two minutes
     python -m benchmarks.gpu --tokens-max 32768   one of the engine's dials; see --help
 
@@ -20,8 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.dummy import BLUEPRINTS, write_dummy
-from benchmarks.figures import Provenance
+from benchmarks.figures import LOCAL, Provenance
 from benchmarks.gpu_parts import (
     device_name,
     engine_rates,
@@ -32,59 +31,33 @@ from benchmarks.gpu_parts import (
     peers,
 )
 from benchmarks.gpu_record import PART_S, Plan, Record, TimeBudget, talk
-from benchmarks.keeping import RESULTS
+from tests.support.dummy import BLUEPRINTS, write_dummy
 
 from trivec.backends.torch.backend import TorchBackend
 from trivec.backends.torch.device import TorchOptions
 from trivec.checkpoints import open_checkpoint
 
-PACKAGES = (
-    "torch", "triton", "numpy", "tokenizers", "transformers", "sentence-transformers", "flash-attn",
-)  # fmt: skip
-
+PACKAGES = ("torch", "triton", "numpy", "tokenizers", "sentence-transformers", "flash-attn")
+DIALS = ("tokens_max", "slots_per_device", "attention", "compiled", "graph_tokens_max")
 SMALL_NOTE = "small: shows that everything runs; rates and shares of so small a model mean nothing"
 
 
-def main() -> None:
-    arguments = parse()
-    plan, time_left = Plan.of(arguments), TimeBudget(arguments.budget_s)
-    parts = [name for name in PART_S if name in (arguments.only or PART_S)]
-    record = Record(arguments.out or RESULTS / f"gpu-{slug(plan)}.json", parts)
-    with (
-        record.printed_whatever_happens(),
-        tempfile.TemporaryDirectory(prefix="trivec-gpu-") as made,
-    ):
-        record.put("device", device_name())
-        if plan.is_small:
-            record.put("note", SMALL_NOTE)
-            talk(SMALL_NOTE)
-        record.put("provenance", Provenance.now(*PACKAGES).as_dict())
-        measure_all(arguments, plan, time_left=time_left, record=record, made=Path(made))
-
-
 def measure_all(
-    arguments: argparse.Namespace, plan: Plan, *, time_left: TimeBudget, record: Record, made: Path
+    given: argparse.Namespace, plan: Plan, *, time_left: TimeBudget, record: Record, made: Path
 ) -> None:
-    folder = arguments.model or dummy(made / "bge-m3", plan)
+    folder = given.model or dummy(made / "bge-m3", plan)
     checkpoint = open_checkpoint(str(folder), cache_dir=made / "cache")
     began_s = time.perf_counter()
     backend = TorchBackend.load(
         checkpoint,
-        precision=arguments.precision,
-        device=arguments.device,
-        options=TorchOptions(
-            tokens_max=arguments.tokens_max,
-            slots_per_device=arguments.slots,
-            attention=arguments.attention,
-            compiled=arguments.compiled,
-            graph_tokens_max=arguments.graph_tokens_max,
-        ),
+        precision=given.precision,
+        device=given.device,
+        options=TorchOptions(**{name: getattr(given, name) for name in DIALS}),
     )
     record.put("load_s", time.perf_counter() - began_s)
     talk(f"{backend.precision}; " + "; ".join(f"{k}: {v}" for k, v in backend.notes.items()))
-    record.put(
-        "model", {"layers": checkpoint.config.num_hidden_layers, "dummy": arguments.model is None}
-    )
+    layers = checkpoint.config.num_hidden_layers
+    record.put("model", {"layers": layers, "dummy": given.model is None})
     record.put("precision", backend.precision)
     record.put("budget", asdict(backend.budget))
     record.put("notes", dict(backend.notes))
@@ -92,17 +65,14 @@ def measure_all(
     def has_time_for_a_round(round_s: float) -> bool:
         return time_left.has(round_s, then=record.to_come[1:])
 
-    tokenizer_file = arguments.tokenizer or checkpoint.tokenizer_file
+    engine = partial(record.put, "engine")
+    tokenizer_file = given.tokenizer or checkpoint.tokenizer_file
     measures: dict[str, Callable[[], Any]] = {
         "engine": lambda: engine_rates(
-            backend,
-            checkpoint,
-            plan,
-            keep=partial(record.put, "engine"),
-            may_go_on=has_time_for_a_round,
+            backend, checkpoint.config, plan, keep=engine, may_go_on=has_time_for_a_round
         ),
         "host": lambda: host_stages(tokenizer_file, checkpoint.config, seconds=plan.seconds),
-        "peers": lambda: peers(folder, backend, plan, keep=partial(record.put, "peers")),
+        "peers": lambda: peers(folder, backend, plan),
         "http": lambda: over_http(folder, plan, keep=partial(record.put, "http")),
         "nan_zoo": lambda: nan_zoo(checkpoint, plan),
     }
@@ -120,52 +90,54 @@ def measure_all(
     backend.close()
 
 
-def slug(plan: Plan) -> str:
-    return device_name().lower().replace(" ", "-") + ("-small" if plan.is_small else "")
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--small", action="store_true", help="two layers, short texts: for CPUs")
-    parser.add_argument("--model", type=Path, help="a checkpoint's folder instead of a dummy")
-    parser.add_argument("--tokenizer", type=Path, help="a real tokenizer.json for the host's part")
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--seconds", type=float, default=3.0, help="length of one measurement")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tokens-max", type=int, help="tokens of one batch")
-    parser.add_argument("--slots", type=int, help="threads that feed one device")
-    parser.add_argument(
-        "--attention", help="varlen, flash-attn-2, flash-attn-3, grouped, reference"
-    )
-    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=None)
-    parser.add_argument("--graph-tokens-max", type=int, help="largest captured batch; 0: none")
-    parser.add_argument("--api-processes", type=int, help="of the server; default: half the cores")
-    parser.add_argument("--only", nargs="+", choices=PART_S, help="parts to run")
-    parser.add_argument(
-        "--budget-s", type=float, default=540.0, help="a part that would end later is left out"
-    )
-    parser.add_argument("--out", type=Path, help="file to keep results in as they come")
-    return parser.parse_args()
-
-
 def dummy(folder: Path, plan: Plan) -> Path:
     """A dummy of BGE-M3's shape, or at small size of a quarter of its width."""
     blueprint = BLUEPRINTS["baai/bge-m3"].with_layers(plan.layers)
     if plan.is_small:
         config = replace(
-            blueprint.config,
-            hidden_size=256,
-            num_attention_heads=4,
-            intermediate_size=1024,
+            blueprint.config, hidden_size=256, num_attention_heads=4, intermediate_size=1024,
             vocab_size=8_000,
-        )
+        )  # fmt: skip
         blueprint = replace(blueprint, config=config, multi_dimensions=256)
     started_s = time.perf_counter()
     write_dummy(folder, replace(blueprint, torch_files=False))
     talk(f"dummy weights of {plan.layers} layers in {time.perf_counter() - started_s:.0f} s")
     return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add = parser.add_argument
+    add("--small", action="store_true", help="two layers, short texts: for CPUs")
+    add("--model", type=Path, help="a checkpoint's folder instead of a dummy")
+    add("--tokenizer", type=Path, help="a real tokenizer.json for the host's part")
+    add("--layers", type=int, default=24)
+    add("--device", default="auto")
+    add("--precision", default="auto")
+    add("--seconds", type=float, default=3.0, help="length of one measurement")
+    add("--repeats", type=int, default=5)
+    add("--tokens-max", type=int, help="tokens of one batch")
+    add("--slots-per-device", "--slots", type=int, help="threads that feed one device")
+    add("--attention", help="varlen, flash-attn-2, flash-attn-3, grouped, reference")
+    add("--compiled", action=argparse.BooleanOptionalAction, default=None)
+    add("--graph-tokens-max", type=int, help="largest captured batch; 0: none")
+    add("--api-processes", type=int, help="of the server; default: half the cores")
+    add("--only", nargs="+", choices=PART_S, help="parts to run")
+    add("--budget-s", type=float, default=540.0, help="what would end later is left out")
+    add("--out", type=Path, default=LOCAL / "gpu.json", help="where it is kept")
+    given = parser.parse_args()
+    plan, time_left = Plan.of(given), TimeBudget(given.budget_s)
+    record = Record(given.out, [name for name in PART_S if name in (given.only or PART_S)])
+    with (
+        record.printed_whatever_happens(),
+        tempfile.TemporaryDirectory(prefix="trivec-gpu-") as made,
+    ):
+        record.put("device", device_name())
+        if plan.is_small:
+            record.put("note", SMALL_NOTE)
+            talk(SMALL_NOTE)
+        record.put("provenance", Provenance.now(*PACKAGES).as_dict())
+        measure_all(given, plan, time_left=time_left, record=record, made=Path(made))
 
 
 if __name__ == "__main__":

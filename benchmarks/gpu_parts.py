@@ -2,10 +2,9 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,12 +24,10 @@ from trivec.backends.torch.backend import TorchBackend
 from trivec.backends.torch.device import TorchOptions
 from trivec.backends.torch.ops import DTYPES, pack
 from trivec.checkpoints.checkpoint import Checkpoint
-from trivec.core.types import Batch, BatchBudget, Output, Sequences, Vectors
+from trivec.core.types import Batch, BatchBudget, Output, Sequences
 from trivec.models.ops import ModelConfig
 
-Keep: TypeAlias = Callable[[dict[str, Any]], None]
-"""Called with a part's figures whenever there are more of them."""
-
+Keep: TypeAlias = Callable[[dict[str, Any]], None]  # told a part's figures when there are more
 HOST_TOKENS_A_SECOND = 600_000  # the rate of a device that the host is to keep up with
 LOADERS_MAX = 6  # one process of clients ends near 10,000 answers a second
 ODD_LENGTH_STEP = 31  # meets every edge of a kernel's blocks
@@ -50,12 +47,9 @@ def peak_memory_gib() -> float | None:
     return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
 
 
-# The engine against the device's matrix rate
-
-
 def engine_rates(
     backend: TorchBackend,
-    checkpoint: Checkpoint,
+    config: ModelConfig,
     plan: Plan,
     *,
     keep: Keep,
@@ -66,7 +60,6 @@ def engine_rates(
     Rounds interleave the matrix rate with every length, so that clocks and heat are shared.
     *may_go_on* says whether there is time for one more round of so many seconds.
     """
-    config = checkpoint.config
     budget = backend.budget
     workloads = [uniform(n, tokens=8 * budget.tokens_max) for n in plan.lengths]
     workloads.append(mixed(tokens=8 * budget.tokens_max, length_max=max(plan.lengths)))
@@ -192,9 +185,6 @@ def run_for(backend: TorchBackend, batches: Sequence[Batch], *, seconds: float) 
     return tokens / (time.perf_counter() - started_s)
 
 
-# The host's work beside the device
-
-
 def host_stages(tokenizer_file: Path, config: ModelConfig, *, seconds: float) -> dict[str, Any]:
     """Tokens a second of every stage alone, for short sentences and for texts of some 420 tokens.
 
@@ -210,9 +200,7 @@ def host_stages(tokenizer_file: Path, config: ModelConfig, *, seconds: float) ->
         rates = host_rates(tokenizer, texts, config, seconds=seconds)
         cores = {stage: HOST_TOKENS_A_SECOND / rate for stage, rate in rates.items()}
         found[name] = {"tokens_a_second": rates, "cores_at_600k": cores}
-        for stage, rate in rates.items():
-            line = f"{name} {stage:>14}: {rate:>12,.0f} tokens/s, {cores[stage]:.3f} cores"
-            talk(f"{line} at 600 k/s")
+        talk(f"{name}: {found[name]}")
     return found
 
 
@@ -228,7 +216,6 @@ def host_rates(
         "tokenise": lambda: [one.ids for one in tokenizer.encode_batch_fast(texts)],
         "pack": lambda: Sequences.pack(ids),
         "lay_out": lambda: pack(batch, position_offset=2),
-        "cut": lambda: list(Vectors.of(dense).dense),
         "encode_base64": lambda: [to_base64(row) for row in dense],
         "encode_floats": lambda: [to_json(row) for row in dense],
     }
@@ -238,34 +225,26 @@ def host_rates(
     }
 
 
-# Peers on the same device with the same weights, where they are installed
-
-
-def peers(folder: Path, backend: TorchBackend, plan: Plan, *, keep: Keep) -> dict[str, Any]:
-    """Texts a second of sentence-transformers, and tokens a second of transformers' SDPA.
-
-    A peer that fails loses what it has not yet said.
-    """
+def peers(folder: Path, backend: TorchBackend, plan: Plan) -> dict[str, Any]:
+    """Texts a second of ordinary sentences, tokenising included: ours, and sentence-transformers'."""
     texts = sentences(64 if plan.is_small else 4096)
     found: dict[str, Any] = {"trivec": {"texts_a_second": own_rate(folder, backend, texts)}}
-    talk(f"trivec: {found['trivec']}")
-    keep(found)
-    for name, measured in (
-        ("sentence_transformers", sentence_transformers_rates),
-        ("transformers_sdpa", transformers_rates),
-    ):
-        rates: dict[str, float | str] = {}
-        found[name] = rates
-        try:
-            for what, rate in measured(folder, DTYPES[backend.precision], plan, texts):
-                rates[what] = rate
-                keep(found)
-        except ImportError as error:
-            found[name] = f"not here: {error}"
-        except Exception as error:  # others' code, which may raise anything
-            rates["failed"] = repr(error)
-        keep(found)
-        talk(f"{name}: {found[name]}")
+    rates: dict[str, float | str] = {}
+    try:
+        from sentence_transformers import SentenceTransformer
+
+        options = {"dtype": DTYPES[backend.precision]}
+        model = SentenceTransformer(str(folder), local_files_only=True, model_kwargs=options)
+        for batch_size in (32, 256):
+            model.encode(texts[:batch_size], batch_size=batch_size)
+            started_s = time.perf_counter()
+            model.encode(texts, batch_size=batch_size, normalize_embeddings=True)
+            rate = len(texts) / (time.perf_counter() - started_s)
+            rates[f"texts_a_second_batch_{batch_size}"] = rate
+    except Exception as error:  # others' code, which may raise anything, and need not be here
+        rates["failed"] = repr(error)
+    found["sentence_transformers"] = rates
+    talk(f"{found}")
     return found
 
 
@@ -280,64 +259,13 @@ def own_rate(folder: Path, backend: TorchBackend, texts: list[str]) -> float:
     return len(texts) / seconds_a_call(embed, seconds=0.0)
 
 
-def sentence_transformers_rates(
-    folder: Path, dtype: torch.dtype, plan: Plan, texts: list[str]
-) -> Iterator[tuple[str, float]]:
-    """Texts a second of ordinary sentences, tokenising included, sorted by it and in large batches."""
-    from sentence_transformers import SentenceTransformer
-
-    model = SentenceTransformer(str(folder), local_files_only=True, model_kwargs={"dtype": dtype})
-    for batch_size in (32, 256):
-        model.encode(texts[:batch_size], batch_size=batch_size)
-        started_s = time.perf_counter()
-        model.encode(texts, batch_size=batch_size, normalize_embeddings=True)
-        yield f"texts_a_second_batch_{batch_size}", len(texts) / (time.perf_counter() - started_s)
-
-
-def transformers_rates(
-    folder: Path, dtype: torch.dtype, plan: Plan, texts: list[str]
-) -> Iterator[tuple[str, float]]:
-    """Tokens a second of padded rectangles without any padding in them: its best case."""
-    from transformers import AutoModel
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-    model = model.to(device).eval()
-
-    def forward(ids: torch.Tensor) -> None:
-        with torch.inference_mode():
-            model(input_ids=ids, attention_mask=torch.ones_like(ids))
-        finish_device()
-
-    for length in plan.lengths:
-        count = max(1, plan.matmul_rows // length)
-        ids = torch.randint(5, model.config.vocab_size - 5, (count, length), device=device)
-        rate = ids.numel() / seconds_a_call(partial(forward, ids), plan.seconds)
-        yield f"tokens_a_second_{length}", rate
-
-
-# End to end over HTTP
-
-
-@dataclass(frozen=True, slots=True)
-class HttpRun:
-    """One load to put on the server."""
-
-    kind: str  # of the texts
-    shape: Shape
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.shape}"
-
-
 WORDS = {"short": 10.0, "long": 350.0}  # a text; by XLM-R's tokeniser some 17 and 420 tokens
 TEXTS = {"short": 4096, "long": 512}
-SMALL_RUNS = tuple(HttpRun("short", Shape(*pair)) for pair in ((1, 1), (4, 1), (8, 8)))
-FULL_RUNS = (
-    *(HttpRun("short", Shape(*pair)) for pair in ((1, 1), (16, 1), (64, 1), (256, 1))),
-    *(HttpRun("short", Shape(*pair)) for pair in ((64, 8), (32, 32), (16, 128))),
-    *(HttpRun("long", Shape(*pair)) for pair in ((1, 1), (32, 16))),
-)
+SMALL_RUNS = {"short": ((1, 1), (4, 1), (8, 8))}
+FULL_RUNS = {
+    "short": ((1, 1), (16, 1), (64, 1), (256, 1), (64, 8), (32, 32), (16, 128)),
+    "long": ((1, 1), (32, 16)),
+}
 
 
 def over_http(folder: Path, plan: Plan, *, keep: Keep) -> dict[str, Any] | str:
@@ -349,28 +277,31 @@ def over_http(folder: Path, plan: Plan, *, keep: Keep) -> dict[str, Any] | str:
     cores = os.cpu_count() or 1
     api_processes = plan.api_processes or (2 if plan.is_small else max(1, cores // 2))
     options = ["--backend", "torch", "--device", plan.device, "--precision", plan.precision]
+    settings = {"TRIVEC_API_PROCESSES": str(api_processes), "TRIVEC_LIFE__DRAIN_GRACE_S": "0"}
     loader_count = max(1, min(LOADERS_MAX, cores // 4))
     found: dict[str, Any] = {"api_processes": api_processes}
     try:
         with (
-            server_settings(api_processes),
-            own_server(str(folder), arguments=options) as target,
+            own_server(str(folder), arguments=options, environ=settings) as target,
             ProcessPoolExecutor(loader_count, mp_context=get_context("spawn")) as loaders,
         ):
-            for run in SMALL_RUNS if plan.is_small else FULL_RUNS:
-                clients = run.shape.client_count
-                counts = [
-                    clients // loader_count + (i < clients % loader_count)
-                    for i in range(loader_count)
-                ]
+            runs = SMALL_RUNS if plan.is_small else FULL_RUNS
+            for kind, (clients, texts) in ((k, pair) for k, many in runs.items() for pair in many):
+                name = f"{kind} {Shape(clients, texts)}"
+                counts = [len(range(i, clients, loader_count)) for i in range(loader_count)]
                 try:
                     for seconds in (min(1.0, plan.seconds), plan.seconds):  # the first: warm
-                        load = partial(load_from_one_process, run, target, seconds)
+                        load = partial(load_from_one_process, kind, texts, target, seconds)
                         answers = list(loaders.map(load, filter(None, counts)))
-                    found[str(run)] = http_figures(answers, run.shape.text_count)
+                    latencies = [one for part in answers for one in part.latencies_s]
+                    found[name] = {
+                        "texts_a_second": sum(part.rate for part in answers) * texts,
+                        "p50_ms": percentile(latencies, 0.50) * 1e3,
+                        "p99_ms": percentile(latencies, 0.99) * 1e3,
+                    }
                 except (LoadFailed, OSError) as error:
-                    found[str(run)] = f"failed: {error}"
-                talk(f"{run!s:>14}: {found[str(run)]}")
+                    found[name] = f"failed: {error}"
+                talk(f"{name:>14}: {found[name]}")
                 keep(found)
     except ServerFailed as error:
         talk(str(error))
@@ -378,76 +309,42 @@ def over_http(folder: Path, plan: Plan, *, keep: Keep) -> dict[str, Any] | str:
     return found
 
 
-@contextmanager
-def server_settings(api_processes: int) -> Iterator[None]:
-    """The server's environment. It need not wait for clients when it is stopped."""
-    settings = {"TRIVEC_API_PROCESSES": str(api_processes), "TRIVEC_LIFE__DRAIN_GRACE_S": "0"}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name in settings:
-            del os.environ[name]
-
-
 def load_from_one_process(
-    run: HttpRun, target: Target, seconds: float, client_count: int
+    kind: str, text_count: int, target: Target, seconds: float, client_count: int
 ) -> Answers:
-    texts = sentences(TEXTS[run.kind], words_median=WORDS[run.kind], words_max=500)
-    shape = Shape(client_count, run.shape.text_count)
-    return measure(target, shape, texts, duration_s=seconds)
-
-
-def http_figures(parts: Sequence[Answers], text_count: int) -> dict[str, float]:
-    latencies = [latency for part in parts for latency in part.latencies_s]
-    return {
-        "texts_a_second": sum(part.rate for part in parts) * text_count,
-        "p50_ms": percentile(latencies, 0.50) * 1e3,
-        "p99_ms": percentile(latencies, 0.99) * 1e3,
-    }
-
-
-# Odd texts through half precision
+    texts = sentences(TEXTS[kind], words_median=WORDS[kind], words_max=500)
+    return measure(target, Shape(client_count, text_count), texts, duration_s=seconds)
 
 
 def nan_zoo(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """Rows that half precision could not hold, over all lengths; all must be finite in the end."""
+    length_max, size = plan.nan_length_max, checkpoint.config.vocab_size
+    draw = np.random.default_rng(5)
+    lengths = [*range(1, length_max + 1, ODD_LENGTH_STEP), *range(32, length_max, length_max // 8)]
+    texts = [draw.integers(4, size, length, dtype=np.int32) for length in lengths]
+    repeated = draw.integers(0, size, 16, dtype=np.int32)  # texts of one token again and again
+    texts += [np.full(length_max // 4, token_id, np.int32) for token_id in repeated]
     found = {}
     for precision in ("bf16", "fp16"):
         options = TorchOptions(compiled=False)
         backend = TorchBackend.load(
             checkpoint, precision=precision, device=plan.device, options=options
         )
-        rows = broken = lost = 0
+        broken = lost = 0
         worst = 0.0
-        for batch in odd_batches(checkpoint.config, plan.nan_length_max):
+        for ids in texts:
+            outputs = np.array([Output.DENSE], np.uint8)
+            batch = Batch(ids, np.array([0, len(ids)], np.int32), outputs)
             dense = backend.run(batch, slot=0).dense
             if not np.isfinite(dense).all():
                 broken += 1
                 dense = backend.run_exact(batch, slot=0).dense
             lost += not np.isfinite(dense).all()
             worst = max(worst, float(np.abs(np.linalg.norm(dense, axis=1) - 1).max()))
-            rows += len(dense)
         backend.close()
         found[precision] = {
-            "rows": rows,
-            "not_finite_at_first": broken,
-            "not_finite_at_last": lost,
+            "rows": len(texts), "not_finite_at_first": broken, "not_finite_at_last": lost,
             "norm_error_max": worst,
-        }
+        }  # fmt: skip
         talk(f"{precision}: {found[precision]}")
     return found
-
-
-def odd_batches(config: ModelConfig, length_max: int) -> Iterator[Batch]:
-    """One text a batch: lengths at even steps, then texts of one token repeated."""
-    draw = np.random.default_rng(5)
-    lengths = [
-        *range(1, length_max + 1, ODD_LENGTH_STEP),
-        *range(32, length_max + 1, length_max // 8),
-    ]
-    texts = [draw.integers(4, config.vocab_size, length, dtype=np.int32) for length in lengths]
-    repeated = draw.integers(0, config.vocab_size, 16, dtype=np.int32)
-    texts += [np.full(length_max // 4, token_id, np.int32) for token_id in repeated]
-    for ids in texts:
-        yield Batch(ids, np.array([0, len(ids)], np.int32), np.array([Output.DENSE], np.uint8))

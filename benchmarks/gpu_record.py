@@ -1,7 +1,6 @@
 """How large a GPU measurement is, the time it may take, and what it has found so far, kept in a file.
 
-A time limit from outside loses nothing, and one of its own leaves out what would end too late. Needs
-no torch.
+A time limit from outside loses nothing; one of its own leaves out what would end too late.
 """
 
 import argparse

@@ -1,7 +1,6 @@
 """What is measured: an engine in this process, or a server over HTTP, and how it is loaded.
 
-`EngineOnTrial` is the same queue, workers and backend as in service, without HTTP and keys. `Target`
-is a server that runs already, or one of our own for as long as a measurement takes.
+`EngineOnTrial` is the same queue, workers and backend as in service, without HTTP and keys.
 """
 
 import asyncio
@@ -13,14 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from http import HTTPStatus
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
-from urllib.parse import urlsplit
+from types import MappingProxyType
+from urllib.request import urlopen
 
 from benchmarks.figures import Spread, percentile
 from benchmarks.load import Answers, Load, run_load
@@ -144,11 +142,6 @@ class ServerFailed(StartError):
     """The server did not become ready, or does not answer as one of ours does."""
 
 
-class Said(NamedTuple):
-    status: int
-    body: bytes
-
-
 @dataclass(frozen=True, slots=True)
 class Target:
     """Where a load goes."""
@@ -200,12 +193,19 @@ def in_parts(texts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
 
 @contextmanager
 def own_server(
-    model: str, *, data_dir: Path | None = None, arguments: Sequence[str] = ()
+    model: str,
+    *,
+    data_dir: Path | None = None,
+    arguments: Sequence[str] = (),
+    environ: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Target]:
     """`trivec serve` on a free port until the block ends; without *data_dir*, with a fresh store.
 
     Its log is kept out of the way and quoted when it does not start: `ServerFailed`.
     """
+    name = model.partition("=")[0]
+    if Path(model).is_dir():
+        name, model = "bench", f"bench={model}"
     key = secrets.token_urlsafe(24)
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="trivec-bench-") as folder:
@@ -216,12 +216,12 @@ def own_server(
                     sys.executable, "-m", "trivec", "serve", "--model", model,
                     "--port", str(port), "--data-dir", str(data_dir or folder), *arguments,
                 ],
-                env={**os.environ, "TRIVEC_API_KEY": key}, stdout=out, stderr=out,
+                env={**os.environ, **environ, "TRIVEC_API_KEY": key}, stdout=out, stderr=out,
             )  # fmt: skip
         try:
             base = f"http://127.0.0.1:{port}"
             wait_until_ready(base, process, log)
-            yield Target(f"{base}/v1", served_id(f"{base}/v1", key), key, process.pid)
+            yield Target(f"{base}/v1", name, key, process.pid)
         finally:
             process.terminate()
             process.wait(60)
@@ -240,52 +240,13 @@ def wait_until_ready(
     started_s = time.perf_counter()
     while time.perf_counter() - started_s < START_S_MAX and process.poll() is None:
         try:
-            status, _ = ask(f"{base_url}{path}")
-            if status == HTTPStatus.OK:
+            with urlopen(f"{base_url}{path}", timeout=10):
                 return time.perf_counter() - started_s
-        except (OSError, HTTPException):
+        except (OSError, HTTPException):  # an answer of another status among them
             pass
         time.sleep(POLL_S)
     said = log.read_text(errors="replace")[-2000:]
     raise ServerFailed(f"the server was not ready (exit code {process.poll()}):\n{said}")
-
-
-def served_id(base_url: str, key: str | None, model: str | None = None) -> str:
-    """*model* where the server at *base_url* serves it, else the first that it lists.
-
-    Raises `ServerFailed`, with one line for a person.
-    """
-    try:
-        status, body = ask(f"{base_url}/models", key)
-        names = [str(one["id"]) for one in json.loads(body)["data"]] if status == 200 else []
-    except (OSError, HTTPException, ValueError, KeyError, TypeError) as fault:
-        raise ServerFailed(
-            f"no server of ours answers at {base_url} ({fault}); give its base URL with the "
-            "prefix, as http://127.0.0.1:8000/v1"
-        ) from fault
-    if status == HTTPStatus.UNAUTHORIZED:
-        raise ServerFailed(f"{base_url} refuses this key; give another with --key")
-    if not names:
-        raise ServerFailed(f"{base_url}/models answered {status}; wait until a model is served")
-    if model is None:
-        return names[0]
-    if model not in names:
-        raise ServerFailed(f"{base_url} serves {', '.join(names)}, and not {model}")
-    return model
-
-
-def ask(url: str, key: str | None = None) -> Said:
-    """One GET on a connection of its own."""
-    address = urlsplit(url)
-    scheme = HTTPSConnection if address.scheme == "https" else HTTPConnection
-    connection = scheme(address.hostname or "", address.port, timeout=10)
-    try:
-        headers = {"authorization": f"Bearer {key}"} if key else {}
-        connection.request("GET", address.path, headers=headers)
-        answer = connection.getresponse()
-        return Said(answer.status, answer.read())
-    finally:
-        connection.close()
 
 
 def latency_figures(many: Sequence[Answers], text_count: int) -> dict[str, Spread]:
@@ -294,7 +255,6 @@ def latency_figures(many: Sequence[Answers], text_count: int) -> dict[str, Sprea
         "texts_a_second": Spread.of([one.rate * text_count for one in many]),
         "p50_ms": Spread.of([one.latency_s(0.50) * 1e3 for one in many]),
         "p99_ms": Spread.of([one.latency_s(0.99) * 1e3 for one in many]),
-        "client_cpu_share": Spread.of([one.client_cpu_s / one.elapsed_s for one in many]),
     }
     if all(one.compute_s for one in many):
         overheads = [one.latency_s(0.5) - percentile(one.compute_s, 0.5) for one in many]

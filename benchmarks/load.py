@@ -1,18 +1,9 @@
 """A lean HTTP load: many keep-alive clients, one thread, raw sockets.
 
-Run: python -m benchmarks.load [--seconds S], for what the load itself costs: it asks a process that
-answers every request with one fixed body. If a request's CPU here is small beside what the real
-server spends on one, the load measures the server. The last line is JSON.
-
-Official clients cost more than the server they measure; here a request is bytes made beforehand, and
-an answer is read to its end and its status looked at, no more. It knows HTTP/1.1 as far as that
-takes and nothing about embeddings.
+It costs 8 to 13 µs an answer (`LOG.md`). Official clients cost more than the server they measure; here
+a request is bytes made beforehand, and an answer is read to its end and its status looked at.
 """
 
-import argparse
-import asyncio
-import json
-import multiprocessing
 import re
 import selectors
 import socket
@@ -21,16 +12,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import cycle
-from multiprocessing.connection import Connection
 from urllib.parse import urlsplit
 
-from benchmarks.figures import Provenance, percentile
+from benchmarks.figures import percentile
 
 from trivec.core.errors import StartError
 
 RECEIVE_BYTES = 1 << 16
 ANSWER_S_MAX = 120.0  # a client that waits longer has found a server that hangs
-
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _CHUNKED = re.compile(rb"\r\ntransfer-encoding: *chunked", re.IGNORECASE)
 _COMPUTE = re.compile(rb"compute;dur=([0-9.]+)")
@@ -59,7 +48,6 @@ class Answers:
     compute_s: tuple[float, ...]  # [answers], what `server-timing` says; empty where it is silent
     bytes_received: int
     elapsed_s: float  # from the first request to the last answer
-    client_cpu_s: float  # what this load cost its own process
 
     @property
     def rate(self) -> float:
@@ -113,7 +101,6 @@ def _drive(
     latencies: list[float] = []
     computes: list[float] = []
     bytes_received = 0
-    cpu_s = time.process_time()
     started_s = last_s = time.perf_counter()
     for client in clients:
         selector.register(client.connection, selectors.EVENT_READ, client)
@@ -145,7 +132,6 @@ def _drive(
         tuple(computes),
         bytes_received,
         last_s - started_s,
-        time.process_time() - cpu_s,
     )
 
 
@@ -206,64 +192,3 @@ def _read_head(client: _Client) -> bool:
     elif not _CHUNKED.search(client.received, 0, head_end + 2):
         raise LoadFailed("an answer has neither a length nor chunks")
     return True
-
-
-_REQUEST_LENGTH = re.compile(rb"content-length: (\d+)")
-NULL_BODY = json.dumps({"object": "list", "data": [{"embedding": "A" * 2048}]}).encode()
-NULL_ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(NULL_BODY), NULL_BODY)
-
-
-class NullServer(asyncio.Protocol):
-    """Answers as soon as a request is whole."""
-
-    def __init__(self) -> None:
-        self._received = b""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        self._received += data
-        head, blank, body = self._received.partition(b"\r\n\r\n")
-        length = _REQUEST_LENGTH.search(head)
-        if blank and length and len(body) >= int(length[1]):
-            self._received = b""
-            self._transport.write(NULL_ANSWER)
-
-
-def serve_nothing(port_to: Connection) -> None:
-    async def serve() -> None:
-        server = await asyncio.get_running_loop().create_server(NullServer, "127.0.0.1", 0)
-        port_to.send(server.sockets[0].getsockname()[1])
-        await server.serve_forever()
-
-    asyncio.run(serve())
-
-
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--seconds", type=float, default=3.0)
-    seconds = arguments.parse_args().seconds
-    here, there = multiprocessing.Pipe()
-    process = multiprocessing.Process(target=serve_nothing, args=(there,), daemon=True)
-    process.start()
-    url = f"http://127.0.0.1:{here.recv()}/v1/embeddings"
-    body = json.dumps({"model": "none", "input": ["a short question about nothing"]}).encode()
-    shapes = {}
-    for client_count in (1, 16, 64):
-        answers = run_load(Load(url, [body], client_count, seconds))
-        count = len(answers.latencies_s)
-        shapes[f"{client_count} clients"] = {
-            "answers_a_second": round(answers.rate),
-            "p50_us": round(answers.latency_s(0.5) * 1e6),
-            "generator_us_an_answer": round(answers.client_cpu_s / count * 1e6, 1),
-        }
-    process.terminate()
-    process.join(10)
-    provenance = Provenance.now().as_dict()
-    print(json.dumps({"benchmark": "load", "shapes": shapes, "provenance": provenance}))
-
-
-if __name__ == "__main__":
-    main()

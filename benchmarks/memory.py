@@ -2,47 +2,28 @@
 
 Run: python -m benchmarks.memory [--model ID|DIR] [--name NAME]
 
-Memory is Pss over all of its processes: shared pages count once, and a mapped file counts where it is
-resident. Read when ready, after texts of every length up to the largest, and again after as many
-more: it has to stay flat. Cold is a fresh data folder (hashes, conversion, certificate); the files
-themselves are in the page cache either way. The last line is JSON.
+Memory is Pss: shared pages count once, and a mapped file counts where it is resident; the peak is of
+all that was resident until it was ready. It is read when ready, after texts of every length up to the
+largest, and again after as many more: it has to stay flat. Cold is a fresh data folder (hashes,
+conversion, certificate); the files are in the page cache either way. The last line is JSON.
 """
 
-import argparse
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import Provenance
-from benchmarks.harness import Shape, Target, measure, own_server
-from benchmarks.keeping import keep
+from benchmarks.figures import Provenance, keep, parser
+from benchmarks.harness import Shape, measure, own_server
 from benchmarks.texts import sentences
 
-MEBIBYTE = 1024 * 1024
 
-
-def pss_mib(pid: int) -> float:
-    """Proportional set size of *pid* and all its descendants."""
-    total_kib = sum(_pss_kib(one) for one in (pid, *_descendants(pid)))
-    return round(total_kib * 1024 / MEBIBYTE, 1)
-
-
-def _pss_kib(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1])
-    return 0
-
-
-def _descendants(pid: int) -> list[int]:
-    children = [
-        int(child)
-        for task in Path(f"/proc/{pid}/task").iterdir()
-        for child in (task / "children").read_text().split()
-    ]
-    return children + [deeper for child in children for deeper in _descendants(child)]
+def memory_mib(pid: int, file: str, field: str) -> float:
+    """*field* of one of a process' files in /proc: `Pss`, or `VmHWM`, the most that was resident."""
+    lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
+    found = dict(line.split(":", 1) for line in lines if ":" in line)
+    return round(int(found[field].split()[0]) / 1024, 1)
 
 
 def texts_of_every_length(words_max: int) -> list[str]:
@@ -54,31 +35,29 @@ def texts_of_every_length(words_max: int) -> list[str]:
     )
 
 
-def embed_once(target: Target, texts: list[str]) -> None:
-    measure(target, Shape(1, len(texts)), texts, duration_s=0.001)
-
-
-def started(given: argparse.Namespace, data_dir: Path, words_max: int) -> dict[str, Any]:
+def started(given: Any, data_dir: Path, words_max: int) -> dict[str, Any]:
     """One life of a server: when it was ready, what it held."""
     started_s = time.perf_counter()
     arguments = ["--precision", given.precision]
     with own_server(given.model, data_dir=data_dir, arguments=arguments) as target:
         ready_s = time.perf_counter() - started_s
         assert target.pid is not None
-        figures = {"ready_s": round(ready_s, 2), "pss_ready_mib": pss_mib(target.pid)}
+        figures = {
+            "ready_s": round(ready_s, 2),
+            "peak_mib": memory_mib(target.pid, "status", "VmHWM"),
+            "pss_ready_mib": memory_mib(target.pid, "smaps_rollup", "Pss"),
+        }
         texts = texts_of_every_length(words_max)
         for name in ("pss_warm_mib", "pss_later_mib"):
-            embed_once(target, texts)
-            figures[name] = pss_mib(target.pid)
+            measure(target, Shape(1, len(texts)), texts, duration_s=0.001)  # each once
+            figures[name] = memory_mib(target.pid, "smaps_rollup", "Pss")
     return figures
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--model", default="all-minilm-l6-v2")
-    arguments.add_argument("--name", default="all-minilm-l6-v2")
-    arguments.add_argument("--precision", default="int8", choices=["int8", "fp32"])
-    arguments.add_argument("--words-max", type=int, default=120, help="longest text, in words")
+    arguments = parser(
+        __doc__, model="all-minilm-l6-v2", name="all-minilm-l6-v2", precision="int8", words_max=120
+    )
     given = arguments.parse_args()
     with tempfile.TemporaryDirectory(prefix="trivec-bench-") as folder:
         lives = {name: started(given, Path(folder), given.words_max) for name in ("cold", "cached")}
@@ -91,7 +70,7 @@ def main() -> None:
         "lives": lives,
         "provenance": Provenance.now("openvino").as_dict(),
     }
-    keep(f"memory-{given.name}-{given.precision}", result)
+    keep(f"memory-{given.name}-{given.precision}", result, record=given.record)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
-"""From the files in `benchmarks/results` to `docs/performance.md` and its plot.
+"""From the files in `benchmarks/results` to `docs/performance.md`.
 
 Run: python -m benchmarks.report
 
-Nothing is typed by hand: a figure that is not in a file is not on the page, and each table names the
-machine, the commit and the day of its file.
+Nothing is typed by hand: a figure that is not in a file is not on the page. Each table names the CPU's
+instructions, and each section the machine, the commit and the day of its file.
 """
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from benchmarks.keeping import RESULTS
-from benchmarks.plot import Bars, draw
+from benchmarks.figures import RESULTS
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -22,11 +21,44 @@ Made by `python -m benchmarks.report` from `benchmarks/results/*.json`; edit tho
 
 Machines drift and have neighbours, so what is compared was measured turn and turn about in one run, and
 ratios were taken round by round. Figures are medians, with the lowest and highest in brackets. How each
-was taken is in the first lines of the script that `benchmarks/` has under the same name; to repeat one,
-run it: `python -m benchmarks.engine --name all-minilm-l6-v2`.
+was taken is in the first lines of its script; to repeat one, in a checkout (`--record` keeps it for
+this page, and without it a result goes to `benchmarks/local`, which git ignores):
+
+```sh
+python -m benchmarks.roster                       # the peers' environments
+python -m benchmarks.compare                      # beside the peers' libraries
+python -m benchmarks.compare --http               # beside the peers' servers, and our own engine
+python -m benchmarks.engine --name all-minilm-l6-v2
+python -m benchmarks.memory
+```
 """
 
-Result = Mapping[str, Any]
+Result: TypeAlias = Mapping[str, Any]
+Columns: TypeAlias = Mapping[str, tuple[str, int]]  # by head: the figure, and its digits
+ENGINE: Columns = {
+    "tokens/s": ("tokens_a_second", 3),
+    "texts/s": ("texts_a_second", 3),
+    "of the limit of the matrix products": ("share_of_onednn", 2),
+    "of the limit with attention at the fp32 rate": ("share_of_arithmetic", 2),
+}
+AGAINST: Columns = {
+    "texts/s": ("texts_a_second", 3),
+    "ours over it": ("ours_over_it", 2),
+    "cosine to ours, worst of a few": ("cosine_min", 4),
+}
+OVER_HTTP: Columns = {
+    "texts/s": ("texts_a_second", 3),
+    "ours over it": ("ours_over_it", 2),
+    "p50, ms": ("p50_ms", 3),
+    "p99, ms": ("p99_ms", 3),
+}
+MEMORY: Columns = {
+    "ready after, s": ("ready_s", 3),
+    "peak until then, MiB": ("peak_mib", 3),
+    "Pss when ready, MiB": ("pss_ready_mib", 3),
+    "after every length": ("pss_warm_mib", 3),
+    "after more": ("pss_later_mib", 3),
+}
 
 
 def load_results() -> dict[str, Result]:
@@ -46,191 +78,104 @@ def short(value: float, digits: int = 3) -> str:
     return f"{rounded:,.0f}" if abs(rounded) >= 10 ** (digits - 1) else f"{rounded:g}"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+def instructions(result: Result) -> str:
+    """What decides how fast int8 is on the CPU of *result*."""
+    has = result["provenance"]["instructions"].split()
+    for name, words in (
+        ("amx_int8", "AMX"),
+        ("avx512_vnni", "AVX-512 VNNI"),
+        ("avx_vnni", "AVX-VNNI"),
+        ("avx512f", "AVX-512 without VNNI"),
+        ("avx2", "AVX2 without VNNI"),
+    ):
+        if name in has:
+            return words
+    return result["provenance"]["cpu"] or "unknown instructions"
+
+
+def table(result: Result, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Its first column's head names the CPU's instructions."""
+    named = [f"{head[0]}, {instructions(result)}", *head[1:]]
+    lines = ["| " + " | ".join(named) + " |", "|---|" + "--:|" * (len(head) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
 def source(result: Result) -> str:
     said = result["provenance"]
-    busy = said.get("others_busy")
-    company = (
-        "How busy the machine was with other work was not recorded: repeat it before quoting it."
-        if busy is None
-        else f"Other work took {busy:.0%} of the machine."
-    )
     return (
         f"{said['cpu']}, {said['core_count']} cores ({said['instructions']}), "
-        f"{said['date'][:10]}, commit {said['commit']}. {company}"
+        f"{said['date'][:10]}, commit {said['commit']}. Other work took "
+        f"{said['others_busy'] or 0:.0%} of the machine."
     )
+
+
+def tabled(result: Result, rows: Mapping[str, Any], *, first: str, columns: Columns) -> str:
+    """A row for each of *rows*, by their rate where they have one; what failed says why."""
+    shown = []
+    for name, row in sorted(rows.items(), key=_rate, reverse=True):
+        cells = [_cell(row.get(key), digits) for key, digits in columns.values()]
+        shown.append((name, row["failed"], *cells[1:]) if "failed" in row else (name, *cells))
+    return table(result, (first, *columns), shown)
+
+
+def _cell(figure: float | Mapping[str, float] | None, digits: int) -> str:
+    if isinstance(figure, Mapping):
+        return number(figure, digits=digits)
+    return "" if figure is None else short(figure, digits)
+
+
+def _rate(row: tuple[str, Mapping[str, Any]]) -> float:
+    return float(row[1].get("ours_over_it", {"median": 0.0})["median"]) * -1
 
 
 def engine_section(result: Result) -> str:
-    rows: list[tuple[str, ...]] = []
-    for name, figures in result["workloads"].items():
-        share = figures.get("share_of_onednn") or figures.get("share_of_openvino")
-        products = figures.get("share_of_openvino")
-        rows.append(
-            (
-                name,
-                number(figures["tokens_a_second"]),
-                number(figures["texts_a_second"]),
-                number(share, digits=2) if share else "",
-                number(products, digits=2) if products else "",
-            )
-        )
-    head = [
-        "text length in tokens", "tokens/s", "texts/s",
-        "of the limit of the matrix products", "of OpenVINO's own products",
-    ]  # fmt: skip
-    arithmetic = [one.get("share_of_arithmetic") for one in result["workloads"].values()]
-    if any(arithmetic):  # results from before it was measured have four columns
-        head.append("of the limit with attention at the fp32 rate")
-        shown = [number(one, digits=2) if one else "" for one in arithmetic]
-        rows = [(*row, one) for row, one in zip(rows, shown, strict=True)]
-    return f"## Engine: {result['model']}, {result['precision']}\n\n{table(head, rows)}\n"
-
-
-def server_section(result: Result) -> str:
-    rows = [
-        (
-            shape,
-            number(figures["texts_a_second"]),
-            number(figures["share_of_engine"], digits=2),
-            number(figures["p50_ms"]),
-            number(figures["p99_ms"]),
-            number(figures["p50_beside_compute_ms"]) if "p50_beside_compute_ms" in figures else "",
-        )
-        for shape, figures in result["shapes"].items()
-    ]
-    head = (
-        "clients x texts", "texts/s", "of the engine's own rate", "p50, ms", "p99, ms",
-        "p50 beside compute, ms",
-    )  # fmt: skip
-    return f"## Over HTTP: {result['model']}, {result['precision']}\n\n{table(head, rows)}\n"
+    body = tabled(result, result["workloads"], first="text length in tokens", columns=ENGINE)
+    return f"## Engine: {result['model']}, {result['precision']}\n\n{body}"
 
 
 def against_section(result: Result) -> str:
-    parts = [f"## Beside the peers: {result['model']}\n"]
-    for kind, figures in result["workloads"].items():
-        rows = [
-            (
-                name,
-                number(one["texts_a_second"]),
-                number(one["ours_over_it"], digits=2),
-                f"{one['cosine_min']:.4f}",
-            )
-            for name, one in sorted(
-                figures.items(), key=lambda item: -item[1]["texts_a_second"]["median"]
-            )
-        ]
-        head = (f"{kind} texts", "texts/s", "ours over it", "cosine to ours, worst of a few")
-        parts.append(table(head, rows) + "\n")
-    return "\n".join(parts)
+    tables = [
+        tabled(result, rows, first=f"{kind} texts", columns=AGAINST)
+        for kind, rows in result["workloads"].items()
+    ]
+    return "\n".join([f"## Beside the peers: {result['model']}\n", *tables])
 
 
 def over_http_section(result: Result) -> str:
-    rows = []
-    for shape, servers in result["shapes"].items():
-        ours, theirs = servers["trivec"], servers["infinity"]
-        rows.append(
-            (
-                shape,
-                number(ours["texts_a_second"]),
-                number(theirs["texts_a_second"]),
-                number(theirs["ours_over_it"], digits=2),
-                number(ours["p50_ms"]),
-                number(theirs["p50_ms"]),
-            )
-        )
-    head = (
-        "clients x texts", "Trivec, texts/s", "Infinity, texts/s", "ours over it",
-        "our p50, ms", "its p50, ms",
-    )  # fmt: skip
-    alone = result["sentence-transformers without HTTP"]
-    words = (
-        "sentence-transformers without HTTP, in the same run: "
-        f"{number(alone['texts_a_second'])} texts/s; our server at 4x64 is "
-        f"{number(alone['ours_over_it'], digits=2)} times that."
-    )
-    return f"## Over HTTP beside Infinity: {result['model']}\n\n{table(head, rows)}\n\n{words}\n"
-
-
-def fairness_section(result: Result) -> str:
-    figures = result["figures"]
-    return (
-        f"## Fairness: {result['model']}, {result['precision']}\n\n"
-        f"A lone query's p99 is {short(figures['p99_alone_ms'])} ms alone and "
-        f"{short(figures['p99_beside_ms'])} ms beside one huge request, where one batch takes "
-        f"{short(figures['batch_ms'])} ms and {short(figures['p99_allowed_ms'])} ms are allowed. "
-        f"The huge request keeps {short(figures['huge_rate_kept'], 2)} of its rate.\n"
-    )
+    tables = []
+    for shape, rows in result["shapes"].items():
+        named = {
+            name if name == "trivec" or "p50_ms" in row else f"{name}, without HTTP": row
+            for name, row in rows.items()
+        }
+        tables.append(tabled(result, named, first=f"{shape} clients x texts", columns=OVER_HTTP))
+    return "\n".join([f"## Over HTTP: {result['model']}\n", *tables])
 
 
 def memory_section(result: Result) -> str:
-    rows = [
-        (
-            name,
-            short(life["ready_s"]),
-            short(life["pss_ready_mib"]),
-            short(life["pss_warm_mib"]),
-            short(life["pss_later_mib"]),
-        )
-        for name, life in result["lives"].items()
-    ]
-    head = ("start", "ready after, s", "Pss when ready, MiB", "after every length", "after more")
-    return f"## Memory: {result['model']}, {result['precision']}\n\n{table(head, rows)}\n"
-
-
-def invariance_section(result: Result) -> str:
-    found = ", ".join(f"{name} {one['largest']:g}" for name, one in result["differences"].items())
-    return (
-        f"## Same text, same bits: {result['model']}\n\nLargest difference of any number, "
-        f"{result['texts']} texts alone and in random company: {found}.\n"
-    )
+    body = tabled(result, result["lives"], first="start", columns=MEMORY)
+    return f"## Memory: {result['model']}, {result['precision']}\n\n{body}"
 
 
 SECTIONS = {
     "over_http": over_http_section,
     "against": against_section,
     "engine": engine_section,
-    "server": server_section,
-    "fairness": fairness_section,
     "memory": memory_section,
-    "invariance": invariance_section,
 }
 
 
 def page(results: Mapping[str, Result]) -> str:
     """The whole of `docs/performance.md`."""
     parts = [OPENING]
-    if plots(results):
-        parts.append("![Texts a second, ours and the peers'](performance.svg)\n")
     for kind, section in SECTIONS.items():
         of_kind = [result for result in results.values() if result.get("benchmark") == kind]
         parts += [f"{section(result)}\n{source(result)}\n" for result in of_kind]
     return "\n".join(parts)
 
 
-def plots(results: Mapping[str, Result]) -> list[Bars]:
-    """One group of bars for each comparison with peers."""
-    groups = []
-    for result in results.values():
-        if result.get("benchmark") == "against":
-            for kind, figures in result["workloads"].items():
-                rates = {name: one["texts_a_second"]["median"] for name, one in figures.items()}
-                groups.append(Bars(f"{result['model']}, {kind} texts: texts a second", rates))
-        if result.get("benchmark") == "over_http":
-            for shape, servers in result["shapes"].items():
-                rates = {name: one["texts_a_second"]["median"] for name, one in servers.items()}
-                groups.append(Bars(f"{result['model']} over HTTP, {shape}: texts a second", rates))
-    return groups
-
-
 def main() -> None:
-    results = load_results()
-    (DOCS / "performance.md").write_text(page(results))
-    (DOCS / "performance.svg").write_text(draw(plots(results)))
+    (DOCS / "performance.md").write_text(page(load_results()))
 
 
 if __name__ == "__main__":

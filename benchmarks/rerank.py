@@ -27,13 +27,13 @@ from typing import Any
 import httpx
 import numpy as np
 import structlog
-from benchmarks.dummy import blueprint_of, write_dummy
 from benchmarks.fairness import BATCH_TOKENS, QUERY_TOKENS, queries, queries_for, timed
 from benchmarks.figures import Provenance, Spread, percentile
 from benchmarks.harness import WAIT_S_MAX, EngineOnTrial
 from benchmarks.keeping import keep
 from benchmarks.texts import Workload, sentences
 from safetensors.numpy import load_file, save_file
+from tests.support.dummy import blueprint_of, write_dummy
 
 from trivec.build import load_models, open_server_parts
 from trivec.core.health import Health

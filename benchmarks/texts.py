@@ -1,6 +1,6 @@
 """What is embedded when speed is measured: sentences and lengths, the same on every run.
 
-It knows no tokenizer: a word of these is about one token and a third in the served vocabularies.
+A word of these is about one token and a third in the served vocabularies.
 """
 
 from collections.abc import Iterator

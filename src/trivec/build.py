@@ -35,6 +35,7 @@ from trivec.playground import page_operations
 from trivec.settings import Settings
 from trivec.telemetry import (
     Metrics,
+    ObserverQueue,
     Observers,
     RequestLog,
     Tracing,
@@ -72,6 +73,7 @@ class Parts:
 class ServerParts(Parts):
     """Everything an HTTP process has before its models are loaded."""
 
+    observer: ObserverQueue
     accounts: Accounts
     tracing: Tracing | None
     memory: ByteBudget
@@ -126,7 +128,8 @@ class ServerParts(Parts):
         )
 
     def close(self) -> None:
-        """Flush the ledger and the traces. Blocks."""
+        """Flush the log, the ledger and the traces. Blocks."""
+        self.observer.close()
         self.accounts.stop()
         if self.batches is not None:
             self.batches.store.close()
@@ -185,11 +188,13 @@ def open_server_parts(settings: Settings, *, machine_bytes: int = 1 << 31) -> Se
     endpoint = settings.telemetry.trace_endpoint
     tracing = Tracing.to(endpoint) if endpoint else None
     parts = open_parts(settings, *([tracing] if tracing else []))
+    observer = ObserverQueue(parts.observer)
+    parts.metrics.catch_up = observer.flush
     return ServerParts(
         settings,
         parts.clock,
         parts.metrics,
-        parts.observer,
+        observer,
         accounts=open_accounts(settings, clock=parts.clock),
         tracing=tracing,
         memory=ByteBudget(

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from benchmarks.dummy import blueprint_of, write_dummy
-from benchmarks.dummy.weights import RandomWeights
 from tests.checkpoints.changing import take_all
 from tests.checkpoints.tiny import write_tiny
+from tests.support.dummy import blueprint_of, write_dummy
+from tests.support.dummy.weights import RandomWeights
 
 from trivec.checkpoints import open_checkpoint
 from trivec.core.errors import CheckpointRefused
@@ -134,7 +134,7 @@ def test_memory_stays_far_below_what_is_written(tmp_path: Path) -> None:
     """Two layers of the full width: 1.1 GB in one table, written by a process of its own."""
     script = (
         "import resource, sys; from pathlib import Path\n"
-        "from benchmarks.dummy import blueprint_of, write_dummy\n"
+        "from tests.support.dummy import blueprint_of, write_dummy\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "before = peak()\n"
         "write_dummy(Path(sys.argv[1]), blueprint_of('all-minilm-l6-v2'))\n"
@@ -189,7 +189,7 @@ def test_no_tensor_depends_on_the_pieces_it_is_written_in(
 ) -> None:
     whole = take_all(open_checkpoint(str(write_tiny(tmp_path / "one")), cache_dir=tmp_path / "c"))
     expected = {name: array.copy() for name, array in whole.items()}
-    monkeypatch.setattr("benchmarks.dummy.weights.PIECE_ELEMENTS", 100)
+    monkeypatch.setattr("tests.support.dummy.weights.PIECE_ELEMENTS", 100)
     again = take_all(open_checkpoint(str(write_tiny(tmp_path / "two")), cache_dir=tmp_path / "c"))
     assert all(np.array_equal(again[name], expected[name]) for name in expected)
 

@@ -1,7 +1,7 @@
 """Figures: medians, percentiles, turns and ratios, each from numbers one can check by hand."""
 
 import pytest
-from benchmarks.figures import Provenance, Spread, interleaved, percentile, ratio
+from benchmarks.figures import Provenance, Spread, percentile, ratio
 
 
 def test_a_spread_is_its_median_and_both_ends() -> None:
@@ -22,18 +22,6 @@ def test_a_percentile_is_a_value_that_was_seen(
     values: list[float], share: float, expected: float
 ) -> None:
     assert percentile(values, share) == expected
-
-
-def test_measures_take_turns() -> None:
-    heard: list[str] = []
-
-    def saying(name: str, value: float) -> float:
-        heard.append(name)
-        return value
-
-    taken = interleaved({"a": lambda: saying("a", 1), "b": lambda: saying("b", 2)}, repeats=3)
-    assert heard == ["a", "b"] * 3
-    assert taken == {"a": (1, 1, 1), "b": (2, 2, 2)}
 
 
 def test_a_ratio_is_taken_round_by_round() -> None:

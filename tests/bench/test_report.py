@@ -1,17 +1,19 @@
 """The page of results: made from the files, complete, and up to date."""
 
-import xml.etree.ElementTree as ElementTree
+import os
+import re
+import subprocess
+import sys
 
 import pytest
-from benchmarks.plot import Bars, draw
-from benchmarks.report import DOCS, SECTIONS, load_results, number, page, plots, short
+from benchmarks.figures import Provenance
+from benchmarks.report import DOCS, SECTIONS, load_results, number, page, short
 
 
 def test_the_page_and_the_plot_are_what_the_files_make_of_them() -> None:
     """When this fails: python -m benchmarks.report."""
     results = load_results()
     assert (DOCS / "performance.md").read_text() == page(results)
-    assert (DOCS / "performance.svg").read_text() == draw(plots(results))
 
 
 def test_every_kept_result_has_a_section_and_says_where_it_comes_from() -> None:
@@ -34,8 +36,42 @@ def test_a_spread_shows_its_ends_unless_it_was_measured_once() -> None:
     assert number(spread | {"repeats": 1}) == "2"
 
 
-def test_a_plot_is_svg_whose_bars_are_as_long_as_their_values() -> None:
-    root = ElementTree.fromstring(draw([Bars("a < b", {"trivec": 100.0, "peer": 50.0})]))
-    bars = root.findall("{http://www.w3.org/2000/svg}rect")[1:]
-    ours, theirs = (int(bar.attrib["width"]) for bar in bars)
-    assert ours == 2 * theirs
+def test_every_table_names_the_instructions_of_its_cpu() -> None:
+    heads = [
+        lines[0]
+        for section in page(load_results()).split("\n\n")
+        if (lines := section.splitlines()) and lines[0].startswith("| ")
+    ]
+    assert len(heads) > 10
+    assert [head for head in heads if "VNNI" not in head] == []
+
+
+def test_a_peer_that_failed_is_a_row_that_says_why() -> None:
+    one = {"median": 2.0, "lowest": 2.0, "highest": 2.0, "repeats": 1}
+    rows = {
+        "trivec-int8": {"texts_a_second": one, "ours_over_it": one, "cosine_min": 1.0},
+        "ctranslate2-int8": {"failed": "not here: python -m benchmarks.roster ctranslate2"},
+    }
+    provenance = Provenance.now().as_dict()
+    shown = page(
+        {
+            "x": {
+                "benchmark": "against",
+                "model": "m",
+                "workloads": {"short": rows},
+                "provenance": provenance,
+            }
+        }
+    )
+    assert "| ctranslate2-int8 | not here: python -m benchmarks.roster ctranslate2 |" in shown
+
+
+def test_every_command_on_the_page_can_be_asked_for_help() -> None:
+    for command in re.findall(r"^python -m (benchmarks\.\w+)(.*?)(?:  +#.*)?$", page({}), re.M):
+        module, options = command
+        said = subprocess.run(
+            [sys.executable, "-m", module, *options.split(), "--help"],
+            cwd=DOCS.parent, capture_output=True, text=True, check=False, timeout=120,
+            env={**os.environ, "PYTHONPATH": "src"},
+        )  # fmt: skip
+        assert said.returncode == 0, f"{module}: {said.stderr}"

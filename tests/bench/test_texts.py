@@ -1,10 +1,10 @@
 """What is measured with: the same on every run, of the lengths that the names say."""
 
 import numpy as np
-from benchmarks.dummy import BLUEPRINTS
 from benchmarks.engine import Arithmetic
 from benchmarks.harness import deal, in_parts
 from benchmarks.texts import Workload, mixed, sentences, uniform
+from tests.support.dummy import BLUEPRINTS
 
 
 def test_sentences_are_distinct_and_the_same_every_time() -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.dummy import Blueprint, write_dummy
+from tests.support.dummy import Blueprint, write_dummy
 
 from trivec.models.bert import BertConfig
 from trivec.models.pooling import Pooling

@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from benchmarks.dummy import blueprint_of, write_dummy
 from tests.process.server import Server, running
+from tests.support.dummy import blueprint_of, write_dummy
 
 from trivec.tokenizer.encodings import table_bytes
 

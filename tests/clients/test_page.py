@@ -16,10 +16,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from benchmarks.dummy import blueprint_of, write_dummy
 from numpy.typing import NDArray
 from tests.api.house import MODEL, PLAIN_MODEL, House
 from tests.process.server import Server, running
+from tests.support.dummy import blueprint_of, write_dummy
 from tests.support.heads import write_classifier
 
 from trivec import playground

@@ -138,7 +138,7 @@ def test_a_request_never_carries_text_vectors_or_a_key() -> None:
     and only a terminal shows it.
     """
     assert set(RequestServed.__slots__) == {
-        "client_request_id", "code", "compute_s", "duration_s", "encode_s",
-        "input_count", "key_id", "message", "method", "model", "prefix", "queue_s", "request_bytes",
-        "request_id", "response_bytes", "route", "status", "token_count", "tokenize_s", "traceparent",
+        "client_request_id", "code", "compute_s", "duration_s", "encode_s", "ended_s", "input_count",
+        "key_id", "message", "method", "model", "prefix", "queue_s", "request_bytes", "request_id",
+        "response_bytes", "route", "status", "token_count", "tokenize_s", "traceparent",
     }  # fmt: skip

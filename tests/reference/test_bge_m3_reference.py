@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch", reason="the reference runs on torch")
 flag = pytest.importorskip("FlagEmbedding", reason="the reference is FlagEmbedding")
 transformers = pytest.importorskip("transformers", reason="the reference is transformers")
 
-from benchmarks.dummy import blueprint_of, write_dummy
+from tests.support.dummy import blueprint_of, write_dummy
 
 from trivec.backends.openvino import OpenVinoBackend
 from trivec.backends.openvino.calibrate import read_sentences

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="the torch backend needs torch")
 pytest.importorskip("transformers", reason="the reference is transformers")
 
 import transformers
-from benchmarks.dummy.tokenizer import SENTENCES, write_tokenizer
+from tests.support.dummy.tokenizer import SENTENCES, write_tokenizer
 from tokenizers import Tokenizer as Codec
 
 from trivec.backends.openvino import OpenVinoBackend

@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 torch = pytest.importorskip("torch", reason="the reference runs on torch")
 transformers = pytest.importorskip("transformers", reason="the reference is transformers")
 
-from benchmarks.dummy import blueprint_of, write_dummy
 from tests.reference.test_heads import CLASSES, write
+from tests.support.dummy import blueprint_of, write_dummy
 from tokenizers import Tokenizer as Codec
 
 from trivec.backends.openvino import OpenVinoBackend

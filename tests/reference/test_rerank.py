@@ -12,8 +12,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="the reference runs on torch")
 transformers = pytest.importorskip("transformers", reason="the reference is transformers")
 
-from benchmarks.dummy.tokenizer import SENTENCES, write_tokenizer
 from tests.api.house import READY
+from tests.support.dummy.tokenizer import SENTENCES, write_tokenizer
 from tokenizers import Tokenizer as Codec
 
 from trivec.build import Models, ServerParts, load_models, open_server_parts

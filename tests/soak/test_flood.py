@@ -1,7 +1,7 @@
 """A flood against a device that stands still: exactly what fits is let in, all else is refused well.
 
 No rate and no clock is in it, so that every count is exact; how fast a refusal is, is for
-`benchmarks.soak.overload`.
+`tests.soak.overload`.
 """
 
 import asyncio
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from benchmarks.soak.service import MODEL, Service
 from tests.accounts.requests import statuses as written_down
+from tests.soak.service import MODEL, Service
 
 from trivec.settings import QueueLimits, Settings
 from trivec.tokenizer import Tokenizer

@@ -1,7 +1,7 @@
 """The short form of each soak: the same code as the long one, for seconds."""
 
 import pytest
-from benchmarks.soak import (
+from tests.soak import (
     drain,
     kills,
     leavers,
@@ -12,7 +12,7 @@ from benchmarks.soak import (
     soak,
     usage_sums,
 )
-from benchmarks.soak.report import Report
+from tests.soak.report import Report
 
 pytestmark = pytest.mark.process
 

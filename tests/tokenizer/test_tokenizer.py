@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 import tokenizers
-from benchmarks.dummy.tokenizer import write_tokenizer
+from tests.support.dummy.tokenizer import write_tokenizer
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from trivec import tokenizer as module

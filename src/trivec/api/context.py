@@ -2,10 +2,9 @@
 
 It holds counts, names and times; never text, vectors or a plain key.
 
-One timer is for a request's deadline and for its client's presence. Nearly every request is
-answered long before either matters; a timer for each and a task that waits for `http.disconnect`
-would be a tenth of what it costs the event loop (decision 0006). So no task starts before
-`WATCH_AFTER_S`.
+Nearly every request is answered long before its deadline, or its client's presence, matters; timers
+and a task that waits for `http.disconnect` would be a tenth of what it costs the event loop
+(decision 0006). So all requests share one timer, and no task starts before `WATCH_AFTER_S`.
 """
 
 import asyncio
@@ -22,6 +21,7 @@ from starlette.types import Receive, Scope
 from trivec.accounts import ANONYMOUS, Accounts, Key, RateLimitState, RequestMeta, Reservation
 from trivec.api.memory import ByteBudget, MemoryReservation
 from trivec.api.schemas import Chunk, Truncate, shown
+from trivec.core.clock import EARLY_S, Deadlines
 from trivec.core.errors import (
     AnswerTooLarge,
     BodyTooLarge,
@@ -64,6 +64,10 @@ class AppState:
     # Large requests to tokenize run one at a time: their threads are those of embeddings.
     large_tokenize: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     large_tokenize_count: int = 0
+    # What calls a request's timeout when something of it is due.
+    deadlines: "Deadlines[RequestTimeout]" = field(
+        default_factory=lambda: Deadlines(RequestTimeout.look)
+    )
 
     def check_admission(self) -> None:
         """Raise `Overloaded` where no model takes even the smallest request there is."""
@@ -102,7 +106,9 @@ class RequestContext:
         self.started_s = app.clock.now_s()
         self.deadline_s = self.started_s + request_s_max
         self._receive = receive
-        self.timeout = RequestTimeout(receive, request_s_max=request_s_max)
+        self.timeout = RequestTimeout(
+            app.deadlines, receive, request_s_max=request_s_max, body_s_max=app.limits.body_s_max
+        )
         self.memory = MemoryReservation(app.memory)
 
         self.caller: Key | None = None
@@ -212,7 +218,10 @@ class RequestContext:
         not hold it and what parsing makes of it.
         """
         limits, memory = self.app.limits, self.memory
-        if self.has_body or not is_optional:
+        is_plain = self.headers.get(b"content-type") == b"application/json"
+        if not (is_plain and b"content-encoding" not in self.headers) and (
+            self.has_body or not is_optional
+        ):
             self._require_json()
         declared = self.headers.get(b"content-length", b"")
         declared_bytes = int(declared[:20]) if declared.isdigit() else 0
@@ -221,42 +230,38 @@ class RequestContext:
         pieces_max = limits.body_bytes_max if declared else limits.body_chunks_max
         pieces: list[bytes] = []
         has_more = True
+        self.timeout.is_reading = True
         try:
-            async with asyncio.timeout(limits.body_s_max):
-                while True:
-                    if max(declared_bytes, self.request_bytes) > limits.body_bytes_max:
-                        raise BodyTooLarge(
-                            f"The request body has more than {limits.body_bytes_max:,} bytes. "
-                            "Split the input over several requests."
-                        )
-                    if len(pieces) > pieces_max:
-                        raise BodyTooLarge(
-                            f"The request body came in more than {pieces_max} chunks. "
-                            "Send it in larger ones, or with a Content-Length."
-                        )
-                    if not has_more:
-                        break
-                    self.is_body_asked_for = True
-                    message = await self._receive()
-                    # A bad chunk looks like a client that left.
-                    if message["type"] != "http.request":
-                        raise MalformedBody(
-                            "We could not parse the JSON body of your request (it broke off before "
-                            "its end). Send one JSON object in UTF-8."
-                        )
-                    has_more = message.get("more_body", False)
-                    if piece := message.get("body", b""):
-                        pieces.append(piece)
-                        self.request_bytes += len(piece)
-                        if has_more and len(pieces) == 1:
-                            self.app.memory.arriving[memory] = self.timeout.end
-                        memory.add(len(piece) + PIECE_BYTES)
-        except TimeoutError:
-            raise BodyTooSlow(
-                f"The request body did not arrive within {limits.body_s_max:g} seconds. "
-                "Send it again, in smaller requests."
-            ) from None
+            while True:
+                if max(declared_bytes, self.request_bytes) > limits.body_bytes_max:
+                    raise BodyTooLarge(
+                        f"The request body has more than {limits.body_bytes_max:,} bytes. "
+                        "Split the input over several requests."
+                    )
+                if len(pieces) > pieces_max:
+                    raise BodyTooLarge(
+                        f"The request body came in more than {pieces_max} chunks. "
+                        "Send it in larger ones, or with a Content-Length."
+                    )
+                if not has_more:
+                    break
+                self.is_body_asked_for = True
+                message = await self._receive()
+                # A bad chunk looks like a client that left.
+                if message["type"] != "http.request":
+                    raise MalformedBody(
+                        "We could not parse the JSON body of your request (it broke off before "
+                        "its end). Send one JSON object in UTF-8."
+                    )
+                has_more = message.get("more_body", False)
+                if piece := message.get("body", b""):
+                    pieces.append(piece)
+                    self.request_bytes += len(piece)
+                    if has_more and len(pieces) == 1:
+                        self.app.memory.arriving[memory] = self.timeout.end
+                    memory.add(len(piece) + PIECE_BYTES)
         finally:
+            self.timeout.is_reading = False
             self.app.memory.arriving.pop(memory, None)
         self.is_body_read = True
         body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -308,14 +313,25 @@ class ClientDisconnected(Exception):
 class RequestTimeout:
     """Context manager around a request's handler, in the request's own task.
 
-    It cancels the block when the deadline is passed or the client has left, and raises
-    `DeadlineExceeded` or `ClientDisconnected` in the cancellation's place, as `asyncio.timeout`
-    does. Finding the key and writing the ledger row come before and after, with bounds of their own.
+    It cancels the block when a deadline is passed or the client has left, and raises
+    `DeadlineExceeded`, `BodyTooSlow` or `ClientDisconnected` in the cancellation's place, as
+    `asyncio.timeout` does. Finding the key and writing the ledger row come before and after, with
+    bounds of their own.
     """
 
-    def __init__(self, receive: Receive, *, request_s_max: float) -> None:
+    def __init__(
+        self,
+        deadlines: "Deadlines[RequestTimeout]",
+        receive: Receive,
+        *,
+        request_s_max: float,
+        body_s_max: float,
+    ) -> None:
+        """*body_s_max*: seconds from entering the block in which a body that it reads must be here."""
+        self.is_reading = False  # a body
+        self._deadlines = deadlines
         self._receive = receive
-        self._request_s_max = request_s_max
+        self._request_s_max, self._body_s_max = request_s_max, body_s_max
         self._loop = asyncio.get_running_loop()
         self._due_s = self._loop.time() + request_s_max
         self._reason: Exception | None = None
@@ -326,11 +342,12 @@ class RequestTimeout:
         task = asyncio.current_task()
         assert task is not None
         self._task, self._cancelling = task, task.cancelling()
-        self._timer = self._loop.call_at(self._due_s, self._look)
+        self._body_due_s = self._loop.time() + self._body_s_max
+        self._deadlines.set(self, min(self._body_due_s, self._due_s))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._timer.cancel()
+        self._deadlines.drop(self)
         if self._watcher is not None:
             self._watcher.cancel()
         reason = self._reason
@@ -347,13 +364,9 @@ class RequestTimeout:
 
     def watch_client(self) -> None:
         """From here on notice when the client leaves. Not before the request's body is read."""
-        if self._is_watching:
-            return
-        self._is_watching = True
-        self._timer.cancel()
-        self._timer = self._loop.call_at(
-            min(self._loop.time() + WATCH_AFTER_S, self._due_s), self._look
-        )
+        if not self._is_watching:
+            self._is_watching = True
+            self._deadlines.set(self, min(self._loop.time() + WATCH_AFTER_S, self._due_s))
 
     def end(self, reason: Exception) -> None:
         """Cancel the block and raise *reason* in its place; of several reasons the first."""
@@ -361,8 +374,10 @@ class RequestTimeout:
             self._reason = reason
             self._task.cancel()
 
-    def _look(self) -> None:
-        if self._loop.time() + 1e-3 >= self._due_s:  # a timer may be that much early
+    def look(self) -> None:
+        """Called when something is due, or was."""
+        now_s = self._loop.time() + EARLY_S
+        if now_s >= self._due_s:
             self.end(
                 DeadlineExceeded(
                     f"The request was not done within {self._request_s_max:g} seconds. "
@@ -370,9 +385,17 @@ class RequestTimeout:
                     retry_after_s=1.0,
                 )
             )
+        elif self.is_reading and now_s >= self._body_due_s:
+            self.end(
+                BodyTooSlow(
+                    f"The request body did not arrive within {self._body_s_max:g} seconds. "
+                    "Send it again, in smaller requests."
+                )
+            )
         else:
-            self._watcher = self._loop.create_task(self._watch(), name="client-watch")
-            self._timer = self._loop.call_at(self._due_s, self._look)
+            if self._is_watching and self._watcher is None:
+                self._watcher = self._loop.create_task(self._watch(), name="client-watch")
+            self._deadlines.set(self, self._due_s)
 
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

@@ -136,6 +136,7 @@ def observe(context: RequestContext, scope: Scope) -> None:
             compute_s=context.compute_s,
             encode_s=context.encode_s,
             traceparent=traceparent,
+            ended_s=context.app.clock.wall_s(),
             message=context.error_message,
         )
     )

@@ -157,13 +157,50 @@ def blamed_on(fields: Mapping[str, str]) -> Iterator[None]:
 
 def choose_outputs(asked: EmbeddingsRequest, card: ModelCard) -> Output:
     """What `output_type` asks for. Raises `FieldInvalid` where the model lacks it, or the size."""
-    given = asked.output_type
+    outputs = Output.DENSE
+    if asked.output_type is not None or Output.DENSE not in card.outputs:
+        outputs = outputs_named(asked.output_type, card)
+    dimensions = asked.size or card.dimensions  # to ask for them all changes nothing
+    param = "dimensions" if asked.dimensions else "output_dimension"
+    if dimensions != (asked.output_dimension or dimensions):
+        raise FieldInvalid(
+            f"'dimensions' is {dimensions} and 'output_dimension' {asked.output_dimension}. They "
+            "mean the same: send one of them.",
+            param="output_dimension",
+        )
+    if dimensions != card.dimensions and not card.takes_dimensions(dimensions):
+        message = "This model does not support specifying dimensions."
+        if card.dimensions_selectable or card.matryoshka_dimensions:
+            sizes = sorted({*card.matryoshka_dimensions, card.dimensions})
+            have = f"at most {sizes[-1]}"
+            if not card.dimensions_selectable:
+                have = ", ".join(map(str, sizes))
+            message = (
+                f"Invalid value for '{param}' = {dimensions}. This model's vectors have {have}."
+            )
+        raise FieldInvalid(message, param=param)
+    if asked.is_chunked:
+        check_chunks(asked, outputs, card)
+    if asked.dtype in ("binary", "ubinary") and dimensions % 8:
+        raise FieldInvalid(
+            f"'output_dtype' = {asked.dtype} packs eight numbers in a byte, and {dimensions} is no "
+            "multiple of 8.",
+            param="output_dtype",
+        )
+    return outputs
+
+
+def outputs_named(given: str | Sequence[str] | None, card: ModelCard) -> Output:
+    """The outputs that are *given* by name; by default dense, or else all that are no score.
+
+    Raises `FieldInvalid` for none, for an unknown one, and for one that the model lacks.
+    """
     if given == []:
         raise FieldInvalid(
             f"Invalid 'output_type': empty array. Supported values: {list(OUTPUTS)}.",
             param="output_type",
         )
-    joined = "&".join(given) if isinstance(given, list) else given
+    joined = given if given is None or isinstance(given, str) else "&".join(given)
     outputs = Output(0)
     names = ["dense"] if joined is None else joined.split("&")
     if joined is None and not card.outputs & (Output.DENSE | Output.SCORE):
@@ -181,33 +218,6 @@ def choose_outputs(asked: EmbeddingsRequest, card: ModelCard) -> Output:
             f"This model has no {' and no '.join(output_names(absent))} "
             f"output; it has {', '.join(output_names(card.outputs))}.",
             param="output_type",
-        )
-    dimensions = asked.size or card.dimensions  # to ask for them all changes nothing
-    param = "dimensions" if asked.dimensions else "output_dimension"
-    if dimensions != (asked.output_dimension or dimensions):
-        raise FieldInvalid(
-            f"'dimensions' is {dimensions} and 'output_dimension' {asked.output_dimension}. They "
-            "mean the same: send one of them.",
-            param="output_dimension",
-        )
-    sizes = sorted({*card.matryoshka_dimensions, card.dimensions})
-    if dimensions != card.dimensions and not card.takes_dimensions(dimensions):
-        message = "This model does not support specifying dimensions."
-        if card.dimensions_selectable or card.matryoshka_dimensions:
-            have = f"at most {sizes[-1]}"
-            if not card.dimensions_selectable:
-                have = ", ".join(map(str, sizes))
-            message = (
-                f"Invalid value for '{param}' = {dimensions}. This model's vectors have {have}."
-            )
-        raise FieldInvalid(message, param=param)
-    if asked.is_chunked:
-        check_chunks(asked, outputs, card)
-    if asked.dtype in ("binary", "ubinary") and dimensions % 8:
-        raise FieldInvalid(
-            f"'output_dtype' = {asked.dtype} packs eight numbers in a byte, and {dimensions} is no "
-            "multiple of 8.",
-            param="output_dtype",
         )
     return outputs
 

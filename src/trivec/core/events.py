@@ -29,6 +29,7 @@ class RequestServed:
     compute_s: float = 0.0
     encode_s: float = 0.0
     traceparent: str | None = None  # the client's W3C trace context, as it was sent
+    ended_s: float | None = None  # seconds since the epoch; None: now
     message: str | None = None  # what a client was told that it did wrong; for a person's terminal
 
 

@@ -6,6 +6,7 @@ All of it runs on the event loop and none of it computes.
 import asyncio
 from functools import partial
 
+from trivec.core.clock import Deadlines
 from trivec.core.ports import Backend, TextTokenizer
 from trivec.core.types import ModelCard, Output, Reply, Sequences
 from trivec.engine.scheduler import ModelQueue
@@ -35,6 +36,7 @@ class Engine:
         self._scheduler = workers.scheduler
         self._queue = ModelQueue(card.id, backend, limits, backend.budget)
         self._scheduler.add_queue(self._queue)
+        self._deadlines = Deadlines(partial(self._scheduler.expire, self._queue))
         self.check_admission = partial(self._scheduler.check_admission, self._queue)
 
     @property
@@ -74,13 +76,13 @@ class Engine:
             queue, sequences, outputs, wait_s=wait_s, continues=continues, background=background
         )
         queue.open.add(request)
-        timer = request.future.get_loop().call_later(wait_s, scheduler.expire, queue, request)
+        self._deadlines.set(request, asyncio.get_running_loop().time() + wait_s)
         try:
             return await request.future
         except asyncio.CancelledError:
             scheduler.cancel(queue, request)
             raise
         finally:
-            timer.cancel()
+            self._deadlines.drop(request)
             queue.open.discard(request)
             del request  # else it and an error's traceback would hold each other until collected

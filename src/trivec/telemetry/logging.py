@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from datetime import UTC, datetime
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, Literal, TextIO
@@ -148,10 +149,7 @@ def configure_log(
     is_terminal = stderr is not None and stderr.isatty()
     handler = LogHandler(stderr)
     number = logging.getLevelNamesMapping()[level.upper()]
-    common: list[Any] = [
-        structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
-    ]
+    common: list[Any] = [structlog.stdlib.add_log_level, _stamp]
     if process:
         common.append(lambda _logger, _method, line: {**line, "process": process})
     other = structlog.dev.ConsoleRenderer(colors=is_terminal, timestamp_key="time")
@@ -244,6 +242,7 @@ def _request_fields(event: events.RequestServed) -> dict[str, object]:
         "key_id": event.key_id,
         "client_request_id": event.client_request_id,
         "message": event.message,
+        "ended_s": event.ended_s,
     }
     if event.model is not None:
         fields |= {
@@ -256,6 +255,14 @@ def _request_fields(event: events.RequestServed) -> dict[str, object]:
             "encode_ms": round(event.encode_s * 1e3, 3),
         }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _stamp(_logger: object, _method: str, line: Any) -> Any:
+    """Give *line* its time, in UTC: the event's own where it has one, else now."""
+    ended_s = line.pop("ended_s", None)
+    at = datetime.now(UTC) if ended_s is None else datetime.fromtimestamp(ended_s, UTC)
+    line["time"] = at.isoformat(timespec="microseconds")[: -len("+00:00")] + "Z"
+    return line
 
 
 def _to_json(_logger: object, _method: str, line: Any) -> str:

@@ -69,6 +69,9 @@ class Metrics:
         self._lines_dropped = lines_dropped
         self._clock = clock or SystemClock()
         self._queue_loads: Callable[[], Iterable[QueueLoad]] = tuple
+        self.catch_up: Callable[[], object] = (
+            tuple  # called before each page, for events on their way
+        )
         self._lock = threading.Lock()  # of the growth of these
         self._tokens_by_second: dict[int, Sums[str]] = {}  # by model; those of the window
         self._models: set[str] = set()
@@ -157,6 +160,7 @@ class Metrics:
 
     def page(self) -> bytes:
         """The numbers now, in Prometheus's text format."""
+        self.catch_up()
         return generate_latest(self._registry)
 
     def collect(self) -> Iterable[Metric]:

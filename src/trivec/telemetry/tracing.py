@@ -49,7 +49,7 @@ class Tracing:
 
         if not isinstance(event, RequestServed):
             return
-        end_ns = time.time_ns()
+        end_ns = int((event.ended_s or time.time()) * NANOSECONDS)
         start_ns = end_ns - int(event.duration_s * NANOSECONDS)
         attributes: dict[str, str | int | None] = {
             "http.request.method": event.method,

@@ -91,7 +91,11 @@ def sqlite_engines(file: Path) -> Engines:
             if not file.exists():
                 write_whole(file, b"", replaces=False)
 
+    is_durable: bool | None = None  # what the connection that writes was last told
+
     def open_for_writing(raw: sqlite3.Connection, _: object) -> None:
+        nonlocal is_durable
+        is_durable = None
         try:
             _with_lock(lambda: raw.execute("PRAGMA journal_mode=WAL"))
             raw.execute("PRAGMA foreign_keys=ON")
@@ -104,7 +108,10 @@ def sqlite_engines(file: Path) -> Engines:
         def with_lock() -> None:
             # The pragma may read the file, and so meet a lock as well. The driver by itself would
             # take the lock that all processes write under too late.
-            raw.execute("PRAGMA synchronous=FULL" if durable else "PRAGMA synchronous=NORMAL")
+            nonlocal is_durable
+            if durable is not is_durable:
+                raw.execute("PRAGMA synchronous=FULL" if durable else "PRAGMA synchronous=NORMAL")
+                is_durable = durable
             raw.execute("BEGIN IMMEDIATE")
 
         _with_lock(with_lock)

@@ -7,15 +7,15 @@ of a file there is its name, of a batch job the metadata that its client gave it
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import sqlalchemy as sa
-from alembic.operations import Operations
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 
 from trivec.accounts.types import Key, RateLimits, Scope, Secret
 from trivec.core.errors import StoreRefused
+
+if TYPE_CHECKING:  # imported where it is used: it takes as long as all of SQLAlchemy
+    from alembic.script import ScriptDirectory
 
 Values: TypeAlias = dict[str, Any]  # the columns of one row, by name
 UPGRADE_LOCK = 7_472_697_665  # any number of ours: Postgres' advisory lock for migrations
@@ -210,11 +210,16 @@ batch_shards = sa.Table(  # what there is to do for a batch job, each by one ser
 
 def revision(connection: sa.Connection) -> str | None:
     """The schema's present revision; None for an empty database."""
+    from alembic.runtime.migration import MigrationContext
+
     return MigrationContext.configure(connection).get_current_revision()
 
 
 def upgrade(connection: sa.Connection, target: str = "head") -> None:
     """Run the migrations that are missing, in the caller's transaction. Raises `StoreRefused`."""
+    from alembic.operations import Operations
+    from alembic.runtime.migration import MigrationContext
+
     if connection.dialect.name == "postgresql":
         connection.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": UPGRADE_LOCK})
     migrations = _migrations(connection)
@@ -241,8 +246,10 @@ def check_latest(connection: sa.Connection) -> None:
         )
 
 
-def _migrations(connection: sa.Connection) -> ScriptDirectory:
+def _migrations(connection: sa.Connection) -> "ScriptDirectory":
     """All that this version knows. Raises `StoreRefused` where the schema is of a newer one."""
+    from alembic.script import ScriptDirectory
+
     folder = Path(__file__).parent / "migrations"
     migrations = ScriptDirectory(folder, version_locations=[folder])
     found = revision(connection)

@@ -33,8 +33,10 @@ from trivec.backends.openvino.quantise import (
 from trivec.backends.openvino.session import (
     Session,
     WrongOutputShape,
+    mappings_of,
     open_core,
     open_session,
+    release_memory,
     self_test_ids,
 )
 from trivec.checkpoints.checkpoint import Checkpoint
@@ -288,18 +290,13 @@ class Calibration:
         self._calibration = as_batch(calibration, next(iter(checkpoint.outputs)))
         self._self_test_ids = self_test_ids(checkpoint.config)
         tensors = make_tensors(checkpoint, FP32)
-        alone = open_session(checkpoint, tensors, FP32, slot_count=1, with_statistics=True)
-        self._reference = alone.hidden(self._self_test_ids, slot=0)
-        # Two compiles must agree before anything is compared with them, or kept: see `open_session`.
-        session = open_session(
-            checkpoint, tensors, FP32, slot_count=slot_count, reference=self._reference
-        )
+        first = open_session(checkpoint, tensors, FP32, slot_count=slot_count, with_statistics=True)
+        self._reference = first.hidden(self._self_test_ids, slot=0)
         self._tell("running the probes in fp32")
-        self._exact = self._vectors(session)
         groups = plan_of(checkpoint.config).linears
         self._layer_outputs: list[Float32Array] = []  # of one micro-batch, each [tokens, hidden]
         parts = []
-        for part in alone.statistics(self._calibration):
+        for part in first.statistics(self._calibration):
             self._layer_outputs = self._layer_outputs or part[2 * len(groups) :]
             parts.append(part[: 2 * len(groups)])
         self._statistics = {
@@ -309,6 +306,13 @@ class Calibration:
             )
             for i, group in enumerate(groups)
         }
+        del first  # one fp32 session at a time: each is 1.2 GB of BGE-M3
+        release_memory(())
+        # Two compiles must agree before anything is compared with them, or kept: see `open_session`.
+        session = open_session(
+            checkpoint, tensors, FP32, slot_count=slot_count, reference=self._reference
+        )
+        self._exact = self._vectors(session)
 
     def candidates(self) -> Iterator[QuantScheme]:
         """From the fastest on; the last one is worked out only when it is reached."""
@@ -328,6 +332,7 @@ class Calibration:
         """
         self._tell(f"quantising, {scheme.name}")
         tensors = self.tensors(scheme)
+        release_memory(mappings_of(tensors.values()))  # the fp32 weights that they were made from
         self._tell(f"comparing {scheme.name} with fp32")
         for _ in range(2):
             cosines, references = NO_VECTORS, {FP32.name: self._reference}

@@ -7,6 +7,7 @@ import ctypes
 import mmap
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -151,6 +152,8 @@ class Session:
             ]
         self._config = checkpoint.config
         self._mapped = mappings_of(tensors.values())  # tables are read from these as needed
+        del model
+        release_memory(self._mapped)  # what was compiled has been read, and is not read again
         self._lock = threading.Lock()  # of the two below
         self._running = 0
         self._has_leftovers = False  # of a long micro-batch, in the plugin
@@ -197,12 +200,18 @@ class Session:
         return states[: len(token_ids)].copy()
 
     def statistics(self, batch: Batch) -> Iterator[list[Float32Array]]:
-        """For each micro-batch of *batch*, copies of what `with_statistics` asked for; on slot 0.
+        """For each micro-batch of *batch*, copies of what `with_statistics` asked for; on all slots.
 
         One token a sequence passes the last layer, whatever the pooling.
         """
-        for packed in self._pack(batch, np.zeros(len(batch), np.bool_)):
-            yield [output.data.copy() for output in self._infer(packed, 0)[1:]]
+        parts, slots = list(self._pack(batch, np.zeros(len(batch), np.bool_))), self.slot_count
+
+        def run(slot: int, packed: MicroBatch) -> list[Float32Array]:
+            return [output.data.copy() for output in self._infer(packed, slot)[1:]]
+
+        with ThreadPoolExecutor(slots, "trivec-statistics") as pool:
+            for at in range(0, len(parts), slots):  # some at a time: each is 50 MB of BGE-M3
+                yield from pool.map(run, range(slots), parts[at : at + slots])
 
     def _pack(self, batch: Batch, whole: NDArray[np.bool_]) -> Iterator[MicroBatch]:
         """The micro-batches of *batch*; *whole*: where every token's hidden state is wanted."""

@@ -1,1 +1,0 @@
-"""One module a peer, each run by the Python of the peer's own environment."""

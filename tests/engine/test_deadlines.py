@@ -1,0 +1,68 @@
+"""Deadlines that share one timer: each is called for when it is due, and not before."""
+
+import asyncio
+
+from trivec.core.clock import Deadlines
+
+AGES_S = 3600.0
+
+
+class Called:
+    """What was called for, in order."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.is_full = asyncio.Event()
+
+    def __call__(self, name: str) -> None:
+        self.names.append(name)
+        if len(self.names) == 2:
+            self.is_full.set()
+
+
+async def test_what_is_due_earlier_is_called_for_earlier_in_whichever_order_it_was_set() -> None:
+    called, now_s = Called(), asyncio.get_running_loop().time()
+    deadlines = Deadlines(called)
+    for name, in_s in (("never", AGES_S), ("second", 0.02), ("first", 0.01)):
+        deadlines.set(name, now_s + in_s)
+    await called.is_full.wait()
+    assert called.names == ["first", "second"]
+
+
+async def test_what_was_dropped_or_set_anew_is_not_called_for_at_its_old_time() -> None:
+    called, now_s = Called(), asyncio.get_running_loop().time()
+    deadlines = Deadlines(called)
+    for name in ("dropped", "moved", "kept"):
+        deadlines.set(name, now_s + 0.01)
+    deadlines.drop("dropped")
+    deadlines.set("moved", now_s + 0.02)
+    await called.is_full.wait()
+    assert called.names == ["kept", "moved"]
+
+
+async def test_a_deadline_that_is_set_when_another_is_due_is_called_for_too() -> None:
+    called = Called()
+
+    def again(name: str) -> None:
+        called(name)
+        if name == "first":
+            deadlines.set("second", 0.0)
+
+    deadlines = Deadlines(again)
+    deadlines.set("first", 0.0)
+    await called.is_full.wait()
+    assert called.names == ["first", "second"]
+
+
+async def test_a_late_deadline_that_is_set_when_another_is_due_hides_no_earlier_one() -> None:
+    called, now_s = Called(), asyncio.get_running_loop().time()
+
+    def later(name: str) -> None:
+        called(name)
+        deadlines.set(name, now_s + AGES_S)
+
+    deadlines = Deadlines(later)
+    deadlines.set("first", now_s + 0.01)
+    deadlines.set("second", now_s + 0.02)
+    await asyncio.wait_for(called.is_full.wait(), 60)
+    assert called.names == ["first", "second"]
