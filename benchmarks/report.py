@@ -190,6 +190,13 @@ def invariance_section(result: Result) -> str:
     )
 
 
+def profile_section(result: Result) -> str:
+    lengths = " + ".join(map(str, result["lengths"]))
+    rows = [(name, f"{share:.1%}") for name, share in result["shares"].items()]
+    title = f"## Where the time goes: {result['model']}, {result['recipe']}, {lengths} tokens"
+    return f"{title}\n\n{table(('kind of node and kernel', 'of one slot'), rows)}\n"
+
+
 SECTIONS = {
     "over_http": over_http_section,
     "against": against_section,
@@ -198,6 +205,7 @@ SECTIONS = {
     "fairness": fairness_section,
     "memory": memory_section,
     "invariance": invariance_section,
+    "profile": profile_section,
 }
 
 

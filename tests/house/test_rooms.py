@@ -12,7 +12,7 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
 # The aim is 11,500 in 100: raised only in a commit that says why.
-LINES_MAX, FILES_MAX = 23_600, 129
+LINES_MAX, FILES_MAX = 24_000, 130
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_750, 7),
@@ -22,7 +22,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "api": (4_080, 20),
     "engine": (980, 5),
     "models": (2_110, 15),
-    "backends": (3_350, 17),
+    "backends": (3_750, 18),
     "checkpoints": (2_210, 11),
     "tokenizer": (730, 3),
     "accounts": (2_970, 19),
