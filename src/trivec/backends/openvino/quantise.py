@@ -175,11 +175,11 @@ def int8_layer(
         quantised = [quantise(matrix, weight_bits) for matrix in matrices]
         sample = statistics[group.names[0]].sample
         if weight_bits < 8 and sample is not None:
-            wholes, scales = zip(*quantised, strict=True)
-            steps = np.concatenate([m / scale for m, scale in zip(matrices, scales, strict=True)])
+            pairs = zip(matrices, quantised, strict=True)
+            steps = np.concatenate([matrix / scale for matrix, (_, scale) in pairs])
             ends = np.cumsum([len(matrix) for matrix in matrices])[:-1]
-            wholes = np.split(rounded_with_feedback(steps, sample / factor, weight_bits), ends)
-            quantised = list(zip(wholes, scales, strict=True))
+            parts = np.split(rounded_with_feedback(steps, sample / factor, weight_bits), ends)
+            quantised = [(part, scale) for part, (_, scale) in zip(parts, quantised, strict=True)]
         for name, matrix, (whole, scale) in zip(group.names, matrices, quantised, strict=True):
             rounded = whole * scale
             shifted = own.get(f"{name}.bias", np.float32(0)) - rounded @ offset  # [out]
