@@ -38,7 +38,7 @@ ATTENTION_TOKENS = 512  # where attention is a quarter of the time of BGE-M3
 ATTENTION_REPEATS = 5
 
 PRODUCT_TOKENS = 64
-PRODUCT_REPEATS = 3
+PRODUCT_REPEATS = 5
 SATURATED = 1e-3  # of a sum; one that leaves its type misses by a third and more
 ROUNDED = 1e-4  # of a row's norm; activations of 8 bits miss by 0.005
 
@@ -109,14 +109,14 @@ def try_products(hidden: int, inner: int) -> Mapping[QuantScheme, ProductTrial]:
     requests = [_layers(form, hidden, inner // 2) for form in (FP32, *forms)]
     fp32_s, *times_s = _least_s(requests, PRODUCT_REPEATS)
     exact, *outputs = (np.array(request.output_tensors[0].data) for request in requests)
-    bits = _exact_bits(forms[:2], hidden)
+    bits = _exact_bits(forms[:2], hidden) | _exact_bits(forms[2:], hidden)
     found = {}
     for form, form_s, output in zip(forms, times_s, outputs, strict=True):
         has_shape = output.shape == exact.shape
         error = float(np.linalg.norm(output - exact)) if has_shape else np.inf
         found[form] = ProductTrial(
             speed=fp32_s / form_s if has_shape else 0.0,
-            exact_bits=bits.get(form, 8),
+            exact_bits=bits[form],
             weights_only=error <= ROUNDED * float(np.linalg.norm(exact)),
         )
     return found
@@ -167,23 +167,29 @@ def _layers(scheme: QuantScheme, hidden: int, inner: int) -> ov.InferRequest:
 
 
 def _exact_bits(forms: Sequence[QuantScheme], hidden: int) -> dict[QuantScheme, int]:
-    """The most bits of weights with which the largest sums there can be come out right; else 0."""
+    """The most bits of weights with which the largest sums there can be come out right; else 0.
+
+    The *forms* share a group size.
+    """
     node = op.parameter([-1, hidden], np.float32)
     signs = np.resize(np.array([-1, 1], np.int8), (PRODUCT_TOKENS, 1))
-    shifts = (0.0, *SHIFTS.values())
+    group = forms[0].group_size
+    shifts = (0.0, *SHIFTS.values()) if group is None else (0.0,)
     tried, results = list(product(forms, WEIGHT_MAX.items())), list[ov.Node]()
     for form, (_, most) in tried:
         weight = np.repeat(most * signs, hidden, axis=1)
         scale = np.full(signs.shape, 1 / most, np.float32)
         ops = GraphOps(node, node, node, node, {".weight": weight, ".scale": scale}, form)
         results += [op.result(ops.linear(node, Linear("", 0), shift=one)[0]) for one in shifts]
-    request = _compiled(ov.Model(results, [node]), np.ones((PRODUCT_TOKENS, hidden), np.float32))
+    ones = np.ones((PRODUCT_TOKENS, hidden), np.float32)
+    request = _compiled(ov.Model(results, [node]), ones, group=group)
     sums = iter(request.output_tensors)
     bits = dict.fromkeys(forms, 0)
     for form, (count, _) in tried:
         found = np.array([next(sums).data for _ in shifts])  # [shifts, tokens, out]
         expected = hidden * (1 + np.array(shifts))[:, None, None] * signs[:, 0]
-        if np.allclose(found, np.broadcast_to(expected, found.shape), rtol=SATURATED):
+        expected = np.repeat(expected, PRODUCT_TOKENS, axis=1)
+        if found.shape == expected.shape and np.allclose(found, expected, rtol=SATURATED):
             bits[form] = max(bits[form], count)
     return bits
 
