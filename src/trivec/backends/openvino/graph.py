@@ -178,9 +178,8 @@ class GraphOps:
             x = op.add(x, number(shift))
         if channel_scale is not None:
             x = op.multiply(x, _by_channel(channel_scale, from_image))
-        token_scale = (
-            None  # [tokens, 1], of an image [1, 1, tokens, 1]; what one step of x is worth
-        )
+        # What one step of x is worth: [tokens, 1], of an image [1, 1, tokens, 1].
+        token_scale = None
         if has_token_scale:
             if shift:
                 # A maximum that changes nothing; but with it the plugin makes x once, within GELU's
@@ -225,6 +224,7 @@ class GraphOps:
         return op.reshape(product, op.constant(np.array([0, 0])), True) if pixels else product
 
     def _makes_images(self, up: Linear) -> bool:
+        """Whether the layers between which *up* widens are convolutions."""
         return self.scheme.convolution and f"{self.at}{up.name}.scale" in self.tensors
 
     def attention(self, q: Rows, k: Rows, v: Rows, spec: AttentionSpec) -> Rows:
