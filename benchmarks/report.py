@@ -157,11 +157,19 @@ def memory_section(result: Result) -> str:
     return f"## Memory: {result['model']}, {result['precision']}\n\n{body}"
 
 
+def profile_section(result: Result) -> str:
+    lengths = " + ".join(map(str, result["lengths"]))
+    rows = [(name, f"{share:.1%}") for name, share in result["shares"].items()]
+    title = f"## Where the time goes: {result['model']}, {result['recipe']}, {lengths} tokens"
+    return f"{title}\n\n{table(('kind of node and kernel', 'of one slot'), rows)}\n"
+
+
 SECTIONS = {
     "over_http": over_http_section,
     "against": against_section,
     "engine": engine_section,
     "memory": memory_section,
+    "profile": profile_section,
 }
 
 

@@ -7,10 +7,10 @@ import openvino as ov
 import pytest
 from openvino import opset15 as op
 
-from trivec.backends.openvino.calibrate import bf16_pays
 from trivec.backends.openvino.graph import attend
 from trivec.backends.openvino.packing import HIDDEN_SCORE, LENGTH_SIZES, round_up
 from trivec.backends.openvino.session import open_core
+from trivec.backends.openvino.trial import bf16_pays
 from trivec.core.types import Float32Array
 from trivec.models.ops import AttentionSpec
 
@@ -127,6 +127,6 @@ def test_bf16_pays_only_where_it_is_clearly_faster(
     taken = iter([fp32_s, bf16_s] * 5)
     capabilities = ["BF16", "FP32"]
     monkeypatch.setattr(ov.Core, "get_property", lambda *_: capabilities)
-    monkeypatch.setattr("trivec.backends.openvino.calibrate.timeit", lambda *_, **__: next(taken))
+    monkeypatch.setattr("trivec.backends.openvino.trial.timeit", lambda *_, **__: next(taken))
     spec = AttentionSpec(heads=4, head_dim=32, kv_heads=kv_heads)
     assert bf16_pays(spec, tokens=16) is pays

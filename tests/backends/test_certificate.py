@@ -28,13 +28,17 @@ from trivec.backends.openvino.calibrate import (
     read_sentences,
 )
 from trivec.backends.openvino.quantise import (
+    INT8_CONV,
+    INT8_CONV_W7,
     INT8_GROUPS_32,
     INT8_GROUPS_128,
     INT8_ROWS,
     INT8_ROWS_BF16,
+    INT8_ROWS_W7,
     INT8_SCHEMES,
     QuantScheme,
 )
+from trivec.backends.openvino.trial import ProductTrial
 from trivec.checkpoints import open_checkpoint
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.checkpoints.hashes import Hashes
@@ -42,15 +46,39 @@ from trivec.core.errors import SettingInvalid
 from trivec.core.types import Sequences, SparseVector, Vectors
 from trivec.models.pooling import Pooling
 
+EXACT = ProductTrial(speed=2.0, exact_bits=8, weights_only=False)
+SLOW = ProductTrial(speed=0.8, exact_bits=8, weights_only=False)
+WITH_VNNI = {INT8_ROWS: EXACT, INT8_CONV: SLOW, INT8_GROUPS_128: EXACT}
+WITHOUT = {  # AVX2, as far as is known
+    INT8_ROWS: ProductTrial(speed=0.8, exact_bits=7, weights_only=False),
+    INT8_CONV: ProductTrial(speed=1.5, exact_bits=7, weights_only=False),
+    INT8_GROUPS_128: ProductTrial(speed=0.9, exact_bits=8, weights_only=True),
+}
+Trials = dict[QuantScheme, ProductTrial]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Trials], None]:
+    """Let the trial of the int8 products have ended so, whatever this machine is."""
+
+    def chosen(trials: Trials) -> None:
+        monkeypatch.setattr("trivec.backends.openvino.calibrate.try_products", lambda *_: trials)
+
+    return chosen
+
 
 @pytest.fixture(params=[True, False], ids=["bf16 pays", "bf16 does not pay"])
 def candidates(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    machine: Callable[[Trials], None],
 ) -> tuple[QuantScheme, ...]:
-    """The int8 schemes of a machine whose trial of bf16 ended so, or so."""
+    """The int8 schemes of a machine with VNNI whose trial of bf16 ended so, or so."""
     pays: bool = request.param
+    machine(WITH_VNNI)
     monkeypatch.setattr("trivec.backends.openvino.calibrate.bf16_pays", lambda _: pays)
-    return INT8_SCHEMES if pays else INT8_SCHEMES[1:]
+    schemes = (INT8_ROWS_BF16, INT8_ROWS, INT8_GROUPS_128, INT8_GROUPS_32)
+    return schemes if pays else schemes[1:]
 
 
 def vectors_of(dense: np.ndarray) -> Vectors:
@@ -195,9 +223,12 @@ def certified(monkeypatch: pytest.MonkeyPatch, *, passing: set[QuantScheme]) -> 
     What int8 keeps of a model depends on the CPU's instructions; which scheme is taken must not.
     """
 
-    def attempt(_: Calibration, scheme: QuantScheme, *, refused: tuple[str, ...]) -> QuantisedModel:
+    def attempt(
+        calibration: Calibration, scheme: QuantScheme, *, refused: tuple[str, ...]
+    ) -> QuantisedModel:
         cosines = {"dense": CosineStatistics(*(0.999, 0.999) if scheme in passing else (0.5, 0.5))}
-        certificate = Certificate(scheme.name, cosines, 10, 20, refused)
+        product = calibration._product(scheme)
+        certificate = Certificate(scheme.name, cosines, 10, 20, refused, product=product)
         states = np.zeros((1, 1), np.float32)
         return QuantisedModel(scheme, certificate, tensors={}, references={scheme.name: states})
 
@@ -231,6 +262,82 @@ def test_the_first_scheme_that_passes_is_taken(
     assert found.scheme == INT8_GROUPS_32
     assert found.certificate.refused == tuple(one.name for one in candidates[:-1])
     assert found.certificate.refused[-2:] == (INT8_ROWS.name, INT8_GROUPS_128.name)
+
+
+@pytest.mark.parametrize(
+    ("trials", "expected"),
+    [
+        pytest.param(WITHOUT, INT8_CONV_W7, id="a-convolution-is-faster"),
+        pytest.param(
+            WITHOUT | {INT8_ROWS: replace(WITHOUT[INT8_ROWS], speed=1.4)},
+            INT8_ROWS_W7,
+            id="a-convolution-hardly-is",
+        ),
+        pytest.param(
+            WITHOUT | {INT8_CONV: replace(WITHOUT[INT8_CONV], exact_bits=0)},
+            INT8_ROWS_W7,
+            id="a-convolution-is-never-exact",
+        ),
+        pytest.param(
+            WITHOUT | {INT8_CONV: replace(WITHOUT[INT8_CONV], exact_bits=8)},
+            INT8_CONV,
+            id="it-is-exact-with-8-bits",
+        ),
+    ],
+)
+def test_the_fastest_product_that_is_exact_is_tried_first(
+    tiny_m3: Checkpoint,
+    machine: Callable[[Trials], None],
+    trials: Trials,
+    expected: QuantScheme,
+) -> None:
+    machine(trials)
+    assert next(iter(Calibration(tiny_m3, slot_count=1).candidates())) == expected
+
+
+def test_schemes_that_quantise_weights_only_come_last_and_auto_takes_none(
+    tiny_m3: Checkpoint,
+    machine: Callable[[Trials], None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    machine(WITHOUT)
+    monkeypatch.setattr("trivec.backends.openvino.calibrate.COSINE_MEAN", 2.0)  # nothing passes
+    *others, last = Calibration(tiny_m3, slot_count=1).candidates()
+    assert last == INT8_GROUPS_128
+    assert [one.group_size for one in others] == [None, None]
+    assert others[1].exact_layers
+    monkeypatch.undo()
+    machine(WITHOUT)
+    certified(monkeypatch, passing={INT8_GROUPS_128})
+    best = best_int8(tiny_m3, slot_count=1)
+    assert best.scheme == INT8_GROUPS_128
+    assert best.certificate.passes
+    assert not best.certificate.is_faster
+    assert "for memory, not for speed" in best.certificate.summary
+
+
+def test_int8_that_is_slower_than_fp32_is_only_given_when_asked_for(
+    tiny_m3: Checkpoint, machine: Callable[[Trials], None], tmp_path: Path
+) -> None:
+    machine(dict.fromkeys(WITH_VNNI, replace(SLOW, exact_bits=7)))
+    load = partial(OpenVinoBackend.load, tiny_m3, cores=1, cache_dir=tmp_path)
+    backend = load(precision="auto")
+    assert backend.certificate is not None
+    assert backend.certificate.passes
+    assert "0.80 times as fast" in backend.certificate.summary
+    assert backend.precision == "fp32"
+    assert load(precision="int8").recipe == backend.certificate.scheme
+
+
+def test_a_product_that_saturates_is_never_certified(
+    tiny_m3: Checkpoint, machine: Callable[[Trials], None], tmp_path: Path
+) -> None:
+    """Even where the probes' vectors are near enough: other texts' need not be."""
+    machine(WITHOUT)
+    for name in ("int8-rows", "int8-conv"):
+        with pytest.raises(SettingInvalid, match=f"{name} FAILS .* SATURATE"):
+            OpenVinoBackend.load(tiny_m3, precision=name, cores=1, cache_dir=tmp_path)
 
 
 def test_a_precision_for_other_devices_is_refused_by_name(

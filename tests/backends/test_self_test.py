@@ -11,7 +11,9 @@ from trivec.backends.openvino import OpenVinoBackend, session
 from trivec.backends.openvino.calibrate import Calibration, best_int8
 from trivec.backends.openvino.quantise import (
     FP32,
+    INT8_CONV,
     INT8_GROUPS_32,
+    INT8_GROUPS_128,
     INT8_ROWS,
     INT8_ROWS_BF16,
     INT8_SCHEMES,
@@ -25,6 +27,7 @@ from trivec.backends.openvino.session import (
     open_session,
     self_test_ids,
 )
+from trivec.backends.openvino.trial import ProductTrial
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.errors import StartError
 from trivec.core.types import Float32Array, Int32Array
@@ -175,7 +178,11 @@ def silence(monkeypatch: pytest.MonkeyPatch, compile_as: Compile) -> Silence:
             kind = Silent if is_silent(scheme) else Session
             return kind(checkpoint, tensors, scheme, **named)  # type: ignore[arg-type]
 
-        monkeypatch.setattr("trivec.backends.openvino.calibrate.bf16_pays", lambda _: True)
+        calibrate = "trivec.backends.openvino.calibrate"
+        equal = ProductTrial(speed=2.0, exact_bits=8, weights_only=False)
+        forms = (INT8_ROWS, INT8_CONV, INT8_GROUPS_128)
+        monkeypatch.setattr(f"{calibrate}.bf16_pays", lambda _: True)
+        monkeypatch.setattr(f"{calibrate}.try_products", lambda *_: dict.fromkeys(forms, equal))
         compile_as(make)
 
     return chosen

@@ -35,7 +35,7 @@ def reference(checkpoint: Checkpoint) -> SentenceTransformer:
     return SentenceTransformer(str(checkpoint.folder), device="cpu")
 
 
-@pytest.fixture(scope="module", params=["fp32", "int8"])
+@pytest.fixture(scope="module", params=["fp32", "int8", "int8-conv-w7"])
 def backend(
     request: pytest.FixtureRequest, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
 ) -> OpenVinoBackend:

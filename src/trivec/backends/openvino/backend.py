@@ -11,11 +11,11 @@ from trivec.backends.openvino.calibrate import (
     Calibration,
     QuantisedModel,
     best_int8,
-    has_bf16,
 )
 from trivec.backends.openvino.packing import MICRO_BATCH_BUDGET, as_batch
 from trivec.backends.openvino.quantise import FP32, INT8_SCHEMES, QuantScheme, make_tensors
 from trivec.backends.openvino.session import Session, mappings_of, open_session, release_memory
+from trivec.backends.openvino.trial import has_bf16
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.errors import SettingInvalid
 from trivec.core.ports import OnProgress, no_progress
@@ -60,8 +60,8 @@ class OpenVinoBackend:
     ) -> "OpenVinoBackend":
         """Read, quantise if asked, compile and warm up; blocks for seconds.
 
-        *precision*: `fp32`, `int8`, `auto`, which takes int8 where its certificate passes, or the
-        name of an int8 scheme, which is refused where its certificate fails. The quantised model
+        *precision*: `fp32`, `int8`, `auto`, which takes int8 where it is faster and its certificate
+        passes, or the name of an int8 scheme, which is refused where its certificate fails. The quantised model
         is kept under *cache_dir*. Raises `CheckpointRefused`, `SettingInvalid`.
         """
         quantised = None
@@ -74,7 +74,10 @@ class OpenVinoBackend:
                 on_progress=on_progress,
             )
         on_progress(f"{checkpoint.id}: compiling", None)
-        if quantised is not None and (precision == "int8" or quantised.certificate.passes):
+        if quantised is not None and (
+            precision != "auto"
+            or (quantised.certificate.passes and quantised.certificate.is_faster)
+        ):
             scheme, tensors = quantised.scheme, quantised.tensors
         else:
             scheme, tensors = FP32, make_tensors(checkpoint, FP32)

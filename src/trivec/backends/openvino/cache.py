@@ -17,6 +17,7 @@ import openvino as ov
 from trivec.backends.openvino.calibrate import Certificate, QuantisedModel
 from trivec.backends.openvino.quantise import QuantScheme
 from trivec.backends.openvino.session import open_core
+from trivec.backends.openvino.trial import kernel_flags
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.checkpoints.hashes import Hashes
 from trivec.checkpoints.tensor_files import open_tensor_file, write_safetensors
@@ -52,6 +53,7 @@ def cache_folder(checkpoint: Checkpoint, *, precision: str, cache_dir: Path) -> 
     processor = [
         core.get_property("CPU", "FULL_DEVICE_NAME"),
         *sorted(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")),
+        *kernel_flags(),
     ]
     key = "|".join([checkpoint.digest, str(FORMAT), ov.get_version(), precision, *processor])
     return cache_dir / "openvino" / hashlib.sha256(key.encode()).hexdigest()[:24]

@@ -11,21 +11,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import resources
-from timeit import timeit
 
 import numpy as np
-import openvino as ov
 from numpy.typing import NDArray
-from openvino import opset15 as op
 from tokenizers import Tokenizer
 
-from trivec.backends.openvino.graph import attend
 from trivec.backends.openvino.packing import as_batch
 from trivec.backends.openvino.quantise import (
     FP32,
+    INT8_CONV,
     INT8_GROUPS_32,
-    INT8_SCHEMES,
+    INT8_GROUPS_128,
+    INT8_ROWS,
+    INT8_ROWS_BF16,
     ActivationStatistics,
+    Float16Array,
     QuantScheme,
     Tensors,
     make_tensors,
@@ -34,15 +34,14 @@ from trivec.backends.openvino.session import (
     Session,
     WrongOutputShape,
     mappings_of,
-    open_core,
     open_session,
     release_memory,
     self_test_ids,
 )
+from trivec.backends.openvino.trial import ProductTrial, bf16_pays, try_products
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.ports import OnProgress, no_progress
 from trivec.core.types import Float32Array, Output, Sequences, Vectors
-from trivec.models.ops import AttentionSpec
 from trivec.models.registry import plan_of
 
 COSINE_MIN = 0.99
@@ -56,9 +55,8 @@ LENGTHS_MADE = (3, 4, 6, 9, 64, 128, 256, 512)  # beside the sentences' own, spe
 
 EXACT_SHARE = 0.25  # of the layers, in the last scheme
 
-TRIAL_TOKENS = 512  # where attention is a quarter of the time of BGE-M3
-TRIAL_REPEATS = 5
-BF16_SHARE_MAX = 0.9  # of fp32's time; what is nearer is not worth fewer digits
+SAMPLE_BYTES_MAX = 256 << 20  # of inputs of linear layers: of MiniLM all, of BGE-M3 half the tokens
+HALF_MAX = 65504.0  # the largest float16
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +87,7 @@ class Certificate:
     script_count: int
     refused: tuple[str, ...]  # faster schemes that did not pass
     rank_agreement: float | None = None  # Kendall's tau of scores; None where there are none
+    product: ProductTrial | None = None  # what this machine makes of it; None where never tried
 
     @property
     def main(self) -> CosineStatistics:
@@ -97,9 +96,19 @@ class Certificate:
 
     @property
     def passes(self) -> bool:
-        """Whether every output is within the thresholds."""
+        """Whether every output is within the thresholds, and no sum beyond its type.
+
+        What saturates does so with some texts and not with others: no probes can vouch for it.
+        """
+        if self.product is not None and not self.product.is_exact:
+            return False
         agrees = self.rank_agreement is None or self.rank_agreement >= RANK_AGREEMENT_MIN
         return agrees and all(one.passes for one in self.cosines.values())
+
+    @property
+    def is_faster(self) -> bool:
+        """Whether `auto` takes it: for its speed, and not for its memory alone."""
+        return self.product is None or self.product.is_faster
 
     @property
     def summary(self) -> str:
@@ -109,9 +118,10 @@ class Certificate:
             shown += f", rank agreement {self.rank_agreement:.4f}"
         verdict = "passes" if self.passes else "FAILS"
         refused = f"; refused before: {', '.join(self.refused)}" if self.refused else ""
+        tried = "" if self.product is None else f"; {self.product}"
         return (
             f"{self.scheme} {verdict} against fp32: cosine {shown}; {self.probe_count} probes "
-            f"in {self.script_count} scripts and languages{refused}"
+            f"in {self.script_count} scripts and languages{tried}{refused}"
         )
 
 
@@ -204,44 +214,6 @@ def _pair_probes(tokenizer: Tokenizer, sentences: Sequence[str], limit: int) -> 
     return replace(Sequences.pack([one.ids for one in encoded]), token_types=types)
 
 
-def has_bf16() -> bool:
-    """Whether this machine can multiply in bf16 at all."""
-    return "BF16" in open_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-
-
-def bf16_pays(spec: AttentionSpec, *, tokens: int = TRIAL_TOKENS) -> bool:
-    """Whether bf16 is clearly faster for a text of *tokens*: tried on this machine, for 0.2 s.
-
-    Having the instructions says little: on AMD Zen 5 bf16 products are four times as fast as
-    fp32's, on an Intel Xeon without AMX they were slower.
-    """
-    if not has_bf16():
-        return False
-    requests = [_attention_alone(spec, tokens, bf16=bf16) for bf16 in (False, True)]
-    turns = [
-        [timeit(request.infer, number=1) for request in requests] for _ in range(TRIAL_REPEATS)
-    ]
-    fp32_s, bf16_s = np.array(turns).min(axis=0).tolist()
-    return bool(bf16_s <= BF16_SHARE_MAX * fp32_s)
-
-
-def _attention_alone(spec: AttentionSpec, tokens: int, *, bf16: bool) -> ov.InferRequest:
-    """One attention over a text of *tokens*, compiled for one thread and run once."""
-    kv_size = spec.kv_heads * spec.head_dim
-    q = op.parameter([-1, spec.size], np.float32)
-    kv = op.parameter([-1, kv_size], np.float32)
-    gather = op.parameter([-1, -1], np.int32)
-    bias = op.parameter([-1, 1, 1, -1], np.float32)
-    nodes = attend(q, kv, kv, spec=spec, gather=gather, bias=bias, mask=None, bf16=bf16)
-    model = ov.Model([op.result(nodes)], [q, kv, gather, bias])
-    properties = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
-    request = open_core().compile_model(model, "CPU", properties).create_infer_request()
-    states = (np.full((tokens, size), 0.01, np.float32) for size in (spec.size, kv_size))
-    places = np.arange(tokens, dtype=np.int32)[None]
-    request.infer([*states, places, np.zeros((1, 1, 1, tokens), np.float32)])
-    return request
-
-
 @dataclass(frozen=True, slots=True)
 class QuantisedModel:
     """A model's tensors in one int8 scheme, ready to be compiled, and what proves each load sound.
@@ -285,6 +257,9 @@ class Calibration:
         self._checkpoint = checkpoint
         self._slot_count = slot_count
         self._on_progress = on_progress
+        self._products = try_products(
+            checkpoint.config.hidden_size, checkpoint.config.intermediate_size
+        )
         self._tell("compiling fp32, to compare int8 with")
         calibration, self._evaluation = make_probes(checkpoint)
         self._calibration = as_batch(calibration, next(iter(checkpoint.outputs)))
@@ -294,6 +269,7 @@ class Calibration:
         self._reference = first.hidden(self._self_test_ids, slot=0)
         self._tell("running the probes in fp32")
         groups = plan_of(checkpoint.config).linears
+        self._samples: dict[str, Float16Array] = {}  # until a scheme needs them
         self._layer_outputs: list[Float32Array] = []  # of one micro-batch, each [tokens, hidden]
         parts = []
         for part in first.statistics(self._calibration):
@@ -315,15 +291,28 @@ class Calibration:
         self._exact = self._vectors(session)
 
     def candidates(self) -> Iterator[QuantScheme]:
-        """From the fastest on; the last one is worked out only when it is reached."""
+        """From the fastest on; those with exact layers are worked out only when they are reached.
+
+        Where the plugin quantises nothing in groups but their weights, these come last: they take
+        fp32's time.
+        """
+        tried = self._products
+        rows, convolution, groups = (
+            tried[form] for form in (INT8_ROWS, INT8_CONV, INT8_GROUPS_128)
+        )
+        ours = INT8_CONV if convolution.pays_beside(rows) else INT8_ROWS
+        ours = replace(ours, weight_bits=tried[ours].exact_bits or 8)
         attention = plan_of(self._checkpoint.config).attention
-        pays = bool(attention) and bf16_pays(attention[0])
-        yield from (scheme for scheme in INT8_SCHEMES if pays or not scheme.bf16_attention)
-        try:
-            layers = self._most_sensitive_layers(INT8_GROUPS_32)
-        except WrongOutputShape:
-            return  # with some layers in fp32 it would not run either
-        yield replace(INT8_GROUPS_32, exact_layers=layers)
+        if ours == INT8_ROWS and attention and bf16_pays(attention[0]):
+            yield INT8_ROWS_BF16
+        yield ours
+        careful = ours if groups.weights_only else INT8_GROUPS_32
+        if not groups.weights_only:
+            yield from (INT8_GROUPS_128, INT8_GROUPS_32)
+        with suppress(WrongOutputShape):  # with some layers in fp32 it would not run either
+            yield replace(careful, exact_layers=self._most_sensitive_layers(careful))
+        if groups.weights_only:
+            yield INT8_GROUPS_128
 
     def attempt(self, scheme: QuantScheme, *, refused: tuple[str, ...] = ()) -> QuantisedModel:
         """Quantise, compile, run the probes, compare; a scheme that does not run here fails.
@@ -347,14 +336,49 @@ class Calibration:
                     agreement = rank_agreement(self._exact.score, vectors.score)
                 references[scheme.name] = session.hidden(self._self_test_ids, slot=0)
             counts = len(self._evaluation), len(read_sentences())
-            certificate = Certificate(scheme.name, cosines, *counts, refused, agreement)
+            product = self._product(scheme)
+            certificate = Certificate(scheme.name, cosines, *counts, refused, agreement, product)
             if certificate.passes:
                 break
         return QuantisedModel(scheme, certificate, tensors, references)
 
     def tensors(self, scheme: QuantScheme) -> dict[str, NDArray[np.generic]]:
         """The model quantised for *scheme*."""
-        return make_tensors(self._checkpoint, scheme, self._statistics)
+        statistics = self._statistics
+        if scheme.weight_bits < 8:
+            self._samples = self._samples or self._sampled()
+            statistics = {
+                name: replace(one, sample=self._samples[name]) for name, one in statistics.items()
+            }
+        return make_tensors(self._checkpoint, scheme, statistics)
+
+    def _product(self, scheme: QuantScheme) -> ProductTrial:
+        """What was found of the product that *scheme* multiplies with."""
+        group_size = None if scheme.group_size is None else INT8_GROUPS_128.group_size
+        form = QuantScheme(group_size=group_size, convolution=scheme.convolution)
+        tried = self._products[form]
+        return replace(tried, is_exact=scheme.weight_bits <= tried.exact_bits)
+
+    def _sampled(self) -> dict[str, Float16Array]:
+        """Some tokens' inputs of each `LinearGroup`, by its first name: each `[tokens, in]`."""
+        session = open_session(
+            self._checkpoint,
+            make_tensors(self._checkpoint, FP32),
+            FP32,
+            slot_count=1,
+            reference=self._reference,
+            with_inputs=True,
+        )
+        plan = plan_of(self._checkpoint.config)
+        names = [group.names[0] for group in plan.linears]
+        token_bytes = sum(2 * plan.shapes[f"{name}.weight"][1] for name in names)
+        step = math.ceil(len(self._calibration.token_ids) * token_bytes / SAMPLE_BYTES_MAX)
+        parts = [
+            [np.clip(one, -HALF_MAX, HALF_MAX).astype(np.float16) for one in part]
+            for part in session.inputs(self._calibration, step=step)
+        ]
+        joined = (np.concatenate(group) for group in zip(*parts, strict=True))
+        return dict(zip(names, joined, strict=True))
 
     def _tell(self, step: str) -> None:
         self._on_progress(f"{self._checkpoint.id}: {step}", None)

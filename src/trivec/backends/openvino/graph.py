@@ -6,6 +6,11 @@ pads there, and scatters back. `keep` goes on with the tokens whose hidden state
 The plugin recognises what is written here: an int8 constant, converted and scaled, becomes an int8
 kernel; one FakeQuantize on integers before it makes the activations int8 with our own scale; both
 products of attention, its mask and softmax become one kernel where all of them have one type.
+
+Where the CPU has no fast int8 matrix product, its 1x1 convolution is one (decision 0005). A token is
+an image of one pixel, and no number moves; but between the wide layers all tokens are one image
+`[1, channels, tokens, 1]`, since there, with its rows many to a kernel, a product is faster by more than
+turning them costs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +50,8 @@ NONLINEARITIES: Mapping[Nonlinearity, Callable[[Node], Node]] = {
     Nonlinearity.RELU: op.relu,
 }
 BY_HEAD = np.array([0, 2, 1, 3])  # [sequences, length, heads, width] and back
+PIXEL = np.array([1, 1])
+NO_MARGIN = np.array([0, 0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +83,17 @@ def gathered(x: Node | Output, indices: Node | Output, axis: int = 0) -> Node:
 
 
 def build_graph(
-    model: ModelConfig, tensors: Tensors, scheme: QuantScheme, *, with_statistics: bool = False
+    model: ModelConfig,
+    tensors: Tensors,
+    scheme: QuantScheme,
+    *,
+    with_statistics: bool = False,
+    with_inputs: bool = False,
 ) -> ov.Model:
     """The graph of *model*, whose inputs are the arrays of a `packing.MicroBatch`.
 
     Its output is float32 `[kept, hidden]`; *with_statistics* the `GraphOps.statistics` and `blocks`
-    follow.
+    follow, *with_inputs* the `GraphOps.inputs`.
     """
     tokens = op.parameter([4, -1], np.int32, name="tokens")
     gather = op.parameter([-1, -1], np.int32, name="gather")
@@ -91,6 +103,8 @@ def build_graph(
     outputs = [ops.rows(registry.forward(ops, model))]
     if with_statistics:
         outputs += [*ops.statistics, *ops.blocks]
+    if with_inputs:
+        outputs += ops.inputs
     return ov.Model([op.result(node) for node in outputs], [tokens, gather, bias, kept])
 
 
@@ -135,6 +149,7 @@ class GraphOps:
     is_calibrating: bool = False
     # Of each input of linear layers in turn a channel's max |x|, and then its mean: [in].
     statistics: list[Node] = field(default_factory=list)
+    inputs: list[Node] = field(default_factory=list)  # these inputs themselves: [tokens, in]
     blocks: list[Node] = field(default_factory=list)  # the output of each layer: [tokens, hidden]
     angles: dict[Rope, tuple[Node, Node]] = field(default_factory=dict)
     masks: dict[tuple[bool, int | None], Node] = field(default_factory=dict)
@@ -171,16 +186,25 @@ class GraphOps:
         scaled = op.multiply(op.divide(rows, op.sqrt(op.add(mean, number(eps)))), weight)
         return scaled if width is None else _flat(scaled)
 
-    def linear(self, x: Rows, *layers: Linear, shift: float = 0.0) -> tuple[Node, ...]:
+    def linear(
+        self,
+        x: Rows,
+        *layers: Linear,
+        shift: float = 0.0,
+        from_image: bool = False,
+        to_image: bool = False,
+    ) -> tuple[Node, ...]:
         """X Wᵀ + b for each of *layers*, in the scheme of their layer; *x* is quantised once.
 
         *shift* says how far below zero *x* may be. Int8 of one scale a token: the largest |x| of the
         token becomes 127; or, shifted to start at zero, its largest value becomes 255. A token's
-        bits depend on that token alone.
+        bits depend on that token alone. Of convolutions *x* may be an image, or what they make.
         """
         x = self.rows(x)
-        tokens = op.constant(np.array([0]))
+        in_image = from_image or to_image
+        tokens = op.constant(np.array([0, 2, 3] if from_image else [0]))
         self.statistics += [op.reduce_max(op.absolute(x), tokens), op.reduce_mean(x, tokens)]
+        self.inputs.append(x)
         names = [self.at + layer.name for layer in layers]
         is_int8 = f"{names[0]}.scale" in self.tensors
         has_token_scale = is_int8 and self.scheme.group_size is None
@@ -188,8 +212,9 @@ class GraphOps:
         if shift and has_token_scale:
             x = op.add(x, number(shift))
         if channel_scale is not None:
-            x = op.multiply(x, constant(channel_scale))
-        token_scale = None  # [tokens, 1]; what one step of x is worth
+            x = op.multiply(x, _by_channel(channel_scale, from_image))
+        # What one step of x is worth: [tokens, 1], of an image [1, 1, tokens, 1].
+        token_scale = None
         if has_token_scale:
             if shift:
                 # A maximum that changes nothing; but with it the plugin makes x once, within GELU's
@@ -198,24 +223,44 @@ class GraphOps:
                 x = op.maximum(x, number(0.0))
             low, high = (0.0, UINT8_MAX) if shift else (-INT8_MAX - 1, INT8_MAX)
             size = x if shift else op.absolute(x)
-            largest = op.reduce_max(size, op.constant(np.array([-1])), True)
+            largest = op.reduce_max(size, op.constant(np.array([1 if from_image else -1])), True)
             largest = op.maximum(largest, number(LARGEST_FLOOR))
             steps = op.multiply(x, op.divide(number(high), largest))  # [tokens, in]
             bounds = (number(low), number(high))
             x = op.fake_quantize(steps, *bounds, *bounds, 256)
             token_scale = op.multiply(largest, number(1 / high))
+            if to_image:
+                x = _image(x)
+                token_scale = op.reshape(token_scale, op.constant(np.array([1, 1, -1, 1])), False)
         products = []
         for name in names:
-            matrix = constant(self.tensors[f"{name}.weight"])
-            if is_int8:
-                scale = constant(self.tensors[f"{name}.scale"])  # [out, 1]
-                matrix = op.multiply(op.convert(matrix, "f32"), scale).output(0)
-            product = op.matmul(x, matrix, False, True)
+            if is_int8 and self.scheme.convolution:
+                product = self._convolution(x, name, pixels=not in_image)
+            else:
+                matrix = constant(self.tensors[f"{name}.weight"])
+                if is_int8:
+                    scale = constant(self.tensors[f"{name}.scale"])  # [out, 1]
+                    matrix = op.multiply(op.convert(matrix, "f32"), scale).output(0)
+                product = op.matmul(x, matrix, False, True)
             if token_scale is not None:
                 product = op.multiply(product, token_scale)
-            bias = self.tensors.get(f"{name}.bias")
-            products.append(product if bias is None else op.add(product, constant(bias)))
+            if (bias := self.tensors.get(f"{name}.bias")) is not None:
+                product = op.add(product, _by_channel(bias, in_image))
+            products.append(_image_rows(product) if from_image else product)
         return tuple(products)
+
+    def _convolution(self, x: Node, name: str, *, pixels: bool) -> Node:
+        """*x* times the weight *name*: an image to an image; or, as *pixels*, rows to rows."""
+        kernel = op.convert(constant(self.tensors[f"{name}.weight"][:, :, None, None]), "f32")
+        kernel = op.multiply(kernel, constant(self.tensors[f"{name}.scale"][:, :, None, None]))
+        if pixels:
+            x = op.reshape(x, op.constant(np.array([0, 0, 1, 1])), True)
+        product = op.convolution(x, kernel, PIXEL, NO_MARGIN, NO_MARGIN, PIXEL)
+        return op.reshape(product, op.constant(np.array([0, 0])), True) if pixels else product
+
+    def _makes_images(self, up: Linear) -> bool:
+        """Whether the layers between which *up* widens are convolutions."""
+        return self.scheme.convolution and f"{self.at}{up.name}.scale" in self.tensors
 
     def attention(self, q: Rows, k: Rows, v: Rows, spec: AttentionSpec) -> Rows:
         in_fp32 = len(self.blocks) in self.scheme.exact_layers
@@ -250,9 +295,10 @@ class GraphOps:
         x = self.rows(x)
         if experts is not None and not self.is_calibrating:
             return self._mixed(x, up, down, activation, experts)
-        inner = activated(self.linear(x, up)[0], activation)
+        image = experts is None and self._makes_images(up)
+        inner = activated(self.linear(x, up, to_image=image)[0], activation)
         if experts is None:
-            return self.linear(inner, down, shift=SHIFTS.get(activation, 0.0))[0]
+            return self.linear(inner, down, shift=SHIFTS.get(activation, 0.0), from_image=image)[0]
         weights, chosen = self._routed(x, experts)
         weights = op.unsqueeze(op.multiply(weights, op.convert(chosen, "f32")), integer(-1))
         by_expert = _in_heads(inner, up.out // experts.num_experts)
@@ -261,8 +307,10 @@ class GraphOps:
     def gated_mlp(
         self, x: Rows, gate: Linear, up: Linear, down: Linear, activation: Activation
     ) -> Rows:
-        gates, inner = self.linear(x, gate, up)
-        return self.linear(op.multiply(activated(gates, activation), inner), down)[0]
+        image = self._makes_images(up)
+        gates, inner = self.linear(x, gate, up, to_image=image)
+        inner = op.multiply(activated(gates, activation), inner)
+        return self.linear(inner, down, from_image=image)[0]
 
     def _routed(self, x: Node, experts: Experts) -> tuple[Node, Node]:
         """Of each token the experts' shares, float32, and whether it goes through them, int32: each
@@ -469,6 +517,25 @@ def activated(x: Node, activation: Activation) -> Node:
     if activation is Activation.SILU:
         return op.swish(x)
     return op.gelu(x, "erf" if activation is Activation.GELU else "tanh")
+
+
+def _by_channel(values: NDArray[np.generic], in_image: bool) -> Output:
+    """*values* `[channels]`, to be taken with each token's."""
+    return constant(values.reshape(-1, 1, 1) if in_image else values)
+
+
+def _image(x: Node) -> Node:
+    """Rows `[tokens, channels]` as `[1, channels, tokens, 1]`."""
+    width = x.get_output_partial_shape(0)[1].get_length()
+    apart = op.reshape(x, op.constant(np.array([1, -1, 1, width])), False)
+    return op.transpose(apart, op.constant(np.array([0, 3, 1, 2])))
+
+
+def _image_rows(x: Node) -> Node:
+    """`[1, channels, tokens, 1]` as rows `[tokens, channels]`."""
+    width = x.get_output_partial_shape(0)[1].get_length()
+    apart = op.transpose(x, op.constant(np.array([0, 2, 3, 1])))
+    return op.reshape(apart, op.constant(np.array([-1, width])), False)
 
 
 def _in_heads(x: Node, head_dim: int) -> Node:

@@ -116,8 +116,15 @@ class Session:
         *,
         slot_count: int,
         with_statistics: bool = False,
+        with_inputs: bool = False,
     ) -> None:
-        model = build_graph(checkpoint.config, tensors, scheme, with_statistics=with_statistics)
+        model = build_graph(
+            checkpoint.config,
+            tensors,
+            scheme,
+            with_statistics=with_statistics,
+            with_inputs=with_inputs,
+        )
         weights_bytes = packed_bytes(checkpoint.config, tensors)
         streams = stream_count(scheme, weights_bytes, slot_count=slot_count)
         properties: dict[str, str | int | bool] = {
@@ -213,6 +220,12 @@ class Session:
             for at in range(0, len(parts), slots):  # some at a time: each is 50 MB of BGE-M3
                 yield from pool.map(run, range(slots), parts[at : at + slots])
 
+    def inputs(self, batch: Batch, *, step: int) -> Iterator[list[Float32Array]]:
+        """For each micro-batch of *batch* what `with_inputs` asked for, of every *step*-th token."""
+        for packed in self._pack(batch, np.ones(len(batch), np.bool_)):
+            tokens = slice(0, len(packed.kept_token_ids), step)
+            yield [output.data[tokens].copy() for output in self._infer(packed, 0)[1:]]
+
     def _pack(self, batch: Batch, whole: NDArray[np.bool_]) -> Iterator[MicroBatch]:
         """The micro-batches of *batch*; *whole*: where every token's hidden state is wanted."""
         head, seen_lengths = self._pooler.token_head, None
@@ -271,6 +284,7 @@ def open_session(
     slot_count: int,
     reference: Float32Array | None = None,
     with_statistics: bool = False,
+    with_inputs: bool = False,
 ) -> Session:
     """A session that has passed its self-test, compiled `COMPILES_MAX` times at most.
 
@@ -285,7 +299,12 @@ def open_session(
     shape = (len(token_ids), checkpoint.config.hidden_size)
     for _ in range(COMPILES_MAX):
         session = Session(
-            checkpoint, tensors, scheme, slot_count=slot_count, with_statistics=with_statistics
+            checkpoint,
+            tensors,
+            scheme,
+            slot_count=slot_count,
+            with_statistics=with_statistics,
+            with_inputs=with_inputs,
         )
         found = [session.hidden(token_ids, slot=slot) for slot in range(slot_count)]
         slots_agree = all(np.array_equal(found[0], other) for other in found[1:])
