@@ -1,11 +1,11 @@
 """Several servers behind HAProxy on one real Postgres, which restarts, while nodes are killed.
 
-`python -m benchmarks.nodes [--nodes 4] [--requests 100000] [--seconds 60] [--rounds 6]`
+`python -m benchmarks.nodes [--nodes 4] [--requests 100000] [--seconds 60] [--rounds 12]`
 
 The servers have the fake backend, which computes nothing; Postgres is durable. Three parts:
 
-* cost: processor time of the nodes a request, of a key with both limits, when one of them is asked and
-  when all are, each by as many clients, in turns.
+* cost: processor time of the nodes a request, when one of them is asked and when all are, each by as
+  many clients, in turns: of a key with both limits over one without, which leases nothing.
 * limit: clients ask for more than a key may have for a while after its burst: what was let in over
   what its limit allows in that time.
 * audit: a number of requests, with a node killed (`kill -9`, then started again) every so often and
@@ -193,18 +193,29 @@ async def send(*ports: int, key: str, requests: float = float("inf"), s: float =
     return told
 
 
-def cost(nodes: Nodes, key: str, rounds: int) -> dict[str, float]:
-    used: dict[int, list[float]] = {1: [], len(nodes.ports): []}
+def cost(nodes: Nodes, limited: str, free: str, rounds: int) -> dict[str, float]:
+    """What leases add; more processes on the same cores cost a key without limits more, too."""
+    many = len(nodes.ports)
+    used: dict[tuple[str, int], list[float]] = {
+        (key, count): [] for key in (limited, free) for count in (1, many)
+    }
     for turn in range(rounds + 1):
-        for count, taken in used.items():
+        for (key, count), taken in used.items():
             before_s = nodes.cpu_s()
-            sending = send(*nodes.ports[:count], key=key, requests=2_000 * count)
-            told = asyncio.run(sending)
+            told = asyncio.run(send(*nodes.ports[:count], key=key, requests=400 * count))
             if turn:  # the first is for what is made at first use
                 taken.append((nodes.cpu_s() - before_s) / len(told.tokens) * 1e6)
-    one, together = map(median, used.values())
-    ratios = [b / a for a, b in zip(*used.values(), strict=True)]
-    return {"one_us": round(one), "all_us": round(together), "ratio": round(median(ratios), 3)}
+
+    def ratio(count: int) -> float:
+        pairs = zip(used[limited, count], used[free, count], strict=True)
+        return round(median(a / b for a, b in pairs), 3)
+
+    return {
+        "one_us": round(median(used[limited, 1])),
+        "all_us": round(median(used[limited, many])),
+        "limited_over_free_on_one": ratio(1),
+        "limited_over_free_on_all": ratio(many),
+    }
 
 
 def limit(port: int, key: str, seconds: float) -> dict[str, float]:
@@ -246,7 +257,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=12)
     given = parser.parse_args()
     with cluster(given.nodes) as (postgres, nodes, port):
         settings = Settings(
@@ -256,9 +267,10 @@ def main() -> None:
         )
         with open_administration(settings, clock=SystemClock()) as books:
             key = books.create_key(KeyPlan("audited", limits=PLENTY)).plain
+            free = books.create_key(KeyPlan("free")).plain
             limits = RateLimits(LIMIT, 1_000_000_000)
             limited = books.create_key(KeyPlan("limited", limits=limits)).plain
-        figures: dict[str, object] = {"cost": cost(nodes, key, given.rounds)}
+        figures: dict[str, object] = {"cost": cost(nodes, key, free, given.rounds)}
         print(figures, file=sys.stderr, flush=True)
         figures["limit"] = limit(port, limited, given.seconds)
         print(figures, file=sys.stderr, flush=True)
