@@ -12,7 +12,7 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
 # The aim is 11,500 in 100: raised only in a commit that says why.
-LINES_MAX, FILES_MAX = 24_560, 132
+LINES_MAX, FILES_MAX = 24_600, 132
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_750, 7),
@@ -30,7 +30,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "ipc": (530, 5),
     "core": (960, 8),
     "jobs": (1_380, 5),
-    "cluster": (850, 3),
+    "cluster": (870, 3),
     "playground": (90, 1),
 }
 
