@@ -67,7 +67,7 @@ def test_shell_runs(one: Block, server: Server, tmp_path: Path) -> None:
         env=kept | ours,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr

@@ -60,7 +60,7 @@ def printed(program: str, url: str, key: str, folder: Path, **environ: str) -> s
         env={**os.environ, "TRIVEC_API_KEY": key, "LITELLM_LOCAL_MODEL_COST_MAP": "True"} | environ,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert run.returncode == 0, run.stderr
