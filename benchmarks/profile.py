@@ -7,7 +7,6 @@ their sum. What the linear layers reach of the machine's limit is in `benchmarks
 line is JSON.
 """
 
-import argparse
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
@@ -17,8 +16,7 @@ from unittest import mock
 
 import numpy as np
 import openvino as ov
-from benchmarks.figures import Provenance
-from benchmarks.keeping import keep
+from benchmarks.figures import Provenance, keep, parser
 
 from trivec.backends.openvino import OpenVinoBackend
 from trivec.backends.openvino.packing import as_batch
@@ -36,13 +34,9 @@ def counted(
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--model", default="all-minilm-l6-v2")
-    arguments.add_argument("--name", default="all-minilm-l6-v2")
-    arguments.add_argument("--precision", default="auto")
-    arguments.add_argument("--cache", type=Path)
-    given = arguments.parse_args()
-    cache = given.cache or Path(tempfile.mkdtemp(prefix="trivec-bench-"))
+    default = "all-minilm-l6-v2"
+    given = parser(__doc__, model=default, name=default, precision="auto", cache="").parse_args()
+    cache = Path(given.cache or tempfile.mkdtemp(prefix="trivec-bench-"))
     checkpoint = open_checkpoint(given.model, cache_dir=cache)
     with mock.patch.object(ov.Core, "compile_model", counted):
         backend = OpenVinoBackend.load(
@@ -71,7 +65,7 @@ def main() -> None:
         "shares": {name: round(share, 4) for name, share in shares if share >= 0.004},
         "provenance": Provenance.now("openvino").as_dict(),
     }
-    keep(f"profile-{given.name}-{backend.recipe}", result)
+    keep(f"profile-{given.name}-{backend.recipe}", result, record=given.record)
 
 
 if __name__ == "__main__":

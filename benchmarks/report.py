@@ -161,7 +161,7 @@ def profile_section(result: Result) -> str:
     lengths = " + ".join(map(str, result["lengths"]))
     rows = [(name, f"{share:.1%}") for name, share in result["shares"].items()]
     title = f"## Where the time goes: {result['model']}, {result['recipe']}, {lengths} tokens"
-    return f"{title}\n\n{table(('kind of node and kernel', 'of one slot'), rows)}\n"
+    return f"{title}\n\n{table(result, ('kind of node and kernel', 'of one slot'), rows)}\n"
 
 
 SECTIONS = {

@@ -12,24 +12,25 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
 # The aim is 11,500 in 100: raised only in a commit that says why.
-LINES_MAX, FILES_MAX = 24_350, 132
+LINES_MAX, FILES_MAX = 28_710, 143
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
-    "cli": (1_750, 7),
-    "server": (970, 5),
-    "build": (470, 1),
-    "settings": (420, 1),
-    "api": (4_080, 20),
-    "engine": (980, 5),
+    "cli": (1_760, 7),
+    "server": (980, 5),
+    "build": (530, 1),
+    "settings": (450, 1),
+    "api": (4_720, 21),
+    "engine": (1_030, 5),
     "models": (2_240, 16),
-    "backends": (3_500, 17),
-    "checkpoints": (2_620, 13),
+    "backends": (3_900, 18),
+    "checkpoints": (2_610, 13),
     "tokenizer": (770, 3),
-    "accounts": (2_970, 19),
-    "telemetry": (700, 4),
-    "ipc": (520, 5),
-    "core": (980, 8),
-    "jobs": (1_350, 5),
+    "accounts": (3_680, 22),
+    "telemetry": (780, 4),
+    "ipc": (550, 5),
+    "core": (1_080, 8),
+    "jobs": (2_740, 8),
+    "cluster": (860, 3),
     "playground": (90, 1),
 }
 

@@ -151,7 +151,7 @@ async def test_int8_ranks_as_fp32_does(
             token_count_max=checkpoint.token_count_max,
             vocabulary_size=checkpoint.config.vocab_size,
             pool=pool,
-            token_type_count=getattr(checkpoint.config, "type_vocab_size", 1),
+            rules=checkpoint.rules,
         )
         read = await tokenizer.tokenize_pairs(pairs, long_text=LongText.CUT_END)
     flags = np.full(len(read), Output.SCORE, np.uint8)

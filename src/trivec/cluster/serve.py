@@ -41,13 +41,13 @@ from trivec.build import (
 )
 from trivec.core.errors import DeviceLost, Draining, SettingInvalid
 from trivec.core.events import ModelLoaded, PhaseChanged
-from trivec.core.health import Health
+from trivec.core.health import HEALTHY, Health
 from trivec.core.ports import Backend
 from trivec.core.types import Batch, BatchBudget, Vectors
 from trivec.engine import Engine, Workers
 from trivec.ipc.folder import Served
 from trivec.server.machine import freeze_garbage_collector, usable_memory_bytes
-from trivec.server.server import HEALTHY, SelfTest
+from trivec.server.server import SelfTest
 from trivec.settings import Models, Section, Settings, load_settings
 from trivec.telemetry import configure_log
 
@@ -328,9 +328,7 @@ class Ingress:
             with tempfile.NamedTemporaryFile(suffix=".json") as file:
                 file.write(one.tokenizer)
                 file.flush()
-                tokenizer = make_tokenizer(
-                    Path(file.name), card, card.vocabulary_size, model.token_type_count
-                )
+                tokenizer = make_tokenizer(Path(file.name), card, card.vocabulary_size, model.rules)
             engine = Engine(
                 card,
                 tokenizer=tokenizer,

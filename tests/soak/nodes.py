@@ -1,6 +1,6 @@
 """Several servers behind HAProxy on one real Postgres, which restarts, while nodes are killed.
 
-`python -m benchmarks.nodes [--nodes 4] [--requests 100000] [--seconds 60] [--rounds 12]`
+`python -m tests.soak.nodes [--nodes 4] [--requests 100000] [--seconds 60] [--rounds 12]`
 
 The servers have the fake backend, which computes nothing; Postgres is durable. Three parts:
 
@@ -18,6 +18,7 @@ The last line is JSON.
 import argparse
 import asyncio
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,6 @@ from statistics import median
 
 import httpx
 import psycopg
-from benchmarks.accounts_served import tree_cpu_s
 from pydantic import SecretStr
 from tests.accounts.postgres import PostgresServer, binaries, free_port, postgres_server
 from tests.process.server import TRIVEC, clean_environment
@@ -42,6 +42,7 @@ from trivec.accounts.stores import open_administration
 from trivec.core.clock import SystemClock
 from trivec.settings import Settings
 
+TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
 SECRET = "a secret that the nodes have in common"
 CLIENTS = 32
 LIMIT = 3_000  # requests a minute
@@ -103,6 +104,14 @@ class Nodes:
 
     def cpu_s(self) -> float:
         return sum(tree_cpu_s(process.pid) for process in self.running.values())
+
+
+def tree_cpu_s(pid: int) -> float:
+    """Processor time of a process and of all below it that still run."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    ticks = int(fields[11]) + int(fields[12])
+    return ticks / TICKS_A_SECOND + sum(tree_cpu_s(int(child)) for child in children)
 
 
 @contextmanager

@@ -1,12 +1,12 @@
 """Scores beside embeddings: the same body with a head, by turns; and a query beside a large rerank.
 
-Run: python -m benchmarks.rerank [--layers 6] [--tokens 500] [--rounds 5] [--seconds 5] [--hidden 1024]
+Run: python -m tests.soak.rerank [--layers 6] [--tokens 500] [--rounds 5] [--seconds 5] [--hidden 1024]
 
 The body has the shape of BGE-M3 and bge-reranker-v2-m3, with seeded weights, fewer layers and a small
 vocabulary, which a table only looks up. Targets: pairs are scored at 0.97 of the rate of embeddings
 of as many tokens, in the engine and over the API (by turns, and by the process's CPU time, which
 neighbours disturb less); and beside one query with 100 documents the p99 of a lone embedding query is at
-most its p99 alone and 1.5 batches of 512 tokens, as in `benchmarks.fairness`. The last line is JSON.
+most its p99 alone and 1.5 batches of 512 tokens, as in `tests.soak.fairness`. The last line is JSON.
 """
 
 import argparse
@@ -27,12 +27,11 @@ from typing import Any
 import httpx
 import numpy as np
 import structlog
-from benchmarks.fairness import BATCH_TOKENS, QUERY_TOKENS, queries, queries_for, timed
-from benchmarks.figures import Provenance, Spread, percentile
+from benchmarks.figures import Provenance, Spread, keep, parser, percentile
 from benchmarks.harness import WAIT_S_MAX, EngineOnTrial
-from benchmarks.keeping import keep
 from benchmarks.texts import Workload, sentences
 from safetensors.numpy import load_file, save_file
+from tests.soak.fairness import BATCH_TOKENS, QUERY_TOKENS, queries, timed
 from tests.support.dummy import blueprint_of, write_dummy
 
 from trivec.build import load_models, open_server_parts
@@ -113,13 +112,13 @@ async def fairness(
     many = Workload("pairs", (tokens,) * DOCUMENTS).sequences(vocabulary_size=vocabulary_size)
     await timed(lone, batch_each)
     batch_s = Spread.of([await timed(lone, batch_each) for _ in range(7)]).median
-    alone = await queries_for(lone, query, seconds)
-    stop = asyncio.Event()
+    alone = await queries(lone, query, asyncio.ensure_future(asyncio.sleep(seconds)))
+    stop = asyncio.get_running_loop().create_future()
     asking = asyncio.create_task(queries(lone, query, stop))
     started_s = time.perf_counter()
     while time.perf_counter() - started_s < seconds:
         await scorer.embedder.embed(many, Output.SCORE)
-    stop.set()
+    stop.set_result(None)
     beside = await asking
     allowed_s = percentile(alone, 0.99) + 1.5 * batch_s
     return {
@@ -211,14 +210,9 @@ def plain(pairs: Sequences) -> Sequences:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--layers", type=int, default=6)
-    arguments.add_argument("--hidden", type=int, default=1024)
-    arguments.add_argument("--tokens", type=int, default=500)
-    arguments.add_argument("--rounds", type=int, default=5)
-    arguments.add_argument("--seconds", type=float, default=20.0)
-    arguments.add_argument("--precision", default="int8", choices=["int8", "fp32"])
-    given = arguments.parse_args()
+    given = parser(
+        __doc__, layers=6, hidden=1024, tokens=500, rounds=5, seconds=20.0, precision="int8"
+    ).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write_models(Path(folder), layers=given.layers, hidden=given.hidden)
         figures = asyncio.run(measure(Path(folder), given))
@@ -236,6 +230,7 @@ def main() -> None:
             "figures": figures,
             "provenance": Provenance.now("openvino").as_dict(),
         },
+        record=given.record,
     )
 
 
