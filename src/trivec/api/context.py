@@ -95,6 +95,7 @@ class RequestContext:
         self.headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))
         self.query_string: bytes = scope["query_string"]
         self.path_params: dict[str, str] = {}  # of the route that was found
+        self.prefix = ""  # of that route, where its API has several
         self.request_id = f"req_{os.urandom(16).hex()}"
         request_s_max = app.limits.request_s_max
         try:  # OpenAI's clients say how long they wait

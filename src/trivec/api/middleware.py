@@ -11,7 +11,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from trivec.api.auth import Endpoint
 from trivec.api.context import CONTEXT, AppState, ClientDisconnected, RequestContext
 from trivec.api.errors import CLIENT_GONE, OPENAI, TABLE, error_response, fault_of
-from trivec.api.openapi import Operation
 from trivec.core.errors import EngineFault, MethodNotAllowed, RouteUnknown, ServiceError, is_panic
 from trivec.core.events import RequestServed
 from trivec.settings import HttpLimits
@@ -94,22 +93,15 @@ async def respond_to_error(
     context.error_code = row.code or row.type
     context.error_message = str(error) if row.status < 500 else None
     if context.status is None:  # else the connection is cut: half a response must not look whole
-        operation = operation_of(scope)
-        shape = OPENAI if operation is None else operation.error_shape
+        endpoint = getattr(scope.get("route"), "endpoint", None)
+        shape = endpoint.operation.error_shape if isinstance(endpoint, Endpoint) else OPENAI
         response = error_response(error, request_id=context.request_id, shape=shape)
         await response(scope, receive, send)
     return True
 
 
-def operation_of(scope: Scope) -> Operation | None:
-    """What the request asked for; None where no route of ours was found."""
-    endpoint = getattr(scope.get("route"), "endpoint", None)
-    return endpoint.operation if isinstance(endpoint, Endpoint) else None
-
-
 def observe(context: RequestContext, scope: Scope) -> None:
     """Tell the observer how the request ended."""
-    operation = operation_of(scope)
     status = CLIENT_GONE if context.status is None else context.status
     client_request_id, traceparent = (
         value.decode() if FIT_FOR_LOG.fullmatch(value := context.headers.get(name, b"")) else None
@@ -121,7 +113,7 @@ def observe(context: RequestContext, scope: Scope) -> None:
             client_request_id=client_request_id,
             method=context.method,
             route=scope["route"].path_format if "route" in scope else "other",
-            prefix="" if operation is None else operation.prefix,
+            prefix=context.prefix,
             status=status,
             code=context.error_code,
             key_id=context.caller.id if context.caller is not None else None,
