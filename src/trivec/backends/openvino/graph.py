@@ -43,7 +43,7 @@ from trivec.models.pooling import HeadLayer, HeadNorm, Nonlinearity
 INT8_MAX, UINT8_MAX = 127.0, 255.0
 LARGEST_FLOOR = 1e-10  # a token of zeros is divided by this instead of by zero
 LINES = {Index.ID: TOKEN_ID, Index.TYPE: TOKEN_TYPE, Index.POSITION: POSITION}
-EXPERT_ROWS = 16  # an expert computes a multiple of so many: its kernels' bits depend on the count
+EXPERT_ROWS = 16  # an expert computes a multiple of so many: each count takes memory, see packing
 NONLINEARITIES: Mapping[Nonlinearity, Callable[[Node], Node]] = {
     Nonlinearity.TANH: op.tanh,
     Nonlinearity.GELU: lambda x: op.gelu(x, "erf"),
