@@ -221,7 +221,7 @@ def rounded_with_feedback(steps: Float32Array, inputs: Float32Array, bits: int) 
 
     Channel by channel, the largest first; what its rounding changes in the products is taken back, as
     far as least squares can, by the channels still to come (GPTQ: Frantar et al. 2022,
-    arXiv:2210.17323; there all channels, here `FEEDBACK_CHANNELS` at a time, at a fiftieth of the work).
+    arXiv:2210.17323; there all channels, here `FEEDBACK_CHANNELS` at a time, which is less work).
     """
     most = WEIGHT_MAX[bits]
     order = np.argsort(-(inputs**2).sum(axis=0), kind="stable")
