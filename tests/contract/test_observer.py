@@ -16,7 +16,15 @@ from trivec.core.events import (
     RowNotFinite,
 )
 from trivec.core.ports import Observer
-from trivec.telemetry import Metrics, ObserverQueue, Observers, RequestLog, Tracing, configure_log, finish_log
+from trivec.telemetry import (
+    Metrics,
+    ObserverQueue,
+    Observers,
+    RequestLog,
+    Tracing,
+    configure_log,
+    finish_log,
+)
 
 EVENTS: tuple[Event, ...] = (
     request(),
