@@ -72,10 +72,11 @@ def test_after_a_long_text_the_pages_of_the_table_are_let_go_of(
     mapping = Mapping()
     monkeypatch.setattr("trivec.backends.openvino.session.mappings_of", lambda _: (mapping,))
     session = Session(tiny_m3, make_tensors(tiny_m3, FP32), FP32, slot_count=1)
+    once = [mmap.MADV_DONTNEED]  # of what was read to compile
     session.run(batch_of(random_ids([LONG_TOKENS])), slot=0)
-    assert mapping.advice == []
+    assert mapping.advice == once
     session.run(batch_of(random_ids([LONG_TOKENS + 1])), slot=0)
-    assert mapping.advice == [mmap.MADV_DONTNEED]
+    assert mapping.advice == 2 * once
 
 
 def test_a_file_behind_many_arrays_is_one_mapping(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def serve(
     rerank_answer: Annotated[str | None, _flag("rerank_answer")] = None,
     cors_origins: Annotated[list[str] | None, _flag("cors_origins", "--cors-origin")] = None,
     page: Annotated[bool | None, _flag("page", "--page/--no-page")] = None,
-    batch_tpd: Annotated[str | None, _flag("tokens_per_day", "--batch-tpd")] = None,
+    tokens_per_day: Annotated[str | None, _flag("tokens_per_day", "--batch-tpd")] = None,
     no_auth: Annotated[str | None, _flag("no_auth", metavar="[=anywhere]")] = None,
 ) -> None:
     """Serve embeddings over HTTP until told to stop.
@@ -101,7 +101,7 @@ def serve(
         name: flags.pop(name)
         for name in ("truncate", "token_encoding", "rerank_answer", "cors_origins", "page")
     }
-    flags["batch"] = {"tokens_per_day": flags.pop("batch_tpd")}
+    flags["batch"] = {"tokens_per_day": flags.pop("tokens_per_day")}
     exit_code = run(load_settings(flags, os.environ, warn=_say))
     # At the interpreter's orderly end granian's own threads abort the process.
     sys.stdout.flush()
