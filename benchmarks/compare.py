@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks.figures import Provenance, Spread, keep, parser, ratio
+from benchmarks.figures import Spread, keep, parser, provenance, ratio
 from benchmarks.harness import (
     SHAPES,
     ServerFailed,
@@ -184,7 +184,7 @@ def main() -> None:
         "benchmark": name,
         "model": given.name,
         "shapes" if given.http else "workloads": figures,
-        "provenance": Provenance.now("openvino", "granian", "starlette").as_dict(),
+        "provenance": provenance("openvino", "granian", "starlette"),
     }
     keep(f"{name.replace('_', '-')}-{given.name}", result, record=given.record)
 

@@ -1,31 +1,40 @@
 """The engine's rate as a share of what the machine's matrix products allow, in one run.
 
-Run: python -m benchmarks.engine [--model ID|DIR --name NAME] [--precision int8|fp32] [--envs DIR]
+    python -m benchmarks.engine [--model ID|DIR --name NAME] [--precision int8|fp32] [--envs DIR]
+    python -m benchmarks.engine --profile [...]      where a row's time goes on one slot
 
 Each round measures the limit (oneDNN over every weight of the model, all cores, 256 rows), then one
 workload; the share is taken round by round, so that noisy neighbours cancel out. Beside int8 layers
 `share_of_arithmetic` counts attention's products at the fp32 rate of the same limit, since they are
 not int8: the time that the arithmetic must cost over the time it took. Without torch's environment
-(`python -m benchmarks.roster onnxruntime`) there are rates and no shares. The last line is JSON.
+(`python -m benchmarks.roster onnxruntime`) there are rates and no shares. A profile has the plugin's
+own counters, kind of kernel by kind of kernel. The last line is JSON.
 """
 
 import asyncio
 import sys
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from benchmarks.figures import Provenance, Spread, keep, parser, ratio
+import openvino as ov
+from benchmarks.figures import Spread, keep, parser, provenance, ratio
 from benchmarks.harness import EngineOnTrial, engine_on_trial, quiet_settings, sized
 from benchmarks.roster import ENVS, PeerFailed, Process, Stage
 from benchmarks.texts import Workload, mixed, sentences, uniform
 
+from trivec.backends.openvino import OpenVinoBackend
+from trivec.backends.openvino.packing import as_batch
 from trivec.models.ops import ModelConfig
 from trivec.server.machine import usable_cores
 
 LENGTHS = (16, 128, 512, 2048, 8192)
 LIMIT_ROWS = 256  # where the rate of the products has levelled off
+PROFILED_TOKENS, PROFILED_REPEATS = 512, 40
+compile_model = ov.Core.compile_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +142,46 @@ async def run(given: Any) -> dict[str, Any]:
             "cores": cores,
             "load_s": round(trial.load_s, 2),
             "workloads": figures,
-            "provenance": Provenance.now("openvino", "numpy").as_dict(),
+            "provenance": provenance("openvino", "numpy"),
         }
+
+
+def counted(
+    core: ov.Core, model: ov.Model, device: str, properties: Mapping[str, Any]
+) -> ov.CompiledModel:
+    return compile_model(core, model, device, {**properties, "PERF_COUNT": True})
+
+
+async def profile(given: Any) -> dict[str, Any]:
+    """Shares of the sum over all nodes: of each its least time counts, so that neighbours weigh little."""
+    settings = quiet_settings(given.model, precision=given.precision, data_dir=given.data_dir)
+    with mock.patch.object(ov.Core, "compile_model", counted):
+        async with engine_on_trial(settings, cores=1) as trial:
+            loaded = trial.models.loaded[0]
+            assert isinstance(loaded.backend, OpenVinoBackend)
+            length = min(PROFILED_TOKENS, loaded.card.token_count_max)
+            workload = uniform(length, tokens=PROFILED_TOKENS)
+            sequences = workload.sequences(vocabulary_size=loaded.card.vocabulary_size)
+            batch = as_batch(sequences, loaded.checkpoint.outputs)
+            times: dict[tuple[str, ...], list[float]] = defaultdict(list)
+            for _ in range(PROFILED_REPEATS):
+                loaded.backend.run(batch, slot=0)
+                for node in loaded.backend._session._requests[0].profiling_info:  # type: ignore[union-attr]
+                    if node.status == ov.ProfilingInfo.Status.EXECUTED:
+                        key = (node.node_name, node.node_type, node.exec_type)
+                        times[key].append(node.real_time.total_seconds())
+    kinds: dict[str, float] = defaultdict(float)
+    for (_, kind, kernel), seconds in times.items():
+        kinds[f"{kind} {kernel}"] += min(seconds) / sum(map(min, times.values()))
+    shares = sorted(kinds.items(), key=lambda one: -one[1])
+    return {
+        "benchmark": "profile",
+        "model": given.name,
+        "recipe": loaded.backend.recipe,
+        "lengths": workload.lengths,
+        "shares": {name: round(share, 4) for name, share in shares if share >= 0.004},
+        "provenance": provenance("openvino"),
+    }
 
 
 def main() -> None:
@@ -145,9 +192,11 @@ def main() -> None:
     arguments.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     arguments.add_argument("--envs", type=Path, default=ENVS)
     arguments.add_argument("--data-dir", type=Path)
+    arguments.add_argument("--profile", action="store_true", help="instead of rates")
     given = arguments.parse_args()
-    name = f"engine-{given.name}-{given.precision}"
-    keep(name, asyncio.run(run(given)), record=given.record)
+    result = asyncio.run(profile(given) if given.profile else run(given))
+    of = result["recipe"] if given.profile else given.precision
+    keep(f"{result['benchmark']}-{given.name}-{of}", result, record=given.record)
 
 
 if __name__ == "__main__":

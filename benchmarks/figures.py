@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,20 +36,13 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        return cls(
-            _rounded(statistics.median(values)),
-            _rounded(min(values)),
-            _rounded(max(values)),
-            len(values),
-        )
+        found = (statistics.median(values), min(values), max(values))
+        # Five digits: more than any measurement here has.
+        median, lowest, highest = (float(f"{value:.5g}") for value in found)
+        return cls(median, lowest, highest, len(values))
 
     def __str__(self) -> str:
         return f"{self.median:,.5g} ({self.lowest:,.4g} to {self.highest:,.4g})"
-
-
-def _rounded(value: float) -> float:
-    """Five digits: more than any measurement here has."""
-    return float(f"{value:.5g}")
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -84,44 +77,26 @@ def keep(name: str, result: Mapping[str, Any], *, record: bool) -> None:
     print(json.dumps(result))
 
 
-@dataclass(frozen=True, slots=True)
-class Provenance:
-    """Where and when a result was taken: without it a number is a rumour."""
+def provenance(*packages: str) -> dict[str, object]:
+    """Where and when a result was taken: without it a number is a rumour.
 
-    date: str
-    commit: str
-    trivec: str
-    python: str
-    cpu: str
-    core_count: int
-    instructions: str
-    memory_gib: float
-    others_busy: float | None  # share of all cores that other work took just after; None: unknown
-    packages: dict[str, str]
-
-    @classmethod
-    def now(cls, *packages: str) -> "Provenance":
-        """Of this process; *packages* are those whose version matters to the result."""
-        cpu = _cpu_facts()
-        return cls(
-            date=datetime.now(UTC).isoformat(timespec="seconds"),
-            commit=_commit(),
-            trivec=__version__,
-            python=platform.python_version(),
-            cpu=cpu.get("model name", platform.processor() or platform.machine()),
-            core_count=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
-            instructions=" ".join(
-                flag
-                for flag in cpu.get("flags", "").split()
-                if flag in {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8"}
-            ),
-            memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-            others_busy=_others_busy(),
-            packages={name: _version(name) for name in packages},
-        )
-
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
+    *packages* are those whose version matters to the result.
+    """
+    cpu = _cpu_facts()
+    kinds = {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8"}
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "trivec": __version__,
+        "python": platform.python_version(),
+        "cpu": cpu.get("model name", platform.processor() or platform.machine()),
+        "core_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
+        "instructions": " ".join(one for one in cpu.get("flags", "").split() if one in kinds),
+        "memory_gib": round(memory_bytes / 2**30, 1),
+        "others_busy": _others_busy(),  # share of all cores; None: unknown
+        "packages": {name: _version(name) for name in packages},
+    }
 
 
 def _others_busy() -> float | None:

@@ -20,16 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import LOCAL, Provenance
-from benchmarks.gpu_parts import (
-    device_name,
-    engine_rates,
-    host_stages,
-    nan_zoo,
-    over_http,
-    peak_memory_gib,
-    peers,
-)
+from benchmarks import gpu_parts as parts
+from benchmarks.figures import LOCAL, provenance
 from benchmarks.gpu_record import PART_S, Plan, Record, TimeBudget, talk
 from tests.support.dummy import BLUEPRINTS, write_dummy
 
@@ -68,15 +60,15 @@ def measure_all(
     engine = partial(record.put, "engine")
     tokenizer_file = given.tokenizer or checkpoint.tokenizer_file
     measures: dict[str, Callable[[], Any]] = {
-        "engine": lambda: engine_rates(
+        "engine": lambda: parts.engine_rates(
             backend, checkpoint.config, plan, keep=engine, may_go_on=has_time_for_a_round
         ),
-        "host": lambda: host_stages(tokenizer_file, checkpoint.config, seconds=plan.seconds),
-        "peers": lambda: peers(folder, backend, plan),
-        "http": lambda: over_http(folder, plan, keep=partial(record.put, "http")),
-        "nan_zoo": lambda: nan_zoo(checkpoint, plan),
+        "host": lambda: parts.host_stages(tokenizer_file, checkpoint.config, seconds=plan.seconds),
+        "peers": lambda: parts.peers(folder, backend, plan),
+        "http": lambda: parts.over_http(folder, plan, keep=partial(record.put, "http")),
+        "nan_zoo": lambda: parts.nan_zoo(checkpoint, plan),
     }
-    for name in record.to_come:
+    for name in list(record.to_come):  # a copy: what is finished leaves it
         talk(f"-- {name}, {time_left.left_s:.0f} s left")
         if not plan.is_small and name != "engine" and not time_left.has(PART_S[name]):
             talk(f"left out: it needs some {PART_S[name]:.0f} s; run it alone with --only {name}")
@@ -86,7 +78,7 @@ def measure_all(
         except Exception as error:  # the outermost loop: one part's failure is no other's
             talk(traceback.format_exc())
             record.put(f"{name}_failed", repr(error))
-        record.put("peak_memory_gib", peak_memory_gib())
+        record.put("peak_memory_gib", parts.peak_memory_gib())
     backend.close()
 
 
@@ -132,11 +124,11 @@ def main() -> None:
         record.printed_whatever_happens(),
         tempfile.TemporaryDirectory(prefix="trivec-gpu-") as made,
     ):
-        record.put("device", device_name())
+        record.put("device", parts.device_name())
         if plan.is_small:
             record.put("note", SMALL_NOTE)
             talk(SMALL_NOTE)
-        record.put("provenance", Provenance.now(*PACKAGES).as_dict())
+        record.put("provenance", provenance(*PACKAGES))
         measure_all(given, plan, time_left=time_left, record=record, made=Path(made))
 
 

@@ -37,12 +37,6 @@ def device_name() -> str:
     return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"
 
 
-def finish_device() -> None:
-    """Wait for all that was launched: launches return before the device has done anything."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def peak_memory_gib() -> float | None:
     return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
 
@@ -68,7 +62,7 @@ def engine_rates(
         ascending = Workload(one.name, tuple(sorted(one.lengths)))
         sequences = ascending.sequences(vocabulary_size=config.vocab_size)
         batches[one.name] = cut(sequences, budget)
-    products = MatrixProducts(config, rows=plan.matmul_rows, dtype=DTYPES[backend.precision])
+    matrix_rate = matrix_products(config, rows=plan.matmul_rows, dtype=DTYPES[backend.precision])
     limits: list[float] = []
     rates: dict[str, list[float]] = {name: [] for name in batches}
     for name, some in batches.items():  # warm: libraries choose kernels at first sight of a shape
@@ -78,7 +72,7 @@ def engine_rates(
     round_s = 0.0
     while len(limits) < plan.repeats and (not limits or may_go_on(round_s)):
         began_s = time.perf_counter()
-        limits.append(products.flops_a_second(seconds=plan.seconds / 3))
+        limits.append(matrix_rate(plan.seconds / 3))
         for name, some in batches.items():
             rates[name].append(run_for(backend, some, seconds=plan.seconds))
         round_s = time.perf_counter() - began_s
@@ -112,31 +106,32 @@ def engine_figures(
     return found
 
 
-class MatrixProducts:
-    """The device's rate on the model's own matrix shapes: every layer's weights distinct."""
+def matrix_products(
+    config: ModelConfig, *, rows: int, dtype: torch.dtype
+) -> Callable[[float], float]:
+    """Measures the device's FLOP/s, over so many seconds, on the model's own matrix shapes.
 
-    def __init__(self, config: ModelConfig, *, rows: int, dtype: torch.dtype) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        hidden, inner = config.hidden_size, config.intermediate_size
-        shapes = [(3 * hidden, hidden), (hidden, hidden), (inner, hidden), (hidden, inner)]
+    Every layer's weights are distinct.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hidden, inner = config.hidden_size, config.intermediate_size
+    shapes = [(3 * hidden, hidden), (hidden, hidden), (inner, hidden), (hidden, inner)]
 
-        def drawn(*shape: int) -> torch.Tensor:  # never zeros: chips are faster on them
-            return torch.randn(shape, device=device).to(dtype)
+    def drawn(*shape: int) -> torch.Tensor:  # never zeros: chips are faster on them
+        return torch.randn(shape, device=device).to(dtype)
 
-        self._weights = [
-            drawn(*shape) for _ in range(min(config.num_hidden_layers, 8)) for shape in shapes
-        ]
-        self._inputs = {width: drawn(rows, width) for width in (hidden, inner)}
-        self._flops = float(sum(2 * rows * weight.numel() for weight in self._weights))
+    weights = [drawn(*shape) for _ in range(min(config.num_hidden_layers, 8)) for shape in shapes]
+    inputs = {width: drawn(rows, width) for width in (hidden, inner)}
+    flops = float(sum(2 * rows * weight.numel() for weight in weights))
 
-    def flops_a_second(self, *, seconds: float) -> float:
-        def multiply() -> None:
-            with torch.inference_mode():
-                for weight in self._weights:
-                    torch.nn.functional.linear(self._inputs[weight.shape[1]], weight)
-            finish_device()
+    def multiply() -> None:
+        with torch.inference_mode():
+            for weight in weights:
+                torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+        if torch.cuda.is_available():  # launches return before the device has done anything
+            torch.cuda.synchronize()
 
-        return self._flops / seconds_a_call(multiply, seconds)
+    return lambda seconds: flops / seconds_a_call(multiply, seconds)
 
 
 def seconds_a_call(
@@ -236,10 +231,8 @@ def peers(folder: Path, backend: TorchBackend, plan: Plan) -> dict[str, Any]:
         options = {"dtype": DTYPES[backend.precision]}
         model = SentenceTransformer(str(folder), local_files_only=True, model_kwargs=options)
         for batch_size in (32, 256):
-            model.encode(texts[:batch_size], batch_size=batch_size)
-            started_s = time.perf_counter()
-            model.encode(texts, batch_size=batch_size, normalize_embeddings=True)
-            rate = len(texts) / (time.perf_counter() - started_s)
+            encode = partial(model.encode, texts, batch_size=batch_size, normalize_embeddings=True)
+            rate = len(texts) / seconds_a_call(encode, seconds=0.0)
             rates[f"texts_a_second_batch_{batch_size}"] = rate
     except Exception as error:  # others' code, which may raise anything, and need not be here
         rates["failed"] = repr(error)

@@ -70,7 +70,7 @@ class Record:
 
     def __init__(self, file: Path, parts: list[str]) -> None:
         self._file = file
-        self._to_come = list(parts)
+        self.to_come = list(parts)  # parts that are not finished, in their order
         self._figures: dict[str, Any] = {"benchmark": "gpu"}
 
     def put(self, name: str, figures: Any) -> None:
@@ -82,16 +82,11 @@ class Record:
         fresh.replace(self._file)
 
     def finish(self, name: str, figures: Any) -> None:
-        self._to_come.remove(name)
+        self.to_come.remove(name)
         self.put(name, figures)
 
-    @property
-    def to_come(self) -> list[str]:
-        """Parts that are not finished, in their order."""
-        return list(self._to_come)
-
     def _whole(self) -> dict[str, Any]:
-        return {**self._figures, "unfinished": self._to_come}
+        return {**self._figures, "unfinished": self.to_come}
 
     @contextmanager
     def printed_whatever_happens(self) -> Iterator[None]:

@@ -166,21 +166,11 @@ class Shape:
 SHAPES = (Shape(1, 1), Shape(16, 1), Shape(8, 8), Shape(4, 64))
 
 
-def measure(
-    target: Target,
-    shape: Shape,
-    texts: Sequence[str],
-    *,
-    duration_s: float,
-    encoding: str = "base64",
-) -> Answers:
+def measure(target: Target, shape: Shape, texts: Sequence[str], *, duration_s: float) -> Answers:
     """Load *target* with requests of *shape* over *texts*. Raises `LoadFailed`."""
-    bodies = [
-        json.dumps(
-            {"model": target.model, "input": list(part), "encoding_format": encoding}
-        ).encode()
-        for part in in_parts(texts, shape.text_count)
-    ]
+    asked = {"model": target.model, "encoding_format": "base64"}
+    parts = in_parts(texts, shape.text_count)
+    bodies = [json.dumps({**asked, "input": list(part)}).encode() for part in parts]
     url = f"{target.base_url}/embeddings"
     return run_load(Load(url, bodies, shape.client_count, duration_s, target.key))
 

@@ -127,12 +127,7 @@ def _drive(
             else:
                 selector.unregister(client.connection)  # whether the server closes it or not
                 answers_due -= 1
-    return Answers(
-        tuple(latencies),
-        tuple(computes),
-        bytes_received,
-        last_s - started_s,
-    )
+    return Answers(tuple(latencies), tuple(computes), bytes_received, last_s - started_s)
 
 
 def _request(path: str, host: str, body: bytes, key: str | None) -> bytes:

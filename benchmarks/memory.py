@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import Provenance, keep, parser
+from benchmarks.figures import keep, parser, provenance
 from benchmarks.harness import Shape, measure, own_server
 from benchmarks.texts import sentences
 
@@ -68,7 +68,7 @@ def main() -> None:
         "model": given.name,
         "precision": given.precision,
         "lives": lives,
-        "provenance": Provenance.now("openvino").as_dict(),
+        "provenance": provenance("openvino"),
     }
     keep(f"memory-{given.name}-{given.precision}", result, record=given.record)
 

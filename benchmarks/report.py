@@ -29,6 +29,7 @@ python -m benchmarks.roster                       # the peers' environments
 python -m benchmarks.compare                      # beside the peers' libraries
 python -m benchmarks.compare --http               # beside the peers' servers, and our own engine
 python -m benchmarks.engine --name all-minilm-l6-v2
+python -m benchmarks.engine --profile             # where the time goes, kernel by kernel
 python -m benchmarks.memory
 ```
 """
@@ -161,7 +162,7 @@ def profile_section(result: Result) -> str:
     lengths = " + ".join(map(str, result["lengths"]))
     rows = [(name, f"{share:.1%}") for name, share in result["shares"].items()]
     title = f"## Where the time goes: {result['model']}, {result['recipe']}, {lengths} tokens"
-    return f"{title}\n\n{table(result, ('kind of node and kernel', 'of one slot'), rows)}\n"
+    return f"{title}\n\n{table(result, ('kind of node and kernel', 'of one slot'), rows)}"
 
 
 SECTIONS = {

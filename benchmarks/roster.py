@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,71 +147,56 @@ def start(name: str, stage: Stage) -> Process:
     kind, precision, environment = PEERS[name]
     work = stage.work_dir / (environment or "ours")
     arguments = (kind, str(stage.model_dir), stage.pooling, precision, str(work))
-    return Process(
-        "benchmarks.peer",
-        *arguments,
-        python=stage.python_of(environment),
-        log=stage.work_dir / f"{name}.log",
-    )
-
-
-def infinity(stage: Stage, port: int) -> list[str]:
-    """Its defaults for a CPU, and its own speed-up where it has one."""
-    program = stage.python_of("infinity").with_name("infinity_emb")
-    return [
-        str(program), "v2", "--model-id", str(stage.model_dir), "--served-model-name", "peer",
-        "--engine", "torch", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port),
-    ]  # fmt: skip
-
-
-def text_embeddings_inference(stage: Stage, port: int) -> list[str]:
-    return [
-        on_this_machine("text-embeddings-router"), "--model-id", str(stage.model_dir),
-        "--served-model-name", "peer", "--pooling", stage.pooling,
-        "--hostname", "127.0.0.1", "--port", str(port),
-    ]  # fmt: skip
-
-
-def openvino_model_server(stage: Stage, port: int) -> list[str]:
-    program = on_this_machine("ovms")
-    if stage.ovms_model is None:
-        raise PeerFailed("left out: --ovms-model names a folder that its own tool has exported")
-    return [
-        program, "--rest_port", str(port), "--rest_bind_address", "127.0.0.1",
-        "--model_name", "peer", "--model_path", str(stage.ovms_model),
-    ]  # fmt: skip
-
-
-def on_this_machine(program: str) -> str:
-    """Where *program* is. Raises `PeerFailed`."""
-    if (found := shutil.which(program)) is None:
-        raise PeerFailed(f"not here: no {program} on the PATH")
-    return found
+    python, log = stage.python_of(environment), stage.work_dir / f"{name}.log"
+    return Process("benchmarks.peer", *arguments, python=python, log=log)
 
 
 @dataclass(frozen=True, slots=True)
 class PeerServer:
     """A server with OpenAI's route: its command, the route's prefix, and where it says it is ready."""
 
-    command: Callable[[Stage, int], list[str]]
+    command: str  # its defaults for a CPU, and its own speed-up where it has one
     prefix: str
     ready: str
+
+    def words(self, stage: Stage, port: int) -> list[str]:
+        """The command as it is started. Raises `PeerFailed`."""
+        program, *options = self.command.split()
+        if program == "infinity_emb":
+            found: str | None = str(stage.python_of("infinity").with_name(program))
+        else:
+            found = shutil.which(program)
+        if found is None:
+            raise PeerFailed(f"not here: no {program} on the PATH")
+        if "{ovms_model}" in options and stage.ovms_model is None:
+            raise PeerFailed("left out: --ovms-model names a folder that its own tool has exported")
+        facts = {name: getattr(stage, name) for name in ("model_dir", "pooling", "ovms_model")}
+        return [found, *(option.format(port=port, **facts) for option in options)]
 
 
 SERVERS: Mapping[str, PeerServer] = MappingProxyType(
     {
-        "infinity": PeerServer(infinity, "", "/health"),
-        "text-embeddings-inference": PeerServer(text_embeddings_inference, "/v1", "/health"),
-        "openvino-model-server": PeerServer(openvino_model_server, "/v3", "/v2/health/ready"),
+        "infinity": PeerServer(
+            "infinity_emb v2 --model-id {model_dir} --served-model-name peer --engine torch "
+            "--device cpu --host 127.0.0.1 --port {port}", "", "/health",
+        ),
+        "text-embeddings-inference": PeerServer(
+            "text-embeddings-router --model-id {model_dir} --served-model-name peer "
+            "--pooling {pooling} --hostname 127.0.0.1 --port {port}", "/v1", "/health",
+        ),
+        "openvino-model-server": PeerServer(
+            "ovms --rest_port {port} --rest_bind_address 127.0.0.1 --model_name peer "
+            "--model_path {ovms_model}", "/v3", "/v2/health/ready",
+        ),
     }
-)
+)  # fmt: skip
 
 
 @contextmanager
 def serving(name: str, stage: Stage) -> Iterator[Target]:
     """The peer's server until the block ends. Raises `PeerFailed`, `ServerFailed`."""
     server, port, log = SERVERS[name], free_port(), stage.work_dir / f"{name}.log"
-    command = server.command(stage, port)
+    command = server.words(stage, port)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
         process = subprocess.Popen(command, env={**os.environ, **OFFLINE}, stdout=out, stderr=out)

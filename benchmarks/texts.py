@@ -3,7 +3,6 @@
 A word of these is about one token and a third in the served vocabularies.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,13 +66,7 @@ def uniform(length: int, *, tokens: int) -> Workload:
 
 def mixed(*, tokens: int, length_max: int) -> Workload:
     """Log-normal lengths from 4 to *length_max* (2,048 at most), about *tokens* in all."""
-    return Workload("mixed", tuple(_mixed_lengths(tokens, min(2048, length_max))))
-
-
-def _mixed_lengths(tokens: int, length_max: int) -> Iterator[int]:
-    draw = np.random.default_rng(SEED)
-    total = 0
-    while total < tokens:
-        length = int(np.clip(draw.lognormal(np.log(60), 1.2), 4, length_max))
-        total += length
-        yield length
+    draw, lengths = np.random.default_rng(SEED), list[int]()
+    while sum(lengths) < tokens:
+        lengths.append(int(np.clip(draw.lognormal(np.log(60), 1.2), 4, min(2048, length_max))))
+    return Workload("mixed", tuple(lengths))

@@ -1,7 +1,9 @@
 """Figures: medians, percentiles, turns and ratios, each from numbers one can check by hand."""
 
+from typing import Any
+
 import pytest
-from benchmarks.figures import Provenance, Spread, percentile, ratio
+from benchmarks.figures import Spread, percentile, provenance, ratio
 
 
 def test_a_spread_is_its_median_and_both_ends() -> None:
@@ -30,6 +32,6 @@ def test_a_ratio_is_taken_round_by_round() -> None:
 
 
 def test_a_result_says_where_it_comes_from() -> None:
-    said = Provenance.now("numpy", "no-such-package").as_dict()
-    assert said["packages"]["no-such-package"] == "absent"  # type: ignore[index]
+    said: dict[str, Any] = provenance("numpy", "no-such-package")
+    assert said["packages"]["no-such-package"] == "absent"
     assert all(said[name] for name in ("date", "commit", "cpu", "core_count", "python"))

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from benchmarks.figures import Provenance
+from benchmarks.figures import provenance
 from benchmarks.report import DOCS, SECTIONS, load_results, number, page, short
 
 
@@ -52,14 +52,13 @@ def test_a_peer_that_failed_is_a_row_that_says_why() -> None:
         "trivec-int8": {"texts_a_second": one, "ours_over_it": one, "cosine_min": 1.0},
         "ctranslate2-int8": {"failed": "not here: python -m benchmarks.roster ctranslate2"},
     }
-    provenance = Provenance.now().as_dict()
     shown = page(
         {
             "x": {
                 "benchmark": "against",
                 "model": "m",
                 "workloads": {"short": rows},
-                "provenance": provenance,
+                "provenance": provenance(),
             }
         }
     )

@@ -29,12 +29,12 @@ async def test_what_is_due_earlier_is_called_for_earlier_in_whichever_order_it_w
     assert called.names == ["first", "second"]
 
 
-async def test_what_was_dropped_or_set_anew_is_not_called_for_at_its_old_time() -> None:
+async def test_what_was_unset_or_set_anew_is_not_called_for_at_its_old_time() -> None:
     called, now_s = Called(), asyncio.get_running_loop().time()
     deadlines = Deadlines(called)
-    for name in ("dropped", "moved", "kept"):
+    for name in ("unset", "moved", "kept"):
         deadlines.set(name, now_s + 0.01)
-    deadlines.drop("dropped")
+    deadlines.set("unset", None)
     deadlines.set("moved", now_s + 0.02)
     await called.is_full.wait()
     assert called.names == ["kept", "moved"]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-LINES_MAX = 2_500  # raw lines of all Python files, subfolders included, but for
+LINES_MAX = 2_476  # raw lines of all Python files, subfolders included, but for
 SIMULATION = "simulation.py"  # which measures nothing of this machine
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.figures import Provenance, keep, parser
+from benchmarks.figures import keep, parser, provenance
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def command(name: str, about: str | None, run: Callable[..., Report], **defaults
             "passed": not report.failures,
             "checks": {check.says: check.figure for check in report.checks},
             **report.figures,
-            "provenance": Provenance.now("granian", "openvino", "openai").as_dict(),
+            "provenance": provenance("granian", "openvino", "openai"),
         },
         record=record,
     )

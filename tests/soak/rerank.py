@@ -27,7 +27,7 @@ from typing import Any
 import httpx
 import numpy as np
 import structlog
-from benchmarks.figures import Provenance, Spread, keep, parser, percentile
+from benchmarks.figures import Spread, keep, parser, percentile, provenance
 from benchmarks.harness import WAIT_S_MAX, EngineOnTrial
 from benchmarks.texts import Workload, sentences
 from safetensors.numpy import load_file, save_file
@@ -228,7 +228,7 @@ def main() -> None:
         {
             "benchmark": "rerank",
             "figures": figures,
-            "provenance": Provenance.now("openvino").as_dict(),
+            "provenance": provenance("openvino"),
         },
         record=given.record,
     )

@@ -348,7 +348,7 @@ class RequestTimeout:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._deadlines.drop(self)
+        self._deadlines.set(self, None)
         if self._watcher is not None:
             self._watcher.cancel()
         reason = self._reason
