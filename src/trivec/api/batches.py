@@ -6,8 +6,8 @@ A key finds its own files and batches only: of others' it is told that they do n
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from io import BytesIO
 from pathlib import PurePosixPath
@@ -110,7 +110,7 @@ class CreateBatchRequest(Struct, frozen=True, forbid_unknown_fields=True):
     endpoint: Literal["/v1/embeddings", "/v1/rerank"]
     completion_window: Annotated[
         str,
-        Meta(pattern=r"^([1-9]\d?|[1-2]\d\d|3[0-3][0-6])h$"),
+        Meta(pattern=r"^([1-9]\d?|[12]\d\d|3[0-2]\d|33[0-6])h$(?!\n)"),
         doc("24h as at OpenAI, or any other number of hours up to 336h."),
     ]
     metadata: (
@@ -240,7 +240,7 @@ async def show_file(context: RequestContext) -> Response:
 async def file_content(context: RequestContext) -> Response:
     """Download a file."""
     file = await _file(context)
-    pieces = _jobs(context).files.read(file)
+    pieces = _jobs(context).files.read(file.key_id, file.id)
     first = await anext(pieces, b"")  # that it cannot be read is better said than shown by an end
     return StreamedFile(file, first, pieces)
 
@@ -290,9 +290,10 @@ async def cancel_batch(context: RequestContext) -> Response:
     return json_response(_batch_object(cancelled))
 
 
+@asynccontextmanager
 async def answer_line(
     app: AppState, key: Key, url: str, body: bytes, *, request_id: str
-) -> LineAnswer:
+) -> AsyncIterator[LineAnswer]:
     """The answer to one line of a batch: what its endpoint would say, and what it is billed.
 
     It takes nothing of the key's rate limits, and waits behind all other requests. An error that
@@ -308,24 +309,25 @@ async def answer_line(
     context.request_id, context.caller, context.background = request_id, key, True
     retry_after_s: float | None = None
     try:
-        response = await LINE_HANDLERS[url](context)
-    except Exception as raised:  # an outermost loop, as the middleware is
-        error = raised if isinstance(raised, ServiceError) else fault_of(raised)
-        if isinstance(error, EngineFault):
-            _log.error("line %s failed: %s", request_id, error)
-        response = error_response(error, request_id=request_id)
-        if TABLE[type(error)].status in (429, 503):
-            retry_after_s = min(getattr(error, "retry_after_s", RETRY_S_MAX), RETRY_S_MAX)
+        try:
+            response = await LINE_HANDLERS[url](context)
+        except Exception as raised:  # an outermost loop, as the middleware is
+            error = raised if isinstance(raised, ServiceError) else fault_of(raised)
+            if isinstance(error, EngineFault):
+                _log.error("line %s failed: %s", request_id, error)
+            response = error_response(error, request_id=request_id)
+            if TABLE[type(error)].status in (429, 503):
+                retry_after_s = min(getattr(error, "retry_after_s", RETRY_S_MAX), RETRY_S_MAX)
+        usage = RequestUsage(
+            status=response.status_code,
+            input_count=context.input_count,
+            token_count=context.token_count if response.status_code < 400 else 0,
+            duration_s=app.clock.now_s() - context.started_s,
+            user=context.user,
+        )
+        yield LineAnswer(msgspec.Raw(bytes(response.body)), usage, context.model, retry_after_s)
     finally:
         context.memory.shrink(0)
-    usage = RequestUsage(
-        status=response.status_code,
-        input_count=context.input_count,
-        token_count=context.token_count if response.status_code < 400 else 0,
-        duration_s=app.clock.now_s() - context.started_s,
-        user=context.user,
-    )
-    return LineAnswer(msgspec.Raw(bytes(response.body)), usage, context.model, retry_after_s)
 
 
 class StreamedFile(Response):
