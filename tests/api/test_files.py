@@ -150,7 +150,7 @@ async def test_no_part_of_a_path_is_a_clients(
         pytest.param({"expires_after[seconds]": "7200"}, "expires_after", id="no-anchor"),
         pytest.param(
             {"expires_after[anchor]": "created_at", "expires_after[seconds]": "60"},
-            "expires_after",
+            "expires_after[seconds]",
             id="too-soon",
         ),
     ],
