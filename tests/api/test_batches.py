@@ -463,13 +463,11 @@ async def test_what_a_server_that_died_has_left_of_shards_goes_with_the_batch(
     assert batch["id"] not in os.listdir(tmp_path / key_id)
 
 
-async def test_a_batch_whose_files_are_gone_waits_for_them_alone_and_ends_with_its_window(
-    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    in_shards_of(2, monkeypatch)
-    house.batches.files.storage = FileStorage(str(tmp_path))
-    lines = [line(f"c{i}", f"text {i}") for i in range(4)]
-    async with working(house) as client:
+async def half_done(house: House, folder: Path) -> Json:
+    """A batch of two shards; what one of them has left was lost, and the other is to come."""
+    house.batches.files.storage = FileStorage(str(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        in_shards_of(2, patch)
         embed, entered = house.model.embed, asyncio.Event()
 
         async def held(*given: Any, **more: Any) -> Any:
@@ -478,19 +476,27 @@ async def test_a_batch_whose_files_are_gone_waits_for_them_alone_and_ends_with_i
                 await asyncio.Event().wait()
             return await embed(*given, **more)
 
-        monkeypatch.setattr(house.model, "embed", held)
-        no_parts = await client.create(lines)
-        await entered.wait()
-    [key_id] = os.listdir(tmp_path)
-    rmtree(tmp_path / key_id / no_parts["id"])
-    monkeypatch.undo()
+        patch.setattr(house.model, "embed", held)
+        async with working(house) as client:
+            batch = await client.create([line(f"c{i}", f"text {i}") for i in range(4)])
+            await entered.wait()
+    [key_id] = os.listdir(folder)
+    rmtree(folder / key_id / batch["id"])
+    return batch
+
+
+async def test_a_batch_whose_files_are_gone_waits_for_them_alone_and_ends_with_its_window(
+    house: House, tmp_path: Path
+) -> None:
+    no_parts = await half_done(house, tmp_path)
     async with house.client() as http:
-        no_input = await Client(http).create(lines)
+        no_input = await Client(http).create([line("a")])
+    [key_id] = os.listdir(tmp_path)
     os.unlink(tmp_path / key_id / no_input["input_file_id"])
     async with working(house) as client:
-        other = await client.ended(await client.create(lines))
+        other = await client.ended(await client.create([line("a")]))
         waiting = await client.get(no_input)
-        no_parts = await client.until(no_parts, lambda one: one["status"] == "finalizing")
+        await client.until(no_parts, lambda one: one["status"] == "finalizing")
         house.clock.move(DAY_S)
         wake(house)
         no_input, no_parts = await client.ended(no_input), await client.ended(no_parts)
@@ -500,6 +506,16 @@ async def test_a_batch_whose_files_are_gone_waits_for_them_alone_and_ends_with_i
     assert no_parts["status"] == "completed"
     assert sorted(one["custom_id"] for one in output) == ["c2", "c3"]
     assert [one["code"] for one in no_parts["errors"]["data"]] == ["answers_lost"]
+
+
+async def test_a_batch_whose_files_are_gone_can_be_cancelled(house: House, tmp_path: Path) -> None:
+    batch = await half_done(house, tmp_path)
+    async with house.client() as http:
+        await http.post(f"/batches/{batch['id']}/cancel")
+    async with working(house) as client:
+        batch = await client.ended(batch)
+    assert (batch["status"], batch["output_file_id"]) == ("cancelled", None)
+    assert [one["code"] for one in batch["errors"]["data"]] == ["answers_lost"]
 
 
 async def test_an_answers_memory_is_taken_until_it_is_written(house: House) -> None:

@@ -123,13 +123,9 @@ class Validation:
 
     def _check(self, raw: bytes, number: int) -> int:
         """How many inputs a line has, whatever is wrong with it."""
-        try:
-            msgspec.json.decode(raw)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            self._add("invalid_json_line", "This line is not a JSON object in UTF-8.", number)
-            return 0
         within = ""
         try:
+            raw.decode()  # what is not read here, too
             line = msgspec.json.decode(raw, type=Line)
             within = "body."
             body = msgspec.json.decode(line.body, type=_Body)
@@ -137,6 +133,9 @@ class Validation:
             says, param = str(lacking), _param(str(lacking))
             param = param and within + param
             self._add("missing_required_parameter", f"{says}.", number, param=param)
+            return 0
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            self._add("invalid_json_line", "This line is not a JSON object in UTF-8.", number)
             return 0
         if not 1 <= len(line.custom_id) <= CUSTOM_ID_CHARS_MAX:
             says = f"A custom_id has 1 to {CUSTOM_ID_CHARS_MAX} characters."
@@ -411,7 +410,8 @@ class BatchRunner:
     async def _join(self, shard: ShardRecord, job: JobRecord) -> None:
         """Make the files of what the shards left, and of what never ran because time was over.
 
-        What is gone from the storage may come back while the job's window is open; then not.
+        What is gone from the storage may come back until the job's window is over; it is not waited
+        for where the job was cancelled.
         """
         made: dict[bool, NewFile] = {}
         errors: list[dict[str, object]] = []
@@ -426,7 +426,8 @@ class BatchRunner:
             try:
                 yield
             except StoreUnavailable as fault:
-                if not _is_gone(fault) or self._store.now_us() < job.expires_us:
+                is_over = job.ends_as == "cancelled" or self._store.now_us() >= job.expires_us
+                if not (_is_gone(fault) and is_over):
                     raise
                 _log.error("%s ends without what is gone: %s", job.id, fault.__cause__)
                 if not errors:
@@ -473,6 +474,8 @@ class BatchRunner:
         ):
             file.seek(shard.byte_start)
             content = file.read(shard.byte_count)
+            if len(content) < shard.byte_count:
+                raise FileNotFoundError(f"{job.input_file_id} has been cut short")
         found = []
         for number, raw in enumerate(content.split(b"\n"), start=shard.first_line):
             if raw.strip():
