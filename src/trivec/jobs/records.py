@@ -28,11 +28,8 @@ from trivec.settings import BatchLimits
 LEASE_S = 30.0
 OPEN_BATCHES_MAX = 100  # of one key
 ID_CHARS_SHOWN = 64  # of what a client takes for an id
-OPEN = ("validating", "in_progress", "finalizing", "cancelling")
-STEP_STATUS = {
-    "validate": ("validating",),
-    "run": ("in_progress",),
-}  # join: the other two of `OPEN`
+OPEN = ("validating", "in_progress", "finalizing", "cancelling")  # in which it has not ended
+STEP_STATUS = {"validate": OPEN[:1], "run": OPEN[1:2], "join": OPEN[2:]}
 Kind: TypeAlias = Literal["validate", "run", "join"]
 Status: TypeAlias = Literal[
     "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling",
@@ -258,9 +255,9 @@ class JobStore:
                     retry_after_s=60.0,
                 )
             connection.execute(sa.insert(batches), values)
-            steps = [{"batch_id": batch_id, "number": 0, "kind": "validate"}]
-            steps.append({"batch_id": batch_id, "number": -1, "kind": "join"})
-            connection.execute(sa.insert(batch_shards), steps)
+            for number, kind in ((0, "validate"), (-1, "join")):
+                step = {"batch_id": batch_id, "number": number, "kind": kind}
+                connection.execute(sa.insert(batch_shards), step)
         return self.find_batch(key_id, batch_id)
 
     def find_batch(self, key_id: str, batch_id: str) -> JobRecord:
@@ -277,7 +274,7 @@ class JobStore:
     def cancel_batch(self, key_id: str, batch_id: str) -> JobRecord:
         """Raises `ResourceUnknown`; `FieldInvalid` for one that has ended, or is about to."""
         is_meant = (batches.c.id == _plain(batch_id)) & (batches.c.key_id == key_id)
-        is_early = batches.c.status.in_(("validating", "in_progress"))
+        is_early = batches.c.status.in_(OPEN[:2])
         with self._store.writing() as connection:
             cancelled = connection.execute(
                 sa.update(batches)
@@ -302,11 +299,10 @@ class JobStore:
     def expire_batches(self) -> None:
         """End those whose time is over, with what they have."""
         now_us = self.now_us()
-        is_late = batches.c.expires_us <= now_us
         with self._store.writing() as connection:
             connection.execute(
                 sa.update(batches)
-                .where(batches.c.status.in_(("validating", "in_progress")), is_late)
+                .where(batches.c.status.in_(OPEN[:2]), batches.c.expires_us <= now_us)
                 .values(status="finalizing", ends_as="expired", finalizing_us=now_us)
             )
 
@@ -340,16 +336,15 @@ class JobStore:
             (batch_shards.c.kind == "validate") & (batches.c.status == "validating"),
             sa.and_(
                 batch_shards.c.kind == "join",
-                batches.c.status.in_(("finalizing", "cancelling")),
+                batches.c.status.in_(STEP_STATUS["join"]),
                 ~is_worked_on,
             ),
         )
+        is_free = batch_shards.c.done_us.is_(None) & (batch_shards.c.lease_until_us <= now_us)
         next_id = (
             sa.select(batch_shards.c.id)
             .join(batches)
-            .where(
-                batch_shards.c.done_us.is_(None), batch_shards.c.lease_until_us <= now_us, is_due
-            )
+            .where(is_free, is_due)
             .order_by(batches.c.served_us, batches.c.created_us, batch_shards.c.number)
             .limit(1)
             .with_for_update(skip_locked=True, of=batch_shards)
@@ -382,10 +377,8 @@ class JobStore:
     def renew(self, shard: ShardRecord) -> bool:
         """Whether the lease still holds, and the step is still wanted."""
         until_us = self.now_us() + round(LEASE_S * 1e6)
-        statuses = STEP_STATUS.get(shard.kind, ("finalizing", "cancelling"))
-        is_wanted = sa.exists().where(
-            batches.c.id == shard.batch_id, batches.c.status.in_(statuses)
-        )
+        is_due = batches.c.status.in_(STEP_STATUS[shard.kind])
+        is_wanted = sa.exists().where(batches.c.id == shard.batch_id, is_due)
         with self._store.writing() as connection:
             renewed = connection.execute(
                 sa.update(batch_shards)
@@ -451,20 +444,14 @@ class JobStore:
                 connection.execute(sa.insert(batch_shards), [one | own for one in added])
         return True
 
-    def finish_run(
-        self,
-        shard: ShardRecord,
-        rows: Sequence[LedgerRow],
-        *,
-        completed: int,
-        failed: int,
-        token_count: int,
-    ) -> bool:
-        """The shard's lines are answered, and billed by *rows*, in one transaction."""
+    def finish_run(self, shard: ShardRecord, rows: Sequence[LedgerRow], **counts: int) -> bool:
+        """The shard's lines are answered, and billed by *rows*, in one transaction.
+
+        *counts*: completed, failed and token_count of its lines.
+        """
         now_us = self.now_us()
         job = sa.update(batches).where(batches.c.id == shard.batch_id)
         with self._store.writing() as connection:
-            counts = {"completed": completed, "failed": failed, "token_count": token_count}
             if not _mark_done(connection, shard, done_us=now_us, **counts):
                 return self._was_done(connection, shard)
             # Locks the row: of two that finish the last shards, the later sees the other's.
@@ -500,23 +487,18 @@ class JobStore:
             for file in (output, error):
                 if file is not None:
                     _store_file(connection, file)
-            ends_as = connection.execute(
-                sa.update(batches)
-                .where(batches.c.id == shard.batch_id)
-                .values(
-                    status=batches.c.ends_as,
-                    output_file_id=None if output is None else output.id,
-                    error_file_id=None if error is None else error.id,
-                    errors=json.dumps(errors) if errors else None,
-                )
-                .returning(batches.c.ends_as)
-            ).scalar_one()
-            values: dict[str, object] = {f"{ends_as}_us": now_us}
+            is_own = batches.c.id == shard.batch_id
+            ends_as = connection.scalar(sa.select(batches.c.ends_as).where(is_own))
+            values = {
+                "status": ends_as,
+                f"{ends_as}_us": now_us,
+                "output_file_id": output and output.id,
+                "error_file_id": error and error.id,
+                "errors": json.dumps(errors) if errors else None,
+            }
             if ends_as == "expired":  # the lines that never ran
                 values["failed"] = batches.c.total - batches.c.completed
-            connection.execute(
-                sa.update(batches).where(batches.c.id == shard.batch_id).values(values)
-            )
+            connection.execute(sa.update(batches).where(is_own).values(values))
         return True
 
     def run_shards(self, batch_id: str, *, done: bool) -> list[ShardRecord]:
