@@ -6,13 +6,15 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import httpx
 import pytest
-from tests.api.house import MODEL, PLAIN_MODEL, RERANKER, House
+from tests.api.house import MODEL, PLAIN_MODEL, READY, RERANKER, House
 
-from trivec.accounts import KeyPlan, RateLimits
+from trivec.accounts import ANONYMOUS, KeyPlan, RateLimits
+from trivec.api import AppState, answer_line
 from trivec.core.errors import EngineFault
 from trivec.core.events import LinesWaiting, ShardFinished
 from trivec.jobs import batches as jobs
@@ -213,7 +215,9 @@ async def test_more_than_fifty_thousand_lines_are_refused(house: House) -> None:
     [
         ({"endpoint": "/v1/chat/completions"}, "endpoint"),
         ({"completion_window": "1d"}, "completion_window"),
+        ({"completion_window": "0h"}, "completion_window"),
         ({"completion_window": "337h"}, "completion_window"),
+        ({"completion_window": "24h\n"}, "completion_window"),
         ({"metadata": {"a": "b" * 513}}, "metadata"),
         ({"metadata": {str(i): "" for i in range(17)}}, "metadata"),
         ({"output_expires_after": {"anchor": "created_at", "seconds": 60}}, "output_expires_after"),
@@ -228,6 +232,14 @@ async def test_a_batch_that_is_asked_for_wrongly_is_refused(
         answer = await http.post("/batches", json={**asked, **change})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"].partition(".")[0].partition("[")[0] == param
+
+
+@pytest.mark.parametrize("hours", [1, 24, 100, 299, 307, 319, 336])
+async def test_a_window_may_have_any_number_of_hours(house: House, hours: int) -> None:
+    async with house.client() as http:
+        batch = await Client(http).create([line("a")], completion_window=f"{hours}h")
+    assert batch["completion_window"] == f"{hours}h"
+    assert batch["expires_at"] - batch["created_at"] == 3600 * hours
 
 
 async def test_another_keys_file_and_batch_do_not_exist(house: House) -> None:
@@ -449,6 +461,72 @@ async def test_what_a_server_that_died_has_left_of_shards_goes_with_the_batch(
     async with working(house) as client:
         await client.ended(await client.create([line("a")]))
     assert batch["id"] not in os.listdir(tmp_path / key_id)
+
+
+async def half_done(house: House, folder: Path) -> Json:
+    """A batch of two shards; what one of them has left was lost, and the other is to come."""
+    house.batches.files.storage = FileStorage(str(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        in_shards_of(2, patch)
+        embed, entered = house.model.embed, asyncio.Event()
+
+        async def held(*given: Any, **more: Any) -> Any:
+            if len(house.model.embedded) == 2:
+                entered.set()
+                await asyncio.Event().wait()
+            return await embed(*given, **more)
+
+        patch.setattr(house.model, "embed", held)
+        async with working(house) as client:
+            batch = await client.create([line(f"c{i}", f"text {i}") for i in range(4)])
+            await entered.wait()
+    [key_id] = os.listdir(folder)
+    rmtree(folder / key_id / batch["id"])
+    return batch
+
+
+async def test_a_batch_whose_files_are_gone_waits_for_them_alone_and_ends_with_its_window(
+    house: House, tmp_path: Path
+) -> None:
+    no_parts = await half_done(house, tmp_path)
+    async with house.client() as http:
+        no_input = await Client(http).create([line("a")])
+    [key_id] = os.listdir(tmp_path)
+    os.unlink(tmp_path / key_id / no_input["input_file_id"])
+    async with working(house) as client:
+        other = await client.ended(await client.create([line("a")]))
+        waiting = await client.get(no_input)
+        await client.until(no_parts, lambda one: one["status"] == "finalizing")
+        house.clock.move(DAY_S)
+        wake(house)
+        no_input, no_parts = await client.ended(no_input), await client.ended(no_parts)
+        output = await client.lines(no_parts["output_file_id"])
+    assert other["status"] == "completed"
+    assert (waiting["status"], no_input["status"]) == ("validating", "expired")
+    assert no_parts["status"] == "completed"
+    assert sorted(one["custom_id"] for one in output) == ["c2", "c3"]
+    assert [one["code"] for one in no_parts["errors"]["data"]] == ["answers_lost"]
+
+
+async def test_a_batch_whose_files_are_gone_can_be_cancelled(house: House, tmp_path: Path) -> None:
+    batch = await half_done(house, tmp_path)
+    async with house.client() as http:
+        await http.post(f"/batches/{batch['id']}/cancel")
+    async with working(house) as client:
+        batch = await client.ended(batch)
+    assert (batch["status"], batch["output_file_id"]) == ("cancelled", None)
+    assert [one["code"] for one in batch["errors"]["data"]] == ["answers_lost"]
+
+
+async def test_an_answers_memory_is_taken_until_it_is_written(house: House) -> None:
+    app = AppState(
+        house.embedders(), house.accounts, house.heard, house.clock, house.limits,
+        health=lambda: READY, metrics=None, memory=house.memory,
+    )  # fmt: skip
+    body = json.dumps(line("a")["body"]).encode()
+    async with answer_line(app, ANONYMOUS, EMBEDDINGS, body, request_id="r") as answer:
+        assert house.memory.used_bytes >= len(answer.body)
+    assert house.memory.used_bytes == 0
 
 
 @pytest.mark.parametrize("house", [{"no_auth": True}], indirect=True)

@@ -10,6 +10,7 @@ import pytest
 from tests.api.house import House
 
 from trivec.accounts import RateLimits, Scope
+from trivec.core.errors import StoreUnavailable
 from trivec.jobs.files import FileStorage
 from trivec.settings import BatchLimits
 
@@ -149,7 +150,7 @@ async def test_no_part_of_a_path_is_a_clients(
         pytest.param({"expires_after[seconds]": "7200"}, "expires_after", id="no-anchor"),
         pytest.param(
             {"expires_after[anchor]": "created_at", "expires_after[seconds]": "60"},
-            "expires_after",
+            "expires_after[seconds]",
             id="too-soon",
         ),
     ],
@@ -241,6 +242,25 @@ async def test_a_file_expires_and_its_bytes_go(on_disk: House, tmp_path: Path) -
         assert (await client.get(f"/files/{made['id']}")).status_code == 200
         on_disk.clock.move(1)
         assert (await client.get(f"/files/{made['id']}")).status_code == 404
+    await on_disk.batches.files.sweep()
+    assert kept_in(tmp_path) == []
+
+
+async def test_what_cannot_be_removed_keeps_no_other_file(on_disk: House, tmp_path: Path) -> None:
+    async with on_disk.client() as client:
+        made = [(await upload(client)).json()["id"] for _ in range(3)]
+
+    class Stubborn(FileStorage):
+        def remove(self, key_id: str, name: str) -> None:
+            if name == made[0]:
+                raise StoreUnavailable("not permitted", retry_after_s=1)
+            super().remove(key_id, name)
+
+    on_disk.batches.files.storage = Stubborn(str(tmp_path / "files"))
+    on_disk.clock.move(30 * DAY_S)
+    await on_disk.batches.files.sweep()
+    assert [path.name for path in kept_in(tmp_path)] == made[:1]
+    on_disk.batches.files.storage = FileStorage(str(tmp_path / "files"))
     await on_disk.batches.files.sweep()
     assert kept_in(tmp_path) == []
 

@@ -4,10 +4,13 @@ import asyncio
 
 import pytest
 from tests.engine.rig import NO_FLOOR, Rig, sequences
+from tests.engine.test_engine import TakingTime
+from tests.hand_clock import HandClock
 
 from trivec.backends.fake import FakeBackend
 from trivec.core.errors import Overloaded
-from trivec.core.types import BatchBudget, Output
+from trivec.core.events import BatchRan
+from trivec.core.types import Batch, BatchBudget, Output, Vectors
 from trivec.settings import QueueLimits
 
 
@@ -53,6 +56,32 @@ async def test_of_two_models_the_one_with_a_query_is_served_first() -> None:
         await query
         assert len(rig.backend.ran) <= 2  # the holder, and at most the batch beside the query
         await asyncio.gather(holder, behind)
+
+
+class HeldInTheEnd(TakingTime):
+    """A second a batch; from the twentieth on they wait for the gate."""
+
+    def run(self, batch: Batch, *, slot: int) -> Vectors:
+        if len(self.ran) == 19:
+            self.gate.clear()
+        return super().run(batch, slot=slot)
+
+
+async def test_a_model_whose_background_requests_wait_gains_no_claim_by_it() -> None:
+    clock = HandClock()
+    async with Rig(backend=HeldInTheEnd(clock, 1.0), clock=clock) as rig:
+        other = rig.add("late", TakingTime(clock, 1.0))
+        busy = rig.send(sequences(*[500] * 40))
+        await rig.entered(1)
+        texts = sequences(*[500] * 10, first=50_000)
+        behind = asyncio.create_task(other.embed(texts, Output.DENSE, background=True))
+        await rig.entered(20)
+        late = asyncio.create_task(other.embed(texts, Output.DENSE))
+        await rig.queued(late)
+        rig.backend.gate.set()
+        await asyncio.gather(busy, behind, late)
+    order = [event.model for event in rig.listener.heard(BatchRan)]
+    assert order[20:30].count("late") == pytest.approx(5, abs=1)
 
 
 async def test_background_requests_take_no_room_in_the_queue_and_are_not_refused() -> None:

@@ -4,12 +4,12 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 from tests.accounts.shelf import latest_sqlite
 from tests.hand_clock import HandClock
 
@@ -17,7 +17,7 @@ from trivec.accounts import UsageBy, UsageQuery
 from trivec.accounts.ledger import LedgerRow
 from trivec.accounts.stores.engines import SQLITE_FILE, postgres_engines, sqlite_engines
 from trivec.accounts.stores.sql import SqlStore
-from trivec.core.errors import FieldInvalid, Overloaded, StoreUnavailable
+from trivec.core.errors import FieldInvalid, Overloaded, ResourceUnknown, StoreUnavailable
 from trivec.jobs import records
 from trivec.jobs.records import LEASE_S, JobRecord, JobStore, Page, ShardRecord
 from trivec.settings import BatchLimits
@@ -62,10 +62,16 @@ def jobs(open_store: Callable[..., Opened]) -> JobStore:
 def new_job(jobs: JobStore, *, key_id: str = KEY, window_s: float = 3600.0) -> JobRecord:
     file = jobs.add_file(key_id, "batch")
     jobs.keep_file(file)
+    return add_job(jobs, file.id, key_id=key_id, window_s=window_s)
+
+
+def add_job(
+    jobs: JobStore, file_id: str, *, key_id: str = KEY, window_s: float = 3600.0
+) -> JobRecord:
     return jobs.add_batch(
         key_id,
         endpoint="/v1/embeddings",
-        input_file_id=file.id,
+        input_file_id=file_id,
         window_s=window_s,
         metadata=None,
         output_expires_s=None,
@@ -345,6 +351,65 @@ def test_a_file_that_a_job_reads_neither_expires_nor_is_deleted(
     assert jobs.finish_join(leased(jobs, "join"), output=None, error=None)
     assert jobs.delete_file(KEY, job.input_file_id).id == job.input_file_id
     assert [file.id for file in jobs.dead_files()] == [job.input_file_id]
+
+
+def test_a_file_is_not_deleted_while_a_job_is_made_of_it(
+    open_store: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (jobs, store), (other, _) = open_store(), open_store()
+    jobs.keep_file(file := jobs.add_file(KEY, "batch"))
+    other.find_file(KEY, file.id)
+    outcomes: list[object] = []
+
+    def delete() -> None:
+        try:
+            outcomes.append(other.delete_file(KEY, file.id))
+        except (FieldInvalid, StoreUnavailable) as refused:
+            outcomes.append(refused)
+
+    deleting = threading.Thread(target=delete)
+    writing = store.writing
+
+    @contextmanager
+    def slow() -> Iterator[Connection]:
+        with writing() as connection:
+            yield connection
+            deleting.start()
+            deleting.join(timeout=0.5)  # it waits for us, or it is wrong
+
+    monkeypatch.setattr(store, "writing", slow)
+    job = add_job(jobs, file.id)
+    deleting.join()
+    assert [type(outcome) for outcome in outcomes] == [FieldInvalid]
+    assert jobs.find_file(KEY, job.input_file_id) == file
+
+
+def test_a_list_goes_on_after_what_was_deleted(jobs: JobStore, clock: HandClock) -> None:
+    made = []
+    for key_id in (KEY, KEY, "key_b", KEY):
+        clock.move(1)
+        made.append(file := jobs.add_file(key_id, "batch"))
+        jobs.keep_file(file)
+    first, second, _, last = made
+    [found, *_] = jobs.list_files(KEY, Page(None, 1), purpose=None)
+    jobs.forget_file(jobs.delete_file(KEY, found.id).id)
+    assert found == last
+    assert jobs.list_files(KEY, Page(found.id, 9), purpose=None) == [second, first]
+    oldest_first = Page(first.id, 9, newest_first=False)
+    assert jobs.list_files(KEY, oldest_first, purpose="batch") == [second]
+
+
+@pytest.mark.parametrize("text", ["\0", "file-\0", "é\u2028", "'; --", ""])
+def test_any_text_may_be_sent_for_an_id(jobs: JobStore, text: str) -> None:
+    new_job(jobs)
+    with pytest.raises(ResourceUnknown):
+        add_job(jobs, text)
+    for ask in (jobs.find_file, jobs.delete_file, jobs.find_batch, jobs.cancel_batch):
+        with pytest.raises(ResourceUnknown):
+            ask(KEY, text)
+    assert jobs.list_files(KEY, Page(None, 9), purpose=text) == []
+    assert len(jobs.list_files(KEY, Page(text, 9, newest_first=False), purpose=None)) <= 1
+    assert len(jobs.list_batches(KEY, Page(text, 9))) <= 1
 
 
 def test_a_store_that_is_away_is_said(tmp_path: Path, clock: HandClock) -> None:

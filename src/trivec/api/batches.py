@@ -6,12 +6,12 @@ A key finds its own files and batches only: of others' it is told that they do n
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from io import BytesIO
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -28,7 +28,7 @@ from trivec.api.openai import embeddings
 from trivec.api.openapi import keyed
 from trivec.api.rerank import rerank
 from trivec.api.responses import json_response
-from trivec.api.schemas import decoder_of, doc, shown
+from trivec.api.schemas import Decoder, decoder_of, doc
 from trivec.core.errors import (
     BodyTooSlow,
     EngineFault,
@@ -48,6 +48,7 @@ FORM = "multipart/form-data"
 FIELD_BYTES_MAX = 1024  # of a part of a form that is no file
 FILENAME_CHARS_MAX = 255
 RETRY_S_MAX = 10.0
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 LINE_HANDLERS = dict(zip(ENDPOINTS, (embeddings, rerank), strict=True))
 
@@ -76,6 +77,15 @@ class FileObject(Struct, frozen=True, kw_only=True):
     filename: str
     purpose: Literal["batch", "batch_output"]
     status: Literal["processed"] = "processed"
+
+
+class FilesQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """Query of `GET /files`."""
+
+    purpose: str | None = None
+    limit: Annotated[int, Meta(ge=1, le=10_000)] = 10_000
+    order: Literal["asc", "desc"] = "desc"
+    after: str | None = None
 
 
 class FileList(Struct, frozen=True, kw_only=True):
@@ -110,7 +120,7 @@ class CreateBatchRequest(Struct, frozen=True, forbid_unknown_fields=True):
     endpoint: Literal["/v1/embeddings", "/v1/rerank"]
     completion_window: Annotated[
         str,
-        Meta(pattern=r"^([1-9]\d?|[1-2]\d\d|3[0-3][0-6])h$"),
+        Meta(pattern=r"^([1-9]\d?|[12]\d\d|3[0-2]\d|33[0-6])h$(?!\n)"),
         doc("24h as at OpenAI, or any other number of hours up to 336h."),
     ]
     metadata: (
@@ -187,6 +197,13 @@ class BatchObject(Struct, frozen=True, kw_only=True):
     metadata: dict[str, str] | None
 
 
+class BatchesQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """Query of `GET /batches`."""
+
+    limit: Annotated[int, Meta(ge=1, le=100)] = 20
+    after: str | None = None
+
+
 class BatchList(Struct, frozen=True, kw_only=True):
     """Response of `GET /batches`, newest first."""
 
@@ -202,15 +219,11 @@ async def upload_file(context: RequestContext) -> Response:
     new = await _jobs(context).files.begin(context.known_caller.id, "batch")
     try:
         form = await _read_form(context, new)
-        if form.get("purpose", "") != "batch":
-            raise FieldInvalid(
-                f"Invalid value for 'purpose' = {shown(form.get('purpose', ''))}. "
-                "Supported values: ['batch'].",
-                param="purpose",
-            )
-        if "file" not in form:
-            raise FieldInvalid("you must provide a file parameter", param="file")
-        kept = await new.keep(_filename(form["file"]), expires_s=_expires_s(form))
+        asked = decoder_of(UploadRequest).convert(form)
+        if (asked.anchor is None) != (asked.seconds is None):
+            both = "Invalid 'expires_after': send both, the anchor created_at and the seconds."
+            raise FieldInvalid(both, param="expires_after")
+        kept = await new.keep(_filename(asked.file), expires_s=asked.seconds or INPUT_EXPIRES_S)
     except BaseException:
         await new.drop()
         raise
@@ -219,17 +232,11 @@ async def upload_file(context: RequestContext) -> Response:
 
 async def list_files(context: RequestContext) -> Response:
     """List this key's files."""
-    given = _query(context, "purpose", "limit", "order", "after")
-    order = given.get("order", "desc")
-    if order not in ("asc", "desc"):
-        raise FieldInvalid(
-            "Invalid value for 'order'. Supported values: ['asc', 'desc'].", param="order"
-        )
-    page = Page(given.get("after"), _limit(given, 10_000, 10_000), newest_first=order == "desc")
+    asked = _query(context, FilesQuery)
+    page = Page(asked.after, asked.limit, newest_first=asked.order == "desc")
     store, key_id = _jobs(context).store, context.known_caller.id
-    found = await asyncio.to_thread(store.list_files, key_id, page, purpose=given.get("purpose"))
-    data = [_file_object(one) for one in found[: page.limit]]
-    return json_response(FileList(data=data, **_ends(data, has_more=len(found) > page.limit)))
+    found = await asyncio.to_thread(store.list_files, key_id, page, purpose=asked.purpose)
+    return _listed(FileList, list(map(_file_object, found)), asked)
 
 
 async def show_file(context: RequestContext) -> Response:
@@ -240,7 +247,7 @@ async def show_file(context: RequestContext) -> Response:
 async def file_content(context: RequestContext) -> Response:
     """Download a file."""
     file = await _file(context)
-    pieces = _jobs(context).files.read(file)
+    pieces = _jobs(context).files.read(file.key_id, file.id)
     first = await anext(pieces, b"")  # that it cannot be read is better said than shown by an end
     return StreamedFile(file, first, pieces)
 
@@ -269,12 +276,11 @@ async def create_batch(context: RequestContext) -> Response:
 
 async def list_batches(context: RequestContext) -> Response:
     """List this key's batches, newest first."""
-    given = _query(context, "limit", "after")
-    page = Page(given.get("after"), _limit(given, 100, 20))
+    asked = _query(context, BatchesQuery)
     store, key_id = _jobs(context).store, context.known_caller.id
+    page = Page(asked.after, asked.limit)
     found = await asyncio.to_thread(store.list_batches, key_id, page)
-    data = [_batch_object(one) for one in found[: page.limit]]
-    return json_response(BatchList(data=data, **_ends(data, has_more=len(found) > page.limit)))
+    return _listed(BatchList, list(map(_batch_object, found)), asked)
 
 
 async def show_batch(context: RequestContext) -> Response:
@@ -290,9 +296,10 @@ async def cancel_batch(context: RequestContext) -> Response:
     return json_response(_batch_object(cancelled))
 
 
+@asynccontextmanager
 async def answer_line(
     app: AppState, key: Key, url: str, body: bytes, *, request_id: str
-) -> LineAnswer:
+) -> AsyncIterator[LineAnswer]:
     """The answer to one line of a batch: what its endpoint would say, and what it is billed.
 
     It takes nothing of the key's rate limits, and waits behind all other requests. An error that
@@ -308,24 +315,25 @@ async def answer_line(
     context.request_id, context.caller, context.background = request_id, key, True
     retry_after_s: float | None = None
     try:
-        response = await LINE_HANDLERS[url](context)
-    except Exception as raised:  # an outermost loop, as the middleware is
-        error = raised if isinstance(raised, ServiceError) else fault_of(raised)
-        if isinstance(error, EngineFault):
-            _log.error("line %s failed: %s", request_id, error)
-        response = error_response(error, request_id=request_id)
-        if TABLE[type(error)].status in (429, 503):
-            retry_after_s = min(getattr(error, "retry_after_s", RETRY_S_MAX), RETRY_S_MAX)
+        try:
+            response = await LINE_HANDLERS[url](context)
+        except Exception as raised:  # an outermost loop, as the middleware is
+            error = raised if isinstance(raised, ServiceError) else fault_of(raised)
+            if isinstance(error, EngineFault):
+                _log.error("line %s failed: %s", request_id, error)
+            response = error_response(error, request_id=request_id)
+            if TABLE[type(error)].status in (429, 503):
+                retry_after_s = min(getattr(error, "retry_after_s", RETRY_S_MAX), RETRY_S_MAX)
+        usage = RequestUsage(
+            status=response.status_code,
+            input_count=context.input_count,
+            token_count=context.token_count if response.status_code < 400 else 0,
+            duration_s=app.clock.now_s() - context.started_s,
+            user=context.user,
+        )
+        yield LineAnswer(msgspec.Raw(bytes(response.body)), usage, context.model, retry_after_s)
     finally:
         context.memory.shrink(0)
-    usage = RequestUsage(
-        status=response.status_code,
-        input_count=context.input_count,
-        token_count=context.token_count if response.status_code < 400 else 0,
-        duration_s=app.clock.now_s() - context.started_s,
-        user=context.user,
-    )
-    return LineAnswer(msgspec.Raw(bytes(response.body)), usage, context.model, retry_after_s)
 
 
 class StreamedFile(Response):
@@ -411,45 +419,19 @@ def _filename(given: str) -> str:
     return clean[:FILENAME_CHARS_MAX] or "file"
 
 
-def _expires_s(form: Mapping[str, str]) -> int:
-    """How long an upload is kept."""
-    if not any(name.startswith("expires_after") for name in form):
-        return INPUT_EXPIRES_S
-    try:
-        seconds = int(form.get("expires_after[seconds]", ""))
-    except ValueError:
-        seconds = 0
-    if form.get("expires_after[anchor]") != "created_at" or not (
-        EXPIRES_S_MIN <= seconds <= EXPIRES_S_MAX
-    ):
-        raise FieldInvalid(
-            "Invalid 'expires_after': send the anchor created_at, and "
-            f"{EXPIRES_S_MIN} to {EXPIRES_S_MAX} seconds.",
-            param="expires_after",
-        )
-    return seconds
+def _listed(
+    kind: Callable[..., FileList | BatchList], data: list[Any], page: "FilesQuery | BatchesQuery"
+) -> Response:
+    """The response of a list: one more than the page has says that there are more."""
+    shown_here = data[: page.limit]
+    first, last = (shown_here[0].id, shown_here[-1].id) if data else (None, None)
+    has_more = len(data) > page.limit
+    return json_response(kind(data=shown_here, first_id=first, last_id=last, has_more=has_more))
 
 
-def _query(context: RequestContext, *known: str) -> dict[str, str]:
-    given = dict(QueryParams(context.query_string))
-    for name in given.keys() - set(known):
-        raise FieldInvalid(
-            f"Unrecognized query parameter: {shown(name)}. Known: {', '.join(known)}.",
-            param=shown(name),
-        )
-    return given
-
-
-def _limit(given: Mapping[str, str], most: int, default: int) -> int:
-    text = given.get("limit", str(default))
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= most):
-        raise FieldInvalid(f"Invalid value for 'limit': it is 1 to {most}.", param="limit")
-    return int(text)
-
-
-def _ends(data: list[Any], *, has_more: bool) -> dict[str, Any]:
-    first, last = (data[0].id, data[-1].id) if data else (None, None)
-    return {"first_id": first, "last_id": last, "has_more": has_more}
+def _query(context: RequestContext, kind: type[T]) -> T:
+    query: Decoder[T] = decoder_of(kind)  # type: ignore[arg-type] # every class has a hash
+    return query.convert(dict(QueryParams(context.query_string)))
 
 
 def _jobs(context: RequestContext) -> Batches:
@@ -502,12 +484,12 @@ _upload = keyed(FILES, upload_file, FileObject, UploadRequest)
 _list_files = keyed(FILES, list_files, FileList)
 OPERATIONS = (
     replace(_upload, media_type=FORM),
-    replace(_list_files, query=("purpose", "limit", "order", "after")),
+    replace(_list_files, query=FilesQuery.__struct_fields__),
     keyed(FILE, show_file, FileObject),
     replace(keyed(FILE, delete_file, FileDeleted), method="DELETE"),
     replace(keyed(FILE + "/content", file_content, FileObject), response_type=None),
     keyed(BATCHES, create_batch, BatchObject, CreateBatchRequest),
-    replace(keyed(BATCHES, list_batches, BatchList), query=("limit", "after")),
+    replace(keyed(BATCHES, list_batches, BatchList), query=BatchesQuery.__struct_fields__),
     keyed(BATCH, show_batch, BatchObject),
     replace(keyed(BATCH + "/cancel", cancel_batch, BatchObject), method="POST"),
 )

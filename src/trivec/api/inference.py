@@ -197,7 +197,7 @@ async def tokenize_input(
             texts, prompt=prompt, chunk_size=asked.chunk_size
         )
         if asked.chunk_size is not None:
-            context.memory.add(sequences.token_count * TEXT_TOKEN_BYTES)
+            context.memory.add(sequences.token_count * TEXT_TOKEN_BYTES, is_response=True)
             context.chunks = await find_chunks(texts, sequences, embedder, prompt=prompt)
     else:
         sequences = await embedder.tokenizer.tokenize(

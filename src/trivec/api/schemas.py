@@ -9,6 +9,7 @@ responses are written by hand in `responses.py`, and a test holds them to the ty
 import codecs
 import json
 import re
+from collections.abc import Mapping
 from functools import cache
 from typing import (
     Annotated,
@@ -322,6 +323,7 @@ class Decoder(Generic[T]):
 
     def __init__(self, kind: type[T]) -> None:
         hints = get_type_hints(kind, include_extras=True)
+        self._kind = kind
         self._decoder = msgspec.json.Decoder(kind)
         self._fields = frozenset(hints)
         # Of the fields that can hold only certain words: those words.
@@ -355,6 +357,13 @@ class Decoder(Generic[T]):
                 f"We could not parse the JSON body of your request ({reason}). "
                 "Send one JSON object in UTF-8."
             ) from None
+
+    def convert(self, texts: Mapping[str, str]) -> T:
+        """The structure of *texts*, as a form or a query gives them. Raises `FieldInvalid`."""
+        try:
+            return msgspec.convert(texts, self._kind, strict=False)
+        except msgspec.ValidationError as refused:
+            raise self._refusal(str(refused)) from None
 
     def _lenient(self, body: bytes) -> bytes:
         """*body* without unknown fields that are null, and with words in lower case."""

@@ -227,7 +227,8 @@ class Scheduler:
         with self._changed:
             if not continues or self._closing_message is not None:
                 self.check_admission(queue, request.tokens_left, background=background)
-            if not queue.served_next:  # no credit for the time it had nothing to do
+            # No credit for the time it had nothing to do, or only what waits for all others.
+            if not queue.requests and not (background and queue.background):
                 queue.device_s = max(queue.device_s, self._device_s)
             (queue.background if background else queue.requests).add(request)
             if self._idle_count or (self._is_coalescing and not self._coalescing_delay_s()):

@@ -8,8 +8,8 @@ the ledger, a death costs the shard that it interrupted, and any server may go o
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import IO, Any, Protocol
@@ -18,10 +18,10 @@ import msgspec
 
 from trivec.accounts import ANONYMOUS, Accounts, Key, RequestUsage
 from trivec.accounts.ledger import LedgerRow
-from trivec.core.errors import ResourceUnknown, StoreUnavailable
+from trivec.core.errors import FieldInvalid, ResourceUnknown, StoreUnavailable
 from trivec.core.events import LinesWaiting, ShardFinished
 from trivec.core.ports import Clock, Observer
-from trivec.jobs.files import Files, FileWriter, NewFile, read_piece, storage_faults
+from trivec.jobs.files import Files, FileWriter, NewFile, storage_faults
 from trivec.jobs.records import FileRecord, JobRecord, JobStore, ShardRecord
 
 ENDPOINTS = ("/v1/embeddings", "/v1/rerank")
@@ -35,6 +35,7 @@ POLL_S = 2.0  # for work that other servers were given
 RENEW_S = 5.0
 SWEEP_S = 60.0
 RETRY_S = 5.0  # after the store or the disk failed
+LOST = "Lines are missing: the server's storage of files has lost them."
 _log = logging.getLogger("trivec.batches")
 _encoder = msgspec.json.Encoder()
 
@@ -50,11 +51,11 @@ class LineAnswer:
 
 
 class Answer(Protocol):
-    """The API, as far as it is needed here."""
+    """The API, as far as it is needed here. An answer's memory is reserved as long as it is open."""
 
     def __call__(
         self, key: Key, url: str, body: bytes, *, request_id: str
-    ) -> Awaitable[LineAnswer]: ...
+    ) -> AbstractAsyncContextManager[LineAnswer]: ...
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -122,13 +123,9 @@ class Validation:
 
     def _check(self, raw: bytes, number: int) -> int:
         """How many inputs a line has, whatever is wrong with it."""
-        try:
-            msgspec.json.decode(raw)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            self._add("invalid_json_line", "This line is not a JSON object in UTF-8.", number)
-            return 0
         within = ""
         try:
+            raw.decode()  # what is not read here, too
             line = msgspec.json.decode(raw, type=Line)
             within = "body."
             body = msgspec.json.decode(line.body, type=_Body)
@@ -136,6 +133,9 @@ class Validation:
             says, param = str(lacking), _param(str(lacking))
             param = param and within + param
             self._add("missing_required_parameter", f"{says}.", number, param=param)
+            return 0
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            self._add("invalid_json_line", "This line is not a JSON object in UTF-8.", number)
             return 0
         if not 1 <= len(line.custom_id) <= CUSTOM_ID_CHARS_MAX:
             says = f"A custom_id has 1 to {CUSTOM_ID_CHARS_MAX} characters."
@@ -187,7 +187,7 @@ class Validation:
         )
 
     def _add(self, code: str, message: str, line: int | None, *, param: str | None = None) -> None:
-        self.errors.append({"code": code, "message": message, "param": param, "line": line})
+        self.errors.append(_error(code, message, line, param))
 
 
 class Batches:
@@ -236,6 +236,7 @@ class BatchRunner:
         self._clock = clock
         self._observer = observer
         self._swept_s = float("-inf")
+        self._waiting: set[str] = set()  # batches of which it was said
 
     async def run(self) -> None:
         """Work until cancelled; what was begun is then free for other servers."""
@@ -273,11 +274,12 @@ class BatchRunner:
     async def _work_once(self) -> bool:
         """Do the next step that is due; False where there is none."""
         if self._clock.now_s() - self._swept_s >= SWEEP_S:
+            self._swept_s = self._clock.now_s()
             await self._files.sweep()
             for key_id, batch_id in await asyncio.to_thread(self._store.old_batches):
-                await asyncio.to_thread(self._files.storage.remove, key_id, batch_id)
-                await asyncio.to_thread(self._store.forget_shards, batch_id)
-            self._swept_s = self._clock.now_s()
+                with suppress(StoreUnavailable):  # what cannot be removed holds nothing up
+                    await asyncio.to_thread(self._files.storage.remove, key_id, batch_id)
+                    await asyncio.to_thread(self._store.forget_shards, batch_id)
         await asyncio.to_thread(self._store.expire_batches)
         leased = await asyncio.to_thread(self._store.lease, list(self._names))
         if leased is None:
@@ -285,6 +287,7 @@ class BatchRunner:
         shard, job = leased
         step = {"validate": self._validate, "run": self._run, "join": self._join}[shard.kind]
         work = asyncio.create_task(step(shard, job), name=f"batch {shard.kind}")
+        is_released = True
         try:
             while not await self._ended(work):
                 with suppress(StoreUnavailable):  # until the lease is over there is hope
@@ -293,11 +296,19 @@ class BatchRunner:
                         work.cancel()
             if not work.cancelled():
                 work.result()
+        except StoreUnavailable as fault:
+            if not _is_gone(fault):
+                raise
+            if job.id not in self._waiting:
+                _log.error("%s waits for what is gone: %s", job.id, fault.__cause__)
+                self._waiting.add(job.id)
+            is_released = False  # others have their turn until the lease is over
         finally:
             work.cancel()
             await asyncio.wait((work,))
-            with suppress(StoreUnavailable):
-                await asyncio.to_thread(self._store.release, shard)
+            if is_released:
+                with suppress(StoreUnavailable):
+                    await asyncio.to_thread(self._store.release, shard)
         return True
 
     async def _owner(self, job: JobRecord) -> Key | None:
@@ -308,7 +319,8 @@ class BatchRunner:
                 return key
         except ResourceUnknown:
             pass
-        await asyncio.to_thread(self._store.cancel_batch, job.key_id, job.id)
+        with suppress(FieldInvalid):  # its time is over since
+            await asyncio.to_thread(self._store.cancel_batch, job.key_id, job.id)
         return None
 
     async def _validate(self, shard: ShardRecord, job: JobRecord) -> None:
@@ -344,12 +356,13 @@ class BatchRunner:
         async def run(number: int, line: Line, inputs: int) -> None:
             request_id = _request_id(job, number)
             while True:
-                answer = await self._answer(key, line.url, bytes(line.body), request_id=request_id)
-                if answer.retry_after_s is None:
-                    break
+                asked = self._answer(key, line.url, bytes(line.body), request_id=request_id)
+                async with asked as answer:
+                    if answer.retry_after_s is None:
+                        usage = answer.usage
+                        await parts[usage.status < 400].write(_answered(request_id, line, answer))
+                        break
                 await asyncio.sleep(answer.retry_after_s)
-            usage = answer.usage
-            await parts[usage.status < 400].write(_answered(request_id, line, answer))
             rows.append(
                 LedgerRow(
                     time_us=self._store.now_us(),
@@ -395,24 +408,44 @@ class BatchRunner:
             self._observer.observe(ran)
 
     async def _join(self, shard: ShardRecord, job: JobRecord) -> None:
-        """Make the files of what the shards left, and of what never ran because time was over."""
+        """Make the files of what the shards left, and of what never ran because time was over.
+
+        What is gone from the storage may come back until the job's window is over; it is not waited
+        for where the job was cancelled.
+        """
         made: dict[bool, NewFile] = {}
+        errors: list[dict[str, object]] = []
 
         async def write(content: bytes, *, ok: bool) -> None:
             if ok not in made:
                 made[ok] = await self._files.begin(job.key_id, "batch_output")
             await made[ok].write(content)
 
+        @contextmanager
+        def while_there() -> Iterator[None]:
+            try:
+                yield
+            except StoreUnavailable as fault:
+                is_over = job.ends_as == "cancelled" or self._store.now_us() >= job.expires_us
+                if not (_is_gone(fault) and is_over):
+                    raise
+                _log.error("%s ends without what is gone: %s", job.id, fault.__cause__)
+                if not errors:
+                    errors.append(_error("answers_lost", LOST, None))
+
         records: dict[bool, FileRecord] = {}
         try:
             for done in await asyncio.to_thread(self._store.run_shards, job.id, done=True):
                 for ok, count in ((True, done.completed), (False, done.failed)):
                     if count:
-                        await self._copy(job, _part(done, ok=ok), partial(write, ok=ok))
+                        with while_there():
+                            async for piece in self._files.read(job.key_id, _part(done, ok=ok)):
+                                await write(piece, ok=ok)
             if job.ends_as == "expired":
                 for left in await asyncio.to_thread(self._store.run_shards, job.id, done=False):
-                    for number, line, _ in await asyncio.to_thread(self._read_lines, left, job):
-                        await write(_expired(_request_id(job, number), line), ok=False)
+                    with while_there():
+                        for number, line, _ in await asyncio.to_thread(self._read_lines, left, job):
+                            await write(_expired(_request_id(job, number), line), ok=False)
             for ok, file in made.items():
                 filename = f"{job.id}_{'output' if ok else 'error'}.jsonl"
                 records[ok] = await file.finished(filename, expires_s=job.output_expires_s)
@@ -420,21 +453,10 @@ class BatchRunner:
             for file in made.values():
                 await file.drop()
             raise
-        finishing = partial(
-            self._store.finish_join, shard, output=records.get(True), error=records.get(False)
-        )
-        if await self._finish(finishing):
+        output, error = records.get(True), records.get(False)
+        finish = partial(self._store.finish_join, shard, output=output, error=error, errors=errors)
+        if await self._finish(finish):
             await asyncio.to_thread(self._files.storage.remove, job.key_id, job.id)
-
-    async def _copy(
-        self, job: JobRecord, name: str, write: Callable[[bytes], Awaitable[None]]
-    ) -> None:
-        file = await asyncio.to_thread(self._files.storage.open, job.key_id, name)
-        try:
-            while piece := await asyncio.to_thread(read_piece, file):
-                await write(piece)
-        finally:
-            file.close()
 
     async def _finish(self, finish: Callable[[], bool]) -> bool:
         """What *finish* says, once it could be said: nobody else works on a step that may be done."""
@@ -452,6 +474,8 @@ class BatchRunner:
         ):
             file.seek(shard.byte_start)
             content = file.read(shard.byte_count)
+            if len(content) < shard.byte_count:
+                raise FileNotFoundError(f"{job.input_file_id} has been cut short")
         found = []
         for number, raw in enumerate(content.split(b"\n"), start=shard.first_line):
             if raw.strip():
@@ -476,6 +500,17 @@ def _param(complaint: str) -> str | None:
     _, _, wrong = complaint.partition(" - at `$.")
     missing = complaint.split("`")[1] if "missing" in complaint else ""
     return wrong.removesuffix("`") or missing or None
+
+
+def _error(
+    code: str, message: str, line: int | None, param: str | None = None
+) -> dict[str, object]:
+    return {"code": code, "message": message, "param": param, "line": line}
+
+
+def _is_gone(fault: StoreUnavailable) -> bool:
+    """Whether the storage answers, and lacks what it should have."""
+    return isinstance(fault.__cause__, FileNotFoundError)
 
 
 def _part(shard: ShardRecord, *, ok: bool) -> str:

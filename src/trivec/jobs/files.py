@@ -140,11 +140,16 @@ class Files:
     async def find(self, key_id: str, file_id: str) -> FileRecord:
         return await asyncio.to_thread(self._store.find_file, key_id, file_id)
 
-    async def read(self, file: FileRecord) -> AsyncGenerator[bytes]:
-        """The bytes of *file*, in pieces."""
-        opened = await asyncio.to_thread(self.storage.open, file.key_id, file.id)
+    async def read(self, key_id: str, name: str) -> AsyncGenerator[bytes]:
+        """The bytes of a file, in pieces. Raises `StoreUnavailable`."""
+        opened = await asyncio.to_thread(self.storage.open, key_id, name)
+
+        def read_piece() -> bytes:
+            with storage_faults():
+                return opened.read(PIECE_BYTES)
+
         try:
-            while piece := await asyncio.to_thread(read_piece, opened):
+            while piece := await asyncio.to_thread(read_piece):
                 yield piece
         finally:
             opened.close()
@@ -158,7 +163,8 @@ class Files:
     async def sweep(self) -> None:
         """Remove what was deleted, has expired, or was never written to its end."""
         for record in await asyncio.to_thread(self._store.dead_files):
-            await asyncio.to_thread(self._remove, record)
+            with suppress(StoreUnavailable):  # it is tried again with the next sweep
+                await asyncio.to_thread(self._remove, record)
 
     def _remove(self, record: FileRecord) -> None:
         self.storage.remove(record.key_id, record.id)
@@ -204,11 +210,6 @@ class NewFile(FileWriter):
         with suppress(StoreUnavailable):
             await self.abort()
             await asyncio.to_thread(self._store.forget_file, self.record.id)
-
-
-def read_piece(file: IO[bytes]) -> bytes:
-    with storage_faults():
-        return file.read(PIECE_BYTES)
 
 
 @contextmanager

@@ -28,11 +28,8 @@ from trivec.settings import BatchLimits
 LEASE_S = 30.0
 OPEN_BATCHES_MAX = 100  # of one key
 ID_CHARS_SHOWN = 64  # of what a client takes for an id
-OPEN = ("validating", "in_progress", "finalizing", "cancelling")
-STEP_STATUS = {
-    "validate": ("validating",),
-    "run": ("in_progress",),
-}  # join: the other two of `OPEN`
+OPEN = ("validating", "in_progress", "finalizing", "cancelling")  # in which it has not ended
+STEP_STATUS = {"validate": OPEN[:1], "run": OPEN[1:2], "join": OPEN[2:]}
 Kind: TypeAlias = Literal["validate", "run", "join"]
 Status: TypeAlias = Literal[
     "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling",
@@ -130,9 +127,8 @@ class JobStore:
 
     def add_file(self, key_id: str, purpose: str) -> FileRecord:
         """A pending file. Raises `FieldInvalid` where the key has no room for one more."""
-        new = FileRecord(
-            f"file-{secrets.token_hex(16)}", key_id, purpose, "", 0, self.now_us(), None
-        )
+        now_us = self.now_us()
+        new = FileRecord(_new_id("file-", now_us), key_id, purpose, "", 0, now_us, None)
         with self._store.writing() as connection:
             if purpose == "batch":  # what a job has computed is kept all the same
                 self._check_room(connection, key_id, more=1)
@@ -147,24 +143,22 @@ class JobStore:
 
     def find_file(self, key_id: str, file_id: str) -> FileRecord:
         """Raises `ResourceUnknown`."""
-        is_meant = (files.c.id == file_id) & self._is_there(key_id)
-        found = self._read(FileRecord, sa.select(files).where(is_meant))
-        if not found:
-            raise ResourceUnknown(f"No such File object: {file_id[:ID_CHARS_SHOWN]}")
-        return found[0]
+        with self._store.reading() as connection:
+            return self._find_file(connection, key_id, file_id, locks=False)
 
     def list_files(self, key_id: str, page: Page, *, purpose: str | None) -> list[FileRecord]:
         is_meant = self._is_there(key_id)
         if purpose is not None:
-            is_meant &= files.c.purpose == purpose
+            is_meant &= files.c.purpose == _plain(purpose)
         return self._read(FileRecord, _paged(files, is_meant, page))
 
     def delete_file(self, key_id: str, file_id: str) -> FileRecord:
         """The record of a file that nobody finds any more. `ResourceUnknown`, `FieldInvalid`."""
-        found = self.find_file(key_id, file_id)
         with self._store.writing() as connection:
+            found = self._find_file(connection, key_id, file_id, locks=True)
+            is_own = files.c.id == found.id
             deleted = connection.execute(
-                sa.update(files).where(files.c.id == file_id, ~_is_read()).values(state="deleted")
+                sa.update(files).where(is_own, ~_is_read()).values(state="deleted")
             )
             if not deleted.rowcount:
                 raise FieldInvalid(
@@ -201,6 +195,16 @@ class JobStore:
                 param="file",
             )
 
+    def _find_file(
+        self, connection: sa.Connection, key_id: str, file_id: str, *, locks: bool
+    ) -> FileRecord:
+        """See `find_file`. *locks*: until the end of the transaction nobody else changes it."""
+        found = sa.select(files).where(files.c.id == _plain(file_id), self._is_there(key_id))
+        row = connection.execute(found.with_for_update() if locks else found).first()
+        if row is None:
+            raise ResourceUnknown(f"No such File object: {file_id[:ID_CHARS_SHOWN]}")
+        return _record(FileRecord, row)
+
     def _is_there(self, key_id: str) -> sa.ColumnElement[bool]:
         is_live = files.c.expires_us.is_(None) | (files.c.expires_us > self.now_us())
         return sa.and_(files.c.key_id == key_id, files.c.state == "stored", is_live | _is_read())
@@ -218,14 +222,8 @@ class JobStore:
         output_expires_s: int | None,
     ) -> JobRecord:
         """A batch job, to be validated. Raises `ResourceUnknown`, `FieldInvalid`, `Overloaded`."""
-        file = self.find_file(key_id, input_file_id)
-        if file.purpose != "batch":
-            raise FieldInvalid(
-                f"The file {input_file_id} has the purpose {file.purpose}. Upload it with the "
-                "purpose batch.",
-                param="input_file_id",
-            )
-        batch_id, now_us = f"batch_{secrets.token_hex(16)}", self.now_us()
+        now_us = self.now_us()
+        batch_id = _new_id("batch_", now_us)
         values = {
             "id": batch_id,
             "key_id": key_id,
@@ -239,6 +237,13 @@ class JobStore:
             "expires_us": now_us + round(window_s * 1e6),
         }
         with self._store.writing() as connection:
+            file = self._find_file(connection, key_id, input_file_id, locks=True)
+            if file.purpose != "batch":
+                raise FieldInvalid(
+                    f"The file {input_file_id} has the purpose {file.purpose}. Upload it with the "
+                    "purpose batch.",
+                    param="input_file_id",
+                )
             is_open = (batches.c.key_id == key_id) & batches.c.status.in_(OPEN)
             count = connection.scalar(
                 sa.select(sa.func.count()).select_from(batches).where(is_open)
@@ -250,14 +255,14 @@ class JobStore:
                     retry_after_s=60.0,
                 )
             connection.execute(sa.insert(batches), values)
-            steps = [{"batch_id": batch_id, "number": 0, "kind": "validate"}]
-            steps.append({"batch_id": batch_id, "number": -1, "kind": "join"})
-            connection.execute(sa.insert(batch_shards), steps)
+            for number, kind in ((0, "validate"), (-1, "join")):
+                step = {"batch_id": batch_id, "number": number, "kind": kind}
+                connection.execute(sa.insert(batch_shards), step)
         return self.find_batch(key_id, batch_id)
 
     def find_batch(self, key_id: str, batch_id: str) -> JobRecord:
         """Raises `ResourceUnknown`."""
-        is_meant = (batches.c.id == batch_id) & (batches.c.key_id == key_id)
+        is_meant = (batches.c.id == _plain(batch_id)) & (batches.c.key_id == key_id)
         found = self._read(JobRecord, sa.select(batches).where(is_meant))
         if not found:
             raise ResourceUnknown(f"No batch found with id '{batch_id[:ID_CHARS_SHOWN]}'.")
@@ -268,8 +273,8 @@ class JobStore:
 
     def cancel_batch(self, key_id: str, batch_id: str) -> JobRecord:
         """Raises `ResourceUnknown`; `FieldInvalid` for one that has ended, or is about to."""
-        is_meant = (batches.c.id == batch_id) & (batches.c.key_id == key_id)
-        is_early = batches.c.status.in_(("validating", "in_progress"))
+        is_meant = (batches.c.id == _plain(batch_id)) & (batches.c.key_id == key_id)
+        is_early = batches.c.status.in_(OPEN[:2])
         with self._store.writing() as connection:
             cancelled = connection.execute(
                 sa.update(batches)
@@ -294,11 +299,10 @@ class JobStore:
     def expire_batches(self) -> None:
         """End those whose time is over, with what they have."""
         now_us = self.now_us()
-        is_late = batches.c.expires_us <= now_us
         with self._store.writing() as connection:
             connection.execute(
                 sa.update(batches)
-                .where(batches.c.status.in_(("validating", "in_progress")), is_late)
+                .where(batches.c.status.in_(OPEN[:2]), batches.c.expires_us <= now_us)
                 .values(status="finalizing", ends_as="expired", finalizing_us=now_us)
             )
 
@@ -332,16 +336,15 @@ class JobStore:
             (batch_shards.c.kind == "validate") & (batches.c.status == "validating"),
             sa.and_(
                 batch_shards.c.kind == "join",
-                batches.c.status.in_(("finalizing", "cancelling")),
+                batches.c.status.in_(STEP_STATUS["join"]),
                 ~is_worked_on,
             ),
         )
+        is_free = batch_shards.c.done_us.is_(None) & (batch_shards.c.lease_until_us <= now_us)
         next_id = (
             sa.select(batch_shards.c.id)
             .join(batches)
-            .where(
-                batch_shards.c.done_us.is_(None), batch_shards.c.lease_until_us <= now_us, is_due
-            )
+            .where(is_free, is_due)
             .order_by(batches.c.served_us, batches.c.created_us, batch_shards.c.number)
             .limit(1)
             .with_for_update(skip_locked=True, of=batch_shards)
@@ -374,10 +377,8 @@ class JobStore:
     def renew(self, shard: ShardRecord) -> bool:
         """Whether the lease still holds, and the step is still wanted."""
         until_us = self.now_us() + round(LEASE_S * 1e6)
-        statuses = STEP_STATUS.get(shard.kind, ("finalizing", "cancelling"))
-        is_wanted = sa.exists().where(
-            batches.c.id == shard.batch_id, batches.c.status.in_(statuses)
-        )
+        is_due = batches.c.status.in_(STEP_STATUS[shard.kind])
+        is_wanted = sa.exists().where(batches.c.id == shard.batch_id, is_due)
         with self._store.writing() as connection:
             renewed = connection.execute(
                 sa.update(batch_shards)
@@ -443,20 +444,14 @@ class JobStore:
                 connection.execute(sa.insert(batch_shards), [one | own for one in added])
         return True
 
-    def finish_run(
-        self,
-        shard: ShardRecord,
-        rows: Sequence[LedgerRow],
-        *,
-        completed: int,
-        failed: int,
-        token_count: int,
-    ) -> bool:
-        """The shard's lines are answered, and billed by *rows*, in one transaction."""
+    def finish_run(self, shard: ShardRecord, rows: Sequence[LedgerRow], **counts: int) -> bool:
+        """The shard's lines are answered, and billed by *rows*, in one transaction.
+
+        *counts*: completed, failed and token_count of its lines.
+        """
         now_us = self.now_us()
         job = sa.update(batches).where(batches.c.id == shard.batch_id)
         with self._store.writing() as connection:
-            counts = {"completed": completed, "failed": failed, "token_count": token_count}
             if not _mark_done(connection, shard, done_us=now_us, **counts):
                 return self._was_done(connection, shard)
             # Locks the row: of two that finish the last shards, the later sees the other's.
@@ -477,9 +472,14 @@ class JobStore:
         return True
 
     def finish_join(
-        self, shard: ShardRecord, *, output: FileRecord | None, error: FileRecord | None
+        self,
+        shard: ShardRecord,
+        *,
+        output: FileRecord | None,
+        error: FileRecord | None,
+        errors: Sequence[Mapping[str, object]] = (),
     ) -> bool:
-        """The job has ended as it was to, with its files."""
+        """The job has ended as it was to, with its files; *errors* say what they lack."""
         now_us = self.now_us()
         with self._store.writing() as connection:
             if not _mark_done(connection, shard, done_us=now_us):
@@ -487,22 +487,18 @@ class JobStore:
             for file in (output, error):
                 if file is not None:
                     _store_file(connection, file)
-            ends_as = connection.execute(
-                sa.update(batches)
-                .where(batches.c.id == shard.batch_id)
-                .values(
-                    status=batches.c.ends_as,
-                    output_file_id=None if output is None else output.id,
-                    error_file_id=None if error is None else error.id,
-                )
-                .returning(batches.c.ends_as)
-            ).scalar_one()
-            values: dict[str, object] = {f"{ends_as}_us": now_us}
+            is_own = batches.c.id == shard.batch_id
+            ends_as = connection.scalar(sa.select(batches.c.ends_as).where(is_own))
+            values = {
+                "status": ends_as,
+                f"{ends_as}_us": now_us,
+                "output_file_id": output and output.id,
+                "error_file_id": error and error.id,
+                "errors": json.dumps(errors) if errors else None,
+            }
             if ends_as == "expired":  # the lines that never ran
                 values["failed"] = batches.c.total - batches.c.completed
-            connection.execute(
-                sa.update(batches).where(batches.c.id == shard.batch_id).values(values)
-            )
+            connection.execute(sa.update(batches).where(is_own).values(values))
         return True
 
     def run_shards(self, batch_id: str, *, done: bool) -> list[ShardRecord]:
@@ -584,16 +580,19 @@ def _is_read() -> sa.ColumnElement[bool]:
 
 def _paged(table: sa.Table, is_meant: sa.ColumnElement[bool], page: Page) -> sa.Select[Any]:
     """One record more than the page has, which says that there are more."""
-    created_us, own_id = table.c.created_us, table.c.id
-    statement = sa.select(table).where(is_meant).limit(page.limit + 1)
-    if page.after is not None:
-        own = table.alias()
-        last_us = sa.select(own.c.created_us).where(own.c.id == page.after).scalar_subquery()
-        is_further, is_after = created_us > last_us, own_id > page.after
-        if page.newest_first:
-            is_further, is_after = created_us < last_us, own_id < page.after
-        statement = statement.where(is_further | ((created_us == last_us) & is_after))
-    order = (created_us, own_id)
-    if page.newest_first:
-        return statement.order_by(*(column.desc() for column in order))
-    return statement.order_by(*order)
+    own_id = table.c.id
+    if page.after is not None:  # a record that may be gone by now
+        after = _plain(page.after)
+        is_meant &= own_id < after if page.newest_first else own_id > after
+    order = own_id.desc() if page.newest_first else own_id
+    return sa.select(table).where(is_meant).order_by(order).limit(page.limit + 1)
+
+
+def _new_id(prefix: str, now_us: int) -> str:
+    """Ids are in the order in which they were made, so that a list goes on after any of them."""
+    return f"{prefix}{now_us:014x}{secrets.token_hex(9)}"
+
+
+def _plain(text: str) -> str:
+    """What a client takes for an id, as Postgres can compare it."""
+    return text.replace("\0", " ")

@@ -143,7 +143,7 @@ files = sa.Table(
     sa.Column("byte_count", sa.BigInteger, nullable=False),
     sa.Column("created_us", sa.BigInteger, nullable=False),
     sa.Column("expires_us", sa.BigInteger),
-    sa.Index("ix_files_key_id", "key_id", "created_us"),
+    sa.Index("ix_files_key_id", "key_id", "id"),
 )
 
 batches = sa.Table(
@@ -179,7 +179,7 @@ batches = sa.Table(
     sa.Column(
         "served_us", sa.BigInteger, nullable=False, default=0
     ),  # when a shard was last leased
-    sa.Index("ix_batches_key_id", "key_id", "created_us"),
+    sa.Index("ix_batches_key_id", "key_id", "id"),
 )
 
 batch_shards = sa.Table(  # what there is to do for a batch job, each by one server at a time

@@ -26,7 +26,7 @@ def upgrade() -> None:
         _whole("created_us"),
         _whole("expires_us", nullable=True),
     )
-    op.create_index("ix_files_key_id", "files", ["key_id", "created_us"])
+    op.create_index("ix_files_key_id", "files", ["key_id", "id"])
     op.create_table(
         "batches",
         sa.Column("id", sa.String(64), primary_key=True),
@@ -46,7 +46,7 @@ def upgrade() -> None:
         *(_whole(f"{name}_us", nullable=True) for name in _TIMES.split()),
         *(_whole(name) for name in _COUNTS.split()),
     )
-    op.create_index("ix_batches_key_id", "batches", ["key_id", "created_us"])
+    op.create_index("ix_batches_key_id", "batches", ["key_id", "id"])
     op.create_index("ix_batches_status", "batches", ["status"])
     op.create_table(
         "batch_shards",
