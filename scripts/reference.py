@@ -84,7 +84,8 @@ def cli_page() -> str:
     for one in commands():
         rows = [f"| `{_cell(o.name)}` | {_cell(o.help)} |" for o in one.options]
         table = "\n".join(["| option | meaning |", "|---|---|", *rows]) if rows else ""
-        parts.append(f"## {one.name}\n\n{one.help}\n\n{table}".rstrip())
+        says = one.help.replace("docs/configuration.md", "[Settings](../configuration.md)")
+        parts.append(f"## {one.name}\n\n{says}\n\n{table}".rstrip())
     return "\n\n".join(parts) + "\n"
 
 
