@@ -43,8 +43,7 @@ def embed(
     ],
     out: Annotated[Path, Argument(metavar="OUT", help="A .parquet, .jsonl or .npy file to make.")],
     model: Annotated[
-        str | None,
-        Option("--model", "-m", help="ID, DIR or ID=DIR; else MiniLM, or --url's first."),
+        str | None, Option("--model", "-m", help="ID, DIR or ID=DIR; else MiniLM or the server's.")
     ] = None,
     outputs: Annotated[str, Option(help="dense, sparse, multi, with commas.")] = "dense",
     dtype: Annotated[
