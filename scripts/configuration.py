@@ -14,7 +14,7 @@ from trivec.settings import Settings, variable_name
 INTRODUCTION = """\
 # Configuration
 
-Written by `scripts/configuration.py`; do not edit.
+<!-- Written by scripts/configuration.py; do not edit. -->
 
 Flags win over the environment, the environment over the file that `--config FILE` (or
 `TRIVEC_CONFIG`) names, the file over the defaults here. The file is TOML:

@@ -20,7 +20,7 @@ from trivec.cli import COMMANDS, load_command
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-WRITTEN = "Written by `scripts/reference.py`; do not edit."
+WRITTEN = "<!-- Written by scripts/reference.py; do not edit. -->"
 MARKUP = re.compile(r"\[/?(?:dim|bold)?\]|\\(?=\[)")  # Rich's, in help texts
 
 
@@ -83,8 +83,9 @@ def cli_page() -> str:
     ]
     for one in commands():
         rows = [f"| `{_cell(o.name)}` | {_cell(o.help)} |" for o in one.options]
-        table = "\n".join(["| option | |", "|---|---|", *rows]) if rows else ""
-        parts.append(f"## {one.name}\n\n{one.help}\n\n{table}".rstrip())
+        table = "\n".join(["| option | meaning |", "|---|---|", *rows]) if rows else ""
+        says = one.help.replace("docs/configuration.md", "[Settings](../configuration.md)")
+        parts.append(f"## {one.name}\n\n{says}\n\n{table}".rstrip())
     return "\n\n".join(parts) + "\n"
 
 
@@ -148,7 +149,9 @@ def _route(method: str, path: str, operation: Any) -> str:
     )
     statuses = ", ".join(status for status in operation["responses"] if status != "200")
     facts = [f"takes {takes}"] * bool(takes) + [f"answers {gives}"] * bool(gives)
-    facts += ["needs a key"] * bool(operation.get("security")) + [f"or {statuses}"] * bool(statuses)
+    facts += ["needs a key"] * bool(operation.get("security")) + [f"errors {statuses}"] * bool(
+        statuses
+    )
     told = "; ".join(facts)
     return (
         f"### {method.upper()} {path}\n\n{operation['summary']}.\n\n{told[:1].upper()}{told[1:]}."
@@ -165,7 +168,7 @@ def _type(name: str, schema: Any) -> str:
         f"{_cell(one.get('description', ''))} |"
         for field, one in schema["properties"].items()
     ]
-    return "\n\n".join([*lines, "\n".join(["| field | type | |", "|---|---|---|", *rows])])
+    return "\n\n".join([*lines, "\n".join(["| field | type | meaning |", "|---|---|---|", *rows])])
 
 
 def _kind(schema: Any) -> str:

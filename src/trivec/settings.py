@@ -211,7 +211,7 @@ class Settings(Section):
     """All that `trivec serve` can be told."""
 
     models: Models = ()
-    """Model to serve: a catalogue ID, a folder, or ID=FOLDER. May be repeated."""
+    """Model to serve: a catalogue ID, a folder, or ID=FOLDER; unset: all-minilm-l6-v2. May be repeated."""
     aliases: Aliases = ()
     """Another name for a served model, as NAME=ID. May be repeated."""
     faces: Faces = ("batches", "cohere", "tei", "vllm", "ollama")

@@ -34,7 +34,8 @@ def test_the_program_of_the_page_does_what_it_says(
     monkeypatch.chdir(tmp_path)
     [program] = re.findall(r"^```python\n(.+?)^```", PAGE.read_text("utf-8"), re.M | re.S)
     program = program.replace("http://127.0.0.1:8000", server.url)
-    names: dict[str, Any] = {"KEY": server.key}
+    monkeypatch.setenv("TRIVEC_API_KEY", server.key)
+    names: dict[str, Any] = {}
     exec(program, names)  # the program of the page
     assert {name: len(vector) for name, vector in names["vectors"].items()} == {
         "text-0": 384,

@@ -148,6 +148,7 @@ def test_asked_to_stop_it_finishes_what_is_begun_and_goes_on_later(
     assert 5 <= len(parts) < COUNT / 16
     resumed = embed(corpus, out, *FAKE, *SMALL)
     assert resumed.returncode == 0, resumed.stderr
+    assert re.search(r"^\d+ rows \(\d+ of earlier runs\)", resumed.stderr, re.M), resumed.stderr
     assert pq.read_table(out)["id"].to_pylist() == list(range(COUNT))
 
 

@@ -97,7 +97,7 @@ def pull(
     folder = pulled_folder(entry, cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
     copy = (
-        "Copy the model's folder from a machine that has it and serve it with "
+        "copy the model's folder from a machine that has it and serve it with "
         f"--model {entry.id}=DIR."
     )
     with (folder / LOCK_FILE).open("w") as lock:
@@ -131,7 +131,7 @@ def pull(
                 f"resumes), set HF_ENDPOINT to a mirror, or: {copy}"
             )
             if isinstance(error, HfHubHTTPError):
-                problem = f"the hub does not give the files of {entry.hub_id}: {reason} {copy}"
+                problem = f"the hub does not give the files of {entry.hub_id}: {reason}; {copy}"
             raise CheckpointRefused(problem) from error
     return folder
 

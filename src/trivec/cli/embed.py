@@ -42,7 +42,9 @@ def embed(
         Argument(metavar="IN", help="JSONL, CSV, Parquet or text file, a folder of these, or -."),
     ],
     out: Annotated[Path, Argument(metavar="OUT", help="A .parquet, .jsonl or .npy file to make.")],
-    model: Annotated[str | None, Option("--model", "-m", help="ID, DIR or ID=DIR.")] = None,
+    model: Annotated[
+        str | None, Option("--model", "-m", help="ID, DIR or ID=DIR; else MiniLM or the server's.")
+    ] = None,
     outputs: Annotated[str, Option(help="dense, sparse, multi, with commas.")] = "dense",
     dtype: Annotated[
         Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"],
@@ -339,6 +341,8 @@ def status(progress: "Progress", elapsed_s: float, *, start_position: float) -> 
     *start_position*: share of the input that earlier runs had done.
     """
     parts = [f"{progress.rows_kept + progress.rows:,} rows"]
+    if progress.rows_kept:
+        parts[0] += f" ({progress.rows_kept:,} of earlier runs)"
     if progress.rows:
         parts.append(f"{progress.texts / elapsed_s:,.0f} texts/s")
         parts.append(f"{progress.tokens / elapsed_s:,.0f} tokens/s")
