@@ -19,7 +19,7 @@ from tests.support.memory_store import MemoryStore
 
 from trivec.accounts import Accounts, Key, RateLimits, RateLimitState
 from trivec.accounts.leases import LEASE_US, Leases
-from trivec.accounts.ledger import Committed, Entry, Reserve, Store
+from trivec.accounts.ledger import CALL_S_MAX, Committed, Entry, Reserve, Store, unavailable
 from trivec.accounts.rate_limits import NOTHING, Cost, Grant
 from trivec.accounts.utc import MINUTE_US
 from trivec.core.errors import RateLimitExceeded, StoreUnavailable
@@ -348,6 +348,62 @@ async def test_a_node_that_stops_gives_back_what_it_holds(
     state = await serve(staying, caller)
 
     assert (state.remaining_requests, state.remaining_tokens) == (100_000 - 51, 10**7 - 51 * 7)
+
+
+async def test_a_node_that_stops_gives_back_on_postgres_too_whose_listener_is_broken_off(
+    postgres: PostgresServer,
+) -> None:
+    shelf, clock = postgres_shelf(postgres), HandClock()
+    leaving, staying = (
+        Accounts(shelf.open(), clock=clock, secret=b"s" * 32, shared=True) for _ in range(2)
+    )
+    for accounts in (leaving, staying):
+        accounts.start()
+    caller = await caller_with(leaving, RateLimits(100_000, 10_000_000))
+    for _ in range(20):
+        await serve(leaving, caller)
+    assert leaving.leases, "it holds some"
+    await asyncio.to_thread(leaving.stop)
+
+    state = await serve(staying, caller)
+    await asyncio.to_thread(staying.stop)
+
+    assert (state.remaining_requests, state.remaining_tokens) == (100_000 - 21, 10**7 - 21 * 7)
+    shelf.close()
+
+
+async def test_a_node_whose_store_hangs_stops_all_the_same(clock: HandClock) -> None:
+    class Hanging(CountedStore):
+        is_hanging = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.begun, self.interrupted = threading.Event(), threading.Event()
+
+        def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
+            if self.is_hanging:
+                self.interrupted.clear()
+                self.begun.set()
+                assert self.interrupted.wait(60), "nobody breaks it off"
+                raise unavailable()
+            return super().commit(entries, now_us=now_us)
+
+        def interrupt(self) -> None:
+            self.interrupted.set()
+
+    store = Hanging()
+    accounts = Accounts(store, clock=clock, secret=b"s" * 32, shared=True)
+    accounts.start()
+    caller = await caller_with(accounts, RateLimits(100_000, 10_000_000))
+    for _ in range(20):
+        await serve(accounts, caller)
+    store.is_hanging = True
+    stopping = asyncio.create_task(asyncio.to_thread(accounts.stop))
+    await asyncio.to_thread(store.begun.wait)
+
+    clock.move(CALL_S_MAX)
+
+    await stopping
 
 
 async def test_a_node_whose_store_is_away_lets_nobody_in_on_its_lease(

@@ -8,7 +8,6 @@ import hmac
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from threading import Event, Thread
 from typing import TypeVar
@@ -117,16 +116,13 @@ class Accounts:
     def stop(self) -> None:
         """Write what was handed over, then close the store. Blocks for as long as that takes."""
         self._usage_pool.shutdown(wait=False, cancel_futures=True)  # nothing is lost with a sum
-        self.writer.stop()
+        self.writer.stop([] if self.leases is None else self.leases.expire(now_us=sys.maxsize))
         self._reader.shutdown()
         self._is_over.set()
         self._watch.join()
         if self.leases is not None:
             self._store.interrupt()  # the listener waits for what may never come
-            self._listener.join()
-            if left := self.leases.expire(now_us=sys.maxsize):
-                with suppress(StoreUnavailable):  # then they are over by themselves
-                    self._store.commit(left, now_us=self.writer.now_us())
+            self._listener.join(CALL_S_MAX)
         self._store.close()
 
     def health(self) -> StoreHealth:

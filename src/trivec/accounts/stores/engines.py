@@ -4,6 +4,7 @@ Each store has three: one that writes, over a single connection; one that reads 
 for long sums, so that these never hold a connection that keys are checked over.
 """
 
+import logging
 import os
 import socket
 import sqlite3
@@ -149,6 +150,8 @@ def postgres_engines(database_url: str) -> Engines:
             "and without it the store is a SQLite file in the data folder"
         )
     url = url.set(drivername=POSTGRES_DRIVER)
+    # It warns of what it ignores while it clears up after an error, which is raised, and which we log.
+    logging.getLogger("psycopg").setLevel(logging.ERROR)
     writing = _engine(url, 1, **POSTGRES_ARGUMENTS)
     reading = _engine(url, READERS_MAX, **POSTGRES_ARGUMENTS)
     summing = _engine(url, 1, **POSTGRES_ARGUMENTS)
