@@ -9,15 +9,17 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
-from tests.accounts.shelf import ask
+from tests.accounts.shelf import a_row, ask
 
 from trivec.accounts import RateLimits, UsageBy, UsageLine, UsageQuery
+from trivec.accounts.archive import ArchiveRun
+from trivec.accounts.ledger import RecordUsage
 from trivec.accounts.rate_limits import Grant
 from trivec.accounts.stores import tables
 from trivec.accounts.stores.engines import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
 from trivec.accounts.stores.sql import SqlStore
-from trivec.accounts.utc import DAY_US
-from trivec.core.errors import RateLimitExceeded, StoreRefused
+from trivec.accounts.utc import DAY_US, MINUTE_US
+from trivec.core.errors import FieldInvalid, RateLimitExceeded, StoreRefused
 
 OLD_ROWS = (
     "INSERT INTO keys (id, name, scopes, created_us, revision) VALUES ('key_a', 'a', 'embed', 1, 1)",
@@ -132,6 +134,62 @@ def test_a_store_of_the_first_edition_keeps_its_keys_ledger_and_rate_limits(
         assert differences(connection) == []
         with pytest.raises(DBAPIError, match="append-only"):
             connection.execute(text("DELETE FROM ledger"))
+
+
+NOON_OF_DAY_1_US = DAY_US + DAY_US // 2
+OF_0005 = (
+    "INSERT INTO keys (id, name, scopes, requests_per_minute, created_us, revision) VALUES "
+    "('key_a', 'a', 'embed', 2, 1, 1), ('key_b', 'b', 'embed', NULL, 1, 1)",
+    "INSERT INTO buckets VALUES ('key_b', 0, 0, 5)",  # a has not been used
+    "INSERT INTO daily VALUES ('key_a', 'm', 0, 5, 1, 40), ('key_b', 'm', 0, 2, 0, 9), "
+    "('key_a', '', 1, 3, 3, 0), ('key_a', 'm', 1, 2, 0, 15)",
+    f"UPDATE archive SET before_us = {DAY_US}",  # the rows of the first day are in a file
+    "INSERT INTO ledger (time_us, request_id, key_id, model, input_count, token_count, status, "
+    f"duration_us) VALUES ({NOON_OF_DAY_1_US}, 'r1', 'key_a', 'm', 1, 7, 200, 9), "
+    f"({NOON_OF_DAY_1_US}, 'r2', 'key_a', 'm', 1, 8, 200, 9)",
+    f"INSERT INTO counts VALUES ('key_a', '', 404, {NOON_OF_DAY_1_US // MINUTE_US}, 3)",
+)
+
+
+@pytest.mark.parametrize("schema", ["0005", "0006"])
+def test_daily_totals_are_the_same_in_parts_and_go_on_and_their_rows_are_archived(
+    engines: Engines, schema: str, tmp_path: Path
+) -> None:
+    with engines.writing.begin() as connection:
+        tables.upgrade(connection, schema)
+        for statement in OF_0005:
+            connection.execute(text(statement))
+
+    store = SqlStore(engines, upgrades_itself=True)
+
+    def sums() -> list[tuple[str | None, int, int, int]]:
+        queries = [UsageQuery(by) for by in UsageBy] + [UsageQuery(UsageBy.DAY, key_id="key_a")]
+        return [
+            (line.group, line.requests, line.failed, line.tokens)
+            for query in queries
+            for line in store.usage(query)
+        ]
+
+    first, second = ("1970-01-01", 7, 1, 49), ("1970-01-02", 5, 3, 15)
+    before = [
+        *[("key_a", 10, 4, 55), ("key_b", 2, 0, 9), (None, 3, 3, 0), ("m", 9, 1, 64)],
+        *[first, second, ("1970-01-01", 5, 1, 40), second],
+    ]
+    assert sums() == before
+    afternoon = UsageQuery(UsageBy.KEY, since_us=NOON_OF_DAY_1_US)
+    assert [(line.requests, line.tokens) for line in store.usage(afternoon)] == [(5, 15)]
+    with pytest.raises(FieldInvalid, match="rows are archived"):
+        store.usage(UsageQuery(UsageBy.KEY, since_us=1))
+    run = ArchiveRun(store, 2 * DAY_US, tmp_path / "old.gz", tmp_path, lambda _: None)
+    assert run.run().rows == 2
+    assert sums() == before
+
+    entry = RecordUsage(a_row("r3", model="m", time_us=NOON_OF_DAY_1_US + 1))
+    two = RateLimits(requests_per_minute=2)
+    outcomes = store.commit([ask(two), ask(two), ask(two), entry], now_us=3 * DAY_US).outcomes
+    assert [type(outcome) for outcome in outcomes[:3]] == [Grant, Grant, RateLimitExceeded]
+    (later,) = store.usage(UsageQuery(UsageBy.DAY, since_us=DAY_US))
+    assert (later.requests, later.failed, later.tokens) == (6, 3, 22)
 
 
 def test_a_second_upgrade_changes_nothing(engines: Engines) -> None:
