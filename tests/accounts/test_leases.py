@@ -17,7 +17,7 @@ from tests.accounts.shelf import NOON_US, SECOND_US, a_key, postgres_shelf
 from tests.hand_clock import HandClock
 from tests.support.memory_store import MemoryStore
 
-from trivec.accounts import Accounts, Key, RateLimits, RateLimitState
+from trivec.accounts import Accounts, Key, RateLimits, RateLimitState, Reservation
 from trivec.accounts.leases import LEASE_US, Leases
 from trivec.accounts.ledger import CALL_S_MAX, Committed, Entry, Reserve, Store, unavailable
 from trivec.accounts.rate_limits import NOTHING, Cost, Grant
@@ -433,7 +433,7 @@ async def test_nodes_refuse_with_what_the_store_has_just_told_them(
     caller = await caller_with(accounts, RateLimits(requests_per_minute=3))
     told_s = []
     for _ in range(40):
-        booking = accounts.reserve(caller, opening())
+        booking = Reservation(accounts, caller, opening())
         try:
             await booking.acquire()
         except RateLimitExceeded as refused:

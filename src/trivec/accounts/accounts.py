@@ -158,10 +158,6 @@ class Accounts:
             raise unavailable()
         return await self._keys.find(bearer)
 
-    def reserve(self, caller: Key, meta: RequestMeta) -> "Reservation":
-        """A reservation that holds nothing yet; to be closed whatever happens."""
-        return Reservation(self, caller, meta)
-
     async def create_first_key(self) -> NewKey | None:
         """The key to print at the first start; None where there is one, or none is needed.
 

@@ -29,7 +29,7 @@ class Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         operation = self.operation
         context: RequestContext = scope[CONTEXT]
-        context.path_params = scope["path_params"]
+        context.operation, context.path_params = operation, scope["path_params"]
         if operation.scope is not None:
             context.caller = await identify(context)
         metered = context.caller if operation.is_metered else None

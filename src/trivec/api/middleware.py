@@ -8,10 +8,8 @@ from math import ceil
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from trivec.api.auth import Endpoint
 from trivec.api.context import CONTEXT, AppState, ClientDisconnected, RequestContext
 from trivec.api.errors import CLIENT_GONE, OPENAI, TABLE, error_response, fault_of
-from trivec.api.openapi import Operation
 from trivec.core.errors import EngineFault, MethodNotAllowed, RouteUnknown, ServiceError, is_panic
 from trivec.core.events import RequestServed
 from trivec.settings import HttpLimits
@@ -81,6 +79,7 @@ async def respond_to_error(
             "The API is under /v1, /openai/v1 and /v3/openai; /openapi.json describes it."
         )
         if raised.status_code == 405:
+            context.operation = scope["route"].endpoint.operation
             routes = [one for one in scope["router"].routes if one.path == scope["route"].path]
             allowed = {name for route in routes for name in route.methods}
             error = MethodNotAllowed(method=context.method, allowed=tuple(sorted(allowed)))
@@ -94,22 +93,15 @@ async def respond_to_error(
     context.error_code = row.code or row.type
     context.error_message = str(error) if row.status < 500 else None
     if context.status is None:  # else the connection is cut: half a response must not look whole
-        operation = operation_of(scope)
-        shape = OPENAI if operation is None else operation.error_shape
+        shape = OPENAI if context.operation is None else context.operation.error_shape
         response = error_response(error, request_id=context.request_id, shape=shape)
         await response(scope, receive, send)
     return True
 
 
-def operation_of(scope: Scope) -> Operation | None:
-    """What the request asked for; None where no route of ours was found."""
-    endpoint = getattr(scope.get("route"), "endpoint", None)
-    return endpoint.operation if isinstance(endpoint, Endpoint) else None
-
-
 def observe(context: RequestContext, scope: Scope) -> None:
     """Tell the observer how the request ended."""
-    operation = operation_of(scope)
+    operation = context.operation
     status = CLIENT_GONE if context.status is None else context.status
     client_request_id, traceparent = (
         value.decode() if FIT_FOR_LOG.fullmatch(value := context.headers.get(name, b"")) else None
