@@ -19,7 +19,16 @@ from tests.support.memory_store import MemoryStore
 
 from trivec.accounts import Accounts, Key, RateLimits, RateLimitState, Reservation
 from trivec.accounts.leases import LEASE_US, Leases
-from trivec.accounts.ledger import CALL_S_MAX, Committed, Entry, Reserve, Store, unavailable
+from trivec.accounts.ledger import (
+    CALL_S_MAX,
+    RETRY_AFTER_S,
+    RETRY_S,
+    Committed,
+    Entry,
+    Reserve,
+    Store,
+    unavailable,
+)
 from trivec.accounts.rate_limits import NOTHING, Cost, Grant
 from trivec.accounts.utc import MINUTE_US
 from trivec.core.errors import RateLimitExceeded, StoreUnavailable
@@ -423,6 +432,58 @@ async def test_a_node_whose_store_is_away_lets_nobody_in_on_its_lease(
     store.broken = False
 
     assert served == 50
+
+
+async def test_half_a_minute_without_the_store_bills_what_was_answered_and_ends_by_itself(
+    node: Callable[[MemoryStore], Accounts], clock: HandClock
+) -> None:
+    """Requests that run when it goes away: one ends meanwhile, one fails, and one ends later."""
+
+    class Returning(CountedStore):
+        def __init__(self) -> None:
+            super().__init__()
+            self.is_back = threading.Event()
+
+        def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
+            committed = super().commit(entries, now_us=now_us)
+            self.is_back.set()
+            return committed
+
+    store = Returning()
+    accounts = node(store)
+    limits = RateLimits(1_000, 100_000)
+    caller = await caller_with(accounts, limits)
+    for _ in range(20):
+        await serve(accounts, caller)
+    running = [await acquire(accounts, caller, opening(), tokens_follow=True) for _ in range(3)]
+    for booking in running:
+        await booking.reserve_tokens(7)
+    during, failing, after = running
+
+    store.broken = True
+    for booking, status in ((during, 200), (failing, 500)):
+        with pytest.raises(StoreUnavailable):  # so its client is told 503
+            await booking.close(closing(status))
+    for _ in range(30):
+        clock.move(1.0)
+        accounts.expire_leases()
+        with pytest.raises(StoreUnavailable) as refused:
+            await serve(accounts, caller)
+        assert refused.value.retry_after_s == RETRY_AFTER_S
+    assert not accounts.writable()
+    store.is_back.clear()
+    store.broken = False
+    clock.move(RETRY_S)
+    await asyncio.to_thread(store.is_back.wait)
+    while not accounts.writable():  # noqa: ASYNC110 - its thread is about to say so
+        await asyncio.sleep(0)
+
+    await after.close(closing(200, tokens=7))
+
+    assert len(store.rows) == 21
+    clock.move(60)
+    state = await serve(accounts, caller)
+    assert (state.remaining_requests, state.remaining_tokens) == (999, 99_993), "nothing is lost"
 
 
 async def test_nodes_refuse_with_what_the_store_has_just_told_them(
