@@ -33,6 +33,7 @@ from trivec.accounts.ledger import (
     RecordUsage,
     unavailable,
 )
+from trivec.accounts.rate_limits import Cost
 from trivec.accounts.stores.engines import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
 from trivec.accounts.stores.sql import SqlStore
 from trivec.core.clock import SystemClock
@@ -280,6 +281,30 @@ def test_a_connection_that_dies_under_reservations_is_our_error_and_no_line_of_t
             store.commit([ask(limits), ask(limits)], now_us=NOON_US)
         store.commit([ask(limits)], now_us=NOON_US)
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("writes", [True, False], ids=["a-request", "nothing"])
+def test_a_node_that_is_cut_off_inside_a_transaction_keeps_no_other_from_writing(
+    postgres: PostgresServer, writes: bool
+) -> None:
+    url = postgres.upgraded_database()
+    limits = RateLimits(requests_per_minute=100)
+    entries = [RecordUsage(a_row("r1"), limits, Cost(1))] if writes else []
+    cut_off = postgres_engines(url)
+    with contextlib.closing(SqlStore(postgres_engines(url), upgrades_itself=False)) as store:
+        store.add_key(a_key("a", limits))
+        with contextlib.closing(cut_off.writing.raw_connection()) as pooled:
+            raw = pooled.driver_connection
+            cut_off.begin(raw, True)
+            raw.execute("UPDATE probe SET at_us = 1")
+            raw.execute("UPDATE buckets SET at_us = 1")
+
+            store.commit(entries, now_us=NOON_US)
+
+            with pytest.raises(psycopg.errors.IdleInTransactionSessionTimeout):
+                raw.execute("COMMIT")
+            pooled.invalidate()
+    cut_off.dispose()
 
 
 @contextmanager
