@@ -246,24 +246,18 @@ class Accounts:
         while not self._is_over.wait(HANG_CHECK_S):
             since_s = self.writer.busy_since_s
             if self._hangs():
-                if since_s is not None and self._is_late(since_s, CALL_S_MAX):
+                if self._is_late(since_s, CALL_S_MAX):
                     self.writer.give_up(since_s=since_s)
                 self._store.interrupt()
-            elif (
-                self.leases is not None
-                and since_s is not None
-                and self._is_late(since_s, SHARED_CALL_S)
-            ):
+            elif self.leases is not None and self._is_late(since_s, SHARED_CALL_S):
                 self.writer.suspect(since_s=since_s)
 
     def _hangs(self) -> bool:
-        return any(
-            since_s is not None and self._is_late(since_s, CALL_S_MAX)
-            for since_s in (self.writer.busy_since_s, self._keys.busy_since_s)
-        )
+        begun_s = self.writer.busy_since_s, self._keys.busy_since_s
+        return any(self._is_late(since_s, CALL_S_MAX) for since_s in begun_s)
 
-    def _is_late(self, since_s: float, after_s: float) -> bool:
-        return self.clock.now_s() - since_s >= after_s
+    def _is_late(self, since_s: float | None, after_s: float) -> bool:
+        return since_s is not None and self.clock.now_s() - since_s >= after_s
 
 
 class Reservation:

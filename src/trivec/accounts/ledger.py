@@ -336,14 +336,14 @@ class LedgerWriter:
         """The time that buckets go by."""
         return int(self._clock.now_s() * 1e6) + self._offset_us
 
-    def suspect(self, *, since_s: float) -> None:
+    def suspect(self, *, since_s: float | None) -> None:
         """Let nothing more in until the commit begun at *since_s* has come back, or another."""
         if self.busy_since_s == since_s:
             self.is_slow = True
             if self.health.writable:
                 self._note(StoreHealth(writable=False, reason=SLOW))
 
-    def give_up(self, *, since_s: float) -> None:
+    def give_up(self, *, since_s: float | None) -> None:
         """Fail everything that waits with `StoreUnavailable`: the commit begun at *since_s* hangs.
 
         On any thread. The result of that commit is dropped, but it stands if it was made.
