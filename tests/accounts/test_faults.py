@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from subprocess import Popen
+from typing import Any
 
 import psycopg
 import pytest
@@ -294,7 +295,7 @@ def test_a_node_that_is_cut_off_inside_a_transaction_keeps_no_other_from_writing
     with contextlib.closing(SqlStore(postgres_engines(url), upgrades_itself=False)) as store:
         store.add_key(a_key("a", limits))
         with contextlib.closing(cut_off.writing.raw_connection()) as pooled:
-            raw = pooled.driver_connection
+            raw: Any = pooled.driver_connection
             cut_off.begin(raw, True)
             raw.execute("UPDATE probe SET at_us = 1")
             raw.execute("UPDATE buckets SET at_us = 1")
