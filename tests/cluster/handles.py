@@ -9,7 +9,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what Ray itself imports
     from ray import serve
 
-from trivec.cluster.serve import BatchRunner, HandleBackend
+from trivec.cluster.serve import BackendReplica, HandleBackend
 from trivec.core.ports import Backend
 
 __all__ = ["handle_backend", "serve"]
@@ -20,7 +20,7 @@ _numbers = count()
 _backends: dict[int, Backend] = {}  # what a replica is made of is pickled, and a backend is not
 
 
-class Runner(BatchRunner):
+class Runner(BackendReplica):
     """A replica of a backend of this process, by its number."""
 
     def __init__(self, number: int) -> None:

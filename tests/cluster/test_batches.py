@@ -13,7 +13,7 @@ from tests.cluster.handles import handle_backend
 from tests.engine.rig import Listener, sequences
 
 from trivec.backends.fake import FakeBackend, Poison
-from trivec.cluster.serve import BatchRunner, HandleBackend, QueuePolicy
+from trivec.cluster.serve import BackendReplica, HandleBackend, QueuePolicy
 from trivec.core.clock import SystemClock
 from trivec.core.errors import DeviceLost, Draining, EngineFault
 from trivec.core.types import Batch, ModelCard, Output, Vectors
@@ -91,7 +91,7 @@ async def test_requests_are_told_to_come_back_when_no_replica_answers_in_time() 
 
 
 async def test_a_replica_whose_device_is_lost_asks_to_be_replaced() -> None:
-    runner = BatchRunner(DyingBackend(times=1), call_s_max=60)
+    runner = BackendReplica(DyingBackend(times=1), call_s_max=60)
     runner.check_health()
     with pytest.raises(DeviceLost):
         await runner.run(batch_of([[0, 5, 1]]), exact=False, ingress="a", open_tokens=3)
@@ -102,7 +102,7 @@ async def test_a_replica_whose_device_is_lost_asks_to_be_replaced() -> None:
 async def test_a_replica_whose_batch_hangs_asks_to_be_replaced() -> None:
     inner = FakeBackend(dimensions=8)
     inner.gate.clear()
-    runner = BatchRunner(inner, call_s_max=0.0)
+    runner = BackendReplica(inner, call_s_max=0.0)
     running = asyncio.create_task(
         runner.run(batch_of([[0, 5, 1]]), exact=False, ingress="a", open_tokens=3)
     )
@@ -117,7 +117,7 @@ async def test_a_replica_whose_batch_hangs_asks_to_be_replaced() -> None:
 async def test_a_caller_that_leaves_frees_no_slot_that_computes() -> None:
     inner = FakeBackend(dimensions=8)
     inner.gate.clear()
-    runner = BatchRunner(inner, call_s_max=60)
+    runner = BackendReplica(inner, call_s_max=60)
 
     def run() -> "asyncio.Task[Vectors]":
         batch = batch_of([[0, 5, 1]])
@@ -133,7 +133,7 @@ async def test_a_caller_that_leaves_frees_no_slot_that_computes() -> None:
 
 
 async def test_a_replica_tells_what_waits_at_all_ingresses_and_how_fast_it_is() -> None:
-    runner = BatchRunner(FakeBackend(dimensions=8, tokens_per_s=10_000.0), call_s_max=60)
+    runner = BackendReplica(FakeBackend(dimensions=8, tokens_per_s=10_000.0), call_s_max=60)
     assert runner.record_autoscaling_stats()["tokens_per_s"] == 0
     for ingress, open_tokens in (("a", 900), ("b", 50), ("a", 300)):
         batch = batch_of([[0, *[5] * 98, 1]])

@@ -16,7 +16,15 @@ from trivec.core.events import (
     RowNotFinite,
 )
 from trivec.core.ports import Observer
-from trivec.telemetry import Metrics, Observers, RequestLog, Tracing, configure_log, finish_log
+from trivec.telemetry import (
+    Metrics,
+    ObserverQueue,
+    Observers,
+    RequestLog,
+    Tracing,
+    configure_log,
+    finish_log,
+)
 
 EVENTS: tuple[Event, ...] = (
     request(),
@@ -69,6 +77,7 @@ OBSERVERS: list[object] = [
     pytest.param(RequestLog, id="the-request-log"),
     pytest.param(lambda: Observers(Metrics(), RequestLog()), id="several-at-once"),
     pytest.param(lambda: Observers(Broken()), id="several-with-a-broken-one"),
+    pytest.param(lambda: ObserverQueue(Observers(Metrics(), RequestLog())), id="a-queue-of-them"),
     pytest.param(Observers, id="none-at-all"),
     pytest.param(tracing, id="tracing"),
 ]

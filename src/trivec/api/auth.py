@@ -29,7 +29,7 @@ class Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         operation = self.operation
         context: RequestContext = scope[CONTEXT]
-        context.operation, context.path_params = operation, scope["path_params"]
+        context.path_params, context.prefix = scope["path_params"], operation.prefix
         if operation.scope is not None:
             context.caller = await identify(context)
         metered = context.caller if operation.is_metered else None
@@ -46,25 +46,21 @@ class Endpoint:
             raise
         finally:
             if metered is not None:
-                await self._record(context, metered, status)
+                now_s = context.app.clock.now_s()
+                token_count = context.token_count if status < 400 else 0
+                # Our own faults are not held against a key, nor is what a rate limit bounds already.
+                if token_count == 0 and status < 500 and status != 429:
+                    self._unpaid.charge(metered, now_s=now_s)
+                usage = RequestUsage(
+                    status=status,
+                    input_count=context.input_count,
+                    token_count=token_count,
+                    duration_s=now_s - context.started_s,
+                    user=context.user,
+                )
+                await context.reservation.close(usage)
+                context.rate_limits = context.reservation.state
         await response(scope, receive, send)
-
-    async def _record(self, context: RequestContext, caller: Key, status: int) -> None:
-        now_s = context.app.clock.now_s()
-        token_count = context.token_count if status < 400 else 0
-        # Our own faults are not held against a key, nor is what a rate limit bounds already.
-        if token_count == 0 and status < 500 and status != 429:
-            self._unpaid.charge(caller, now_s=now_s)
-        await context.reservation.close(
-            RequestUsage(
-                status=status,
-                input_count=context.input_count,
-                token_count=token_count,
-                duration_s=now_s - context.started_s,
-                user=context.user,
-            )
-        )
-        context.rate_limits = context.reservation.state
 
 
 async def identify(context: RequestContext) -> Key:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from http import HTTPMethod, HTTPStatus
-from typing import TYPE_CHECKING, Self, cast
+from typing import Self, cast
 
 from starlette.types import Receive, Scope
 
@@ -38,9 +38,6 @@ from trivec.core.ports import Clock, Embedder, Observer
 from trivec.core.types import ModelCard
 from trivec.jobs.batches import Batches
 from trivec.settings import HttpLimits
-
-if TYPE_CHECKING:  # which names the context
-    from trivec.api.openapi import Operation
 
 CONTEXT = "trivec.context"  # where the context lies in the ASGI scope
 PARSED_BYTES_A_BYTE = 2  # texts of one or two bytes a character, and token ids in arrays
@@ -97,8 +94,8 @@ class RequestContext:
         # By lower-case name; the first of several wins.
         self.headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))
         self.query_string: bytes = scope["query_string"]
-        self.operation: Operation | None = None  # None: no route of ours was found
-        self.path_params: dict[str, str] = {}
+        self.path_params: dict[str, str] = {}  # of the route that was found
+        self.prefix = ""  # of that route, where its API has several
         self.request_id = f"req_{os.urandom(16).hex()}"
         request_s_max = app.limits.request_s_max
         try:  # OpenAI's clients say how long they wait
@@ -351,7 +348,7 @@ class RequestTimeout:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._deadlines.drop(self)
+        self._deadlines.set(self, None)
         if self._watcher is not None:
             self._watcher.cancel()
         reason = self._reason

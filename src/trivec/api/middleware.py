@@ -8,6 +8,7 @@ from math import ceil
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from trivec.api.auth import Endpoint
 from trivec.api.context import CONTEXT, AppState, ClientDisconnected, RequestContext
 from trivec.api.errors import CLIENT_GONE, OPENAI, TABLE, error_response, fault_of
 from trivec.core.errors import EngineFault, MethodNotAllowed, RouteUnknown, ServiceError, is_panic
@@ -79,7 +80,7 @@ async def respond_to_error(
             "The API is under /v1, /openai/v1 and /v3/openai; /openapi.json describes it."
         )
         if raised.status_code == 405:
-            context.operation = scope["route"].endpoint.operation
+            context.prefix = scope["route"].endpoint.operation.prefix
             routes = [one for one in scope["router"].routes if one.path == scope["route"].path]
             allowed = {name for route in routes for name in route.methods}
             error = MethodNotAllowed(method=context.method, allowed=tuple(sorted(allowed)))
@@ -93,7 +94,8 @@ async def respond_to_error(
     context.error_code = row.code or row.type
     context.error_message = str(error) if row.status < 500 else None
     if context.status is None:  # else the connection is cut: half a response must not look whole
-        shape = OPENAI if context.operation is None else context.operation.error_shape
+        endpoint = getattr(scope.get("route"), "endpoint", None)
+        shape = endpoint.operation.error_shape if isinstance(endpoint, Endpoint) else OPENAI
         response = error_response(error, request_id=context.request_id, shape=shape)
         await response(scope, receive, send)
     return True
@@ -101,7 +103,6 @@ async def respond_to_error(
 
 def observe(context: RequestContext, scope: Scope) -> None:
     """Tell the observer how the request ended."""
-    operation = context.operation
     status = CLIENT_GONE if context.status is None else context.status
     client_request_id, traceparent = (
         value.decode() if FIT_FOR_LOG.fullmatch(value := context.headers.get(name, b"")) else None
@@ -113,7 +114,7 @@ def observe(context: RequestContext, scope: Scope) -> None:
             client_request_id=client_request_id,
             method=context.method,
             route=scope["route"].path_format if "route" in scope else "other",
-            prefix="" if operation is None else operation.prefix,
+            prefix=context.prefix,
             status=status,
             code=context.error_code,
             key_id=context.caller.id if context.caller is not None else None,

@@ -147,7 +147,7 @@ class Description:
     budget: BatchBudget
 
 
-class BatchRunner:
+class BackendReplica:
     """A backend behind a handle: each of its slots runs one batch at a time, in its own thread."""
 
     def __init__(self, backend: Backend, *, call_s_max: float) -> None:
@@ -210,7 +210,7 @@ class BatchRunner:
             raise DeviceLost(f"a batch has been running for more than {self._call_s_max:g} s")
 
 
-class ModelReplica(BatchRunner):
+class ModelReplica(BackendReplica):
     """One model on one device of the cluster."""
 
     def __init__(self, reference: str, arguments: ServeArguments) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from math import inf
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -21,26 +22,29 @@ class Deadlines(Generic[T]):
     """Deadlines on an event loop that nearly never come: one timer for all of them.
 
     Each on a timer of its own, made and cancelled, they were a tenth of what a short request costs
-    the loop. The timer is set for the earliest; when that was dropped meanwhile, it is set anew.
+    the loop. The timer is set for the earliest; when that was unset meanwhile, it is set anew.
     """
 
     def __init__(self, call: Callable[[T], object]) -> None:
-        """*call* gets what is due, which is dropped by then. It may set others."""
+        """*call* gets what is due, which is unset by then. It may set others."""
         self._call = call
         self._due_s: dict[T, float] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    def set(self, what: T, due_s: float) -> None:
-        """Call for *what* at *due_s* on the running loop's clock, whatever was set for it before."""
+    def set(self, what: T, due_s: float | None) -> None:
+        """Call for *what* at *due_s* on the running loop's clock, whatever was set for it before.
+
+        None: not at all.
+        """
+        if due_s is None:
+            self._due_s.pop(what, None)
+            return
         self._due_s[what] = due_s
         if self._timer is not None:
             if self._timer.when() <= due_s:
                 return
             self._timer.cancel()
         self._timer = asyncio.get_running_loop().call_at(due_s, self._look)
-
-    def drop(self, what: T) -> None:
-        self._due_s.pop(what, None)
 
     def _look(self) -> None:
         loop = asyncio.get_running_loop()
@@ -49,7 +53,8 @@ class Deadlines(Generic[T]):
         due.sort(key=self._due_s.__getitem__)
         try:  # what is set meanwhile leaves the timer, which is over, to the end
             for what in due:
-                if self._due_s.pop(what, None) is not None:
+                if self._due_s.get(what, inf) <= late_s:  # else another's call has moved it
+                    del self._due_s[what]
                     self._call(what)
         finally:
             if self._timer is not None:

@@ -83,6 +83,6 @@ class Engine:
             scheduler.cancel(queue, request)
             raise
         finally:
-            self._deadlines.drop(request)
+            self._deadlines.set(request, None)
             queue.open.discard(request)
             del request  # else it and an error's traceback would hold each other until collected

@@ -245,7 +245,9 @@ class Scheduler:
     def fail(self, queue: ModelQueue, request: Request, error: ServiceError) -> None:
         """Reply to *request* with *error*, and free what it holds."""
         self.cancel(queue, request)
-        _resolve_soon([(request, error)])
+        loop = request.future.get_loop()
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(_resolve, [(request, error)])
 
     def expire(self, queue: ModelQueue, request: Request) -> None:
         """Fail *request*, whose deadline has come, unless it has started: retry after the queue."""
@@ -299,9 +301,10 @@ class Scheduler:
                     if not request.rows_left:
                         request.is_open = False
                         complete.append(request)
-        now_s = self._clock.now_s()
-        if complete:
-            _resolve_soon([(request, request.reply(now_s)) for request in complete])
+        if complete and not (loop := complete[0].future.get_loop()).is_closed():
+            now_s = self._clock.now_s()
+            replies = [(request, request.reply(now_s)) for request in complete]
+            loop.call_soon_threadsafe(_resolve, replies)  # wakes it once for all of them
 
     def shrink_budget(self, queue: ModelQueue, tokens: int) -> None:
         """Memory did not suffice for *tokens*: smaller batches from now on, of a useful size."""
@@ -372,13 +375,6 @@ def spread_retry_s(wait_s: float, share: float | None = None) -> float:
     """*wait_s*, at least 5, and up to half as much more by *share* in [0, 1), at random; at most 60."""
     share = random.random() if share is None else share  # noqa: S311
     return min(max(wait_s, RETRY_S_MIN), RETRY_S_MAX / (1 + SPREAD)) * (1 + SPREAD * share)
-
-
-def _resolve_soon(replies: Sequence[tuple[Request, Reply | ServiceError]]) -> None:
-    """From any thread: wake the event loop, once for all of *replies*."""
-    loop: asyncio.AbstractEventLoop = replies[0][0].future.get_loop()
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(_resolve, replies)
 
 
 def _resolve(replies: Sequence[tuple[Request, Reply | ServiceError]]) -> None:
