@@ -467,8 +467,8 @@ async def test_half_a_minute_without_the_store_bills_what_was_answered_and_ends_
     for _ in range(30):
         clock.move(1.0)
         accounts.expire_leases()
-        with pytest.raises(StoreUnavailable) as refused:
-            await serve(accounts, caller)
+        with pytest.raises(StoreUnavailable) as refused:  # and not when it is computed
+            await acquire(accounts, caller, opening(), tokens_follow=True)
         assert refused.value.retry_after_s == RETRY_AFTER_S
     assert not accounts.writable()
     store.is_back.clear()
