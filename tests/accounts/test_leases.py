@@ -18,6 +18,7 @@ from tests.hand_clock import HandClock
 from tests.support.memory_store import MemoryStore
 
 from trivec.accounts import Accounts, Key, RateLimits, RateLimitState, Reservation
+from trivec.accounts.accounts import SHARED_CALL_S
 from trivec.accounts.leases import LEASE_US, Leases
 from trivec.accounts.ledger import (
     CALL_S_MAX,
@@ -432,6 +433,41 @@ async def test_a_node_whose_store_is_away_lets_nobody_in_on_its_lease(
     store.broken = False
 
     assert served == 50
+
+
+async def test_a_node_whose_commit_is_late_lets_nobody_in_until_it_has_come_back(
+    node: Callable[[MemoryStore], Accounts], clock: HandClock
+) -> None:
+    class Slow(CountedStore):
+        def __init__(self) -> None:
+            super().__init__()
+            self.begun, self.goes_on = threading.Event(), threading.Event()
+            self.goes_on.set()
+
+        def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
+            self.begun.set()
+            self.goes_on.wait()
+            return super().commit(entries, now_us=now_us)
+
+    store = Slow()
+    accounts = node(store)
+    caller = await caller_with(accounts, RateLimits(100_000, 10_000_000))
+    running = await acquire(accounts, caller, opening())
+    store.goes_on.clear()
+    store.begun.clear()
+    late = asyncio.create_task(running.close(closing()))
+    await asyncio.to_thread(store.begun.wait)
+
+    clock.move(SHARED_CALL_S)
+
+    async with asyncio.timeout(60):
+        while accounts.writable():  # noqa: ASYNC110 - another thread looks, in its own time
+            await asyncio.sleep(0.01)
+    with pytest.raises(StoreUnavailable):
+        await acquire(accounts, caller, opening())
+    store.goes_on.set()
+    await late
+    assert accounts.writable()
 
 
 async def test_half_a_minute_without_the_store_bills_what_was_answered_and_ends_by_itself(
