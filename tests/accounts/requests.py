@@ -47,7 +47,7 @@ async def acquire(
     accounts: Accounts, caller: Key, opening: RequestMeta, *, tokens_follow: bool = False
 ) -> Reservation:
     """The booking of a request that was let in."""
-    booking = accounts.reserve(caller, opening)
+    booking = Reservation(accounts, caller, opening)
     await booking.acquire(tokens_follow=tokens_follow)
     return booking
 
@@ -56,7 +56,7 @@ async def record(
     accounts: Accounts, caller: Key, opening: RequestMeta, closing: RequestUsage
 ) -> RateLimitState | None:
     """Write down a request that failed before it was let in; what its key has left."""
-    booking = accounts.reserve(caller, opening)
+    booking = Reservation(accounts, caller, opening)
     await booking.close(closing)
     return booking.state
 

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from subprocess import Popen
+from typing import Any
 
 import psycopg
 import pytest
@@ -19,11 +20,11 @@ from sqlalchemy import event
 from tests.accounts.postgres import PostgresServer
 from tests.accounts.processes import driver
 from tests.accounts.requests import acquire, closing, opening, record
-from tests.accounts.shelf import NOON_US, a_row, sqlite_shelf
+from tests.accounts.shelf import NOON_US, a_key, a_row, ask, sqlite_shelf
 from tests.hand_clock import HandClock
 from tests.support.memory_store import MemoryStore
 
-from trivec.accounts import FIXED, Accounts, KeyPlan, UsageBy, UsageQuery
+from trivec.accounts import FIXED, Accounts, KeyPlan, RateLimits, UsageBy, UsageQuery
 from trivec.accounts.keys import server_secret
 from trivec.accounts.ledger import (
     CALL_S_MAX,
@@ -33,6 +34,7 @@ from trivec.accounts.ledger import (
     RecordUsage,
     unavailable,
 )
+from trivec.accounts.rate_limits import Cost
 from trivec.accounts.stores.engines import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
 from trivec.accounts.stores.sql import SqlStore
 from trivec.core.clock import SystemClock
@@ -262,6 +264,48 @@ async def test_postgres_that_is_not_there_at_the_start(own_postgres: PostgresSer
 
         own_postgres.start()
         await is_mended(accounts)
+
+
+def test_a_connection_that_dies_under_reservations_is_our_error_and_no_line_of_the_driver(
+    postgres: PostgresServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    url, limits = postgres.upgraded_database(), RateLimits(requests_per_minute=100)
+    with contextlib.closing(SqlStore(postgres_engines(url), upgrades_itself=False)) as store:
+        store.add_key(a_key("a", limits))
+        store.commit([ask(limits)], now_us=NOON_US)
+        with psycopg.connect(url, autocommit=True) as connection:
+            others = "FROM pg_stat_activity WHERE datname = current_database()"
+            connection.execute(
+                f"SELECT pg_terminate_backend(pid, 60000) {others} AND pid <> pg_backend_pid()"
+            )
+        with pytest.raises(StoreUnavailable):
+            store.commit([ask(limits), ask(limits)], now_us=NOON_US)
+        store.commit([ask(limits)], now_us=NOON_US)
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("writes", [True, False], ids=["a-request", "nothing"])
+def test_a_node_that_is_cut_off_inside_a_transaction_keeps_no_other_from_writing(
+    postgres: PostgresServer, writes: bool
+) -> None:
+    url = postgres.upgraded_database()
+    limits = RateLimits(requests_per_minute=100)
+    entries = [RecordUsage(a_row("r1"), limits, Cost(1))] if writes else []
+    cut_off = postgres_engines(url)
+    with contextlib.closing(SqlStore(postgres_engines(url), upgrades_itself=False)) as store:
+        store.add_key(a_key("a", limits))
+        with contextlib.closing(cut_off.writing.raw_connection()) as pooled:
+            raw: Any = pooled.driver_connection
+            cut_off.begin(raw, True)
+            raw.execute("UPDATE probe SET at_us = 1")
+            raw.execute("UPDATE buckets SET at_us = 1")
+
+            store.commit(entries, now_us=NOON_US)
+
+            with pytest.raises(psycopg.errors.IdleInTransactionSessionTimeout):
+                raw.execute("COMMIT")
+            pooled.invalidate()
+    cut_off.dispose()
 
 
 @contextmanager

@@ -17,9 +17,19 @@ from tests.accounts.shelf import NOON_US, SECOND_US, a_key, postgres_shelf
 from tests.hand_clock import HandClock
 from tests.support.memory_store import MemoryStore
 
-from trivec.accounts import Accounts, Key, RateLimits, RateLimitState
+from trivec.accounts import Accounts, Key, RateLimits, RateLimitState, Reservation
+from trivec.accounts.accounts import SHARED_CALL_S
 from trivec.accounts.leases import LEASE_US, Leases
-from trivec.accounts.ledger import Committed, Entry, Reserve, Store
+from trivec.accounts.ledger import (
+    CALL_S_MAX,
+    RETRY_AFTER_S,
+    RETRY_S,
+    Committed,
+    Entry,
+    Reserve,
+    Store,
+    unavailable,
+)
 from trivec.accounts.rate_limits import NOTHING, Cost, Grant
 from trivec.accounts.utc import MINUTE_US
 from trivec.core.errors import RateLimitExceeded, StoreUnavailable
@@ -350,6 +360,62 @@ async def test_a_node_that_stops_gives_back_what_it_holds(
     assert (state.remaining_requests, state.remaining_tokens) == (100_000 - 51, 10**7 - 51 * 7)
 
 
+async def test_a_node_that_stops_gives_back_on_postgres_too_whose_listener_is_broken_off(
+    postgres: PostgresServer,
+) -> None:
+    shelf, clock = postgres_shelf(postgres), HandClock()
+    leaving, staying = (
+        Accounts(shelf.open(), clock=clock, secret=b"s" * 32, shared=True) for _ in range(2)
+    )
+    for accounts in (leaving, staying):
+        accounts.start()
+    caller = await caller_with(leaving, RateLimits(100_000, 10_000_000))
+    for _ in range(20):
+        await serve(leaving, caller)
+    assert leaving.leases, "it holds some"
+    await asyncio.to_thread(leaving.stop)
+
+    state = await serve(staying, caller)
+    await asyncio.to_thread(staying.stop)
+
+    assert (state.remaining_requests, state.remaining_tokens) == (100_000 - 21, 10**7 - 21 * 7)
+    shelf.close()
+
+
+async def test_a_node_whose_store_hangs_stops_all_the_same(clock: HandClock) -> None:
+    class Hanging(CountedStore):
+        is_hanging = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.begun, self.interrupted = threading.Event(), threading.Event()
+
+        def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
+            if self.is_hanging:
+                self.interrupted.clear()
+                self.begun.set()
+                assert self.interrupted.wait(60), "nobody breaks it off"
+                raise unavailable()
+            return super().commit(entries, now_us=now_us)
+
+        def interrupt(self) -> None:
+            self.interrupted.set()
+
+    store = Hanging()
+    accounts = Accounts(store, clock=clock, secret=b"s" * 32, shared=True)
+    accounts.start()
+    caller = await caller_with(accounts, RateLimits(100_000, 10_000_000))
+    for _ in range(20):
+        await serve(accounts, caller)
+    store.is_hanging = True
+    stopping = asyncio.create_task(asyncio.to_thread(accounts.stop))
+    await asyncio.to_thread(store.begun.wait)
+
+    clock.move(CALL_S_MAX)
+
+    await stopping
+
+
 async def test_a_node_whose_store_is_away_lets_nobody_in_on_its_lease(
     node: Callable[[MemoryStore], Accounts],
 ) -> None:
@@ -369,6 +435,93 @@ async def test_a_node_whose_store_is_away_lets_nobody_in_on_its_lease(
     assert served == 50
 
 
+async def test_a_node_whose_commit_is_late_lets_nobody_in_until_it_has_come_back(
+    node: Callable[[MemoryStore], Accounts], clock: HandClock
+) -> None:
+    class Slow(CountedStore):
+        def __init__(self) -> None:
+            super().__init__()
+            self.begun, self.goes_on = threading.Event(), threading.Event()
+            self.goes_on.set()
+
+        def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
+            self.begun.set()
+            self.goes_on.wait()
+            return super().commit(entries, now_us=now_us)
+
+    store = Slow()
+    accounts = node(store)
+    caller = await caller_with(accounts, RateLimits(100_000, 10_000_000))
+    running = await acquire(accounts, caller, opening())
+    store.goes_on.clear()
+    store.begun.clear()
+    late = asyncio.create_task(running.close(closing()))
+    await asyncio.to_thread(store.begun.wait)
+
+    clock.move(SHARED_CALL_S)
+
+    async with asyncio.timeout(60):
+        while accounts.writable():  # noqa: ASYNC110 - another thread looks, in its own time
+            await asyncio.sleep(0.01)
+    with pytest.raises(StoreUnavailable):
+        await acquire(accounts, caller, opening())
+    store.goes_on.set()
+    await late
+    assert accounts.writable()
+
+
+async def test_half_a_minute_without_the_store_bills_what_was_answered_and_ends_by_itself(
+    node: Callable[[MemoryStore], Accounts], clock: HandClock
+) -> None:
+    """Requests that run when it goes away: one ends meanwhile, one fails, and one ends later."""
+
+    class Returning(CountedStore):
+        def __init__(self) -> None:
+            super().__init__()
+            self.is_back = threading.Event()
+
+        def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
+            committed = super().commit(entries, now_us=now_us)
+            self.is_back.set()
+            return committed
+
+    store = Returning()
+    accounts = node(store)
+    limits = RateLimits(1_000, 100_000)
+    caller = await caller_with(accounts, limits)
+    for _ in range(20):
+        await serve(accounts, caller)
+    running = [await acquire(accounts, caller, opening(), tokens_follow=True) for _ in range(3)]
+    for booking in running:
+        await booking.reserve_tokens(7)
+    during, failing, after = running
+
+    store.broken = True
+    for booking, status in ((during, 200), (failing, 500)):
+        with pytest.raises(StoreUnavailable):  # so its client is told 503
+            await booking.close(closing(status))
+    for _ in range(30):
+        clock.move(1.0)
+        accounts.expire_leases()
+        with pytest.raises(StoreUnavailable) as refused:  # and not when it is computed
+            await acquire(accounts, caller, opening(), tokens_follow=True)
+        assert refused.value.retry_after_s == RETRY_AFTER_S
+    assert not accounts.writable()
+    store.is_back.clear()
+    store.broken = False
+    clock.move(RETRY_S)
+    await asyncio.to_thread(store.is_back.wait)
+    while not accounts.writable():  # noqa: ASYNC110 - its thread is about to say so
+        await asyncio.sleep(0)
+
+    await after.close(closing(200, tokens=7))
+
+    assert len(store.rows) == 21
+    clock.move(60)
+    state = await serve(accounts, caller)
+    assert (state.remaining_requests, state.remaining_tokens) == (999, 99_993), "nothing is lost"
+
+
 async def test_nodes_refuse_with_what_the_store_has_just_told_them(
     node: Callable[[MemoryStore], Accounts], clock: HandClock
 ) -> None:
@@ -377,7 +530,7 @@ async def test_nodes_refuse_with_what_the_store_has_just_told_them(
     caller = await caller_with(accounts, RateLimits(requests_per_minute=3))
     told_s = []
     for _ in range(40):
-        booking = accounts.reserve(caller, opening())
+        booking = Reservation(accounts, caller, opening())
         try:
             await booking.acquire()
         except RateLimitExceeded as refused:

@@ -67,7 +67,7 @@ async def test_whoever_leaves_while_the_store_lets_it_in_holds_nothing_afterward
 ) -> None:
     store, accounts = watched
     caller = await caller_with(accounts, RateLimits(requests_per_minute=1))
-    booking = accounts.reserve(caller, opening())
+    booking = Reservation(accounts, caller, opening())
     store.may_go_on.clear()
     task = asyncio.create_task(booking.acquire())
     assert await asyncio.to_thread(store.is_at_it.wait, 60)
@@ -88,7 +88,7 @@ async def test_whoever_leaves_while_the_store_lets_it_in_holds_nothing_afterward
 
 
 async def open_with_tokens(accounts: Accounts, caller: Key, count: int) -> Reservation:
-    booking = accounts.reserve(caller, opening())
+    booking = Reservation(accounts, caller, opening())
     await booking.acquire(tokens_follow=True)
     await booking.reserve_tokens(count)
     return booking
@@ -120,7 +120,7 @@ async def test_a_key_with_little_left_is_refused_before_its_tokens_are_counted(
     store.reserved.clear()
 
     with pytest.raises(RateLimitExceeded, match="requests"):
-        await accounts.reserve(caller, opening()).acquire(tokens_follow=True)
+        await Reservation(accounts, caller, opening()).acquire(tokens_follow=True)
 
     assert store.reserved == [Cost(requests=1)]
 
@@ -150,7 +150,7 @@ async def test_a_request_that_fails_before_its_tokens_are_counted(
 ) -> None:
     caller = await caller_with(accounts, RateLimits(10, 100))
     await open_with_tokens(accounts, caller, 7)
-    booking = accounts.reserve(caller, opening())
+    booking = Reservation(accounts, caller, opening())
     await booking.acquire(tokens_follow=True)
 
     await booking.close(closing(status, tokens=0))
@@ -163,7 +163,7 @@ async def test_whoever_leaves_while_it_is_closed_is_written_down(watched: Watche
     store, accounts = watched
     caller = await caller_with(accounts, RateLimits(10, 100))
     await open_with_tokens(accounts, caller, 7)
-    booking = accounts.reserve(caller, opening())
+    booking = Reservation(accounts, caller, opening())
     await booking.acquire(tokens_follow=True)
     store.is_at_it.clear()
     store.may_go_on.clear()
@@ -185,7 +185,7 @@ async def test_our_refusal_waits_for_no_disk_and_is_written_down(clock: HandCloc
     accounts = Accounts(store, clock=clock, secret=b"s" * 32)
     accounts.start()
 
-    await asyncio.wait_for(accounts.reserve(FIXED, opening()).close(closing(503)), 60)
+    await asyncio.wait_for(Reservation(accounts, FIXED, opening()).close(closing(503)), 60)
 
     assert not statuses(store)
     store.may_go_on.set()

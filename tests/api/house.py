@@ -163,7 +163,7 @@ class StandIn:
         continues: bool = False,
         background: bool = False,
     ) -> Reply:
-        if not continues:
+        if not (continues or background):
             self.check_admission(sequences.token_count)
         self.embedded.append((sequences, outputs, timeout_s))
         self.entered.set()

@@ -15,7 +15,7 @@ from tests.api.house import MODEL, PLAIN_MODEL, READY, RERANKER, House
 
 from trivec.accounts import ANONYMOUS, KeyPlan, RateLimits
 from trivec.api import AppState, answer_line
-from trivec.core.errors import EngineFault
+from trivec.core.errors import EngineFault, Overloaded
 from trivec.core.events import LinesWaiting, ShardFinished
 from trivec.jobs import batches as jobs
 from trivec.jobs.files import FileStorage, FileWriter
@@ -136,6 +136,19 @@ async def test_lines_may_rerank(house: House) -> None:
         [found] = await client.lines(batch["output_file_id"])
         direct = (await client.http.post("/rerank", json=body)).json()
     assert found["response"]["body"]["results"] == direct["results"]
+
+
+@pytest.mark.parametrize("url", [EMBEDDINGS, RERANK])
+async def test_lines_wait_in_a_queue_that_is_full_and_are_not_refused(
+    house: House, url: str
+) -> None:
+    house.model.room_tokens = 1
+    texts = {"query": "a", "documents": ["b", "a"]} if url == RERANK else {"input": "a"}
+    asked = {"custom_id": "one", "method": "POST", "url": url, "body": {"model": MODEL, **texts}}
+    async with working(house) as client:
+        batch = await client.ended(await client.create([asked], url))
+    assert batch["request_counts"] == {"total": 1, "completed": 1, "failed": 0}
+    assert len(house.model.embedded) == 1
 
 
 BAD_FILES = [
@@ -404,12 +417,8 @@ async def test_a_refusal_for_now_is_tried_again_and_a_fault_of_ours_is_an_answer
         nonlocal tries
         tries += 1
         if tries == 1:
-            house.model.room_tokens = 1
-        result = None
-        try:
-            result = await embed(sequences, *given, **more)
-        finally:
-            house.model.room_tokens = float("inf")
+            raise Overloaded("The texts being tokenised are many.", retry_after_s=0.1)
+        result = await embed(sequences, *given, **more)
         if len(sequences) == 2:
             raise EngineFault("a vector is not finite")
         return result

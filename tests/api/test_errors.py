@@ -383,4 +383,5 @@ async def test_a_method_is_one_of_https_or_other(house: House) -> None:
         nowhere = await client.request("X" * 10_000, "/nowhere")
     assert (wrong.status_code, nowhere.status_code) == (405, 404)
     assert "XX" not in wrong.text + nowhere.text
-    assert [event.method for event in house.heard.served] == ["other", "other"]
+    served = [(event.method, event.route, event.prefix) for event in house.heard.served]
+    assert served == [("other", "/v1/embeddings", "/v1"), ("other", "other", "")]

@@ -106,7 +106,10 @@ async def test_one_that_is_cancelled_leaves_nothing() -> None:
         await rig.queued(behind)
         behind.cancel()
         await asyncio.wait([behind])
+        assert behind.cancelled()
+        later = rig.send(sequences(7, first=5_000), background=True)
+        await rig.queued(later)
         rig.backend.gate.set()
-        await holder
-    assert rig.batches() == [[4]]
+        await asyncio.gather(holder, later)
+    assert rig.batches() == [[4], [7]]
     assert rig.engine.open_requests == 0

@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from trivec.core.clock import Deadlines
 
 AGES_S = 3600.0
@@ -66,3 +68,18 @@ async def test_a_late_deadline_that_is_set_when_another_is_due_hides_no_earlier_
     deadlines.set("second", now_s + 0.02)
     await asyncio.wait_for(called.is_full.wait(), 60)
     assert called.names == ["first", "second"]
+
+
+@pytest.mark.parametrize("after_s", [AGES_S, None], ids=["put-off", "unset"])
+async def test_of_several_that_are_due_at_once_one_may_move_another(after_s: float | None) -> None:
+    called, now_s = Called(), asyncio.get_running_loop().time()
+
+    def move(name: str) -> None:
+        called(name)
+        deadlines.set("second", None if after_s is None else now_s + after_s)
+
+    deadlines = Deadlines(move)
+    for name, ago_s in (("first", 3), ("second", 2), ("third", 1)):
+        deadlines.set(name, now_s - ago_s)
+    await called.is_full.wait()
+    assert called.names == ["first", "third"]

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from tests.accounts.postgres import PostgresServer
 from tests.process.server import TRIVEC, Server, started
 from tests.process.test_several import until
 
-from trivec.accounts import KeyPlan, RateLimits
+from trivec.accounts import KeyPlan, RateLimits, UsageBy, UsageQuery
 from trivec.accounts.stores import open_administration
 from trivec.core.clock import SystemClock
 from trivec.settings import Settings
@@ -104,10 +104,10 @@ class Sent:
     served_s: float = float("inf")  # first answered with 200
     last_s: float = 0.0
 
-    def send(self, node: Server, key: str, is_over: threading.Event) -> None:
+    def send(self, node: Server, key: str, texts: list[str], is_over: threading.Event) -> None:
         """Ask until it is over, or the node is."""
         headers = {"Authorization": f"Bearer {key}"}
-        body = {"model": MODEL, "input": ["Hello, world", "a text"]}
+        body = {"model": MODEL, "input": texts, "encoding_format": "base64"}
         with httpx.Client(base_url=node.url, headers=headers, timeout=60) as client:
             while not is_over.is_set():
                 self.first_s = min(self.first_s, time.monotonic())
@@ -129,12 +129,16 @@ class Sent:
 
 
 @contextmanager
-def sending(nodes: list[Server], key: str) -> Iterator[Sent]:
+def sending(
+    nodes: list[Server], key: str, texts: Sequence[str] = ("Hello, world", "a text")
+) -> Iterator[Sent]:
     """Clients that ask all *nodes* for as long as the block takes."""
     sent, is_over = Sent(), threading.Event()
     with ThreadPoolExecutor(SENDERS * len(nodes)) as threads:
         asked = [
-            threads.submit(sent.send, node, key, is_over) for node in nodes for _ in range(SENDERS)
+            threads.submit(sent.send, node, key, list(texts), is_over)
+            for node in nodes
+            for _ in range(SENDERS)
         ]
         try:
             yield sent
@@ -175,6 +179,42 @@ def test_a_key_is_refused_by_every_node_within_a_second(cluster: Cluster) -> Non
     assert time.monotonic() - revoked_s < 1
     for client in clients:
         client.close()
+
+
+OUTAGE_S = 30.0
+
+
+@pytest.mark.reference
+def test_half_a_minute_without_postgres_bills_what_was_answered_and_needs_no_operator(
+    cluster: Cluster,
+) -> None:
+    """Postgres crashes under small requests and under large ones, which are computed meanwhile."""
+    key = cluster.new_key("outage", RateLimits(1_000_000, 1_000_000_000))
+    large = ["a text of some length, " * 20] * 200
+    with sending(cluster.nodes, key) as sent, sending(cluster.nodes, key, large) as sent_large:
+        both = (sent, sent_large)
+        assert until(lambda: all(len(one.tokens) > 50 for one in both))
+        cluster.postgres.stop(mode="immediate")
+        gone_s = time.monotonic()
+        assert until(lambda: not any(map(ready, cluster.nodes)))
+        served = [len(one.tokens) for one in both]
+        assert until(lambda: time.monotonic() - gone_s > OUTAGE_S)
+        assert [len(one.tokens) for one in both] == served, "unmetered"
+        cluster.postgres.start()
+        assert until(lambda: all(map(ready, cluster.nodes)))
+        assert until(
+            lambda: all(len(one.tokens) > 50 + n for one, n in zip(both, served, strict=True))
+        )
+
+    assert sent.statuses == sent_large.statuses == {200, 503}
+    told, rows = sent.tokens | sent_large.tokens, cluster.rows("outage")
+    assert {name: rows.get(name) for name in told} == told
+    assert len(rows) - len(told) <= 2 * SENDERS * len(cluster.nodes), "in flight at the crash"
+    with open_administration(cluster.settings, clock=SystemClock()) as books:
+        key_id = books.show_key("outage").id
+        [usage] = books.usage(UsageQuery(UsageBy.KEY, key_id=key_id))
+    assert usage.tokens == sum(rows.values())
+    assert usage.requests - usage.failed == len(rows)
 
 
 def test_what_clients_were_told_is_in_the_ledger_though_postgres_restarts_and_a_node_is_killed(

@@ -8,7 +8,6 @@ import hmac
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from threading import Event, Thread
 from typing import TypeVar
@@ -117,16 +116,13 @@ class Accounts:
     def stop(self) -> None:
         """Write what was handed over, then close the store. Blocks for as long as that takes."""
         self._usage_pool.shutdown(wait=False, cancel_futures=True)  # nothing is lost with a sum
-        self.writer.stop()
+        self.writer.stop([] if self.leases is None else self.leases.expire(now_us=sys.maxsize))
         self._reader.shutdown()
         self._is_over.set()
         self._watch.join()
         if self.leases is not None:
             self._store.interrupt()  # the listener waits for what may never come
-            self._listener.join()
-            if left := self.leases.expire(now_us=sys.maxsize):
-                with suppress(StoreUnavailable):  # then they are over by themselves
-                    self._store.commit(left, now_us=self.writer.now_us())
+            self._listener.join(CALL_S_MAX)
         self._store.close()
 
     def health(self) -> StoreHealth:
@@ -161,10 +157,6 @@ class Accounts:
         if self.writer.is_slow:  # the store hangs: reading keys would wait as long
             raise unavailable()
         return await self._keys.find(bearer)
-
-    def reserve(self, caller: Key, meta: RequestMeta) -> "Reservation":
-        """A reservation that holds nothing yet; to be closed whatever happens."""
-        return Reservation(self, caller, meta)
 
     async def create_first_key(self) -> NewKey | None:
         """The key to print at the first start; None where there is one, or none is needed.
@@ -254,24 +246,18 @@ class Accounts:
         while not self._is_over.wait(HANG_CHECK_S):
             since_s = self.writer.busy_since_s
             if self._hangs():
-                if since_s is not None and self._is_late(since_s, CALL_S_MAX):
+                if self._is_late(since_s, CALL_S_MAX):
                     self.writer.give_up(since_s=since_s)
                 self._store.interrupt()
-            elif (
-                self.leases is not None
-                and since_s is not None
-                and self._is_late(since_s, SHARED_CALL_S)
-            ):
+            elif self.leases is not None and self._is_late(since_s, SHARED_CALL_S):
                 self.writer.suspect(since_s=since_s)
 
     def _hangs(self) -> bool:
-        return any(
-            since_s is not None and self._is_late(since_s, CALL_S_MAX)
-            for since_s in (self.writer.busy_since_s, self._keys.busy_since_s)
-        )
+        begun_s = self.writer.busy_since_s, self._keys.busy_since_s
+        return any(self._is_late(since_s, CALL_S_MAX) for since_s in begun_s)
 
-    def _is_late(self, since_s: float, after_s: float) -> bool:
-        return self.clock.now_s() - since_s >= after_s
+    def _is_late(self, since_s: float | None, after_s: float) -> bool:
+        return since_s is not None and self.clock.now_s() - since_s >= after_s
 
 
 class Reservation:

@@ -300,14 +300,19 @@ class LedgerWriter:
         self._waiting: deque[PendingEntry] = deque()
         self._wake = Event()
         self._group: list[PendingEntry] = []  # what the thread commits now
+        self._last: Sequence[Entry] = ()
         self._is_stopping = False
         self._thread = Thread(target=self._run, name="trivec-ledger", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """Write what was handed over, then end. Nothing may be handed over afterwards."""
+    def stop(self, last: Sequence[Entry] = ()) -> None:
+        """Write what was handed over and then *last*, whose outcomes nobody waits for, and end.
+
+        Nothing may be handed over afterwards.
+        """
+        self._last = last
         self._is_stopping = True
         self._wake.set()
         self._thread.join()
@@ -331,14 +336,14 @@ class LedgerWriter:
         """The time that buckets go by."""
         return int(self._clock.now_s() * 1e6) + self._offset_us
 
-    def suspect(self, *, since_s: float) -> None:
+    def suspect(self, *, since_s: float | None) -> None:
         """Let nothing more in until the commit begun at *since_s* has come back, or another."""
         if self.busy_since_s == since_s:
             self.is_slow = True
             if self.health.writable:
                 self._note(StoreHealth(writable=False, reason=SLOW))
 
-    def give_up(self, *, since_s: float) -> None:
+    def give_up(self, *, since_s: float | None) -> None:
         """Fail everything that waits with `StoreUnavailable`: the commit begun at *since_s* hangs.
 
         On any thread. The result of that commit is dropped, but it stands if it was made.
@@ -360,6 +365,11 @@ class LedgerWriter:
                 if self._group or self._clock.now_s() >= self._due_s:
                     self._commit(self._group)
                 self._group = []
+            if self._last and self.health.writable:
+                self.busy_since_s = self._clock.now_s()  # it is given up, too, where it hangs
+                with suppress(StoreUnavailable):
+                    self._store.commit(self._last, now_us=self.now_us())
+                self.busy_since_s = None
         except BaseException as fault:
             # `_commit` catches what entries raise, so this is our own bug: the process refuses what
             # would be unmetered, and is to be restarted.

@@ -159,7 +159,7 @@ class RequestContext:
         """What this request holds of its key's rate limits; made once its model is known."""
         meta = RequestMeta(self.request_id, self.model)
         caller = ANONYMOUS if self.background else self.known_caller
-        return self.app.accounts.reserve(caller, meta)
+        return Reservation(self.app.accounts, caller, meta)
 
     def find_embedder(self, name: str) -> Embedder:
         """The model called *name*, case and all. Raises `ModelUnknown`, `ModelDenied`."""

@@ -80,6 +80,7 @@ async def respond_to_error(
             "The API is under /v1, /openai/v1 and /v3/openai; /openapi.json describes it."
         )
         if raised.status_code == 405:
+            context.prefix = scope["route"].endpoint.operation.prefix
             routes = [one for one in scope["router"].routes if one.path == scope["route"].path]
             allowed = {name for route in routes for name in route.methods}
             error = MethodNotAllowed(method=context.method, allowed=tuple(sorted(allowed)))

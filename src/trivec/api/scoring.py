@@ -200,8 +200,9 @@ async def _score_by_vectors(
     await context.admit(
         sequences.token_count, response_bytes=response_bytes, vector_bytes=vector_bytes
     )
-    # Of the whole, since the windows after the first are let in whatever waits by then.
-    embedder.check_admission(sequences.token_count)
+    if not context.background:
+        # Of the whole, since the windows after the first are let in whatever waits by then.
+        embedder.check_admission(sequences.token_count)
     scores: list[float] = []
     query: dict[Output, Row | None] = {}
 

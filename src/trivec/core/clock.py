@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from math import inf
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -52,7 +53,8 @@ class Deadlines(Generic[T]):
         due.sort(key=self._due_s.__getitem__)
         try:  # what is set meanwhile leaves the timer, which is over, to the end
             for what in due:
-                if self._due_s.pop(what, None) is not None:
+                if self._due_s.get(what, inf) <= late_s:  # else another's call has moved it
+                    del self._due_s[what]
                     self._call(what)
         finally:
             if self._timer is not None:

@@ -4,6 +4,7 @@ Each store has three: one that writes, over a single connection; one that reads 
 for long sums, so that these never hold a connection that keys are checked over.
 """
 
+import logging
 import os
 import socket
 import sqlite3
@@ -38,15 +39,19 @@ POSTGRES_ARGUMENTS: dict[str, Any] = {
     "tcp_user_timeout": 5_000,  # milliseconds
     "autocommit": True,  # what begins a transaction says what holds in it
 }
-# Durable whatever the server's own default is; and nothing that hangs, hangs for long. Said in each
-# transaction, for behind pgbouncer the next one has another session.
+# Durable whatever the server's own default is; and nothing that hangs, hangs for long: a node that is
+# cut off, or stopped, inside a transaction would else keep its rows locked for hours, and all other
+# nodes from writing; they wait a little longer than that. Said in each transaction, for behind
+# pgbouncer the next one has another session.
 BEGIN_DURABLE = (
     "BEGIN; SET LOCAL synchronous_commit = on; "
-    "SET LOCAL lock_timeout = 2000; SET LOCAL statement_timeout = 10000"
+    "SET LOCAL lock_timeout = 2000; SET LOCAL statement_timeout = 10000; "
+    "SET LOCAL idle_in_transaction_session_timeout = 1500"
 )
 BEGIN_FORGETFUL = (
     "BEGIN; SET LOCAL synchronous_commit = off; "
-    "SET LOCAL lock_timeout = 2000; SET LOCAL statement_timeout = 10000"
+    "SET LOCAL lock_timeout = 2000; SET LOCAL statement_timeout = 10000; "
+    "SET LOCAL idle_in_transaction_session_timeout = 1500"
 )
 BEGIN_READING = "BEGIN READ ONLY; SET LOCAL statement_timeout = 60000"
 
@@ -149,6 +154,8 @@ def postgres_engines(database_url: str) -> Engines:
             "and without it the store is a SQLite file in the data folder"
         )
     url = url.set(drivername=POSTGRES_DRIVER)
+    # It warns of what it ignores while it clears up after an error, which is raised, and which we log.
+    logging.getLogger("psycopg").setLevel(logging.ERROR)
     writing = _engine(url, 1, **POSTGRES_ARGUMENTS)
     reading = _engine(url, READERS_MAX, **POSTGRES_ARGUMENTS)
     summing = _engine(url, 1, **POSTGRES_ARGUMENTS)

@@ -170,7 +170,7 @@ class SqlStore:
 
     def revision(self) -> str | None:
         """The schema's; None for an empty database."""
-        with self._translated(self._engines.writing), self._engines.writing.begin() as connection:
+        with self._translated(self._engines.reading), self._engines.reading.begin() as connection:
             return tables.revision(connection)
 
     def upgrade(self) -> None:

@@ -22,19 +22,36 @@ UPGRADE_LOCK = 7_472_697_665  # any number of ours: Postgres' advisory lock for 
 
 metadata = sa.MetaData()
 
+
+def whole(name: str, *, nullable: bool = False, **more: Any) -> "sa.Column[int]":
+    """A column of 64-bit integers."""
+    return sa.Column(name, sa.BigInteger, nullable=nullable, **more)
+
+
+def key(name: str, kind: Any) -> "sa.Column[Any]":
+    """A column of the primary key, whose values are given."""
+    return sa.Column(name, kind, primary_key=True, autoincrement=False)
+
+
+def serial(name: str) -> "sa.Column[int]":
+    """The primary key, whose values the database gives, from 1."""
+    kind = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+    return sa.Column(name, kind, primary_key=True, autoincrement=True)
+
+
 keys = sa.Table(
     "keys",
     metadata,
-    sa.Column("id", sa.String(32), primary_key=True),
+    key("id", sa.String(32)),
     sa.Column("name", sa.String(64), nullable=False),
     sa.Column("scopes", sa.String(64), nullable=False),  # in alphabetical order, a blank between
     sa.Column("models", sa.String),  # a JSON array in alphabetical order; null: every model
-    sa.Column("requests_per_minute", sa.BigInteger),
-    sa.Column("tokens_per_minute", sa.BigInteger),
-    sa.Column("created_us", sa.BigInteger, nullable=False),
-    sa.Column("expires_us", sa.BigInteger),
-    sa.Column("revoked_us", sa.BigInteger),
-    sa.Column("revision", sa.BigInteger, nullable=False, index=True),  # at its last change
+    whole("requests_per_minute", nullable=True),
+    whole("tokens_per_minute", nullable=True),
+    whole("created_us"),
+    whole("expires_us", nullable=True),
+    whole("revoked_us", nullable=True),
+    whole("revision", index=True),  # at its last change
     sa.Column("truncate", sa.String(8)),  # none, end or start; null: the server's default
 )
 sa.Index(
@@ -48,108 +65,97 @@ sa.Index(
 secrets = sa.Table(
     "secrets",
     metadata,
-    sa.Column("digest", sa.LargeBinary(32), primary_key=True),
+    key("digest", sa.LargeBinary(32)),
     sa.Column("key_id", sa.String(32), sa.ForeignKey("keys.id"), nullable=False, index=True),
     sa.Column("first", sa.String(8), nullable=False),
     sa.Column("last", sa.String(4), nullable=False),
-    sa.Column("created_us", sa.BigInteger, nullable=False),
-    sa.Column("expires_us", sa.BigInteger),
+    whole("created_us"),
+    whole("expires_us", nullable=True),
 )
 
 key_revision = sa.Table(
     "keyring",
     metadata,
-    sa.Column("id", sa.SmallInteger, primary_key=True, autoincrement=False),  # always 1
-    sa.Column("revision", sa.BigInteger, nullable=False),  # grows with every change to any key
+    key("id", sa.SmallInteger),  # always 1
+    whole("revision"),  # grows with every change to any key
     sa.Column("secret_check", sa.LargeBinary(16)),  # tells another server secret from ours
 )
 
 buckets = sa.Table(
     "buckets",
     metadata,
-    sa.Column("key_id", sa.String(32), primary_key=True),
-    sa.Column("requests_debt", sa.BigInteger, nullable=False),
-    sa.Column("tokens_debt", sa.BigInteger, nullable=False),
-    sa.Column("at_us", sa.BigInteger, nullable=False),
+    key("key_id", sa.String(32)),
+    *map(whole, ("requests_debt", "tokens_debt", "at_us")),
 )
 
 ledger = sa.Table(
     "ledger",
     metadata,
-    sa.Column(
-        "sequence",
-        sa.BigInteger().with_variant(sa.Integer, "sqlite"),
-        primary_key=True,
-        autoincrement=True,
-    ),
-    sa.Column("time_us", sa.BigInteger, nullable=False, index=True),
+    serial("sequence"),
+    whole("time_us", index=True),
     sa.Column("request_id", sa.String(64), nullable=False, unique=True),
     sa.Column("key_id", sa.String(32), nullable=False),
     sa.Column("model", sa.String),
-    sa.Column("input_count", sa.BigInteger, nullable=False),
-    sa.Column("token_count", sa.BigInteger, nullable=False),  # billed
+    whole("input_count"),
+    whole("token_count"),  # billed
     sa.Column("status", sa.SmallInteger, nullable=False),
-    sa.Column("duration_us", sa.BigInteger, nullable=False),
+    whole("duration_us"),
     sa.Column("user_digest", sa.String(32)),
 )
 
 counts = sa.Table(  # of requests that cost no tokens
     "counts",
     metadata,
-    sa.Column("key_id", sa.String(32), primary_key=True),
-    sa.Column("model", sa.String, primary_key=True),  # empty: no model
-    sa.Column("status", sa.SmallInteger, primary_key=True, autoincrement=False),
-    sa.Column("minute", sa.BigInteger, primary_key=True, autoincrement=False),  # since the epoch
-    sa.Column("requests", sa.BigInteger, nullable=False),
+    key("key_id", sa.String(32)),
+    key("model", sa.String),  # empty: no model
+    key("status", sa.SmallInteger),
+    key("minute", sa.BigInteger),  # since the epoch
+    whole("requests"),
 )
 
 daily = sa.Table(  # sums of ledger and counts, kept when their rows are archived
     "daily",
     metadata,
-    sa.Column("key_id", sa.String(32), primary_key=True),
-    sa.Column("model", sa.String, primary_key=True),  # empty: no model
-    sa.Column("day", sa.BigInteger, primary_key=True, autoincrement=False),  # since the epoch
+    key("key_id", sa.String(32)),
+    key("model", sa.String),  # empty: no model
+    key("day", sa.BigInteger),  # since the epoch
     # Nodes have rows of their own: else those that serve a busy key wait for each other's commits.
-    sa.Column("part", sa.SmallInteger, primary_key=True, autoincrement=False),
-    sa.Column("requests", sa.BigInteger, nullable=False),
-    sa.Column("failed", sa.BigInteger, nullable=False),
-    sa.Column("tokens", sa.BigInteger, nullable=False),
+    key("part", sa.SmallInteger),
+    *map(whole, ("requests", "failed", "tokens")),
 )
 
 archive = sa.Table(
     "archive",
     metadata,
-    sa.Column("id", sa.SmallInteger, primary_key=True, autoincrement=False),  # always 1
-    sa.Column("before_us", sa.BigInteger, nullable=False),  # rows before it may be deleted
+    key("id", sa.SmallInteger),  # always 1
+    whole("before_us"),  # rows before it may be deleted
 )
 
 probe = sa.Table(  # written by an idle process, which so learns whether it can
     "probe",
     metadata,
-    sa.Column("id", sa.SmallInteger, primary_key=True, autoincrement=False),  # always 1
-    sa.Column("at_us", sa.BigInteger, nullable=False),
+    key("id", sa.SmallInteger),  # always 1
+    whole("at_us"),
 )
 
 files = sa.Table(
     "files",
     metadata,
-    sa.Column("id", sa.String(64), primary_key=True),
+    key("id", sa.String(64)),
     sa.Column("key_id", sa.String(32), nullable=False),
     sa.Column("purpose", sa.String(16), nullable=False),  # batch or batch_output
-    sa.Column(
-        "filename", sa.String(255), nullable=False
-    ),  # as the client calls it; no path of ours
+    sa.Column("filename", sa.String(255), nullable=False),  # as the client calls it
     sa.Column("state", sa.String(8), nullable=False),  # pending, stored or deleted
-    sa.Column("byte_count", sa.BigInteger, nullable=False),
-    sa.Column("created_us", sa.BigInteger, nullable=False),
-    sa.Column("expires_us", sa.BigInteger),
+    whole("byte_count"),
+    whole("created_us"),
+    whole("expires_us", nullable=True),
     sa.Index("ix_files_key_id", "key_id", "id"),
 )
 
 batches = sa.Table(
     "batches",
     metadata,
-    sa.Column("id", sa.String(64), primary_key=True),
+    key("id", sa.String(64)),
     sa.Column("key_id", sa.String(32), nullable=False),
     sa.Column("endpoint", sa.String(32), nullable=False),
     sa.Column("model", sa.String),  # as its lines name it; null until they are validated
@@ -160,50 +166,41 @@ batches = sa.Table(
     sa.Column("ends_as", sa.String(16), nullable=False),  # its status once its files are there
     sa.Column("metadata", sa.String),  # a JSON object
     sa.Column("errors", sa.String),  # a JSON array: what was wrong with its lines
-    sa.Column("output_expires_s", sa.BigInteger),
-    sa.Column("created_us", sa.BigInteger, nullable=False),
-    sa.Column("expires_us", sa.BigInteger, nullable=False),
-    sa.Column("in_progress_us", sa.BigInteger),
-    sa.Column("finalizing_us", sa.BigInteger),
-    sa.Column("completed_us", sa.BigInteger),
-    sa.Column("failed_us", sa.BigInteger),
-    sa.Column("expired_us", sa.BigInteger),
-    sa.Column("cancelling_us", sa.BigInteger),
-    sa.Column("cancelled_us", sa.BigInteger),
-    sa.Column(
-        "total", sa.BigInteger, nullable=False, default=0
-    ),  # lines, as are completed and failed
-    sa.Column("completed", sa.BigInteger, nullable=False, default=0),
-    sa.Column("failed", sa.BigInteger, nullable=False, default=0),
-    sa.Column("token_count", sa.BigInteger, nullable=False, default=0),  # billed
-    sa.Column(
-        "served_us", sa.BigInteger, nullable=False, default=0
-    ),  # when a shard was last leased
+    whole("output_expires_s", nullable=True),
+    whole("created_us"),
+    whole("expires_us"),
+    whole("in_progress_us", nullable=True),
+    whole("finalizing_us", nullable=True),
+    whole("completed_us", nullable=True),
+    whole("failed_us", nullable=True),
+    whole("expired_us", nullable=True),
+    whole("cancelling_us", nullable=True),
+    whole("cancelled_us", nullable=True),
+    whole("total", default=0),  # lines, as are completed and failed
+    whole("completed", default=0),
+    whole("failed", default=0),
+    whole("token_count", default=0),  # billed
+    whole("served_us", default=0),  # when a shard was last leased
     sa.Index("ix_batches_key_id", "key_id", "id"),
 )
 
 batch_shards = sa.Table(  # what there is to do for a batch job, each by one server at a time
     "batch_shards",
     metadata,
-    sa.Column(
-        "id",
-        sa.BigInteger().with_variant(sa.Integer, "sqlite"),
-        primary_key=True,
-        autoincrement=True,
-    ),
+    serial("id"),
     sa.Column("batch_id", sa.String(64), sa.ForeignKey("batches.id"), nullable=False),
     sa.Column("number", sa.Integer, nullable=False),
     sa.Column("kind", sa.String(8), nullable=False),  # validate, run or join
-    sa.Column("first_line", sa.BigInteger, nullable=False, default=0),  # of its file, from 1
-    sa.Column("line_count", sa.BigInteger, nullable=False, default=0),
-    sa.Column("byte_start", sa.BigInteger, nullable=False, default=0),
-    sa.Column("byte_count", sa.BigInteger, nullable=False, default=0),
+    whole("first_line", default=0),  # of its file, from 1
+    whole("line_count", default=0),
+    whole("byte_start", default=0),
+    whole("byte_count", default=0),
     sa.Column("lease", sa.String(128), index=True),  # of the server that has it, or that did it
-    sa.Column("lease_until_us", sa.BigInteger, nullable=False, default=0),
-    sa.Column("done_us", sa.BigInteger, index=True),
-    sa.Column("completed", sa.BigInteger, nullable=False, default=0),
-    sa.Column("failed", sa.BigInteger, nullable=False, default=0),
-    sa.Column("token_count", sa.BigInteger, nullable=False, default=0),
+    whole("lease_until_us", default=0),
+    whole("done_us", nullable=True, index=True),
+    whole("completed", default=0),
+    whole("failed", default=0),
+    whole("token_count", default=0),
     sa.UniqueConstraint("batch_id", "number", name="uq_batch_shards_number"),
 )
 
@@ -217,6 +214,9 @@ def revision(connection: sa.Connection) -> str | None:
 
 def upgrade(connection: sa.Connection, target: str = "head") -> None:
     """Run the migrations that are missing, in the caller's transaction. Raises `StoreRefused`."""
+    if connection.dialect.name == "postgresql":  # it takes as long as the tables are large
+        connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
+        connection.execute(sa.text("SET LOCAL idle_in_transaction_session_timeout = 0"))
     from alembic.operations import Operations
     from alembic.runtime.migration import MigrationContext
 

@@ -3,6 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
+from trivec.accounts.stores.tables import key, serial, whole
+
 revision = "0006"
 down_revision = "0005"
 
@@ -10,26 +12,22 @@ _TIMES = "in_progress finalizing completed failed expired cancelling cancelled"
 _COUNTS = "total completed failed token_count served_us"
 
 
-def _whole(name: str, *, nullable: bool = False) -> sa.Column[int]:
-    return sa.Column(name, sa.BigInteger, nullable=nullable)
-
-
 def upgrade() -> None:
     op.create_table(
         "files",
-        sa.Column("id", sa.String(64), primary_key=True),
+        key("id", sa.String(64)),
         sa.Column("key_id", sa.String(32), nullable=False),
         sa.Column("purpose", sa.String(16), nullable=False),
         sa.Column("filename", sa.String(255), nullable=False),
         sa.Column("state", sa.String(8), nullable=False),
-        _whole("byte_count"),
-        _whole("created_us"),
-        _whole("expires_us", nullable=True),
+        whole("byte_count"),
+        whole("created_us"),
+        whole("expires_us", nullable=True),
     )
     op.create_index("ix_files_key_id", "files", ["key_id", "id"])
     op.create_table(
         "batches",
-        sa.Column("id", sa.String(64), primary_key=True),
+        key("id", sa.String(64)),
         sa.Column("key_id", sa.String(32), nullable=False),
         sa.Column("endpoint", sa.String(32), nullable=False),
         sa.Column("model", sa.String),
@@ -40,35 +38,30 @@ def upgrade() -> None:
         sa.Column("ends_as", sa.String(16), nullable=False),
         sa.Column("metadata", sa.String),
         sa.Column("errors", sa.String),
-        _whole("output_expires_s", nullable=True),
-        _whole("created_us"),
-        _whole("expires_us"),
-        *(_whole(f"{name}_us", nullable=True) for name in _TIMES.split()),
-        *(_whole(name) for name in _COUNTS.split()),
+        whole("output_expires_s", nullable=True),
+        whole("created_us"),
+        whole("expires_us"),
+        *(whole(f"{name}_us", nullable=True) for name in _TIMES.split()),
+        *(whole(name) for name in _COUNTS.split()),
     )
     op.create_index("ix_batches_key_id", "batches", ["key_id", "id"])
     op.create_index("ix_batches_status", "batches", ["status"])
     op.create_table(
         "batch_shards",
-        sa.Column(
-            "id",
-            sa.BigInteger().with_variant(sa.Integer, "sqlite"),
-            primary_key=True,
-            autoincrement=True,
-        ),
+        serial("id"),
         sa.Column("batch_id", sa.String(64), sa.ForeignKey("batches.id"), nullable=False),
         sa.Column("number", sa.Integer, nullable=False),
         sa.Column("kind", sa.String(8), nullable=False),
-        _whole("first_line"),
-        _whole("line_count"),
-        _whole("byte_start"),
-        _whole("byte_count"),
+        whole("first_line"),
+        whole("line_count"),
+        whole("byte_start"),
+        whole("byte_count"),
         sa.Column("lease", sa.String(128)),
-        _whole("lease_until_us"),
-        _whole("done_us", nullable=True),
-        _whole("completed"),
-        _whole("failed"),
-        _whole("token_count"),
+        whole("lease_until_us"),
+        whole("done_us", nullable=True),
+        whole("completed"),
+        whole("failed"),
+        whole("token_count"),
         sa.UniqueConstraint("batch_id", "number", name="uq_batch_shards_number"),
     )
     op.create_index("ix_batch_shards_lease", "batch_shards", ["lease"])

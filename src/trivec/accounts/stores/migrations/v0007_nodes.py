@@ -3,6 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
+from trivec.accounts.stores.tables import key, whole
+
 revision = "0007"
 down_revision = "0006"
 
@@ -26,13 +28,11 @@ def upgrade() -> None:
     op.execute(FILL_BUCKETS)
     op.create_table(
         "daily_in_parts",
-        sa.Column("key_id", sa.String(32), primary_key=True),
-        sa.Column("model", sa.String, primary_key=True),
-        sa.Column("day", sa.BigInteger, primary_key=True, autoincrement=False),
-        sa.Column("part", sa.SmallInteger, primary_key=True, autoincrement=False),
-        sa.Column("requests", sa.BigInteger, nullable=False),
-        sa.Column("failed", sa.BigInteger, nullable=False),
-        sa.Column("tokens", sa.BigInteger, nullable=False),
+        key("key_id", sa.String(32)),
+        key("model", sa.String),
+        key("day", sa.BigInteger),
+        key("part", sa.SmallInteger),
+        *map(whole, ("requests", "failed", "tokens")),
     )
     op.execute(COPY_DAILY)
     op.drop_table("daily")
