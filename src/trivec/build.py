@@ -28,7 +28,7 @@ from trivec.core.health import HEALTHY, Health
 from trivec.core.ports import Backend, Clock, Embedder, Observer, OnProgress, no_progress
 from trivec.core.types import CertificateSummary, ModelCard, Output, TokenRules
 from trivec.engine import Engine, Workers
-from trivec.jobs.batches import Batches, BatchRunner
+from trivec.jobs.batches import Batches, JobRunner
 from trivec.jobs.files import Files
 from trivec.jobs.records import JobStore
 from trivec.playground import page_operations
@@ -103,7 +103,7 @@ class ServerParts(Parts):
             pages=page_operations(has_keys=not settings.no_auth) if settings.http.page else (),
         )
 
-    def batch_runner(self, embedders: Mapping[str, Embedder]) -> BatchRunner | None:
+    def batch_runner(self, embedders: Mapping[str, Embedder]) -> JobRunner | None:
         """What works on batch jobs with *embedders*, where their face is served."""
         if self.batches is None:
             return None
@@ -117,7 +117,7 @@ class ServerParts(Parts):
             metrics=None,
             memory=ByteBudget(self.memory.bytes_max),  # its own: requests keep theirs
         )
-        return BatchRunner(
+        return JobRunner(
             self.batches,
             answer=partial(answer_line, app),
             names={name: one.card.names for name, one in embedders.items()},

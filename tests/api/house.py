@@ -40,7 +40,7 @@ from trivec.core.types import (
     TextToken,
     Truncated,
 )
-from trivec.jobs.batches import Batches, BatchRunner
+from trivec.jobs.batches import Batches, JobRunner
 from trivec.jobs.files import Files
 from trivec.jobs.records import JobStore
 from trivec.server.granian_server import GranianServer
@@ -314,7 +314,7 @@ class House:
             served |= {RERANKER: self.reranker, CLASSIFIER: self.classifier}
         return served
 
-    def batch_runner(self) -> BatchRunner:
+    def batch_runner(self) -> JobRunner:
         """A server's part in the work on batches."""
         served = self.embedders()
         app = AppState(
@@ -327,7 +327,7 @@ class House:
             metrics=None,
             memory=ByteBudget(),
         )
-        return BatchRunner(
+        return JobRunner(
             self.batches,
             answer=partial(answer_line, app),
             names={name: one.card.names for name, one in served.items()},

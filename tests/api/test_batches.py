@@ -466,10 +466,28 @@ async def test_what_a_server_that_died_has_left_of_shards_goes_with_the_batch(
     left = FileWriter(house.batches.files.storage, key_id, f"{batch['id']}/00001-lost.output")
     await left.write(b"half a line")
     await left.close()
-    house.clock.move(DAY_S + 1)
+    house.clock.move(31 * DAY_S)  # its input has expired, too
     async with working(house) as client:
         await client.ended(await client.create([line("a")]))
-    assert batch["id"] not in os.listdir(tmp_path / key_id)
+    assert not {batch["id"], batch["input_file_id"]} & {*os.listdir(tmp_path / key_id)}
+
+
+async def test_a_server_that_stops_leaves_its_shard_to_others_at_once(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered = asyncio.Event()
+
+    async def held(*_: Any, **__: Any) -> Any:
+        entered.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(house.model, "embed", held)
+    async with working(house) as client:
+        batch = await client.create([line("a")])
+        await entered.wait()
+    leased = await asyncio.to_thread(house.batches.store.lease, [MODEL])
+    assert leased is not None
+    assert (leased[0].kind, leased[1].id, leased[1].completed) == ("run", batch["id"], 0)
 
 
 async def half_done(house: House, folder: Path) -> Json:

@@ -77,6 +77,18 @@ def test_upload_list_cancel_and_delete(server: Server, base_url: str) -> None:
             client.files.retrieve(made[1].id)
 
 
+def test_files_are_deleted_while_they_are_listed(server: Server) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.key) as client:
+        made = [
+            client.files.create(file=("in.jsonl", requests(1)), purpose="batch").id
+            for _ in range(5)
+        ]
+        for file in client.files.list(limit=2):
+            if file.id in made:
+                client.files.delete(file.id)
+        assert not {file.id for file in client.files.list()} & set(made)
+
+
 def test_what_is_wrong_with_a_file_is_in_the_batchs_errors(server: Server) -> None:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.key) as client:
         file = client.files.create(file=("in.jsonl", b"no json\n"), purpose="batch")

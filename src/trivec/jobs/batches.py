@@ -211,7 +211,7 @@ class Batches:
         return cancelled
 
 
-class BatchRunner:
+class JobRunner:
     """One server's part in the work: a step at a time, whichever is due. `run` is a task."""
 
     def __init__(
