@@ -25,7 +25,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "backends": (3_900, 18),
     "checkpoints": (2_610, 13),
     "tokenizer": (770, 3),
-    "accounts": (3_570, 19),
+    "accounts": (3_565, 19),
     "telemetry": (780, 4),
     "ipc": (550, 5),
     "core": (1_080, 8),
