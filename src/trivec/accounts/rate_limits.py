@@ -13,9 +13,7 @@ from trivec.accounts.utc import MINUTE_US, SECOND_US
 from trivec.core.errors import RateLimitExceeded
 
 LIMIT_MAX = 1_000_000_000
-AHEAD_SHARE = (
-    100  # at most this part of a limit is reserved ahead at a time: all that a crash loses
-)
+AHEAD_SHARE = 100  # of a limit at most this part is reserved ahead at a time: all a crash loses
 LEFT_SHARE = 8  # and this part of what is left, so that the last of it is there for every node
 
 

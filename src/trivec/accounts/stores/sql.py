@@ -346,18 +346,15 @@ class SqlStore:
 
         *from_us* spares Postgres a walk over the index entries of rows that were just deleted.
         """
-        statement = (
-            sa.select(ledger)
-            .where(ledger.c.time_us >= from_us, ledger.c.time_us < before_us)
-            .order_by(ledger.c.time_us, ledger.c.sequence)
-            .limit(limit)
-        )
-        with self._transaction(self._engines.reading) as connection:
-            return [dict(row) for row in connection.execute(statement).mappings()]
+        is_old = sa.and_(ledger.c.time_us >= from_us, ledger.c.time_us < before_us)
+        oldest = sa.select(ledger).where(is_old).order_by(ledger.c.time_us, ledger.c.sequence)
+        return self._rows(oldest.limit(limit))
 
     def rows_numbered(self, sequences: Sequence[int]) -> list[Values]:
         """The ledger rows with these sequences, where they are there."""
-        statement = sa.select(ledger).where(ledger.c.sequence.in_(sequences))
+        return self._rows(sa.select(ledger).where(ledger.c.sequence.in_(sequences)))
+
+    def _rows(self, statement: sa.Select[Any]) -> list[Values]:
         with self._transaction(self._engines.reading) as connection:
             return [dict(row) for row in connection.execute(statement).mappings()]
 

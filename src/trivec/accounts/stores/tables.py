@@ -327,10 +327,8 @@ WITH asked AS (
     FROM asked JOIN buckets USING (key_id) FOR UPDATE OF buckets
 ), decided AS (
     SELECT *,
-        (requests = 0 OR requests_limit IS NULL
-            OR requests_debt + requests * 60000000 <= requests_limit * 60000000)
-        AND (tokens = 0 OR tokens_limit IS NULL
-            OR tokens_debt + tokens * 60000000 <= tokens_limit * 60000000) AS fits,
+        coalesce(requests_debt + requests * 60000000 <= requests_limit * 60000000, true)
+            AND coalesce(tokens_debt + tokens * 60000000 <= tokens_limit * 60000000, true) AS fits,
         greatest(0, least(ahead_requests, requests_limit / %s,
             ((requests_limit * 60000000 - requests_debt) / 60000000 - requests) / %s)) AS more_requests,
         greatest(0, least(ahead_tokens, tokens_limit / %s,
@@ -338,12 +336,10 @@ WITH asked AS (
     FROM refilled
 )
 UPDATE buckets SET at_us = decided.at_us,
-    requests_debt = CASE WHEN fits AND requests_limit IS NOT NULL
-        THEN decided.requests_debt + (requests + more_requests) * 60000000
-        ELSE decided.requests_debt END,
-    tokens_debt = CASE WHEN fits AND tokens_limit IS NOT NULL
-        THEN decided.tokens_debt + (tokens + more_tokens) * 60000000
-        ELSE decided.tokens_debt END
+    requests_debt = decided.requests_debt + CASE WHEN fits AND requests_limit IS NOT NULL
+        THEN (requests + more_requests) * 60000000 ELSE 0 END,
+    tokens_debt = decided.tokens_debt + CASE WHEN fits AND tokens_limit IS NOT NULL
+        THEN (tokens + more_tokens) * 60000000 ELSE 0 END
 FROM decided WHERE buckets.key_id = decided.key_id
 RETURNING fits, buckets.requests_debt, buckets.tokens_debt, buckets.at_us,
     more_requests, more_tokens, set_config('synchronous_commit', 'off', true)
