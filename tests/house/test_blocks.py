@@ -35,13 +35,8 @@ def test_python_compiles(one: Block) -> None:
 
 
 def test_every_program_is_on_a_page_whose_programs_have_a_test() -> None:
-<<<<<<< HEAD
     """`tests/clients`: `test_use_pages.py`, `test_bulk_page.py`, `test_batches.py`."""
     tested = ("docs/use/", "docs/bulk.md", "docs/batches.md")
-=======
-    """`tests/clients/test_use_pages.py` and `test_bulk_page.py`, which look at what they find."""
-    tested = ("docs/use/", "docs/bulk.md")
->>>>>>> w-revaccounts
     assert [one.place for one in blocks("python") if not one.page.startswith(tested)] == []
 
 
