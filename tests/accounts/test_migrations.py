@@ -1,4 +1,4 @@
-"""From nothing, and from every schema since the first edition, to the one this version reads."""
+"""From nothing, and from every earlier schema, to the one this version reads."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 from tests.accounts.shelf import a_row, ask
 
-from trivec.accounts import RateLimits, UsageBy, UsageQuery
+from trivec.accounts import RateLimits, UsageBy, UsageLine, UsageQuery
 from trivec.accounts.archive import ArchiveRun
 from trivec.accounts.ledger import RecordUsage
 from trivec.accounts.rate_limits import Grant
@@ -20,6 +20,13 @@ from trivec.accounts.stores.engines import SQLITE_FILE, Engines, postgres_engine
 from trivec.accounts.stores.sql import SqlStore
 from trivec.accounts.utc import DAY_US, MINUTE_US
 from trivec.core.errors import FieldInvalid, RateLimitExceeded, StoreRefused
+
+OLD_ROWS = (
+    "INSERT INTO keys (id, name, scopes, created_us, revision) VALUES ('key_a', 'a', 'embed', 1, 1)",
+    "UPDATE keyring SET revision = 1",
+    "INSERT INTO ledger (time_us, request_id, key_id, model, input_count, token_count, status, "
+    "duration_us) VALUES (5, 'r1', 'key_a', 'm', 1, 7, 200, 9)",
+)
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -36,6 +43,43 @@ def test_from_nothing(engines: Engines) -> None:
     with engines.writing.begin() as connection:
         tables.upgrade(connection)
         assert differences(connection) == []
+
+
+def test_from_the_first_schema_with_its_rows(engines: Engines) -> None:
+    with engines.writing.begin() as connection:
+        tables.upgrade(connection, "0001")
+        for statement in OLD_ROWS:
+            connection.execute(text(statement))
+
+    store = SqlStore(engines, upgrades_itself=True)
+    (line,) = store.usage(UsageQuery(UsageBy.KEY))
+
+    assert (line.group, line.requests, line.tokens) == ("key_a", 1, 7)
+    assert [key.name for key in store.keys_since(0).keys] == ["a"]
+    with engines.writing.begin() as connection:
+        assert differences(connection) == []
+
+
+def test_totals_of_an_old_ledger_are_filled_in_and_its_rows_stay(engines: Engines) -> None:
+    with engines.writing.begin() as connection:
+        tables.upgrade(connection, "0002")
+        for n, (model, status, tokens) in enumerate([("'m'", 200, 7), ("NULL", 404, 0)] * 3):
+            connection.execute(
+                text(
+                    "INSERT INTO ledger (time_us, request_id, key_id, model, input_count, "
+                    "token_count, status, duration_us, replayed) VALUES "
+                    f"({n // 2 * DAY_US}, 'r{n}', 'key_a', {model}, 1, {tokens}, {status}, 9, false)"
+                )
+            )
+
+    store = SqlStore(engines, upgrades_itself=True)
+    by_day = store.usage(UsageQuery(UsageBy.DAY))
+    by_model = store.usage(UsageQuery(UsageBy.MODEL))
+
+    assert [(line.requests, line.failed, line.tokens) for line in by_day] == [(2, 1, 7)] * 3
+    assert by_model == [UsageLine(None, None, 3, 3, 0), UsageLine("m", None, 3, 0, 21)]
+    with engines.reading.begin() as connection:
+        assert connection.scalar(text("SELECT count(*) FROM ledger")) == 6
 
 
 OF_0004 = (
@@ -167,14 +211,14 @@ def test_a_second_upgrade_changes_nothing(engines: Engines) -> None:
 
 def test_an_upgrade_that_fails_leaves_what_was_there(engines: Engines) -> None:
     with engines.writing.begin() as connection:
-        tables.upgrade(connection, "0004")
+        tables.upgrade(connection, "0001")
         connection.execute(text("CREATE TABLE probe (in_the_way INTEGER)"))
 
     with pytest.raises(DBAPIError), engines.writing.begin() as connection:
         tables.upgrade(connection)
 
     with engines.writing.begin() as connection:
-        assert tables.revision(connection) == "0004"
+        assert tables.revision(connection) == "0001"
         connection.execute(text("DROP TABLE probe"))
         tables.upgrade(connection)
         assert differences(connection) == []
@@ -200,11 +244,11 @@ def test_a_schema_from_the_future_is_refused(engines: Engines) -> None:
     ["UPDATE ledger SET token_count = 0", "DELETE FROM ledger"],
     ids=["edited", "thinned"],
 )
-@pytest.mark.parametrize("schema", ["0004", "head"])
+@pytest.mark.parametrize("schema", ["0001", "head"])
 def test_the_ledger_cannot_be(engines: Engines, statement: str, schema: str) -> None:
     with engines.writing.begin() as connection:
-        tables.upgrade(connection, "0004")
-        for row in OF_0004:
+        tables.upgrade(connection, "0001")
+        for row in OLD_ROWS:
             connection.execute(text(row))
         tables.upgrade(connection, schema)
 
