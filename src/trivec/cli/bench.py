@@ -95,7 +95,8 @@ def _print_chart(rows: list[Row]) -> None:
     chart.add_column(label, no_wrap=True)
     chart.add_column(rate, ratio=1)
     for row, figure in zip(rows, rates, strict=True):
-        bar = ProgressBar(max(rates), figure, width=CHART_COLUMNS, finished_style="bar.complete")
+        share = figure / max(rates)  # of 1, since the bar's own arithmetic may round the longest down
+        bar = ProgressBar(1.0, share, width=CHART_COLUMNS, finished_style="bar.complete")
         chart.add_row(str(row[label]), bar)
     Console().print(chart)
 
