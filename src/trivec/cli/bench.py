@@ -84,19 +84,18 @@ def bench(
 
 
 def _print_chart(rows: list[Row]) -> None:
-    """A bar a row, as long as its first rate is beside the largest."""
+    """A bar a row, as long as its first rate is of the largest: a share, which no bar rounds down."""
     from rich.console import Console
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
     [label, rate] = list(rows[0])[:2]
     rates = [figure for row in rows if isinstance(figure := row[rate], float)]
-    chart = Table(box=None, header_style="bold", pad_edge=False)
+    chart, top = Table(box=None, header_style="bold", pad_edge=False), max(rates)
     chart.add_column(label, no_wrap=True)
     chart.add_column(rate, ratio=1)
     for row, figure in zip(rows, rates, strict=True):
-        share = figure / max(rates)  # of 1, since the bar's own arithmetic may round the longest down
-        bar = ProgressBar(1.0, share, width=CHART_COLUMNS, finished_style="bar.complete")
+        bar = ProgressBar(1.0, figure / top, width=CHART_COLUMNS, finished_style="bar.complete")
         chart.add_row(str(row[label]), bar)
     Console().print(chart)
 
