@@ -1,4 +1,8 @@
-"""Whole batches on real servers and real weights, killed twenty times. Minutes each."""
+"""Whole batches on real servers and real weights that are killed at random moments. A minute each.
+
+`TRIVEC_TEST_KILLS=20 TRIVEC_TEST_LINES=20000 make test-reference ARGS=tests/reference/test_batches.py`
+is the long form: from four minutes each.
+"""
 
 import os
 from pathlib import Path
@@ -10,7 +14,8 @@ from tests.process.batches import check, run_batch_through_kills, sqlite_ledger
 
 pytestmark = pytest.mark.reference
 
-LINES, KILLS = int(os.environ.get("TRIVEC_TEST_LINES", "20000")), 20
+KILLS = int(os.environ.get("TRIVEC_TEST_KILLS", "6"))
+LINES = int(os.environ.get("TRIVEC_TEST_LINES", "6000"))
 NO_GRACE = {"TRIVEC_LIFE__DRAIN_GRACE_S": "0"}
 WORDS = 120  # of a line: the batch must not be done before the last kill
 PAUSE_S = 2.0  # at most, from a start to the next kill
