@@ -12,7 +12,8 @@ little of int8: its head reads a random direction, along which the texts hardly 
 scores are nearly tied and any rounding reorders them (tau 0.96 of recipes that keep a trained
 model's order; their certificates fail, and fp32 is served). A trained head reads a direction in which
 texts do differ. So the seeded ones are given such a head, the first principal component of what it
-reads within a query, and int8 must be what `auto` takes. Exact ties in fp32 (texts of the same tokens) do
+reads within a query. Their 64 channels round more than a thousand do: of some classes every int8 recipe
+is refused for its order, and it is that which is tested. Exact ties in fp32 (texts of the same tokens) do
 not count.
 """
 
@@ -37,6 +38,8 @@ from tokenizers import Tokenizer as Codec
 
 from trivec.backends.openvino import OpenVinoBackend
 from trivec.backends.openvino.packing import as_batch
+from trivec.backends.openvino.quantise import INT8_CONV, INT8_GROUPS_128, INT8_ROWS
+from trivec.backends.openvino.trial import ProductTrial
 from trivec.checkpoints import open_checkpoint
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.types import Batch, LongText, Output
@@ -59,6 +62,15 @@ NAMES = (
     "nomic-bert",
     "qwen3",
 )
+SERVED_IN_INT8 = {"bert", "xlm-roberta", "qwen3", "all-minilm-l6-v2", "baai/bge-m3"}
+
+
+@pytest.fixture(autouse=True)
+def int8_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else `auto` takes fp32 in layers as narrow as the seeded ones', or on a CPU without VNNI."""
+    fast = ProductTrial(speed=2.0, exact_bits=8, weights_only=False)
+    tried = dict.fromkeys((INT8_ROWS, INT8_CONV, INT8_GROUPS_128), fast)
+    monkeypatch.setattr("trivec.backends.openvino.calibrate.try_products", lambda *_: tried)
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +105,19 @@ def check(name: str, exact: NDArray[Any], other: NDArray[Any], recipe: str) -> N
     assert found.mean() >= TAU_MIN
 
 
-def open_both(checkpoint: Checkpoint, folder: Path) -> tuple[OpenVinoBackend, OpenVinoBackend]:
-    """The backend in fp32, and as it is served by default, which must be int8."""
+def open_both(
+    name: str, checkpoint: Checkpoint, folder: Path
+) -> tuple[OpenVinoBackend, OpenVinoBackend]:
+    """The backend in fp32, and as it is served by default: in int8, or its order was refused."""
     exact, served = (
         OpenVinoBackend.load(checkpoint, precision=precision, cores=1, cache_dir=folder / "kept")
         for precision in ("fp32", "auto")
     )
-    assert served.precision == "int8", summary_of(served)
+    if name in SERVED_IN_INT8:
+        assert served.precision == "int8", summary_of(served)
+    else:
+        assert "FAILS" in summary_of(served)
+        assert served.precision == "fp32"
     return exact, served
 
 
@@ -156,7 +174,7 @@ async def test_int8_ranks_as_fp32_does(
         read = await tokenizer.tokenize_pairs(pairs, long_text=LongText.CUT_END)
     flags = np.full(len(read), Output.SCORE, np.uint8)
     batch = Batch(read.token_ids, read.cu_seqlens, flags, read.token_types)
-    exact, served = open_both(checkpoint, tmp_path)
+    exact, served = open_both(name, checkpoint, tmp_path)
     check(name, scores_of(exact, batch), scores_of(served, batch), summary_of(served))
 
 
@@ -191,7 +209,7 @@ async def test_int8_vectors_rank_as_fp32s_do(
         read = await tokenizer.tokenize(texts, long_text=LongText.CUT_END)
     batch = as_batch(read, Output(sum(weights)))
     found = []
-    backends = open_both(checkpoint, tmp_path)
+    backends = open_both(name, checkpoint, tmp_path)
     for backend in backends:
         rows: dict[str, dict[Output, Any]] = {}
         for i in range(0, len(texts), RUN_AT_ONCE):
