@@ -108,17 +108,19 @@ def check(name: str, exact: NDArray[Any], other: NDArray[Any], recipe: str) -> N
 def open_both(
     name: str, checkpoint: Checkpoint, folder: Path
 ) -> tuple[OpenVinoBackend, OpenVinoBackend]:
-    """The backend in fp32, and as it is served by default: in int8, or its order was refused."""
+    """The backend in fp32, and in int8, or again in fp32 where int8's order was refused.
+
+    It is `int8` and not `auto`: whether int8 is faster on this machine today is not asked here.
+    """
     exact, served = (
         OpenVinoBackend.load(checkpoint, precision=precision, cores=1, cache_dir=folder / "kept")
-        for precision in ("fp32", "auto")
+        for precision in ("fp32", "int8")
     )
     if name in SERVED_IN_INT8:
-        assert served.precision == "int8", summary_of(served)
-    else:
-        assert "FAILS" in summary_of(served)
-        assert served.precision == "fp32"
-    return exact, served
+        assert "FAILS" not in summary_of(served), summary_of(served)
+        return exact, served
+    assert "FAILS" in summary_of(served)
+    return exact, exact
 
 
 def summary_of(backend: OpenVinoBackend) -> str:
