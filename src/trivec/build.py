@@ -31,6 +31,7 @@ from trivec.engine import Engine, Workers
 from trivec.jobs.batches import Batches, JobRunner
 from trivec.jobs.files import Files
 from trivec.jobs.records import JobStore
+from trivec.models.pooling import use_one_blas_thread
 from trivec.playground import page_operations
 from trivec.settings import Settings
 from trivec.telemetry import (
@@ -178,7 +179,11 @@ class Models:
 
 
 def open_parts(settings: Settings, *further: Observer) -> Parts:
-    """What the models of a process without HTTP need; *further* observers hear what ours do."""
+    """What the models of a process without HTTP need; *further* observers hear what ours do.
+
+    Numpy's products have one thread from here on: slots and requests have threads of their own.
+    """
+    use_one_blas_thread()
     metrics = Metrics(lines_dropped=lines_dropped)
     return Parts(settings, SystemClock(), metrics, Observers(metrics, RequestLog(), *further))
 

@@ -1,13 +1,17 @@
 """The vectorised heads against loops, and what a mixed batch gets."""
 
+import ctypes
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from tests.backends.batches import ALL
 
+from trivec.build import open_parts
 from trivec.core.types import Output
-from trivec.models.pooling import Heads, HiddenRows, Pooler, Pooling
+from trivec.models.pooling import SET_BLAS_THREADS, Heads, HiddenRows, Pooler, Pooling
+from trivec.settings import load_settings
 
 HIDDEN, DIMENSIONS = 32, 24
 IGNORED = (0, 1, 2, 3)
@@ -184,3 +188,15 @@ def test_several_poolings_lie_end_to_end_in_the_order_given() -> None:
     single = [Pooler((one,), False, None).vectors(rows).dense for one in (Pooling.MAX, Pooling.CLS)]
     both = Pooler((Pooling.MAX, Pooling.CLS), False, None).vectors(rows).dense
     assert np.array_equal(both, np.concatenate(single, axis=1))
+
+
+def test_a_process_with_models_gives_each_product_of_numpys_one_thread() -> None:
+    library = ctypes.CDLL(sys.modules["numpy._core._multiarray_umath"].__file__)
+    name = next((one for one in SET_BLAS_THREADS if hasattr(library, one)), None)
+    if name is None:
+        pytest.skip("this system does not say how many threads numpy's products have")
+    threads = getattr(library, name.replace("_set_", "_get_"))
+    getattr(library, name)(ctypes.c_int(2))
+    assert threads() == 2
+    open_parts(load_settings({}, {}))
+    assert threads() == 1
