@@ -24,6 +24,10 @@ LOOK_S = 0.5
 RESULTS = Path(__file__).parent / "results"  # of the page; one file a benchmark and model
 LOCAL = Path(__file__).parent / "local"  # of everybody else, which git ignores
 
+# Hides what is beyond AVX2 from oneDNN, torch, MKL and CTranslate2; ONNX Runtime has no such switch.
+MASKED = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "CT2_FORCE_CPU_ISA")
+MASK = {"ATEN_CPU_CAPABILITY": "avx2"} | dict.fromkeys(MASKED, "AVX2")
+
 
 @dataclass(frozen=True, slots=True)
 class Spread:
@@ -56,6 +60,13 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
     return Spread.of([a / b for a, b in zip(numerator, denominator, strict=True)])
 
 
+class Masked(argparse.Action):
+    """Sets `MASK` for this process and for all that it starts."""
+
+    def __call__(self, *_: object, **__: object) -> None:
+        os.environ.update(MASK)
+
+
 def parser(about: str | None, **defaults: object) -> argparse.ArgumentParser:
     """Options that every measurement has, and one for each of *defaults*."""
     made = argparse.ArgumentParser(
@@ -64,6 +75,7 @@ def parser(about: str | None, **defaults: object) -> argparse.ArgumentParser:
     made.add_argument(
         "--record", action="store_true", help="keep the result for docs/performance.md"
     )
+    made.add_argument("--avx2", action=Masked, nargs=0, help="hide what is beyond AVX2")
     for name, default in defaults.items():
         made.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     return made
@@ -71,6 +83,7 @@ def parser(about: str | None, **defaults: object) -> argparse.ArgumentParser:
 
 def keep(name: str, result: Mapping[str, Any], *, record: bool) -> None:
     """File *result* under *name*, for the page or for whoever ran it; print it as the last line."""
+    name += "-avx2" if result["provenance"]["masked"] else ""
     folder = RESULTS if record else LOCAL
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -93,6 +106,7 @@ def provenance(*packages: str) -> dict[str, object]:
         "cpu": cpu.get("model name", platform.processor() or platform.machine()),
         "core_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
         "instructions": " ".join(one for one in cpu.get("flags", "").split() if one in kinds),
+        "masked": all(os.environ.get(name) == value for name, value in MASK.items()),
         "memory_gib": round(memory_bytes / 2**30, 1),
         "others_busy": _others_busy(),  # share of all cores; None: unknown
         "packages": {name: _version(name) for name in packages},

@@ -84,6 +84,8 @@ def short(value: float, digits: int = 3) -> str:
 
 def instructions(result: Result) -> str:
     """What decides how fast int8 is on the CPU of *result*."""
+    if result["provenance"].get("masked"):
+        return "AVX2 (masked)"
     has = result["provenance"]["instructions"].split()
     for name, words in (
         ("amx_int8", "AMX"),
@@ -106,8 +108,9 @@ def table(result: Result, head: Sequence[str], rows: Iterable[Sequence[str]]) ->
 
 def source(result: Result) -> str:
     said = result["provenance"]
+    masked = ", masked to AVX2" if said.get("masked") else ""
     return (
-        f"{said['cpu']}, {said['core_count']} cores ({said['instructions']}), "
+        f"{said['cpu']}, {said['core_count']} cores ({said['instructions']}{masked}), "
         f"{said['date'][:10]}, commit {said['commit']}. Other work took "
         f"{said['others_busy'] or 0:.0%} of the machine."
     )
@@ -181,8 +184,12 @@ def page(results: Mapping[str, Result]) -> str:
     """The whole of `docs/performance.md`."""
     parts = [OPENING]
     for kind, section in SECTIONS.items():
-        of_kind = [result for result in results.values() if result.get("benchmark") == kind]
-        parts += [f"{section(result)}\n{source(result)}\n" for result in of_kind]
+        headed: dict[str, list[str]] = {}  # what several runs found of one thing
+        for result in results.values():
+            if result.get("benchmark") == kind:
+                heading, _, body = section(result).partition("\n\n")
+                headed.setdefault(heading, []).append(f"{body}\n{source(result)}\n")
+        parts += ["\n".join([heading + "\n", *bodies]) for heading, bodies in headed.items()]
     return "\n".join(parts)
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from benchmarks.figures import provenance
+from benchmarks.figures import MASK, provenance
 from benchmarks.report import DOCS, SECTIONS, load_results, number, page, short
 
 
@@ -43,7 +43,23 @@ def test_every_table_names_the_instructions_of_its_cpu() -> None:
         if (lines := section.splitlines()) and lines[0].startswith("| ")
     ]
     assert len(heads) > 10
-    assert [head for head in heads if "VNNI" not in head] == []
+    assert [head for head in heads if not re.search("VNNI|masked", head)] == []
+
+
+def test_runs_of_one_thing_share_a_heading() -> None:
+    headings = [line for line in page(load_results()).splitlines() if line.startswith("## ")]
+    assert len(headings) == len(set(headings))
+
+
+def test_a_machine_that_was_masked_is_named_for_what_it_was_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in MASK.items():
+        monkeypatch.setenv(name, value)
+    result = {"benchmark": "profile", "model": "m", "recipe": "r", "lengths": [1], "shares": {}}
+    shown = page({"x": {**result, "provenance": provenance()}})
+    assert "| kind of node and kernel, AVX2 (masked) |" in shown
+    assert "masked to AVX2)" in shown
 
 
 def test_a_peer_that_failed_is_a_row_that_says_why() -> None:
