@@ -1,6 +1,6 @@
 """Ours beside the peers: the same weights, the same texts, turn and turn about, in one run.
 
-    python -m benchmarks.compare [--model-dir DIR --pooling cls|mean --name NAME] [--peers NAME ...]
+    python -m benchmarks.compare [--model-dir DIR --pooling cls|mean|last --name NAME] [--peers NAME ...]
     python -m benchmarks.compare --http [...]        servers, under the same load
 
 In process the texts are short (questions), mixed (log-normal, up to what the model reads) and long, and
@@ -154,7 +154,7 @@ def main() -> None:
     arguments = parser(__doc__, name="all-minilm-l6-v2", words_max=120, seconds=2.0, repeats=5)
     arguments.add_argument("--http", action="store_true", help="servers instead of libraries")
     arguments.add_argument("--model-dir", type=Path, help="the embedded model's, unless given")
-    arguments.add_argument("--pooling", choices=["cls", "mean"], default="mean")
+    arguments.add_argument("--pooling", choices=["cls", "mean", "last"], default="mean")
     arguments.add_argument("--peers", nargs="+", choices=[*PEERS, *SERVERS], help="default: all")
     arguments.add_argument("--envs", type=Path, default=ENVS)
     arguments.add_argument("--ovms-model", type=Path, help="as OpenVINO Model Server exported it")

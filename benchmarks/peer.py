@@ -1,6 +1,6 @@
 """One embedder in a process of its own: JSON lines in, JSON lines out.
 
-    python -m benchmarks.peer KIND MODEL_DIR cls|mean PRECISION WORK_DIR
+    python -m benchmarks.peer KIND MODEL_DIR cls|mean|last PRECISION WORK_DIR
 
 It runs in a peer's own environment, so it knows numpy and, but for our own engine, nothing of ours.
 Between two questions it waits on its input and costs nothing: that makes interleaved repeats fair.
@@ -42,9 +42,9 @@ def in_batches(embed: Embed) -> Embed:
 
 
 def pooled(hidden: Any, mask: Any, pooling: str) -> Any:
-    """Unit vectors of *hidden* `[texts, length, hidden]` by `cls` or `mean` over *mask* `[texts, length]`."""
-    if pooling == "cls":
-        rows = hidden[:, 0]
+    """Unit vectors of *hidden* `[texts, length, hidden]`, whose tokens *mask* `[texts, length]` has."""
+    if pooling != "mean":
+        rows = hidden[np.arange(len(mask)), mask.sum(1) - 1 if pooling == "last" else 0]
     else:
         weight = mask[..., None].astype(np.float32)
         rows = (hidden * weight).sum(1) / weight.sum(1)

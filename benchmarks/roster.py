@@ -69,7 +69,7 @@ class Stage:
     """What every peer is given: the same folder of weights, and where it may keep conversions."""
 
     model_dir: Path
-    pooling: str  # cls or mean
+    pooling: str  # cls, mean or last
     work_dir: Path  # conversions and logs
     envs: Path = ENVS
     ovms_model: Path | None = None  # a folder that OpenVINO Model Server's own tool has exported

@@ -19,7 +19,7 @@ from tests.support.dummy.weights import RandomWeights
 from trivec.checkpoints.tensor_files import write_safetensors
 from trivec.core.errors import CheckpointRefused
 from trivec.models.bert import BertConfig
-from trivec.models.modernbert import ModernBertConfig
+from trivec.models.modernbert import FULL, SLIDING, ModernBertConfig
 from trivec.models.ops import ModelConfig
 from trivec.models.pooling import Pooling
 from trivec.models.qwen3 import Qwen3Config
@@ -97,6 +97,56 @@ BLUEPRINTS: Mapping[str, Blueprint] = MappingProxyType(
             token_count_max=256,
             multi_dimensions=None,
             torch_files=False,
+        ),
+        "answerdotai/modernbert-base": Blueprint(
+            config=ModernBertConfig(
+                family="modernbert",
+                hidden_size=768,
+                num_hidden_layers=22,
+                num_attention_heads=12,
+                intermediate_size=1152,
+                vocab_size=50_368,
+                max_position_embeddings=8192,
+                position_offset=0,
+                pad_token_id=50_283,
+                norm_eps=1e-5,
+                layer_types=tuple(SLIDING if i % 3 else FULL for i in range(22)),
+                sliding_window=64,
+                rope_thetas=(160_000.0, 10_000.0),
+                norm_bias=False,
+                attention_bias=False,
+                mlp_bias=False,
+            ),
+            pooling=Pooling.MEAN,
+            normalize=True,
+            token_count_max=8192,
+            multi_dimensions=None,
+            torch_files=False,
+        ),
+        "qwen/qwen3-embedding-0.6b": Blueprint(
+            config=Qwen3Config(
+                family="qwen3",
+                hidden_size=1024,
+                num_hidden_layers=28,
+                num_attention_heads=16,
+                intermediate_size=3072,
+                vocab_size=151_669,
+                max_position_embeddings=32_768,
+                position_offset=0,
+                pad_token_id=151_643,
+                num_key_value_heads=8,
+                head_dim=128,
+                rms_norm_eps=1e-6,
+                rope_theta=1_000_000.0,
+                attention_bias=False,
+                is_causal=True,
+            ),
+            pooling=Pooling.LAST,
+            normalize=True,
+            token_count_max=32_768,
+            multi_dimensions=None,
+            torch_files=False,
+            stored_type="BF16",
         ),
     }
 )
