@@ -17,13 +17,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
 
 from trivec.accounts.keys import sync_folder, write_whole
-from trivec.accounts.stores.sql import SqlStore
-from trivec.accounts.stores.tables import Values
+from trivec.accounts.stores.sql import ALREADY_ARCHIVING, SqlStore
+from trivec.accounts.stores.tables import Values, archive, counts, ledger
+from trivec.accounts.utc import MINUTE_US
 from trivec.core.errors import SettingInvalid, StoreRefused
 
 BATCH_ROWS = 2_000  # deleted in some ten milliseconds; other writers get the lock after each
+COUNTS_AT_ONCE = 5_000  # deleted in one transaction
+COUNT_KEY = sa.tuple_(*counts.primary_key.columns)
 NOTE = "archive-unfinished"
 FILE_NAME = "ledger.jsonl"  # in each member's header
 # gzip: deflate, with a name, without a time, of an unknown system; and the name. The bytes after the
@@ -93,7 +99,7 @@ class ArchiveRun:
                 self._settle(opened, may_be_torn=True)
             self._clear_note()
         if not file.exists() and not self._oldest(0):
-            self.store.end_archive(self.before_us)
+            self._end()
             return Archived(self.moved, 0, None)
         with closing(ArchiveFile(file)) as opened:
             self._settle(opened, may_be_torn=unfinished == file)
@@ -103,14 +109,9 @@ class ArchiveRun:
             while rows:
                 self._move(opened, rows)
                 rows = self._oldest(rows[-1]["time_us"])
-            self.store.end_archive(self.before_us)
+            self._end()
             self._clear_note()
             return Archived(self.moved, opened.byte_count, file)
-
-    def _oldest(self, from_us: int) -> list[Values]:
-        return self.store.oldest_rows(
-            from_us=from_us, before_us=self.before_us, limit=self.batch_rows
-        )
 
     def _move(self, file: "ArchiveFile", rows: list[Values]) -> None:
         """One batch. Where the store fails it is not known whether it deleted: the note stays."""
@@ -130,15 +131,56 @@ class ArchiveRun:
     def _settle(self, file: "ArchiveFile", *, may_be_torn: bool) -> None:
         """Delete from the store what *file* holds: of a run cut off, or of a store put back."""
         for archived in file.members(may_be_torn=may_be_torn):
+            sequences = [row["sequence"] for row in archived]
+            here = self._read(sa.select(ledger).where(ledger.c.sequence.in_(sequences)))
             # Whole rows are compared: SQLite gives a sequence again once all later rows are gone.
-            here = self.store.rows_numbered([row["sequence"] for row in archived])
             if both := [row for row in here if row in archived]:
                 self._drop(both)
 
+    # The mark `archive.before_us` only grows. Triggers refuse to delete a row at or after it, and
+    # rows before it are deleted in the transaction that moves it: a sum that reads the mark after
+    # the rows knows what is missing.
+
+    def _oldest(self, from_us: int) -> list[Values]:
+        """The next rows to move, by time and sequence.
+
+        *from_us* spares Postgres a walk over the index entries of rows that were just deleted.
+        """
+        is_old = sa.and_(ledger.c.time_us >= from_us, ledger.c.time_us < self.before_us)
+        oldest = sa.select(ledger).where(is_old).order_by(ledger.c.time_us, ledger.c.sequence)
+        return self._read(oldest.limit(self.batch_rows))
+
+    def _read(self, statement: sa.Select[Any]) -> list[Values]:
+        with self.store.reading() as connection:
+            return [dict(row) for row in connection.execute(statement).mappings()]
+
     def _drop(self, rows: list[Values]) -> None:
-        self.store.drop_rows(rows)
+        """Delete *rows*, which are in the file, all or none."""
+        with self.store.writing() as connection:
+            _move_mark(connection, max(row["time_us"] for row in rows) + 1)
+            sequences = [row["sequence"] for row in rows]
+            deleted = connection.execute(sa.delete(ledger).where(ledger.c.sequence.in_(sequences)))
+            if deleted.rowcount != len(rows):
+                raise StoreRefused(ALREADY_ARCHIVING)
         self.moved += len(rows)
         self.told(self.moved)
+
+    def _end(self) -> None:
+        """Move the mark to `before_us` and delete the counts before it, some at a time."""
+        with self.store.writing() as connection:
+            _move_mark(connection, self.before_us)
+        is_old = counts.c.minute < self.before_us // MINUTE_US
+        next_keys = sa.select(*counts.primary_key.columns).where(is_old)
+        next_keys = next_keys.order_by(*counts.primary_key.columns).limit(COUNTS_AT_ONCE)
+        while True:
+            with self.store.reading() as connection:
+                found = connection.execute(next_keys).all()
+            if not found:
+                return
+            last = tuple(found[-1])
+            with self.store.writing() as connection:
+                connection.execute(sa.delete(counts).where(is_old, last >= COUNT_KEY))
+            next_keys = next_keys.where(last < COUNT_KEY)
 
     def _clear_note(self) -> None:
         with _explained(self.note, WRITABLE):
@@ -239,6 +281,12 @@ class ArchiveFile:
         except zlib.error:
             pass
         return None
+
+
+def _move_mark(connection: sa.Connection, before_us: int) -> None:
+    """To *before_us*, unless it is further on."""
+    earlier = archive.c.before_us < before_us
+    connection.execute(sa.update(archive).where(earlier).values(before_us=before_us))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 A `Transaction` decides; this reads and locks the rows that it needs, and writes what has changed.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from random import randrange
@@ -17,6 +18,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from trivec.accounts import rate_limits
 from trivec.accounts.ledger import (
     ERROR_FROM,
+    Answer,
     Committed,
     Entry,
     KeyChanges,
@@ -33,7 +35,6 @@ from trivec.accounts.rate_limits import AHEAD_SHARE, LEFT_SHARE, Bucket, Cost, G
 from trivec.accounts.stores import tables
 from trivec.accounts.stores.engines import Engines, is_pooled
 from trivec.accounts.stores.tables import (
-    Values,
     archive,
     buckets,
     counts,
@@ -58,7 +59,6 @@ MINUTES_A_DAY = DAY_US // MINUTE_US
 FOREVER_US = 3_000_000 * DAY_US  # whole days, beyond the year 9999
 PARTS = 64  # of a daily total on a store that nodes share
 ROWS_MAX = 32  # of one bulk statement
-COUNTS_AT_ONCE = 5_000  # deleted in one transaction
 ARCHIVE_LOCK = 7_472_697_666  # Postgres' advisory lock, beside the one for migrations
 ALREADY_ARCHIVING = (
     "another trivec db archive is at work on this store; wait until it has ended, then try again"
@@ -76,8 +76,8 @@ KEY_CHANGES = "LISTEN trivec_keys"  # a trigger notifies it: migration 0007
 LISTEN_S = 1.0  # between two looks whether it is over
 LISTEN_AGAIN_S = 1.0  # after a connection was lost
 KEY_NAMES = sa.select(keys.c.id, keys.c.name)
-COUNT_KEY = sa.tuple_(*counts.primary_key.columns)
 Rows: TypeAlias = Sequence[Sequence[Any]]
+_log = logging.getLogger("trivec.accounts")
 
 
 class BulkStatement:
@@ -191,7 +191,12 @@ class SqlStore:
                     if asked:
                         granted = _reserve(cursor, asked, now_us=now_us)
                     if rest or not entries:
-                        recorded = self._record(raw, cursor, rest, now_us=now_us)
+                        try:
+                            recorded = self._record(raw, cursor, rest, now_us=now_us)
+                        except self._our_faults:
+                            if not asked:
+                                raise
+                            recorded = self._record_each(raw, cursor, rest, now_us=now_us)
             except self._driver.Error:
                 pooled.invalidate()
                 raise
@@ -215,6 +220,26 @@ class SqlStore:
             self._put_probe.run(cursor, [(1, now_us)])
         raw.commit()
         return transaction.committed
+
+    def _record_each(
+        self, raw: Any, cursor: Any, entries: Sequence[Entry], *, now_us: int
+    ) -> Committed:
+        """A transaction for each of *entries*, which failed in one; an error is its entry's outcome.
+
+        The reservations of their group are committed, so the group cannot be tried again.
+        """
+        outcomes: list[Answer] = []
+        for entry in entries:
+            raw.rollback()  # what failed before
+            try:
+                committed = self._record(raw, cursor, [entry], now_us=now_us)
+            except self._our_faults as fault:
+                _log.exception("an entry could not be committed")
+                outcomes.append(fault.with_traceback(None))
+            else:
+                outcomes += committed.outcomes
+                now_us = committed.now_us
+        return Committed(outcomes, now_us)
 
     def _write(self, cursor: Any, transaction: Transaction) -> None:
         if transaction.buckets:
@@ -310,15 +335,11 @@ class SqlStore:
             lines.append(UsageLine(shown, name, *map(int, sums)))  # Postgres sums to a decimal
         return sorted(lines, key=lambda line: line.group or "")
 
-    # What `trivec db archive` asks for; each call is one transaction. The mark `archive.before_us`
-    # only grows: triggers refuse to delete a row at or after it, and rows before it are deleted in
-    # the transaction that moves it, so a sum that reads the mark last knows what is missing.
-
     @contextmanager
     def archiving(self) -> Iterator[None]:
         """Keep other archive runs out. Raises `StoreRefused` where one is at work.
 
-        On SQLite, which one machine uses, a lock on the data folder does it instead.
+        On SQLite, which one machine uses, the lock on the data folder is enough.
         """
         self._ensure_prepared()
         if self._engines.writing.dialect.name == "sqlite":
@@ -340,49 +361,6 @@ class SqlStore:
                     connection.execute(sa.select(sa.func.pg_advisory_unlock(ARCHIVE_LOCK)))
                 finally:
                     connection.invalidate()
-
-    def oldest_rows(self, *, from_us: int, before_us: int, limit: int) -> list[Values]:
-        """At most *limit* ledger rows of [from_us, before_us), by time and sequence.
-
-        *from_us* spares Postgres a walk over the index entries of rows that were just deleted.
-        """
-        is_old = sa.and_(ledger.c.time_us >= from_us, ledger.c.time_us < before_us)
-        oldest = sa.select(ledger).where(is_old).order_by(ledger.c.time_us, ledger.c.sequence)
-        return self._rows(oldest.limit(limit))
-
-    def rows_numbered(self, sequences: Sequence[int]) -> list[Values]:
-        """The ledger rows with these sequences, where they are there."""
-        return self._rows(sa.select(ledger).where(ledger.c.sequence.in_(sequences)))
-
-    def _rows(self, statement: sa.Select[Any]) -> list[Values]:
-        with self._transaction(self._engines.reading) as connection:
-            return [dict(row) for row in connection.execute(statement).mappings()]
-
-    def drop_rows(self, archived: Sequence[Values]) -> None:
-        """Delete rows that are safe elsewhere, all or none. Raises `StoreRefused` if some are gone."""
-        with self._transaction(self._engines.writing) as connection:
-            _move_mark(connection, max(row["time_us"] for row in archived) + 1)
-            sequences = [row["sequence"] for row in archived]
-            deleted = connection.execute(sa.delete(ledger).where(ledger.c.sequence.in_(sequences)))
-            if deleted.rowcount != len(archived):
-                raise StoreRefused(ALREADY_ARCHIVING)
-
-    def end_archive(self, before_us: int) -> None:
-        """Move the mark to *before_us* and delete the counts before it, some at a time."""
-        with self._transaction(self._engines.writing) as connection:
-            _move_mark(connection, before_us)
-        is_old = counts.c.minute < before_us // MINUTE_US
-        next_keys = sa.select(*counts.primary_key.columns).where(is_old)
-        next_keys = next_keys.order_by(*counts.primary_key.columns).limit(COUNTS_AT_ONCE)
-        while True:
-            with self._transaction(self._engines.reading) as connection:
-                found = connection.execute(next_keys).all()
-            if not found:
-                return
-            last = tuple(found[-1])
-            with self._transaction(self._engines.writing) as connection:
-                connection.execute(sa.delete(counts).where(is_old, last >= COUNT_KEY))
-            next_keys = next_keys.where(last < COUNT_KEY)
 
     def listen(self, heard: Callable[[], None], is_over: Event) -> None:
         engine = self._engines.listening
@@ -406,7 +384,7 @@ class SqlStore:
             finally:
                 engine.dispose()
 
-    # What batch jobs ask for, whose statements are in `jobs/records.py`.
+    # For the statements of `archive.py` and of batch jobs, which are in `jobs/records.py`.
 
     def writing(self) -> AbstractContextManager[sa.Connection]:
         """A transaction that writes; durable once it has ended."""
@@ -521,12 +499,6 @@ def _inserting(
         return statement.on_conflict_do_update(index_elements=key, set_=changed)
 
     return BulkStatement(build, len(names), dialect)
-
-
-def _move_mark(connection: sa.Connection, before_us: int) -> None:
-    """To *before_us*, unless it is further on."""
-    earlier = archive.c.before_us < before_us
-    connection.execute(sa.update(archive).where(earlier).values(before_us=before_us))
 
 
 def _usage_sums(query: UsageQuery) -> sa.Select[Any]:

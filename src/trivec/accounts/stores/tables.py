@@ -214,13 +214,12 @@ def revision(connection: sa.Connection) -> str | None:
 
 def upgrade(connection: sa.Connection, target: str = "head") -> None:
     """Run the migrations that are missing, in the caller's transaction. Raises `StoreRefused`."""
-    if connection.dialect.name == "postgresql":  # it takes as long as the tables are large
-        connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
-        connection.execute(sa.text("SET LOCAL idle_in_transaction_session_timeout = 0"))
     from alembic.operations import Operations
     from alembic.runtime.migration import MigrationContext
 
-    if connection.dialect.name == "postgresql":
+    if connection.dialect.name == "postgresql":  # it takes as long as the tables are large
+        connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
+        connection.execute(sa.text("SET LOCAL idle_in_transaction_session_timeout = 0"))
         connection.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": UPGRADE_LOCK})
     migrations = _migrations(connection)
     context = MigrationContext.configure(
@@ -262,17 +261,13 @@ def _migrations(connection: sa.Connection) -> "ScriptDirectory":
 
 
 def key_values(key: Key, *, revision: int) -> Values:
+    plain = ("id", "name", "created_us", "expires_us", "revoked_us", "truncate")
     return {
-        "id": key.id,
-        "name": key.name,
+        **{name: getattr(key, name) for name in plain},
+        **asdict(key.limits),
         "scopes": " ".join(sorted(key.scopes)),
         "models": None if key.models is None else json.dumps(sorted(key.models)),
-        **asdict(key.limits),
-        "created_us": key.created_us,
-        "expires_us": key.expires_us,
-        "revoked_us": key.revoked_us,
         "revision": revision,
-        "truncate": key.truncate,
     }
 
 
@@ -284,11 +279,10 @@ def read_keys(connection: sa.Connection, are_meant: sa.ColumnElement[bool]) -> l
     """The keys whose row fits *are_meant*, with their secrets."""
     found = connection.execute(sa.select(keys).where(are_meant)).all()
     by_key: dict[str, list[Secret]] = {row.id: [] for row in found}
-    if found:
-        theirs = sa.select(secrets).join(keys).where(are_meant).order_by(secrets.c.created_us)
-        for row in connection.execute(theirs):
-            secret = Secret(bytes(row.digest), row.first, row.last, row.created_us, row.expires_us)
-            by_key.setdefault(row.key_id, []).append(secret)
+    theirs = sa.select(secrets).join(keys).where(are_meant).order_by(secrets.c.created_us)
+    for row in connection.execute(theirs) if found else ():
+        secret = Secret(bytes(row.digest), row.first, row.last, row.created_us, row.expires_us)
+        by_key.setdefault(row.key_id, []).append(secret)
     return [
         Key(
             row.id,
@@ -296,11 +290,7 @@ def read_keys(connection: sa.Connection, are_meant: sa.ColumnElement[bool]) -> l
             frozenset(map(Scope, row.scopes.split())),
             None if row.models is None else frozenset(json.loads(row.models)),
             RateLimits(row.requests_per_minute, row.tokens_per_minute),
-            row.created_us,
-            row.expires_us,
-            row.revoked_us,
-            tuple(by_key[row.id]),
-            row.truncate,
+            *(row.created_us, row.expires_us, row.revoked_us, tuple(by_key[row.id]), row.truncate),
         )
         for row in found
     ]
