@@ -1,9 +1,8 @@
-"""Archive of old ledger rows: moved out of the store into a file, so that a crash loses and doubles none.
+"""Archive of old ledger rows: moved out of the store into a file; a crash loses and doubles none.
 
-The file holds JSON lines, one gzip member a batch. Each batch is synced to the file before it is
-deleted from the store. Rows that the file holds already are deleted from the store first. A note in
-the data folder names the file of a run that was cut off, and the next run settles that file first,
-whichever file it writes to itself.
+The file holds JSON lines, in a gzip member for each batch. A batch is synced to the file before it is
+deleted from the store. A note in the data folder names the file of a run that was interrupted; the
+next run, to whichever file, first deletes from the store what that file holds.
 """
 
 import fcntl
@@ -32,8 +31,8 @@ COUNTS_AT_ONCE = 5_000  # deleted in one transaction
 COUNT_KEY = sa.tuple_(*counts.primary_key.columns)
 NOTE = "archive-unfinished"
 FILE_NAME = "ledger.jsonl"  # in each member's header
-# gzip: deflate, with a name, without a time, of an unknown system; and the name. The bytes after the
-# last sound member are known by it to be the start of one of ours.
+# gzip: deflate, with a name, without a time, of an unknown system; and the name. Bytes after the last
+# sound member that begin with it are the start of one of ours.
 HEADER = b"\x1f\x8b\x08\x08\0\0\0\0\0\xff" + FILE_NAME.encode() + b"\0"
 GZIP_WINDOW = 31  # for zlib: a gzip header and trailer around it
 CHUNK_BYTES = 256 * 1024
@@ -52,7 +51,7 @@ class Archived:
 
 @dataclass(slots=True)
 class ArchiveRun:
-    """One run, from settling what an earlier one left to the last batch."""
+    """One run, from what an earlier one left unfinished to the last batch."""
 
     store: SqlStore
     before_us: int  # the beginning of a UTC day, microseconds since the epoch
@@ -66,13 +65,13 @@ class ArchiveRun:
         """Move every row before `before_us`.
 
         Raises `SettingInvalid` for a file that cannot be used, `StoreRefused` where another run is
-        at work, `StoreUnavailable`. Each may come after some batches: the next run goes on.
+        at work, `StoreUnavailable`; also after some batches, and then the next run goes on.
         """
         with _explained(self.data_dir, "choose another with --data-dir"):
             self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder = os.open(self.data_dir, os.O_RDONLY)
         try:
-            with _explained(self.data_dir, WRITABLE):  # the system frees it when a run is killed
+            with _explained(self.data_dir, WRITABLE):  # the lock ends with the process
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with self.store.archiving():
                 return self._move_all()
@@ -215,7 +214,7 @@ class ArchiveFile:
         while not self.is_whole():
             content = self._next_member()
             if content is None:
-                # One that another follows was not cut off by a crash.
+                # A member that another follows was not cut off by a crash.
                 with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                     is_last = mapped.find(HEADER, self.byte_count + 1) < 0
                 if may_be_torn and is_last:

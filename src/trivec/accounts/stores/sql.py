@@ -73,19 +73,20 @@ NEXT_REVISION = (  # locks the row until the end of the transaction
     .returning(key_revision.c.revision)
 )
 KEY_CHANGES = "LISTEN trivec_keys"  # a trigger notifies it: migration 0007
-LISTEN_S = 1.0  # between two looks whether it is over
+LISTEN_S = 1.0  # between two checks whether to stop
 LISTEN_AGAIN_S = 1.0  # after a connection was lost
 KEY_NAMES = sa.select(keys.c.id, keys.c.name)
 Rows: TypeAlias = Sequence[Sequence[Any]]
+Merge: TypeAlias = Callable[[sa.ColumnElement[Any], sa.ColumnElement[Any]], sa.ColumnElement[Any]]
 _log = logging.getLogger("trivec.accounts")
 
 
 class BulkStatement:
-    """One statement for many rows, on the driver's own cursor; compiled once a number of rows.
+    """One statement for many rows, on the driver's own cursor; compiled once for each row count.
 
-    SQLAlchemy's execution costs several times what SQLite does for a row. And a driver gives up the
-    interpreter's lock for each statement, and waits for the event loop to get it back: a statement a
-    row made a large group slow.
+    SQLAlchemy's execution costs several times what SQLite does for a row. And a driver releases the
+    interpreter's lock for each statement, and then waits for the event loop: one statement a row
+    made large groups slow.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class BulkStatement:
         self._compiled: dict[int, str] = {}
 
     def run(self, cursor: Any, rows: Rows) -> list[Sequence[Any]]:
-        """What it finds, if it finds rows. Raises the driver's errors."""
+        """The rows it returns, if any. Raises the driver's errors."""
         found: list[Sequence[Any]] = []
         for start in range(0, len(rows), ROWS_MAX):
             some = rows[start : start + ROWS_MAX]
@@ -119,13 +120,13 @@ class BulkStatement:
 
 
 class SqlStore:
-    """Connects when it is first used, and again after every failure."""
+    """The store of keys, buckets and the ledger. Connects when first used, and after each failure."""
 
     def __init__(self, engines: Engines, *, upgrades_itself: bool) -> None:
         self._engines = engines
         dialect = engines.writing.dialect
         driver = self._driver = dialect.loaded_dbapi
-        # Statements of ours that are wrong. A damaged file is the plain `DatabaseError`.
+        # Errors in our own statements. A damaged file raises the plain `DatabaseError`.
         self._our_faults: tuple[type[Exception], ...] = (
             driver.IntegrityError,
             driver.DataError,
@@ -136,17 +137,17 @@ class SqlStore:
             lambda rows: (
                 sa.select(buckets)
                 .where(buckets.c.key_id.in_([key_id for (key_id,) in rows]))
-                .order_by(buckets.c.key_id)  # as all processes do: none waits in a circle
+                .order_by(buckets.c.key_id)  # as in all processes, so that none deadlock
                 .with_for_update()
             ),
             1,
             dialect,
         )
         self._append_rows = _inserting(ledger, dialect, LedgerRow._fields)
-        self._put_buckets = _inserting(buckets, dialect, there=lambda _, new: new)
-        self._put_probe = _inserting(probe, dialect, there=lambda _, new: new)
-        self._add_to_daily = _inserting(daily, dialect, there=lambda old, new: old + new)
-        self._add_to_counts = _inserting(counts, dialect, there=lambda old, new: old + new)
+        self._put_buckets = _inserting(buckets, dialect, merge=lambda _, new: new)
+        self._put_probe = _inserting(probe, dialect, merge=lambda _, new: new)
+        self._add_to_daily = _inserting(daily, dialect, merge=lambda old, new: old + new)
+        self._add_to_counts = _inserting(counts, dialect, merge=lambda old, new: old + new)
         self._upgrades_itself = upgrades_itself
         self._is_shared = engines.listening is not None  # by several machines
         self._part = randrange(PARTS) if self._is_shared else 0  # noqa: S311
@@ -161,21 +162,18 @@ class SqlStore:
             if self._upgrades_itself:
                 self.upgrade()
             else:
-                with (
-                    self._translated(self._engines.reading),
-                    self._engines.reading.connect() as connection,
-                ):
+                with self._begun(self._engines.reading) as connection:
                     tables.check_latest(connection)
             self._is_prepared = True
 
     def revision(self) -> str | None:
         """The schema's; None for an empty database."""
-        with self._translated(self._engines.reading), self._engines.reading.begin() as connection:
+        with self._begun(self._engines.reading) as connection:
             return tables.revision(connection)
 
     def upgrade(self) -> None:
         """Run the migrations that are missing, all or none."""
-        with self._translated(self._engines.writing), self._engines.writing.begin() as connection:
+        with self._begun(self._engines.writing) as connection:
             tables.upgrade(connection)
 
     def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
@@ -208,8 +206,8 @@ class SqlStore:
 
     def _record(self, raw: Any, cursor: Any, entries: Sequence[Entry], *, now_us: int) -> Committed:
         """One transaction over *entries*."""
-        # Only what was billed must outlive a power cut; a reservation is forgotten in a minute. What
-        # is written without entries tells of a disk that is full, but of Postgres' it cannot.
+        # Only billed rows must survive a power cut: a reservation is worth nothing after a minute. A
+        # commit without entries is durable too, so that it finds a full disk; Postgres' it could not.
         durable = any(isinstance(one, RecordUsage) and one.row.token_count for one in entries)
         self._engines.begin(raw, durable or not (entries or self._is_shared))
         found = self._lock_buckets.run(cursor, [[one] for one in keys_touched(entries)])
@@ -274,7 +272,7 @@ class SqlStore:
 
     def keys_since(self, revision: int) -> KeyChanges:
         with self._transaction(self._engines.reading) as connection:
-            # First: a key that changes between the two statements is read twice, and never missed.
+            # First: a key that changes between the two statements is read twice, but not missed.
             latest = connection.execute(sa.select(key_revision.c.revision)).scalar_one()
             if latest == revision:
                 return KeyChanges(revision, ())
@@ -322,7 +320,7 @@ class SqlStore:
     def usage(self, query: UsageQuery) -> list[UsageLine]:
         with self._transaction(self._engines.summing) as connection:
             found = connection.execute(_usage_sums(query)).all()
-            names: dict[str, str] = {}  # the environment's key has none: its id is its name
+            names: dict[str, str] = {}  # not of the environment's key: its id is its name
             if query.by is UsageBy.KEY:
                 names = {row.id: row.name for row in connection.execute(KEY_NAMES)}
             # Last: Postgres may delete a row between two statements, and moves the mark with it.
@@ -355,8 +353,8 @@ class SqlStore:
             try:
                 yield
             finally:
-                # Unlocked by name: a closed session ends some time later, and until then the lock
-                # would refuse the next run.
+                # Unlocked explicitly: a closed session ends some time later, and until then it would
+                # hold the lock.
                 try:
                     connection.execute(sa.select(sa.func.pg_advisory_unlock(ARCHIVE_LOCK)))
                 finally:
@@ -368,11 +366,11 @@ class SqlStore:
             try:
                 with self._translated(engine), closing(engine.raw_connection()) as pooled:
                     raw: Any = pooled.driver_connection
-                    if is_pooled(raw):  # nothing is heard through pgbouncer
+                    if is_pooled(raw):  # pgbouncer passes no notices on
                         return
                     try:
                         raw.execute(KEY_CHANGES)
-                        heard()  # of what has changed before
+                        heard()  # something may have changed before
                         while not is_over.is_set():
                             for _ in raw.notifies(timeout=LISTEN_S, stop_after=1):
                                 heard()
@@ -405,9 +403,12 @@ class SqlStore:
     def close(self) -> None:
         self._engines.dispose()
 
-    @contextmanager
-    def _transaction(self, engine: sa.Engine) -> Iterator[sa.Connection]:
+    def _transaction(self, engine: sa.Engine) -> AbstractContextManager[sa.Connection]:
         self._ensure_prepared()
+        return self._begun(engine)
+
+    @contextmanager
+    def _begun(self, engine: sa.Engine) -> Iterator[sa.Connection]:
         with self._translated(engine), engine.begin() as connection:
             yield connection
 
@@ -421,10 +422,10 @@ class SqlStore:
 
     @contextmanager
     def _translated(self, engine: sa.Engine) -> Iterator[None]:
-        """Raise `StoreUnavailable` for a failure of the store, and connect anew afterwards.
+        """Raise `StoreUnavailable` for a failure of the store, and drop its connections.
 
-        A file that was read-only stays so for an open connection. A sum that fails drops no connection
-        that the writer or the checks of keys use.
+        A file that was read-only stays so for an open connection. A sum that fails leaves the
+        connections of the writer and of the key checks alone.
         """
         try:
             yield
@@ -478,12 +479,11 @@ def _inserting(
     dialect: sa.Dialect,
     names: Sequence[str] = (),
     *,
-    there: Callable[[sa.ColumnElement[Any], sa.ColumnElement[Any]], sa.ColumnElement[Any]]
-    | None = None,
+    merge: Merge | None = None,
 ) -> BulkStatement:
     """Insert rows of the columns *names*, by default all.
 
-    *there*: what becomes of each value of the row that has the same primary key, from it and ours.
+    *merge*: the new value of a column where a row has the same primary key, from its value and ours.
     """
     names = names or [column.name for column in table.columns]
     insert_into = sqlite.insert if dialect.name == "sqlite" else postgresql.insert
@@ -491,11 +491,11 @@ def _inserting(
     def build(rows: Rows) -> sa.ClauseElement:
         values = [dict(zip(names, row, strict=True)) for row in rows]
         statement: sqlite.Insert | postgresql.Insert = insert_into(table).inline().values(values)
-        if there is None:
+        if merge is None:
             return statement
         key = [column.name for column in table.primary_key]
         new = statement.excluded
-        changed = {c.name: there(c, new[c.name]) for c in table.c if c.name not in key}
+        changed = {c.name: merge(c, new[c.name]) for c in table.c if c.name not in key}
         return statement.on_conflict_do_update(index_elements=key, set_=changed)
 
     return BulkStatement(build, len(names), dialect)
