@@ -139,7 +139,7 @@ def embed(
     columns = Columns(text_column, id_column, kept, reserved=RESERVED)
     is_multi = Output.MULTI in wanted.outputs
     size = ShardSize(shard_rows, MULTI_SHARD_CHARACTERS if is_multi else SHARD_CHARACTERS)
-    sources = find_sources(given, form=form)
+    sources = find_sources(given, form=form, out=out)
     check_columns(sources, columns)
 
     flags = {"precision": precision, "device": device, "backend": backend}

@@ -146,10 +146,11 @@ class _Block:
     position: float | None
 
 
-def find_sources(given: str, *, form: str | None = None) -> list[Source]:
+def find_sources(given: str, *, form: str | None = None, out: Path | None = None) -> list[Source]:
     """The files that *given* names: a file, a folder's files in the order of their paths, or `-`.
 
-    *form* overrules the names' endings; standard input is JSONL without it. Raises `JobFailed`.
+    *form* overrules the names' endings; standard input is JSONL without it. In a folder, *out* and
+    the files beside it with its name are left out. Raises `JobFailed`.
     """
     if given == STDIN:
         if form == "parquet":
@@ -161,11 +162,15 @@ def find_sources(given: str, *, form: str | None = None) -> list[Source]:
         found = FORMATS.get(inner if suffix == COMPRESSED else suffix)
         return form or (None if suffix == COMPRESSED and found == "parquet" else found)
 
+    def is_input(file: Path) -> bool:
+        is_ours = out is not None and f"{file.absolute()}.".startswith(f"{out.absolute()}.")
+        return file.is_file() and not is_ours
+
     path = Path(given)
     with read_faults(given):
         path.stat()  # an absent one has this error, and not one of its name's ending
         is_folder = path.is_dir()
-        files = sorted(one for one in path.rglob("*") if one.is_file()) if is_folder else [path]
+        files = sorted(filter(is_input, path.rglob("*"))) if is_folder else [path]
         sources = [
             Source(str(f), found, f.stat().st_size or None)
             for f in files

@@ -210,7 +210,7 @@ class HttpEncoder:
         names = {Output.DENSE: "dense", Output.SPARSE: "sparse", Output.MULTI: "multi"}
         wanted = "&".join(name for one, name in names.items() if one in outputs | Output.DENSE)
         if model is None:
-            served = self._ask("/models")["data"]
+            served = self._ask("/models").get("data")
             if not served:
                 raise JobFailed(f"{url} serves no model yet; try again")
             model = served[0]["id"]
@@ -218,6 +218,8 @@ class HttpEncoder:
         self.model: ModelIdentity = {
             name: card.get(name) for name in ("id", "precision", "recipe", "dimensions")
         }
+        if not isinstance(card.get("dimensions"), int):
+            raise JobFailed(f"{url} does not say how long the vectors of {model} are: no Trivec?")
         kind = {"encoding_format": "base64", "output_type": wanted, "truncate": truncate}
         self._head = {"model": model, **kind, **asks}
 
@@ -267,6 +269,8 @@ class HttpEncoder:
         if "data" in refused:
             items = sorted(refused["data"], key=lambda item: int(item["index"]))
             return [_answer(item) for item in items], int(refused["usage"]["total_tokens"])
+        if "message" not in refused:
+            raise JobFailed(f"{self._url}/embeddings answers without vectors")
         message, param = refused["message"], refused.get("param") or "input"
         if not param.startswith("input"):
             raise JobFailed(f"{self._url} refuses {param}: {message}")
