@@ -33,7 +33,7 @@ import numpy as np
 from tests.hand_clock import HandClock
 
 from trivec.accounts.leases import Leases
-from trivec.accounts.ledger import Outcome, Reserve, Transaction
+from trivec.accounts.ledger import Answer, Reserve, Transaction
 from trivec.accounts.rate_limits import Bucket, Cost, Grant
 from trivec.accounts.types import RateLimits
 from trivec.backends.fake import FakeBackend
@@ -65,7 +65,7 @@ class Buckets:
         self.statements = 0
         self._buckets: dict[str, Bucket] = {}
 
-    def commit(self, entry: Reserve, now_us: int) -> Outcome:
+    def commit(self, entry: Reserve, now_us: int) -> Answer:
         self.statements += 1
         found = {entry.key_id: self._buckets.get(entry.key_id, Bucket())}
         done = Transaction([entry], now_us=now_us, buckets=found)

@@ -4,12 +4,12 @@ import gzip
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Connection, select, text
 from tests.accounts.shelf import a_row, latest_sqlite
 
 from trivec.accounts import UsageBy, UsageLine, UsageQuery
@@ -17,6 +17,7 @@ from trivec.accounts.archive import HEADER, NOTE, Archived, ArchiveFile, Archive
 from trivec.accounts.ledger import RecordUsage
 from trivec.accounts.stores.engines import SQLITE_FILE, Engines, postgres_engines, sqlite_engines
 from trivec.accounts.stores.sql import SqlStore
+from trivec.accounts.stores.tables import ledger
 from trivec.accounts.utc import DAY_US
 from trivec.core.errors import FieldInvalid, SettingInvalid, StoreRefused
 
@@ -68,7 +69,9 @@ def run(
 
 
 def here(store: SqlStore) -> list[dict[str, Any]]:
-    return store.oldest_rows(from_us=0, before_us=BEFORE_US + DAY_US, limit=1_000)
+    rows = select(ledger).order_by(ledger.c.time_us, ledger.c.sequence)
+    with store.reading() as connection:
+        return [dict(row) for row in connection.execute(rows).mappings()]
 
 
 def archived(*files: Path) -> list[dict[str, Any]]:
@@ -142,21 +145,26 @@ def test_nothing_to_move_makes_no_file(store: SqlStore, tmp_path: Path) -> None:
 def crashing_at(monkeypatch: pytest.MonkeyPatch, store: SqlStore, step: int) -> None:
     """The *step*-th sync of a file or change of the store: odd ones before it, even ones after."""
     steps = iter(range(1_000))
+    sync, change = os.fsync, store.writing
 
-    def cut(work: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*given: Any, **named: Any) -> Any:
-            if next(steps) == step:
-                raise Crash
-            made = work(*given, **named)
-            if next(steps) == step:
-                raise Crash
-            return made
+    def may_crash() -> None:
+        if next(steps) == step:
+            raise Crash
 
-        return counted
+    def syncing(descriptor: int) -> None:
+        may_crash()
+        sync(descriptor)
+        may_crash()
 
-    monkeypatch.setattr(os, "fsync", cut(os.fsync))
-    monkeypatch.setattr(store, "drop_rows", cut(store.drop_rows))
-    monkeypatch.setattr(store, "end_archive", cut(store.end_archive))
+    @contextmanager
+    def changing() -> Iterator[Connection]:
+        may_crash()
+        with change() as connection:
+            yield connection
+        may_crash()
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(store, "writing", changing)
 
 
 @pytest.mark.parametrize(

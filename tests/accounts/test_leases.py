@@ -11,13 +11,22 @@ import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from psycopg.errors import UniqueViolation
 from tests.accounts.postgres import PostgresServer
 from tests.accounts.requests import acquire, caller_with, closing, opening
-from tests.accounts.shelf import NOON_US, SECOND_US, a_key, postgres_shelf
+from tests.accounts.shelf import NOON_US, SECOND_US, a_key, a_row, postgres_shelf
 from tests.hand_clock import HandClock
 from tests.support.memory_store import MemoryStore
 
-from trivec.accounts import Accounts, Key, RateLimits, RateLimitState, Reservation
+from trivec.accounts import (
+    Accounts,
+    Key,
+    RateLimits,
+    RateLimitState,
+    Reservation,
+    UsageBy,
+    UsageQuery,
+)
 from trivec.accounts.accounts import SHARED_CALL_S
 from trivec.accounts.leases import LEASE_US, Leases
 from trivec.accounts.ledger import (
@@ -26,6 +35,8 @@ from trivec.accounts.ledger import (
     RETRY_S,
     Committed,
     Entry,
+    LedgerWriter,
+    RecordUsage,
     Reserve,
     Store,
     unavailable,
@@ -250,6 +261,32 @@ def test_one_statement_on_postgres_decides_as_the_arithmetic_does(on_postgres: S
 
 def told(outcome: object) -> object:
     return str(outcome) if isinstance(outcome, RateLimitExceeded) else outcome
+
+
+async def test_what_is_recorded_beside_an_entry_that_cannot_be_reserves_once(
+    on_postgres: Store, clock: HandClock
+) -> None:
+    """On Postgres reservations are committed by themselves, before what is recorded with them."""
+    limits = RateLimits(requests_per_minute=10)
+    on_postgres.add_key(a_key("a", limits))
+    writer = LedgerWriter(on_postgres, clock=clock, check=lambda: None)
+    twice = RecordUsage(a_row("twice"))
+    group: list[Entry] = [
+        Reserve(KEY, limits, Cost(requests=1)),
+        twice,
+        twice,
+        RecordUsage(a_row("once")),
+    ]
+    pending = [writer.submit(entry) for entry in group]
+    writer.start()
+
+    granted, *recorded = await asyncio.gather(*pending, return_exceptions=True)
+    writer.stop()
+
+    assert isinstance(granted, Grant)
+    assert granted.bucket.requests_debt == MINUTE_US, "one request"
+    assert [type(outcome) for outcome in recorded] == [type(None), UniqueViolation, type(None)]
+    assert on_postgres.usage(UsageQuery(UsageBy.KEY))[0].requests == 2
 
 
 def test_a_change_to_a_key_is_heard_at_once(on_postgres: Store) -> None:

@@ -15,7 +15,7 @@ from tests.accounts.shelf import (
     ask,
 )
 
-from trivec.accounts.ledger import Entry, Outcome, RecordUsage, Store
+from trivec.accounts.ledger import Answer, Entry, RecordUsage, Store
 from trivec.accounts.rate_limits import Cost, Grant, state
 from trivec.accounts.types import RateLimits, UsageBy, UsageLine, UsageQuery
 from trivec.accounts.utc import DAY_US
@@ -29,7 +29,7 @@ from trivec.core.errors import (
 TEN_A_MINUTE = RateLimits(requests_per_minute=10)
 
 
-def one(store: Store, entry: Entry, *, at_s: float = 0) -> Outcome:
+def one(store: Store, entry: Entry, *, at_s: float = 0) -> Answer:
     """The outcome of a group of one, *at_s* seconds after noon."""
     committed = store.commit([entry], now_us=NOON_US + round(at_s * SECOND_US))
     (outcome,) = committed.outcomes

@@ -236,3 +236,17 @@ def test_reading_holds_a_shard_and_not_the_file(tmp_path: Path) -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.5 * peaks[0] + 1_000_000
+
+
+@pytest.mark.parametrize("form", [None, "jsonl"])
+def test_what_is_made_in_the_folder_that_is_read_is_no_input(
+    tmp_path: Path, form: str | None
+) -> None:
+    out = tmp_path / "out.parquet"
+    for name in ("a.jsonl", "out.parquet.errors.jsonl", "out.parquet.manifest.json", "outer.jsonl"):
+        write(tmp_path / "in.jsonl", rows(1)).replace(tmp_path / name)
+    (tmp_path / "out.parquet.parts").mkdir()
+    for file in (out, tmp_path / "out.parquet.parts" / "0.arrow"):
+        file.write_bytes(b"ours")
+    found = find_sources(str(tmp_path), form=form, out=out)
+    assert [Path(source.name).name for source in found] == ["a.jsonl", "outer.jsonl"]

@@ -1,10 +1,12 @@
 """A server as the encoder: the same vectors as in process, and every refusal in its place."""
 
 import asyncio
+import json
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import MappingProxyType
 from typing import Any
 
@@ -163,3 +165,58 @@ def test_what_no_text_is_at_fault_for_stops_the_job_and_shows_no_key(house: Hous
 def test_an_address_without_a_server_is_refused(url: str) -> None:
     with pytest.raises(JobFailed, match=url):
         HttpEncoder(url, None, model=None, outputs=Output.DENSE, truncate="none")
+
+
+@contextmanager
+def other_server(answers: Mapping[str, object]) -> Iterator[str]:
+    """One that is not ours, and answers *answers* by path with the status 200."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("content-length") or 0))
+            content = json.dumps(answers.get(self.path, "<html>")).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_POST(self) -> None:
+            self.do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    ("answers", "says"),
+    [
+        pytest.param({}, "no model", id="pages-alone"),
+        pytest.param({"/models": {"data": [{"id": "m"}]}}, "how long", id="no-card"),
+        pytest.param(
+            {"/models": {"data": [{"id": "m"}]}, "/models/m": {"dimensions": 4}},
+            "without vectors",
+            id="no-vectors",
+        ),
+    ],
+)
+def test_a_server_that_is_another_is_refused_in_a_line(
+    answers: Mapping[str, object], says: str
+) -> None:
+    def encode() -> None:
+        encoder = HttpEncoder(url, None, model=None, outputs=Output.DENSE, truncate="none")
+        try:
+            asyncio.run(encoder.encode(["a"]))
+        finally:
+            encoder.close()
+
+    with other_server(answers) as url, pytest.raises(JobFailed, match=says):
+        encode()

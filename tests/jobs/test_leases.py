@@ -39,9 +39,9 @@ def open_store(
         url = request.getfixturevalue("postgres").upgraded_database()
         make = partial(postgres_engines, url)
 
-    def open_one(tokens_per_day: int | None = None) -> Opened:
+    def open_one(**limited: int) -> Opened:
         opened.append(SqlStore(make(), upgrades_itself=False))
-        limits = BatchLimits(tokens_per_day=tokens_per_day)
+        limits = BatchLimits(**limited)
         return JobStore(opened[-1], limits, clock=clock), opened[-1]
 
     yield open_one
@@ -353,35 +353,70 @@ def test_a_file_that_a_job_reads_neither_expires_nor_is_deleted(
     assert [file.id for file in jobs.dead_files()] == [job.input_file_id]
 
 
+def beside(
+    monkeypatch: pytest.MonkeyPatch, store: SqlStore, work: Callable[[], object]
+) -> tuple[threading.Thread, list[object]]:
+    """Has another server do *work* while a transaction of *store* is open; what came of it."""
+    outcomes: list[object] = []
+
+    def run() -> None:
+        try:
+            outcomes.append(work())
+        except (FieldInvalid, Overloaded, StoreUnavailable) as refused:
+            outcomes.append(refused)
+
+    working, writing = threading.Thread(target=run), store.writing
+
+    @contextmanager
+    def slow() -> Iterator[Connection]:
+        with writing() as connection:
+            yield connection
+            working.start()
+            working.join(timeout=0.5)  # it waits for us, or it is wrong
+
+    monkeypatch.setattr(store, "writing", slow)
+    return working, outcomes
+
+
 def test_a_file_is_not_deleted_while_a_job_is_made_of_it(
     open_store: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (jobs, store), (other, _) = open_store(), open_store()
     jobs.keep_file(file := jobs.add_file(KEY, "batch"))
     other.find_file(KEY, file.id)
-    outcomes: list[object] = []
-
-    def delete() -> None:
-        try:
-            outcomes.append(other.delete_file(KEY, file.id))
-        except (FieldInvalid, StoreUnavailable) as refused:
-            outcomes.append(refused)
-
-    deleting = threading.Thread(target=delete)
-    writing = store.writing
-
-    @contextmanager
-    def slow() -> Iterator[Connection]:
-        with writing() as connection:
-            yield connection
-            deleting.start()
-            deleting.join(timeout=0.5)  # it waits for us, or it is wrong
-
-    monkeypatch.setattr(store, "writing", slow)
+    deleting, outcomes = beside(monkeypatch, store, lambda: other.delete_file(KEY, file.id))
     job = add_job(jobs, file.id)
     deleting.join()
     assert [type(outcome) for outcome in outcomes] == [FieldInvalid]
     assert jobs.find_file(KEY, job.input_file_id) == file
+
+
+def test_two_servers_together_keep_no_more_files_than_a_key_may_have(
+    open_store: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (jobs, store), (other, _) = open_store(key_files_max=1), open_store(key_files_max=1)
+    first, second = (jobs.add_file(KEY, "batch") for _ in range(2))
+    keeping, outcomes = beside(monkeypatch, store, lambda: other.keep_file(second))
+    jobs.keep_file(first)
+    keeping.join()
+    assert [type(outcome) for outcome in outcomes] == [FieldInvalid]
+    assert other.list_files(KEY, Page(None, 9), purpose=None) == [first]
+
+
+def test_two_servers_together_begin_no_more_jobs_than_a_key_may_have(
+    open_store: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "OPEN_BATCHES_MAX", 1)
+    (jobs, store), (other, _) = open_store(), open_store()
+    first, second = (jobs.add_file(KEY, "batch") for _ in range(2))
+    for file in (first, second):
+        jobs.keep_file(file)
+    other.find_file(KEY, second.id)
+    adding, outcomes = beside(monkeypatch, store, lambda: add_job(other, second.id))
+    job = add_job(jobs, first.id)
+    adding.join()
+    assert [type(outcome) for outcome in outcomes] == [Overloaded]
+    assert jobs.list_batches(KEY, Page(None, 9)) == [job]
 
 
 def test_a_list_goes_on_after_what_was_deleted(jobs: JobStore, clock: HandClock) -> None:

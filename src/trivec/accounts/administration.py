@@ -17,7 +17,7 @@ FIXED_KEY_ID = "TRIVEC_API_KEY"  # the id and name of the key that the environme
 FIRST_KEY_NAME = "first"
 NAME_CHARS_MAX = 64
 KEYS_MAX = 100_000  # live ones: every process holds them all in memory
-OVERLAP_S = 24 * 3600.0  # how long a rotated key's old secret still opens it
+OVERLAP_S = 24 * 3600.0  # how long the old secret of a rotated key stays valid
 
 
 class Administration:
@@ -75,7 +75,7 @@ class Administration:
             is_long = len(reference) > NAME_CHARS_MAX
             shown = f"{reference[: keys.FIRST_CHARS]}…" if is_long else reference
             raise ResourceUnknown(f"There is no key {shown}. {hint}")
-        # Names may be used again after a revocation: a live key comes before revoked ones.
+        # A name may be used again after a revocation: the live key comes before revoked ones.
         return max(found, key=lambda key: (key.revoked_us is None, key.created_us))
 
     def key_id(self, reference: str) -> str:
@@ -86,8 +86,7 @@ class Administration:
         """The key is refused by every process within a second. Cannot be undone."""
         now_us = self._now_us()
         return self._change(
-            reference,
-            lambda key: key if key.revoked_us is not None else replace(key, revoked_us=now_us),
+            reference, lambda key: replace(key, revoked_us=key.revoked_us or now_us)
         )
 
     def rotate_key(self, reference: str, *, overlap_s: float = OVERLAP_S) -> NewKey:
@@ -114,7 +113,7 @@ class Administration:
     def _change(self, reference: str, change: Callable[[Key], Key]) -> Key:
         return self._store.change_key(self.show_key(reference).id, change)
 
-    def _new_secret(self, now_us: int) -> "tuple[Secret, str]":
+    def _new_secret(self, now_us: int) -> tuple[Secret, str]:
         plain = keys.new_plain_key()
         digest = keys.digest(plain, secret=self._secret)
         first, last = plain[: keys.FIRST_CHARS], plain[-keys.LAST_CHARS :]

@@ -1,9 +1,8 @@
-"""Archive of old ledger rows: moved out of the store into a file, so that a crash loses and doubles none.
+"""Archive of old ledger rows: moved out of the store into a file; a crash loses and doubles none.
 
-The file holds JSON lines, one gzip member a batch. Each batch is synced to the file before it is
-deleted from the store. Rows that the file holds already are deleted from the store first. A note in
-the data folder names the file of a run that was cut off, and the next run settles that file first,
-whichever file it writes to itself.
+The file holds JSON lines, in a gzip member for each batch. A batch is synced to the file before it is
+deleted from the store. A note in the data folder names the file of a run that was interrupted; the
+next run, to whichever file, first deletes from the store what that file holds.
 """
 
 import fcntl
@@ -17,17 +16,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
 
 from trivec.accounts.keys import sync_folder, write_whole
-from trivec.accounts.stores.sql import SqlStore
-from trivec.accounts.stores.tables import Values
+from trivec.accounts.stores.sql import ALREADY_ARCHIVING, SqlStore
+from trivec.accounts.stores.tables import Values, archive, counts, ledger
+from trivec.accounts.utc import MINUTE_US
 from trivec.core.errors import SettingInvalid, StoreRefused
 
 BATCH_ROWS = 2_000  # deleted in some ten milliseconds; other writers get the lock after each
+COUNTS_AT_ONCE = 5_000  # deleted in one transaction
+COUNT_KEY = sa.tuple_(*counts.primary_key.columns)
 NOTE = "archive-unfinished"
 FILE_NAME = "ledger.jsonl"  # in each member's header
-# gzip: deflate, with a name, without a time, of an unknown system; and the name. The bytes after the
-# last sound member are known by it to be the start of one of ours.
+# gzip: deflate, with a name, without a time, of an unknown system; and the name. Bytes after the last
+# sound member that begin with it are the start of one of ours.
 HEADER = b"\x1f\x8b\x08\x08\0\0\0\0\0\xff" + FILE_NAME.encode() + b"\0"
 GZIP_WINDOW = 31  # for zlib: a gzip header and trailer around it
 CHUNK_BYTES = 256 * 1024
@@ -46,7 +51,7 @@ class Archived:
 
 @dataclass(slots=True)
 class ArchiveRun:
-    """One run, from settling what an earlier one left to the last batch."""
+    """One run, from what an earlier one left unfinished to the last batch."""
 
     store: SqlStore
     before_us: int  # the beginning of a UTC day, microseconds since the epoch
@@ -60,13 +65,13 @@ class ArchiveRun:
         """Move every row before `before_us`.
 
         Raises `SettingInvalid` for a file that cannot be used, `StoreRefused` where another run is
-        at work, `StoreUnavailable`. Each may come after some batches: the next run goes on.
+        at work, `StoreUnavailable`; also after some batches, and then the next run goes on.
         """
         with _explained(self.data_dir, "choose another with --data-dir"):
             self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder = os.open(self.data_dir, os.O_RDONLY)
         try:
-            with _explained(self.data_dir, WRITABLE):  # the system frees it when a run is killed
+            with _explained(self.data_dir, WRITABLE):  # the lock ends with the process
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with self.store.archiving():
                 return self._move_all()
@@ -93,7 +98,7 @@ class ArchiveRun:
                 self._settle(opened, may_be_torn=True)
             self._clear_note()
         if not file.exists() and not self._oldest(0):
-            self.store.end_archive(self.before_us)
+            self._end()
             return Archived(self.moved, 0, None)
         with closing(ArchiveFile(file)) as opened:
             self._settle(opened, may_be_torn=unfinished == file)
@@ -103,14 +108,9 @@ class ArchiveRun:
             while rows:
                 self._move(opened, rows)
                 rows = self._oldest(rows[-1]["time_us"])
-            self.store.end_archive(self.before_us)
+            self._end()
             self._clear_note()
             return Archived(self.moved, opened.byte_count, file)
-
-    def _oldest(self, from_us: int) -> list[Values]:
-        return self.store.oldest_rows(
-            from_us=from_us, before_us=self.before_us, limit=self.batch_rows
-        )
 
     def _move(self, file: "ArchiveFile", rows: list[Values]) -> None:
         """One batch. Where the store fails it is not known whether it deleted: the note stays."""
@@ -130,15 +130,56 @@ class ArchiveRun:
     def _settle(self, file: "ArchiveFile", *, may_be_torn: bool) -> None:
         """Delete from the store what *file* holds: of a run cut off, or of a store put back."""
         for archived in file.members(may_be_torn=may_be_torn):
+            sequences = [row["sequence"] for row in archived]
+            here = self._read(sa.select(ledger).where(ledger.c.sequence.in_(sequences)))
             # Whole rows are compared: SQLite gives a sequence again once all later rows are gone.
-            here = self.store.rows_numbered([row["sequence"] for row in archived])
             if both := [row for row in here if row in archived]:
                 self._drop(both)
 
+    # The mark `archive.before_us` only grows. Triggers refuse to delete a row at or after it, and
+    # rows before it are deleted in the transaction that moves it: a sum that reads the mark after
+    # the rows knows what is missing.
+
+    def _oldest(self, from_us: int) -> list[Values]:
+        """The next rows to move, by time and sequence.
+
+        *from_us* spares Postgres a walk over the index entries of rows that were just deleted.
+        """
+        is_old = sa.and_(ledger.c.time_us >= from_us, ledger.c.time_us < self.before_us)
+        oldest = sa.select(ledger).where(is_old).order_by(ledger.c.time_us, ledger.c.sequence)
+        return self._read(oldest.limit(self.batch_rows))
+
+    def _read(self, statement: sa.Select[Any]) -> list[Values]:
+        with self.store.reading() as connection:
+            return [dict(row) for row in connection.execute(statement).mappings()]
+
     def _drop(self, rows: list[Values]) -> None:
-        self.store.drop_rows(rows)
+        """Delete *rows*, which are in the file, all or none."""
+        with self.store.writing() as connection:
+            _move_mark(connection, max(row["time_us"] for row in rows) + 1)
+            sequences = [row["sequence"] for row in rows]
+            deleted = connection.execute(sa.delete(ledger).where(ledger.c.sequence.in_(sequences)))
+            if deleted.rowcount != len(rows):
+                raise StoreRefused(ALREADY_ARCHIVING)
         self.moved += len(rows)
         self.told(self.moved)
+
+    def _end(self) -> None:
+        """Move the mark to `before_us` and delete the counts before it, some at a time."""
+        with self.store.writing() as connection:
+            _move_mark(connection, self.before_us)
+        is_old = counts.c.minute < self.before_us // MINUTE_US
+        next_keys = sa.select(*counts.primary_key.columns).where(is_old)
+        next_keys = next_keys.order_by(*counts.primary_key.columns).limit(COUNTS_AT_ONCE)
+        while True:
+            with self.store.reading() as connection:
+                found = connection.execute(next_keys).all()
+            if not found:
+                return
+            last = tuple(found[-1])
+            with self.store.writing() as connection:
+                connection.execute(sa.delete(counts).where(is_old, last >= COUNT_KEY))
+            next_keys = next_keys.where(last < COUNT_KEY)
 
     def _clear_note(self) -> None:
         with _explained(self.note, WRITABLE):
@@ -173,7 +214,7 @@ class ArchiveFile:
         while not self.is_whole():
             content = self._next_member()
             if content is None:
-                # One that another follows was not cut off by a crash.
+                # A member that another follows was not cut off by a crash.
                 with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                     is_last = mapped.find(HEADER, self.byte_count + 1) < 0
                 if may_be_torn and is_last:
@@ -239,6 +280,12 @@ class ArchiveFile:
         except zlib.error:
             pass
         return None
+
+
+def _move_mark(connection: sa.Connection, before_us: int) -> None:
+    """To *before_us*, unless it is further on."""
+    earlier = archive.c.before_us < before_us
+    connection.execute(sa.update(archive).where(earlier).values(before_us=before_us))
 
 
 @contextmanager

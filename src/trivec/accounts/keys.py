@@ -1,8 +1,8 @@
 """Plain keys, their digests, and the server's secret that they are hashed under.
 
-A plain key is `tv_`, 43 characters of base62 (32 random bytes), and 6 of base62 (CRC-32 of all
-before): 52 in all. The checksum is for people and secret scanners; the server never looks at it, so
-a mistyped key and any other unknown key cost the same.
+A plain key has 52 characters: `tv_`, 43 of base62 (32 random bytes), and 6 of base62 (the CRC-32 of
+those before). The checksum is for people and secret scanners. The server ignores it, so that a
+mistyped key costs the same as any other unknown key.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ def new_plain_key() -> str:
 
 
 def new_key_id() -> str:
-    """A short public name for a key; 71 random bits, so that no store ever meets it twice."""
+    """A short public id for a key; 71 random bits, so that it is unique."""
     return "key_" + "".join(secrets.choice(ALPHABET) for _ in range(12))
 
 
@@ -53,7 +53,7 @@ def digest(plain: str, *, secret: bytes) -> bytes:
 
 
 def pseudonym(text: str, *, secret: bytes, purpose: str) -> bytes:
-    """16 bytes that stand for *text* in the store and cannot be turned back without the secret."""
+    """16 bytes that replace *text* in the store, and cannot be reversed without the secret."""
     message = purpose.encode() + b":" + text.encode("utf-8", "surrogatepass")
     return hmac.digest(secret, message, hashlib.sha256)[:16]
 
@@ -105,7 +105,7 @@ def server_secret(data_dir: Path, *, given: str | None) -> bytes:
 def write_whole(file: Path, content: bytes, *, replaces: bool) -> None:
     """Make *file* (mode 0600), whole or not at all, and on disk when this returns.
 
-    One that is there is replaced, or else kept: the first of several processes wins.
+    An existing one is replaced, or else kept: of several processes the first one wins.
     """
     draft = file.with_name(f"{file.name}.{secrets.token_hex(8)}")
     try:

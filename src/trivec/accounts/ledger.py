@@ -98,13 +98,14 @@ class RecordUsage:
 Entry: TypeAlias = Reserve | RecordUsage
 Granted: TypeAlias = Grant | None  # None: the entry touched no bucket
 Outcome: TypeAlias = Granted | RateLimitExceeded
+Answer: TypeAlias = Outcome | Exception
 
 
 @dataclass(frozen=True, slots=True)
 class Committed:
     """One outcome an entry, in their order, and the instant at which they were decided."""
 
-    outcomes: Sequence[Outcome]
+    outcomes: Sequence[Answer]
     now_us: int
 
 
@@ -189,7 +190,9 @@ class Store(Protocol):
     def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
         """Decide and write *entries* in order, all or none; durable when it returns.
 
-        Without entries it writes something that is no usage, to find out whether it can.
+        A store that nodes share commits reservations before the other entries: where one of those
+        cannot be written, its outcome is the error, and all others stand. Without entries it writes
+        something that is no usage, to find out whether it can.
         """
         ...
 
@@ -271,7 +274,6 @@ class PendingEntry(asyncio.Future[Granted]):
 
 
 Group: TypeAlias = Sequence[PendingEntry]
-Answer: TypeAlias = Outcome | Exception
 
 
 class LedgerWriter:

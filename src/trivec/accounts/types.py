@@ -73,7 +73,7 @@ class Secret:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One name, one rate limit and one line in the usage, whatever its secrets; so, a caller."""
+    """A caller: one name, one rate limit and one line in the usage, whatever its secrets."""
 
     id: str
     name: str
@@ -104,9 +104,9 @@ class Key:
             raise ModelDenied(model=names[0])
 
     def require_no_more(self, other: "Key | KeyPlan") -> None:
-        """Raise `GrantDenied` unless *other* may do no more than this key.
+        """Raise `GrantDenied` where *other* may do more than this key.
 
-        Scopes are no limit here: a key with `admin` alone is made to hand out others.
+        Scopes are not compared: a key with `admin` alone exists to make others.
         """
         if self.models is not None and not (
             other.models is not None and other.models <= self.models

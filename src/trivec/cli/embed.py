@@ -4,9 +4,9 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -21,7 +21,7 @@ from trivec.settings import BULK_LIMITS, Settings
 
 if TYPE_CHECKING:
     from trivec.build import Models
-    from trivec.core.types import Output
+    from trivec.core.types import ModelCard, Output
     from trivec.jobs.embedding import Progress
     from trivec.jobs.encoders import TextEncoder, Truncate
     from trivec.jobs.results import Totals
@@ -33,6 +33,22 @@ STOP_S_MAX = 5.0
 BAD_ROWS_EXIT_CODE, STOPPED_EXIT_CODE = 3, 130
 
 app = typer.Typer(add_completion=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is made of each text."""
+
+    outputs: "Output"
+    truncate: "Truncate"
+    dimensions: int | None
+    prompt: str | None  # its name
+
+    def check(self, card: "ModelCard") -> None:
+        """Raise `SettingInvalid` for what the model of *card* does not have."""
+        from trivec.jobs.results import check_card
+
+        check_card(card, self.outputs, self.dimensions, self.prompt)
 
 
 @app.command()
@@ -103,22 +119,9 @@ def embed(
     try:
         import pyarrow as pa
 
-        from trivec.jobs.corpus import (
-            Columns,
-            Corpus,
-            ShardSize,
-            check_columns,
-            find_sources,
-        )
+        from trivec.jobs.corpus import Columns, Corpus, ShardSize, check_columns, find_sources
         from trivec.jobs.embedding import embed_corpus
-        from trivec.jobs.results import (
-            ENDINGS,
-            RESERVED,
-            Layout,
-            Results,
-            check_card,
-            parse_outputs,
-        )
+        from trivec.jobs.results import ENDINGS, RESERVED, Layout, Results, parse_outputs
     except ImportError as fault:
         if fault.name != "pyarrow":
             raise
@@ -127,45 +130,42 @@ def embed(
 
     # Arrow's own pool keeps some 60 MB of what is freed; malloc, nearly nothing.
     pa.set_memory_pool(pa.system_memory_pool())
-    wanted = parse_outputs(outputs)
+    wanted = Wanted(parse_outputs(outputs), truncate, dimensions, prompt)
     if out.suffix not in ENDINGS:
         raise JobFailed(f"{out} ends in none of {', '.join(ENDINGS)}, which say what to make")
-    if out.suffix == ".npy" and wanted != Output.DENSE:
+    if out.suffix == ".npy" and wanted.outputs != Output.DENSE:
         raise JobFailed("an .npy file holds dense vectors alone; make a .parquet file")
     kept = None if keep is None else tuple(filter(None, keep.split(",")))
     columns = Columns(text_column, id_column, kept, reserved=RESERVED)
-    is_multi = Output.MULTI in wanted
+    is_multi = Output.MULTI in wanted.outputs
     size = ShardSize(shard_rows, MULTI_SHARD_CHARACTERS if is_multi else SHARD_CHARACTERS)
-    sources = find_sources(given, form=form)
+    sources = find_sources(given, form=form, out=out)
     check_columns(sources, columns)
 
+    flags = {"precision": precision, "device": device, "backend": backend}
     if ray is not None and url is not None:
         raise JobFailed("--ray and --url both say what computes; give one")
-    if url is None:
-        flags = {"precision": precision, "device": device, "backend": backend}
-        settings = _bulk_settings(data_dir, config, model, flags)
-        if ray is None:
-            models = _load(settings)
-            check_card(models.cards[0], wanted, dimensions, prompt)
-            opened = _in_process(models, wanted, truncate, prompt)
-        else:
-            opened = _on_ray(
-                ray, settings, wanted, truncate, prompt, dimensions, ray_actors, ray_cpus
-            )
-    elif precision or device or backend:
-        raise JobFailed("--precision, --device and --backend are the server's with --url")
+    if url is not None:
+        if any(flags.values()):
+            raise JobFailed("--precision, --device and --backend are the server's with --url")
+        opened = _on_server(url, key, model, wanted)
     else:
-        fields = {"dimensions": dimensions, "prompt_name": prompt}
-        asks = {name: value for name, value in fields.items() if value is not None}
-        opened = _on_server(url, key, model, wanted, truncate, asks)
+        models = (model,) if model else None
+        settings = settings_of(data_dir, config, models=models, **BULK_LIMITS, **flags)
+        if len(settings.models) > 1:
+            raise SettingInvalid(f"models is {', '.join(settings.models)}; choose one with --model")
+        if ray is not None:
+            opened = _on_ray(ray, settings, wanted, actors=ray_actors, cpus=ray_cpus)
+        else:
+            opened = _in_process(_load(settings, wanted), wanted)
 
     async def run() -> "Totals | None":
         async with opened as encoder:
             width = encoder.model["dimensions"]
             assert isinstance(width, int), "the model says how long its vectors are"
-            if dtype in ("binary", "ubinary") and (dimensions or width) % 8:
+            if dtype in ("binary", "ubinary") and (count := dimensions or width) % 8:
                 raise JobFailed(
-                    f"--dtype {dtype} packs eight numbers in a byte; {width} is no multiple"
+                    f"--dtype {dtype} packs eight numbers in a byte; {count} is no multiple"
                 )
             identity = {
                 "model": dict(encoder.model),
@@ -177,15 +177,12 @@ def embed(
                 "columns": [text_column, id_column, keep],
                 "shard": asdict(size),
             }
-            layout = Layout(wanted, width, dimensions, dtype, marks_truncated=truncate != "none")
-            results = Results(out, identity, layout)
+            cuts = truncate != "none"
+            layout = Layout(wanted.outputs, width, dimensions, dtype, marks_truncated=cuts)
+            results, corpus = Results(out, identity, layout), Corpus(sources, columns, size)
             with results.open(), _stop_signals() as stop, _shown() as on_progress:
                 return await embed_corpus(
-                    Corpus(sources, columns, size),
-                    results,
-                    encoder,
-                    stop=stop,
-                    on_progress=on_progress,
+                    corpus, results, encoder, stop=stop, on_progress=on_progress
                 )
 
     totals = asyncio.run(run())
@@ -199,23 +196,7 @@ def embed(
         raise typer.Exit(BAD_ROWS_EXIT_CODE)
 
 
-def _bulk_settings(
-    data_dir: str | None, config: str | None, model: str | None, flags: dict[str, str | None]
-) -> Settings:
-    """Settings for one model and whole shards as requests."""
-    settings = settings_of(
-        data_dir,
-        config,
-        models=(model,) if model else None,
-        **BULK_LIMITS,
-        **flags,
-    )
-    if len(settings.models) > 1:
-        raise SettingInvalid(f"models is {', '.join(settings.models)}; choose one with --model")
-    return settings
-
-
-def _load(settings: Settings) -> "Models":
+def _load(settings: Settings, wanted: Wanted) -> "Models":
     """The model of *settings*. Raises `StartError`."""
     from trivec.build import load_models, open_parts
     from trivec.server.machine import usable_cores
@@ -227,20 +208,21 @@ def _load(settings: Settings) -> "Models":
         models = load_models(settings, parts, cores=usable_cores(), on_progress=on_progress)
     card = models.cards[0]
     say(f"{card.id} in {card.precision} on {models.choice.device} ({models.choice.backend})")
+    wanted.check(card)
     return models
 
 
 @asynccontextmanager
-async def _in_process(
-    models: "Models", outputs: "Output", truncate: "Truncate", prompt_name: str | None
-) -> AsyncIterator["TextEncoder"]:
+async def _in_process(models: "Models", wanted: Wanted) -> AsyncIterator["TextEncoder"]:
     """The first of *models* with its workers, until the block ends."""
     from trivec.build import text_encoder
     from trivec.telemetry import finish_log
 
-    encoder = text_encoder(models, outputs, truncate=truncate, prompt_name=prompt_name)
+    encoder = text_encoder(
+        models, wanted.outputs, truncate=wanted.truncate, prompt_name=wanted.prompt
+    )
     models.workers.start()
-    watch = asyncio.create_task(models.workers.lost())  # which fails the requests, if it is
+    watch = asyncio.create_task(models.workers.lost())  # fails the requests when workers are lost
     try:
         yield encoder
     finally:
@@ -251,14 +233,7 @@ async def _in_process(
 
 @asynccontextmanager
 async def _on_ray(
-    address: str,
-    settings: Settings,
-    outputs: "Output",
-    truncate: "Truncate",
-    prompt_name: str | None,
-    dimensions: int | None,
-    actors: int | None,
-    cpus: int | None,
+    address: str, settings: Settings, wanted: Wanted, *, actors: int | None, cpus: int | None
 ) -> AsyncIterator["TextEncoder"]:
     """Actors on the Ray cluster at *address*. Raises `JobFailed`, `StartError`."""
     try:
@@ -267,29 +242,27 @@ async def _on_ray(
         if fault.name != "ray":
             raise
         raise JobFailed("--ray needs Ray: pip install 'trivec[cluster]'") from fault
-    from trivec.jobs.results import check_card
 
-    work = BulkWork(without_secrets(settings), outputs, truncate, prompt_name)
+    work = BulkWork(without_secrets(settings), wanted.outputs, wanted.truncate, wanted.prompt)
     async with ray_encoder(address, work, actors=actors, cpus=cpus) as encoder:
         card = encoder.card
-        check_card(card, outputs, dimensions, prompt_name)
+        wanted.check(card)
         say(f"{card.id} in {card.precision} on {len(encoder.actors)} actors of {address}")
         yield encoder
 
 
 @asynccontextmanager
 async def _on_server(
-    url: str,
-    key: str | None,
-    model: str | None,
-    outputs: "Output",
-    truncate: "Truncate",
-    asks: Mapping[str, object],
+    url: str, key: str | None, model: str | None, wanted: Wanted
 ) -> AsyncIterator["TextEncoder"]:
     """The server at *url*. Raises `JobFailed` where it does not answer."""
     from trivec.jobs.encoders import HttpEncoder
 
-    encoder = HttpEncoder(url, key, model=model, outputs=outputs, truncate=truncate, asks=asks)
+    fields = {"dimensions": wanted.dimensions, "prompt_name": wanted.prompt}
+    asks = {name: value for name, value in fields.items() if value is not None}
+    encoder = HttpEncoder(
+        url, key, model=model, outputs=wanted.outputs, truncate=wanted.truncate, asks=asks
+    )
     try:
         yield encoder
     finally:
@@ -302,7 +275,7 @@ def _stop_signals() -> Iterator[asyncio.Event]:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
 
     def ask_to_stop() -> None:
-        if stop.is_set():  # nothing needs to be put in order, and a reader may be stuck
+        if stop.is_set():  # nothing needs a clean-up, and a read may never return
             say(f"Left. {GO_ON}.")
             os._exit(STOPPED_EXIT_CODE)
         stop.set()
@@ -322,16 +295,14 @@ def _shown() -> "Iterator[Callable[[Progress], None]]":
     """Shows progress, from the first shard on."""
     started_s, start_position = time.monotonic(), 0.0
 
+    def show(progress: "Progress") -> None:
+        nonlocal start_position
+        if progress.rows == 0:  # earlier runs did it
+            start_position = progress.position or 0.0
+        elapsed_s = time.monotonic() - started_s
+        on_progress(status(progress, elapsed_s, start_position=start_position), progress.position)
+
     with shown_progress(first_line_s=0.0) as on_progress:
-
-        def show(progress: "Progress") -> None:
-            nonlocal start_position
-            if progress.rows == 0:  # all of it is of earlier runs
-                start_position = progress.position or 0.0
-            elapsed_s = time.monotonic() - started_s
-            line = status(progress, elapsed_s, start_position=start_position)
-            on_progress(line, progress.position)
-
         yield show
 
 

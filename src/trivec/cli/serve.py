@@ -60,7 +60,7 @@ def _flag(name: str, *spellings: str, metavar: str | None = None) -> OptionInfo:
 
 
 class ServeCommand(TyperCommand):
-    """Takes `--no-auth` and `--no-auth=anywhere`; in Typer an option's value may not lack."""
+    """Takes `--no-auth` and `--no-auth=anywhere`: Typer has no options with an optional value."""
 
     def parse_args(self, ctx: "Context", args: list[str]) -> list[str]:
         return super().parse_args(
@@ -103,11 +103,11 @@ def serve(
     }
     flags["batch"] = {"tokens_per_day": flags.pop("tokens_per_day")}
     exit_code = run(load_settings(flags, os.environ, warn=_say))
-    # At the interpreter's orderly end granian's own threads abort the process.
+    # At an orderly exit of the interpreter granian's threads abort the process.
     sys.stdout.flush()
-    if _takes_a_line(sys.stderr):  # else the log's thread is stuck in it, and holds its lock
+    if _takes_a_line(sys.stderr):  # otherwise the log's thread is stuck in it, and holds its lock
         sys.stderr.flush()
-        if sys.stderr.isatty():  # and may show a bar: it may have been stopped while it loaded
+        if sys.stderr.isatty():  # a bar may be there, of a load that was stopped
             os.write(sys.stderr.fileno(), b"\r\x1b[K")
     os._exit(exit_code)
 
@@ -115,7 +115,7 @@ def serve(
 def run(settings: Settings) -> int:
     """Listen, then serve until the end; the exit code. Raises `SettingInvalid`."""
     ignore_early_signals()
-    for number in STOPS:  # until there are other handlers nothing was accepted; PID 1 needs one
+    for number in STOPS:  # nothing is accepted until there are others; PID 1 has no default one
         signal.signal(number, lambda _number, _frame: os._exit(0))
     machine.raise_file_limit()
     if settings.tls_cert and settings.tls_key:
@@ -132,17 +132,13 @@ def _serve_alone(settings: Settings, listener: socket.socket) -> int:
 
     check_models(settings)
     greeting = Greeting(settings, port=listener.getsockname()[1], say=_say)
-    return serve_http(
-        settings,
-        listener,
-        load=partial(_load, settings),
-        on_first_key=greeting.first_key,
-        on_ready=greeting.ready,
-    )
+    first_key, ready = greeting.first_key, greeting.ready
+    load = partial(_load, settings)
+    return serve_http(settings, listener, load=load, on_first_key=first_key, on_ready=ready)
 
 
 def _serve_several(settings: Settings) -> int:
-    """One engine process, and `api_processes` before it that share the port."""
+    """One engine process, and before it `api_processes` that share the port."""
     from trivec.ipc.folder import SharedFolder
 
     def child(
@@ -152,7 +148,7 @@ def _serve_several(settings: Settings) -> int:
         return ChildProcess(name, whole, listener)
 
     try:
-        made = tempfile.TemporaryDirectory(prefix="trivec-")  # that nobody else may look into
+        made = tempfile.TemporaryDirectory(prefix="trivec-")  # readable by this user only
     except OSError as fault:
         raise SettingInvalid(
             f"cannot make a folder for temporary files: {fault}. "
@@ -165,12 +161,9 @@ def _serve_several(settings: Settings) -> int:
                 "Set TMPDIR to a folder with a short path that can be written."
             )
         folder = SharedFolder(Path(path))
-        listeners = machine.listen_shared(
-            settings.host, settings.port, count=settings.api_processes
-        )
-        api = []
-        for number, listener in enumerate(listeners, start=1):
-            name = f"api-{number}"
+        count, api = settings.api_processes, []
+        for listener in machine.listen_shared(settings.host, settings.port, count=count):
+            name = f"api-{len(api) + 1}"
             serve_api = partial(_serve_api, settings, folder, name, listener)
             api.append(child(name, serve_api, listener))
         engine = child("engine", partial(_serve_engine, settings, folder))
@@ -190,12 +183,9 @@ def _load(settings: Settings, parts: "Parts", *, takes_text: bool = True) -> "Mo
     from trivec.build import load_models
 
     with shown_progress(first_line_s=math.inf) as on_progress:
+        cores = machine.usable_cores()
         return load_models(
-            settings,
-            parts,
-            cores=machine.usable_cores(),
-            takes_text=takes_text,
-            on_progress=on_progress,
+            settings, parts, cores=cores, takes_text=takes_text, on_progress=on_progress
         )
 
 
@@ -209,7 +199,7 @@ def _serve_api(
     tasks = set[asyncio.Task[None]]()
 
     async def greet_when_all_serve(models: "Models") -> None:
-        """The key was shown before: a process may die before all of them are ready."""
+        """The key is shown earlier: a process may die before all of them are ready."""
         await folder.all_serving(name, count=settings.api_processes)
         if models.leads:
             greeting.ready(models)
@@ -238,21 +228,18 @@ class Greeting:
     def first_key(self, new_key: "NewKey") -> None:
         """Show a new store's key at once: whatever happens next, it is never shown again.
 
-        On a terminal as it is; elsewhere stderr is a log that others read, so it goes to a file.
+        On a terminal as it is. Elsewhere stderr is a log that others read, so a file gets it.
         """
         if sys.stderr.isatty():
             self._bearer = new_key.plain
             self._say_fact("key", new_key.plain)
             self._say_fact("", "shown only now; more with: trivec keys create --name NAME")
             return
+        from trivec.accounts.keys import write_whole
+
         file = self._settings.data_dir.absolute() / FIRST_KEY_FILE
         try:
-            descriptor, draft = tempfile.mkstemp(dir=file.parent)  # that only this user can read
-            with open(descriptor, "w", encoding="utf-8") as out:
-                out.write(f"{new_key.plain}\n")
-                out.flush()
-                os.fsync(descriptor)
-            os.replace(draft, file)  # a link that lies there is replaced, not followed
+            write_whole(file, f"{new_key.plain}\n".encode(), replaces=True)
         except OSError as fault:
             reason = fault.strerror or fault
             self._say_fact("key", f"made, but {file} cannot be written: {reason}")

@@ -1,9 +1,9 @@
 """Batch jobs: files of requests, validated as a whole, then answered shard by shard to the end.
 
-The lines of a shard are answered beside each other and kept in part files, one for what succeeded
-and one for what did not, under a name that only this lease has. Once they are on the disk, one
-transaction marks the shard done and bills its lines. So a line is in the output exactly if it is in
-the ledger, a death costs the shard that it interrupted, and any server may go on.
+The lines of a shard are answered concurrently and kept in two part files, for successes and for
+failures, under a name that only this lease has. Once these are on the disk, one transaction marks
+the shard done and bills its lines. So a line is in the output exactly if it is in the ledger, a
+crash costs the shard that it interrupted, and any server may go on.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from typing import IO, Any, Protocol
 import msgspec
 
 from trivec.accounts import ANONYMOUS, Accounts, Key, RequestUsage
-from trivec.accounts.ledger import LedgerRow
+from trivec.accounts.ledger import ERROR_FROM, LedgerRow
 from trivec.core.errors import FieldInvalid, ResourceUnknown, StoreUnavailable
 from trivec.core.events import LinesWaiting, ShardFinished
 from trivec.core.ports import Clock, Observer
@@ -51,7 +51,7 @@ class LineAnswer:
 
 
 class Answer(Protocol):
-    """The API, as far as it is needed here. An answer's memory is reserved as long as it is open."""
+    """The API as it is used here. The memory of an answer is reserved while its context is open."""
 
     def __call__(
         self, key: Key, url: str, body: bytes, *, request_id: str
@@ -68,7 +68,7 @@ class Line(msgspec.Struct, frozen=True):
 
 
 class _Body(msgspec.Struct, frozen=True):
-    """What is read of a body before it runs."""
+    """What is read of a request's body before it runs."""
 
     model: str
     input: str | list[Any] | None = None
@@ -105,9 +105,8 @@ class Validation:
                 continue
             count += 1
             if len(line) > self.line_bytes_max:
-                self._add(
-                    "line_too_long", f"A line has over {self.line_bytes_max:,} bytes.", number
-                )
+                says = f"A line has over {self.line_bytes_max:,} bytes."
+                self._add("line_too_long", says, number)
                 return  # where it ends is not known
             if count > LINES_MAX:
                 self._add("too_many_requests", f"At most {LINES_MAX:,} lines are read.", number)
@@ -125,14 +124,14 @@ class Validation:
         """How many inputs a line has, whatever is wrong with it."""
         within = ""
         try:
-            raw.decode()  # what is not read here, too
+            raw.decode()  # fields that are not read here must be UTF-8 too
             line = msgspec.json.decode(raw, type=Line)
             within = "body."
             body = msgspec.json.decode(line.body, type=_Body)
         except msgspec.ValidationError as lacking:
-            says, param = str(lacking), _param(str(lacking))
+            param = _param(str(lacking))
             param = param and within + param
-            self._add("missing_required_parameter", f"{says}.", number, param=param)
+            self._add("missing_required_parameter", f"{lacking}.", number, param=param)
             return 0
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             self._add("invalid_json_line", "This line is not a JSON object in UTF-8.", number)
@@ -191,7 +190,7 @@ class Validation:
 
 
 class Batches:
-    """What clients ask of batch jobs, on the event loop."""
+    """Batch jobs as clients use them; called on the event loop."""
 
     def __init__(self, store: JobStore, files: Files) -> None:
         self.store = store
@@ -200,7 +199,7 @@ class Batches:
 
     async def create(self, key_id: str, **asked: Any) -> JobRecord:
         """See `JobStore.add_batch`."""
-        made = await asyncio.to_thread(partial(self.store.add_batch, key_id, **asked))
+        made = await asyncio.to_thread(self.store.add_batch, key_id, **asked)
         self.changed.set()
         return made
 
@@ -212,7 +211,7 @@ class Batches:
 
 
 class JobRunner:
-    """One server's part in the work: a step at a time, whichever is due. `run` is a task."""
+    """The batch work of one server: a step at a time, whichever is due. `run` is a task."""
 
     def __init__(
         self,
@@ -236,16 +235,16 @@ class JobRunner:
         self._clock = clock
         self._observer = observer
         self._swept_s = float("-inf")
-        self._waiting: set[str] = set()  # batches of which it was said
+        self._waiting: set[str] = set()  # batches that were logged as waiting for a file
 
     async def run(self) -> None:
         """Work until cancelled; what was begun is then free for other servers."""
-        is_first, is_well = True, True
+        has_released, is_well = False, True
         while True:
             try:
-                if is_first:
+                if not has_released:
                     await asyncio.to_thread(self._store.release_dead)
-                    is_first = False
+                    has_released = True
                 is_done = await self._work_once()
                 left = await asyncio.to_thread(self._store.lines_left)
                 self._observer.observe(LinesWaiting(left))
@@ -261,10 +260,10 @@ class JobRunner:
                 _log.warning("batches go on")
             is_well = True
             if not is_done:
-                await self._ended(within_s=POLL_S)
+                await self._wait(within_s=POLL_S)
 
-    async def _ended(self, *work: "asyncio.Task[None]", within_s: float = RENEW_S) -> bool:
-        """Wait for *work*, for a while, or until there may be something new."""
+    async def _wait(self, *work: "asyncio.Task[None]", within_s: float = RENEW_S) -> bool:
+        """Wait for *work*, at most so long or until a job has changed; whether it has ended."""
         waking = asyncio.create_task(self._wake.wait())
         await asyncio.wait((*work, waking), timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
         waking.cancel()
@@ -277,7 +276,7 @@ class JobRunner:
             self._swept_s = self._clock.now_s()
             await self._files.sweep()
             for key_id, batch_id in await asyncio.to_thread(self._store.old_batches):
-                with suppress(StoreUnavailable):  # what cannot be removed holds nothing up
+                with suppress(StoreUnavailable):  # the next sweep tries again
                     await asyncio.to_thread(self._files.storage.remove, key_id, batch_id)
                     await asyncio.to_thread(self._store.forget_shards, batch_id)
         await asyncio.to_thread(self._store.expire_batches)
@@ -289,8 +288,8 @@ class JobRunner:
         work = asyncio.create_task(step(shard, job), name=f"batch {shard.kind}")
         is_released = True
         try:
-            while not await self._ended(work):
-                with suppress(StoreUnavailable):  # until the lease is over there is hope
+            while not await self._wait(work):
+                with suppress(StoreUnavailable):  # the lease may still be renewed in time
                     await asyncio.to_thread(self._store.expire_batches)
                     if not await asyncio.to_thread(self._store.renew, shard):
                         work.cancel()
@@ -312,14 +311,14 @@ class JobRunner:
         return True
 
     async def _owner(self, job: JobRecord) -> Key | None:
-        """The key whose job it is; None where it may not be used any more, and the job is cancelled."""
+        """The key of *job*; None where it is no longer valid, and the job is cancelled."""
         try:
             key = await self._accounts.find_key(job.key_id)
             if key.is_live(self._store.now_us()):
                 return key
         except ResourceUnknown:
             pass
-        with suppress(FieldInvalid):  # its time is over since
+        with suppress(FieldInvalid):  # it has ended meanwhile
             await asyncio.to_thread(self._store.cancel_batch, job.key_id, job.id)
         return None
 
@@ -345,11 +344,8 @@ class JobRunner:
         if (key := await self._owner(job)) is None:
             return
         lines = await asyncio.to_thread(self._read_lines, shard, job)
-        parts = {
-            ok: FileWriter(self._files.storage, job.key_id, _part(shard, ok=ok))
-            for ok in (True, False)
-        }
-        rows: list[LedgerRow] = []
+        storage, rows = self._files.storage, list[LedgerRow]()
+        parts = {ok: FileWriter(storage, job.key_id, _part(shard, ok=ok)) for ok in (True, False)}
         places = asyncio.Semaphore(INPUTS_AT_ONCE)
         began_s = self._clock.now_s()
 
@@ -359,8 +355,8 @@ class JobRunner:
                 asked = self._answer(key, line.url, bytes(line.body), request_id=request_id)
                 async with asked as answer:
                     if answer.retry_after_s is None:
-                        usage = answer.usage
-                        await parts[usage.status < 400].write(_answered(request_id, line, answer))
+                        usage, is_ok = answer.usage, answer.usage.status < ERROR_FROM
+                        await parts[is_ok].write(_answered(request_id, line, answer))
                         break
                 await asyncio.sleep(answer.retry_after_s)
             rows.append(
@@ -395,7 +391,7 @@ class JobRunner:
             if isinstance(fault, ExceptionGroup):
                 raise fault.exceptions[0] from None
             raise
-        failed = sum(row.status >= 400 for row in rows)
+        failed = sum(row.status >= ERROR_FROM for row in rows)
         counts = {
             "completed": len(rows) - failed,
             "failed": failed,
@@ -408,10 +404,10 @@ class JobRunner:
             self._observer.observe(ran)
 
     async def _join(self, shard: ShardRecord, job: JobRecord) -> None:
-        """Make the files of what the shards left, and of what never ran because time was over.
+        """Make the output files of the shards' part files, and of the lines that never ran in time.
 
-        What is gone from the storage may come back until the job's window is over; it is not waited
-        for where the job was cancelled.
+        A file that is missing from the storage may come back until the job's window is over; a job
+        that was cancelled does not wait for it.
         """
         made: dict[bool, NewFile] = {}
         errors: list[dict[str, object]] = []
@@ -459,19 +455,16 @@ class JobRunner:
             await asyncio.to_thread(self._files.storage.remove, job.key_id, job.id)
 
     async def _finish(self, finish: Callable[[], bool]) -> bool:
-        """What *finish* says, once it could be said: nobody else works on a step that may be done."""
+        """The result of *finish*, tried until the store answers: the step may be done by then."""
         while True:
             try:
                 return await asyncio.to_thread(finish)
-            except StoreUnavailable:  # it may have been made all the same: `finish` finds out
+            except StoreUnavailable:  # it may have been committed all the same: `finish` checks
                 await asyncio.sleep(1.0)
 
     def _read_lines(self, shard: ShardRecord, job: JobRecord) -> list[tuple[int, Line, int]]:
         """The lines of a shard: number, content, and how many of `INPUTS_AT_ONCE` it takes."""
-        with (
-            self._files.storage.open(job.key_id, job.input_file_id) as file,
-            storage_faults(),
-        ):
+        with self._files.storage.open(job.key_id, job.input_file_id) as file, storage_faults():
             file.seek(shard.byte_start)
             content = file.read(shard.byte_count)
             if len(content) < shard.byte_count:
@@ -487,12 +480,8 @@ class JobRunner:
 
 def _lines(file: IO[bytes], bytes_max: int) -> Iterator[bytes]:
     """The lines of *file* with their ends; one of more than *bytes_max* only in part."""
-    while True:
-        with storage_faults():
-            line = file.readline(bytes_max + 1)
-        if not line:
-            return
-        yield line
+    with storage_faults():
+        yield from iter(partial(file.readline, bytes_max + 1), b"")
 
 
 def _param(complaint: str) -> str | None:
@@ -514,20 +503,20 @@ def _is_gone(fault: StoreUnavailable) -> bool:
 
 
 def _part(shard: ShardRecord, *, ok: bool) -> str:
-    """Where the answers of a shard are: under its lease, so that no other server writes there."""
+    """The part file of a shard, named after its lease, so that no other server writes to it."""
     token = (shard.lease or "").rpartition("/")[2]
     return f"{shard.batch_id}/{shard.number:05}-{token}.{'output' if ok else 'error'}"
 
 
 def _request_id(job: JobRecord, number: int) -> str:
-    """Of a line: the ledger has each at most once."""
+    """Of a line: unique, so that the ledger takes each at most once."""
     return f"batch_req_{job.id.removeprefix('batch_')}_{number}"
 
 
 def _answered(request_id: str, line: Line, answer: LineAnswer) -> bytes:
     status = answer.usage.status
     error = None
-    if status >= 400:
+    if status >= ERROR_FROM:
         told = msgspec.json.decode(answer.body)["error"]
         error = {"code": told["code"] or told["type"], "message": told["message"]}
     response = {"status_code": status, "request_id": request_id, "body": answer.body}
@@ -542,10 +531,5 @@ def _expired(request_id: str, line: Line) -> bytes:
 def _output_line(
     request_id: str, line: Line, response: object, error: Mapping[str, str] | None
 ) -> bytes:
-    written = {
-        "id": request_id,
-        "custom_id": line.custom_id,
-        "response": response,
-        "error": error,
-    }
-    return _encoder.encode(written) + b"\n"
+    own = {"id": request_id, "custom_id": line.custom_id}
+    return _encoder.encode({**own, "response": response, "error": error}) + b"\n"

@@ -1,7 +1,7 @@
-"""Corpus: rows with texts, read from JSONL, CSV, Parquet and plain text files and cut into shards.
+"""Corpus: rows with texts, read from JSONL, CSV, Parquet and plain text files, cut into shards.
 
-Files are read from beginning to end, in memory that a shard bounds and not the input. Where the
-cuts lie depends on the rows alone, so a second reading yields the same shards.
+Files are read from beginning to end, a shard in memory at a time. The cuts depend on the rows
+alone, so a second reading yields the same shards.
 """
 
 import csv
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
@@ -61,9 +62,7 @@ class Source:
         """The lines of a file that is no Parquet; a longer one than is reasonable is refused."""
         is_compressed = self.name.endswith(COMPRESSED)
         stream = cast(BinaryIO, gzip.open(raw)) if is_compressed else raw  # noqa: SIM115
-        number = 0
-        while line := stream.readline(LINE_BYTES_MAX):
-            number += 1
+        for number, line in enumerate(iter(partial(stream.readline, LINE_BYTES_MAX), b""), 1):
             if len(line) == LINE_BYTES_MAX:
                 raise JobFailed(
                     f"{self.name} line {number} has more than {LINE_BYTES_MAX:,} bytes; is it "
@@ -108,7 +107,7 @@ class BadRow:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shard:
-    """Neighbouring rows: the unit of work that is done again when the process dies."""
+    """Neighbouring rows: the unit of work, done again when the process dies in it."""
 
     number: int
     first_row: int
@@ -147,10 +146,11 @@ class _Block:
     position: float | None
 
 
-def find_sources(given: str, *, form: str | None = None) -> list[Source]:
+def find_sources(given: str, *, form: str | None = None, out: Path | None = None) -> list[Source]:
     """The files that *given* names: a file, a folder's files in the order of their paths, or `-`.
 
-    *form* overrules the names' endings; standard input is JSONL without it. Raises `JobFailed`.
+    *form* overrules the names' endings; standard input is JSONL without it. In a folder, *out* and
+    the files beside it with its name are left out. Raises `JobFailed`.
     """
     if given == STDIN:
         if form == "parquet":
@@ -162,11 +162,15 @@ def find_sources(given: str, *, form: str | None = None) -> list[Source]:
         found = FORMATS.get(inner if suffix == COMPRESSED else suffix)
         return form or (None if suffix == COMPRESSED and found == "parquet" else found)
 
+    def is_input(file: Path) -> bool:
+        is_ours = out is not None and f"{file.absolute()}.".startswith(f"{out.absolute()}.")
+        return file.is_file() and not is_ours
+
     path = Path(given)
     with read_faults(given):
+        path.stat()  # an absent one has this error, and not one of its name's ending
         is_folder = path.is_dir()
-        files = sorted(one for one in path.rglob("*") if one.is_file()) if is_folder else [path]
-        path.stat()  # what is not there is said first
+        files = sorted(filter(is_input, path.rglob("*"))) if is_folder else [path]
         sources = [
             Source(str(f), found, f.stat().st_size or None)
             for f in files
@@ -346,18 +350,20 @@ def _checked(block: _Block, columns: Columns, *, number: int, first_row: int) ->
     good: list[int] = []
     bad: list[BadRow] = []
     for i, (text, row_id) in enumerate(zip(block.texts, ids, strict=True)):
-        reason = block.reasons.get(i)
-        if reason is None and not isinstance(text, str):
-            is_absent = text is None
-            reason = f"has no {columns.text!r}" if is_absent else f"{columns.text!r} is no text"
-        elif reason is None and not text:
+        if i in block.reasons:
+            reason = block.reasons[i]
+        elif text is None:
+            reason = f"has no {columns.text!r}"
+        elif not isinstance(text, str):
+            reason = f"{columns.text!r} is no text"
+        elif not text:
             reason = f"{columns.text!r} is empty"
-        elif reason is None and row_id is None:
+        elif row_id is None:
             reason = f"has no {columns.id!r}"
-        if reason is None:
-            good.append(i)
         else:
-            bad.append(BadRow(rows[i], *block.places[i], row_id, reason))
+            good.append(i)
+            continue
+        bad.append(BadRow(rows[i], *block.places[i], row_id, reason))
     texts = [str(block.texts[i]) for i in good]
     digest = hashlib.sha256("\0".join(texts).encode())
     digest.update("\0".join(str(ids[i]) for i in good).encode())
@@ -450,11 +456,14 @@ def _texts_of(column: pa.ChunkedArray) -> tuple[list[str | None], dict[int, str]
         return texts, reasons
 
 
-def cuts(texts: Sequence[str | None], characters_max: int) -> Iterator[tuple[int, int]]:
-    """Starts and ends of neighbouring *texts* that together reach *characters_max*, or end it."""
+def cuts(
+    texts: Sequence[str | None], characters_max: int, *, count_max: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Starts and ends of runs of *texts*: a run ends with the text that reaches a maximum."""
     start = characters = 0
     for end, text in enumerate(texts, 1):
         characters += len(text or "")
-        if characters >= characters_max or end == len(texts):
+        is_full = characters >= characters_max or end - start == count_max
+        if is_full or end == len(texts):
             yield start, end
             start, characters = end, 0

@@ -15,7 +15,7 @@ from trivec.jobs.results import Results, Totals
 
 @dataclass(slots=True)
 class Progress:
-    """How far a run is. Counts are of this run, without what earlier ones have kept."""
+    """Progress of a run. Counts are of this run alone, without what earlier ones have kept."""
 
     rows_kept: int = 0  # by earlier runs
     rows: int = 0
@@ -52,14 +52,7 @@ async def embed_corpus(
 
     async def run(shard: Shard) -> None:
         encoded = await encoder.encode(shard.texts) if shard.texts else Encoded(None, 0)
-        await asyncio.to_thread(
-            results.write,
-            shard,
-            encoded.vectors,
-            bad=encoded.bad,
-            truncated=encoded.truncated,
-            token_count=encoded.token_count,
-        )
+        await asyncio.to_thread(results.write, shard, encoded)
         progress.rows += shard.row_count
         progress.texts += len(shard.texts) - len(encoded.bad)
         progress.tokens += encoded.token_count

@@ -7,7 +7,7 @@ import asyncio
 import base64
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -34,6 +34,7 @@ from trivec.core.types import (
     Vectors,
 )
 from trivec.jobs import GO_ON
+from trivec.jobs.corpus import cuts
 
 Truncate: TypeAlias = Literal["none", "end", "start"]
 ModelIdentity: TypeAlias = Mapping[str, str | int | None]
@@ -56,7 +57,7 @@ FAILED = "the server failed on it"
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What became of some texts."""
+    """The result of encoding some texts."""
 
     vectors: Vectors | None  # of those that are not bad, in their order; None: all are
     token_count: int
@@ -65,16 +66,16 @@ class Encoded:
 
 
 class TextEncoder(Protocol):
-    """Turns texts into vectors; on the event loop, and for several shards at a time."""
+    """Turns texts into vectors, of several shards at a time; used on the event loop."""
 
     @property
     def model(self) -> ModelIdentity:
-        """All that vectors depend on but the texts, for the manifest."""
+        """What vectors depend on beside the texts, for the manifest."""
         ...
 
     @property
     def shards_at_once(self) -> int:
-        """How many shards keep it busy; they are in memory."""
+        """How many shards, which are in memory, keep it busy."""
         ...
 
     async def encode(self, texts: Sequence[str]) -> Encoded:
@@ -175,9 +176,9 @@ class _Answer(NamedTuple):
 
 
 class HttpEncoder:
-    """An encoder over a server's `/embeddings`, on a few connections of as many threads.
+    """An encoder over a server's `/embeddings`, with a few threads of a connection each.
 
-    What is busy or out of reach is asked again for two minutes, and a rate limit waited for.
+    A server that is busy or out of reach is asked again for two minutes; a rate limit is waited for.
     """
 
     shards_at_once = SHARDS_AT_ONCE
@@ -209,7 +210,7 @@ class HttpEncoder:
         names = {Output.DENSE: "dense", Output.SPARSE: "sparse", Output.MULTI: "multi"}
         wanted = "&".join(name for one, name in names.items() if one in outputs | Output.DENSE)
         if model is None:
-            served = self._ask("/models")["data"]
+            served = self._ask("/models").get("data")
             if not served:
                 raise JobFailed(f"{url} serves no model yet; try again")
             model = served[0]["id"]
@@ -217,38 +218,32 @@ class HttpEncoder:
         self.model: ModelIdentity = {
             name: card.get(name) for name in ("id", "precision", "recipe", "dimensions")
         }
-        self._head = {
-            "model": model,
-            "encoding_format": "base64",
-            "output_type": wanted,
-            "truncate": truncate,
-            **asks,
-        }
+        if not isinstance(card.get("dimensions"), int):
+            raise JobFailed(f"{url} does not say how long the vectors of {model} are: no Trivec?")
+        kind = {"encoding_format": "base64", "output_type": wanted, "truncate": truncate}
+        self._head = {"model": model, **kind, **asks}
 
     async def encode(self, texts: Sequence[str]) -> Encoded:
         """See `TextEncoder`."""
         loop = asyncio.get_running_loop()
         asked = [
-            loop.run_in_executor(self._pool, self._request, part) for part in _in_requests(texts)
+            loop.run_in_executor(self._pool, self._request, texts[start:end])
+            for start, end in cuts(texts, REQUEST_CHARACTERS, count_max=REQUEST_TEXTS)
         ]
         rows, token_count = list[_Answer | str](), 0
         for answered, tokens in await asyncio.gather(*asked):
             rows += answered
             token_count += tokens
-        good = [row for row in rows if not isinstance(row, str)]
+        bad = {i: row for i, row in enumerate(rows) if isinstance(row, str)}
+        good = {i: row for i, row in enumerate(rows) if not isinstance(row, str)}
         vectors = None
         if good:
-            dense = np.stack([row.dense for row in good])  # [sequences, dimensions]
-            vectors = Vectors.of(dense, [row.sparse for row in good], [row.multi for row in good])
-        return Encoded(
-            vectors,
-            token_count,
-            {i: row for i, row in enumerate(rows) if isinstance(row, str)},
-            [i for i, row in enumerate(rows) if not isinstance(row, str) and row.is_truncated],
-        )
+            dense, sparse, multi, _ = zip(*good.values(), strict=True)
+            vectors = Vectors.of(np.stack(dense), sparse, multi)
+        return Encoded(vectors, token_count, bad, [i for i in good if good[i].is_truncated])
 
     def close(self) -> None:
-        """Ask nothing more; what was asked is waited for."""
+        """Send no more requests, and wait for those that were sent."""
         self._closed.set()
         self._pool.shutdown(cancel_futures=True)
         self._close_idle()
@@ -274,6 +269,8 @@ class HttpEncoder:
         if "data" in refused:
             items = sorted(refused["data"], key=lambda item: int(item["index"]))
             return [_answer(item) for item in items], int(refused["usage"]["total_tokens"])
+        if "message" not in refused:
+            raise JobFailed(f"{self._url}/embeddings answers without vectors")
         message, param = refused["message"], refused.get("param") or "input"
         if not param.startswith("input"):
             raise JobFailed(f"{self._url} refuses {param}: {message}")
@@ -313,7 +310,7 @@ class HttpEncoder:
                     return {"message": f"{FAILED}: {reason}"}
                 if answer.status not in (*BUSY, HTTPStatus.TOO_MANY_REQUESTS):
                     break
-                tries -= answer.status == HTTPStatus.TOO_MANY_REQUESTS  # it will be our turn
+                tries -= answer.status == HTTPStatus.TOO_MANY_REQUESTS  # which ends by itself
                 with suppress(ValueError):
                     pause_s = float(answer.headers.get("retry-after", ""))
             tries += 1
@@ -351,16 +348,6 @@ def joined(parts: Sequence[Vectors]) -> Vectors:
         else:
             rows[output] = tuple(chain.from_iterable(own))
     return Vectors(rows)
-
-
-def _in_requests(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    start = characters = 0
-    for end, text in enumerate(texts, 1):
-        characters += len(text)
-        is_full = end - start >= REQUEST_TEXTS or characters >= REQUEST_CHARACTERS
-        if is_full or end == len(texts):
-            yield texts[start:end]
-            start, characters = end, 0
 
 
 def _json_object(read: bytes) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Files of the Files API: bytes in a folder or behind any URL of fsspec, their records in the store.
+"""Files of the Files API: bytes in a folder or at any URL of fsspec, records in the store.
 
-A key's bytes are in a folder of its own, under names of ours: no part of a path is a client's. They
-are written and read in pieces of `PIECE_BYTES`, in threads, however large a file is.
+Each key has a folder, and the names in it are ours: no part of a path comes from a client. Files of
+any size are written and read in pieces of `PIECE_BYTES`, on threads.
 """
 
 import asyncio
@@ -33,8 +33,7 @@ class FileStorage:
         """The file system, and the folder in it."""
         from fsspec.core import url_to_fs  # slow to import, and most servers never need it
 
-        file_system, folder = url_to_fs(self._url)
-        return file_system, folder
+        return url_to_fs(self._url)  # type: ignore[no-any-return]
 
     def _path(self, key_id: str, name: str) -> str:
         return f"{self._place[1]}/{key_id}/{name}"
@@ -78,7 +77,7 @@ class FileStorage:
 
 
 class FileWriter:
-    """A file that is being written in pieces; on the event loop, but for the disk."""
+    """A file that is written in pieces: used on the event loop, writes on threads."""
 
     def __init__(self, storage: FileStorage, key_id: str, name: str) -> None:
         self.byte_count = 0
@@ -87,6 +86,7 @@ class FileWriter:
         self._file: IO[bytes] | None = None
         self._piece = bytearray()
         self._turn = asyncio.Lock()
+        self._writing: asyncio.Future[None] | None = None
 
     async def write(self, content: bytes | memoryview) -> None:
         self._piece += content
@@ -102,12 +102,13 @@ class FileWriter:
 
     async def abort(self) -> None:
         """Remove what was written, as far as that can be done."""
-        file, self._file = self._file, None
+        if self._writing is not None:  # its task may be cancelled, but not its thread
+            await asyncio.wait([self._writing])
 
         def remove() -> None:
-            with suppress(OSError):  # of what was not written yet, to a disk that is full
-                if file is not None:
-                    file.close()
+            with suppress(OSError):  # a full disk, when the rest is flushed
+                if self._file is not None:
+                    self._file.close()
             self._storage.remove(*self._place)
 
         await asyncio.to_thread(remove)
@@ -115,7 +116,8 @@ class FileWriter:
     async def _write_piece(self) -> None:
         async with self._turn:
             piece, self._piece = self._piece, bytearray()
-            await asyncio.to_thread(self._write, piece)
+            self._writing = asyncio.ensure_future(asyncio.to_thread(self._write, piece))
+            await asyncio.shield(self._writing)
 
     def _write(self, piece: bytearray) -> None:
         if self._file is None:
@@ -157,13 +159,13 @@ class Files:
     async def delete(self, key_id: str, file_id: str) -> None:
         """Raises `ResourceUnknown`, `FieldInvalid` where a batch job reads it."""
         record = await asyncio.to_thread(self._store.delete_file, key_id, file_id)
-        with suppress(StoreUnavailable):  # nobody finds it any more, and a sweep will remove it
+        with suppress(StoreUnavailable):  # its record is deleted, and a sweep will remove it
             await asyncio.to_thread(self._remove, record)
 
     async def sweep(self) -> None:
         """Remove what was deleted, has expired, or was never written to its end."""
         for record in await asyncio.to_thread(self._store.dead_files):
-            with suppress(StoreUnavailable):  # it is tried again with the next sweep
+            with suppress(StoreUnavailable):  # the next sweep tries again
                 await asyncio.to_thread(self._remove, record)
 
     def _remove(self, record: FileRecord) -> None:
@@ -172,7 +174,7 @@ class Files:
 
 
 class NewFile(FileWriter):
-    """A file of a key while it is written. Nobody finds it before it is kept."""
+    """A file of a key while it is written. It is not found before it is kept."""
 
     def __init__(self, files: Files, store: JobStore, record: FileRecord) -> None:
         super().__init__(files.storage, record.key_id, record.id)
@@ -182,25 +184,23 @@ class NewFile(FileWriter):
 
     async def receive(self, content: bytes) -> None:
         """Write what a client sends. Raises `BodyTooLarge` beyond the limit of one file."""
-        if self.byte_count + len(content) > self._limits.file_bytes_max:
+        bytes_max = self._limits.file_bytes_max
+        if self.byte_count + len(content) > bytes_max:
             raise BodyTooLarge(
-                f"The file has more than {self._limits.file_bytes_max:,} bytes. "
-                "Split it into several."
+                f"The file has more than {bytes_max:,} bytes. Split it into several."
             )
         await self.write(content)
 
     async def finished(self, filename: str, *, expires_s: int | None) -> FileRecord:
-        """Close it; the record that it is to be kept with."""
+        """Close it; the record to keep it with."""
         await self.close()
-        expires_us = None
-        if expires_s is not None:
-            expires_us = self.record.created_us + expires_s * 1_000_000
-        return replace(
-            self.record, filename=filename, byte_count=self.byte_count, expires_us=expires_us
-        )
+        record = replace(self.record, filename=filename, byte_count=self.byte_count)
+        if expires_s is None:
+            return record
+        return replace(record, expires_us=record.created_us + expires_s * 1_000_000)
 
     async def keep(self, filename: str, *, expires_s: int | None) -> FileRecord:
-        """The file is there from now on. Raises `FieldInvalid` where its key has no room for it."""
+        """Close it, and let it be found. Raises `FieldInvalid` where its key has no room for it."""
         record = await self.finished(filename, expires_s=expires_s)
         await asyncio.to_thread(self._store.keep_file, record)
         return record
@@ -214,7 +214,7 @@ class NewFile(FileWriter):
 
 @contextmanager
 def storage_faults() -> Iterator[None]:
-    """Raise `StoreUnavailable` for what the storage says."""
+    """Raise `StoreUnavailable` for an error of the storage."""
     try:
         yield
     except OSError as fault:

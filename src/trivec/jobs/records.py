@@ -10,8 +10,8 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -129,7 +129,7 @@ class JobStore:
         """A pending file. Raises `FieldInvalid` where the key has no room for one more."""
         now_us = self.now_us()
         new = FileRecord(_new_id("file-", now_us), key_id, purpose, "", 0, now_us, None)
-        with self._store.writing() as connection:
+        with self._changing(key_id) as connection:
             if purpose == "batch":  # what a job has computed is kept all the same
                 self._check_room(connection, key_id, more=1)
             connection.execute(sa.insert(files), {**asdict(new), "state": "pending"})
@@ -137,14 +137,14 @@ class JobStore:
 
     def keep_file(self, file: FileRecord) -> None:
         """Its bytes are there. Raises `FieldInvalid` where they are too many for its key."""
-        with self._store.writing() as connection:
+        with self._changing(file.key_id) as connection:
             _store_file(connection, file)
             self._check_room(connection, file.key_id)
 
     def find_file(self, key_id: str, file_id: str) -> FileRecord:
         """Raises `ResourceUnknown`."""
         with self._store.reading() as connection:
-            return self._find_file(connection, key_id, file_id, locks=False)
+            return self._find_file(connection, key_id, file_id)
 
     def list_files(self, key_id: str, page: Page, *, purpose: str | None) -> list[FileRecord]:
         is_meant = self._is_there(key_id)
@@ -154,8 +154,8 @@ class JobStore:
 
     def delete_file(self, key_id: str, file_id: str) -> FileRecord:
         """The record of a file that nobody finds any more. `ResourceUnknown`, `FieldInvalid`."""
-        with self._store.writing() as connection:
-            found = self._find_file(connection, key_id, file_id, locks=True)
+        with self._changing(key_id) as connection:
+            found = self._find_file(connection, key_id, file_id)
             is_own = files.c.id == found.id
             deleted = connection.execute(
                 sa.update(files).where(is_own, ~_is_read()).values(state="deleted")
@@ -195,12 +195,22 @@ class JobStore:
                 param="file",
             )
 
-    def _find_file(
-        self, connection: sa.Connection, key_id: str, file_id: str, *, locks: bool
-    ) -> FileRecord:
-        """See `find_file`. *locks*: until the end of the transaction nobody else changes it."""
+    @contextmanager
+    def _changing(self, key_id: str) -> Iterator[sa.Connection]:
+        """A transaction that writes, the only one at a time of this kind for *key_id*.
+
+        So what a key may have is counted exactly, and no file is deleted that a new job will read.
+        On SQLite only one transaction writes at a time anyway.
+        """
+        with self._store.writing() as connection:
+            if connection.dialect.name == "postgresql":
+                number = sa.func.hashtextextended(key_id, 0)
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(number)))
+            yield connection
+
+    def _find_file(self, connection: sa.Connection, key_id: str, file_id: str) -> FileRecord:
         found = sa.select(files).where(files.c.id == _plain(file_id), self._is_there(key_id))
-        row = connection.execute(found.with_for_update() if locks else found).first()
+        row = connection.execute(found).first()
         if row is None:
             raise ResourceUnknown(f"No such File object: {file_id[:ID_CHARS_SHOWN]}")
         return _record(FileRecord, row)
@@ -224,20 +234,20 @@ class JobStore:
         """A batch job, to be validated. Raises `ResourceUnknown`, `FieldInvalid`, `Overloaded`."""
         now_us = self.now_us()
         batch_id = _new_id("batch_", now_us)
-        values = {
-            "id": batch_id,
-            "key_id": key_id,
-            "endpoint": endpoint,
-            "input_file_id": input_file_id,
-            "status": "validating",
-            "ends_as": "completed",
-            "metadata": None if metadata is None else json.dumps(metadata),
-            "output_expires_s": output_expires_s,
-            "created_us": now_us,
-            "expires_us": now_us + round(window_s * 1e6),
-        }
-        with self._store.writing() as connection:
-            file = self._find_file(connection, key_id, input_file_id, locks=True)
+        new = sa.insert(batches).values(
+            id=batch_id,
+            key_id=key_id,
+            endpoint=endpoint,
+            input_file_id=input_file_id,
+            status="validating",
+            ends_as="completed",
+            metadata=None if metadata is None else json.dumps(metadata),
+            output_expires_s=output_expires_s,
+            created_us=now_us,
+            expires_us=now_us + round(window_s * 1e6),
+        )
+        with self._changing(key_id) as connection:
+            file = self._find_file(connection, key_id, input_file_id)
             if file.purpose != "batch":
                 raise FieldInvalid(
                     f"The file {input_file_id} has the purpose {file.purpose}. Upload it with the "
@@ -245,25 +255,23 @@ class JobStore:
                     param="input_file_id",
                 )
             is_open = (batches.c.key_id == key_id) & batches.c.status.in_(OPEN)
-            count = connection.scalar(
-                sa.select(sa.func.count()).select_from(batches).where(is_open)
-            )
-            if (count or 0) >= OPEN_BATCHES_MAX:
+            counted = sa.select(sa.func.count()).select_from(batches).where(is_open)
+            count = connection.scalars(counted).one()
+            if count >= OPEN_BATCHES_MAX:
                 raise Overloaded(
                     f"This key has {count} batches that are not done, which is the most. "
                     "Wait until one has ended.",
                     retry_after_s=60.0,
                 )
-            connection.execute(sa.insert(batches), values)
+            made = connection.execute(new.returning(*batches.c)).one()
             for number, kind in ((0, "validate"), (-1, "join")):
                 step = {"batch_id": batch_id, "number": number, "kind": kind}
                 connection.execute(sa.insert(batch_shards), step)
-        return self.find_batch(key_id, batch_id)
+        return _record(JobRecord, made)
 
     def find_batch(self, key_id: str, batch_id: str) -> JobRecord:
         """Raises `ResourceUnknown`."""
-        is_meant = (batches.c.id == _plain(batch_id)) & (batches.c.key_id == key_id)
-        found = self._read(JobRecord, sa.select(batches).where(is_meant))
+        found = self._read(JobRecord, sa.select(batches).where(_is_job(key_id, batch_id)))
         if not found:
             raise ResourceUnknown(f"No batch found with id '{batch_id[:ID_CHARS_SHOWN]}'.")
         return found[0]
@@ -273,12 +281,10 @@ class JobStore:
 
     def cancel_batch(self, key_id: str, batch_id: str) -> JobRecord:
         """Raises `ResourceUnknown`; `FieldInvalid` for one that has ended, or is about to."""
-        is_meant = (batches.c.id == _plain(batch_id)) & (batches.c.key_id == key_id)
-        is_early = batches.c.status.in_(OPEN[:2])
         with self._store.writing() as connection:
             cancelled = connection.execute(
                 sa.update(batches)
-                .where(is_meant, is_early)
+                .where(_is_job(key_id, batch_id), batches.c.status.in_(OPEN[:2]))
                 .values(status="cancelling", ends_as="cancelled", cancelling_us=self.now_us())
             )
         found = self.find_batch(key_id, batch_id)
@@ -390,23 +396,19 @@ class JobStore:
     def release(self, shard: ShardRecord) -> None:
         """Let another server have the step at once."""
         with self._store.writing() as connection:
-            connection.execute(
-                sa.update(batch_shards).where(_is_held(shard)).values(lease_until_us=0)
-            )
+            free = sa.update(batch_shards).where(_is_held(shard)).values(lease_until_us=0)
+            connection.execute(free)
 
     def release_dead(self) -> None:
-        """Release what processes of this machine had that are no more, or this one's own before."""
+        """Release the leases of dead processes of this machine, and of an earlier one of our PID."""
         ours = batch_shards.c.lease.startswith(f"{socket.gethostname()}/", autoescape=True)
+        is_leased = batch_shards.c.done_us.is_(None) & (batch_shards.c.lease_until_us > 0)
+        leased = sa.select(batch_shards.c.id, batch_shards.c.lease).where(is_leased, ours)
         with self._store.writing() as connection:
-            found = connection.execute(
-                sa.select(batch_shards.c.id, batch_shards.c.lease).where(
-                    batch_shards.c.done_us.is_(None), batch_shards.c.lease_until_us > 0, ours
-                )
-            )
+            found = connection.execute(leased)
             dead = [row.id for row in found if not _is_other_alive(int(row.lease.split("/")[1]))]
-            connection.execute(
-                sa.update(batch_shards).where(batch_shards.c.id.in_(dead)).values(lease_until_us=0)
-            )
+            is_dead = batch_shards.c.id.in_(dead)
+            connection.execute(sa.update(batch_shards).where(is_dead).values(lease_until_us=0))
 
     def finish_validation(
         self,
@@ -421,12 +423,8 @@ class JobStore:
         False where the lease was lost, here and below: nothing is changed then.
         """
         now_us = self.now_us()
-        values: dict[str, object] = {
-            "status": "in_progress",
-            "in_progress_us": now_us,
-            "model": model,
-            "total": sum(one.line_count for one in shards),
-        }
+        values: dict[str, object] = {"status": "in_progress", "in_progress_us": now_us}
+        values |= {"model": model, "total": sum(one.line_count for one in shards)}
         if errors:
             values = {"status": "failed", "failed_us": now_us, "errors": json.dumps(errors)}
         with self._store.writing() as connection:
@@ -439,9 +437,11 @@ class JobStore:
             )
             if begun.rowcount and not errors:
                 places = ("number", "kind", "first_line", "line_count", "byte_start", "byte_count")
-                added = [{name: getattr(one, name) for name in places} for one in shards]
-                own = {"batch_id": shard.batch_id}
-                connection.execute(sa.insert(batch_shards), [one | own for one in added])
+                added = [
+                    {"batch_id": shard.batch_id, **{name: getattr(one, name) for name in places}}
+                    for one in shards
+                ]
+                connection.execute(sa.insert(batch_shards), added)
         return True
 
     def finish_run(self, shard: ShardRecord, rows: Sequence[LedgerRow], **counts: int) -> bool:
@@ -455,19 +455,15 @@ class JobStore:
             if not _mark_done(connection, shard, done_us=now_us, **counts):
                 return self._was_done(connection, shard)
             # Locks the row: of two that finish the last shards, the later sees the other's.
-            connection.execute(
-                job.values({name: batches.c[name] + more for name, more in counts.items()})
-            )
+            added = {name: batches.c[name] + more for name, more in counts.items()}
+            connection.execute(job.values(added))
             left = sa.exists().where(
                 batch_shards.c.batch_id == shard.batch_id,
                 batch_shards.c.kind == "run",
                 batch_shards.c.done_us.is_(None),
             )
-            connection.execute(
-                job.where(batches.c.status == "in_progress", ~left).values(
-                    status="finalizing", finalizing_us=now_us
-                )
-            )
+            over = job.where(batches.c.status == "in_progress", ~left)
+            connection.execute(over.values(status="finalizing", finalizing_us=now_us))
             self._store.record(connection, rows)
         return True
 
@@ -554,6 +550,10 @@ def _record(kind: type[R], row: sa.Row[Any]) -> R:
     return kind(**{field.name: row._mapping[field.name] for field in fields(kind)})
 
 
+def _is_job(key_id: str, batch_id: str) -> sa.ColumnElement[bool]:
+    return (batches.c.id == _plain(batch_id)) & (batches.c.key_id == key_id)
+
+
 def _is_held(shard: ShardRecord) -> sa.ColumnElement[bool]:
     return sa.and_(
         batch_shards.c.id == shard.id,
@@ -574,7 +574,7 @@ def _store_file(connection: sa.Connection, file: FileRecord) -> None:
 
 
 def _is_read() -> sa.ColumnElement[bool]:
-    """Whether a batch job that has not ended reads a file."""
+    """Whether a batch job that has not ended reads the file."""
     return sa.exists().where(batches.c.input_file_id == files.c.id, batches.c.status.in_(OPEN))
 
 

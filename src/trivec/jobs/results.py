@@ -27,6 +27,7 @@ from trivec.core.quantisation import ByteDtype, cut, quantise
 from trivec.core.types import Float32Array, ModelCard, Output, Vectors
 from trivec.jobs import GO_ON
 from trivec.jobs.corpus import BadRow, Shard, as_json_text
+from trivec.jobs.encoders import Encoded
 
 DType: TypeAlias = Literal["float32", "float16"] | ByteDtype
 ENDINGS = (".parquet", ".jsonl", ".npy")
@@ -56,9 +57,8 @@ class Layout:
         none = np.zeros((0, self.dimensions), np.float32)
         columns = {}
         if Output.DENSE in self.outputs:
-            columns[DENSE] = self._matrix(
-                cut(none if vectors is None else vectors.dense, self.size)
-            )
+            dense = none if vectors is None else vectors.dense
+            columns[DENSE] = self._matrix(cut(dense, self.size))
         if Output.SPARSE in self.outputs:
             terms = [] if vectors is None else [one for one in vectors.sparse if one is not None]
             offsets = _offsets([len(one.token_ids) for one in terms])
@@ -172,37 +172,26 @@ class Results:
             raise self._changed(f"between its rows {shard.first_row} and {last}")
         return part
 
-    def write(
-        self,
-        shard: Shard,
-        vectors: Vectors | None,
-        *,
-        bad: Mapping[int, str],
-        truncated: Sequence[int],
-        token_count: int,
-    ) -> Part:
-        """Keep the *vectors* of those of the shard's texts that are not *bad*. Blocks.
-
-        *bad*: why a text has no vector, by its index in the shard; *truncated*: indices.
-        """
+    def write(self, shard: Shard, encoded: Encoded) -> Part:
+        """Keep the vectors of the shard's texts. Blocks."""
         table = shard.table
-        bad_rows = [*shard.bad, *(shard.bad_row(i, reason) for i, reason in sorted(bad.items()))]
+        bad = [*shard.bad, *(shard.bad_row(i, why) for i, why in sorted(encoded.bad.items()))]
         if self._layout.marks_truncated:
             marks = np.zeros(len(shard.texts), bool)
-            marks[list(truncated)] = True
+            marks[list(encoded.truncated)] = True
             table = table.append_column(TRUNCATED, pa.array(marks))
-        if bad:
-            good = [i for i in range(len(shard.texts)) if i not in bad]
+        if encoded.bad:
+            good = [i for i in range(len(shard.texts)) if i not in encoded.bad]
             table = table.take(pa.array(good, pa.int64()))
-        for name, column in self._layout.columns(vectors).items():
+        for name, column in self._layout.columns(encoded.vectors).items():
             table = table.append_column(name, column)
         part = Part(
             digest=shard.digest,
             first_row=shard.first_row,
             row_count=shard.row_count,
-            token_count=token_count,
-            truncated_count=len(truncated),
-            bad=tuple(bad_rows),
+            token_count=encoded.token_count,
+            truncated_count=len(encoded.truncated),
+            bad=tuple(bad),
         )
         table = table.replace_schema_metadata({FOOTER: _encoder.encode(part)})
         with (
@@ -236,7 +225,10 @@ class Results:
             if not bad:
                 self._errors.unlink()
             totals = Totals(rows, rows - bad, tokens, truncated, bad, digest.hexdigest())
-            schema = pa.schema([(name, types[name]) for name in sorted(types, key=is_vector)])
+            # Columns of the input first, in their order.
+            schema = pa.schema(
+                [(name, types[name]) for name in sorted(types, key=lambda name: name in RESERVED)]
+            )
             tables = (conformed(_read(file).read_all(), schema) for file in files)
             with self._replacing(self._out) as final:
                 if self._out.suffix == ".parquet":
@@ -351,11 +343,6 @@ def write_faults(file: Path) -> Iterator[None]:
         raise JobFailed(f"cannot write {file}: {' '.join(reason.split())}. {GO_ON}") from fault
 
 
-def is_vector(name: str) -> bool:
-    """Whether the column *name* is our own, and comes after those that are kept."""
-    return name in RESERVED
-
-
 def unify(types: dict[str, pa.DataType], schema: pa.Schema) -> None:
     """Widen *types*, of columns by name, to what *schema* has, too: text if nothing else fits both.
 
@@ -413,10 +400,8 @@ def _write_parquet(file: IO[bytes], tables: Iterator[pa.Table], schema: pa.Schem
         group: list[pa.Table] = []
         for table in tables:
             group.append(table)
-            if (
-                sum(map(len, group)) >= ROW_GROUP_ROWS
-                or sum(one.nbytes for one in group) >= ROW_GROUP_BYTES
-            ):
+            rows, byte_count = sum(map(len, group)), sum(one.nbytes for one in group)
+            if rows >= ROW_GROUP_ROWS or byte_count >= ROW_GROUP_BYTES:
                 writer.write_table(pa.concat_tables(group))
                 group.clear()
         if group:

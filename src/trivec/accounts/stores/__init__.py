@@ -1,4 +1,4 @@
-"""Stores of the accounts, SQLite and Postgres, and how settings choose one of them."""
+"""Stores of the accounts, SQLite and Postgres, chosen by the settings."""
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -25,7 +25,7 @@ MEMORY_SECRET = b"nothing that outlives the process"
 
 
 def open_accounts(settings: Settings, *, clock: Clock) -> Accounts:
-    """For a server. Raises `StartError`, but not for a store that is away for now."""
+    """For a server. Raises `StartError`, but not where the store is unavailable for now."""
     if settings.no_auth:
         store = SqlStore(memory_engines(), upgrades_itself=True)
         return Accounts(store, clock=clock, secret=MEMORY_SECRET, no_auth=True)
@@ -43,7 +43,7 @@ def open_accounts(settings: Settings, *, clock: Clock) -> Accounts:
 
 @contextmanager
 def open_administration(settings: Settings, *, clock: Clock) -> Iterator[Administration]:
-    """For a command. Raises `StartError`, and `StoreUnavailable` when the store is away."""
+    """For a command. Raises `StartError` and `StoreUnavailable`."""
     secret = _secret(settings)
     with closing(open_store(settings)) as store:
         store.prepare()
@@ -52,7 +52,7 @@ def open_administration(settings: Settings, *, clock: Clock) -> Iterator[Adminis
 
 
 def open_store(settings: Settings) -> SqlStore:
-    """Postgres where its URL is set, else the SQLite file in the data folder; touches neither."""
+    """Postgres where its URL is set, else the SQLite file in the data folder; connects later."""
     if settings.database_url is not None:
         engines = postgres_engines(settings.database_url.get_secret_value())
         return SqlStore(engines, upgrades_itself=False)
@@ -61,9 +61,9 @@ def open_store(settings: Settings) -> SqlStore:
 
 
 def open_job_store(settings: Settings) -> SqlStore:
-    """For files and batch jobs, with connections of its own; touches nothing yet.
+    """For files and batch jobs, with connections of its own; connects later.
 
-    Without keys it is a file all the same: a batch job outlives the process that began it.
+    A server without keys has a file too: a batch job outlives the process that began it.
     """
     if not settings.no_auth:
         return open_store(settings)
@@ -73,7 +73,7 @@ def open_job_store(settings: Settings) -> SqlStore:
 
 
 def sqlite_file(settings: Settings) -> Path | None:
-    """Where the store of these settings is, or will be; None where it is a Postgres."""
+    """The file of the store of these settings, which may not exist yet; None for Postgres."""
     return settings.data_dir / SQLITE_FILE if settings.database_url is None else None
 
 

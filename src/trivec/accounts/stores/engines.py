@@ -39,20 +39,14 @@ POSTGRES_ARGUMENTS: dict[str, Any] = {
     "tcp_user_timeout": 5_000,  # milliseconds
     "autocommit": True,  # what begins a transaction says what holds in it
 }
-# Durable whatever the server's own default is; and nothing that hangs, hangs for long: a node that is
-# cut off, or stopped, inside a transaction would else keep its rows locked for hours, and all other
-# nodes from writing; they wait a little longer than that. Said in each transaction, for behind
-# pgbouncer the next one has another session.
-BEGIN_DURABLE = (
-    "BEGIN; SET LOCAL synchronous_commit = on; "
-    "SET LOCAL lock_timeout = 2000; SET LOCAL statement_timeout = 10000; "
-    "SET LOCAL idle_in_transaction_session_timeout = 1500"
+# Durable whatever the server's default is. A node that is cut off or stopped inside a transaction
+# would otherwise keep its rows locked for hours; the other nodes wait a little longer than its limit.
+# Set in each transaction, since behind pgbouncer the next one has another session.
+BEGIN_WRITING = (
+    "BEGIN; SET LOCAL lock_timeout = 2000; SET LOCAL statement_timeout = 10000; "
+    "SET LOCAL idle_in_transaction_session_timeout = 1500; SET LOCAL synchronous_commit = "
 )
-BEGIN_FORGETFUL = (
-    "BEGIN; SET LOCAL synchronous_commit = off; "
-    "SET LOCAL lock_timeout = 2000; SET LOCAL statement_timeout = 10000; "
-    "SET LOCAL idle_in_transaction_session_timeout = 1500"
-)
+BEGIN_DURABLE, BEGIN_FORGETFUL = BEGIN_WRITING + "on", BEGIN_WRITING + "off"
 BEGIN_READING = "BEGIN READ ONLY; SET LOCAL statement_timeout = 60000"
 
 
@@ -63,17 +57,14 @@ class Engines:
     writing: Engine  # a commit is on disk when it returns
     reading: Engine
     summing: Engine  # reads too, one sum at a time
-    # Begin on the driver's connection of `writing`; a commit that is not durable may be lost in a
-    # power cut.
-    begin: Callable[[Any, bool], None]
-    interrupt: Callable[[], None]  # break off what other threads wait for
-    listening: Engine | None = None  # hears of changes to keys, where the database tells of them
+    begin: Callable[[Any, bool], None]  # on the driver's connection of `writing`; whether durable
+    interrupt: Callable[[], None]  # the calls of other threads
+    listening: Engine | None = None  # for notices of changed keys, where the database sends them
 
     def dispose(self) -> None:
         """Drop every idle connection but the listening one; the next use makes new ones."""
-        self.writing.dispose()
-        self.reading.dispose()
-        self.summing.dispose()
+        for engine in (self.writing, self.reading, self.summing):
+            engine.dispose()
 
 
 def is_pooled(raw: Any) -> bool:
@@ -82,21 +73,21 @@ def is_pooled(raw: Any) -> bool:
 
 
 def sqlite_engines(file: Path) -> Engines:
-    """One file in WAL mode, that only its owner reads."""
+    """One file in WAL mode, readable by its owner only."""
     url = URL.create("sqlite+pysqlite", database=str(file))
     writing = _engine(url, 1, timeout=0, isolation_level=None)  # waits in `_with_lock` instead
     reading = _engine(url, READERS_MAX, timeout=LOCK_WAIT_S, isolation_level=None)
     summing = _engine(url, 1, timeout=LOCK_WAIT_S, isolation_level=None)
 
     def make_private(*_: object) -> None:
-        # A file that is there is not opened: a process that closes one loses every lock it holds on
-        # it, also those of SQLite's connections. Another process that leaves then takes itself for
-        # the last one and deletes the journal, and what is committed to it afterwards is lost.
-        with suppress(OSError):  # SQLite says better what is wrong with the folder
+        # An existing file is not opened: a process that closes it loses every lock it holds on it,
+        # those of SQLite's connections included. Another process that leaves then takes itself for
+        # the last one and deletes the journal, and later commits are lost.
+        with suppress(OSError):  # SQLite's own message on the folder is better
             if not file.exists():
                 write_whole(file, b"", replaces=False)
 
-    is_durable: bool | None = None  # what the connection that writes was last told
+    is_durable: bool | None = None  # as last set on the writing connection
 
     def open_for_writing(raw: sqlite3.Connection, _: object) -> None:
         nonlocal is_durable
@@ -106,13 +97,13 @@ def sqlite_engines(file: Path) -> Engines:
             raw.execute("PRAGMA foreign_keys=ON")
             raw.execute("PRAGMA journal_size_limit=67108864")  # 64 MiB of it are kept
         except sqlite3.Error:
-            raw.close()  # the next connection would else find the file as this one did
+            raw.close()  # otherwise the next connection finds the file as this one did
             raise
 
     def begin(raw: Any, durable: bool) -> None:
         def with_lock() -> None:
-            # The pragma may read the file, and so meet a lock as well. The driver by itself would
-            # take the lock that all processes write under too late.
+            # The pragma may read the file, and so need the lock too. The driver by itself would
+            # begin with a shared lock, and take the one for writing too late.
             nonlocal is_durable
             if durable is not is_durable:
                 raw.execute("PRAGMA synchronous=FULL" if durable else "PRAGMA synchronous=NORMAL")
@@ -128,12 +119,12 @@ def sqlite_engines(file: Path) -> Engines:
         event.listen(engine, "begin", lambda made: made.exec_driver_sql("BEGIN"))
     for engine in (writing, reading, summing):
         event.listen(engine, "do_connect", make_private)
-    # Waiting for a lock has its own bound, and what waits for a disk cannot be broken off.
+    # Waiting for a lock has a bound of its own, and a wait for the disk cannot be interrupted.
     return Engines(writing, reading, summing, begin, interrupt=lambda: None)
 
 
 def memory_engines() -> Engines:
-    """A database that is gone with the process: one connection, which all take in turn."""
+    """A database that ends with the process: one connection, which all threads take in turn."""
     url = URL.create("sqlite+pysqlite")
     engine = _engine(url, 1, isolation_level=None, check_same_thread=False)
     event.listen(engine, "begin", lambda made: made.exec_driver_sql("BEGIN"))
@@ -154,12 +145,12 @@ def postgres_engines(database_url: str) -> Engines:
             "and without it the store is a SQLite file in the data folder"
         )
     url = url.set(drivername=POSTGRES_DRIVER)
-    # It warns of what it ignores while it clears up after an error, which is raised, and which we log.
+    # It warns of errors it ignores while cleaning up after one that it raises, which we log.
     logging.getLogger("psycopg").setLevel(logging.ERROR)
-    writing = _engine(url, 1, **POSTGRES_ARGUMENTS)
-    reading = _engine(url, READERS_MAX, **POSTGRES_ARGUMENTS)
-    summing = _engine(url, 1, **POSTGRES_ARGUMENTS)
-    listening = _engine(url, 1, **POSTGRES_ARGUMENTS)
+    writing, reading, summing, listening = (
+        _engine(url, connections_max, **POSTGRES_ARGUMENTS)
+        for connections_max in (1, READERS_MAX, 1, 1)
+    )
     opened: WeakSet[Any] = WeakSet()
     opening = Lock()
 
@@ -168,13 +159,13 @@ def postgres_engines(database_url: str) -> Engines:
         with opening:
             opened.add(raw)
         (session,) = raw.execute("SELECT pg_backend_pid()").fetchone()
-        if session != raw.info.backend_pid:  # pgbouncer's sessions, where nothing stays prepared
+        if session != raw.info.backend_pid:  # through pgbouncer, where no statement stays prepared
             raw.prepare_threshold = None
         return raw
 
     def interrupt() -> None:
-        # A backend that hangs still has a kernel that acknowledges what it is sent, so no time-out of
-        # TCP's ever ends the wait.
+        # The kernel of a server that hangs acknowledges what it is sent, so no time-out of TCP's
+        # ends the wait.
         with opening:
             connections = list(opened)
         for raw in connections:
@@ -218,11 +209,11 @@ def _engine(url: URL, connections_max: int, **connect_args: Any) -> Engine:
 
 
 def _with_lock(work: Callable[[], object]) -> object:
-    """Do *work* as soon as no other connection holds the lock it needs, for up to `LOCK_WAIT_S`.
+    """Try *work* until no other connection holds the lock it needs, for up to `LOCK_WAIT_S`.
 
-    SQLite's own way of waiting backs off to a tenth of a second, and one busy process then starves
-    another for seconds; steps shorter than a commit do not. Nor does it wait at all where it might
-    wait for ever, as when two processes that open a new file both turn it to WAL.
+    SQLite's busy handler backs off to a tenth of a second, so that one busy process starves another
+    for seconds; steps shorter than a commit do not. And it does not wait at all where two processes
+    turn a new file to WAL.
     """
     deadline_s = time.monotonic() + LOCK_WAIT_S
     while True:

@@ -3,6 +3,7 @@
 A `Transaction` decides; this reads and locks the rows that it needs, and writes what has changed.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from random import randrange
@@ -17,6 +18,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from trivec.accounts import rate_limits
 from trivec.accounts.ledger import (
     ERROR_FROM,
+    Answer,
     Committed,
     Entry,
     KeyChanges,
@@ -33,7 +35,6 @@ from trivec.accounts.rate_limits import AHEAD_SHARE, LEFT_SHARE, Bucket, Cost, G
 from trivec.accounts.stores import tables
 from trivec.accounts.stores.engines import Engines, is_pooled
 from trivec.accounts.stores.tables import (
-    Values,
     archive,
     buckets,
     counts,
@@ -58,7 +59,6 @@ MINUTES_A_DAY = DAY_US // MINUTE_US
 FOREVER_US = 3_000_000 * DAY_US  # whole days, beyond the year 9999
 PARTS = 64  # of a daily total on a store that nodes share
 ROWS_MAX = 32  # of one bulk statement
-COUNTS_AT_ONCE = 5_000  # deleted in one transaction
 ARCHIVE_LOCK = 7_472_697_666  # Postgres' advisory lock, beside the one for migrations
 ALREADY_ARCHIVING = (
     "another trivec db archive is at work on this store; wait until it has ended, then try again"
@@ -73,19 +73,20 @@ NEXT_REVISION = (  # locks the row until the end of the transaction
     .returning(key_revision.c.revision)
 )
 KEY_CHANGES = "LISTEN trivec_keys"  # a trigger notifies it: migration 0007
-LISTEN_S = 1.0  # between two looks whether it is over
+LISTEN_S = 1.0  # between two checks whether to stop
 LISTEN_AGAIN_S = 1.0  # after a connection was lost
 KEY_NAMES = sa.select(keys.c.id, keys.c.name)
-COUNT_KEY = sa.tuple_(*counts.primary_key.columns)
 Rows: TypeAlias = Sequence[Sequence[Any]]
+Merge: TypeAlias = Callable[[sa.ColumnElement[Any], sa.ColumnElement[Any]], sa.ColumnElement[Any]]
+_log = logging.getLogger("trivec.accounts")
 
 
 class BulkStatement:
-    """One statement for many rows, on the driver's own cursor; compiled once a number of rows.
+    """One statement for many rows, on the driver's own cursor; compiled once for each row count.
 
-    SQLAlchemy's execution costs several times what SQLite does for a row. And a driver gives up the
-    interpreter's lock for each statement, and waits for the event loop to get it back: a statement a
-    row made a large group slow.
+    SQLAlchemy's execution costs several times what SQLite does for a row. And a driver releases the
+    interpreter's lock for each statement, and then waits for the event loop: one statement a row
+    made large groups slow.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class BulkStatement:
         self._compiled: dict[int, str] = {}
 
     def run(self, cursor: Any, rows: Rows) -> list[Sequence[Any]]:
-        """What it finds, if it finds rows. Raises the driver's errors."""
+        """The rows it returns, if any. Raises the driver's errors."""
         found: list[Sequence[Any]] = []
         for start in range(0, len(rows), ROWS_MAX):
             some = rows[start : start + ROWS_MAX]
@@ -119,13 +120,13 @@ class BulkStatement:
 
 
 class SqlStore:
-    """Connects when it is first used, and again after every failure."""
+    """The store of keys, buckets and the ledger. Connects when first used, and after each failure."""
 
     def __init__(self, engines: Engines, *, upgrades_itself: bool) -> None:
         self._engines = engines
         dialect = engines.writing.dialect
         driver = self._driver = dialect.loaded_dbapi
-        # Statements of ours that are wrong. A damaged file is the plain `DatabaseError`.
+        # Errors in our own statements. A damaged file raises the plain `DatabaseError`.
         self._our_faults: tuple[type[Exception], ...] = (
             driver.IntegrityError,
             driver.DataError,
@@ -136,17 +137,17 @@ class SqlStore:
             lambda rows: (
                 sa.select(buckets)
                 .where(buckets.c.key_id.in_([key_id for (key_id,) in rows]))
-                .order_by(buckets.c.key_id)  # as all processes do: none waits in a circle
+                .order_by(buckets.c.key_id)  # as in all processes, so that none deadlock
                 .with_for_update()
             ),
             1,
             dialect,
         )
         self._append_rows = _inserting(ledger, dialect, LedgerRow._fields)
-        self._put_buckets = _inserting(buckets, dialect, there=lambda _, new: new)
-        self._put_probe = _inserting(probe, dialect, there=lambda _, new: new)
-        self._add_to_daily = _inserting(daily, dialect, there=lambda old, new: old + new)
-        self._add_to_counts = _inserting(counts, dialect, there=lambda old, new: old + new)
+        self._put_buckets = _inserting(buckets, dialect, merge=lambda _, new: new)
+        self._put_probe = _inserting(probe, dialect, merge=lambda _, new: new)
+        self._add_to_daily = _inserting(daily, dialect, merge=lambda old, new: old + new)
+        self._add_to_counts = _inserting(counts, dialect, merge=lambda old, new: old + new)
         self._upgrades_itself = upgrades_itself
         self._is_shared = engines.listening is not None  # by several machines
         self._part = randrange(PARTS) if self._is_shared else 0  # noqa: S311
@@ -161,21 +162,18 @@ class SqlStore:
             if self._upgrades_itself:
                 self.upgrade()
             else:
-                with (
-                    self._translated(self._engines.reading),
-                    self._engines.reading.connect() as connection,
-                ):
+                with self._begun(self._engines.reading) as connection:
                     tables.check_latest(connection)
             self._is_prepared = True
 
     def revision(self) -> str | None:
         """The schema's; None for an empty database."""
-        with self._translated(self._engines.reading), self._engines.reading.begin() as connection:
+        with self._begun(self._engines.reading) as connection:
             return tables.revision(connection)
 
     def upgrade(self) -> None:
         """Run the migrations that are missing, all or none."""
-        with self._translated(self._engines.writing), self._engines.writing.begin() as connection:
+        with self._begun(self._engines.writing) as connection:
             tables.upgrade(connection)
 
     def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
@@ -191,7 +189,12 @@ class SqlStore:
                     if asked:
                         granted = _reserve(cursor, asked, now_us=now_us)
                     if rest or not entries:
-                        recorded = self._record(raw, cursor, rest, now_us=now_us)
+                        try:
+                            recorded = self._record(raw, cursor, rest, now_us=now_us)
+                        except self._our_faults:
+                            if not asked:
+                                raise
+                            recorded = self._record_each(raw, cursor, rest, now_us=now_us)
             except self._driver.Error:
                 pooled.invalidate()
                 raise
@@ -203,8 +206,8 @@ class SqlStore:
 
     def _record(self, raw: Any, cursor: Any, entries: Sequence[Entry], *, now_us: int) -> Committed:
         """One transaction over *entries*."""
-        # Only what was billed must outlive a power cut; a reservation is forgotten in a minute. What
-        # is written without entries tells of a disk that is full, but of Postgres' it cannot.
+        # Only billed rows must survive a power cut: a reservation is worth nothing after a minute. A
+        # commit without entries is durable too, so that it finds a full disk; Postgres' it could not.
         durable = any(isinstance(one, RecordUsage) and one.row.token_count for one in entries)
         self._engines.begin(raw, durable or not (entries or self._is_shared))
         found = self._lock_buckets.run(cursor, [[one] for one in keys_touched(entries)])
@@ -215,6 +218,26 @@ class SqlStore:
             self._put_probe.run(cursor, [(1, now_us)])
         raw.commit()
         return transaction.committed
+
+    def _record_each(
+        self, raw: Any, cursor: Any, entries: Sequence[Entry], *, now_us: int
+    ) -> Committed:
+        """A transaction for each of *entries*, which failed in one; an error is its entry's outcome.
+
+        The reservations of their group are committed, so the group cannot be tried again.
+        """
+        outcomes: list[Answer] = []
+        for entry in entries:
+            raw.rollback()  # what failed before
+            try:
+                committed = self._record(raw, cursor, [entry], now_us=now_us)
+            except self._our_faults as fault:
+                _log.exception("an entry could not be committed")
+                outcomes.append(fault.with_traceback(None))
+            else:
+                outcomes += committed.outcomes
+                now_us = committed.now_us
+        return Committed(outcomes, now_us)
 
     def _write(self, cursor: Any, transaction: Transaction) -> None:
         if transaction.buckets:
@@ -249,7 +272,7 @@ class SqlStore:
 
     def keys_since(self, revision: int) -> KeyChanges:
         with self._transaction(self._engines.reading) as connection:
-            # First: a key that changes between the two statements is read twice, and never missed.
+            # First: a key that changes between the two statements is read twice, but not missed.
             latest = connection.execute(sa.select(key_revision.c.revision)).scalar_one()
             if latest == revision:
                 return KeyChanges(revision, ())
@@ -297,7 +320,7 @@ class SqlStore:
     def usage(self, query: UsageQuery) -> list[UsageLine]:
         with self._transaction(self._engines.summing) as connection:
             found = connection.execute(_usage_sums(query)).all()
-            names: dict[str, str] = {}  # the environment's key has none: its id is its name
+            names: dict[str, str] = {}  # not of the environment's key: its id is its name
             if query.by is UsageBy.KEY:
                 names = {row.id: row.name for row in connection.execute(KEY_NAMES)}
             # Last: Postgres may delete a row between two statements, and moves the mark with it.
@@ -310,15 +333,11 @@ class SqlStore:
             lines.append(UsageLine(shown, name, *map(int, sums)))  # Postgres sums to a decimal
         return sorted(lines, key=lambda line: line.group or "")
 
-    # What `trivec db archive` asks for; each call is one transaction. The mark `archive.before_us`
-    # only grows: triggers refuse to delete a row at or after it, and rows before it are deleted in
-    # the transaction that moves it, so a sum that reads the mark last knows what is missing.
-
     @contextmanager
     def archiving(self) -> Iterator[None]:
         """Keep other archive runs out. Raises `StoreRefused` where one is at work.
 
-        On SQLite, which one machine uses, a lock on the data folder does it instead.
+        On SQLite, which one machine uses, the lock on the data folder is enough.
         """
         self._ensure_prepared()
         if self._engines.writing.dialect.name == "sqlite":
@@ -334,55 +353,12 @@ class SqlStore:
             try:
                 yield
             finally:
-                # Unlocked by name: a closed session ends some time later, and until then the lock
-                # would refuse the next run.
+                # Unlocked explicitly: a closed session ends some time later, and until then it would
+                # hold the lock.
                 try:
                     connection.execute(sa.select(sa.func.pg_advisory_unlock(ARCHIVE_LOCK)))
                 finally:
                     connection.invalidate()
-
-    def oldest_rows(self, *, from_us: int, before_us: int, limit: int) -> list[Values]:
-        """At most *limit* ledger rows of [from_us, before_us), by time and sequence.
-
-        *from_us* spares Postgres a walk over the index entries of rows that were just deleted.
-        """
-        is_old = sa.and_(ledger.c.time_us >= from_us, ledger.c.time_us < before_us)
-        oldest = sa.select(ledger).where(is_old).order_by(ledger.c.time_us, ledger.c.sequence)
-        return self._rows(oldest.limit(limit))
-
-    def rows_numbered(self, sequences: Sequence[int]) -> list[Values]:
-        """The ledger rows with these sequences, where they are there."""
-        return self._rows(sa.select(ledger).where(ledger.c.sequence.in_(sequences)))
-
-    def _rows(self, statement: sa.Select[Any]) -> list[Values]:
-        with self._transaction(self._engines.reading) as connection:
-            return [dict(row) for row in connection.execute(statement).mappings()]
-
-    def drop_rows(self, archived: Sequence[Values]) -> None:
-        """Delete rows that are safe elsewhere, all or none. Raises `StoreRefused` if some are gone."""
-        with self._transaction(self._engines.writing) as connection:
-            _move_mark(connection, max(row["time_us"] for row in archived) + 1)
-            sequences = [row["sequence"] for row in archived]
-            deleted = connection.execute(sa.delete(ledger).where(ledger.c.sequence.in_(sequences)))
-            if deleted.rowcount != len(archived):
-                raise StoreRefused(ALREADY_ARCHIVING)
-
-    def end_archive(self, before_us: int) -> None:
-        """Move the mark to *before_us* and delete the counts before it, some at a time."""
-        with self._transaction(self._engines.writing) as connection:
-            _move_mark(connection, before_us)
-        is_old = counts.c.minute < before_us // MINUTE_US
-        next_keys = sa.select(*counts.primary_key.columns).where(is_old)
-        next_keys = next_keys.order_by(*counts.primary_key.columns).limit(COUNTS_AT_ONCE)
-        while True:
-            with self._transaction(self._engines.reading) as connection:
-                found = connection.execute(next_keys).all()
-            if not found:
-                return
-            last = tuple(found[-1])
-            with self._transaction(self._engines.writing) as connection:
-                connection.execute(sa.delete(counts).where(is_old, last >= COUNT_KEY))
-            next_keys = next_keys.where(last < COUNT_KEY)
 
     def listen(self, heard: Callable[[], None], is_over: Event) -> None:
         engine = self._engines.listening
@@ -390,11 +366,11 @@ class SqlStore:
             try:
                 with self._translated(engine), closing(engine.raw_connection()) as pooled:
                     raw: Any = pooled.driver_connection
-                    if is_pooled(raw):  # nothing is heard through pgbouncer
+                    if is_pooled(raw):  # pgbouncer passes no notices on
                         return
                     try:
                         raw.execute(KEY_CHANGES)
-                        heard()  # of what has changed before
+                        heard()  # something may have changed before
                         while not is_over.is_set():
                             for _ in raw.notifies(timeout=LISTEN_S, stop_after=1):
                                 heard()
@@ -406,7 +382,7 @@ class SqlStore:
             finally:
                 engine.dispose()
 
-    # What batch jobs ask for, whose statements are in `jobs/records.py`.
+    # For the statements of `archive.py` and of batch jobs, which are in `jobs/records.py`.
 
     def writing(self) -> AbstractContextManager[sa.Connection]:
         """A transaction that writes; durable once it has ended."""
@@ -427,9 +403,12 @@ class SqlStore:
     def close(self) -> None:
         self._engines.dispose()
 
-    @contextmanager
-    def _transaction(self, engine: sa.Engine) -> Iterator[sa.Connection]:
+    def _transaction(self, engine: sa.Engine) -> AbstractContextManager[sa.Connection]:
         self._ensure_prepared()
+        return self._begun(engine)
+
+    @contextmanager
+    def _begun(self, engine: sa.Engine) -> Iterator[sa.Connection]:
         with self._translated(engine), engine.begin() as connection:
             yield connection
 
@@ -443,10 +422,10 @@ class SqlStore:
 
     @contextmanager
     def _translated(self, engine: sa.Engine) -> Iterator[None]:
-        """Raise `StoreUnavailable` for a failure of the store, and connect anew afterwards.
+        """Raise `StoreUnavailable` for a failure of the store, and drop its connections.
 
-        A file that was read-only stays so for an open connection. A sum that fails drops no connection
-        that the writer or the checks of keys use.
+        A file that was read-only stays so for an open connection. A sum that fails leaves the
+        connections of the writer and of the key checks alone.
         """
         try:
             yield
@@ -500,12 +479,11 @@ def _inserting(
     dialect: sa.Dialect,
     names: Sequence[str] = (),
     *,
-    there: Callable[[sa.ColumnElement[Any], sa.ColumnElement[Any]], sa.ColumnElement[Any]]
-    | None = None,
+    merge: Merge | None = None,
 ) -> BulkStatement:
     """Insert rows of the columns *names*, by default all.
 
-    *there*: what becomes of each value of the row that has the same primary key, from it and ours.
+    *merge*: the new value of a column where a row has the same primary key, from its value and ours.
     """
     names = names or [column.name for column in table.columns]
     insert_into = sqlite.insert if dialect.name == "sqlite" else postgresql.insert
@@ -513,20 +491,14 @@ def _inserting(
     def build(rows: Rows) -> sa.ClauseElement:
         values = [dict(zip(names, row, strict=True)) for row in rows]
         statement: sqlite.Insert | postgresql.Insert = insert_into(table).inline().values(values)
-        if there is None:
+        if merge is None:
             return statement
         key = [column.name for column in table.primary_key]
         new = statement.excluded
-        changed = {c.name: there(c, new[c.name]) for c in table.c if c.name not in key}
+        changed = {c.name: merge(c, new[c.name]) for c in table.c if c.name not in key}
         return statement.on_conflict_do_update(index_elements=key, set_=changed)
 
     return BulkStatement(build, len(names), dialect)
-
-
-def _move_mark(connection: sa.Connection, before_us: int) -> None:
-    """To *before_us*, unless it is further on."""
-    earlier = archive.c.before_us < before_us
-    connection.execute(sa.update(archive).where(earlier).values(before_us=before_us))
 
 
 def _usage_sums(query: UsageQuery) -> sa.Select[Any]:

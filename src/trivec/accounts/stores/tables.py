@@ -1,7 +1,7 @@
-"""Tables of the SQL stores, their migrations, the rows of keys, and how Postgres reserves.
+"""Tables of the SQL stores, their migrations, the rows of keys, and Postgres' reservation.
 
-Instants are integers: microseconds since the epoch (`*_us`). No column ever holds a client's text;
-of a file there is its name, of a batch job the metadata that its client gave it.
+Instants are integers: microseconds since the epoch (`*_us`). No column holds a text to embed; the
+only words of clients are the names of files and the metadata of batch jobs.
 """
 
 import json
@@ -29,12 +29,12 @@ def whole(name: str, *, nullable: bool = False, **more: Any) -> "sa.Column[int]"
 
 
 def key(name: str, kind: Any) -> "sa.Column[Any]":
-    """A column of the primary key, whose values are given."""
+    """A column of the primary key; we give the values."""
     return sa.Column(name, kind, primary_key=True, autoincrement=False)
 
 
 def serial(name: str) -> "sa.Column[int]":
-    """The primary key, whose values the database gives, from 1."""
+    """The primary key; the database gives the values, from 1."""
     kind = sa.BigInteger().with_variant(sa.Integer, "sqlite")
     return sa.Column(name, kind, primary_key=True, autoincrement=True)
 
@@ -78,7 +78,7 @@ key_revision = sa.Table(
     metadata,
     key("id", sa.SmallInteger),  # always 1
     whole("revision"),  # grows with every change to any key
-    sa.Column("secret_check", sa.LargeBinary(16)),  # tells another server secret from ours
+    sa.Column("secret_check", sa.LargeBinary(16)),  # of the server's secret
 )
 
 buckets = sa.Table(
@@ -119,7 +119,7 @@ daily = sa.Table(  # sums of ledger and counts, kept when their rows are archive
     key("key_id", sa.String(32)),
     key("model", sa.String),  # empty: no model
     key("day", sa.BigInteger),  # since the epoch
-    # Nodes have rows of their own: else those that serve a busy key wait for each other's commits.
+    # Nodes have rows of their own, so that those that serve a busy key need not wait for each other.
     key("part", sa.SmallInteger),
     *map(whole, ("requests", "failed", "tokens")),
 )
@@ -131,7 +131,7 @@ archive = sa.Table(
     whole("before_us"),  # rows before it may be deleted
 )
 
-probe = sa.Table(  # written by an idle process, which so learns whether it can
+probe = sa.Table(  # written by an idle process, to find out whether it can
     "probe",
     metadata,
     key("id", sa.SmallInteger),  # always 1
@@ -184,7 +184,7 @@ batches = sa.Table(
     sa.Index("ix_batches_key_id", "key_id", "id"),
 )
 
-batch_shards = sa.Table(  # what there is to do for a batch job, each by one server at a time
+batch_shards = sa.Table(  # the steps of a batch job, each leased by one server at a time
     "batch_shards",
     metadata,
     serial("id"),
@@ -195,7 +195,7 @@ batch_shards = sa.Table(  # what there is to do for a batch job, each by one ser
     whole("line_count", default=0),
     whole("byte_start", default=0),
     whole("byte_count", default=0),
-    sa.Column("lease", sa.String(128), index=True),  # of the server that has it, or that did it
+    sa.Column("lease", sa.String(128), index=True),  # of the server that works on it, or did
     whole("lease_until_us", default=0),
     whole("done_us", nullable=True, index=True),
     whole("completed", default=0),
@@ -214,13 +214,12 @@ def revision(connection: sa.Connection) -> str | None:
 
 def upgrade(connection: sa.Connection, target: str = "head") -> None:
     """Run the migrations that are missing, in the caller's transaction. Raises `StoreRefused`."""
-    if connection.dialect.name == "postgresql":  # it takes as long as the tables are large
-        connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
-        connection.execute(sa.text("SET LOCAL idle_in_transaction_session_timeout = 0"))
     from alembic.operations import Operations
     from alembic.runtime.migration import MigrationContext
 
-    if connection.dialect.name == "postgresql":
+    if connection.dialect.name == "postgresql":  # it takes as long as the tables are large
+        connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
+        connection.execute(sa.text("SET LOCAL idle_in_transaction_session_timeout = 0"))
         connection.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": UPGRADE_LOCK})
     migrations = _migrations(connection)
     context = MigrationContext.configure(
@@ -262,17 +261,13 @@ def _migrations(connection: sa.Connection) -> "ScriptDirectory":
 
 
 def key_values(key: Key, *, revision: int) -> Values:
+    plain = ("id", "name", "created_us", "expires_us", "revoked_us", "truncate")
     return {
-        "id": key.id,
-        "name": key.name,
+        **{name: getattr(key, name) for name in plain},
+        **asdict(key.limits),
         "scopes": " ".join(sorted(key.scopes)),
         "models": None if key.models is None else json.dumps(sorted(key.models)),
-        **asdict(key.limits),
-        "created_us": key.created_us,
-        "expires_us": key.expires_us,
-        "revoked_us": key.revoked_us,
         "revision": revision,
-        "truncate": key.truncate,
     }
 
 
@@ -284,11 +279,10 @@ def read_keys(connection: sa.Connection, are_meant: sa.ColumnElement[bool]) -> l
     """The keys whose row fits *are_meant*, with their secrets."""
     found = connection.execute(sa.select(keys).where(are_meant)).all()
     by_key: dict[str, list[Secret]] = {row.id: [] for row in found}
-    if found:
-        theirs = sa.select(secrets).join(keys).where(are_meant).order_by(secrets.c.created_us)
-        for row in connection.execute(theirs):
-            secret = Secret(bytes(row.digest), row.first, row.last, row.created_us, row.expires_us)
-            by_key.setdefault(row.key_id, []).append(secret)
+    theirs = sa.select(secrets).join(keys).where(are_meant).order_by(secrets.c.created_us)
+    for row in connection.execute(theirs) if found else ():
+        secret = Secret(bytes(row.digest), row.first, row.last, row.created_us, row.expires_us)
+        by_key.setdefault(row.key_id, []).append(secret)
     return [
         Key(
             row.id,
@@ -296,19 +290,15 @@ def read_keys(connection: sa.Connection, are_meant: sa.ColumnElement[bool]) -> l
             frozenset(map(Scope, row.scopes.split())),
             None if row.models is None else frozenset(json.loads(row.models)),
             RateLimits(row.requests_per_minute, row.tokens_per_minute),
-            row.created_us,
-            row.expires_us,
-            row.revoked_us,
-            tuple(by_key[row.id]),
-            row.truncate,
+            *(row.created_us, row.expires_us, row.revoked_us, tuple(by_key[row.id]), row.truncate),
         )
         for row in found
     ]
 
 
-# The same as `Transaction` does for a `Reserve`, of both limits at once, in one statement that holds
-# the bucket's lock no longer than it takes: nodes that share a busy key else wait for each other's
-# round trips. A minute has 60,000,000 us. What is null in `least` and `greatest` is left out.
+# What `Transaction` does for a `Reserve`, in one statement, so that the bucket is locked only while it
+# runs: nodes that share a busy key would otherwise wait for each other's round trips. A minute has
+# 60,000,000 us. `least` and `greatest` ignore nulls.
 RESERVE = """
 WITH asked AS (
     SELECT %s::text AS key_id, %s::bigint AS now_us,

@@ -3,40 +3,35 @@
 import sqlalchemy as sa
 from alembic import op
 
+from trivec.accounts.stores.tables import key, whole
+
 revision = "0002"
 down_revision = "0001"
 
+# The environment's key has no row among the keys; this one was what its claims were locked by.
+FIXED_BUCKET = (
+    "INSERT INTO buckets (key_id, requests_debt, tokens_debt, at_us) "
+    "VALUES ('TRIVEC_API_KEY', 0, 0, 0)"
+)
+
 
 def upgrade() -> None:
-    op.add_column(
-        "ledger", sa.Column("replayed", sa.Boolean, nullable=False, server_default=sa.false())
-    )
+    is_replayed = sa.Column("replayed", sa.Boolean, nullable=False, server_default=sa.false())
+    op.add_column("ledger", is_replayed)
     op.add_column("keyring", sa.Column("secret_check", sa.LargeBinary(16)))
-    # The environment's key has no row among the keys; this one is what its claims are locked by.
-    buckets = sa.table(
-        "buckets",
-        sa.column("key_id"),
-        sa.column("requests_debt"),
-        sa.column("tokens_debt"),
-        sa.column("at_us"),
-    )
-    fixed = {"key_id": "TRIVEC_API_KEY", "requests_debt": 0, "tokens_debt": 0, "at_us": 0}
-    op.bulk_insert(buckets, [fixed])
+    op.execute(FIXED_BUCKET)
     op.create_table(
         "claims",
-        sa.Column("key_id", sa.String(32), primary_key=True),
-        sa.Column("digest", sa.LargeBinary(16), primary_key=True),
+        key("key_id", sa.String(32)),
+        key("digest", sa.LargeBinary(16)),
         sa.Column("body_digest", sa.LargeBinary, nullable=False),
         sa.Column("owner", sa.String(36), nullable=False),
-        sa.Column("held_until_us", sa.BigInteger, nullable=False),
-        sa.Column("expires_us", sa.BigInteger, nullable=False),
+        whole("held_until_us"),
+        whole("expires_us"),
         sa.Column("done", sa.Boolean, nullable=False),
-        sa.Column("token_count", sa.BigInteger, nullable=False),
+        whole("token_count"),
     )
     op.create_index("ix_claims_expires_us", "claims", ["expires_us"])
     op.create_table(
-        "timelines",
-        sa.Column("boot_id", sa.String(36), primary_key=True),
-        sa.Column("offset_us", sa.BigInteger, nullable=False),
-        sa.Column("seen_us", sa.BigInteger, nullable=False),
+        "timelines", key("boot_id", sa.String(36)), whole("offset_us"), whole("seen_us")
     )

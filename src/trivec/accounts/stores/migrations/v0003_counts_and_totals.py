@@ -3,6 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
+from trivec.accounts.stores.tables import key, whole
+
 revision = "0003"
 down_revision = "0002"
 
@@ -34,26 +36,20 @@ POSTGRES_REFUSALS = (
 def upgrade() -> None:
     op.create_table(
         "counts",
-        sa.Column("key_id", sa.String(32), primary_key=True),
-        sa.Column("model", sa.String, primary_key=True),
-        sa.Column("status", sa.SmallInteger, primary_key=True, autoincrement=False),
-        sa.Column("minute", sa.BigInteger, primary_key=True, autoincrement=False),
-        sa.Column("requests", sa.BigInteger, nullable=False),
+        key("key_id", sa.String(32)),
+        key("model", sa.String),
+        key("status", sa.SmallInteger),
+        key("minute", sa.BigInteger),
+        whole("requests"),
     )
     op.create_table(
         "daily",
-        sa.Column("key_id", sa.String(32), primary_key=True),
-        sa.Column("model", sa.String, primary_key=True),
-        sa.Column("day", sa.BigInteger, primary_key=True, autoincrement=False),
-        sa.Column("requests", sa.BigInteger, nullable=False),
-        sa.Column("failed", sa.BigInteger, nullable=False),
-        sa.Column("tokens", sa.BigInteger, nullable=False),
+        key("key_id", sa.String(32)),
+        key("model", sa.String),
+        key("day", sa.BigInteger),
+        *map(whole, ("requests", "failed", "tokens")),
     )
-    op.create_table(
-        "archive",
-        sa.Column("id", sa.SmallInteger, primary_key=True, autoincrement=False),
-        sa.Column("before_us", sa.BigInteger, nullable=False),
-    )
+    op.create_table("archive", key("id", sa.SmallInteger), whole("before_us"))
     op.execute("INSERT INTO archive (id, before_us) VALUES (1, 0)")
     op.execute(FILL_DAILY)
     is_sqlite = op.get_bind().dialect.name == "sqlite"

@@ -3,6 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
+from trivec.accounts.stores.tables import key, whole
+
 revision = "0005"
 down_revision = "0004"
 
@@ -11,9 +13,5 @@ def upgrade() -> None:
     op.drop_table("claims")
     op.drop_table("timelines")
     op.drop_column("ledger", "replayed")
-    op.create_table(
-        "probe",
-        sa.Column("id", sa.SmallInteger, primary_key=True, autoincrement=False),
-        sa.Column("at_us", sa.BigInteger, nullable=False),
-    )
+    op.create_table("probe", key("id", sa.SmallInteger), whole("at_us"))
     op.execute("INSERT INTO probe (id, at_us) VALUES (1, 0)")
