@@ -77,6 +77,7 @@ def trivec_in_a_new_folder(tmp_path: Path) -> Trivec:
         ["keys", "revoke", "t"],
         ["keys", "create", "--name", "t"],
         ["db", "archive", "--before", "2026-01-01"],
+        ["db", "upgrade"],
     ],
 )
 def test_no_command_makes_a_second_store_by_itself(
@@ -488,3 +489,5 @@ def test_the_schema_is_brought_up_to_date_on_postgres(
     assert "up to date" in second.err
     listed = trivec("keys", "list", "--json", TRIVEC_DATABASE_URL=url).json
     assert [key["name"] for key in listed] == ["t"]
+    with pytest.raises(ResourceUnknown):  # Postgres itself takes no such text
+        trivec("keys", "show", "t\0", TRIVEC_DATABASE_URL=url)

@@ -179,6 +179,16 @@ def test_no_keyed_route_opens_without_a_good_key(
     assert response.headers["www-authenticate"] == "Bearer"
 
 
+@pytest.mark.parametrize("header", ["Bearer", "bearer"])
+def test_a_credential_that_is_empty_is_no_key_and_not_a_wrong_one(
+    gate_address: str, header: str
+) -> None:
+    """As `Bearer $KEY` is, of a variable that is not set."""
+    response = ask(gate_address, ("GET", "/v1/models"), {"authorization": header})
+    assert (response.status_code, response.json()["error"]["code"]) == (401, None)
+    assert "You didn't provide an API key" in response.text
+
+
 @pytest.mark.parametrize("route", KEYED, ids=" ".join)
 def test_no_keyed_route_opens_to_a_revoked_key(
     gate_address: str, revoked: str, route: tuple[str, str]

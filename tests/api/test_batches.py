@@ -188,6 +188,17 @@ BAD_FILES = [
 ]
 
 
+@pytest.mark.parametrize("before", [b"", b"\r\n"], ids=["at-a-line", "at-a-blank-line"])
+async def test_a_byte_order_mark_before_the_first_line_is_skipped(
+    house: House, before: bytes
+) -> None:
+    content = b"\xef\xbb\xbf" + before + as_file([line("a"), line("b")])
+    async with working(house) as client:
+        batch = await client.ended(await client.create(content))
+        lines = await client.lines(batch["output_file_id"])
+    assert sorted(one["custom_id"] for one in lines) == ["a", "b"]
+
+
 @pytest.mark.parametrize(("content", "expected"), BAD_FILES)
 async def test_a_file_with_a_fault_fails_with_the_line_before_anything_runs(
     house: House, content: Any, expected: tuple[str, int | None, str | None]

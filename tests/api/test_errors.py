@@ -383,5 +383,7 @@ async def test_a_method_is_one_of_https_or_other(house: House) -> None:
         nowhere = await client.request("X" * 10_000, "/nowhere")
     assert (wrong.status_code, nowhere.status_code) == (405, 404)
     assert "XX" not in wrong.text + nowhere.text
+    assert "This method is not allowed here; use POST." in wrong.text
+    assert "Nothing is served at this path with this method." in nowhere.text
     served = [(event.method, event.route, event.prefix) for event in house.heard.served]
     assert served == [("other", "/v1/embeddings", "/v1"), ("other", "other", "")]

@@ -265,6 +265,9 @@ async def test_vllm_scores_pairs_of_vectors_each_with_its_own(house: House) -> N
     [
         pytest.param({"text_1": "a"}, "queries", id="half-a-pair"),
         pytest.param(
+            {"text_1": "a", "text_2": "b", "items": ["c"]}, "items", id="a-pair-and-half-another"
+        ),
+        pytest.param(
             {"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, "text_1", id="two-of-three"
         ),
         pytest.param({"text_1": "a", "text_2": LONG}, "text_2[0]", id="too-long"),

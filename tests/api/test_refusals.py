@@ -1,8 +1,17 @@
 """What is wrong with a request is said exactly, before any model is touched."""
 
+import json
+
 import httpx
 import pytest
 from tests.api.house import MODEL, PLAIN_MODEL, House
+
+from trivec.api.admin import CreateKeyRequest
+from trivec.api.batches import CreateBatchRequest
+from trivec.api.rerank import RerankRequest
+from trivec.api.schemas import decoder_of
+from trivec.api.tei import SimilarityRequest
+from trivec.core.errors import FieldInvalid
 
 LIST = "Supported values: "
 
@@ -51,6 +60,12 @@ def assert_refused(response: httpx.Response) -> None:
             id="an-encoding-of-token-ids-nobody-knows",
         ),
         pytest.param(
+            {"encoding_format": ""},
+            "Invalid value for 'encoding_format' = ''. Supported values: ['float', 'base64'].",
+            "encoding_format",
+            id="an-encoding-of-no-letters",
+        ),
+        pytest.param(
             {"dimensions": 4},
             "This model does not support specifying dimensions.",
             "dimensions",
@@ -80,6 +95,13 @@ def assert_refused(response: httpx.Response) -> None:
             "Unrecognized request argument supplied: trunkate. Remove it, or correct its name.",
             "trunkate",
             id="a-misspelt-field",
+        ),
+        pytest.param(
+            {"\u202etrunkate\n": True},
+            "Unrecognized request argument supplied: \\u202etrunkate\\n. Remove it, or correct its "
+            "name.",
+            "\\u202etrunkate\\n",
+            id="a-field-that-would-turn-the-line-around",
         ),
         pytest.param(
             {"input": [[5, 1000]]},
@@ -163,6 +185,74 @@ async def test_what_is_no_json_object_in_utf_8_is_refused(house: House, body: by
         headers = {"content-type": "application/json"}
         response = await client.post("/embeddings", content=body, headers=headers)
     assert_refused(response)
+
+
+@pytest.mark.parametrize(
+    ("route", "given", "message", "param"),
+    [
+        pytest.param(
+            "/batches",
+            {"completion_window": "1d"},
+            "Invalid value for 'completion_window'. Expected: 24h as at OpenAI, or any other number "
+            "of hours up to 336h.",
+            "completion_window",
+            id="a-form-in-words-and-not-as-a-regular-expression",
+        ),
+        pytest.param(
+            "/batches",
+            {"metadata": {"k" * 65: "v"}},
+            "Invalid key in 'metadata'. Expected `str` of length <= 64.",
+            "metadata",
+            id="a-key-of-a-mapping",
+        ),
+        pytest.param(
+            "/batches",
+            {"metadata": {"k": 1}},
+            "Invalid type for 'metadata': expected str, but got int instead.",
+            "metadata",
+            id="a-value-of-a-mapping",
+        ),
+        pytest.param(
+            "/batches",
+            {"output_expires_after": {"anchor": "now", "seconds": 3600}},
+            "Invalid value for 'output_expires_after.anchor' = now. Supported values: "
+            "['created_at'].",
+            "output_expires_after.anchor",
+            id="a-word-of-a-structure-within",
+        ),
+        pytest.param(
+            "/admin/v1/keys",
+            {"name": "a", "expires": "2027-01-31"},
+            "Invalid value for 'expires'. Expected: An instant in RFC 3339, as "
+            "2027-01-31T00:00:00Z.",
+            "expires",
+            id="an-instant",
+        ),
+    ],
+)
+def test_a_structure_says_what_it_expected_and_where(
+    route: str, given: dict[str, object], message: str, param: str
+) -> None:
+    kind = CreateBatchRequest if route == "/batches" else CreateKeyRequest
+    batch = {"input_file_id": "f", "endpoint": "/v1/embeddings", "completion_window": "24h"}
+    with pytest.raises(FieldInvalid) as refused:
+        decoder_of(kind).decode(json.dumps((batch if route == "/batches" else {}) | given).encode())
+    assert (str(refused.value), refused.value.param) == (message, param)
+
+
+def test_half_of_a_surrogate_pair_is_found_in_a_structure_within() -> None:
+    body = b'{"model": "m", "query": "q", "documents": ["a", {"text": "\\ud800"}]}'
+    with pytest.raises(FieldInvalid) as refused:
+        decoder_of(RerankRequest).decode(body)
+    assert refused.value.param == "documents[1].text"
+
+
+def test_words_of_a_structure_within_may_be_of_any_case() -> None:
+    inputs = b'"inputs": {"source_sentence": "a", "sentences": ["b"]}'
+    body = b'{%b, "parameters": {"truncation_direction": "Left"}}' % inputs
+    asked = decoder_of(SimilarityRequest).decode(body)
+    assert asked.parameters is not None
+    assert asked.parameters.truncation_direction == "left"
 
 
 async def test_of_duplicate_keys_the_last_wins(house: House) -> None:

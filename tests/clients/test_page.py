@@ -283,6 +283,27 @@ def test_a_text_that_is_too_long_is_refused_in_the_apis_words_and_cut_when_asked
     assert not visit.page.get_by_role("alert").is_visible()
 
 
+def test_counting_tokens_does_not_clear_what_was_said_of_a_request(visit: Visit) -> None:
+    """They are counted a moment after the typing, which may be after the request was refused."""
+    visit.page.locator("#embed:enabled").wait_for()
+    alert = visit.page.get_by_role("alert")
+    visit.page.get_by_label("Texts, one a line").fill("a" * 100)
+    visit.page.get_by_role("button", name="Embed").click()
+    alert.get_by_text("maximum context length is 64 tokens").wait_for()
+    visit.complaints.clear()
+    visit.page.get_by_label("Texts, one a line").fill("a" * 70)
+    visit.page.get_by_text("72 · too long").wait_for()
+    assert alert.is_visible()
+
+
+def test_a_key_that_no_header_can_hold_is_refused_in_plain_words(
+    visits: Callable[..., Visit], address: str
+) -> None:
+    visit = visits(address)
+    visit.open("/", "ключ")
+    visit.page.get_by_role("alert").get_by_text("A key has no such characters").wait_for()
+
+
 def test_hostile_texts_are_shown_as_texts(visit: Visit) -> None:
     visit.page.get_by_label("Cut texts that are too long").check()
     visit.embed(HOSTILE)

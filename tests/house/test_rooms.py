@@ -12,24 +12,24 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
 # The aim is 11,500 in 100: raised only in a commit that says why.
-LINES_MAX, FILES_MAX = 28_740, 143
+LINES_MAX, FILES_MAX = 28_690, 143
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
-    "cli": (1_760, 7),
+    "cli": (1_720, 7),
     "server": (980, 5),
     "build": (540, 1),
     "settings": (450, 1),
-    "api": (4_700, 21),
+    "api": (4_750, 21),
     "engine": (1_030, 5),
-    "models": (2_270, 16),
+    "models": (2_260, 16),
     "backends": (3_900, 18),
     "checkpoints": (2_610, 13),
-    "tokenizer": (770, 3),
-    "accounts": (3_660, 22),
+    "tokenizer": (780, 3),
+    "accounts": (3_630, 22),
     "telemetry": (780, 4),
     "ipc": (550, 5),
-    "core": (1_080, 8),
-    "jobs": (2_770, 8),
+    "core": (1_090, 8),
+    "jobs": (2_740, 8),
     "cluster": (860, 3),
     "playground": (90, 1),
 }

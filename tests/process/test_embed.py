@@ -92,7 +92,7 @@ def test_exit_codes_and_messages_tell_how_it_went(corpus: Path, tmp_path: Path) 
         opened.write('\n{"id": 7}\n')
     bad = embed(corpus, tmp_path / "bad.parquet", *FAKE, *SMALL)
     assert bad.returncode == 3
-    assert "1 rows have no vector" in bad.stderr
+    assert "1 row has no vector" in bad.stderr
     [error] = (tmp_path / "bad.parquet.errors.jsonl").read_text("utf-8").splitlines()
     assert json.loads(error) == {
         "row": COUNT, "file": str(corpus), "line": COUNT + 1, "id": 7, "reason": "has no 'text'",

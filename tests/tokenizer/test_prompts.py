@@ -64,8 +64,16 @@ async def test_a_prompt_counts_against_the_models_length(words: Tokenizer) -> No
 
 
 async def test_a_prompt_that_leaves_no_token_for_a_text_is_refused(words: Tokenizer) -> None:
-    with pytest.raises(FieldInvalid, match="Of 6 tokens, 6 are special tokens and the prompt"):
+    says = "At most 6 tokens of a text are read, and 6 are special tokens and the prompt"
+    with pytest.raises(FieldInvalid, match=says) as refused:
         await words.tokenize(["w0"], long_text=LongText.CUT_END, prompt=text_of(0, 1, 2, 3) + " ")
+    assert refused.value.param == "prompt"
+
+
+async def test_a_text_cut_to_nothing_is_refused_by_the_number(words: Tokenizer) -> None:
+    with pytest.raises(FieldInvalid, match="At most 2 tokens of a text are read") as refused:
+        await words.tokenize(["w0"], long_text=LongText.CUT_END, token_count_max=2)
+    assert refused.value.param == "truncate_prompt_tokens"
 
 
 @pytest.mark.parametrize("long_text", [LongText.CUT_END, LongText.KEEP], ids=lambda one: one.value)

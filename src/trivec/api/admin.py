@@ -36,7 +36,9 @@ class CreateKeyRequest(Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
     requests_per_minute: Limit | None = None
     tokens_per_minute: Limit | None = None
-    expires: Annotated[datetime | None, doc("In RFC 3339, as 2027-01-31T00:00:00Z.")] = None
+    expires: Annotated[datetime | None, doc("An instant in RFC 3339, as 2027-01-31T00:00:00Z.")] = (
+        None
+    )
     truncate: Annotated[Truncate | None, doc("Of its requests that do not say.")] = None
 
 

@@ -75,15 +75,19 @@ async def respond_to_error(
     if isinstance(raised, ServiceError):
         error = raised
     elif isinstance(raised, HTTPException):  # the router's own
+        is_known = context.method != "other"
         error = RouteUnknown(
-            f"Nothing is served at this path with {context.method}. "
+            f"Nothing is served at this path with {context.method if is_known else 'this method'}. "
             "The API is under /v1, /openai/v1 and /v3/openai; /openapi.json describes it."
         )
         if raised.status_code == 405:
             context.prefix = scope["route"].endpoint.operation.prefix
             routes = [one for one in scope["router"].routes if one.path == scope["route"].path]
             allowed = {name for route in routes for name in route.methods}
-            error = MethodNotAllowed(method=context.method, allowed=tuple(sorted(allowed)))
+            error = MethodNotAllowed(
+                method=context.method if is_known else "This method",
+                allowed=tuple(sorted(allowed)),
+            )
     elif isinstance(raised, Exception) or is_panic(raised):
         error = fault_of(raised)
     else:

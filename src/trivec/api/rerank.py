@@ -53,7 +53,11 @@ class RerankRequest(Struct, frozen=True, forbid_unknown_fields=True):
     truncation: Annotated[
         bool | None, doc("Voyage's word for `truncate`; with it the results are in `data`, too.")
     ] = None
+    truncate_prompt_tokens: Annotated[
+        Literal[-1] | None, doc("vLLM's word for `truncate`: -1, to what the model reads.")
+    ] = None
     raw_scores: Annotated[bool | None, doc("A reranker's logits instead of probabilities.")] = None
+    use_activation: Annotated[bool | None, doc("vLLM's word: false is `raw_scores`.")] = None
     weights: Annotated[
         dict[str, Annotated[float, Meta(ge=0, le=1e6)]] | None,
         doc(
@@ -137,6 +141,7 @@ async def rerank(context: RequestContext, body: bytes | None = None) -> Response
     context.user = asked.user
     embedder = context.find_embedder(asked.model)
     texts = texts_of(asked.documents)
+    cuts = (asked.truncate, asked.truncation, asked.truncate_prompt_tokens and "end")
     is_voyage = context.app.limits.rerank_answer == "data"
     with_texts = not is_voyage if asked.return_documents is None else asked.return_documents
     scored = await rank(
@@ -144,11 +149,12 @@ async def rerank(context: RequestContext, body: bytes | None = None) -> Response
         embedder,
         asked.query,
         texts,
-        truncate=asked.truncation if asked.truncate is None else asked.truncate,
+        truncate=next((cut for cut in cuts if cut is not None), None),
         weights=choose_weights(asked.weights, embedder.card),
         returns_texts=with_texts,
     )
-    best = scored.ranked(asked.top_n or asked.top_k, raw=asked.raw_scores)
+    is_raw = asked.use_activation is False if asked.raw_scores is None else asked.raw_scores
+    best = scored.ranked(asked.top_n or asked.top_k, raw=is_raw)
     results = []
     for i, score in best.items():
         document = texts[i] if is_voyage else Document(texts[i])
@@ -202,6 +208,10 @@ async def score(context: RequestContext) -> Response:
             param="queries",
         )
     [fields] = given
+    beside = {one for pair in PAIRS_OF_FIELDS for one in pair if getattr(asked, one) is not None}
+    for extra in sorted(beside.difference(fields)):
+        says = f"'{extra}' goes with neither '{fields[0]}' nor '{fields[1]}'. Remove it."
+        raise FieldInvalid(says, param=extra)
     queries, documents = (
         [value] if isinstance(value, str) else value
         for value in (getattr(asked, field) for field in fields)

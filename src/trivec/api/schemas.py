@@ -9,7 +9,7 @@ responses are written by hand in `responses.py`, and a test holds them to the ty
 import codecs
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import (
     Annotated,
@@ -314,8 +314,10 @@ SHOWN_CHARS_MAX = 80  # how much of a client's own value a message repeats
 # What msgspec says, which ends in " - at `$.input[3]`" unless it is said of the whole body.
 _UNKNOWN = "Object contains unknown field `"
 _MISSING = "Object missing required field `"
-_NOT_LISTED = "Invalid enum value '"
+_NOT_LISTED = "Invalid enum value "
 _WRONG_TYPE = re.compile(r"Expected `(?P<expected>[^`]*)`, got `(?P<found>[^`]*)`")
+_PLACE = re.compile(r"(?P<problem>.*) - at `(?P<key>key` in `)?\$\.(?P<param>.*)`", re.DOTALL)
+_FORMS = ("Expected `str` matching regex", "Invalid RFC3339")  # said better by the field's own doc
 
 
 class Decoder(Generic[T]):
@@ -326,8 +328,12 @@ class Decoder(Generic[T]):
         self._kind = kind
         self._decoder = msgspec.json.Decoder(kind)
         self._fields = frozenset(hints)
-        # Of the fields that can hold only certain words: those words.
-        self._words = {name: words for name, hint in hints.items() if (words := _words(hint))}
+        self._docs = {name: text for name, hint in hints.items() for text in _docs(hint)}
+        # Of the fields that can hold only certain words, also of structures within: those words.
+        self._words: dict[str, list[str]] = {}
+        for path, word in _words(kind):
+            self._words.setdefault(path, []).append(word)
+        self._worded = {path.partition(".")[0] for path in self._words}
 
     def decode(self, body: bytes) -> T:
         """The structure in *body*. Raises `MalformedBody`, `FieldInvalid`."""
@@ -370,16 +376,27 @@ class Decoder(Generic[T]):
         given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         kept: dict[str, object] = {}
         for name, value in given.items():
-            if name in self._words:
-                kept[name] = _lowered(msgspec.json.decode(value), self._words[name])
+            if name in self._worded:
+                kept[name] = self._lowered(msgspec.json.decode(value), name)
             elif name in self._fields or bytes(value) != b"null":
                 kept[name] = value
         return msgspec.json.encode(kept)
 
+    def _lowered(self, value: object, path: str) -> object:
+        """*value*, which is at *path*, with each word in lower case that may be there."""
+        if isinstance(value, dict):
+            return {name: self._lowered(one, f"{path}.{name}") for name, one in value.items()}
+        if isinstance(value, list):
+            return [self._lowered(one, path) for one in value]
+        is_word = isinstance(value, str) and value.lower() in self._words.get(path, ())
+        return value.lower() if isinstance(value, str) and is_word else value
+
     def _refusal(self, complaint: str) -> MalformedBody | FieldInvalid:
         """*complaint*, which is msgspec's, in OpenAI's words."""
-        problem, _, at = complaint.partition(" - at `$.")
-        param = at.removesuffix("`")  # empty: the whole body
+        place = _PLACE.fullmatch(complaint)
+        problem = complaint if place is None else place["problem"]
+        # Empty: the whole body. In a mapping there is no telling at which key.
+        param = "" if place is None else place["param"].replace("[...]", "")
         wrong = _WRONG_TYPE.fullmatch(problem)
         if problem.startswith(_UNKNOWN):
             name = shown(problem.removeprefix(_UNKNOWN).removesuffix("`"))
@@ -396,12 +413,15 @@ class Decoder(Generic[T]):
         if not param:
             return MalformedBody(f"The body must be one JSON object. {problem}.")
         # What is left is a range: Expected `int` >= 1, Integer value out of range
-        message = f"Invalid value for '{param}'. {problem}."
-        if problem.startswith(_NOT_LISTED):
-            value = shown(problem.removeprefix(_NOT_LISTED).removesuffix("'"))
+        part = "key in" if place is not None and place["key"] else "value for"
+        message = f"Invalid {part} '{param}'. {problem}."
+        if problem.startswith(_FORMS) and param in self._docs:
+            message = f"Invalid value for '{param}'. Expected: {self._docs[param]}"
+        elif problem.startswith(_NOT_LISTED):
+            value = shown(problem.removeprefix(_NOT_LISTED).strip("'"))
+            words = self._words.get(param) or self._words.get(re.sub(r"\[\d+\]", "", param))
             message = f"Invalid value for '{param}' = {value}."
-            if words := self._words.get(param.partition("[")[0]):  # not of a structure within
-                message += f" Supported values: {list(words)}."
+            message += f" Supported values: {words}." if words else ""
         elif wrong is not None:
             expected = wrong["expected"].replace(" | ", " or ")
             message = f"Invalid type for '{param}': expected {expected}, "
@@ -417,35 +437,48 @@ def decoder_of(kind: type[T]) -> Decoder[T]:
 
 def shown(value: str) -> str:
     """A client's own value, short enough and clean enough for a message."""
-    clean = value.encode("utf-8", "replace").decode("utf-8")
-    return clean if len(clean) <= SHOWN_CHARS_MAX else clean[:SHOWN_CHARS_MAX] + "…"
+    cut = value if len(value) <= SHOWN_CHARS_MAX else value[:SHOWN_CHARS_MAX] + "…"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut) or "''"
 
 
-def _words(hint: object) -> tuple[str, ...]:
-    """The strings of every `Literal` in *hint*."""
+def _docs(hint: object) -> Iterator[str]:
+    """What *hint* says of itself."""
+    for part in get_args(hint):
+        if isinstance(part, Meta) and part.description is not None:
+            yield part.description
+
+
+def _words(hint: object, path: str = "") -> Iterator[tuple[str, str]]:
+    """The strings of every `Literal` in *hint*, each after the path of its field."""
     if get_origin(hint) is Literal:
-        return tuple(str(word) for word in get_args(hint))
-    return tuple(word for inner in get_args(hint) for word in _words(inner))
-
-
-def _lowered(value: object, words: tuple[str, ...]) -> object:
-    """*value*, or each of a list, in lower case where that is one of *words*."""
-    if isinstance(value, list):
-        return [_lowered(one, words) for one in value]
-    return value.lower() if isinstance(value, str) and value.lower() in words else value
+        yield from ((path, str(word)) for word in get_args(hint))
+    elif isinstance(hint, type) and issubclass(hint, Struct):
+        for one in msgspec.structs.fields(hint):
+            yield from _words(one.type, f"{path}.{one.encode_name}".removeprefix("."))
+    else:
+        for inner in get_args(hint):
+            yield from _words(inner, path)
 
 
 def _text_at_fault(body: bytes) -> str | None:
     """The field, as `input[3]`, whose text cannot be Unicode; None where none is to be found."""
     try:
         parsed = json.loads(body.decode("utf-8", "surrogateescape"))
+        return next(_broken_texts(parsed, ""), None)
     except (ValueError, RecursionError):
         return None
-    for name, value in parsed.items() if isinstance(parsed, dict) else ():
-        for i, text in enumerate(value if isinstance(value, list) else [value]):
-            try:
-                if isinstance(text, str):
-                    text.encode()
-            except UnicodeEncodeError:
-                return f"{shown(name)}[{i}]" if isinstance(value, list) else shown(name)
-    return None
+
+
+def _broken_texts(value: object, path: str) -> Iterator[str]:
+    """The paths of the texts in *value* that cannot be Unicode."""
+    if isinstance(value, dict):
+        for name, one in value.items():
+            yield from _broken_texts(one, f"{path}.{shown(name)}".removeprefix("."))
+    elif isinstance(value, list):
+        for i, one in enumerate(value):
+            yield from _broken_texts(one, f"{path}[{i}]")
+    elif isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            yield path

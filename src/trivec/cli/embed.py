@@ -192,7 +192,8 @@ def embed(
     cut = f", {totals.truncated:,} of them cut" if totals.truncated else ""
     say(f"{out}: {totals.texts:,} texts{cut}, {totals.tokens:,} tokens")
     if totals.bad:
-        say(f"{totals.bad:,} rows have no vector; {out}.errors.jsonl says why")
+        rows = "row has" if totals.bad == 1 else "rows have"
+        say(f"{totals.bad:,} {rows} no vector; {out}.errors.jsonl says why")
         raise typer.Exit(BAD_ROWS_EXIT_CODE)
 
 

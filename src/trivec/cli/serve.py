@@ -294,7 +294,8 @@ class Greeting:
 def _say(line: str) -> None:
     """Print to standard error, unless its reader is stuck: serving must go on."""
     if _takes_a_line(sys.stderr):
-        print(line, file=sys.stderr, flush=True)
+        sys.stderr.write(f"{line}\n")  # one write: the log's thread has none between line and end
+        sys.stderr.flush()
 
 
 def _takes_a_line(stream: TextIO) -> bool:

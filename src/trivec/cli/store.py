@@ -352,7 +352,7 @@ def upgrade(data_dir: DataDir = None, config: ConfigFile = None) -> None:
     from trivec.accounts.stores import open_store
 
     settings = settings_of(data_dir, config)
-    with store_refusals(settings, creates=True), closing(open_store(settings)) as store:
+    with store_refusals(settings), closing(open_store(settings)) as store:
         before = store.revision()
         store.upgrade()
         after = store.revision()

@@ -133,12 +133,19 @@ class RequestTooLarge(RequestError):
     """All inputs together have more tokens than one request may."""
 
     def __init__(
-        self, *, token_count: int, token_count_max: int, is_counted_out: bool = True
+        self,
+        *,
+        token_count: int,
+        token_count_max: int,
+        is_counted_out: bool = True,
+        kind: str = "",
     ) -> None:
-        """*is_counted_out* False: counting ended at *token_count*, with some inputs left."""
+        """*is_counted_out* False: counting ended at *token_count*, with some inputs left. *kind*: what
+        requests have this maximum, if not all.
+        """
         more = "" if is_counted_out else " or more"
         super().__init__(
-            f"Requested {token_count}{more} tokens, max {token_count_max} tokens per request. "
+            f"Requested {token_count}{more} tokens, max {token_count_max} tokens per request{kind}. "
             "Please split the input over several requests."
         )
 
@@ -159,7 +166,7 @@ class ModelUnknown(RequestError):
     def __init__(self, *, model: str, served: tuple[str, ...]) -> None:
         super().__init__(
             f"The model `{model}` does not exist or you do not have access to it. "
-            f"Served here: {', '.join(served)}.",
+            f"Served here: {', '.join(served) or 'nothing that this key may use'}.",
             param="model",
         )
 

@@ -8,6 +8,7 @@ crash costs the shard that it interrupted, and any server may go on.
 
 import asyncio
 import logging
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -99,7 +100,9 @@ class Validation:
     def read(self, lines: Iterator[bytes]) -> None:
         """Look at every line; blank ones count for nothing but their number."""
         start, count = 0, 0
-        for number, line in enumerate(lines, start=1):
+        for number, raw in enumerate(lines, start=1):
+            line = raw.removeprefix(BOM_UTF8) if number == 1 else raw
+            start += len(raw) - len(line)
             if not line.strip():
                 start += len(line)
                 continue

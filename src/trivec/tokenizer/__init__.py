@@ -213,7 +213,9 @@ class Tokenizer:
             bounds = [np.cumsum([len(part) for part in parts], dtype=np.int32)[1:]]
             if whole.token_count > self.token_count_max:
                 raise RequestTooLarge(
-                    token_count=whole.token_count, token_count_max=self.token_count_max
+                    token_count=whole.token_count,
+                    token_count_max=self.token_count_max,
+                    kind=" with late_chunking, which reads all its texts as one",
                 )
         counts = [len(own) - 1 for own in bounds] if chunk_size else np.diff(bounds[0]).tolist()
         if 0 in counts:
@@ -447,8 +449,10 @@ class Tokenizer:
         room = count_max - how.lead - len(self._suffix)
         if room < 1 and not is_kept:
             raise FieldInvalid(
-                f"Of {count_max} tokens, {count_max - room} are special tokens and the prompt, "
-                "which leaves none for a text. Allow more tokens, or shorten the prompt."
+                f"At most {count_max} tokens of a text are read, and {count_max - room} are special "
+                "tokens and the prompt, so none is left for the text itself. Allow more tokens, or "
+                "shorten the prompt.",
+                param="prompt" if count_max == self.token_count_max else "truncate_prompt_tokens",
             )
         for i in sorted(changed):
             original = None if i in over and not is_kept else len(ids[i])

@@ -41,6 +41,7 @@ export function debounce(run, wait_ms) {
 export async function request(path, { body, method = body ? "POST" : "GET", signal } = {}) {
   const headers = {};
   const key = sessionStorage.getItem(KEY);
+  if (/[^ -~]/.test(key ?? "")) throw new Error("A key has no such characters. Paste it as it was shown.");
   if (key) headers.authorization = `Bearer ${key}`;
   if (body) headers["content-type"] = "application/json";
   const response = await fetch(path, { method, headers, signal, body: body && JSON.stringify(body) });
@@ -51,17 +52,21 @@ export async function request(path, { body, method = body ? "POST" : "GET", sign
 
 export const call = async (path, options) => (await request(path, options)).json();
 
-/** Run *action*, with *button* disabled meanwhile; tell the visitor what went wrong. */
+/**
+ * Run *action*, with *button* disabled meanwhile; tell the visitor what went wrong. What runs without a
+ * button, by itself, does not clear what was said of one: nobody would have read it.
+ */
 export async function attempt(action, button) {
   const alert = byId("alert");
   if (button) button.disabled = true;
   try {
-    alert.hidden = true;
+    if (button || !alert.hasAttribute("data-button")) alert.hidden = true;
     return await action();
   } catch (error) {
     if (error.name === "AbortError") return undefined;
     alert.textContent = error.message;
     alert.hidden = false;
+    alert.toggleAttribute("data-button", Boolean(button));
     return undefined;
   } finally {
     if (button) button.disabled = false;
