@@ -123,6 +123,4 @@ def run(rows: int, precision: str, backend: str) -> Report:
 
 
 if __name__ == "__main__":
-    command(
-        "ray-dataset", __doc__, run, rows=200_000, precision="int8", backend="openvino"
-    )
+    command("ray-dataset", __doc__, run, rows=200_000, precision="int8", backend="openvino")

@@ -12,7 +12,7 @@ import secrets
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from benchmarks.figures import Spread, ratio
@@ -46,11 +46,13 @@ def ray_application(folder: Path, *, precision: str, cores: int) -> Iterator[Tar
     )
     with ray_nodes(cpus=cores + CPUS_MORE) as cluster:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-        serve.start(proxy_location="HeadOnly", http_options={"port": port, "host": "127.0.0.1"})
-        serve.run(app(arguments))
-        yield Target(f"http://127.0.0.1:{port}/v1", MODEL, key)
-        serve.shutdown()
-        ray.shutdown()
+        try:
+            serve.start(proxy_location="HeadOnly", http_options={"port": port, "host": "127.0.0.1"})
+            serve.run(app(arguments))
+            yield Target(f"http://127.0.0.1:{port}/v1", MODEL, key)
+        finally:
+            serve.shutdown()
+            ray.shutdown()
 
 
 def processor_s() -> Counter[str]:
@@ -63,33 +65,35 @@ def processor_s() -> Counter[str]:
                 words = (folder / "cmdline").read_text().replace("\0", " ").strip()
             except OSError:
                 continue
-            name = re.sub(r"#.*", "", words.split(" ", 1)[0].rpartition("/")[2])
-            if name.startswith("python"):
-                name = " ".join(re.findall(r"[\w.]+(?:\.py)?", words.split(" ", 1)[-1])[:6])[-60:]
+            name = words.split(" ", 1)[0].rpartition("/")[2]
+            if name.startswith("ray::"):
+                name = re.sub(r"[#.].*", "", name)  # of the replica, of the method that runs now
+            elif name.startswith("python"):
+                name = words.partition(" -m ")[2].partition(" --")[0] or "other Python"
             found[name] += (int(fields[11]) + int(fields[12])) / TICKS_A_SECOND
     return found
 
 
 def run(seconds: float, rounds: int, precision: str, clients: int, texts: int) -> Report:
     shape, asked = Shape(clients, texts), sentences(16 * texts)
-    with tempfile.TemporaryDirectory(prefix="trivec-ray-") as folder:
-        data = Path(folder)
+    rates: dict[str, list[float]] = {"plain": [], "ray": []}
+    used = {"plain": Counter[str](), "ray": Counter[str]()}
+    count = Counter[str]()
+    with ExitStack() as stack:
+        data = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trivec-ray-")))
         arguments = ("--precision", precision)
-        with own_server(MODEL, data_dir=data / "plain", arguments=arguments) as plain:
-            with ray_application(data / "ray", precision=precision, cores=usable_cores()) as ours:
-                rates: dict[str, list[float]] = {"plain": [], "ray": []}
-                used = {"plain": Counter[str](), "ray": Counter[str]()}
-                count = Counter[str]()
-                for number in range(rounds + 1):
-                    for name, target in (("plain", plain), ("ray", ours)):
-                        before = processor_s()
-                        lasts_s = seconds if number else WARM_S
-                        answers = measure(target, shape, asked, duration_s=lasts_s)
-                        if number:
-                            rates[name].append(answers.rate * texts)
-                            used[name].update(processor_s() - before)
-                            count[name] += len(answers.latencies_s)
-                            print(number, name, round(answers.rate * texts), flush=True)
+        plain = own_server(MODEL, data_dir=data / "plain", arguments=arguments)
+        ours = ray_application(data / "ray", precision=precision, cores=usable_cores())
+        targets = {"plain": stack.enter_context(plain), "ray": stack.enter_context(ours)}
+        for number in range(rounds + 1):  # the first warms up
+            for name, target in targets.items():
+                before = processor_s()
+                lasts_s = seconds if number else WARM_S
+                answers = measure(target, shape, asked, duration_s=lasts_s)
+                if number:
+                    rates[name].append(answers.rate * texts)
+                    used[name].update(processor_s() - before)
+                    count[name] += len(answers.latencies_s)
     report = Report()
     share = ratio(rates["ray"], rates["plain"])
     report.at_least("texts a second of the plain server's", share.median, SHARE_MIN)
@@ -109,4 +113,6 @@ def run(seconds: float, rounds: int, precision: str, clients: int, texts: int) -
 
 
 if __name__ == "__main__":
-    command("ray-throughput", __doc__, run, seconds=8.0, rounds=7, precision="int8", clients=4, texts=64)
+    command(
+        "ray-throughput", __doc__, run, seconds=8.0, rounds=7, precision="int8", clients=4, texts=64
+    )
