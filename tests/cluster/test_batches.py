@@ -13,10 +13,10 @@ from tests.cluster.handles import handle_backend
 from tests.engine.rig import Listener, sequences
 
 from trivec.backends.fake import FakeBackend, Poison
-from trivec.cluster.serve import BackendReplica, HandleBackend, QueuePolicy
+from trivec.cluster.serve import BackendReplica, Call, HandleBackend, QueuePolicy, call_budget
 from trivec.core.clock import SystemClock
 from trivec.core.errors import DeviceLost, Draining, EngineFault
-from trivec.core.types import Batch, ModelCard, Output, Vectors
+from trivec.core.types import Batch, BatchBudget, ModelCard, Output, Vectors
 from trivec.engine import Engine, Workers
 from trivec.settings import QueueLimits
 
@@ -35,6 +35,10 @@ class DyingBackend(FakeBackend):
         if self.times >= 0:
             raise DeviceLost("no such device")
         return super().run(batch, slot=slot)
+
+
+def call_of(token_ids: list[int], *, ingress: str = "a", open_tokens: int = 0) -> Call:
+    return Call(batch_of([token_ids]), exact=False, ingress=ingress, open_tokens=open_tokens)
 
 
 @asynccontextmanager
@@ -94,7 +98,7 @@ async def test_a_replica_whose_device_is_lost_asks_to_be_replaced() -> None:
     runner = BackendReplica(DyingBackend(times=1), call_s_max=60)
     runner.check_health()
     with pytest.raises(DeviceLost):
-        await runner.run(batch_of([[0, 5, 1]]), exact=False, ingress="a", open_tokens=3)
+        await runner.run(call_of([0, 5, 1]))
     with pytest.raises(DeviceLost, match="no such device"):
         runner.check_health()
 
@@ -103,9 +107,7 @@ async def test_a_replica_whose_batch_hangs_asks_to_be_replaced() -> None:
     inner = FakeBackend(dimensions=8)
     inner.gate.clear()
     runner = BackendReplica(inner, call_s_max=0.0)
-    running = asyncio.create_task(
-        runner.run(batch_of([[0, 5, 1]]), exact=False, ingress="a", open_tokens=3)
-    )
+    running = asyncio.create_task(runner.run(call_of([0, 5, 1])))
     await asyncio.to_thread(inner.wait_entered, 1)
     with pytest.raises(DeviceLost, match="has been running"):
         runner.check_health()
@@ -119,11 +121,7 @@ async def test_a_caller_that_leaves_frees_no_slot_that_computes() -> None:
     inner.gate.clear()
     runner = BackendReplica(inner, call_s_max=60)
 
-    def run() -> "asyncio.Task[Vectors]":
-        batch = batch_of([[0, 5, 1]])
-        return asyncio.create_task(runner.run(batch, exact=False, ingress="a", open_tokens=3))
-
-    left, stays = run(), run()
+    left, stays = (asyncio.create_task(runner.run(call_of([0, 5, 1]))) for _ in range(2))
     await asyncio.to_thread(inner.wait_entered, 1)
     left.cancel()
     await asyncio.wait([left])
@@ -136,8 +134,7 @@ async def test_a_replica_tells_what_waits_at_all_ingresses_and_how_fast_it_is() 
     runner = BackendReplica(FakeBackend(dimensions=8, tokens_per_s=10_000.0), call_s_max=60)
     assert runner.record_autoscaling_stats()["tokens_per_s"] == 0
     for ingress, open_tokens in (("a", 900), ("b", 50), ("a", 300)):
-        batch = batch_of([[0, *[5] * 98, 1]])
-        await runner.run(batch, exact=False, ingress=ingress, open_tokens=open_tokens)
+        await runner.run(call_of([0, *[5] * 98, 1], ingress=ingress, open_tokens=open_tokens))
     said = runner.record_autoscaling_stats()
     assert said["open_tokens"] == 350
     assert 0 < said["tokens_per_s"] <= 10_000
@@ -145,21 +142,36 @@ async def test_a_replica_tells_what_waits_at_all_ingresses_and_how_fast_it_is() 
 
 
 @pytest.mark.parametrize(
-    ("open_tokens", "busy", "wanted"),
+    ("tokens_max", "batch_s", "wanted"),
     [
-        pytest.param(8_000, 1.0, 8.0, id="four-seconds-of-work-wait-where-one-may"),
-        pytest.param(1_000, 0.8, 2.0, id="as-busy-as-they-should-be"),
-        pytest.param(0, 0.4, 1.0, id="half-as-busy-with-nothing-waiting"),
-        pytest.param(2_000, 0.1, 2.0, id="just-as-much-waits-as-may"),
+        pytest.param(512, 0.001, 2_048, id="four-small-batches-of-a-quick-model"),
+        pytest.param(512, 0.04, 1_024, id="two-of-one-that-takes-longer"),
+        pytest.param(512, 0.6, 512, id="one-of-a-large-model"),
+        pytest.param(16_384, 0.02, 16_384, id="one-that-is-large-already"),
+    ],
+)
+def test_a_call_is_worth_its_cost(tokens_max: int, batch_s: float, wanted: int) -> None:
+    made = call_budget(BatchBudget(tokens_max, 64), batch_s)
+    assert made == BatchBudget(wanted, 64 * wanted // tokens_max)
+
+
+@pytest.mark.parametrize(
+    ("open_tokens", "busy", "second_rate", "wanted"),
+    [
+        pytest.param(8_000, 1.0, 1_000, 8.0, id="four-seconds-of-work-wait-where-one-may"),
+        pytest.param(1_000, 0.8, 1_000, 2.0, id="as-busy-as-they-should-be"),
+        pytest.param(0, 0.4, 1_000, 1.0, id="half-as-busy-with-nothing-waiting"),
+        pytest.param(2_000, 0.1, 1_000, 2.0, id="just-as-much-waits-as-may"),
+        pytest.param(8_000, 1.0, 0, 8.0, id="one-that-has-just-started-counts"),
     ],
 )
 def test_replicas_follow_what_waits_and_how_busy_they_are(
-    open_tokens: float, busy: float, wanted: float
+    open_tokens: float, busy: float, second_rate: float, wanted: float
 ) -> None:
     policy = QueuePolicy(queue_s_target=1.0, busy_target=0.8)
     means = {
         "open_tokens": {"r1": open_tokens, "r2": open_tokens / 2},  # r2 has heard it later
-        "tokens_per_s": {"r1": 1_000.0, "r2": 1_000.0},
+        "tokens_per_s": {"r1": 1_000.0, "r2": second_rate},
         "busy": {"r1": busy, "r2": busy},
     }
     context: Any = SimpleNamespace(current_num_replicas=2, aggregated_metrics=means)

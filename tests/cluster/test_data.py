@@ -5,10 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import pytest
 import ray
 import ray.data
 from benchmarks.texts import sentences
+from tests.cluster.nodes import process_ids, wait_until
 
 from trivec.cluster.data import KeptShards, embed_dataset
 from trivec.core.errors import JobFailed
@@ -57,22 +56,18 @@ def finish(process: "subprocess.Popen[str]", lines: Sequence[str]) -> None:
 
 def kill_one(name: str) -> None:
     """Kill a process of the cluster that has an actor of class *name*."""
-    for folder in Path("/proc").iterdir():
-        with suppress(OSError):
-            if folder.name.isdigit() and name in (folder / "cmdline").read_text():
-                os.kill(int(folder.name), signal.SIGKILL)
-                return
-    raise AssertionError(f"no process has {name}")
+    os.kill(process_ids(name)[0], signal.SIGKILL)
 
 
 def wait_for_files(folder: Path, *, count: int, made_by: "Future[Any] | None" = None) -> None:
     """Until *count* shards are kept in *folder*."""
-    until_s = time.monotonic() + SETTLE_S
-    while len(list(folder.glob("*.arrow"))) < count:
+
+    def are_there() -> bool:
         if made_by is not None and made_by.done():
             made_by.result()
-        assert time.monotonic() < until_s, "the job stands still"
-        time.sleep(0.01)
+        return len(list(folder.glob("*.arrow"))) >= count
+
+    wait_until(are_there, within_s=SETTLE_S, what=f"shard {count}")
 
 
 def test_a_job_outlives_an_actor_and_a_node_and_its_files_are_those_of_one_machine(
@@ -84,7 +79,7 @@ def test_a_job_outlives_an_actor_and_a_node_and_its_files_are_those_of_one_machi
     parts = tmp_path / "out.parquet.parts"
     give(process, lines[:1_500])
     wait_for_files(parts, count=10)
-    kill_one("ray::BulkEngine")
+    kill_one("BulkEngine")
     give(process, lines[1_500:3_000])
     wait_for_files(parts, count=40)
     cluster.remove_node(second_node, allow_graceful=False)
@@ -124,7 +119,7 @@ def test_a_pipeline_outlives_an_actor_and_goes_on_where_it_was(
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(embedded, source, manifest=str(kept), actors=2)
         wait_for_files(kept, count=1, made_by=running)
-        kill_one("ray::MapWorker")
+        kill_one("MapWorker")
         table = running.result(timeout=SETTLE_S)
     assert table["id"].to_pylist() == list(range(COUNT)), "complete, and each once"
     errors = {i: error for i, error in enumerate(table["error"].to_pylist()) if error}

@@ -2,9 +2,11 @@
 
 import asyncio
 import itertools
+import json
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 from tests.accounts.postgres import PostgresServer, free_port
 from tests.checkpoints.tiny import write_tiny
 from tests.cluster.handles import serve
+from tests.cluster.nodes import wait_until
 
 from trivec.build import load_models, open_parts
 from trivec.cluster.serve import ServeArguments, app
@@ -25,15 +28,17 @@ from trivec.settings import load_settings
 
 MODEL = "all-minilm-l6-v2"
 KEY = "a-key-of-the-tests-long-enough"
-CLIENTS = 4  # of which each has at most one connection cut
-BEFORE, AFTER = 150, 450  # answers before the kill and after it
+CLIENTS = 8  # of which each has at most one connection cut
+BEFORE, AFTER = 150, 900  # answers before the kill and after it
+LEAVES_S = 1.0  # what it has asked for takes longer
+WAIT_S = 120.0
 TEXTS = [f"text number {i} " * (1 + i % 7) for i in range(100)]
 
 
 class Service:
     """The application, its address and its ledger."""
 
-    def __init__(self, port: int, database: str) -> None:
+    def __init__(self, port: int, database: str = "") -> None:
         self.url = f"http://127.0.0.1:{port}/v1"
         self.database = database
 
@@ -42,10 +47,28 @@ class Service:
 
     def billed(self) -> Counter[str]:
         """Successes in the ledger, by the user that the client named: one a request of `outcome`."""
-        statement = "SELECT coalesce(user_digest, request_id) FROM ledger WHERE status < 400"
+        return Counter(row[0] for row in self._rows("status < 400"))
+
+    def left(self) -> list[int]:
+        """The tokens of each request whose client did not wait."""
+        return [row[1] for row in self._rows("status = 499")]
+
+    def _rows(self, condition: str) -> list[tuple[Any, ...]]:
+        columns = "coalesce(user_digest, request_id), token_count"
         with psycopg.connect(self.database) as connection:
-            rows = connection.execute(statement).fetchall()
-        return Counter(row[0] for row in rows)
+            return connection.execute(f"SELECT {columns} FROM ledger WHERE {condition}").fetchall()
+
+
+@contextmanager
+def running(arguments: ServeArguments, database: str = "") -> Iterator[Service]:
+    """The application on the cluster that this process is a program of."""
+    port = free_port()
+    serve.start(proxy_location="EveryNode", http_options={"port": port, "host": "127.0.0.1"})
+    try:
+        serve.run(app(arguments))
+        yield Service(port, database)
+    finally:
+        serve.shutdown()
 
 
 @pytest.fixture
@@ -53,7 +76,7 @@ def service(
     driver: None, second_node: Any, postgres: PostgresServer, tmp_path: Path
 ) -> Iterator[Service]:
     """Two replicas of the ingress and of two models, on two nodes."""
-    port, database = free_port(), postgres.upgraded_database()
+    database = postgres.upgraded_database()
     folder = tmp_path / "tiny"
     write_tiny(folder, hidden=32, position_count=64)
     arguments = ServeArguments(
@@ -71,10 +94,8 @@ def service(
         ingress_replicas=2,
         ingress_cpus=0.5,
     )
-    serve.start(proxy_location="EveryNode", http_options={"port": port, "host": "127.0.0.1"})
-    serve.run(app(arguments))
-    yield Service(port, database)
-    serve.shutdown()
+    with running(arguments, database) as one:
+        yield one
 
 
 def plain_vectors(folder: Path) -> Float32Array:
@@ -105,6 +126,27 @@ def outcome(client: openai.OpenAI, number: int) -> str:
     return "answered"
 
 
+@contextmanager
+def load(service: Service, ask: Callable[[openai.OpenAI], object]) -> Iterator[None]:
+    """Clients that *ask*, each again as soon as it has its answer, until the block ends."""
+    done = threading.Event()
+
+    def go_on() -> None:
+        with service.client() as own:
+            while not done.is_set():
+                ask(own)
+
+    clients = [threading.Thread(target=go_on) for _ in range(CLIENTS)]
+    for one in clients:
+        one.start()
+    try:
+        yield
+    finally:
+        done.set()
+        for one in clients:
+            one.join()
+
+
 def test_clients_see_one_service_also_while_a_node_is_killed(
     service: Service, cluster: Any, second_node: Any, tmp_path: Path
 ) -> None:
@@ -123,36 +165,86 @@ def test_clients_see_one_service_also_while_a_node_is_killed(
         openai.OpenAI(base_url=service.url, api_key="no", max_retries=0).models.list()
     assert httpx.get(f"{service.url.removesuffix('/v1')}/readyz").status_code == 200
 
+    answer_headers = client.models.with_raw_response.list().headers
+    assert len(answer_headers.get_list("x-request-id")) == 1
+
+    lines = [
+        {"custom_id": text, "method": "POST", "url": "/v1/embeddings", "body": body}
+        for text in TEXTS
+        for body in ({"model": MODEL, "input": text},)
+    ]
+    content = "\n".join(map(json.dumps, lines)).encode()
+    file = client.files.create(file=("lines.jsonl", content), purpose="batch")
+    batch = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/embeddings", completion_window="24h"
+    )
+
+    def is_done() -> bool:
+        return client.batches.retrieve(batch.id).status == "completed"
+
+    wait_until(is_done, within_s=WAIT_S, what="a batch job")
+
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=LEAVES_S).embeddings.create(
+            model=MODEL, input=["word " * 200] * 1_400
+        )
+    wait_until(lambda: service.left() == [0], within_s=WAIT_S, what="the row of who left, unbilled")
+
     billed_before = service.billed()
     outcomes: Counter[str] = Counter()
-    answered, numbers, done = threading.Condition(), itertools.count(), threading.Event()
+    answered, numbers = threading.Condition(), itertools.count()
 
-    def ask() -> None:
-        with service.client() as own:
-            while not done.is_set():
-                found = outcome(own, next(numbers))
-                with answered:
-                    outcomes[found] += 1
-                    answered.notify_all()
+    def ask(own: openai.OpenAI) -> None:
+        found = outcome(own, next(numbers))
+        with answered:
+            outcomes[found] += 1
+            answered.notify_all()
 
-    clients = [threading.Thread(target=ask) for _ in range(CLIENTS)]
-    for one in clients:
-        one.start()
-    with answered:
-        assert answered.wait_for(lambda: outcomes["answered"] >= BEFORE, timeout=120)
-    cluster.remove_node(second_node, allow_graceful=False)
-    with answered:
-        reached = outcomes["answered"] + AFTER
-        assert answered.wait_for(lambda: outcomes["answered"] >= reached, timeout=120), outcomes
-    done.set()
-    for one in clients:
-        one.join()
+    with load(service, ask):
+        with answered:
+            assert answered.wait_for(lambda: outcomes["answered"] >= BEFORE, WAIT_S)
+        cluster.remove_node(second_node, allow_graceful=False)
+        with answered:
+            reached = outcomes["answered"] + AFTER
+            assert answered.wait_for(lambda: outcomes["answered"] >= reached, WAIT_S), outcomes
 
-    others = outcomes.total() - outcomes["answered"] - outcomes["busy"]
+    # The connections of the node's own proxy are cut; every answer is whole, or a time to return.
+    others = outcomes["cut"]
+    assert outcomes.keys() <= {"answered", "busy", "cut"}, outcomes
     assert others <= outcomes.total() / 100, outcomes
     billed = service.billed() - billed_before
     assert set(billed.values()) == {1}, "a client's request has two rows"
     assert outcomes["answered"] <= billed.total() <= outcomes["answered"] + others
+
+
+@pytest.mark.filterwarnings("ignore:.*metrics_interval_s")  # Ray has no other way for one model
+def test_a_replica_comes_with_the_work_and_goes_with_it(driver: None, tmp_path: Path) -> None:
+    arguments = ServeArguments(
+        models=(MODEL,),
+        settings={"precision": "fp32", "data_dir": str(tmp_path), "no_auth": True},
+        replicas_max=2,
+        queue_s_target=0.01,
+        autoscaling={
+            "upscale_delay_s": 0,
+            "downscale_delay_s": 0,
+            "metrics_interval_s": 0.5,
+            "look_back_period_s": 1,
+        },
+        ingress_cpus=0.5,
+    )
+
+    def replicas() -> int:
+        deployments = serve.status().applications["default"].deployments
+        (model,) = (one for name, one in deployments.items() if name.startswith("model"))
+        return model.replica_states.get("RUNNING", 0)
+
+    with running(arguments) as service:
+        assert replicas() == 1
+        with load(service, lambda own: own.embeddings.create(model=MODEL, input=TEXTS)):
+            wait_until(lambda: replicas() == 2, within_s=WAIT_S, what="a second replica")
+        wait_until(lambda: replicas() == 1, within_s=WAIT_S, what="the end of the second")
+        with service.client() as own:
+            assert len(own.embeddings.create(model=MODEL, input=TEXTS).data) == len(TEXTS)
 
 
 def test_several_ingresses_need_a_store_that_they_share() -> None:

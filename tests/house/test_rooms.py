@@ -12,7 +12,7 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
 # The aim is 11,500 in 100: raised only in a commit that says why.
-LINES_MAX, FILES_MAX = 28_690, 143
+LINES_MAX, FILES_MAX = 28_800, 144
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_720, 7),
@@ -30,7 +30,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "ipc": (550, 5),
     "core": (1_090, 8),
     "jobs": (2_740, 8),
-    "cluster": (860, 3),
+    "cluster": (970, 4),
     "playground": (90, 1),
 }
 

@@ -175,6 +175,7 @@ class RayEncoder:
 
         task = asyncio.create_task(join())
         self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         return task
 
     def _check(self, card: bytes, identity: ModelIdentity) -> None:

@@ -17,8 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
+import numpy as np
 from pydantic import Field
 from ray import serve
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
@@ -30,6 +32,7 @@ from starlette.types import ASGIApp
 
 from trivec.build import (
     DEFAULT_MODEL,
+    LoadedModel,
     by_name,
     check_models,
     load_models,
@@ -43,7 +46,7 @@ from trivec.core.errors import DeviceLost, Draining, SettingInvalid
 from trivec.core.events import ModelLoaded, PhaseChanged
 from trivec.core.health import HEALTHY, Health
 from trivec.core.ports import Backend
-from trivec.core.types import Batch, BatchBudget, Vectors
+from trivec.core.types import Batch, BatchBudget, Sequences, Vectors
 from trivec.engine import Engine, Workers
 from trivec.ipc.folder import Served
 from trivec.server.machine import freeze_garbage_collector, usable_memory_bytes
@@ -61,6 +64,9 @@ CONNECTIONS = 4096  # requests at a time in one ingress; its own limits are belo
 # Batches at a time in one replica, where they wait for a slot: with fewer, Ray's router would come
 # back only after a pause, and find a slot that had nothing to do.
 CALLS_MAX = 256
+# A call takes 3 to 5 ms of processor time in Ray, so that one of a quick model's batches is too little.
+CALL_S, CALL_TOKENS_MAX = 0.1, 2_048
+SAMPLE_TOKENS = 32
 QUIET = {"enable_access_log": False}  # a line a call, where we have one a request
 
 
@@ -121,6 +127,7 @@ def app(args: ServeArguments) -> Application:
             max_ongoing_requests=CALLS_MAX,
             ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
             health_check_period_s=2,
+            graceful_shutdown_timeout_s=args.call_s_max,
             logging_config=QUIET,
         )
         .bind(reference, args)
@@ -131,6 +138,7 @@ def app(args: ServeArguments) -> Application:
         num_replicas=args.ingress_replicas,
         max_replicas_per_node=1,
         max_ongoing_requests=CONNECTIONS,
+        graceful_shutdown_timeout_s=settings.life.drain_s_max,
         ray_actor_options={"num_cpus": args.ingress_cpus},
         logging_config=QUIET,
     )
@@ -147,6 +155,16 @@ class Description:
     budget: BatchBudget
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A batch on its way to a replica: one object, since Ray packs every argument apart."""
+
+    batch: Batch
+    exact: bool  # `Backend.run_exact`, not `run`
+    ingress: str
+    open_tokens: int  # all that this ingress has asked of the model or will
+
+
 class BackendReplica:
     """A backend behind a handle: each of its slots runs one batch at a time, in its own thread."""
 
@@ -160,17 +178,18 @@ class BackendReplica:
             self._free.put_nowait(slot)
         self._started_s: dict[int, float] = {}  # by slot: when the batch that runs there began
         self._lost: str | None = None
+        self._lock = threading.Lock()  # guards all below, of which Ray asks in a thread of its own
         self._open_tokens: dict[str, tuple[float, int]] = {}  # by ingress: when it said so
-        self._lock = threading.Lock()  # guards what the slots' threads measure:
         self._tokens = self._seconds = self._busy_s = 0.0
         self._reported_s = time.monotonic()
 
-    async def run(self, batch: Batch, *, exact: bool, ingress: str, open_tokens: int) -> Vectors:
-        """The rows of *batch*. *open_tokens* are all that *ingress* has asked of us or will."""
-        self._open_tokens[ingress] = (time.monotonic(), open_tokens)
+    async def run(self, call: Call) -> Vectors:
+        """The rows of its batch."""
+        with self._lock:
+            self._open_tokens[call.ingress] = (time.monotonic(), call.open_tokens)
         slot = await self._free.get()
         running = asyncio.get_running_loop().run_in_executor(
-            self._threads[slot], self._run, batch, slot, exact
+            self._threads[slot], self._run, call.batch, slot, call.exact
         )
         running.add_done_callback(lambda _: self._free.put_nowait(slot))
         return await asyncio.shield(running)  # a caller that leaves frees no slot that computes
@@ -194,12 +213,16 @@ class BackendReplica:
     def record_autoscaling_stats(self) -> dict[str, float]:
         """For `QueuePolicy`: tokens that wait or run in all of the cluster, and our own speed."""
         now_s, slot_count = time.monotonic(), len(self._threads)
-        recent = [tokens for at, tokens in self._open_tokens.values() if now_s - at < SIGNAL_S]
         with self._lock:
+            recent = {
+                who: one for who, one in self._open_tokens.items() if now_s - one[0] < SIGNAL_S
+            }
+            self._open_tokens = recent
             busy, self._busy_s = self._busy_s / slot_count / (now_s - self._reported_s), 0.0
             self._reported_s = now_s
             rate = slot_count * self._tokens / self._seconds if self._seconds else 0.0
-        return {"open_tokens": float(sum(recent)), "tokens_per_s": rate, "busy": min(busy, 1.0)}
+        open_tokens = sum(tokens for _, tokens in recent.values())
+        return {"open_tokens": float(open_tokens), "tokens_per_s": rate, "busy": min(busy, 1.0)}
 
     def check_health(self) -> None:
         """Raise where only another process can help; Ray then starts one."""
@@ -222,12 +245,36 @@ class ModelReplica(BackendReplica):
             served(models).encode(),
             model.checkpoint.tokenizer_file.read_bytes(),
             model.backend.slot_count,
-            model.backend.budget,
+            call_budget(model.backend.budget, full_batch_s(model)),
         )
         super().__init__(model.backend, call_s_max=arguments.call_s_max)
 
     def describe(self) -> Description:
         return self._description
+
+
+def full_batch_s(model: LoadedModel) -> float:
+    """Seconds that a full batch of short texts takes."""
+    budget = model.backend.budget
+    length = min(SAMPLE_TOKENS, model.card.token_count_max, budget.tokens_max)
+    sample = Sequences.pack([[0] * length] * (budget.tokens_max // length))
+    outputs = np.full(len(sample), int(model.card.main_output), np.uint8)
+    batch = Batch(sample.token_ids, sample.cu_seqlens, outputs, sample.token_types)
+    model.backend.run(batch, slot=0)  # the first may have to compile
+    started_s = time.monotonic()
+    model.backend.run(batch, slot=0)
+    return time.monotonic() - started_s
+
+
+def call_budget(budget: BatchBudget, batch_s: float) -> BatchBudget:
+    """What a call may hold of a model whose full batch takes *batch_s*: several, where it is quick.
+
+    The backend makes batches of its own of them. A long batch stays alone, for the sake of those
+    that wait for it.
+    """
+    times_max = max(1, CALL_TOKENS_MAX // budget.tokens_max)
+    times = times_max if batch_s * times_max <= CALL_S else max(1, int(CALL_S / batch_s))
+    return BatchBudget(times * budget.tokens_max, times * budget.sequences_max)
 
 
 class HandleBackend:
@@ -247,7 +294,7 @@ class HandleBackend:
         self.queued_tokens: Callable[[], int] = lambda: 0
         """What waits at this ingress, in no batch yet."""
         self.away = f"No replica of {handle.deployment_name} answers at the moment"
-        self.is_away = False  # as far as the last call knows
+        self.is_away = False  # as the last call found that has ended
         self._handle = handle
         self._ingress = ingress
         self._call_s_max = call_s_max
@@ -270,16 +317,14 @@ class HandleBackend:
         deadline_s = time.monotonic() + self._call_s_max
         deaths, pause_s = 0, PAUSE_S_MIN
         self._calls[slot] = batch.token_count
-        self.is_away = False
         try:
             while deaths < DEATHS_MAX:
                 open_tokens = self.queued_tokens() + sum(self._calls)
-                response = self._handle.run.remote(
-                    batch, exact=exact, ingress=self._ingress, open_tokens=open_tokens
-                )
+                call = Call(batch, exact, self._ingress, open_tokens)
+                response = self._handle.run.remote(call)
                 try:
                     left_s = max(0.0, deadline_s - time.monotonic())
-                    return cast(Vectors, response.result(timeout_s=left_s))
+                    vectors = cast(Vectors, response.result(timeout_s=left_s))
                 except TimeoutError:
                     response.cancel()
                     break
@@ -287,6 +332,9 @@ class HandleBackend:
                     if isinstance(fault, RayTaskError) and not isinstance(fault, DeviceLost):
                         raise  # the backend's own
                     deaths += isinstance(fault, ActorDiedError | DeviceLost)
+                else:
+                    self.is_away = False
+                    return vectors
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, PAUSE_S_MAX)
             self.is_away = True
@@ -353,6 +401,8 @@ class Ingress:
             self._start(workers.lost())
         await self._self_test.start()
         self._start(self._self_test_forever(settings.life.self_test_every_s))
+        if runner := parts.batch_runner(self._embedders):
+            self._start(runner.run())
         freeze_garbage_collector()
         parts.observer.observe(PhaseChanged("ready", "ok"))
 
@@ -418,8 +468,9 @@ class QueuePolicy:
         rates = [rate for rate in means.get("tokens_per_s", {}).values() if rate]
         if not rates:  # nothing was ever computed
             return context.target_num_replicas, {}
-        busy = [*means["busy"].values()]
+        busy = means["busy"].values()
         # Each replica hears of all that waits, some of them later than others.
-        queue_s = max(means["open_tokens"].values()) / sum(rates)
-        share = max(queue_s / self._queue_s_target, sum(busy) / len(busy) / self._busy_target)
+        # One that has just started has no rate yet, and will have that of the others.
+        queue_s = max(means["open_tokens"].values()) / (fmean(rates) * context.current_num_replicas)
+        share = max(queue_s / self._queue_s_target, fmean(busy) / self._busy_target)
         return context.current_num_replicas * share, {}
