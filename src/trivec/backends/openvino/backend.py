@@ -25,10 +25,7 @@ from trivec.core.ports import OnProgress, no_progress
 from trivec.core.types import Batch, Sequences, Vectors
 
 WARM_LENGTHS = (16, 32, 64, 128)
-"""Tokens of the texts each slot runs before it is offered; other sizes cost 0.5 ms a layer once.
-
-A text of 512 tokens here would be 0.5 s of BGE-M3's start, to save the first such text 15 ms of 500.
-"""
+"""Tokens of the texts each slot runs before it is offered; other sizes cost 0.5 ms a layer once."""
 
 
 class OpenVinoBackend:

@@ -46,8 +46,7 @@ ROUNDED = 1e-4  # of a row's norm; activations of 8 bits miss by 0.005
 INT8_FLAGS = frozenset({"avx2", "avx512bw", "asimddp", "i8mm", "sve"})
 VNNI_FLAGS = frozenset({"avx512_vnni", "avx_vnni"})
 CPU_FILE = Path("/proc/cpuinfo")
-# What hides instructions from oneDNN and most of the plugin, and from the rest of the plugin. Two that
-# differ let the plugin take a form for possible which then computes nothing.
+# Hide instructions from oneDNN and most of the plugin, and from the rest; see decision 0005.
 ISA_CAPS = ("ONEDNN_MAX_CPU_ISA", "OV_CPU_MAX_ISA")
 
 
