@@ -3,11 +3,10 @@
     python -m benchmarks.compare [--model-dir DIR --pooling cls|mean|last --name NAME] [--peers NAME ...]
     python -m benchmarks.compare --http [...]        servers, under the same load
 
-In process the texts are short (questions), mixed (log-normal, up to what the model reads) and long, and
-every peer's first vectors are compared with ours, so that a fast wrong answer does not count. Over HTTP
-the shapes are clients x texts, and what embeds without HTTP takes turns with the servers: our own
-engine, and sentence-transformers. A peer that is not here or fails is a row that says why. The last
-line is JSON.
+In process one question is embedded alone, then short texts (questions), mixed ones (log-normal, up to what
+the model reads) and long ones, and a few of every peer's vectors are compared with ours. Over HTTP the
+shapes are clients x texts, and what embeds without HTTP takes turns with the servers: our own engine, and
+sentence-transformers. A peer that is not here or fails is a row that says why. The last line is JSON.
 """
 
 import sys
@@ -64,6 +63,7 @@ def workloads(words_max: int, seconds: float) -> dict[str, list[str]]:
     """Short, mixed and long texts of at most *words_max* words; counts scale with *seconds*."""
     count = max(2, int(32 * seconds))
     return {
+        "lone": sentences(1),
         "short": sentences(count * 4),
         "mixed": sentences(count, words_median=min(60.0, words_max / 3), words_max=words_max),
         "long": [

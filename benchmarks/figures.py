@@ -24,8 +24,8 @@ LOOK_S = 0.5
 RESULTS = Path(__file__).parent / "results"  # of the page; one file a benchmark and model
 LOCAL = Path(__file__).parent / "local"  # of everybody else, which git ignores
 
-# Hides what is beyond AVX2 from oneDNN, torch, MKL and CTranslate2; ONNX Runtime has no such switch.
-MASKED = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "CT2_FORCE_CPU_ISA")
+# Hides what is beyond AVX2 from OpenVINO, torch, MKL and CTranslate2; ONNX Runtime has no such switch.
+MASKED = ["OV_CPU_MAX_ISA", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "CT2_FORCE_CPU_ISA"]
 MASK = {"ATEN_CPU_CAPABILITY": "avx2"} | dict.fromkeys(MASKED, "AVX2")
 
 

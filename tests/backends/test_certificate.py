@@ -38,6 +38,7 @@ from trivec.backends.openvino.quantise import (
     INT8_SCHEMES,
     QuantScheme,
 )
+from trivec.backends.openvino.session import Session
 from trivec.backends.openvino.trial import ProductTrial
 from trivec.checkpoints import open_checkpoint
 from trivec.checkpoints.checkpoint import Checkpoint
@@ -366,6 +367,24 @@ def test_the_second_start_reads_what_the_first_one_wrote(
     assert second.run(batch, slot=0).dense.tobytes() == first.run(batch, slot=0).dense.tobytes()
 
 
+def test_the_session_that_was_judged_is_the_one_that_serves(
+    tiny_m3: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[Session] = []
+    vectors = Calibration._vectors
+
+    def seen(self: Calibration, session: Session) -> Vectors:
+        judged.append(session)
+        return vectors(self, session)
+
+    for bar in ("COSINE_MIN", "COSINE_MEAN"):  # what int8 keeps is up to the CPU
+        monkeypatch.setattr(f"trivec.backends.openvino.calibrate.{bar}", -1.0)
+    monkeypatch.setattr(Calibration, "_vectors", seen)
+    monkeypatch.delattr("trivec.backends.openvino.backend.open_session")  # nothing else is compiled
+    backend = OpenVinoBackend.load(tiny_m3, precision="int8", cores=1, cache_dir=tmp_path)
+    assert backend._session in judged
+
+
 def test_the_second_start_does_not_hash_what_the_first_one_wrote(
     tiny_m3: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -506,6 +525,7 @@ def test_a_pinned_scheme_that_fails_its_certificate_is_refused_with_its_figures(
     checkpoint = spoiled(tmp_path, outliers_that_cancel)
     with pytest.raises(SettingInvalid, match=r"int8-rows FAILS .* min .* mean.* needs 0\.99 min"):
         OpenVinoBackend.load(checkpoint, precision="int8-rows", cores=1, cache_dir=tmp_path)
+    assert list(tmp_path.glob("openvino/*")) == []
 
 
 def test_a_pinned_scheme_that_cannot_run_here_is_refused(

@@ -203,9 +203,17 @@ def test_of_schemes_that_fail_the_last_that_computes_is_the_one(
     """int8 that was asked for by name is given though it failed, so it must be one that runs."""
     silence(lambda scheme: scheme.group_size is not None)
     monkeypatch.setattr("trivec.backends.openvino.calibrate.COSINE_MIN", 2.0)  # nothing passes
-    found = best_int8(tiny_m3, slot_count=1)
+    kept: list[Tensors] = []
+
+    def keep(tensors: Tensors) -> Tensors:
+        kept.append(tensors)
+        return tensors
+
+    found = best_int8(tiny_m3, slot_count=1, keep=keep)
     assert found.scheme == INT8_ROWS
     assert INT8_ROWS.name in found.references
+    assert kept[-1] is found.tensors  # though others were tried after it
+    assert len(kept) > 2
 
 
 def test_where_no_int8_computes_auto_is_fp32(

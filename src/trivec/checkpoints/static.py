@@ -39,7 +39,7 @@ class StaticTensors(TensorFiles):
 
     def __init__(self, stored: TensorFiles) -> None:
         """Raises `CheckpointRefused` for tensors that make no table."""
-        self._stored, self.file = stored, stored.file
+        self._stored, self.file, self._files = stored, stored.file, stored._files
         found = {name: tensor.shape for name, tensor in stored.tensors.items()}
         self.is_model2vec = NAMES[0] in found
         self._name = NAMES[not self.is_model2vec]

@@ -19,7 +19,7 @@ import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
@@ -111,6 +111,10 @@ class TensorFile:
             )
         return array.reshape(tensor.shape)
 
+    def release_pages(self) -> None:
+        """Drop what of the file is in memory; a view of it is read again when it is needed."""
+        self.mapped.madvise(mmap.MADV_DONTNEED)
+
     def numbers(self, name: str) -> NDArray[np.generic]:
         """Tensor *name* in the type and shape it is stored in; float32 where numpy has no such type."""
         tensor = self.tensors[name]
@@ -127,6 +131,7 @@ class TensorFiles:
         self.file = files[0].file  # for messages: the first
         self.tensors: dict[str, StoredTensor] = {}
         self._places: dict[str, tuple[TensorFile, str]] = {}  # its file, and its name there
+        self._files = files
         for file in files:
             for name, tensor in file.tensors.items():
                 now = OLD_NORM.sub(lambda found: NORM_PARTS[found[0]], name)
@@ -138,6 +143,11 @@ class TensorFiles:
         """As `TensorFile.float32`."""
         file, stored_name = self._places[name]
         return file.float32(stored_name)
+
+    def release_pages(self) -> None:
+        """As `TensorFile.release_pages`, of all files."""
+        for file in self._files:
+            file.release_pages()
 
     def numbers(self, name: str) -> NDArray[np.generic]:
         """As `TensorFile.numbers`."""
@@ -183,7 +193,7 @@ def as_safetensors(source: HashedFile, *, cache_dir: Path) -> Path:
     """*source* itself, or of a torch file its safetensors form: from the cache or made now.
 
     A copy in the cache counts only while it has the hash it was written with; a damaged one is
-    made again. Memory: what the kernel maps of *source*.
+    made again. Memory: one tensor.
     Raises `CheckpointRefused` when *source* is not a plain state dict.
     """
     if source.path.suffix not in TORCH_SUFFIXES:
@@ -195,7 +205,13 @@ def as_safetensors(source: HashedFile, *, cache_dir: Path) -> Path:
         return file
     opened = open_tensor_file(source.path)
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in opened.tensors.items()}
-    sha256 = write_safetensors(file, shapes, ([opened.raw(name)] for name in shapes))
+
+    def pieces() -> Iterator[list[memoryview]]:
+        for name in shapes:
+            yield [opened.raw(name)]
+            opened.release_pages()
+
+    sha256 = write_safetensors(file, shapes, pieces())
     note.write_text(sha256)
     hashes.remember(file, sha256)
     return file

@@ -82,6 +82,10 @@ class Weights(AbstractContextManager["Weights"]):
         found = self._file.float32(self._names[whole])
         return found.T.copy() if name.endswith(self._transposed) else found[rows]
 
+    def release_pages(self) -> None:
+        """Drop what of the files is in memory; views are read again when they are needed."""
+        self._file.release_pages()
+
     def finish(self) -> None:
         """Say that all was taken. Raises `CheckpointRefused`, naming what was not."""
         if self._left:

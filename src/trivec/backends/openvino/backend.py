@@ -1,7 +1,10 @@
 """Backend for CPUs: one model, loaded in the precision asked for, run on slots of one thread each."""
 
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from trivec.backends.openvino import cache
@@ -21,7 +24,7 @@ from trivec.core.errors import SettingInvalid
 from trivec.core.ports import OnProgress, no_progress
 from trivec.core.types import Batch, Sequences, Vectors
 
-WARM_LENGTHS = (16, 32, 64, 128, 512)
+WARM_LENGTHS = (16, 32, 64, 128)
 """Tokens of the texts each slot runs before it is offered; other sizes cost 0.5 ms a layer once."""
 
 
@@ -73,16 +76,20 @@ class OpenVinoBackend:
                 cache_dir=cache_dir,
                 on_progress=on_progress,
             )
-        on_progress(f"{checkpoint.id}: compiling", None)
         if quantised is not None and (
             precision != "auto"
             or (quantised.certificate.passes and quantised.certificate.is_faster)
         ):
-            scheme, tensors = quantised.scheme, quantised.tensors
+            scheme, tensors, session = quantised.scheme, quantised.tensors, quantised.session
         else:
-            scheme, tensors = FP32, make_tensors(checkpoint, FP32)
-        reference = None if quantised is None else quantised.references.get(scheme.name)
-        session = open_session(checkpoint, tensors, scheme, slot_count=cores, reference=reference)
+            quantised = quantised and replace(quantised, session=None)
+            scheme, tensors, session = FP32, make_tensors(checkpoint, FP32), None
+        if session is None:
+            on_progress(f"{checkpoint.id}: compiling", None)
+            reference = None if quantised is None else quantised.references.get(scheme.name)
+            session = open_session(
+                checkpoint, tensors, scheme, slot_count=cores, reference=reference
+            )
         backend = cls(checkpoint, session, scheme, quantised)
         on_progress(f"{checkpoint.id}: warming up", None)
         backend._warm()
@@ -143,29 +150,29 @@ def _quantised(
     folder = cache.cache_folder(checkpoint, precision=name, cache_dir=cache_dir)
     if (kept := cache.load(folder, on_progress)) is not None:
         return kept
-    if pinned is None:
-        made = best_int8(checkpoint, slot_count=slot_count, on_progress=on_progress)
-    else:
-        calibration = Calibration(checkpoint, slot_count=slot_count, on_progress=on_progress)
-        made = calibration.attempt(pinned)
-        if not made.certificate.passes:  # nothing is kept: another start may find otherwise
-            raise SettingInvalid(
-                f"{checkpoint.id} is not served in {pinned.name}: {made.certificate.summary}. "
-                f"It needs {COSINE_MIN} min and {COSINE_MEAN} mean; choose auto, fp32 or a more "
-                "careful recipe"
-            )
-    on_progress(f"{checkpoint.id}: writing {made.scheme.name}", None)
+    keep = partial(cache.keep_tensors, folder)
     try:
-        cache.save(folder, made)
+        if pinned is None:
+            made = best_int8(checkpoint, slot_count=slot_count, keep=keep, on_progress=on_progress)
+        else:
+            calibration = Calibration(
+                checkpoint, slot_count=slot_count, keep=keep, on_progress=on_progress
+            )
+            made = calibration.attempt(pinned)
+        if pinned is None or made.certificate.passes:
+            cache.save(folder, made)
+            return made
     except OSError as error:
         raise SettingInvalid(
             f"the int8 tensors of {checkpoint.id} cannot be written to {folder}: {error}. Give the "
             "data folder space and permission, or serve with --precision fp32."
         ) from error
-    del made  # the mapped file takes the place of its memory
-    kept = cache.load(folder)
-    assert kept is not None, "what was just written reads back"
-    return kept
+    shutil.rmtree(folder, ignore_errors=True)  # another start may find otherwise
+    raise SettingInvalid(
+        f"{checkpoint.id} is not served in {pinned.name}: {made.certificate.summary}. "
+        f"It needs {COSINE_MIN} min and {COSINE_MEAN} mean; choose auto, fp32 or a more "
+        "careful recipe"
+    )
 
 
 def _pinned(checkpoint: Checkpoint, name: str) -> QuantScheme:

@@ -1,8 +1,9 @@
 """Cache: a model's int8 tensors kept on disk beside their certificate, so that a start is quick.
 
 A folder for each checkpoint, set of versions and CPU: `tensors.safetensors`, then `quantised.json`
-with its hash and the certificate, each moved into place when it is whole. A folder that is damaged
-is made again; a hash once computed is remembered beside the files as long as they stay as they are.
+with its hash and the certificate, each moved into place when it is whole. The tensors are written
+before they are judged, and judged as they are mapped from there. A folder that is damaged is made
+again; a hash once computed is remembered beside the files as long as they stay as they are.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ import numpy as np
 import openvino as ov
 
 from trivec.backends.openvino.calibrate import Certificate, QuantisedModel
-from trivec.backends.openvino.quantise import QuantScheme
+from trivec.backends.openvino.quantise import QuantScheme, Tensors
 from trivec.backends.openvino.session import open_core
 from trivec.backends.openvino.trial import kernel_flags
 from trivec.checkpoints.checkpoint import Checkpoint
@@ -26,11 +27,10 @@ from trivec.core.ports import OnProgress, no_progress
 
 _log = logging.getLogger("trivec.openvino")
 
-FORMAT = 7
+FORMAT = 8
 """Raised whenever the same checkpoint would give other tensors, or another graph would read them."""
 
 TENSORS, DESCRIBED = "tensors.safetensors", "quantised.json"
-REFERENCE = "self_test."  # begins the names of the tensors that are `QuantisedModel.references`
 DTYPES = {"F32": np.float32, "I8": np.int8}
 
 DAMAGE = (OSError, ValueError, KeyError, msgspec.MsgspecError, CheckpointRefused)
@@ -42,6 +42,8 @@ class Described(msgspec.Struct, frozen=True):
 
     sha256: str  # of the tensors' file
     certificate: Certificate
+    hidden_size: int
+    references: dict[str, bytes]  # of `QuantisedModel`, each float32 [tokens, hidden size]
 
 
 def cache_folder(checkpoint: Checkpoint, *, precision: str, cache_dir: Path) -> Path:
@@ -59,19 +61,27 @@ def cache_folder(checkpoint: Checkpoint, *, precision: str, cache_dir: Path) -> 
     return cache_dir / "openvino" / hashlib.sha256(key.encode()).hexdigest()[:24]
 
 
-def save(folder: Path, model: QuantisedModel) -> None:
-    """Write tensors and certificate; a crash in between leaves nothing that `load` takes."""
-    references = {REFERENCE + name: states for name, states in model.references.items()}
+def keep_tensors(folder: Path, tensors: Tensors) -> Tensors:
+    """*tensors* as they are in *folder* from now on; nothing that `load` takes, before `save`."""
     tensors = dict(  # int8 last, so that each float32 begins at a multiple of its size
-        sorted({**model.tensors, **references}.items(), key=lambda item: -item[1].itemsize)
+        sorted(tensors.items(), key=lambda item: -item[1].itemsize)
     )
     names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
     shapes = {name: (names[array.dtype], array.shape) for name, array in tensors.items()}
     pieces = ([array.data.cast("B")] for array in tensors.values())
     sha256 = write_safetensors(folder / TENSORS, shapes, pieces)
     Hashes(folder).remember(folder / TENSORS, sha256)
+    return _mapped(folder / TENSORS)
+
+
+def save(folder: Path, model: QuantisedModel) -> None:
+    """Write what proves that the tensors which were kept last, *model*'s, are sound."""
+    sha256 = Hashes(folder).of(folder / TENSORS).sha256
+    references = {name: states.tobytes() for name, states in model.references.items()}
+    hidden_size = next(iter(model.references.values())).shape[1]
+    described = Described(sha256, model.certificate, hidden_size, references)
     unfinished = folder / f".{DESCRIBED}.{os.getpid()}.part"
-    unfinished.write_bytes(msgspec.json.encode(Described(sha256, model.certificate)))
+    unfinished.write_bytes(msgspec.json.encode(described))
     unfinished.replace(folder / DESCRIBED)
 
 
@@ -108,14 +118,16 @@ def _read(folder: Path, on_progress: OnProgress, *, fresh: bool) -> QuantisedMod
     scheme = QuantScheme.of_name(certificate.scheme)
     if scheme is None:
         raise ValueError(f"{certificate.scheme} is no int8 scheme")
+    references = {
+        name: np.frombuffer(states, np.float32).reshape(-1, described.hidden_size)
+        for name, states in described.references.items()
+    }
+    return QuantisedModel(scheme, certificate, _mapped(file), references)
+
+
+def _mapped(file: Path) -> Tensors:
     opened = open_tensor_file(file)
-    tensors = {
+    return {
         name: np.frombuffer(opened.raw(name), DTYPES[stored.dtype]).reshape(stored.shape)
         for name, stored in opened.tensors.items()
     }
-    references = {
-        name.removeprefix(REFERENCE): np.array(tensors.pop(name), np.float32)
-        for name in list(tensors)
-        if name.startswith(REFERENCE)
-    }
-    return QuantisedModel(scheme, certificate, tensors, references)

@@ -1,16 +1,18 @@
 """Calibration: finds the fastest int8 scheme that keeps a model's vectors, and certifies it.
 
 The fp32 encoder runs once over the probe texts and is then let go; each scheme is quantised, compiled,
-run over the same probes and compared. At most half a minute for BGE-M3, once; then it is on disk.
+run over the same probes and compared. At most half a minute for BGE-M3, once; then it is on disk, and
+the session that was judged is the one that serves.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +59,8 @@ EXACT_SHARE = 0.25  # of the layers, in the last scheme
 
 SAMPLE_BYTES_MAX = 256 << 20  # of inputs of linear layers: of MiniLM all, of BGE-M3 half the tokens
 HALF_MAX = 65504.0  # the largest float16
+
+Keep: TypeAlias = Callable[[Tensors], Tensors]  # puts tensors where they take no memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,34 +232,50 @@ class QuantisedModel:
     # Hidden states of `session.self_test_ids`, [tokens, hidden], by "fp32" and by the scheme's name;
     # without the latter it does not run here.
     references: Mapping[str, Float32Array]
+    # The session that was judged; None where it failed, or was judged at an earlier start.
+    session: Session | None = field(default=None, compare=False)
 
 
 def best_int8(
-    checkpoint: Checkpoint, *, slot_count: int, on_progress: OnProgress = no_progress
+    checkpoint: Checkpoint,
+    *,
+    slot_count: int,
+    keep: Keep = dict,
+    on_progress: OnProgress = no_progress,
 ) -> QuantisedModel:
-    """The fastest scheme that passes, or the last that runs, whose certificate then says so."""
-    calibration = Calibration(checkpoint, slot_count=slot_count, on_progress=on_progress)
+    """The fastest scheme that passes, or the last that runs, whose certificate then says so.
+
+    What *keep* was given last are the tensors of the one returned.
+    """
+    calibration = Calibration(checkpoint, slot_count=slot_count, keep=keep, on_progress=on_progress)
     best: QuantisedModel | None = None
     refused: list[str] = []
     for scheme in calibration.candidates():
         tried = calibration.attempt(scheme, refused=tuple(refused))
+        if tried.certificate.passes:
+            return tried
+        refused.append(scheme.name)
+        tried = replace(tried, session=None)  # its memory is the next one's
         if best is None or scheme.name in tried.references:
             best = tried
-        if tried.certificate.passes:
-            break
-        refused.append(scheme.name)
     assert best is not None, "there are candidates"
-    return best
+    return best if best is tried else replace(best, tensors=keep(best.tensors))
 
 
 class Calibration:
     """One model, its probes, and what fp32 makes of them: vectors, statistics, hidden states."""
 
     def __init__(
-        self, checkpoint: Checkpoint, *, slot_count: int, on_progress: OnProgress = no_progress
+        self,
+        checkpoint: Checkpoint,
+        *,
+        slot_count: int,
+        keep: Keep = dict,
+        on_progress: OnProgress = no_progress,
     ) -> None:
         self._checkpoint = checkpoint
         self._slot_count = slot_count
+        self._keep = keep
         self._on_progress = on_progress
         self._products = try_products(
             checkpoint.config.hidden_size, checkpoint.config.intermediate_size
@@ -320,10 +340,11 @@ class Calibration:
         One that fails is compiled once more: the choice is kept, and the compile may be at fault.
         """
         self._tell(f"quantising, {scheme.name}")
-        tensors = self.tensors(scheme)
-        release_memory(mappings_of(tensors.values()))  # the fp32 weights that they were made from
+        tensors = self._keep(self.tensors(scheme))
+        release_memory(mappings_of(tensors.values()))
         self._tell(f"comparing {scheme.name} with fp32")
         for _ in range(2):
+            session: Session | None = None
             cosines, references = NO_VECTORS, {FP32.name: self._reference}
             agreement = None
             with suppress(WrongOutputShape):
@@ -335,12 +356,13 @@ class Calibration:
                 if Output.SCORE in vectors.rows:
                     agreement = rank_agreement(self._exact.score, vectors.score)
                 references[scheme.name] = session.hidden(self._self_test_ids, slot=0)
+                session.release_memory()
             counts = len(self._evaluation), len(read_sentences())
             product = self._product(scheme)
             certificate = Certificate(scheme.name, cosines, *counts, refused, agreement, product)
             if certificate.passes:
                 break
-        return QuantisedModel(scheme, certificate, tensors, references)
+        return QuantisedModel(scheme, certificate, tensors, references, session)
 
     def tensors(self, scheme: QuantScheme) -> dict[str, NDArray[np.generic]]:
         """The model quantised for *scheme*."""

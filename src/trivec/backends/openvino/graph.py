@@ -92,20 +92,20 @@ def build_graph(
 ) -> ov.Model:
     """The graph of *model*, whose inputs are the arrays of a `packing.MicroBatch`.
 
-    Its output is float32 `[kept, hidden]`; *with_statistics* the `GraphOps.statistics` and `blocks`
-    follow, *with_inputs* the `GraphOps.inputs`.
+    Its last output is float32 `[kept, hidden]`; before it come *with_statistics* the
+    `GraphOps.statistics` and `blocks`, *with_inputs* the `GraphOps.inputs`. In this order the plugin
+    computes statistics layer by layer; else it keeps the inputs of all layers until the end.
     """
     tokens = op.parameter([4, -1], np.int32, name="tokens")
     gather = op.parameter([-1, -1], np.int32, name="gather")
     bias = op.parameter([-1, 1, 1, -1], np.float32, name="bias")
     kept = op.parameter([2, -1], np.int32, name="kept")
     ops = GraphOps(tokens, gather, bias, kept, tensors, scheme, is_calibrating=with_statistics)
-    outputs = [ops.rows(registry.forward(ops, model))]
-    if with_statistics:
-        outputs += [*ops.statistics, *ops.blocks]
-    if with_inputs:
-        outputs += ops.inputs
-    return ov.Model([op.result(node) for node in outputs], [tokens, gather, bias, kept])
+    hidden = ops.rows(registry.forward(ops, model))
+    others = [*ops.statistics, *ops.blocks] if with_statistics else []
+    others += ops.inputs if with_inputs else []
+    results = [op.result(node) for node in (*others, hidden)]
+    return ov.Model(results, [tokens, gather, bias, kept])
 
 
 def build_head(layers: Sequence[HeadLayer], scheme: QuantScheme, *, rows: int) -> ov.Model:

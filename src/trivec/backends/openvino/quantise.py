@@ -125,6 +125,7 @@ def make_tensors(
                 converted.add(table)
                 parts = split_int16(weights.take(f"{table}.weight"))
                 tensors |= {f"{table}.{part}": values for part, values in parts.items()}
+                weights.release_pages()
             for layer, grouped in groupby(plan.linears, key=lambda group: group.layer):
                 if layer in scheme.exact_layers:
                     continue
@@ -135,10 +136,12 @@ def make_tensors(
                 own = {name: weights.take(name) for name in stored if name in plan.shapes}
                 shifts = SHIFTS if scheme.group_size is None else {}
                 tensors |= int8_layer(groups, own, statistics, shifts, scheme.weight_bits)
+                weights.release_pages()
         for name in plan.shapes:
             if name.rpartition(".")[0] not in converted:
                 tensors[name] = weights.take(name)
         weights.finish()
+        weights.release_pages()  # which were read to check their values
     return tensors
 
 

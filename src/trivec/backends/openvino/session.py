@@ -8,6 +8,7 @@ import mmap
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -42,6 +43,8 @@ LONG_TOKENS = 2 * MICRO_BATCH_BUDGET.tokens_max
 
 COPIES_BYTES_MAX = 64 << 20
 """What the weights of a model may take again for all slots after the first: MiniLM, not BGE-M3."""
+
+RELEASE_S = 0.02  # in which the plugin reads up to 0.1 GB of weights
 
 SELF_TEST_TOKENS = 8
 COMPILES_MAX = 3
@@ -95,6 +98,29 @@ def release_memory(mappings: Iterable[mmap.mmap]) -> None:
         mapping.madvise(mmap.MADV_DONTNEED)
 
 
+@contextmanager
+def released_meanwhile(mappings: Iterable[mmap.mmap]) -> Iterator[None]:
+    """Drop the pages of *mappings* again and again while the block runs.
+
+    The plugin reads every constant when it compiles, and it copies what it packs: without this fp32 of
+    BGE-M3 is in memory once as its file and once packed.
+    """
+    ended = threading.Event()
+
+    def release() -> None:
+        while not ended.wait(RELEASE_S):
+            for mapping in mappings:
+                mapping.madvise(mmap.MADV_DONTNEED)
+
+    thread = threading.Thread(target=release, name="trivec-release")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 class Session:
     """A compiled encoder with one stream of one thread a slot.
 
@@ -141,9 +167,11 @@ class Session:
             properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = scheme.group_size
         core = open_core()
         self.slot_count = slot_count
-        self._compiled = [
-            core.compile_model(model, "CPU", properties) for _ in range(slot_count // streams)
-        ]
+        self._mapped = mappings_of(tensors.values())  # tables are read from these as needed
+        with released_meanwhile(self._mapped):
+            self._compiled = [
+                core.compile_model(model, "CPU", properties) for _ in range(slot_count // streams)
+            ]
         self._requests = [
             self._compiled[slot // streams].create_infer_request() for slot in range(slot_count)
         ]
@@ -158,7 +186,6 @@ class Session:
                 compiled[slot // streams].create_infer_request() for slot in range(slot_count)
             ]
         self._config = checkpoint.config
-        self._mapped = mappings_of(tensors.values())  # tables are read from these as needed
         del model
         release_memory(self._mapped)  # what was compiled has been read, and is not read again
         self._lock = threading.Lock()  # of the two below
@@ -174,7 +201,7 @@ class Session:
             whole |= batch.skip > 0
         parts, members = list[Vectors](), list[Int32Array]()
         for packed in self._pack(batch, whole):
-            hidden = self._infer(packed, slot)[0].data  # [kept size, hidden]
+            hidden = self._infer(packed, slot)[-1].data  # [kept size, hidden]
             states = HiddenRows(
                 hidden=hidden[: len(packed.kept_token_ids)],
                 token_ids=packed.kept_token_ids,
@@ -203,7 +230,7 @@ class Session:
         """Last hidden states of one short text: a copy, `[tokens, hidden]`."""
         batch = as_batch(Sequences.pack([token_ids]), Output.DENSE)
         (packed,) = self._pack(batch, np.ones(1, np.bool_))
-        states: Float32Array = self._infer(packed, slot)[0].data
+        states: Float32Array = self._infer(packed, slot)[-1].data
         return states[: len(token_ids)].copy()
 
     def statistics(self, batch: Batch) -> Iterator[list[Float32Array]]:
@@ -214,7 +241,7 @@ class Session:
         parts, slots = list(self._pack(batch, np.zeros(len(batch), np.bool_))), self.slot_count
 
         def run(slot: int, packed: MicroBatch) -> list[Float32Array]:
-            return [output.data.copy() for output in self._infer(packed, slot)[1:]]
+            return [output.data.copy() for output in self._infer(packed, slot)[:-1]]
 
         with ThreadPoolExecutor(slots, "trivec-statistics") as pool:
             for at in range(0, len(parts), slots):  # some at a time: each is 50 MB of BGE-M3
@@ -224,7 +251,7 @@ class Session:
         """For each micro-batch of *batch* what `with_inputs` asked for, of every *step*-th token."""
         for packed in self._pack(batch, np.ones(len(batch), np.bool_)):
             tokens = slice(0, len(packed.kept_token_ids), step)
-            yield [output.data[tokens].copy() for output in self._infer(packed, 0)[1:]]
+            yield [output.data[tokens].copy() for output in self._infer(packed, 0)[:-1]]
 
     def _pack(self, batch: Batch, whole: NDArray[np.bool_]) -> Iterator[MicroBatch]:
         """The micro-batches of *batch*; *whole*: where every token's hidden state is wanted."""
@@ -255,12 +282,16 @@ class Session:
                 self._running -= 1
                 self._has_leftovers |= packed.tokens.shape[1] > LONG_TOKENS
                 if self._has_leftovers and not self._running:  # outputs stay valid
-                    for compiled in self._compiled:
-                        compiled.release_memory()
-                    release_memory(self._mapped)  # a long text has read all over the table
+                    self.release_memory()  # a long text has read all over the table, too
                     self._has_leftovers = False
         outputs: Sequence[ov.Tensor] = request.output_tensors
         return outputs
+
+    def release_memory(self) -> None:
+        """Give back what the plugin keeps for the next run, and the tables' pages; nothing may run."""
+        for compiled in self._compiled:
+            compiled.release_memory()
+        release_memory(self._mapped)
 
 
 def stream_count(scheme: QuantScheme, weights_bytes: int, *, slot_count: int) -> int:
@@ -311,6 +342,7 @@ def open_session(
         has_shape = all(one.shape == shape for one in found)
         is_near = has_shape and (reference is None or cosine_min(found[0], reference) >= COSINE_MIN)
         if slots_agree and is_near:
+            session.release_memory()  # some weights are packed, and so read, when first used
             return session
     kind = StartError if has_shape else WrongOutputShape
     raise kind(

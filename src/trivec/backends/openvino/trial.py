@@ -46,12 +46,14 @@ ROUNDED = 1e-4  # of a row's norm; activations of 8 bits miss by 0.005
 INT8_FLAGS = frozenset({"avx2", "avx512bw", "asimddp", "i8mm", "sve"})
 VNNI_FLAGS = frozenset({"avx512_vnni", "avx_vnni"})
 CPU_FILE = Path("/proc/cpuinfo")
+# Hide instructions from oneDNN and most of the plugin, and from the rest; see decision 0005.
+ISA_CAPS = ("ONEDNN_MAX_CPU_ISA", "OV_CPU_MAX_ISA")
 
 
 def kernel_flags() -> list[str]:
     """What decides the int8 kernels beside what the plugin tells of the CPU; none where it has VNNI."""
-    if masked := os.environ.get("ONEDNN_MAX_CPU_ISA"):
-        return [masked]
+    if capped := [f"{one}={os.environ[one]}" for one in ISA_CAPS if os.environ.get(one)]:
+        return capped
     flags = set(CPU_FILE.read_text("utf-8").split()) if CPU_FILE.exists() else set[str]()
     return [] if flags & VNNI_FLAGS else sorted(flags & INT8_FLAGS)
 
