@@ -12,7 +12,7 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
 # The aim is 11,500 in 100: raised only in a commit that says why.
-LINES_MAX, FILES_MAX = 28_710, 143
+LINES_MAX, FILES_MAX = 28_800, 143
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_760, 7),
@@ -22,7 +22,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "api": (4_700, 21),
     "engine": (1_030, 5),
     "models": (2_240, 16),
-    "backends": (3_900, 18),
+    "backends": (3_990, 18),
     "checkpoints": (2_610, 13),
     "tokenizer": (770, 3),
     "accounts": (3_660, 22),
