@@ -7,7 +7,7 @@ import openvino as ov
 import pytest
 from openvino import opset15 as op
 
-from trivec.backends.openvino.graph import attend
+from trivec.backends.openvino.graph import Places, attend
 from trivec.backends.openvino.packing import HIDDEN_SCORE, LENGTH_SIZES, round_up
 from trivec.backends.openvino.session import open_core
 from trivec.backends.openvino.trial import bf16_pays
@@ -29,8 +29,7 @@ def compiled(*, bf16: bool, causal: bool = False) -> ov.CompiledModel:
         op.add(x, op.constant(np.float32(0.5))),
         op.multiply(x, op.constant(np.float32(-2))),
         spec=HEADS,
-        gather=places,
-        bias=bias,
+        places=Places(places, places, bias),
         mask=mask if causal else None,
         bf16=bf16,
     )

@@ -20,7 +20,6 @@ from trivec.core.types import Batch, Output
 from trivec.models.pooling import Pooling
 
 LENGTHS = [1, 2, 3, 17, 40, 40, 129, 513]
-MASKED = [("qwen3", Pooling.LAST), ("modernbert", Pooling.MEAN)]
 
 
 def fp32(checkpoint: Checkpoint, folder: Path) -> OpenVinoBackend:
@@ -118,22 +117,40 @@ def test_token_types_choose_their_embedding(open_tiny: OpenTiny, tmp_path: Path)
     assert np.abs(backend.run(plain, slot=0).dense - backend.run(typed, slot=0).dense).max() > 1e-3
 
 
-@pytest.mark.parametrize(("family", "pooling"), MASKED, ids=["causal", "band"])
-def test_a_mask_costs_a_byte_a_pair_of_tokens(
-    open_tiny: OpenTiny, family: str, pooling: Pooling
+@pytest.mark.parametrize(
+    ("family", "mask"),
+    [
+        pytest.param("qwen3", (768, 768), id="causal"),
+        pytest.param("modernbert", (16, 48), id="band"),
+    ],
+)
+def test_a_mask_costs_a_byte_a_pair_of_tokens_that_may_meet(
+    open_tiny: OpenTiny, family: str, mask: tuple[int, int]
 ) -> None:
-    """In float32 it would take 256 MiB at 8,192 tokens, and so would each step towards it."""
-    checkpoint = open_tiny(family, pooling)
+    """Of all pairs float32 would take 256 MiB at 8,192 tokens, and so would each step towards it."""
+    checkpoint = open_tiny(family, Pooling.MEAN)
     session = Session(checkpoint, make_tensors(checkpoint, FP32), FP32, slot_count=1)
     session.run(batch_of(random_ids([650])), slot=0)
-    precisions = []  # of what has a number for each pair of tokens
+    precisions = []  # of what has a number for each of these pairs
     for node in session._compiled[0].get_runtime_model().get_ordered_ops():
         info = node.get_rt_info()
         assert info["layerType"].astype(str) != "Softmax", "attention is one kernel"
         shapes = [output.get_partial_shape() for output in node.outputs()]
-        if any(one.is_static and list(one.to_shape())[-2:] == [768, 768] for one in shapes):
+        ends = [tuple(one.to_shape())[-2:] for one in shapes if one.is_static]
+        assert mask == (768, 768) or (768, 768) not in ends
+        if mask in ends:
             precisions.append(info["outputPrecisions"].astype(str))
     assert precisions == ["u8"]
+
+
+@pytest.mark.parametrize("family", ["modernbert", "qwen3", "gemma3_text"])
+def test_rotary_positions_are_one_kernel(open_tiny: OpenTiny, family: str) -> None:
+    """Apart from each other its eight steps take three times as long."""
+    checkpoint = open_tiny(family, Pooling.MEAN)
+    session = Session(checkpoint, make_tensors(checkpoint, FP32), FP32, slot_count=1)
+    nodes = session._compiled[0].get_runtime_model().get_ordered_ops()
+    kinds = [node.get_rt_info()["layerType"].astype(str) for node in nodes]
+    assert kinds.count("RoPE") == 2 * checkpoint.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("family", ["mpnet", "jina_bert"])

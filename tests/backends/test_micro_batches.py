@@ -1,13 +1,18 @@
 """The cutting of a batch into micro-batches, and the few shapes that these run in."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.backends.batches import batch_of
 
 from trivec.backends.openvino.packing import (
     LENGTH_SIZES,
     MICRO_BATCH_BUDGET,
     TOKEN_SIZES,
+    block_size,
+    in_blocks,
+    pack_micro_batch,
     plan_micro_batches,
     round_up,
 )
@@ -62,3 +67,41 @@ def test_a_full_batch_of_similar_texts_is_one_micro_batch() -> None:
 
 def test_a_long_text_does_not_pad_short_ones() -> None:
     assert cut([10, 400, 12, 11]) == [[1], [2, 3, 0]]
+
+
+@pytest.mark.parametrize("window", [1, 8, 17, 64, 127, 256, 300, 512])
+def test_a_block_is_beside_all_that_a_window_reaches(window: int) -> None:
+    """Each place of a sequence once, and each key as far from its queries as in the sequence."""
+    block = block_size(window)
+    assert block >= window
+    for length in (4 * block, 5 * block - 1, 9 * block + 3):
+        batch = batch_of([list(range(100, 100 + length))])
+        packed = pack_micro_batch(
+            batch,
+            np.zeros(1, np.int32),
+            whole=np.ones(1, np.bool_),
+            keeps_last=False,
+            position_offset=0,
+            window=window,
+        )
+        columns = np.arange(len(packed.near))[:, None] * block + np.arange(-block, 2 * block)
+        is_token = (columns >= 0) & (columns < length)
+        assert packed.near.shape == columns.shape
+        assert (packed.near[is_token] == columns[is_token]).all()
+        assert ((packed.near_bias[:, 0, 0] == 0) == is_token).all()
+
+
+@given(LENGTHS, st.sampled_from([8, 64, 256]))
+def test_how_a_window_is_computed_is_a_matter_of_the_sequence_alone(
+    lengths: list[int], window: int
+) -> None:
+    """Else a text's bits might depend on its neighbours."""
+    for members in plan_micro_batches(np.array(lengths, np.int32), window=window):
+        assert len({in_blocks(lengths[i], window) for i in members.tolist()}) == 1
+
+
+@pytest.mark.parametrize("window", [1, 16, 32, 64, 128, 256, 512])
+def test_every_text_of_four_blocks_goes_in_blocks(window: int) -> None:
+    four = 4 * block_size(window)
+    assert all(in_blocks(length, window) for length in range(four, 20_000))
+    assert not in_blocks(four // 2, window)

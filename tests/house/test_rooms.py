@@ -12,7 +12,7 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
 # The aim is 11,500 in 100: raised only in a commit that says why.
-LINES_MAX, FILES_MAX = 28_900, 144
+LINES_MAX, FILES_MAX = 28_990, 144
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_720, 7),
@@ -22,7 +22,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "api": (4_750, 21),
     "engine": (1_030, 5),
     "models": (2_260, 16),
-    "backends": (3_980, 18),
+    "backends": (4_070, 18),
     "checkpoints": (2_630, 13),
     "tokenizer": (780, 3),
     "accounts": (3_630, 22),

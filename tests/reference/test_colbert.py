@@ -20,6 +20,8 @@ from sentence_transformers import MultiVectorEncoder
 from tests.reference.test_layouts import WIDTH, read, run
 from transformers import AutoModel, AutoTokenizer
 
+from trivec.backends.openvino import OpenVinoBackend
+from trivec.backends.openvino.packing import as_batch
 from trivec.checkpoints import open_checkpoint
 from trivec.checkpoints.catalogue import CATALOGUE
 from trivec.checkpoints.checkpoint import wheel_folder
@@ -145,3 +147,25 @@ async def test_token_vectors_and_the_order_of_documents_are_those_of_sentence_tr
     scores = [fused_score(rows[0], one, {Output.MULTI: 1.0}) for one in rows[len(QUERIES) :]]
     theirs = model.similarity(queries[:1], documents)[0].numpy() / len(queries[0])
     np.testing.assert_allclose(scores, theirs, atol=1e-4)
+
+
+async def test_int8_is_certified_by_token_vectors_and_keeps_the_order_of_documents(
+    tmp_path: Path,
+) -> None:
+    """There is no dense vector to certify it by."""
+    write_stanford(tmp_path / "model")
+    checkpoint = open_checkpoint(str(tmp_path / "model"), cache_dir=tmp_path / "cache")
+    texts = [*QUERIES, *DOCUMENTS]
+    batch = as_batch(await read(checkpoint, texts), Output.MULTI)
+    ranked = []
+    for precision in ("fp32", "int8"):
+        backend = OpenVinoBackend.load(
+            checkpoint, precision=precision, cores=1, cache_dir=tmp_path / "kept"
+        )
+        rows = [{Output.MULTI: one} for one in backend.run(batch, slot=0).multi]
+        scores = [fused_score(rows[0], one, {Output.MULTI: 1.0}) for one in rows[len(QUERIES) :]]
+        ranked.append(np.argsort(scores).tolist())
+    assert backend.certificate is not None
+    assert backend.certificate.passes
+    assert set(backend.certificate.cosines) == {"multi"}
+    assert ranked[0] == ranked[1]

@@ -99,13 +99,25 @@ def build_graph(
     tokens = op.parameter([4, -1], np.int32, name="tokens")
     gather = op.parameter([-1, -1], np.int32, name="gather")
     bias = op.parameter([-1, 1, 1, -1], np.float32, name="bias")
+    near = op.parameter([-1, -1], np.int32, name="near")
+    near_bias = op.parameter([-1, 1, 1, -1], np.float32, name="near_bias")
+    blocks = gathered(op.shape_of(near), op.constant(np.array([0])))
+    in_blocks = op.reshape(gather, op.concat([blocks, op.constant(np.array([-1]))], 0), False)
     kept = op.parameter([2, -1], np.int32, name="kept")
-    ops = GraphOps(tokens, gather, bias, kept, tensors, scheme, is_calibrating=with_statistics)
+    ops = GraphOps(
+        tokens,
+        Places(gather, gather, bias),
+        Places(in_blocks, near, near_bias),
+        kept,
+        tensors,
+        scheme,
+        is_calibrating=with_statistics,
+    )
     hidden = ops.rows(registry.forward(ops, model))
     others = [*ops.statistics, *ops.blocks] if with_statistics else []
     others += ops.inputs if with_inputs else []
     results = [op.result(node) for node in (*others, hidden)]
-    return ov.Model(results, [tokens, gather, bias, kept])
+    return ov.Model(results, [tokens, gather, bias, near, near_bias, kept])
 
 
 def build_head(layers: Sequence[HeadLayer], scheme: QuantScheme, *, rows: int) -> ov.Model:
@@ -122,7 +134,7 @@ def build_head(layers: Sequence[HeadLayer], scheme: QuantScheme, *, rows: int) -
     if scheme.is_int8:
         last = len(layers) - 1
         tensors[f"{last}.weight"], tensors[f"{last}.scale"] = quantise(layers[last].weight)
-    ops, node = GraphOps(x, x, x, x, tensors, scheme), x
+    ops, node = rowwise_ops(x, tensors, scheme), x
     for i, layer in enumerate(layers):
         if isinstance(layer, HeadNorm):
             node = ops.rows(
@@ -135,13 +147,27 @@ def build_head(layers: Sequence[HeadLayer], scheme: QuantScheme, *, rows: int) -
     return ov.Model([op.result(node)], [x])
 
 
+def rowwise_ops(x: Node, tensors: Tensors, scheme: QuantScheme) -> "GraphOps":
+    """Ops for what has no attention, *x* being all there is."""
+    return GraphOps(x, Places(x, x, x), Places(x, x, x), x, tensors, scheme)
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Which tokens meet in attention: some queries and some keys, which may be others, at a time."""
+
+    queries: Node  # int32 [groups, rows]; the token at each place
+    keys: Node  # int32 [groups, columns]; as many more before the first query as after the last
+    bias: Node  # float32 [groups, 1, 1, columns]; what scores gain
+
+
 @dataclass(slots=True)
 class GraphOps:
     """`models.ops.Ops` that emit nodes."""
 
     tokens: Node
-    gather: Node
-    bias: Node
+    places: Places  # of whole sequences
+    near: Places  # of blocks of them, for attention within a window
     kept: Node
     tensors: Tensors
     scheme: QuantScheme
@@ -151,7 +177,7 @@ class GraphOps:
     statistics: list[Node] = field(default_factory=list)
     inputs: list[Node] = field(default_factory=list)  # these inputs themselves: [tokens, in]
     blocks: list[Node] = field(default_factory=list)  # the output of each layer: [tokens, hidden]
-    angles: dict[Rope, tuple[Node, Node]] = field(default_factory=dict)
+    angles: dict[tuple[Rope, float], tuple[Node, Node]] = field(default_factory=dict)
     masks: dict[tuple[bool, int | None], Node] = field(default_factory=dict)
     biases: dict[Alibi | Buckets, Node] = field(default_factory=dict)
 
@@ -264,17 +290,16 @@ class GraphOps:
 
     def attention(self, q: Rows, k: Rows, v: Rows, spec: AttentionSpec) -> Rows:
         in_fp32 = len(self.blocks) in self.scheme.exact_layers
-        scale = number(spec.head_dim**-0.5)
+        q, scale, places = self.rows(q), spec.head_dim**-0.5, self._places(spec)
         if isinstance(spec.bias, Alibi):  # see `attend`
-            by_head = np.float32(spec.head_dim**-0.5) / spec.bias.slopes
-            scale = constant(np.repeat(by_head, spec.head_dim))
+            by_head = np.float32(scale) / spec.bias.slopes
+            q, scale = op.multiply(q, constant(np.repeat(by_head, spec.head_dim))), 1.0
         nodes = attend(
-            op.multiply(self._rotated(self.rows(q), spec), scale),
+            self._rotated(q, spec, scale),
             self._rotated(self.rows(k), spec),
             self.rows(v),
             spec=spec,
-            gather=self.gather,
-            bias=self.bias,
+            places=places,
             mask=self._mask(spec),
             by_distance=self._by_distance(spec),
             bf16=self.scheme.bf16_attention and not in_fp32,
@@ -396,28 +421,40 @@ class GraphOps:
         """One line of `MicroBatch.tokens`: int32 `[tokens]`."""
         return gathered(self.tokens, integer(index))
 
-    def _rotated(self, x: Node, spec: AttentionSpec) -> Node:
-        """*x* `[tokens, heads * head_dim]` turned by its tokens' positions."""
+    def _rotated(self, x: Node, spec: AttentionSpec, scale: float = 1.0) -> Node:
+        """*x* `[tokens, heads * head_dim]` turned by its tokens' positions, times *scale*.
+
+        x cos + (-right, left) sin, written exactly as the plugin looks for it to make one node of it.
+        """
         if spec.rope is None:
-            return x
-        if spec.rope not in self.angles:  # of every token, once for all layers
-            cosines, sines = (
-                op.unsqueeze(gathered(constant(table), self._line(POSITION)), integer(1))
-                for table in spec.rope.tables(spec.head_dim)
-            )
-            self.angles[spec.rope] = (cosines, sines)  # each [tokens, 1, head_dim / 2]
-        cosine, sine = self.angles[spec.rope]
-        half = op.constant(np.array([spec.head_dim // 2, spec.head_dim // 2]))
-        heads = _in_heads(x, spec.head_dim)
-        left, right = op.variadic_split(heads, integer(-1), half).outputs()
-        turned = (
-            op.subtract(op.multiply(left, cosine), op.multiply(right, sine)),
-            op.add(op.multiply(right, cosine), op.multiply(left, sine)),
-        )
-        return _flat(op.concat(list(turned), -1))
+            return x if scale == 1 else op.multiply(x, number(scale))
+        cosine, sine = self._angles(spec.rope, spec.head_dim, scale)
+        heads = op.reshape(x, op.constant(np.array([0, -1, 1, spec.head_dim])), True)
+        halves = op.constant(np.array([spec.head_dim // 2, spec.head_dim // 2]))
+        left, right = op.variadic_split(heads, integer(3), halves).outputs()
+        crossed = op.concat([op.multiply(right, number(-1.0)), left], -1)
+        turned = op.add(op.multiply(heads, cosine), op.multiply(crossed, sine))
+        width = x.get_output_partial_shape(0)[1].get_length()
+        return op.reshape(turned, op.constant(np.array([-1, width])), False)
+
+    def _angles(self, rope: Rope, head_dim: int, scale: float) -> tuple[Node, Node]:
+        """Cosines and sines of every token, times *scale*: each `[tokens, 1, 1, head_dim]`."""
+        if (rope, scale) not in self.angles:  # once for all layers
+            if scale == 1:
+                rows = (gathered(constant(t), self._line(POSITION)) for t in rope.tables(head_dim))
+                shape = op.constant(np.array([-1, 1, 1, head_dim]))
+                cosine, sine = (op.reshape(op.concat([t, t], 1), shape, False) for t in rows)
+            else:
+                plain = self._angles(rope, head_dim, 1.0)
+                cosine, sine = (op.multiply(one, number(scale)) for one in plain)
+            self.angles[rope, scale] = (cosine, sine)
+        return self.angles[rope, scale]
+
+    def _places(self, spec: AttentionSpec) -> Places:
+        return self.places if spec.window is None else self.near
 
     def _mask(self, spec: AttentionSpec) -> Node | None:
-        """Which key (column) a query (row) sees: bool `[length, length]`; None where all.
+        """Which key (column) a query (row) sees: bool `[rows, columns]`; None where all.
 
         One comparison of a distance, which the plugin computes in one pass: only its bytes are ever
         in memory, 64 MiB at 8,192 tokens, where float32 would be four times that at each step.
@@ -426,7 +463,7 @@ class GraphOps:
             return None
         key = (spec.causal, spec.window)
         if key not in self.masks:
-            distance = self._distance()
+            distance = _distance(self._places(spec))
             if spec.window is None:
                 seen = op.less_equal(distance, number(0))
             elif not spec.causal:
@@ -445,21 +482,26 @@ class GraphOps:
         if bias is None or bias in self.biases:
             return None if bias is None else self.biases[bias]
         if isinstance(bias, Alibi):
-            node = op.absolute(self._distance())
+            node = op.absolute(_distance(self._places(spec)))
         else:
             weight = self.tensors[f"{self.at}{bias.table.name}.weight"]
             gains = constant(bias.by_distance(weight.astype(np.float32)))
-            places = op.add(op.clamp(self._distance(), -bias.reach, bias.reach), number(bias.reach))
-            node = gathered(gains, op.convert(places, "i32"), axis=1)
+            distance = op.clamp(_distance(self._places(spec)), -bias.reach, bias.reach)
+            node = gathered(gains, op.convert(op.add(distance, number(bias.reach)), "i32"), axis=1)
         self.biases[bias] = node
         return node
 
-    def _distance(self) -> Node:
-        """How many places a key (column) stands after a query (row): float32 `[length, length]`."""
-        length = gathered(op.shape_of(self.gather, "i32"), integer(1))
-        places = op.range(op.constant(np.int32(0)), length, op.constant(np.int32(1)), "f32")
-        rows, columns = op.unsqueeze(places, integer(1)), op.unsqueeze(places, integer(0))
-        return op.subtract(columns, rows)
+
+def _distance(places: Places) -> Node:
+    """How many places a key (column) stands after a query (row): float32 `[rows, columns]`."""
+    rows, columns = (
+        gathered(op.shape_of(one, "i32"), integer(1)) for one in (places.queries, places.keys)
+    )
+    one, zero = op.constant(np.int32(1)), op.constant(np.int32(0))
+    first = op.divide(op.subtract(rows, columns), op.constant(np.int32(2)))
+    query = op.range(zero, rows, one, "f32")
+    key = op.range(first, op.add(first, columns), one, "f32")
+    return op.subtract(op.unsqueeze(key, integer(0)), op.unsqueeze(query, integer(1)))
 
 
 def attend(
@@ -468,13 +510,12 @@ def attend(
     v: Node,
     *,
     spec: AttentionSpec,
-    gather: Node,
-    bias: Node,
+    places: Places,
     mask: Node | None,
     by_distance: Node | None = None,
     bf16: bool,
 ) -> Node:
-    """softmax(Q Kᵀ + bias) V within each sequence: float32 `[sequences * length, heads * head_dim]`.
+    """softmax(Q Kᵀ + bias) V among the tokens of each group: float32 `[groups * rows, heads * head_dim]`.
 
     *q* is scaled already. *by_distance* is what `GraphOps._by_distance` gives: ALiBi's distances are
     taken from scores that are divided by their head's slope, and the difference is multiplied by it.
@@ -488,13 +529,13 @@ def attend(
     def typed(x: Node | Output) -> Node:
         return op.convert(x, "bf16") if bf16 else x
 
-    def split(x: Node) -> Node:
-        """*x* `[tokens, heads * head_dim]` as `[sequences, heads, length, head_dim]`."""
+    def split(x: Node, at: Node) -> Node:
+        """*x* `[tokens, heads * head_dim]` as `[groups, heads, rows or columns, head_dim]`."""
         shape = op.constant(np.array([0, 0, -1, spec.head_dim]))
-        heads = op.reshape(gathered(typed(x), gather), shape, True)
+        heads = op.reshape(gathered(typed(x), at), shape, True)
         return op.transpose(heads, op.constant(BY_HEAD))
 
-    q, k, v = (split(one) for one in (q, k, v))
+    q, k, v = split(q, places.queries), split(k, places.keys), split(v, places.keys)
     if spec.kv_heads < spec.heads:  # each as often as there are heads of queries that read it
         owners = op.constant(np.repeat(np.arange(spec.kv_heads), spec.heads // spec.kv_heads))
         k, v = (gathered(one, owners, axis=1) for one in (k, v))
@@ -504,7 +545,7 @@ def attend(
         scores = op.multiply(op.subtract(scores, typed(by_distance)), typed(slopes))
     elif by_distance is not None:
         scores = op.add(scores, typed(by_distance))
-    scores = op.add(scores, typed(bias))
+    scores = op.add(scores, typed(places.bias))
     if mask is not None:
         scores = op.select(mask, scores, typed(number(HIDDEN_SCORE)))
     mixed = op.matmul(op.softmax(scores, -1), v, False, False)

@@ -8,11 +8,14 @@ them into `[sequences, length]`. Because a sequence's bits do not depend on its 
 from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trivec.core.types import Batch, BatchBudget, Float32Array, Int32Array, Output, Sequences
+
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 # Best between 128 and 512 tokens: below, weights are read too often; above, activations leave the
 # cache.
@@ -44,6 +47,8 @@ class MicroBatch:
     tokens: Int32Array  # [4, token size]; see TOKEN_ID and the others
     gather: Int32Array  # [sequences, length size]; the token at each place of attention
     bias: Float32Array  # [sequences, 1, 1, length size]; 0 for a token, HIDDEN_SCORE for padding
+    near: Int32Array  # [blocks, keys]; of each block of places those that a window reaches
+    near_bias: Float32Array  # [blocks, 1, 1, keys]; as `bias`
     kept: Int32Array  # [2, kept size]; tokens whose hidden states are wanted, and their places
     kept_cu_seqlens: Int32Array  # [sequences + 1]; of the hidden states that the graph returns
     kept_token_ids: Int32Array  # [kept]
@@ -56,11 +61,12 @@ def as_batch(sequences: Sequences, outputs: Output) -> Batch:
 
 
 def plan_micro_batches(
-    lengths: Int32Array, budget: BatchBudget = MICRO_BATCH_BUDGET
+    lengths: Int32Array, budget: BatchBudget = MICRO_BATCH_BUDGET, *, window: int | None = None
 ) -> list[Int32Array]:
     """The members of each micro-batch, int32 indices: sequences whose *lengths* are similar.
 
     Each sequence is in exactly one; a micro-batch holds at most the budget, or one longer sequence.
+    With a *window* those that go `in_blocks` are apart, so that how is a matter of the sequence.
     """
     order = np.argsort(-lengths, kind="stable").astype(np.int32)
     ordered = lengths[order].tolist()
@@ -70,6 +76,7 @@ def plan_micro_batches(
             tokens + length <= budget.tokens_max
             and i - cuts[-1] < budget.sequences_max
             and ordered[cuts[-1]] <= max(LENGTH_ALWAYS_SHARED, LENGTH_RATIO_MAX * length)
+            and in_blocks(ordered[cuts[-1]], window) == in_blocks(length, window)
         ):
             cuts.append(i)
             tokens = 0
@@ -84,6 +91,29 @@ def round_up(count: int, sizes: tuple[int, ...]) -> int:
     return sizes[bisect_left(sizes, count)]
 
 
+def block_size(window: int) -> int:
+    """Places of a block, whose own, those before and those after hold all that a *window* reaches.
+
+    A power of two: up to 512 every length size from four blocks on is a whole number of them.
+    """
+    return max(LENGTH_SIZES[0], 1 << (window - 1).bit_length())
+
+
+def in_blocks(length: int, window: int | None) -> bool:
+    """Whether a sequence is attended to in blocks of three: from four on that is less work."""
+    if window is None:
+        return False
+    size, block = round_up(length, LENGTH_SIZES), block_size(window)
+    return size >= 4 * block and size % block == 0
+
+
+def _around(places: NDArray[Scalar], block: int, outside: float) -> NDArray[Scalar]:
+    """Of *places* `[sequences, length]` each block between its neighbours: `[blocks, 3 * block]`."""
+    padded = np.pad(places, ((0, 0), (block, block)), constant_values=outside)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 3 * block, axis=1)
+    return windows[:, ::block].copy().reshape(-1, 3 * block)
+
+
 def pack_micro_batch(
     batch: Batch,
     members: Int32Array,
@@ -92,10 +122,12 @@ def pack_micro_batch(
     keeps_last: bool,
     position_offset: int,
     seen_lengths: Int32Array | None = None,
+    window: int | None = None,
 ) -> MicroBatch:
     """Pack the sequences *members* of *batch*.
 
     *seen_lengths* `[sequences of the batch]`: tokens of each that others attend to; None: all.
+    *window*: to how many tokens on either side some layers attend; None: no layer is so.
 
     *whole* (bool `[sequences of the batch]`) says of which sequences all hidden states are wanted;
     of the others only one is: the first token's, or with *keeps_last* the last one's.
@@ -125,6 +157,12 @@ def pack_micro_batch(
     )
     bias.reshape(-1)[place[is_seen]] = 0
 
+    near, near_bias = gather, bias
+    if window is not None and in_blocks(int(lengths.max()), window):
+        block = block_size(window)
+        near = _around(gather, block, 0)
+        near_bias = _around(bias[:, 0, 0], block, HIDDEN_SCORE)[:, None, None]
+
     pooled = offset == (np.repeat(lengths, lengths) - 1 if keeps_last else 0)
     wanted = np.repeat(whole[members], lengths) | pooled  # [tokens]
     kept_count = int(np.count_nonzero(wanted))
@@ -134,4 +172,6 @@ def pack_micro_batch(
     kept_cu_seqlens = np.zeros_like(cu_seqlens)
     np.cumsum(np.where(whole[members], lengths, 1), out=kept_cu_seqlens[1:])
     kept_ids = batch.token_ids[source[wanted]]
-    return MicroBatch(members, tokens, gather, bias, kept, kept_cu_seqlens, kept_ids)
+    return MicroBatch(
+        members, tokens, gather, bias, near, near_bias, kept, kept_cu_seqlens, kept_ids
+    )

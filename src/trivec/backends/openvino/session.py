@@ -186,6 +186,9 @@ class Session:
                 compiled[slot // streams].create_infer_request() for slot in range(slot_count)
             ]
         self._config = checkpoint.config
+        windows = {spec.window for spec in plan_of(self._config).attention} - {None}
+        assert len(windows) <= 1, "a micro-batch is packed for one window"
+        self._window = next(iter(windows), None)
         del model
         release_memory(self._mapped)  # what was compiled has been read, and is not read again
         self._lock = threading.Lock()  # of the two below
@@ -258,7 +261,7 @@ class Session:
         head, seen_lengths = self._pooler.token_head, None
         if isinstance(head, MultiHead) and head.unattended_token_id is not None:
             seen_lengths = head.seen_lengths(batch.token_ids, batch.cu_seqlens)
-        for members in plan_micro_batches(np.diff(batch.cu_seqlens)):
+        for members in plan_micro_batches(np.diff(batch.cu_seqlens), window=self._window):
             yield pack_micro_batch(
                 batch,
                 members,
@@ -266,12 +269,14 @@ class Session:
                 keeps_last=self._pooler.token is Pooling.LAST,
                 position_offset=self._config.position_offset,
                 seen_lengths=seen_lengths,
+                window=self._window,
             )
 
     def _infer(self, packed: MicroBatch, slot: int) -> Sequence[ov.Tensor]:
         """The graph's outputs, valid until the slot's next ones; after long texts frees memory."""
         request = self._requests[slot]
-        for i, array in enumerate((packed.tokens, packed.gather, packed.bias, packed.kept)):
+        arrays = (packed.tokens, packed.gather, packed.bias, packed.near, packed.near_bias)
+        for i, array in enumerate((*arrays, packed.kept)):
             request.set_input_tensor(i, ov.Tensor(array, shared_memory=True))
         with self._lock:
             self._running += 1

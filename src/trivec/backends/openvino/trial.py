@@ -19,7 +19,7 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset15 as op
 
-from trivec.backends.openvino.graph import GraphOps, attend
+from trivec.backends.openvino.graph import Places, attend, rowwise_ops
 from trivec.backends.openvino.quantise import (
     FP32,
     INT8_CONV,
@@ -161,7 +161,7 @@ def _layers(scheme: QuantScheme, hidden: int, inner: int) -> ov.InferRequest:
         if scheme.is_int8:
             tensors[f"{name}.scale"] = np.full((shape[0], 1), step, np.float32)
     node = op.parameter([-1, hidden], np.float32)
-    ops = GraphOps(node, node, node, node, tensors, scheme)
+    ops = rowwise_ops(node, tensors, scheme)
     rows = ops.linear(ops.linear(node, Linear("in", hidden))[0], Linear("out", hidden))[0]
     rows = ops.mlp(rows, Linear("up", inner), Linear("down", hidden), Activation.GELU)
     x = np.random.default_rng(1).standard_normal((PRODUCT_TOKENS, hidden), np.float32)
@@ -181,7 +181,7 @@ def _exact_bits(forms: Sequence[QuantScheme], hidden: int) -> dict[QuantScheme, 
     for form, (_, most) in tried:
         weight = np.repeat(most * signs, hidden, axis=1)
         scale = np.full(signs.shape, 1 / most, np.float32)
-        ops = GraphOps(node, node, node, node, {".weight": weight, ".scale": scale}, form)
+        ops = rowwise_ops(node, {".weight": weight, ".scale": scale}, form)
         results += [op.result(ops.linear(node, Linear("", 0), shift=one)[0]) for one in shifts]
     ones = np.ones((PRODUCT_TOKENS, hidden), np.float32)
     request = _compiled(ov.Model(results, [node]), ones, group=group)
@@ -203,7 +203,8 @@ def _attention_alone(spec: AttentionSpec, tokens: int, *, bf16: bool) -> ov.Infe
     kv = op.parameter([-1, kv_size], np.float32)
     gather = op.parameter([-1, -1], np.int32)
     bias = op.parameter([-1, 1, 1, -1], np.float32)
-    nodes = attend(q, kv, kv, spec=spec, gather=gather, bias=bias, mask=None, bf16=bf16)
+    seen = Places(gather, gather, bias)
+    nodes = attend(q, kv, kv, spec=spec, places=seen, mask=None, bf16=bf16)
     model = ov.Model([op.result(nodes)], [q, kv, gather, bias])
     states = (np.full((tokens, size), 0.01, np.float32) for size in (spec.size, kv_size))
     places = np.arange(tokens, dtype=np.int32)[None]
