@@ -161,7 +161,7 @@ def _serve_several(settings: Settings) -> int:
                 "Set TMPDIR to a folder with a short path that can be written."
             )
         folder = SharedFolder(Path(path))
-        count, api = settings.api_processes, []
+        count, api = settings.api_processes, list[ChildProcess]()
         for listener in machine.listen_shared(settings.host, settings.port, count=count):
             name = f"api-{len(api) + 1}"
             serve_api = partial(_serve_api, settings, folder, name, listener)
