@@ -24,15 +24,7 @@ import numpy as np
 
 from trivec.core.errors import BusyError, EngineFault, JobFailed, RequestError
 from trivec.core.ports import Embedder
-from trivec.core.types import (
-    Float32Array,
-    LongText,
-    Output,
-    Rows,
-    Sequences,
-    SparseVector,
-    Vectors,
-)
+from trivec.core.types import Float32Array, LongText, Output, Rows, Sequences, SparseVector, Vectors
 from trivec.jobs import GO_ON
 from trivec.jobs.corpus import cuts
 

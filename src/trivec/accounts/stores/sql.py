@@ -474,11 +474,7 @@ def _reserve(cursor: Any, asked: Sequence[Reserve], *, now_us: int) -> Committed
 
 
 def _inserting(
-    table: sa.Table,
-    dialect: sa.Dialect,
-    names: Sequence[str] = (),
-    *,
-    merge: Merge | None = None,
+    table: sa.Table, dialect: sa.Dialect, names: Sequence[str] = (), *, merge: Merge | None = None
 ) -> BulkStatement:
     """Insert rows of the columns *names*, by default all.
 
