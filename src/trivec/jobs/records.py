@@ -51,6 +51,17 @@ class FileRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class JobPlan:
+    """A batch job as a client asks for it."""
+
+    endpoint: str
+    input_file_id: str
+    window_s: float  # to answer its lines in
+    metadata: Mapping[str, str] | None = None
+    output_expires_s: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class JobRecord:
     """A batch job, as it stands."""
 
@@ -221,37 +232,28 @@ class JobStore:
 
     # Batch jobs.
 
-    def add_batch(
-        self,
-        key_id: str,
-        *,
-        endpoint: str,
-        input_file_id: str,
-        window_s: float,
-        metadata: Mapping[str, str] | None,
-        output_expires_s: int | None,
-    ) -> JobRecord:
+    def add_batch(self, key_id: str, plan: JobPlan) -> JobRecord:
         """A batch job, to be validated. Raises `ResourceUnknown`, `FieldInvalid`, `Overloaded`."""
         now_us = self.now_us()
         batch_id = _new_id("batch_", now_us)
         new = sa.insert(batches).values(
             id=batch_id,
             key_id=key_id,
-            endpoint=endpoint,
-            input_file_id=input_file_id,
+            endpoint=plan.endpoint,
+            input_file_id=plan.input_file_id,
             status="validating",
             ends_as="completed",
-            metadata=None if metadata is None else json.dumps(metadata),
-            output_expires_s=output_expires_s,
+            metadata=None if plan.metadata is None else json.dumps(plan.metadata),
+            output_expires_s=plan.output_expires_s,
             created_us=now_us,
-            expires_us=now_us + round(window_s * 1e6),
+            expires_us=now_us + round(plan.window_s * 1e6),
         )
         with self._changing(key_id) as connection:
-            file = self._find_file(connection, key_id, input_file_id)
+            file = self._find_file(connection, key_id, plan.input_file_id)
             if file.purpose != "batch":
                 raise FieldInvalid(
-                    f"The file {input_file_id} has the purpose {file.purpose}. Upload it with the "
-                    "purpose batch.",
+                    f"The file {file.id} has the purpose {file.purpose}. Upload it with the purpose "
+                    "batch.",
                     param="input_file_id",
                 )
             is_open = (batches.c.key_id == key_id) & batches.c.status.in_(OPEN)
