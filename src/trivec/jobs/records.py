@@ -190,8 +190,7 @@ class JobStore:
 
     def forget_file(self, file_id: str) -> None:
         """Delete the record of a file whose bytes were removed."""
-        with self._store.writing() as connection:
-            connection.execute(sa.delete(files).where(files.c.id == file_id))
+        self._change(sa.delete(files).where(files.c.id == file_id))
 
     def _check_room(self, connection: sa.Connection, key_id: str, *, more: int = 0) -> None:
         """Raise `FieldInvalid` where a key has more than it may, or no room for *more* files."""
@@ -283,14 +282,13 @@ class JobStore:
 
     def cancel_batch(self, key_id: str, batch_id: str) -> JobRecord:
         """Raises `ResourceUnknown`; `FieldInvalid` for one that has ended, or is about to."""
-        with self._store.writing() as connection:
-            cancelled = connection.execute(
-                sa.update(batches)
-                .where(_is_job(key_id, batch_id), batches.c.status.in_(OPEN[:2]))
-                .values(status="cancelling", ends_as="cancelled", cancelling_us=self.now_us())
-            )
+        is_cancelled = self._change(
+            sa.update(batches)
+            .where(_is_job(key_id, batch_id), batches.c.status.in_(OPEN[:2]))
+            .values(status="cancelling", ends_as="cancelled", cancelling_us=self.now_us())
+        )
         found = self.find_batch(key_id, batch_id)
-        if not cancelled.rowcount and found.status not in ("cancelling", "cancelled"):
+        if not is_cancelled and found.status not in ("cancelling", "cancelled"):
             raise FieldInvalid(f"Cannot cancel a batch with status '{found.status}'.")
         return found
 
@@ -306,12 +304,11 @@ class JobStore:
     def expire_batches(self) -> None:
         """End the jobs whose window is over; their files will have what was answered."""
         now_us = self.now_us()
-        with self._store.writing() as connection:
-            connection.execute(
-                sa.update(batches)
-                .where(batches.c.status.in_(OPEN[:2]), batches.c.expires_us <= now_us)
-                .values(status="finalizing", ends_as="expired", finalizing_us=now_us)
-            )
+        self._change(
+            sa.update(batches)
+            .where(batches.c.status.in_(OPEN[:2]), batches.c.expires_us <= now_us)
+            .values(status="finalizing", ends_as="expired", finalizing_us=now_us)
+        )
 
     def lease(self, models: Collection[str]) -> tuple[ShardRecord, JobRecord] | None:
         """The next step of the batch job that has waited longest, leased; None: there is none.
@@ -386,19 +383,12 @@ class JobStore:
         until_us = self.now_us() + round(LEASE_S * 1e6)
         is_due = batches.c.status.in_(STEP_STATUS[shard.kind])
         is_wanted = sa.exists().where(batches.c.id == shard.batch_id, is_due)
-        with self._store.writing() as connection:
-            renewed = connection.execute(
-                sa.update(batch_shards)
-                .where(_is_held(shard), is_wanted)
-                .values(lease_until_us=until_us)
-            )
-        return renewed.rowcount == 1
+        is_own = sa.and_(_is_held(shard), is_wanted)
+        return self._change(sa.update(batch_shards).where(is_own).values(lease_until_us=until_us))
 
     def release(self, shard: ShardRecord) -> None:
         """End the lease now, so that another server can take the step."""
-        with self._store.writing() as connection:
-            free = sa.update(batch_shards).where(_is_held(shard)).values(lease_until_us=0)
-            connection.execute(free)
+        self._change(sa.update(batch_shards).where(_is_held(shard)).values(lease_until_us=0))
 
     def release_dead(self) -> None:
         """Release the leases of dead processes of this machine, and of an earlier one of our PID."""
@@ -518,12 +508,16 @@ class JobStore:
             return [(row.key_id, row.id) for row in found]
 
     def forget_shards(self, batch_id: str) -> None:
-        with self._store.writing() as connection:
-            connection.execute(sa.delete(batch_shards).where(batch_shards.c.batch_id == batch_id))
+        self._change(sa.delete(batch_shards).where(batch_shards.c.batch_id == batch_id))
 
     def _read(self, kind: type[R], statement: sa.Select[Any]) -> list[R]:
         with self._store.reading() as connection:
             return [_record(kind, row) for row in connection.execute(statement)]
+
+    def _change(self, statement: sa.Update | sa.Delete) -> bool:
+        """Whether it changed a row."""
+        with self._store.writing() as connection:
+            return connection.execute(statement).rowcount > 0
 
     def _was_done(self, connection: sa.Connection, shard: ShardRecord) -> bool:
         """Whether an earlier try finished the step, though its commit was not confirmed."""
@@ -564,8 +558,8 @@ def _is_held(shard: ShardRecord) -> sa.ColumnElement[bool]:
 
 
 def _mark_done(connection: sa.Connection, shard: ShardRecord, **values: object) -> bool:
-    done = connection.execute(sa.update(batch_shards).where(_is_held(shard)).values(**values))
-    return done.rowcount == 1
+    marking = sa.update(batch_shards).where(_is_held(shard)).values(**values)
+    return connection.execute(marking).rowcount > 0
 
 
 def _store_file(connection: sa.Connection, file: FileRecord) -> None:
