@@ -69,11 +69,11 @@ class Administration:
         digest = keys.digest(reference, secret=self._secret)
         found = self._store.find_keys(reference, digest)
         if not found:
-            hint = "trivec keys list shows them."
-            if reference.startswith(keys.PREFIX) and not keys.is_well_formed(reference):
+            hint, is_plain = "trivec keys list shows them.", reference.startswith(keys.PREFIX)
+            if is_plain and not keys.is_well_formed(reference):
                 hint = "What looks like a key has a typo in it: its checksum does not fit."
-            is_long = len(reference) > NAME_CHARS_MAX
-            shown = f"{reference[: keys.FIRST_CHARS]}…" if is_long else reference
+            is_cut = is_plain or len(reference) > NAME_CHARS_MAX  # no log is to hold a plain key
+            shown = f"{reference[: keys.FIRST_CHARS]}…" if is_cut else reference
             raise ResourceUnknown(f"There is no key {shown}. {hint}")
         # A name may be used again after a revocation: the live key comes before revoked ones.
         return max(found, key=lambda key: (key.revoked_us is None, key.created_us))
