@@ -133,11 +133,14 @@ class SqlStore:
             driver.ProgrammingError,
             driver.NotSupportedError,
         )
+        # All processes, and `_reserve`, lock in the order of the ids' bytes, so that none deadlock.
+        is_sqlite = dialect.name == "sqlite"
+        by_id = buckets.c.key_id if is_sqlite else buckets.c.key_id.collate("C")
         self._lock_buckets = BulkStatement(
             lambda rows: (
                 sa.select(buckets)
                 .where(buckets.c.key_id.in_([key_id for (key_id,) in rows]))
-                .order_by(buckets.c.key_id)  # as in all processes, so that none deadlock
+                .order_by(by_id)
                 .with_for_update()
             ),
             1,
@@ -245,16 +248,13 @@ class SqlStore:
         # Sorted, so that processes that add to the same rows do not deadlock.
         if transaction.totals:
             self._append_rows.run(cursor, transaction.rows)
-            totals = transaction.totals.items()
-            part = self._part
-            days = sorted(
-                (key, model or "", day, part, *sums) for (key, model, day), sums in totals
-            )
-            self._add_to_daily.run(cursor, days)
+            part, totals = self._part, transaction.totals.items()
+            rows = [(key, model or "", day, part, *sums) for (key, model, day), sums in totals]
+            self._add_to_daily.run(cursor, sorted(rows))
         if transaction.counts:
             counted = transaction.counts.items()
-            rows = sorted((key, model or "", *of, n) for (key, model, *of), n in counted)
-            self._add_to_counts.run(cursor, rows)
+            rows = [(key, model or "", *of, n) for (key, model, *of), n in counted]
+            self._add_to_counts.run(cursor, sorted(rows))
 
     def agree_secret_check(self, proposed: bytes) -> bytes:
         agreed = sa.select(key_revision.c.secret_check)
