@@ -12,7 +12,7 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
 # The aim is 11,500 in 100: raised only in a commit that says why.
-LINES_MAX, FILES_MAX = 28_548, 143
+LINES_MAX, FILES_MAX = 28_550, 143
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_697, 7),
@@ -25,7 +25,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "backends": (3_900, 18),
     "checkpoints": (2_610, 13),
     "tokenizer": (770, 3),
-    "accounts": (3_618, 22),
+    "accounts": (3_620, 22),
     "telemetry": (780, 4),
     "ipc": (550, 5),
     "core": (1_080, 8),
