@@ -12,10 +12,10 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
 # The aim is 11,500 in 100: raised only in a commit that says why.
-LINES_MAX, FILES_MAX = 28_550, 143
+LINES_MAX, FILES_MAX = 28_556, 143
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
-    "cli": (1_697, 7),
+    "cli": (1_703, 7),
     "server": (980, 5),
     "build": (530, 1),
     "settings": (450, 1),

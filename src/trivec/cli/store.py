@@ -302,9 +302,9 @@ def usage(
     columns = [*groups, "requests", "failed", "tokens", "share"]
     rows: list[Row] = []
     for line in lines:
-        group = (line.name, line.group) if by is UsageBy.KEY else (line.group,)
+        own = (line.name, line.group) if by is UsageBy.KEY else (line.group,)
         share = round(line.tokens / total, 6) if total else 0.0
-        cells = (*group, line.requests, line.failed, line.tokens, share)
+        cells = (*own, line.requests, line.failed, line.tokens, share)
         rows.append(dict(zip(columns, cells, strict=True)))
     if as_json:
         print_json(rows)
