@@ -25,6 +25,7 @@ from tests.accounts.shelf import latest_sqlite
 from tests.process.server import TRIVEC
 from typer.testing import CliRunner
 
+from trivec.accounts.keys import new_plain_key
 from trivec.accounts.stores import open_accounts
 from trivec.accounts.stores.engines import SQLITE_FILE
 from trivec.cli import app
@@ -301,6 +302,15 @@ def test_a_rotation_prints_a_second_key_and_says_how_long_the_first_goes_on(
     assert key["secrets"][0]["expires"] is not None
     assert key["secrets"][1]["expires"] is None
     assert "works until" in said.err
+
+
+def test_a_key_that_is_not_known_is_not_shown_in_full(trivec: Trivec) -> None:
+    """A refusal may end up in a log, and a key with a typo is nearly a secret."""
+    plain = trivec("keys", "create", "--name", "t").out.strip()
+    for wrong in (f"{plain[:-1]}{'a' if plain[-1] != 'a' else 'b'}", new_plain_key()):
+        with pytest.raises(ResourceUnknown, match=f"no key {wrong[:8]}…") as refused:
+            trivec("keys", "show", wrong)
+        assert wrong[9:] not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """Nodes that lease a key's rate limit from one store: together they let in what it allows."""
 
 import asyncio
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from random import Random
 
+import psycopg
 import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -42,6 +44,8 @@ from trivec.accounts.ledger import (
     unavailable,
 )
 from trivec.accounts.rate_limits import NOTHING, Cost, Grant
+from trivec.accounts.stores.engines import postgres_engines
+from trivec.accounts.stores.sql import SqlStore
 from trivec.accounts.utc import MINUTE_US
 from trivec.core.errors import RateLimitExceeded, StoreUnavailable
 
@@ -287,6 +291,32 @@ async def test_what_is_recorded_beside_an_entry_that_cannot_be_reserves_once(
     assert granted.bucket.requests_debt == MINUTE_US, "one request"
     assert [type(outcome) for outcome in recorded] == [type(None), UniqueViolation, type(None)]
     assert on_postgres.usage(UsageQuery(UsageBy.KEY))[0].requests == 2
+
+
+def test_all_lock_buckets_in_one_order_whatever_the_collation(postgres: PostgresServer) -> None:
+    """Else nodes that reserve and nodes that record deadlock: most locales sort `a` before `B`."""
+    url = postgres.upgraded_database()
+    with (
+        psycopg.connect(url) as other,
+        psycopg.connect(url, autocommit=True) as watch,
+        contextlib.closing(SqlStore(postgres_engines(url), upgrades_itself=False)) as store,
+    ):
+        watch.execute('ALTER TABLE buckets ALTER key_id TYPE varchar(32) COLLATE "en-x-icu"')
+        limits = RateLimits(requests_per_minute=10)
+        for name in ("a", "B"):
+            store.add_key(a_key(name, limits))
+        rows = [a_row(name, key_id=f"key_{name}") for name in ("a", "B")]
+        given_back = [RecordUsage(row, limits, Cost(requests=1)) for row in rows]
+        other.execute("SELECT FROM buckets WHERE key_id = 'key_B' FOR UPDATE")
+        commit = threading.Thread(target=store.commit, args=(given_back,), kwargs={"now_us": 1})
+        commit.start()
+        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+        while watch.execute(waiting).fetchone() == (0,):
+            assert commit.is_alive()
+        watch.execute("SELECT FROM buckets WHERE key_id = 'key_a' FOR UPDATE NOWAIT")
+        other.rollback()
+        commit.join()
+        assert store.usage(UsageQuery(UsageBy.KEY))[0].requests == 1
 
 
 def test_a_change_to_a_key_is_heard_at_once(on_postgres: Store) -> None:

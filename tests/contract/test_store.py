@@ -15,10 +15,12 @@ from tests.accounts.shelf import (
     ask,
 )
 
+from trivec.accounts.administration import Administration
 from trivec.accounts.ledger import Answer, Entry, RecordUsage, Store
 from trivec.accounts.rate_limits import Cost, Grant, state
 from trivec.accounts.types import RateLimits, UsageBy, UsageLine, UsageQuery
 from trivec.accounts.utc import DAY_US
+from trivec.core.clock import SystemClock
 from trivec.core.errors import (
     FieldInvalid,
     RateLimitExceeded,
@@ -282,6 +284,15 @@ def test_keys_are_found_by_id_name_and_digest_and_live_ones_counted(shelf: Shelf
     assert found("tv_secret", a_key("k2").secrets[0].digest) == {"key_k2"}
     assert found("b") == set()
     assert store.count_live_keys() == 1
+
+
+@pytest.mark.parametrize("reference", ["\0", "tv_\0", "\ud800", "é\u2028", "'; --", ""])
+def test_any_text_may_be_sent_for_a_key(shelf: Shelf, reference: str) -> None:
+    store = shelf.open()
+    store.add_key(a_key("a"))
+    with pytest.raises(ResourceUnknown) as unknown:
+        Administration(store, clock=SystemClock(), secret=b"s" * 32).show_key(reference)
+    assert str(unknown.value).isprintable()
 
 
 def test_a_key_that_does_not_exist_cannot_change(shelf: Shelf) -> None:

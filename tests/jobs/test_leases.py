@@ -19,7 +19,7 @@ from trivec.accounts.stores.engines import SQLITE_FILE, postgres_engines, sqlite
 from trivec.accounts.stores.sql import SqlStore
 from trivec.core.errors import FieldInvalid, Overloaded, ResourceUnknown, StoreUnavailable
 from trivec.jobs import records
-from trivec.jobs.records import LEASE_S, JobRecord, JobStore, Page, ShardRecord
+from trivec.jobs.records import LEASE_S, JobPlan, JobRecord, JobStore, Page, ShardRecord
 from trivec.settings import BatchLimits
 
 KEY, MODEL = "key_a", "m"
@@ -68,14 +68,7 @@ def new_job(jobs: JobStore, *, key_id: str = KEY, window_s: float = 3600.0) -> J
 def add_job(
     jobs: JobStore, file_id: str, *, key_id: str = KEY, window_s: float = 3600.0
 ) -> JobRecord:
-    return jobs.add_batch(
-        key_id,
-        endpoint="/v1/embeddings",
-        input_file_id=file_id,
-        window_s=window_s,
-        metadata=None,
-        output_expires_s=None,
-    )
+    return jobs.add_batch(key_id, JobPlan("/v1/embeddings", file_id, window_s))
 
 
 def lease(jobs: JobStore) -> ShardRecord | None:

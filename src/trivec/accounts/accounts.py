@@ -1,6 +1,6 @@
-"""Accounts of the callers: their keys, rate limits and usage. What other packages may use.
+"""Accounts: the callers' keys, rate limits and usage, as other packages use them.
 
-Called on the event loop. The threads that write, read and sum touch the store; the loop never does.
+Called on the event loop. Only the threads that write, read and sum use the store.
 """
 
 import asyncio
@@ -96,8 +96,7 @@ class Accounts:
         self._keys = KeyCache(store.keys_since, reader=self._reader, clock=clock, secret=secret)
         self._is_over = Event()
         self._watch = Thread(target=self._watch_store, name="trivec-store-watch", daemon=True)
-        # Keys are read again as soon as any node has changed one; where nothing is heard of it, or
-        # just now not, twice a second all the same.
+        # Keys are read again when a node has changed one; without such notices, twice a second.
         self._listener = Thread(
             target=lambda: store.listen(self._keys.invalidate, self._is_over),
             name="trivec-keys-listen",
@@ -232,7 +231,7 @@ class Accounts:
             self._keys.invalidate()
 
     def expire_leases(self) -> None:
-        """Have what is left of leases that are over given back, now and as long as there are some."""
+        """Give back what is left of leases that are over, now and as long as there are leases."""
         assert self.leases is not None
         for unused in self.leases.expire(now_us=self.writer.now_us()):
             self.writer.submit(unused).add_done_callback(PendingEntry.exception)
@@ -242,7 +241,7 @@ class Accounts:
             self.expiry = loop.call_later(LEASE_US / SECOND_US, self.expire_leases)
 
     def _watch_store(self) -> None:
-        """Break off calls that hang. In a thread of its own, for the others may be in them."""
+        """Interrupt calls that hang. A thread of its own, since the others may hang in them."""
         while not self._is_over.wait(HANG_CHECK_S):
             since_s = self.writer.busy_since_s
             if self._hangs():
@@ -261,11 +260,11 @@ class Accounts:
 
 
 class Reservation:
-    """What one request holds of its key's rate limits, until it is recorded.
+    """What one request has reserved of its key's rate limits, until its usage is recorded.
 
-    Its maker closes it whatever happens, whether the request was let in or not. A call that is
-    cancelled while the store is at work ends when the store is done: what it took is known then, and
-    closing gives it back. For an anonymous caller nothing is limited and nothing is written.
+    It is closed in every case, whether the request was let in or not. A call that is cancelled while
+    the store works ends when the store has answered, so that closing gives back what was taken.
+    Requests of an anonymous caller are neither limited nor recorded.
     """
 
     def __init__(self, accounts: Accounts, caller: Key, meta: RequestMeta) -> None:

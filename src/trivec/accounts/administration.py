@@ -67,14 +67,15 @@ class Administration:
     def show_key(self, reference: str) -> Key:
         """Raises `ResourceUnknown`."""
         digest = keys.digest(reference, secret=self._secret)
-        # Postgres looks for no text with a NUL in it, and no name has one.
-        found = [] if "\0" in reference else self._store.find_keys(reference, digest)
+        may_be = reference.isprintable()  # as all names, ids and keys are; Postgres refuses NUL
+        found = self._store.find_keys(reference, digest) if may_be else ()
         if not found:
-            hint = "trivec keys list shows them."
-            if reference.startswith(keys.PREFIX) and not keys.is_well_formed(reference):
+            hint, is_plain = "trivec keys list shows them.", reference.startswith(keys.PREFIX)
+            if is_plain and not keys.is_well_formed(reference):
                 hint = "What looks like a key has a typo in it: its checksum does not fit."
-            is_long = len(reference) > NAME_CHARS_MAX
-            shown = f"{reference[: keys.FIRST_CHARS]}…" if is_long else reference
+            shown = reference
+            if is_plain or not may_be or len(reference) > NAME_CHARS_MAX:  # a log keeps no secret
+                shown = f"{ascii(reference[: keys.FIRST_CHARS])[1:-1]}…"
             raise ResourceUnknown(f"There is no key {shown}. {hint}")
         # A name may be used again after a revocation: the live key comes before revoked ones.
         return max(found, key=lambda key: (key.revoked_us is None, key.created_us))

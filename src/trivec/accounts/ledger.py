@@ -17,13 +17,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from trivec.accounts import rate_limits
 from trivec.accounts.rate_limits import NOTHING, Bucket, Cost, Grant
-from trivec.accounts.types import (
-    Key,
-    RateLimits,
-    StoreHealth,
-    UsageLine,
-    UsageQuery,
-)
+from trivec.accounts.types import Key, RateLimits, StoreHealth, UsageLine, UsageQuery
 from trivec.accounts.utc import DAY_US, MINUTE_US
 from trivec.core.errors import FieldInvalid, RateLimitExceeded, StoreRefused, StoreUnavailable
 from trivec.core.ports import Clock
@@ -227,16 +221,15 @@ class Store(Protocol):
     def listen(self, heard: Callable[[], None], is_over: Event) -> None:
         """Call *heard* soon after any process has changed a key, until *is_over*.
 
-        It connects again by itself; `interrupt` wakes it up. It returns at once where nothing is to
-        be heard.
+        It reconnects by itself; `interrupt` wakes it up. Without notices it returns at once.
         """
         ...
 
     def interrupt(self) -> None:
-        """Break off the calls of other threads: they raise `StoreUnavailable`.
+        """Interrupt the calls of other threads: they raise `StoreUnavailable`.
 
-        A commit may have become durable all the same. It never blocks, and does nothing where
-        nothing can be broken off, as with a disk that hangs.
+        An interrupted commit may be durable all the same. It never blocks, and does nothing where
+        calls cannot be interrupted, as with a disk that hangs.
         """
         ...
 

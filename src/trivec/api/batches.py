@@ -39,7 +39,7 @@ from trivec.core.errors import (
 )
 from trivec.jobs.batches import ENDPOINTS, Batches, LineAnswer
 from trivec.jobs.files import NewFile
-from trivec.jobs.records import FileRecord, JobRecord, Page, Status
+from trivec.jobs.records import FileRecord, JobPlan, JobRecord, Page, Status
 
 DAY_S = 24 * 3600
 INPUT_EXPIRES_S = 30 * DAY_S
@@ -263,15 +263,14 @@ async def create_batch(context: RequestContext) -> Response:
     """Have the requests of a file answered, within a time."""
     asked = decoder_of(CreateBatchRequest).decode(await context.read_body())
     expires = asked.output_expires_after
-    made = await _jobs(context).create(
-        context.known_caller.id,
+    plan = JobPlan(
         endpoint=asked.endpoint,
         input_file_id=asked.input_file_id,
         window_s=3_600.0 * int(asked.completion_window[:-1]),
         metadata=asked.metadata,
         output_expires_s=None if expires is None else expires.seconds,
     )
-    return json_response(_batch_object(made))
+    return json_response(_batch_object(await _jobs(context).create(context.known_caller.id, plan)))
 
 
 async def list_batches(context: RequestContext) -> Response:

@@ -73,7 +73,7 @@ def say(line: str) -> None:
 
 
 class LineConsole(Console):
-    """Standard error, whose cursor a bar does not hide: a killed process would not show it again."""
+    """Standard error, with its cursor never hidden: a killed process could not show it again."""
 
     def __init__(self) -> None:
         super().__init__(stderr=True)
@@ -84,9 +84,9 @@ class LineConsole(Console):
 
 @contextmanager
 def shown_progress(*, first_line_s: float = LINE_EVERY_S) -> "Iterator[OnProgress]":
-    """Shows what it is told on standard error: a bar on a terminal, elsewhere a line now and then.
+    """Progress on standard error: a bar on a terminal, elsewhere a line now and then.
 
-    *first_line_s*: when the first line may come; what is quicker says nothing. Infinite: no line.
+    *first_line_s*: how long before the first line, so that quick work prints none; infinite: never.
     """
     is_terminal = sys.stderr.isatty()
     bar = Progress(
@@ -129,8 +129,8 @@ def print_table(
 ) -> None:
     """Print *rows*, all of the same columns, some of them in *styles* of rich's.
 
-    As wide as the terminal: text in the columns *folded* may take several lines, and where that is
-    not enough the columns *spare* are left out, one after another. A pipe gets whole rows.
+    No wider than the terminal: text in the columns *folded* may take several lines, and where that
+    is not enough the columns *spare* are left out, one after another. A pipe gets whole rows.
     """
 
     def shown(cell: Cell) -> str | Text:

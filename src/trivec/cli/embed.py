@@ -90,13 +90,9 @@ def embed(
     shard_rows: Annotated[
         int, Option(help="Rows that are kept at a time; raise it on a GPU.", min=1)
     ] = SHARD_ROWS,
-    url: Annotated[
-        str | None, Option(help="Server that computes, as http://127.0.0.1:8000/v1.")
-    ] = None,
+    url: Annotated[str | None, Option(help="Server, as http://127.0.0.1:8000/v1.")] = None,
     key: Annotated[str | None, Option(help="Its API key.", envvar="TRIVEC_EMBED_KEY")] = None,
-    ray: Annotated[
-        str | None, Option(help="Ray cluster that computes, as auto or HOST:6379.")
-    ] = None,
+    ray: Annotated[str | None, Option(help="Ray cluster, as auto or HOST:6379.")] = None,
     ray_actors: Annotated[
         int | None, Option(help="Engines on it; else one a GPU, or one a node.", min=1)
     ] = None,

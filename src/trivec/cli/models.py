@@ -173,12 +173,10 @@ def _verify_prepared(settings: "Settings", *, as_json: bool) -> None:
         for folder, fault in found.items():
             print(f"{folder}: {fault or 'as it was written'}")
     sound = sum(fault is None for fault in found.values())
-    line = f"{sound} of {len(found)} prepared models are as they were written"
-    if sound == len(found):
-        say(line)
-        return
-    say(f"{line}; the next start makes a damaged one again")
-    raise typer.Exit(MISSED_EXIT_CODE)
+    hint = "" if sound == len(found) else "; the next start makes a damaged one again"
+    say(f"{sound} of {len(found)} prepared models are as they were written{hint}")
+    if hint:
+        raise typer.Exit(MISSED_EXIT_CODE)
 
 
 def _embedding(settings: "Settings", on_progress: "OnProgress") -> "Embed":

@@ -132,9 +132,13 @@ def _serve_alone(settings: Settings, listener: socket.socket) -> int:
 
     check_models(settings)
     greeting = Greeting(settings, port=listener.getsockname()[1], say=_say)
-    first_key, ready = greeting.first_key, greeting.ready
-    load = partial(_load, settings)
-    return serve_http(settings, listener, load=load, on_first_key=first_key, on_ready=ready)
+    return serve_http(
+        settings,
+        listener,
+        load=partial(_load, settings),
+        on_first_key=greeting.first_key,
+        on_ready=greeting.ready,
+    )
 
 
 def _serve_several(settings: Settings) -> int:
@@ -161,9 +165,11 @@ def _serve_several(settings: Settings) -> int:
                 "Set TMPDIR to a folder with a short path that can be written."
             )
         folder = SharedFolder(Path(path))
-        count, api = settings.api_processes, []
-        for listener in machine.listen_shared(settings.host, settings.port, count=count):
-            name = f"api-{len(api) + 1}"
+        count = settings.api_processes
+        listeners = machine.listen_shared(settings.host, settings.port, count=count)
+        api = []
+        for number, listener in enumerate(listeners, start=1):
+            name = f"api-{number}"
             serve_api = partial(_serve_api, settings, folder, name, listener)
             api.append(child(name, serve_api, listener))
         engine = child("engine", partial(_serve_engine, settings, folder))

@@ -64,19 +64,17 @@ def administration(settings: Settings, *, creates: bool = False) -> "Iterator[Ad
     from trivec.accounts.stores import open_administration
     from trivec.core.clock import SystemClock
 
-    with (
-        store_refusals(settings, creates=creates),
-        open_administration(settings, clock=SystemClock()) as books,
-    ):
-        yield books
+    opened = open_administration(settings, clock=SystemClock())
+    with store_refusals(settings, creates=creates), opened as administered:
+        yield administered
 
 
 @contextmanager
 def store_refusals(settings: Settings, *, creates: bool = False) -> Iterator[None]:
-    """Turn a store that is missing or away into `StoreRefused`: one line with the next step.
+    """Raise `StoreRefused`, one line with the next step, where there is no store or none answers.
 
-    An SQLite store is made only where *creates*: a second one beside the server's own would hold
-    keys that open nothing.
+    An SQLite store is made only where *creates*: the keys in a second one beside the server's own
+    would open nothing.
     """
     from trivec.accounts.stores import sqlite_file
 
@@ -141,8 +139,8 @@ def create(
     if not new_store and file is not None and not file.exists() and sys.stdin.isatty():
         question = f"There is no store in {settings.data_dir}. Make one?"
         new_store = typer.confirm(question, default=False, err=True, abort=True)
-    with administration(settings, creates=new_store) as books:
-        new = books.create_key(plan)
+    with administration(settings, creates=new_store) as store:
+        new = store.create_key(plan)
     _print_secret(new, as_json=as_json)
     say(f"This is the only time the key {new.key.name} ({new.key.id}) is shown; keep it safe.")
 
@@ -155,8 +153,8 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List the keys, oldest first."""
-    with administration(settings_of(data_dir, config)) as books:
-        keys = [key for key in books.list_keys() if everything or key.revoked_us is None]
+    with administration(settings_of(data_dir, config)) as store:
+        keys = [key for key in store.list_keys() if everything or key.revoked_us is None]
     if as_json:
         print_json([_as_json(key) for key in keys])
         return
@@ -192,8 +190,8 @@ def show(
     key: KeyReference, data_dir: DataDir = None, config: ConfigFile = None, as_json: AsJson = False
 ) -> None:
     """Show one key: everything about it but the key itself."""
-    with administration(settings_of(data_dir, config)) as books:
-        found = books.show_key(key)
+    with administration(settings_of(data_dir, config)) as store:
+        found = store.show_key(key)
     if as_json:
         print_json(_as_json(found))
         return
@@ -212,8 +210,8 @@ def revoke(
     key: KeyReference, data_dir: DataDir = None, config: ConfigFile = None, as_json: AsJson = False
 ) -> None:
     """Close a key for ever; every running server refuses it within a second."""
-    with administration(settings_of(data_dir, config)) as books:
-        found = books.revoke_key(key)
+    with administration(settings_of(data_dir, config)) as store:
+        found = store.revoke_key(key)
     if as_json:
         print_json(_as_json(found))
     say(f"The key {found.name} ({found.id}) opens nothing any more.")
@@ -229,20 +227,18 @@ def rotate(
 ) -> None:
     """Print a new key for the same name, limits and usage; the old one goes on for a while."""
     until_s = instant(overlap, option="--overlap", ahead=True) / 1_000_000
-    with administration(settings_of(data_dir, config)) as books:
-        new = books.rotate_key(key, overlap_s=max(0.0, until_s - time.time()))
+    with administration(settings_of(data_dir, config)) as store:
+        new = store.rotate_key(key, overlap_s=max(0.0, until_s - time.time()))
     _print_secret(new, as_json=as_json)
     say(f"The old key of {new.key.name} works until {_shown(new.key.secrets[0].expires_us)} UTC.")
 
 
 def _as_json(key: Key) -> dict[str, object]:
-    """All that is known of a key; instants in UTC, null where there is none."""
+    """A key as JSON, without its plain secrets; instants in UTC, null where there is none."""
 
     def times(one: Key | Secret) -> dict[str, str | None]:
-        return {
-            "created": _shown(one.created_us, ISO),
-            "expires": _shown(one.expires_us, ISO) or None,
-        }
+        expires = _shown(one.expires_us, ISO) or None
+        return {"created": _shown(one.created_us, ISO), "expires": expires}
 
     return {
         "id": key.id,
@@ -298,23 +294,18 @@ def usage(
         raise SettingInvalid("--json and --csv exclude each other; give one")
     since_us = None if since is None else instant(since, option="--since", ahead=False)
     until_us = None if until is None else instant(until, option="--until", ahead=False)
-    with administration(settings_of(data_dir, config)) as books:
-        key_id = None if key is None else books.key_id(key)
-        lines = books.usage(UsageQuery(by, since_us=since_us, until_us=until_us, key_id=key_id))
+    with administration(settings_of(data_dir, config)) as store:
+        key_id = None if key is None else store.key_id(key)
+        lines = store.usage(UsageQuery(by, since_us=since_us, until_us=until_us, key_id=key_id))
     total = sum(line.tokens for line in lines)
-    named = by is UsageBy.KEY
-    columns = [*(["name"] if named else []), by.value, "requests", "failed", "tokens", "share"]
-    rows: list[Row] = [
-        {
-            **({"name": line.name} if named else {}),
-            by.value: line.group,
-            "requests": line.requests,
-            "failed": line.failed,
-            "tokens": line.tokens,
-            "share": round(line.tokens / total, 6) if total else 0.0,
-        }
-        for line in lines
-    ]
+    groups = ["name", "key"] if by is UsageBy.KEY else [by.value]
+    columns = [*groups, "requests", "failed", "tokens", "share"]
+    rows: list[Row] = []
+    for line in lines:
+        own = (line.name, line.group) if by is UsageBy.KEY else (line.group,)
+        share = round(line.tokens / total, 6) if total else 0.0
+        cells = (*own, line.requests, line.failed, line.tokens, share)
+        rows.append(dict(zip(columns, cells, strict=True)))
     if as_json:
         print_json(rows)
     elif as_csv:
@@ -325,21 +316,15 @@ def usage(
         say("Nothing was used in that time.")
     else:
         if len(rows) > 1:
-            sums: Row = {
-                "requests": sum(line.requests for line in lines),
-                "failed": sum(line.failed for line in lines),
-                "tokens": total,
-            }
+            counts = ("requests", "failed", "tokens")
+            sums = {name: sum(getattr(line, name) for line in lines) for name in counts}
             rows.append({columns[0]: "total", **sums})
-        cells: list[Row] = [
-            {
-                **{name.upper(): row.get(name) for name in columns},
-                "SHARE": f"{row['share']:.1%}" if "share" in row else None,
-            }
-            for row in rows
-        ]
+        shares = [f"{row['share']:.1%}" if "share" in row else None for row in rows]
         print_table(
-            cells,
+            [
+                {name.upper(): row.get(name) for name in columns[:-1]} | {"SHARE": share}
+                for row, share in zip(rows, shares, strict=True)
+            ],
             styles={"KEY": "dim", columns[0].upper(): "bold"},
             folded=("NAME", "KEY", "MODEL"),
             spare=("KEY", "SHARE", "FAILED", "REQUESTS"),

@@ -1,7 +1,7 @@
-"""Bulk work: a corpus in, a file of vectors out, or of the API's answers; through death and restart.
+"""Bulk work that survives crashes: a corpus to a file of vectors, a file of requests to one of answers.
 
-Files, shards and what is kept of them are known here; not models, nor what the API answers. A row is
-computed once, and is in the end in the output or, with the reason, among the errors.
+Input is read in shards, whose results are kept as soon as they are computed. In the end each row is
+in the output or, with the reason, among the errors. Models and the API's answers are given.
 """
 
 GO_ON = "What is finished is kept: run the same command again to go on"

@@ -23,7 +23,7 @@ from trivec.core.errors import FieldInvalid, ResourceUnknown, StoreUnavailable
 from trivec.core.events import LinesWaiting, ShardFinished
 from trivec.core.ports import Clock, Observer
 from trivec.jobs.files import Files, FileWriter, NewFile, storage_faults
-from trivec.jobs.records import FileRecord, JobRecord, JobStore, ShardRecord
+from trivec.jobs.records import FileRecord, JobPlan, JobRecord, JobStore, ShardRecord
 
 ENDPOINTS = ("/v1/embeddings", "/v1/rerank")
 LINES_MAX = INPUTS_MAX = 50_000
@@ -200,9 +200,9 @@ class Batches:
         self.files = files
         self.changed = asyncio.Event()  # there may be something new to do
 
-    async def create(self, key_id: str, **asked: Any) -> JobRecord:
+    async def create(self, key_id: str, plan: JobPlan) -> JobRecord:
         """See `JobStore.add_batch`."""
-        made = await asyncio.to_thread(self.store.add_batch, key_id, **asked)
+        made = await asyncio.to_thread(self.store.add_batch, key_id, plan)
         self.changed.set()
         return made
 

@@ -73,7 +73,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Which columns are read, and what for."""
+    """The columns to read, and their use."""
 
     text: str = "text"
     id: str | None = None  # None: rows are identified by their number
@@ -81,14 +81,14 @@ class Columns:
     reserved: frozenset[str] = frozenset()  # names of the output, which the input may not have
 
     def names_kept(self, names: Iterable[str]) -> list[str]:
-        """Those of *names* that stay, the id first, each once."""
+        """Those of *names* to copy, the id first, each once."""
         chosen = [name for name in names if self.kept is None or name in self.kept]
         return list(dict.fromkeys([self.id, *chosen] if self.id is not None else chosen))
 
 
 @dataclass(frozen=True, slots=True)
 class ShardSize:
-    """What a shard holds at most; its last text may exceed the characters."""
+    """The maxima of a shard; its last text may exceed the characters."""
 
     rows_max: int
     characters_max: int
@@ -121,7 +121,7 @@ class Shard:
     position: float | None  # share of the input that is read with it; None: unknown
 
     def bad_row(self, index: int, reason: str) -> BadRow:
-        """Text *index* as a bad row, for a *reason* that the model gave."""
+        """Text *index* as a bad row, for a *reason* of the model's."""
         file, line = self.places[index]
         return BadRow(self.rows[index], file, line, self.table[0][index].as_py(), reason)
 

@@ -1,6 +1,6 @@
-"""The embedding of a corpus: shards are read, encoded and kept, several at a time, to the end.
+"""Embedding of a corpus: shards are read, encoded and kept, several at a time.
 
-A shard that an earlier run has kept is read and compared, and not computed again.
+A shard that an earlier run has kept is read and compared, but not computed again.
 """
 
 import asyncio

@@ -24,15 +24,7 @@ import numpy as np
 
 from trivec.core.errors import BusyError, EngineFault, JobFailed, RequestError
 from trivec.core.ports import Embedder
-from trivec.core.types import (
-    Float32Array,
-    LongText,
-    Output,
-    Rows,
-    Sequences,
-    SparseVector,
-    Vectors,
-)
+from trivec.core.types import Float32Array, LongText, Output, Rows, Sequences, SparseVector, Vectors
 from trivec.jobs import GO_ON
 from trivec.jobs.corpus import cuts
 
@@ -142,7 +134,7 @@ class EmbedderEncoder:
         return Encoded(vectors, sequences.token_count, bad, [i for i in truncated if i not in bad])
 
     async def _find_bad(self, texts: Sequence[str]) -> dict[int, str]:
-        """Why some of *texts* cannot be tokenised, each by itself."""
+        """Why some of *texts* cannot be tokenised, each tried by itself."""
         bad = {}
         for i, text in enumerate(texts):
             try:
@@ -152,7 +144,7 @@ class EmbedderEncoder:
         return bad
 
     async def _embed(self, sequences: Sequences) -> tuple[list[Vectors], dict[int, str]]:
-        """Vectors of *sequences*, and why some have none: halved until those are alone."""
+        """Vectors of *sequences*, and why some have none: halves are tried until those are alone."""
         try:
             return [(await self._embedder.embed(sequences, self._outputs)).vectors], {}
         except BusyError as fault:
@@ -167,7 +159,7 @@ class EmbedderEncoder:
 
 
 class _Answer(NamedTuple):
-    """What a server made of one text."""
+    """A server's vectors of one text."""
 
     dense: Float32Array  # [dimensions]
     sparse: SparseVector | None
@@ -262,7 +254,7 @@ class HttpEncoder:
         return rows, token_count
 
     def _rows(self, texts: Sequence[str]) -> tuple[list[_Answer | str], int]:
-        """As `_request`: where the server refuses, the text it names is left out, or all halved."""
+        """As `_request`. Where the server refuses, the text it names is left out, or all are halved."""
         if not texts:
             return [], 0
         refused = self._ask("/embeddings", {**self._head, "input": texts})
@@ -284,7 +276,7 @@ class HttpEncoder:
         return before + own + after, tokens + tokens_after
 
     def _ask(self, path: str, body: object = None) -> dict[str, Any]:
-        """The answer to one request, or the error in it where its texts are at fault. Blocks."""
+        """The answer to one request, or its error where the texts are at fault. Blocks."""
         reason, pause_s, tries = "", 1.0, 0
         while tries < TRIES_MAX and not self._closed.is_set():
             connection = self._connection()
@@ -321,7 +313,7 @@ class HttpEncoder:
         raise JobFailed(f"{self._url}{path} does not answer as it should: {reason}")
 
     def _connection(self) -> HTTPConnection:
-        """One that waits between two requests, or a new one."""
+        """An idle connection, or a new one."""
         try:
             return self._idle.pop()
         except IndexError:

@@ -1,9 +1,9 @@
 """Records of files and batch jobs in the store, and the leases by which servers share the work.
 
-A batch job is validated, then its lines run in shards, then what they left is joined. Each of these
-steps is a row of `batch_shards`. A server leases one, renews the lease while it works, and is done
-in one transaction; one that dies holds its lease for `LEASE_S` at most. A lease is never taken
-twice, so whoever had it before cannot finish the step any more. All methods block.
+A batch job is validated, then its lines run in shards, then their part files are joined. Each of
+these steps is a row of `batch_shards`. A server leases one, renews the lease while it works, and
+finishes it in one transaction; the lease of a server that died ends after `LEASE_S`. Every lease has
+a token of its own, so a server that lost one cannot finish the step. All methods block.
 """
 
 import json
@@ -27,7 +27,7 @@ from trivec.settings import BatchLimits
 
 LEASE_S = 30.0
 OPEN_BATCHES_MAX = 100  # of one key
-ID_CHARS_SHOWN = 64  # of what a client takes for an id
+ID_CHARS_SHOWN = 64  # of an unknown id, which may be any text
 OPEN = ("validating", "in_progress", "finalizing", "cancelling")  # in which it has not ended
 STEP_STATUS = {"validate": OPEN[:1], "run": OPEN[1:2], "join": OPEN[2:]}
 Kind: TypeAlias = Literal["validate", "run", "join"]
@@ -39,7 +39,7 @@ Status: TypeAlias = Literal[
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A file of a key. Its name is the client's word for it, and no path."""
+    """A file of a key. Its name is the client's, and never used as a path."""
 
     id: str
     key_id: str
@@ -48,6 +48,17 @@ class FileRecord:
     byte_count: int
     created_us: int  # microseconds since the epoch, here and below
     expires_us: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class JobPlan:
+    """A batch job as a client asks for it."""
+
+    endpoint: str
+    input_file_id: str
+    window_s: float  # to answer its lines in
+    metadata: Mapping[str, str] | None = None
+    output_expires_s: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +123,7 @@ R = TypeVar("R", FileRecord, JobRecord, ShardRecord)
 
 
 class JobStore:
-    """Files, batch jobs and shards. What one key has, no other key finds."""
+    """Files, batch jobs and shards. A key finds only its own."""
 
     def __init__(self, store: SqlStore, limits: BatchLimits, *, clock: Clock) -> None:
         self._store = store
@@ -123,7 +134,7 @@ class JobStore:
     def now_us(self) -> int:
         return int(self._clock.wall_s() * 1e6)
 
-    # Files. A row is there before the bytes and after them, so no bytes are ever forgotten.
+    # Files. A row is made before the bytes and deleted after them, so that a sweep finds all bytes.
 
     def add_file(self, key_id: str, purpose: str) -> FileRecord:
         """A pending file. Raises `FieldInvalid` where the key has no room for one more."""
@@ -136,7 +147,7 @@ class JobStore:
         return new
 
     def keep_file(self, file: FileRecord) -> None:
-        """Its bytes are there. Raises `FieldInvalid` where they are too many for its key."""
+        """Mark it as stored. Raises `FieldInvalid` where its key has no room for it."""
         with self._changing(file.key_id) as connection:
             _store_file(connection, file)
             self._check_room(connection, file.key_id)
@@ -153,7 +164,7 @@ class JobStore:
         return self._read(FileRecord, _paged(files, is_meant, page))
 
     def delete_file(self, key_id: str, file_id: str) -> FileRecord:
-        """The record of a file that nobody finds any more. `ResourceUnknown`, `FieldInvalid`."""
+        """Mark it as deleted. Raises `ResourceUnknown`, `FieldInvalid` where a batch job reads it."""
         with self._changing(key_id) as connection:
             found = self._find_file(connection, key_id, file_id)
             is_own = files.c.id == found.id
@@ -168,7 +179,7 @@ class JobStore:
         return found
 
     def dead_files(self) -> list[FileRecord]:
-        """Files that are to be removed: deleted, expired, or begun a day ago and never there."""
+        """Files to be removed: deleted, expired, or begun a day ago and never stored."""
         now_us = self.now_us()
         is_dead = sa.or_(
             files.c.state == "deleted",
@@ -178,12 +189,11 @@ class JobStore:
         return self._read(FileRecord, sa.select(files).where(is_dead).limit(1_000))
 
     def forget_file(self, file_id: str) -> None:
-        """Its bytes are gone."""
-        with self._store.writing() as connection:
-            connection.execute(sa.delete(files).where(files.c.id == file_id))
+        """Delete the record of a file whose bytes were removed."""
+        self._change(sa.delete(files).where(files.c.id == file_id))
 
     def _check_room(self, connection: sa.Connection, key_id: str, *, more: int = 0) -> None:
-        """Raise `FieldInvalid` where a key has not got room for what it has, and for *more* files."""
+        """Raise `FieldInvalid` where a key has more than it may, or no room for *more* files."""
         sums = sa.select(sa.func.count(), sa.func.sum(files.c.byte_count))
         is_own = (files.c.key_id == key_id) & (files.c.state == "stored")
         count, used = connection.execute(sums.where(is_own)).one()
@@ -221,37 +231,28 @@ class JobStore:
 
     # Batch jobs.
 
-    def add_batch(
-        self,
-        key_id: str,
-        *,
-        endpoint: str,
-        input_file_id: str,
-        window_s: float,
-        metadata: Mapping[str, str] | None,
-        output_expires_s: int | None,
-    ) -> JobRecord:
+    def add_batch(self, key_id: str, plan: JobPlan) -> JobRecord:
         """A batch job, to be validated. Raises `ResourceUnknown`, `FieldInvalid`, `Overloaded`."""
         now_us = self.now_us()
         batch_id = _new_id("batch_", now_us)
         new = sa.insert(batches).values(
             id=batch_id,
             key_id=key_id,
-            endpoint=endpoint,
-            input_file_id=input_file_id,
+            endpoint=plan.endpoint,
+            input_file_id=plan.input_file_id,
             status="validating",
             ends_as="completed",
-            metadata=None if metadata is None else json.dumps(metadata),
-            output_expires_s=output_expires_s,
+            metadata=None if plan.metadata is None else json.dumps(plan.metadata),
+            output_expires_s=plan.output_expires_s,
             created_us=now_us,
-            expires_us=now_us + round(window_s * 1e6),
+            expires_us=now_us + round(plan.window_s * 1e6),
         )
         with self._changing(key_id) as connection:
-            file = self._find_file(connection, key_id, input_file_id)
+            file = self._find_file(connection, key_id, plan.input_file_id)
             if file.purpose != "batch":
                 raise FieldInvalid(
-                    f"The file {input_file_id} has the purpose {file.purpose}. Upload it with the "
-                    "purpose batch.",
+                    f"The file {file.id} has the purpose {file.purpose}. Upload it with the purpose "
+                    "batch.",
                     param="input_file_id",
                 )
             is_open = (batches.c.key_id == key_id) & batches.c.status.in_(OPEN)
@@ -281,36 +282,33 @@ class JobStore:
 
     def cancel_batch(self, key_id: str, batch_id: str) -> JobRecord:
         """Raises `ResourceUnknown`; `FieldInvalid` for one that has ended, or is about to."""
-        with self._store.writing() as connection:
-            cancelled = connection.execute(
-                sa.update(batches)
-                .where(_is_job(key_id, batch_id), batches.c.status.in_(OPEN[:2]))
-                .values(status="cancelling", ends_as="cancelled", cancelling_us=self.now_us())
-            )
+        is_cancelled = self._change(
+            sa.update(batches)
+            .where(_is_job(key_id, batch_id), batches.c.status.in_(OPEN[:2]))
+            .values(status="cancelling", ends_as="cancelled", cancelling_us=self.now_us())
+        )
         found = self.find_batch(key_id, batch_id)
-        if not cancelled.rowcount and found.status not in ("cancelling", "cancelled"):
+        if not is_cancelled and found.status not in ("cancelling", "cancelled"):
             raise FieldInvalid(f"Cannot cancel a batch with status '{found.status}'.")
         return found
 
     def lines_left(self) -> int:
-        """Lines of all keys that are valid and not yet answered."""
+        """Lines of all running jobs that are not answered yet."""
         left = sa.func.sum(batches.c.total - batches.c.completed - batches.c.failed)
         with self._store.reading() as connection:
             found = connection.scalar(sa.select(left).where(batches.c.status == "in_progress"))
         return int(found or 0)
 
-    # Leases. Rows of shards are locked before those of jobs, so that no two transactions wait in a
-    # circle.
+    # Leases. Rows of shards are locked before those of jobs, so that no transactions deadlock.
 
     def expire_batches(self) -> None:
-        """End those whose time is over, with what they have."""
+        """End the jobs whose window is over; their files will have what was answered."""
         now_us = self.now_us()
-        with self._store.writing() as connection:
-            connection.execute(
-                sa.update(batches)
-                .where(batches.c.status.in_(OPEN[:2]), batches.c.expires_us <= now_us)
-                .values(status="finalizing", ends_as="expired", finalizing_us=now_us)
-            )
+        self._change(
+            sa.update(batches)
+            .where(batches.c.status.in_(OPEN[:2]), batches.c.expires_us <= now_us)
+            .values(status="finalizing", ends_as="expired", finalizing_us=now_us)
+        )
 
     def lease(self, models: Collection[str]) -> tuple[ShardRecord, JobRecord] | None:
         """The next step of the batch job that has waited longest, leased; None: there is none.
@@ -370,7 +368,7 @@ class JobStore:
                 return None
             shard = _record(ShardRecord, found)
             is_own = batch_shards.c.batch_id == shard.batch_id
-            if shard.kind == "join":  # whoever is late with a shard of it cannot finish that now
+            if shard.kind == "join":  # servers still at work on its shards must not finish them now
                 connection.execute(
                     sa.update(batch_shards)
                     .where(is_own, batch_shards.c.kind != "join", batch_shards.c.done_us.is_(None))
@@ -381,23 +379,16 @@ class JobStore:
         return shard, _record(JobRecord, job)
 
     def renew(self, shard: ShardRecord) -> bool:
-        """Whether the lease still holds, and the step is still wanted."""
+        """Prolong the lease; False where it was lost, or the job has ended meanwhile."""
         until_us = self.now_us() + round(LEASE_S * 1e6)
         is_due = batches.c.status.in_(STEP_STATUS[shard.kind])
         is_wanted = sa.exists().where(batches.c.id == shard.batch_id, is_due)
-        with self._store.writing() as connection:
-            renewed = connection.execute(
-                sa.update(batch_shards)
-                .where(_is_held(shard), is_wanted)
-                .values(lease_until_us=until_us)
-            )
-        return renewed.rowcount == 1
+        is_own = sa.and_(_is_held(shard), is_wanted)
+        return self._change(sa.update(batch_shards).where(is_own).values(lease_until_us=until_us))
 
     def release(self, shard: ShardRecord) -> None:
-        """Let another server have the step at once."""
-        with self._store.writing() as connection:
-            free = sa.update(batch_shards).where(_is_held(shard)).values(lease_until_us=0)
-            connection.execute(free)
+        """End the lease now, so that another server can take the step."""
+        self._change(sa.update(batch_shards).where(_is_held(shard)).values(lease_until_us=0))
 
     def release_dead(self) -> None:
         """Release the leases of dead processes of this machine, and of an earlier one of our PID."""
@@ -420,7 +411,7 @@ class JobStore:
     ) -> bool:
         """Let the lines run, in *shards*; or fail the batch job, where there are *errors*.
 
-        False where the lease was lost, here and below: nothing is changed then.
+        Here and below, False where the lease was lost; then nothing is changed.
         """
         now_us = self.now_us()
         values: dict[str, object] = {"status": "in_progress", "in_progress_us": now_us}
@@ -445,7 +436,7 @@ class JobStore:
         return True
 
     def finish_run(self, shard: ShardRecord, rows: Sequence[LedgerRow], **counts: int) -> bool:
-        """The shard's lines are answered, and billed by *rows*, in one transaction.
+        """Mark the shard done and bill its lines by *rows*, in one transaction.
 
         *counts*: completed, failed and token_count of its lines.
         """
@@ -475,7 +466,7 @@ class JobStore:
         error: FileRecord | None,
         errors: Sequence[Mapping[str, object]] = (),
     ) -> bool:
-        """The job has ended as it was to, with its files; *errors* say what they lack."""
+        """End the job, with its files; *errors* say what they lack."""
         now_us = self.now_us()
         with self._store.writing() as connection:
             if not _mark_done(connection, shard, done_us=now_us):
@@ -498,7 +489,7 @@ class JobStore:
         return True
 
     def run_shards(self, batch_id: str, *, done: bool) -> list[ShardRecord]:
-        """The shards whose lines were answered, or those whose lines were not; in order."""
+        """The shards whose lines were answered, or the others; in order."""
         is_done = batch_shards.c.done_us.is_not(None) == done
         statement = sa.select(batch_shards).where(
             batch_shards.c.batch_id == batch_id, batch_shards.c.kind == "run", is_done
@@ -506,7 +497,7 @@ class JobStore:
         return self._read(ShardRecord, statement.order_by(batch_shards.c.number))
 
     def old_batches(self) -> list[tuple[str, str]]:
-        """Key and id of those that ended over a day ago, so that no allowance counts their shards."""
+        """Key and id of jobs that ended over a day ago: `tokens_per_day` needs no shard of theirs."""
         is_young = sa.exists().where(
             batch_shards.c.batch_id == batches.c.id, batch_shards.c.done_us > self.now_us() - DAY_US
         )
@@ -517,15 +508,19 @@ class JobStore:
             return [(row.key_id, row.id) for row in found]
 
     def forget_shards(self, batch_id: str) -> None:
-        with self._store.writing() as connection:
-            connection.execute(sa.delete(batch_shards).where(batch_shards.c.batch_id == batch_id))
+        self._change(sa.delete(batch_shards).where(batch_shards.c.batch_id == batch_id))
 
     def _read(self, kind: type[R], statement: sa.Select[Any]) -> list[R]:
         with self._store.reading() as connection:
             return [_record(kind, row) for row in connection.execute(statement)]
 
+    def _change(self, statement: sa.Update | sa.Delete) -> bool:
+        """Whether it changed a row."""
+        with self._store.writing() as connection:
+            return connection.execute(statement).rowcount > 0
+
     def _was_done(self, connection: sa.Connection, shard: ShardRecord) -> bool:
-        """Whether an earlier try, whose commit was not heard of, did finish the step."""
+        """Whether an earlier try finished the step, though its commit was not confirmed."""
         is_own = (batch_shards.c.id == shard.id) & (batch_shards.c.lease == shard.lease)
         return connection.scalar(sa.select(batch_shards.c.done_us).where(is_own)) is not None
 
@@ -563,8 +558,8 @@ def _is_held(shard: ShardRecord) -> sa.ColumnElement[bool]:
 
 
 def _mark_done(connection: sa.Connection, shard: ShardRecord, **values: object) -> bool:
-    done = connection.execute(sa.update(batch_shards).where(_is_held(shard)).values(**values))
-    return done.rowcount == 1
+    marking = sa.update(batch_shards).where(_is_held(shard)).values(**values)
+    return connection.execute(marking).rowcount > 0
 
 
 def _store_file(connection: sa.Connection, file: FileRecord) -> None:
@@ -579,7 +574,7 @@ def _is_read() -> sa.ColumnElement[bool]:
 
 
 def _paged(table: sa.Table, is_meant: sa.ColumnElement[bool], page: Page) -> sa.Select[Any]:
-    """One record more than the page has, which says that there are more."""
+    """The page, and one record more where there is one."""
     own_id = table.c.id
     if page.after is not None:  # a record that may be gone by now
         after = _plain(page.after)
@@ -589,10 +584,10 @@ def _paged(table: sa.Table, is_meant: sa.ColumnElement[bool], page: Page) -> sa.
 
 
 def _new_id(prefix: str, now_us: int) -> str:
-    """Ids are in the order in which they were made, so that a list goes on after any of them."""
+    """Ids sort by the time they were made, so that a list can go on after any of them."""
     return f"{prefix}{now_us:014x}{secrets.token_hex(9)}"
 
 
 def _plain(text: str) -> str:
-    """What a client takes for an id, as Postgres can compare it."""
+    """A client's text without NUL, which Postgres refuses."""
     return text.replace("\0", " ")

@@ -1,8 +1,8 @@
-"""Results of a bulk job on disk: a manifest, a part a shard, and in the end the file asked for.
+"""Results of a bulk job on disk: a manifest, a part for each shard, and in the end the output file.
 
-While it runs there are `OUT.manifest.json` and the folder `OUT.parts`. A part is written beside its
-place and renamed, so it is whole or not there, and its footer says what it was made of. In the end
-`OUT.errors.jsonl` and `OUT` are made of the parts, and renamed likewise: a death loses no part.
+While the job runs there are `OUT.manifest.json` and the folder `OUT.parts`. A part is written under
+another name and renamed, so that it is whole or absent; its footer says what it was made of. In the
+end `OUT.errors.jsonl` and `OUT` are made of the parts in the same way: a crash loses no part.
 """
 
 import fcntl
@@ -53,7 +53,7 @@ class Layout:
     marks_truncated: bool = False
 
     def columns(self, vectors: Vectors | None) -> dict[str, pa.Array]:
-        """*vectors* as columns; None where there is no text."""
+        """*vectors* as columns; None for no rows."""
         none = np.zeros((0, self.dimensions), np.float32)
         columns = {}
         if Output.DENSE in self.outputs:
@@ -83,7 +83,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What the footer of a part says of it."""
+    """The footer of a part."""
 
     digest: str  # of its shard
     first_row: int
@@ -95,7 +95,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What a finished job came to, over all its runs."""
+    """The sums of a finished job, over all its runs."""
 
     rows: int
     texts: int
@@ -106,24 +106,23 @@ class Totals:
 
 
 class Results:
-    """What a job has on disk. One process has it at a time; `write` may be called on any thread."""
+    """The files of one job, locked by one process at a time; `write` may be called on any thread."""
 
     def __init__(self, out: Path, identity: Mapping[str, Any], layout: Layout) -> None:
-        """*identity*: plain JSON; all that vectors and columns depend on, but for the texts."""
+        """*identity*: plain JSON of all that the output depends on, except the texts."""
         self._out = out
         self._identity = identity
         self._layout = layout
         self._manifest = out.with_name(out.name + ".manifest.json")
         self._errors = out.with_name(out.name + ".errors.jsonl")
         self._parts = out.with_name(out.name + ".parts")
-        self.finished: Totals | None = None
-        """Set where an earlier run has finished the job."""
+        self.finished: Totals | None = None  # of an earlier run that finished the job
 
     @contextmanager
     def open(self) -> Iterator["Results"]:
-        """Begin the job, or go on with it. Raises `JobFailed` where it was another job.
+        """Begin the job, or go on with it. Raises `JobFailed` where OUT is another job's.
 
-        One that fails before a shard is kept leaves nothing, so that it may begin with other options.
+        A job that fails before it has kept a shard leaves no files, so that it may begin differently.
         """
         with ExitStack() as held:
             with write_faults(self._out):
@@ -137,7 +136,7 @@ class Results:
                     self._compare(begun["job"])
                 if begun is not None and begun["finished"] is not None:
                     self.finished = Totals(**begun["finished"])
-                    shutil.rmtree(self._parts, ignore_errors=True)  # that a death left there
+                    shutil.rmtree(self._parts, ignore_errors=True)  # left by a crash
                 else:
                     self._parts.mkdir(exist_ok=True)
                     lock = held.enter_context((self._parts / "lock").open("wb"))
@@ -159,7 +158,7 @@ class Results:
                 raise
 
     def part(self, shard: Shard) -> Part | None:
-        """What an earlier run has made of *shard*. Raises `JobFailed` where it was another."""
+        """The part of *shard* by an earlier run. Raises `JobFailed` where the input has changed."""
         file = self._part_file(shard.number)
         if not file.exists():
             return None
@@ -203,7 +202,7 @@ class Results:
         return part
 
     def assemble(self, shard_count: int) -> Totals:
-        """Make the final file of the parts, all of which are there, and remove them. Blocks."""
+        """Make the final file of the parts, all of which exist, and remove them. Blocks."""
         files = [self._part_file(number) for number in range(shard_count)]
         if len(list(self._parts.glob("*.arrow"))) != shard_count:
             raise self._changed("at its end: it was longer")
@@ -320,7 +319,7 @@ def parse_outputs(given: str) -> Output:
 def check_card(
     card: ModelCard, outputs: Output, dimensions: int | None, prompt: str | None
 ) -> None:
-    """Raise `SettingInvalid` for what the model has not, with what it has."""
+    """Raise `SettingInvalid` for what the model does not have, with what it has."""
     if outputs not in card.outputs:
         has = str(card.outputs.name).lower().replace("|", ", ")
         raise SettingInvalid(f"{card.id} has no such --outputs; it has {has}")
@@ -344,9 +343,9 @@ def write_faults(file: Path) -> Iterator[None]:
 
 
 def unify(types: dict[str, pa.DataType], schema: pa.Schema) -> None:
-    """Widen *types*, of columns by name, to what *schema* has, too: text if nothing else fits both.
+    """Widen *types*, of columns by name, to those of *schema* too; to text if nothing else fits both.
 
-    Parts of JSONL have the types that their own rows suggest.
+    Parts of JSONL have the types of their own rows.
     """
     for field in schema:
         known = types.setdefault(field.name, field.type)

@@ -133,11 +133,14 @@ class SqlStore:
             driver.ProgrammingError,
             driver.NotSupportedError,
         )
+        # All processes, and `_reserve`, lock in the order of the ids' bytes, so that none deadlock.
+        is_sqlite = dialect.name == "sqlite"
+        by_id = buckets.c.key_id if is_sqlite else buckets.c.key_id.collate("C")
         self._lock_buckets = BulkStatement(
             lambda rows: (
                 sa.select(buckets)
                 .where(buckets.c.key_id.in_([key_id for (key_id,) in rows]))
-                .order_by(buckets.c.key_id)  # as in all processes, so that none deadlock
+                .order_by(by_id)
                 .with_for_update()
             ),
             1,
@@ -178,28 +181,30 @@ class SqlStore:
 
     def commit(self, entries: Sequence[Entry], *, now_us: int) -> Committed:
         self._ensure_prepared()
-        asked = [one for one in entries if self._is_shared and isinstance(one, Reserve)]
-        rest = [one for one in entries if isinstance(one, RecordUsage)] if asked else entries
-        granted = recorded = Committed((), now_us)
+        in_two = self._is_shared and any(isinstance(one, Reserve) for one in entries)
+        commit = self._commit_in_two if in_two else self._record
         writing = self._engines.writing
         with self._translated(writing), closing(writing.raw_connection()) as pooled:
             raw: Any = pooled.driver_connection
             try:
                 with closing(raw.cursor()) as cursor:  # an open one keeps a closed file in use
-                    if asked:
-                        granted = _reserve(cursor, asked, now_us=now_us)
-                    if rest or not entries:
-                        try:
-                            recorded = self._record(raw, cursor, rest, now_us=now_us)
-                        except self._our_faults:
-                            if not asked:
-                                raise
-                            recorded = self._record_each(raw, cursor, rest, now_us=now_us)
+                    return commit(raw, cursor, entries, now_us=now_us)
             except self._driver.Error:
                 pooled.invalidate()
                 raise
-        if not asked:
-            return recorded
+
+    def _commit_in_two(
+        self, raw: Any, cursor: Any, entries: Sequence[Entry], *, now_us: int
+    ) -> Committed:
+        """Reservations first, by themselves: their buckets are then locked for a moment only."""
+        asked = [one for one in entries if isinstance(one, Reserve)]
+        rest = [one for one in entries if isinstance(one, RecordUsage)]
+        granted, recorded = _reserve(cursor, asked, now_us=now_us), Committed((), now_us)
+        if rest:
+            try:
+                recorded = self._record(raw, cursor, rest, now_us=now_us)
+            except self._our_faults:  # tried again here, as what is reserved cannot be
+                recorded = self._record_each(raw, cursor, rest, now_us=now_us)
         outcomes = {Reserve: iter(granted.outcomes), RecordUsage: iter(recorded.outcomes)}
         now_us = max(granted.now_us, recorded.now_us)
         return Committed([next(outcomes[type(entry)]) for entry in entries], now_us)
@@ -207,7 +212,7 @@ class SqlStore:
     def _record(self, raw: Any, cursor: Any, entries: Sequence[Entry], *, now_us: int) -> Committed:
         """One transaction over *entries*."""
         # Only billed rows must survive a power cut: a reservation is worth nothing after a minute. A
-        # commit without entries is durable too, so that it finds a full disk; Postgres' it could not.
+        # commit without entries is durable on SQLite, where it finds out whether the disk is full.
         durable = any(isinstance(one, RecordUsage) and one.row.token_count for one in entries)
         self._engines.begin(raw, durable or not (entries or self._is_shared))
         found = self._lock_buckets.run(cursor, [[one] for one in keys_touched(entries)])
@@ -222,10 +227,7 @@ class SqlStore:
     def _record_each(
         self, raw: Any, cursor: Any, entries: Sequence[Entry], *, now_us: int
     ) -> Committed:
-        """A transaction for each of *entries*, which failed in one; an error is its entry's outcome.
-
-        The reservations of their group are committed, so the group cannot be tried again.
-        """
+        """A transaction for each of *entries*; an error is the outcome of its entry."""
         outcomes: list[Answer] = []
         for entry in entries:
             raw.rollback()  # what failed before
@@ -243,19 +245,16 @@ class SqlStore:
         if transaction.buckets:
             changed = [(key_id, *bucket) for key_id, bucket in transaction.buckets.items()]
             self._put_buckets.run(cursor, changed)
-        # Sorted: processes that add to the same rows would else wait for each other.
+        # Sorted, so that processes that add to the same rows do not deadlock.
         if transaction.totals:
             self._append_rows.run(cursor, transaction.rows)
-            totals = transaction.totals.items()
-            part = self._part
-            days = sorted(
-                (key, model or "", day, part, *sums) for (key, model, day), sums in totals
-            )
-            self._add_to_daily.run(cursor, days)
+            part, totals = self._part, transaction.totals.items()
+            rows = [(key, model or "", day, part, *sums) for (key, model, day), sums in totals]
+            self._add_to_daily.run(cursor, sorted(rows))
         if transaction.counts:
             counted = transaction.counts.items()
-            rows = sorted((key, model or "", *of, n) for (key, model, *of), n in counted)
-            self._add_to_counts.run(cursor, rows)
+            rows = [(key, model or "", *of, n) for (key, model, *of), n in counted]
+            self._add_to_counts.run(cursor, sorted(rows))
 
     def agree_secret_check(self, proposed: bytes) -> bytes:
         agreed = sa.select(key_revision.c.secret_check)
@@ -475,11 +474,7 @@ def _reserve(cursor: Any, asked: Sequence[Reserve], *, now_us: int) -> Committed
 
 
 def _inserting(
-    table: sa.Table,
-    dialect: sa.Dialect,
-    names: Sequence[str] = (),
-    *,
-    merge: Merge | None = None,
+    table: sa.Table, dialect: sa.Dialect, names: Sequence[str] = (), *, merge: Merge | None = None
 ) -> BulkStatement:
     """Insert rows of the columns *names*, by default all.
 

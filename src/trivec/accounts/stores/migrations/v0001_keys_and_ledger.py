@@ -38,8 +38,14 @@ def upgrade() -> None:
     )
     op.create_index("ix_keys_revision", "keys", ["revision"])
     is_live = sa.text("revoked_us IS NULL")
-    live = {"sqlite_where": is_live, "postgresql_where": is_live}
-    op.create_index("ix_keys_name_live", "keys", ["name"], unique=True, **live)
+    op.create_index(
+        "ix_keys_name_live",
+        "keys",
+        ["name"],
+        unique=True,
+        sqlite_where=is_live,
+        postgresql_where=is_live,
+    )
     op.create_table(
         "secrets",
         key("digest", sa.LargeBinary(32)),
