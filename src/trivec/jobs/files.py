@@ -181,13 +181,17 @@ class NewFile(FileWriter):
         self.record = record
 
     async def receive(self, content: bytes) -> None:
-        """Write what a client sends. Raises `BodyTooLarge` beyond the limit of one file."""
-        if self.byte_count + len(content) > self._limits.file_bytes_max:
+        """Write what a client sends. Raises what `check_size` does."""
+        self.check_size(self.byte_count + len(content))
+        await self.write(content)
+
+    def check_size(self, byte_count: int) -> None:
+        """Raise `BodyTooLarge` beyond the limit of one file."""
+        if byte_count > self._limits.file_bytes_max:
             raise BodyTooLarge(
                 f"The file has more than {self._limits.file_bytes_max:,} bytes. "
                 "Split it into several."
             )
-        await self.write(content)
 
     async def finished(self, filename: str, *, expires_s: int | None) -> FileRecord:
         """Close it; the record that it is to be kept with."""
