@@ -15,7 +15,7 @@ MODULE_LINES_MAX = 600
 LINES_MAX, FILES_MAX = 28_810, 143
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
-    "cli": (1_765, 7),
+    "cli": (1_770, 7),
     "server": (980, 5),
     "build": (530, 1),
     "settings": (450, 1),
