@@ -29,7 +29,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "telemetry": (780, 4),
     "ipc": (550, 5),
     "core": (1_090, 8),
-    "jobs": (2_780, 8),
+    "jobs": (2_790, 8),
     "cluster": (860, 3),
     "playground": (90, 1),
 }
