@@ -71,6 +71,8 @@ def _default(field: FieldInfo) -> str:
 
 def _meaning(field: FieldInfo) -> str:
     choices = get_args(field.annotation)
+    if len(choices) == 2 and choices[1] is type(None):
+        choices = get_args(choices[0])
     if not all(isinstance(one, str) for one in choices):
         choices = ()
     ending = f" One of {', '.join(f'`{one}`' for one in choices)}." if choices else ""

@@ -231,6 +231,18 @@ async def test_a_key_has_a_quota_of_files_and_of_bytes(on_disk: House) -> None:
     for refused in (bytes_left, files_left):
         assert refused.status_code == 400
         assert "Delete some" in refused.json()["error"]["message"]
+        assert "at most 3 of 2,048 are kept" in refused.json()["error"]["message"]
+
+
+async def test_a_body_that_says_it_is_too_large_is_refused_before_it_is_read(
+    on_disk: House, tmp_path: Path
+) -> None:
+    says = {"content-type": "multipart/form-data; boundary=B", "content-length": "1000000"}
+    async with on_disk.client() as client:
+        refused = await client.post("/files", content=b"no form", headers=says)
+    assert refused.status_code == 413, "and not 400, which it is once it is read"
+    assert "more than 1,024 bytes" in refused.json()["error"]["message"]
+    assert kept_in(tmp_path) == []
 
 
 async def test_a_file_expires_and_its_bytes_go(on_disk: House, tmp_path: Path) -> None:

@@ -92,3 +92,10 @@ def test_the_tab_key_completes(shell: str, typed: str, completed: str) -> None:
     environ = {"_TRIVEC_COMPLETE": f"complete_{shell}", **asked}
     shown = CliRunner().invoke(app, [], prog_name="trivec", env=environ).output
     assert completed in shown
+
+
+def test_help_lists_the_words_of_an_option_that_may_be_unset_and_which_take_numbers() -> None:
+    shown = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).output
+    assert "[model | cl100k_base | o200k_base]" in shown
+    (port,) = [line for line in shown.splitlines() if "--port " in line and "-p " in line]
+    assert "NUMBER" in port

@@ -12,7 +12,7 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
 # The aim is 11,500 in 100: raised only in a commit that says why.
-LINES_MAX, FILES_MAX = 28_950, 144
+LINES_MAX, FILES_MAX = 28_980, 144
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_710, 7),
@@ -25,11 +25,11 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "backends": (4_070, 18),
     "checkpoints": (2_630, 13),
     "tokenizer": (780, 3),
-    "accounts": (3_620, 22),
+    "accounts": (3_630, 22),
     "telemetry": (780, 4),
     "ipc": (550, 5),
     "core": (1_090, 8),
-    "jobs": (2_720, 8),
+    "jobs": (2_730, 8),
     "cluster": (970, 4),
     "playground": (90, 1),
 }

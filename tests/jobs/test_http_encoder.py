@@ -220,3 +220,11 @@ def test_a_server_that_is_another_is_refused_in_a_line(
 
     with other_server(answers) as url, pytest.raises(JobFailed, match=says):
         encode()
+
+
+def test_it_is_said_once_that_a_server_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    url = "http://127.0.0.1:1/v1"
+    with pytest.raises(JobFailed):
+        HttpEncoder(url, None, model=None, outputs=Output.DENSE, truncate="none")
+    (said,) = caplog.messages
+    assert said.startswith(f"{url} is waited for, two minutes at most: ConnectionRefused")

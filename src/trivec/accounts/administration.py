@@ -35,7 +35,10 @@ class Administration:
             raise FieldInvalid(f"There are {KEYS_MAX} keys already; revoke some.", param="name")
         now_us = self._now_us()
         if plan.expires_us is not None and plan.expires_us <= now_us:
-            raise FieldInvalid("expires is in the past; give a time to come.", param="expires")
+            raise FieldInvalid(
+                "expires is in the past: the key would have expired. Give a time to come.",
+                param="expires",
+            )
         secret, plain = self._new_secret(now_us)
         key = Key(
             keys.new_key_id(),

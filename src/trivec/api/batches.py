@@ -46,6 +46,7 @@ INPUT_EXPIRES_S = 30 * DAY_S
 EXPIRES_S_MIN, EXPIRES_S_MAX = 3_600, 30 * DAY_S
 FORM = "multipart/form-data"
 FIELD_BYTES_MAX = 1024  # of a part of a form that is no file
+FORM_BYTES_MAX = 65_536  # of a form beside its file
 FILENAME_CHARS_MAX = 255
 RETRY_S_MAX = 10.0
 T = TypeVar("T")
@@ -392,6 +393,9 @@ async def _read_form(context: RequestContext, new: NewFile) -> dict[str, str]:
     """The fields of the form in the body; its file is in *new*, and here by the client's name."""
     if context.content_type.partition(";")[0].strip().lower() != FORM:
         raise MediaTypeUnsupported(f"Upload a file as {FORM}, with the fields file and purpose.")
+    declared = context.headers.get(b"content-length", b"")
+    if declared.isdigit():  # what is too large is better refused before it has been sent
+        new.check_size(int(declared[:20]) - FORM_BYTES_MAX)
     upload_s_max = _jobs(context).files.limits.upload_s_max
     try:
         async with asyncio.timeout(upload_s_max):

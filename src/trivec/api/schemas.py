@@ -330,7 +330,7 @@ class Decoder(Generic[T]):
         self._fields = frozenset(hints)
         self._docs = {name: text for name, hint in hints.items() for text in _docs(hint)}
         # Of the fields that can hold only certain words, also of structures within: those words.
-        self._words: dict[str, list[str]] = {}
+        self._words: dict[str, list[object]] = {}
         for path, word in _words(kind):
             self._words.setdefault(path, []).append(word)
         self._worded = {path.partition(".")[0] for path in self._words}
@@ -448,10 +448,10 @@ def _docs(hint: object) -> Iterator[str]:
             yield part.description
 
 
-def _words(hint: object, path: str = "") -> Iterator[tuple[str, str]]:
-    """The strings of every `Literal` in *hint*, each after the path of its field."""
+def _words(hint: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """The values of every `Literal` in *hint*, each after the path of its field."""
     if get_origin(hint) is Literal:
-        yield from ((path, str(word)) for word in get_args(hint))
+        yield from ((path, word) for word in get_args(hint))
     elif isinstance(hint, type) and issubclass(hint, Struct):
         for one in msgspec.structs.fields(hint):
             yield from _words(one.type, f"{path}.{one.encode_name}".removeprefix("."))

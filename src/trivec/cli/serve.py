@@ -49,7 +49,10 @@ app = typer.Typer(add_completion=False)
 def _flag(name: str, *spellings: str, metavar: str | None = None) -> OptionInfo:
     """Option for the setting *name*, whose help is written once, where the setting is."""
     field = FIELDS[name]
-    words = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    inner = get_args(field.annotation)
+    kind = inner[0] if inner[1:] == (type(None),) else field.annotation
+    words = get_args(kind) if get_origin(kind) is Literal else ()
+    metavar = "NUMBER" if kind is int else metavar
     notes = [" | ".join(words)] if words and all(isinstance(one, str) for one in words) else []
     if field.default not in (None, (), False):
         default = field.default

@@ -297,6 +297,8 @@ def usage(
     with administration(settings_of(data_dir, config)) as store:
         key_id = None if key is None else store.key_id(key)
         lines = store.usage(UsageQuery(by, since_us=since_us, until_us=until_us, key_id=key_id))
+    if by is not UsageBy.DAY:
+        lines.sort(key=lambda line: -line.tokens)
     total = sum(line.tokens for line in lines)
     groups = ["name", "key"] if by is UsageBy.KEY else [by.value]
     columns = [*groups, "requests", "failed", "tokens", "share"]

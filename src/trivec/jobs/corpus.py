@@ -229,7 +229,8 @@ class Corpus:
             yield shard
             first_row += shard.row_count
         if first_row == 0:
-            raise JobFailed(f"{self._sources[0].name} has no row to embed")
+            name = self._sources[0].name
+            raise JobFailed(f"{'standard input' if name == '-' else name} has no row to embed")
 
     def _blocks(self) -> Iterator[_Block]:
         before = 0  # bytes of the sources that are read
@@ -329,7 +330,7 @@ def read_faults(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, csv.Error, pa.ArrowException) as fault:
-        said = " ".join(str(getattr(fault, "strerror", None) or fault).split())
+        said = " ".join(str(getattr(fault, "strerror", None) or fault).split()).rstrip(".")
         raise JobFailed(f"cannot read {name}: {said}. {GO_ON}, when it is mended") from fault
 
 

@@ -5,6 +5,7 @@ A text that cannot be embedded is named, with the reason, and holds up no other.
 
 import asyncio
 import base64
+import logging
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,7 @@ PAUSE_S_MAX = 60.0
 BUSY = {502, 503, 504}
 TEXT_AT_FAULT = {400, 413, 422}  # or several texts together
 FAILED = "the server failed on it"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +200,7 @@ class HttpEncoder:
             self._headers["Authorization"] = f"Bearer {key}"
         self._idle: list[HTTPConnection] = []
         self._closed = threading.Event()
+        self._is_waiting = False  # for the server to answer
         self._pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="trivec-http")
         names = {Output.DENSE: "dense", Output.SPARSE: "sparse", Output.MULTI: "multi"}
         wanted = "&".join(name for one, name in names.items() if one in outputs | Output.DENSE)
@@ -292,6 +295,7 @@ class HttpEncoder:
             else:
                 self._idle.append(connection)
                 if answer.status == HTTPStatus.OK:
+                    self._is_waiting = False
                     return _json_object(read)
                 error = _json_object(read).get("error")
                 error = error if isinstance(error, dict) else {}
@@ -306,6 +310,9 @@ class HttpEncoder:
                 with suppress(ValueError):
                     pause_s = float(answer.headers.get("retry-after", ""))
             tries += 1
+            if tries == 1 and not self._is_waiting:
+                self._is_waiting = True  # said once, and not by each connection
+                _log.warning("%s is waited for, two minutes at most: %s", self._url, reason)
             if tries < TRIES_MAX:
                 self._closed.wait(min(pause_s, PAUSE_S_MAX))
                 pause_s *= 2

@@ -183,13 +183,17 @@ class NewFile(FileWriter):
         self.record = record
 
     async def receive(self, content: bytes) -> None:
-        """Write what a client sends. Raises `BodyTooLarge` beyond the limit of one file."""
+        """Write what a client sends. Raises what `check_size` does."""
+        self.check_size(self.byte_count + len(content))
+        await self.write(content)
+
+    def check_size(self, byte_count: int) -> None:
+        """Raise `BodyTooLarge` beyond the limit of one file."""
         bytes_max = self._limits.file_bytes_max
-        if self.byte_count + len(content) > bytes_max:
+        if byte_count > bytes_max:
             raise BodyTooLarge(
                 f"The file has more than {bytes_max:,} bytes. Split it into several."
             )
-        await self.write(content)
 
     async def finished(self, filename: str, *, expires_s: int | None) -> FileRecord:
         """Close it; the record to keep it with."""

@@ -200,8 +200,8 @@ class JobStore:
         used, limits = int(used or 0), self._limits
         if count + more > limits.key_files_max or used + more > limits.key_bytes_max:
             raise FieldInvalid(
-                f"This key has {count} files of {used:,} bytes in all, and no room for another. "
-                "Delete some that are no longer needed.",
+                f"This key would have {count + more:,} files of {used:,} bytes; at most "
+                f"{limits.key_files_max:,} of {limits.key_bytes_max:,} are kept. Delete some first.",
                 param="file",
             )
 
