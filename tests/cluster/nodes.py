@@ -15,6 +15,7 @@ CPUS = 4  # that are said, not those of the machine
 @contextmanager
 def ray_nodes(*, cpus: int = CPUS) -> Iterator[Any]:
     """A `ray.cluster_utils.Cluster` with its first node alone; settings are the tests' own."""
+    import ray
     from ray.cluster_utils import Cluster
 
     for name in [name for name in os.environ if name.startswith("TRIVEC_")]:
@@ -38,6 +39,7 @@ def ray_nodes(*, cpus: int = CPUS) -> Iterator[Any]:
     try:
         yield cluster
     finally:
+        ray.shutdown()  # else a program that failed could not leave
         cluster.shutdown()
 
 

@@ -40,8 +40,9 @@ def pipeline(rows: int, settings: dict[str, str]) -> Any:
     context.enable_progress_bars = False
     source = ray.data.range(rows, override_num_blocks=max(8, rows // BLOCK_ROWS))
     texts = source.map_batches(with_texts, batch_size=None)
-    options = {"actors": 2, "scheduling_strategy": "SPREAD"}
-    return embed_dataset(texts, model=MODEL, settings=settings, **options)
+    return embed_dataset(
+        texts, model=MODEL, settings=settings, actors=2, scheduling_strategy="SPREAD"
+    )
 
 
 def resident_mib(pid: int) -> float:

@@ -1,16 +1,18 @@
 """The Ray Serve application beside the plain server, on the same cores.
 
-`python -m tests.soak.ray_throughput [--seconds 8] [--rounds 7] [--precision int8]`
+`python -m tests.soak.ray_throughput [--seconds 8] [--rounds 7] [--precision int8] [--proxy haproxy]`
 
 Four clients send requests of 64 texts to `trivec serve` and to the application by turns, each with
 keys, a ledger and the same model. Ray's processes are up all the time, as on a machine of a cluster.
+Its proxy is `haproxy`, which Ray brings along, or `python`, its default.
 """
 
 import os
 import re
 import secrets
+import sys
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -55,9 +57,9 @@ def ray_application(folder: Path, *, precision: str, cores: int) -> Iterator[Tar
             ray.shutdown()
 
 
-def processor_s() -> Counter[str]:
+def processor_s() -> dict[str, float]:
     """Processor time of each kind of process on this machine, by its name."""
-    found: Counter[str] = Counter()
+    found: dict[str, float] = defaultdict(float)
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
@@ -74,10 +76,16 @@ def processor_s() -> Counter[str]:
     return found
 
 
-def run(seconds: float, rounds: int, precision: str, clients: int, texts: int) -> Report:
+def run(
+    seconds: float, rounds: int, precision: str, proxy: str, clients: int, texts: int
+) -> Report:
+    os.environ |= {  # of Ray's processes
+        "RAY_SERVE_ENABLE_HA_PROXY": str(int(proxy == "haproxy")),
+        "RAY_worker_niceness": "0",  # as the plain server's; by default they give way to all else
+    }
     shape, asked = Shape(clients, texts), sentences(16 * texts)
     rates: dict[str, list[float]] = {"plain": [], "ray": []}
-    used = {"plain": Counter[str](), "ray": Counter[str]()}
+    used: dict[str, dict[str, float]] = {"plain": defaultdict(float), "ray": defaultdict(float)}
     count = Counter[str]()
     with ExitStack() as stack:
         data = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trivec-ray-")))
@@ -92,8 +100,10 @@ def run(seconds: float, rounds: int, precision: str, clients: int, texts: int) -
                 answers = measure(target, shape, asked, duration_s=lasts_s)
                 if number:
                     rates[name].append(answers.rate * texts)
-                    used[name].update(processor_s() - before)
+                    for one, s in processor_s().items():
+                        used[name][one] += s - before.get(one, 0.0)
                     count[name] += len(answers.latencies_s)
+                    print(f"{name}: {rates[name][-1]:.0f} texts/s", file=sys.stderr, flush=True)
     report = Report()
     share = ratio(rates["ray"], rates["plain"])
     report.at_least("texts a second of the plain server's", share.median, SHARE_MIN)
@@ -103,7 +113,7 @@ def run(seconds: float, rounds: int, precision: str, clients: int, texts: int) -
         "processor_ms_a_request": {
             name: {
                 one: round(1e3 * s / count[name], 2)
-                for one, s in used[name].most_common()
+                for one, s in sorted(used[name].items(), key=lambda pair: -pair[1])
                 if s > 0.005 * seconds * rounds
             }
             for name in used
@@ -114,5 +124,13 @@ def run(seconds: float, rounds: int, precision: str, clients: int, texts: int) -
 
 if __name__ == "__main__":
     command(
-        "ray-throughput", __doc__, run, seconds=8.0, rounds=7, precision="int8", clients=4, texts=64
+        "ray-throughput",
+        __doc__,
+        run,
+        seconds=8.0,
+        rounds=7,
+        precision="int8",
+        proxy="haproxy",
+        clients=4,
+        texts=64,
     )

@@ -67,6 +67,8 @@ CALLS_MAX = 256
 # A call takes 3 to 5 ms of processor time in Ray, so that one of a quick model's batches is too little.
 CALL_S, CALL_TOKENS_MAX = 0.1, 2_048
 SAMPLE_TOKENS = 32
+# On an event loop of our own, which Ray would give us, each call wakes two more threads.
+ON_RAYS_LOOP = {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}}
 QUIET = {"enable_access_log": False}  # a line a call, where we have one a request
 
 
@@ -125,7 +127,11 @@ def app(args: ServeArguments) -> Application:
             name=f"model-{i}-{re.sub('[^a-z0-9]+', '-', reference.partition('=')[0].lower())}",
             autoscaling_config=scaling,
             max_ongoing_requests=CALLS_MAX,
-            ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
+            ray_actor_options={
+                "num_cpus": args.cpus,
+                "num_gpus": args.gpus,
+                "runtime_env": ON_RAYS_LOOP,
+            },
             health_check_period_s=2,
             graceful_shutdown_timeout_s=args.call_s_max,
             logging_config=QUIET,
@@ -139,7 +145,7 @@ def app(args: ServeArguments) -> Application:
         max_replicas_per_node=1,
         max_ongoing_requests=CONNECTIONS,
         graceful_shutdown_timeout_s=settings.life.drain_s_max,
-        ray_actor_options={"num_cpus": args.ingress_cpus},
+        ray_actor_options={"num_cpus": args.ingress_cpus, "runtime_env": ON_RAYS_LOOP},
         logging_config=QUIET,
     )
     return ingress.bind(args, *replicas)
@@ -236,16 +242,20 @@ class BackendReplica:
 class ModelReplica(BackendReplica):
     """One model on one device of the cluster."""
 
-    def __init__(self, reference: str, arguments: ServeArguments) -> None:
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
+        self, reference: str, arguments: ServeArguments
+    ) -> None:
         settings = arguments.read(reference).model_copy(update={"aliases": ()})
-        parts = open_parts(settings)
-        models = load_models(settings, parts, cores=arguments.cpus, takes_text=False)
+        models = await asyncio.to_thread(
+            load_models, settings, open_parts(settings), cores=arguments.cpus, takes_text=False
+        )
         model = models.loaded[0]
+        batch_s = await asyncio.to_thread(full_batch_s, model)
         self._description = Description(
             served(models).encode(),
             model.checkpoint.tokenizer_file.read_bytes(),
             model.backend.slot_count,
-            call_budget(model.backend.budget, full_batch_s(model)),
+            call_budget(model.backend.budget, batch_s),
         )
         super().__init__(model.backend, call_s_max=arguments.call_s_max)
 
@@ -310,37 +320,37 @@ class HandleBackend:
         """The replicas are Ray's to stop."""
 
     def _run(self, batch: Batch, slot: int, *, exact: bool) -> Vectors:
-        """Ask a replica, and another where it dies: a batch may be computed twice.
-
-        Raises `Draining` where none answers in time, and what the replica's backend raised.
-        """
-        deadline_s = time.monotonic() + self._call_s_max
-        deaths, pause_s = 0, PAUSE_S_MIN
+        """Raises `Draining` where no replica answers in time, and what the replica's backend raised."""
         self._calls[slot] = batch.token_count
         try:
-            while deaths < DEATHS_MAX:
-                open_tokens = self.queued_tokens() + sum(self._calls)
-                call = Call(batch, exact, self._ingress, open_tokens)
-                response = self._handle.run.remote(call)
-                try:
-                    left_s = max(0.0, deadline_s - time.monotonic())
-                    vectors = cast(Vectors, response.result(timeout_s=left_s))
-                except TimeoutError:
-                    response.cancel()
-                    break
-                except (RayError, DeviceLost, DeploymentUnavailableError) as fault:
-                    if isinstance(fault, RayTaskError) and not isinstance(fault, DeviceLost):
-                        raise  # the backend's own
-                    deaths += isinstance(fault, ActorDiedError | DeviceLost)
-                else:
-                    self.is_away = False
-                    return vectors
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, PAUSE_S_MAX)
-            self.is_away = True
-            raise Draining(f"{self.away}. Please try again.", retry_after_s=RETURN_S)
+            vectors = self._answer(batch, exact=exact)
         finally:
             self._calls[slot] = 0
+        self.is_away = vectors is None
+        if vectors is None:
+            raise Draining(f"{self.away}. Please try again.", retry_after_s=RETURN_S)
+        return vectors
+
+    def _answer(self, batch: Batch, *, exact: bool) -> Vectors | None:
+        """Ask a replica, and another where it dies: a batch may be computed twice. None: in vain."""
+        deadline_s = time.monotonic() + self._call_s_max
+        deaths, pause_s = 0, PAUSE_S_MIN
+        while deaths < DEATHS_MAX:
+            open_tokens = self.queued_tokens() + sum(self._calls)
+            response = self._handle.run.remote(Call(batch, exact, self._ingress, open_tokens))
+            try:
+                left_s = max(0.0, deadline_s - time.monotonic())
+                return cast(Vectors, response.result(timeout_s=left_s))
+            except TimeoutError:
+                response.cancel()
+                return None
+            except (RayError, DeviceLost, DeploymentUnavailableError) as fault:
+                if isinstance(fault, RayTaskError) and not isinstance(fault, DeviceLost):
+                    raise  # the backend's own
+                deaths += isinstance(fault, ActorDiedError | DeviceLost)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, PAUSE_S_MAX)
+        return None
 
 
 class Ingress:
