@@ -1,9 +1,12 @@
 """Scores beside embeddings: the same body with a head, by turns; and a query beside a large rerank.
 
 Run: python -m tests.soak.rerank [--layers 6] [--tokens 500] [--rounds 5] [--seconds 5] [--hidden 1024]
+     python -m tests.soak.rerank --uncertified --precision int8-rows-bf16    the same recipe for both
 
 The body has the shape of BGE-M3 and bge-reranker-v2-m3, with seeded weights, fewer layers and a small
-vocabulary, which a table only looks up. Targets: pairs are scored at 0.97 of the rate of embeddings
+vocabulary, which a table only looks up. The head reads the direction in which documents of one query
+differ most, as a trained one does; along a random one they hardly differ, and int8 would be refused.
+Targets: pairs are scored at 0.97 of the rate of embeddings
 of as many tokens, in the engine and over the API (by turns, and by the process's CPU time, which
 neighbours disturb less); and beside one query with 100 documents the p99 of a lone embedding query is at
 most its p99 alone and 1.5 batches of 512 tokens, as in `tests.soak.fairness`. The last line is JSON.
@@ -19,10 +22,13 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 import numpy as np
@@ -33,15 +39,22 @@ from benchmarks.texts import Workload, sentences
 from safetensors.numpy import load_file, save_file
 from tests.soak.fairness import BATCH_TOKENS, QUERY_TOKENS, queries, timed
 from tests.support.dummy import blueprint_of, write_dummy
+from tokenizers import Tokenizer as Codec
 
+from trivec.backends.openvino.calibrate import Certificate
+from trivec.backends.openvino.packing import as_batch
+from trivec.backends.openvino.quantise import FP32, make_tensors
+from trivec.backends.openvino.session import open_session
 from trivec.build import load_models, open_server_parts
+from trivec.checkpoints import open_checkpoint
 from trivec.core.health import Health
-from trivec.core.types import LongText, Output, Sequences
+from trivec.core.types import Float32Array, LongText, Output, Sequences
 from trivec.server.machine import usable_cores
 from trivec.settings import load_settings
 
 EMBEDDER, RERANKER = "embedder", "reranker"
 PAIRS, DOCUMENTS = 32, 100
+HEAD_QUERIES, HEAD_DOCUMENTS = 8, 24
 VOCABULARY_SIZE = 8_000
 READY = Health("ready", alive=True, ready=True, reason="ok")
 
@@ -72,6 +85,31 @@ def write_models(folder: Path, *, layers: int, hidden: int) -> None:
         tensors[f"classifier.{layer}.weight"] = weight
         tensors[f"classifier.{layer}.bias"] = np.zeros(size, np.float32)
     save_file(tensors, head / "model.safetensors")
+    tensors["classifier.out_proj.weight"] = direction_of_most_variance(head)
+    save_file(tensors, head / "model.safetensors")
+
+
+def direction_of_most_variance(folder: Path) -> Float32Array:
+    """Of what the head's last layer reads the first principal component within a query: `[1, hidden]`.
+
+    Scores along it have a standard deviation of 2.
+    """
+    checkpoint = open_checkpoint(f"head={folder}", cache_dir=folder.parent / "cache")
+    texts = iter(sentences(HEAD_QUERIES * (1 + HEAD_DOCUMENTS)))
+    pairs = [
+        (query, next(texts)) for query in islice(texts, HEAD_QUERIES) for _ in range(HEAD_DOCUMENTS)
+    ]
+    codec = Codec.from_file(str(checkpoint.tokenizer_file))
+    read = Sequences.pack([one.ids for one in codec.encode_batch(pairs)])
+    headless = replace(checkpoint, layers=checkpoint.layers[:-1])
+    session = open_session(headless, make_tensors(headless, FP32), FP32, slot_count=1)
+    rows = session.run(as_batch(read, Output.SCORE), slot=0).score.reshape(
+        HEAD_QUERIES, HEAD_DOCUMENTS, -1
+    )
+    rows = (rows - rows.mean(axis=1, keepdims=True)).reshape(len(pairs), -1)
+    _, strengths, directions = np.linalg.svd(rows, full_matrices=False)
+    found: Float32Array = directions[:1] * np.float32(2 * len(rows) ** 0.5 / strengths[0])
+    return found
 
 
 async def by_turns(
@@ -149,6 +187,7 @@ async def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     models.workers.start()
     lone, scorer = (EngineOnTrial(models.embedders[n], models, 0.0) for n in (EMBEDDER, RERANKER))
     recipes = {one.card.id: one.card.recipe or one.card.precision for one in models.loaded}
+    summaries = {name: str(one.summary) for name, one in models.certificates.items()}
     query, *documents = await texts_of(scorer, PAIRS, given.tokens)
     # The same tokens for both, so that only the head, and what is said of a pair, differ.
     pairs = await scorer.embedder.tokenizer.tokenize_pairs(
@@ -186,6 +225,7 @@ async def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     a_token = {name: {kind: one / tokens[name] for kind, one in api[name].items()} for name in api}
     return {
         "recipes": recipes,
+        "certificates": summaries,
         "pairs": len(pairs),
         "tokens": pairs.token_count,
         "pairs_a_second": len(pairs) / engine["pairs"]["s"],
@@ -210,10 +250,15 @@ def plain(pairs: Sequences) -> Sequences:
 
 
 def main() -> None:
-    given = parser(
+    arguments = parser(
         __doc__, layers=6, hidden=1024, tokens=500, rounds=5, seconds=20.0, precision="int8"
-    ).parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    )
+    arguments.add_argument(
+        "--uncertified", action="store_true", help="take --precision whatever it does to the scores"
+    )
+    given = arguments.parse_args()
+    passing = mock.patch.object(Certificate, "passes", new=True)
+    with tempfile.TemporaryDirectory() as folder, passing if given.uncertified else nullcontext():
         write_models(Path(folder), layers=given.layers, hidden=given.hidden)
         figures = asyncio.run(measure(Path(folder), given))
     print(
