@@ -21,9 +21,9 @@ OPENING = """# Performance
 
 Machines drift and have neighbours, so what is compared was measured turn and turn about in one run, and
 ratios were taken round by round. Figures are medians, with the lowest and highest in brackets. "Ours over
-it" is our rate divided by that of the line, "4x64" four clients that each send 64 texts a request, and
-`bge-m3-dummy` BGE-M3's shape with random weights. How each figure was taken is in the first lines of its
-script. To repeat one, in a checkout, with the Python of `.venv` (`--record` keeps it for this page, and
+it" is our rate divided by that of the line, "4x64" four clients that each send 64 texts a request, and a
+model called `-dummy` the shape of the named one with random weights, which `benchmarks.dummy` makes. How
+each figure was taken is in the first lines of its script. To repeat one, in a checkout, with the Python of `.venv` (`--record` keeps it for this page, and
 without it a result goes to `benchmarks/local`, which git ignores):
 
 <!-- not run: measures for minutes to hours -->

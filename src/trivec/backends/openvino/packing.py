@@ -1,8 +1,9 @@
 """Packing: a batch is cut into micro-batches, each packed into the arrays that the graph reads.
 
 A micro-batch is one run of the graph: tokens end to end for everything but attention, which gathers
-them into `[sequences, length]`. Because a sequence's bits do not depend on its neighbours (decision
-0002), a batch may be cut at will; only speed depends on it.
+them into `[sequences, length]`, or for a window of neighbours into blocks of these. Because a
+sequence's bits do not depend on its neighbours (decision 0002), a batch may be cut at will; only speed
+depends on it.
 """
 
 from bisect import bisect_left
