@@ -12,7 +12,7 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
 # The aim is 11,500 in 100: raised only in a commit that says why.
-LINES_MAX, FILES_MAX = 28_710, 143
+LINES_MAX, FILES_MAX = 28_700, 143
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_760, 7),
@@ -20,15 +20,15 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "build": (530, 1),
     "settings": (450, 1),
     "api": (4_700, 21),
-    "engine": (1_030, 5),
+    "engine": (1_010, 5),
     "models": (2_240, 16),
     "backends": (3_900, 18),
     "checkpoints": (2_610, 13),
     "tokenizer": (770, 3),
-    "accounts": (3_660, 22),
+    "accounts": (3_640, 22),
     "telemetry": (780, 4),
     "ipc": (550, 5),
-    "core": (1_080, 8),
+    "core": (1_100, 8),
     "jobs": (2_770, 8),
     "cluster": (860, 3),
     "playground": (90, 1),
