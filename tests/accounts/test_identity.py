@@ -25,7 +25,7 @@ from trivec.accounts import (
 from trivec.accounts.key_cache import STALE_S
 from trivec.accounts.ledger import CALL_S_MAX, KeyChanges
 from trivec.accounts.stores import open_accounts
-from trivec.core.errors import KeyInvalid, KeyMissing, ModelDenied, ScopeMissing, StoreUnavailable
+from trivec.core.errors import KeyInvalid, KeyMissing, StoreUnavailable
 from trivec.settings import Settings
 
 FIXED_KEY = "0123456789abcdef"
@@ -218,21 +218,12 @@ async def test_no_key_is_taken_on_trust_while_the_store_cannot_be_read(
     assert (await accounts.identify(new.plain)).name == "t"
 
 
-def test_a_caller_without_the_scope_is_told_which(accounts: Accounts) -> None:
-    caller = replace(FIXED, scopes=frozenset({Scope.EMBED}))
-
-    caller.require(Scope.EMBED)
-    with pytest.raises(ScopeMissing, match="admin"):
-        caller.require(Scope.ADMIN)
-
-
 def test_a_caller_may_use_its_models_and_no_other() -> None:
     caller = replace(FIXED, models=frozenset({"m"}))
 
-    caller.require_model(("m",))
-    FIXED.require_model(("any",))
-    with pytest.raises(ModelDenied, match="other"):
-        caller.require_model(("other",))
+    assert caller.may_use(("other", "m"))
+    assert FIXED.may_use(("any",))
+    assert not caller.may_use(("other",))
 
 
 async def test_the_first_start_makes_one_key_and_no_second(process: Process) -> None:

@@ -237,7 +237,8 @@ def test_no_keyed_route_opens_to_the_wrong_scope(
     key = gate_house.new_key(f"wrong {' '.join(route)}"[-60:].strip(), scopes=frozenset({wrong}))
     response = ask(gate_address, route, {"authorization": f"Bearer {key}"})
     assert response.status_code == 403
-    assert_says(response, "insufficient_scope", "lacks the scope")
+    lacked = "admin" if wrong is Scope.EMBED else "embed"
+    assert_says(response, "insufficient_scope", f"lacks the scope `{lacked}`")
 
 
 @pytest.mark.parametrize("route", OPEN, ids=" ".join)

@@ -28,7 +28,7 @@ from trivec.core.clock import SystemClock
 from trivec.settings import HttpLimits
 
 SRC = Path(__file__).resolve().parents[2] / "src"
-FUNCTIONS_MAX, FILES_MAX = 70, 23  # the aim is 60 in 25: a number here may only go down
+FUNCTIONS_MAX, FILES_MAX = 67, 23  # the aim is 60 in 25: a number here may only go down
 
 
 class Walk:

@@ -19,6 +19,7 @@ from trivec.accounts import rate_limits
 from trivec.accounts.rate_limits import NOTHING, Bucket, Cost, Grant
 from trivec.accounts.types import Key, RateLimits, StoreHealth, UsageLine, UsageQuery
 from trivec.accounts.utc import DAY_US, MINUTE_US
+from trivec.core.clock import resolve
 from trivec.core.errors import FieldInvalid, RateLimitExceeded, StoreRefused, StoreUnavailable
 from trivec.core.ports import Clock
 
@@ -403,7 +404,7 @@ class LedgerWriter:
             answers = committed.outcomes
         finally:
             self.busy_since_s, self.is_slow = None, False
-        _answer(group, answers)
+        resolve(zip(group, answers, strict=True))
 
     def _fail(self, group: Group) -> None:
         """Fail *group* and all that waits behind it."""
@@ -411,7 +412,7 @@ class LedgerWriter:
         with suppress(IndexError):
             while True:
                 failed.append(self._waiting.popleft())
-        _answer(failed, [unavailable() for _ in failed])
+        resolve([(pending, unavailable()) for pending in failed])
 
     def _note(self, health: StoreHealth) -> None:
         if health.writable:
@@ -419,24 +420,3 @@ class LedgerWriter:
         elif self.health.writable:
             log.error("the ledger cannot be written: %s", health.reason)
         self.health = health
-
-
-def _answer(group: Group, answers: Sequence[Answer]) -> None:
-    """Resolve the entries of *group*, waking each event loop once."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[PendingEntry, Answer]]] = {}
-    for pending, answer in zip(group, answers, strict=True):
-        by_loop.setdefault(pending.get_loop(), []).append((pending, answer))
-    for loop, answered in by_loop.items():
-        with suppress(RuntimeError):  # the loop was closed, so nothing waits any more
-            loop.call_soon_threadsafe(_resolve, answered)
-
-
-def _resolve(answered: Sequence[tuple[PendingEntry, Answer]]) -> None:
-    """On the event loop."""
-    for pending, answer in answered:
-        if pending.done():
-            continue  # it was given up, and its commit has come back since
-        if isinstance(answer, Exception):
-            pending.set_exception(answer)
-        else:
-            pending.set_result(answer)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from trivec.accounts.utc import moment
-from trivec.core.errors import GrantDenied, ModelDenied, ScopeMissing
+from trivec.core.errors import GrantDenied
 
 
 class Scope(StrEnum):
@@ -89,19 +89,9 @@ class Key:
     def is_live(self, now_us: int) -> bool:
         return self.revoked_us is None and (self.expires_us is None or now_us < self.expires_us)
 
-    def require(self, scope: Scope) -> None:
-        """Raise `ScopeMissing` unless it has *scope*."""
-        if scope not in self.scopes:
-            raise ScopeMissing(scope=scope)
-
     def may_use(self, names: Sequence[str]) -> bool:
         """Whether it may use a model that has *names*, its id and aliases."""
         return self.models is None or not self.models.isdisjoint(names)
-
-    def require_model(self, names: Sequence[str]) -> None:
-        """Raise `ModelDenied` unless it may use the model of *names*, its id first."""
-        if self.models is not None and self.models.isdisjoint(names):
-            raise ModelDenied(model=names[0])
 
     def require_no_more(self, other: "Key | KeyPlan") -> None:
         """Raise `GrantDenied` where *other* may do more than this key.

@@ -6,7 +6,7 @@ from trivec.accounts import Key, RequestUsage
 from trivec.api.context import CONTEXT, RequestContext
 from trivec.api.errors import status_of
 from trivec.api.openapi import Operation
-from trivec.core.errors import Draining, Loading, RateLimitExceeded
+from trivec.core.errors import Draining, Loading, RateLimitExceeded, ScopeMissing
 
 LOADING_RETRY_S = 5.0
 DRAINING_RETRY_S = 1.0  # another replica, or this one started again
@@ -18,8 +18,9 @@ class Endpoint:
 
     Every request of a known key is in the ledger before its response leaves, whatever its status:
     as a row, or counted where it is free. One that fails costs no tokens; one that ends before it
-    was reserved, as with a malformed body, costs its key nothing. Raises `StoreUnavailable` rather
-    than lose a success. Cancelling it while it writes does not undo the row.
+    was reserved, as with a malformed body, costs its key nothing. Raises `Loading`, `Draining`,
+    `KeyMissing`, `KeyInvalid`, and `StoreUnavailable` rather than lose a success. Cancelling it
+    while it writes does not undo the row.
     """
 
     def __init__(self, operation: Operation, unpaid: "UnpaidRate") -> None:
@@ -30,15 +31,30 @@ class Endpoint:
         operation = self.operation
         context: RequestContext = scope[CONTEXT]
         context.path_params, context.prefix = scope["path_params"], operation.prefix
-        if operation.scope is not None:
-            context.caller = await identify(context)
+        needed, app = operation.scope, context.app
+        if needed is not None:
+            phase = app.health().phase
+            if phase == "loading" or not app.embedders:
+                raise Loading(
+                    "The model is still loading. Please try again shortly.",
+                    retry_after_s=LOADING_RETRY_S,
+                )
+            if phase == "stopped":
+                raise Draining(
+                    "This server is about to stop. Please try again.",
+                    retry_after_s=DRAINING_RETRY_S,
+                )
+            header = context.headers.get(b"authorization", b"").decode("latin-1")
+            scheme, _, credential = header.strip().partition(" ")
+            bearer = credential.strip() if scheme.lower() == "bearer" else None
+            context.caller = await app.accounts.identify(bearer)
         metered = context.caller if operation.is_metered else None
         try:
             if metered is not None:
-                self._unpaid.check(metered, now_s=context.app.clock.now_s())
+                self._unpaid.check(metered, now_s=app.clock.now_s())
             with context.timeout:
-                if operation.scope is not None:
-                    context.known_caller.require(operation.scope)
+                if needed is not None and needed not in context.known_caller.scopes:
+                    raise ScopeMissing(scope=needed)
                 response = await operation.handler(context)
             status = response.status_code
         except BaseException as error:
@@ -46,7 +62,7 @@ class Endpoint:
             raise
         finally:
             if metered is not None:
-                now_s = context.app.clock.now_s()
+                now_s = app.clock.now_s()
                 token_count = context.token_count if status < 400 else 0
                 # Our own faults are not held against a key, nor is what a rate limit bounds already.
                 if token_count == 0 and status < 500 and status != 429:
@@ -61,25 +77,6 @@ class Endpoint:
                 await context.reservation.close(usage)
                 context.rate_limits = context.reservation.state
         await response(scope, receive, send)
-
-
-async def identify(context: RequestContext) -> Key:
-    """The caller. Raises `Loading`, `Draining`, `KeyMissing`, `KeyInvalid`, `StoreUnavailable`."""
-    app = context.app
-    phase = app.health().phase
-    if phase == "loading" or not app.embedders:
-        raise Loading(
-            "The model is still loading. Please try again shortly.", retry_after_s=LOADING_RETRY_S
-        )
-    if phase == "stopped":
-        raise Draining(
-            "This server is about to stop. Please try again.", retry_after_s=DRAINING_RETRY_S
-        )
-    header = context.headers.get(b"authorization", b"").decode("latin-1")
-    scheme, _, credential = header.strip().partition(" ")
-    # Of a variable that is not set there is "Bearer" alone, which is no key and not a wrong one.
-    plain = credential.strip() if scheme.lower() == "bearer" else ""
-    return await app.accounts.identify(plain or None)
 
 
 class UnpaidRate:

@@ -30,6 +30,7 @@ from trivec.core.errors import (
     DeadlineExceeded,
     MalformedBody,
     MediaTypeUnsupported,
+    ModelDenied,
     ModelUnknown,
     RequestTooLarge,
 )
@@ -168,7 +169,8 @@ class RequestContext:
             served = tuple(card.id for card in self.app.cards_for(self.known_caller))
             raise ModelUnknown(model=shown(name), served=served)
         self.model = embedder.card.id
-        self.known_caller.require_model(embedder.card.names)
+        if not self.known_caller.may_use(embedder.card.names):
+            raise ModelDenied(model=embedder.card.id)
         return embedder
 
     async def admit(

@@ -1,8 +1,9 @@
-"""The real clock, and deadlines on an event loop. Tests move a clock by hand instead."""
+"""The real clock, and futures and deadlines on an event loop. Tests move a clock by hand instead."""
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from math import inf
 from typing import Generic, TypeVar
 
@@ -16,6 +17,29 @@ class SystemClock:
 
     now_s = staticmethod(time.monotonic)
     wall_s = staticmethod(time.time)
+
+
+def resolve(answers: Iterable[tuple["asyncio.Future[T]", T | Exception]]) -> None:
+    """Give each future its result or its error, from any thread, waking each event loop once.
+
+    One that is done by then, since nothing waits for it any more, is left as it is.
+    """
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[T], T | Exception]]] = {}
+    for future, answer in answers:
+        by_loop.setdefault(future.get_loop(), []).append((future, answer))
+    for loop, own in by_loop.items():
+        with suppress(RuntimeError):  # the loop is closed, so nothing waits at all
+            loop.call_soon_threadsafe(_resolve, own)
+
+
+def _resolve(answers: "list[tuple[asyncio.Future[T], T | Exception]]") -> None:
+    for future, answer in answers:
+        if future.done():
+            continue
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)
 
 
 class Deadlines(Generic[T]):

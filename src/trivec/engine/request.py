@@ -54,7 +54,7 @@ class Request:
         if self.rows_left == 1:
             self.order, self.lengths = [0], [self.tokens_left]
             return
-        lengths = np.diff(self.sequences.cu_seqlens)  # [sequences]
+        lengths = self.sequences.lengths()  # [sequences]
         order = np.argsort(-lengths, kind="stable")
         self.order, self.lengths = order.tolist(), lengths[order].tolist()
 

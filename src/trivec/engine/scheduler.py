@@ -8,15 +8,16 @@ import asyncio
 import math
 import random
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
+from trivec.core.clock import resolve
 from trivec.core.errors import DeadlineExceeded, Draining, Overloaded, ServiceError
 from trivec.core.events import BatchRan
 from trivec.core.health import QueueLoad
 from trivec.core.ports import Backend, Clock
-from trivec.core.types import BatchBudget, Output, Reply, Sequences, Vectors
+from trivec.core.types import BatchBudget, Output, Sequences, Vectors
 from trivec.engine.request import CANDIDATES_MAX, BatchItem, Request, RequestQueue
 from trivec.settings import QueueLimits
 
@@ -246,9 +247,7 @@ class Scheduler:
     def fail(self, queue: ModelQueue, request: Request, error: ServiceError) -> None:
         """Reply to *request* with *error*, and free what it holds."""
         self.cancel(queue, request)
-        loop = request.future.get_loop()
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(_resolve, [(request, error)])
+        resolve([(request.future, error)])
 
     def expire(self, queue: ModelQueue, request: Request) -> None:
         """Fail *request*, whose deadline has come, unless it has started: retry after the queue."""
@@ -302,10 +301,8 @@ class Scheduler:
                     if not request.rows_left:
                         request.is_open = False
                         complete.append(request)
-        if complete and not (loop := complete[0].future.get_loop()).is_closed():
-            now_s = self._clock.now_s()
-            replies = [(request, request.reply(now_s)) for request in complete]
-            loop.call_soon_threadsafe(_resolve, replies)  # wakes it once for all of them
+        now_s = self._clock.now_s()
+        resolve([(request.future, request.reply(now_s)) for request in complete])
 
     def shrink_budget(self, queue: ModelQueue, tokens: int) -> None:
         """Memory did not suffice for *tokens*: smaller batches from now on, of a useful size."""
@@ -376,14 +373,3 @@ def spread_retry_s(wait_s: float, share: float | None = None) -> float:
     """*wait_s*, at least 5, and up to half as much more by *share* in [0, 1), at random; at most 60."""
     share = random.random() if share is None else share  # noqa: S311
     return min(max(wait_s, RETRY_S_MIN), RETRY_S_MAX / (1 + SPREAD)) * (1 + SPREAD * share)
-
-
-def _resolve(replies: Sequence[tuple[Request, Reply | ServiceError]]) -> None:
-    """On the event loop: set the futures that are still awaited."""
-    for request, reply in replies:
-        if request.future.done():
-            continue
-        if isinstance(reply, Reply):
-            request.future.set_result(reply)
-        else:
-            request.future.set_exception(reply)

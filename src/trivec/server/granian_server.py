@@ -12,6 +12,7 @@ from granian.log import LogLevels
 from granian.server.embed import Server
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from trivec.api.context import CONTEXT
 from trivec.server.machine import BACKLOG
 from trivec.settings import HttpLimits
 
@@ -88,24 +89,15 @@ class SwappableApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = asyncio.current_task()
         assert request is not None
-        has_begun = False
-
-        async def noting_send(message: Message) -> None:
-            nonlocal has_begun
-            has_begun = True
-            await send(message)
-
-        async def disconnected() -> Message:
-            return {"type": "http.disconnect"}
-
         self._in_flight.add(request)
         try:
-            await self.app(scope, receive, noting_send)
+            await self.app(scope, receive, send)
         except asyncio.CancelledError:
+            has_begun = scope[CONTEXT].status is not None
             if has_begun or not self._is_cancelling:
                 raise
             request.uncancel()
-            await self.app(scope, disconnected, send)  # by now it answers 503, the body unread
+            await self.app(scope, _disconnected, send)  # by now it answers 503, the body unread
         finally:
             self._in_flight.discard(request)
 
@@ -119,6 +111,10 @@ class SwappableApp:
         self._is_cancelling = True
         for request in self._in_flight:
             request.cancel()
+
+
+async def _disconnected() -> Message:
+    return {"type": "http.disconnect"}
 
 
 def probes_only(app: ASGIApp) -> ASGIApp:
