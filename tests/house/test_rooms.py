@@ -12,7 +12,7 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
 # The aim is 11,500 in 100: raised only in a commit that says why.
-LINES_MAX, FILES_MAX = 28_810, 143
+LINES_MAX, FILES_MAX = 28_840, 143
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_770, 7),
@@ -26,10 +26,10 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "checkpoints": (2_610, 13),
     "tokenizer": (775, 3),
     "accounts": (3_665, 22),
-    "telemetry": (780, 4),
+    "telemetry": (785, 4),
     "ipc": (550, 5),
     "core": (1_090, 8),
-    "jobs": (2_790, 8),
+    "jobs": (2_800, 8),
     "cluster": (860, 3),
     "playground": (90, 1),
 }

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from trivec.accounts.keys import sync_folder
-from trivec.core.errors import BodyTooLarge, StoreUnavailable
+from trivec.core.errors import BodyTooLarge, SettingInvalid, StoreUnavailable
 from trivec.jobs.records import FileRecord, JobStore
 from trivec.settings import BatchLimits
 
@@ -26,14 +26,20 @@ class FileStorage:
     """Bytes by key and name, at *url*. All methods block, and raise `StoreUnavailable`."""
 
     def __init__(self, url: str) -> None:
+        """Raises `SettingInvalid` for a URL whose file system is unknown, or not installed."""
         self._url = url
+        if "://" in url:
+            _ = self._place
 
     @cached_property
     def _place(self) -> tuple[Any, str]:
         """The file system, and the folder in it."""
         from fsspec.core import url_to_fs  # slow to import, and most servers never need it
 
-        file_system, folder = url_to_fs(self._url)
+        try:
+            file_system, folder = url_to_fs(self._url)
+        except (ImportError, ValueError) as unfit:
+            raise SettingInvalid(f"batch.files is {self._url}, for fsspec: {unfit}") from unfit
         return file_system, folder
 
     def _path(self, key_id: str, name: str) -> str:
