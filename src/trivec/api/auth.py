@@ -77,9 +77,7 @@ async def identify(context: RequestContext) -> Key:
         )
     header = context.headers.get(b"authorization", b"").decode("latin-1")
     scheme, _, credential = header.strip().partition(" ")
-    # Of a variable that is not set there is "Bearer" alone, which is no key and not a wrong one.
-    plain = credential.strip() if scheme.lower() == "bearer" else ""
-    return await app.accounts.identify(plain or None)
+    return await app.accounts.identify(credential.strip() if scheme.lower() == "bearer" else None)
 
 
 class UnpaidRate:
