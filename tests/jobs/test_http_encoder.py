@@ -159,15 +159,15 @@ def test_what_no_text_is_at_fault_for_stops_the_job_and_shows_no_key(house: Hous
         asyncio.run(encoder.encode(["a", "b"]))
 
 
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://a/v1", "http://127.0.0.1:1/v1"])
+def test_an_address_without_a_server_is_refused(url: str) -> None:
+    with pytest.raises(JobFailed, match=url):
+        HttpEncoder(url, None, model=None, outputs=Output.DENSE, truncate="none")
+
+
 def test_it_is_said_once_that_a_server_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
     url = "http://127.0.0.1:1/v1"
     with pytest.raises(JobFailed):
         HttpEncoder(url, None, model=None, outputs=Output.DENSE, truncate="none")
     (said,) = caplog.messages
     assert said.startswith(f"{url} is waited for, two minutes at most: ConnectionRefused")
-
-
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://a/v1", "http://127.0.0.1:1/v1"])
-def test_an_address_without_a_server_is_refused(url: str) -> None:
-    with pytest.raises(JobFailed, match=url):
-        HttpEncoder(url, None, model=None, outputs=Output.DENSE, truncate="none")

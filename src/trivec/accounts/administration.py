@@ -70,8 +70,8 @@ class Administration:
     def show_key(self, reference: str) -> Key:
         """Raises `ResourceUnknown`."""
         digest = keys.digest(reference, secret=self._secret)
-        may_be = reference.isprintable()  # as all names, ids and keys are; Postgres refuses NUL
-        found = self._store.find_keys(reference, digest) if may_be else ()
+        # Postgres looks for no text with a NUL in it, and no name has one.
+        found = [] if "\0" in reference else self._store.find_keys(reference, digest)
         if not found:
             hint = "trivec keys list shows them."
             if reference.startswith(keys.PREFIX) and not keys.is_well_formed(reference):

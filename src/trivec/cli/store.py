@@ -301,6 +301,8 @@ def usage(
     with administration(settings_of(data_dir, config)) as books:
         key_id = None if key is None else books.key_id(key)
         lines = books.usage(UsageQuery(by, since_us=since_us, until_us=until_us, key_id=key_id))
+    if by is not UsageBy.DAY:
+        lines.sort(key=lambda line: -line.tokens)
     total = sum(line.tokens for line in lines)
     named = by is UsageBy.KEY
     columns = [*(["name"] if named else []), by.value, "requests", "failed", "tokens", "share"]
@@ -313,7 +315,7 @@ def usage(
             "tokens": line.tokens,
             "share": round(line.tokens / total, 6) if total else 0.0,
         }
-        for line in sorted(lines, key=lambda line: 0 if by is UsageBy.DAY else -line.tokens)
+        for line in lines
     ]
     if as_json:
         print_json(rows)

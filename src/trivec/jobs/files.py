@@ -29,17 +29,17 @@ class FileStorage:
         """Raises `SettingInvalid` for a URL whose file system is unknown, or not installed."""
         self._url = url
         if "://" in url:
-            _ = self._place
+            try:
+                _ = self._place
+            except (ImportError, ValueError) as unfit:
+                raise SettingInvalid(f"batch.files is {url}, for fsspec: {unfit}") from unfit
 
     @cached_property
     def _place(self) -> tuple[Any, str]:
         """The file system, and the folder in it."""
         from fsspec.core import url_to_fs  # slow to import, and most servers never need it
 
-        try:
-            file_system, folder = url_to_fs(self._url)
-        except (ImportError, ValueError) as unfit:
-            raise SettingInvalid(f"batch.files is {self._url}, for fsspec: {unfit}") from unfit
+        file_system, folder = url_to_fs(self._url)
         return file_system, folder
 
     def _path(self, key_id: str, name: str) -> str:
