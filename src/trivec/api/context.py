@@ -272,7 +272,7 @@ class RequestContext:
 
     def _require_json(self) -> None:
         """Raise `MediaTypeUnsupported` unless the body says that it is plain JSON in UTF-8."""
-        content_type = self.content_type
+        content_type = self.content_type or "(none)"
         encoding = self.headers.get(b"content-encoding", b"").decode("latin-1")
         if encoding.strip().lower() not in ("", "identity"):
             raise MediaTypeUnsupported(
@@ -281,13 +281,9 @@ class RequestContext:
         kind, _, parameters = content_type.partition(";")
         charset = parameters.replace(" ", "").replace('"', "").lower().partition("charset=")[2]
         if kind.strip().lower() != "application/json" or charset not in ("", "utf-8", "utf8"):
-            what = (
-                f"Content-Type {shown(content_type)}"
-                if content_type
-                else "A body without a Content-Type"
-            )
             raise MediaTypeUnsupported(
-                f"{what} is not supported. Send Content-Type: application/json, in UTF-8."
+                f"Content-Type {shown(content_type)} is not supported. "
+                "Send Content-Type: application/json, in UTF-8."
             )
 
     async def drop_body(self) -> None:
