@@ -10,7 +10,7 @@ import pytest
 from tests.api.house import House
 
 from trivec.accounts import RateLimits, Scope
-from trivec.core.errors import StoreUnavailable
+from trivec.core.errors import SettingInvalid, StoreUnavailable
 from trivec.jobs.files import FileStorage
 from trivec.settings import BatchLimits
 
@@ -308,6 +308,11 @@ async def test_a_folder_that_cannot_be_written_is_a_503_and_not_for_long(
     )
     assert int(refused.headers["retry-after"]) >= 1
     assert listed == []
+
+
+def test_a_url_without_a_file_system_is_refused_at_the_start_and_not_by_each_upload() -> None:
+    with pytest.raises(SettingInvalid, match=r"batch.files is nowhere://a, .* not known: nowhere"):
+        FileStorage("nowhere://a")
 
 
 def test_a_key_of_admin_alone_may_not_upload(house: House) -> None:

@@ -283,6 +283,7 @@ async def test_the_body_must_be_declared_as_json(
         headers = {"content-type": content_type}
         response = await client.post("/embeddings", content=body, headers=headers)
     assert response.status_code == status
+    assert ("Content-Type (none) is not supported" in response.text) == (content_type == "")
 
 
 async def test_a_client_is_told_which_models_there_are(house: House) -> None:

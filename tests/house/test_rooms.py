@@ -12,7 +12,7 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
 # The aim is 11,500 in 100: raised only in a commit that says why.
-LINES_MAX, FILES_MAX = 28_960, 144
+LINES_MAX, FILES_MAX = 28_970, 144
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_710, 7),
@@ -26,10 +26,10 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "checkpoints": (2_630, 13),
     "tokenizer": (780, 3),
     "accounts": (3_600, 22),
-    "telemetry": (780, 4),
+    "telemetry": (790, 4),
     "ipc": (550, 5),
     "core": (1_110, 8),
-    "jobs": (2_730, 8),
+    "jobs": (2_740, 8),
     "cluster": (980, 4),
     "playground": (90, 1),
 }

@@ -57,6 +57,11 @@ def test_without_the_package_the_setting_is_refused_with_the_line_that_installs_
         Tracing.to("http://127.0.0.1:4318/v1/traces")
 
 
+def test_what_is_no_address_is_refused_and_does_not_lose_spans_in_silence() -> None:
+    with pytest.raises(SettingInvalid, match="trace_endpoint is collector:4318, and no address"):
+        Tracing.to("collector:4318")
+
+
 def test_a_request_is_one_trace_under_the_clients_own() -> None:
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     *parts, whole = spans(request(traceparent=parent, status=503, code="overloaded")).values()

@@ -147,7 +147,7 @@ class Accounts:
         """
         if self._no_auth:
             return ANONYMOUS
-        if bearer is None:
+        if not bearer:  # empty as that of a variable that is not set: no key, and no wrong one
             raise KeyMissing
         if self._fixed is not None and len(bearer) <= keys.BEARER_CHARS_MAX:
             digest = keys.digest(bearer, secret=self.secret)

@@ -274,7 +274,7 @@ class RequestContext:
 
     def _require_json(self) -> None:
         """Raise `MediaTypeUnsupported` unless the body says that it is plain JSON in UTF-8."""
-        content_type = self.content_type or "nothing"
+        content_type = self.content_type or "(none)"
         encoding = self.headers.get(b"content-encoding", b"").decode("latin-1")
         if encoding.strip().lower() not in ("", "identity"):
             raise MediaTypeUnsupported(

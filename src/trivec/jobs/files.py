@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from trivec.accounts.keys import sync_folder
-from trivec.core.errors import BodyTooLarge, StoreUnavailable
+from trivec.core.errors import BodyTooLarge, SettingInvalid, StoreUnavailable
 from trivec.jobs.records import FileRecord, JobStore
 from trivec.settings import BatchLimits
 
@@ -26,7 +26,13 @@ class FileStorage:
     """Bytes by key and name, at *url*. All methods block, and raise `StoreUnavailable`."""
 
     def __init__(self, url: str) -> None:
+        """Raises `SettingInvalid` for a URL whose file system is unknown, or not installed."""
         self._url = url
+        if "://" in url:
+            try:
+                _ = self._place
+            except (ImportError, ValueError) as unfit:
+                raise SettingInvalid(f"batch.files is {url}, for fsspec: {unfit}") from unfit
 
     @cached_property
     def _place(self) -> tuple[Any, str]:

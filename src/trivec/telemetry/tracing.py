@@ -33,6 +33,11 @@ class Tracing:
     @classmethod
     def to(cls, endpoint: str) -> "Tracing":
         """Spans sent in the background to *endpoint*, OTLP over HTTP. Raises `SettingInvalid`."""
+        if not endpoint.startswith(("http://", "https://")):
+            raise SettingInvalid(
+                f"telemetry.trace_endpoint is {endpoint}, and no address such as "
+                "http://127.0.0.1:4318/v1/traces"
+            )
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
