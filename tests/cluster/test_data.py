@@ -16,6 +16,7 @@ import ray
 import ray.data
 from benchmarks.texts import sentences
 from tests.cluster.nodes import process_ids, wait_until
+from tests.soak import ray_dataset
 
 from trivec.cluster.data import KeptShards, embed_dataset
 from trivec.core.errors import JobFailed
@@ -133,6 +134,18 @@ def test_a_pipeline_outlives_an_actor_and_goes_on_where_it_was(
     again = {file: file.stat().st_ino for file in kept.glob("*.arrow")}
     assert again.keys() == files.keys()
     assert {file for file in files if again[file] != files[file]} == {removed}
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own, which would end its threads
+def test_a_pipeline_that_keeps_nothing_outlives_an_actor_and_a_node(
+    cluster: Any, driver: None, second_node: Any
+) -> None:
+    """The short form of the soak, whose long one has 200,000 rows."""
+    seen = ray_dataset.outlive(cluster, second_node, 8_000, {"backend": "fake"})
+    assert len(seen.killed) == 2
+    assert set(seen.times.tolist()) == {1}, "complete, and each once"
+    assert seen.errors == 0
+    assert seen.cosine_min >= ray_dataset.COSINE_MIN
 
 
 def test_what_is_kept_is_one_jobs_and_whole(tmp_path: Path) -> None:
