@@ -293,32 +293,6 @@ async def test_what_is_recorded_beside_an_entry_that_cannot_be_reserves_once(
     assert on_postgres.usage(UsageQuery(UsageBy.KEY))[0].requests == 2
 
 
-def test_all_lock_buckets_in_one_order_whatever_the_collation(postgres: PostgresServer) -> None:
-    """Else nodes that reserve and nodes that record deadlock: most locales sort `a` before `B`."""
-    url = postgres.upgraded_database()
-    with (
-        psycopg.connect(url) as other,
-        psycopg.connect(url, autocommit=True) as watch,
-        contextlib.closing(SqlStore(postgres_engines(url), upgrades_itself=False)) as store,
-    ):
-        watch.execute('ALTER TABLE buckets ALTER key_id TYPE varchar(32) COLLATE "en-x-icu"')
-        limits = RateLimits(requests_per_minute=10)
-        for name in ("a", "B"):
-            store.add_key(a_key(name, limits))
-        rows = [a_row(name, key_id=f"key_{name}") for name in ("a", "B")]
-        given_back = [RecordUsage(row, limits, Cost(requests=1)) for row in rows]
-        other.execute("SELECT FROM buckets WHERE key_id = 'key_B' FOR UPDATE")
-        commit = threading.Thread(target=store.commit, args=(given_back,), kwargs={"now_us": 1})
-        commit.start()
-        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
-        while watch.execute(waiting).fetchone() == (0,):
-            assert commit.is_alive()
-        watch.execute("SELECT FROM buckets WHERE key_id = 'key_a' FOR UPDATE NOWAIT")
-        other.rollback()
-        commit.join()
-        assert store.usage(UsageQuery(UsageBy.KEY))[0].requests == 1
-
-
 def test_a_change_to_a_key_is_heard_at_once(on_postgres: Store) -> None:
     heard: queue.Queue[None] = queue.Queue()
     is_over = threading.Event()
@@ -425,6 +399,32 @@ async def test_a_node_that_stops_gives_back_what_it_holds(
     state = await serve(staying, caller)
 
     assert (state.remaining_requests, state.remaining_tokens) == (100_000 - 51, 10**7 - 51 * 7)
+
+
+def test_all_lock_buckets_in_one_order_whatever_the_collation(postgres: PostgresServer) -> None:
+    """Else nodes that reserve and nodes that record deadlock: most locales sort `a` before `B`."""
+    url = postgres.upgraded_database()
+    with (
+        psycopg.connect(url) as other,
+        psycopg.connect(url, autocommit=True) as watch,
+        contextlib.closing(SqlStore(postgres_engines(url), upgrades_itself=False)) as store,
+    ):
+        watch.execute('ALTER TABLE buckets ALTER key_id TYPE varchar(32) COLLATE "en-x-icu"')
+        limits = RateLimits(requests_per_minute=10)
+        for name in ("a", "B"):
+            store.add_key(a_key(name, limits))
+        rows = [a_row(name, key_id=f"key_{name}") for name in ("a", "B")]
+        given_back = [RecordUsage(row, limits, Cost(requests=1)) for row in rows]
+        other.execute("SELECT FROM buckets WHERE key_id = 'key_B' FOR UPDATE")
+        commit = threading.Thread(target=store.commit, args=(given_back,), kwargs={"now_us": 1})
+        commit.start()
+        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+        while watch.execute(waiting).fetchone() == (0,):
+            assert commit.is_alive()
+        watch.execute("SELECT FROM buckets WHERE key_id = 'key_a' FOR UPDATE NOWAIT")
+        other.rollback()
+        commit.join()
+        assert store.usage(UsageQuery(UsageBy.KEY))[0].requests == 1
 
 
 async def test_a_node_that_stops_gives_back_on_postgres_too_whose_listener_is_broken_off(
