@@ -141,7 +141,7 @@ class Accounts:
         return await asyncio.shield(asyncio.wrap_future(self.writer.died))
 
     async def identify(self, bearer: str | None) -> Key:
-        """The caller with the key *bearer*; None when no Authorization header came.
+        """The caller with the key *bearer*; None or empty when no Authorization header came.
 
         Raises `KeyMissing`, `KeyInvalid`, `StoreUnavailable`.
         """
