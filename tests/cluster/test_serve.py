@@ -18,7 +18,7 @@ import pytest
 from tests.accounts.postgres import PostgresServer, free_port
 from tests.checkpoints.tiny import write_tiny
 from tests.cluster.handles import serve
-from tests.cluster.nodes import wait_until
+from tests.cluster.nodes import process_ids, wait_until
 
 from trivec.build import load_models, open_parts
 from trivec.cluster.serve import ServeArguments, app
@@ -241,11 +241,13 @@ def test_a_replica_comes_with_the_work_and_goes_with_it(driver: None, tmp_path: 
 
     with running(arguments) as service:
         assert replicas() == 1
+        ingress = process_ids("ServeReplica:default:ingress")
         with load(service, lambda own: own.embeddings.create(model=MODEL, input=TEXTS)):
             wait_until(lambda: replicas() == 2, within_s=WAIT_S, what="a second replica")
         wait_until(lambda: replicas() == 1, within_s=WAIT_S, what="the end of the second")
         with service.client() as own:
             assert len(own.embeddings.create(model=MODEL, input=TEXTS).data) == len(TEXTS)
+        assert process_ids("ServeReplica:default:ingress") == ingress, "it died of a new store"
 
 
 def test_several_ingresses_need_a_store_that_they_share() -> None:

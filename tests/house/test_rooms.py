@@ -12,7 +12,7 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
 # The aim is 11,500 in 100: raised only in a commit that says why.
-LINES_MAX, FILES_MAX = 28_970, 144
+LINES_MAX, FILES_MAX = 28_980, 144
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_710, 7),

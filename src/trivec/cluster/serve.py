@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,7 @@ from trivec.build import (
     tokenizer_factory,
     with_aliases,
 )
-from trivec.core.errors import DeviceLost, Draining, SettingInvalid
+from trivec.core.errors import DeviceLost, Draining, SettingInvalid, StoreUnavailable
 from trivec.core.events import ModelLoaded, PhaseChanged
 from trivec.core.health import HEALTHY, Health
 from trivec.core.ports import Backend
@@ -404,6 +405,10 @@ class Ingress:
         self._self_test = SelfTest(engines)
         self._tasks: set[asyncio.Task[str | None]] = set()
         self._lost: list[str] = []  # why nothing can be served any more
+        if parts.batches is not None:
+            # Alone, since two threads that make the tables of a new SQLite file fail, or crash it.
+            with suppress(StoreUnavailable):
+                await asyncio.to_thread(parts.batches.store.release_dead)
         parts.accounts.start()
         self._start(parts.accounts.lost())
         for workers in self._workers:
