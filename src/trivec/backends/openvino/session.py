@@ -249,6 +249,7 @@ class Session:
         with ThreadPoolExecutor(slots, "trivec-statistics") as pool:
             for at in range(0, len(parts), slots):  # some at a time: each is 50 MB of BGE-M3
                 yield from pool.map(run, range(slots), parts[at : at + slots])
+                release_memory(self._mapped)  # a row of a table is read with its neighbours
 
     def inputs(self, batch: Batch, *, step: int) -> Iterator[list[Float32Array]]:
         """For each micro-batch of *batch* what `with_inputs` asked for, of every *step*-th token."""
