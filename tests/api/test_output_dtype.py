@@ -181,3 +181,21 @@ async def test_a_vector_that_cannot_be_is_refused(
     error = (await post(wide, **given))["error"]
     assert error["param"] == param
     assert error["message"].startswith(message)
+
+
+@pytest.mark.parametrize("kind", ["float", "base64", "int8", "uint8", "binary", "ubinary"])
+async def test_jinas_word_for_a_vectors_form_is_the_two_of_ours(wide: House, kind: str) -> None:
+    form = {"encoding_format": kind} if kind == "base64" else {"output_dtype": kind}
+    assert await post(wide, embedding_type=kind) == await post(wide, **form)
+
+
+async def test_our_words_for_a_vectors_form_win(wide: House) -> None:
+    asked = {"encoding_format": "base64", "output_dtype": "uint8"}
+    assert await post(wide, embedding_type="binary", **asked) == await post(wide, **asked)
+
+
+async def test_vectors_of_length_one_are_normalized_and_nothing_else(wide: House) -> None:
+    assert await post(wide, normalized=True) == await post(wide)
+    error = (await post(wide, normalized=False))["error"]
+    assert error["param"] == "normalized"
+    assert "of length 1" in error["message"]

@@ -104,6 +104,12 @@ async def test_tokenize_the_answer_and_the_ledger_count_the_prompt(prompted: Hou
     assert counted["data"][0]["token_ids"] == [0, *(byte + 4 for byte in b"q: a"), 2]
 
 
+async def test_jinas_word_for_what_texts_are_picks_the_same_prompt(prompted: House) -> None:
+    by_task = await post(prompted, task="retrieval.query")
+    assert by_task == await post(prompted, input_type="query")
+    assert by_task != await post(prompted, task="separation")  # which no prompt is for
+
+
 async def test_models_show_their_prompts(with_default: House) -> None:
     async with with_default.client() as client:
         prompted = (await client.get(f"/models/{MODEL}")).json()
@@ -134,6 +140,11 @@ async def test_models_show_their_prompts(with_default: House) -> None:
             {"input_type": "query", "prompt": "x"}, "input_type",
             "'prompt' and 'input_type' both say what goes before each input. Send one of them.",
             id="two-at-once",
+        ),
+        pytest.param(
+            {"task": "retrieval.query", "input_type": "query"}, "task",
+            "'input_type' and 'task' both say what goes before each input. Send one of them.",
+            id="in-two-words",
         ),
         pytest.param(
             {"prompt": "x" * 4097}, "prompt", "Invalid value for 'prompt'. ", id="a-very-long-one"

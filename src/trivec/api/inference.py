@@ -189,6 +189,7 @@ async def tokenize_input(
             prompt=asked.prompt,
             prompt_name=asked.prompt_name,
             input_type=asked.input_type,
+            task=asked.task,
             are_texts=isinstance(inputs[0], str),
         )
     if isinstance(asked, EmbeddingsRequest) and asked.is_chunked:

@@ -17,7 +17,8 @@ from trivec.core.errors import (
     RequestTooLarge,
     TokenIdUnknown,
 )
-from trivec.core.types import Int32Array, LongText, ModelCard, Output
+from trivec.core.quantisation import unit
+from trivec.core.types import Float32Array, Int32Array, LongText, ModelCard, Output
 from trivec.settings import HttpLimits
 
 OTHER_ITEMS_MAX = 64  # texts, lists and commas of a request's other fields
@@ -247,12 +248,27 @@ def output_names(outputs: Output) -> list[str]:
     return [str(output.name).lower() for output in outputs]
 
 
+def of_length_one(rows: Float32Array, *, wanted: bool, param: str) -> Float32Array:
+    """*rows* of length 1, or as the model gives them where that is not *wanted*.
+
+    Raises `FieldInvalid` where these are of length 1, too.
+    """
+    if not np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-3):
+        return unit(rows) if wanted else rows
+    if not wanted:
+        raise FieldInvalid(
+            "This model's vectors are of length 1; they are not to be had otherwise.", param=param
+        )
+    return rows
+
+
 def choose_prompt(
     card: ModelCard,
     *,
     prompt: str | None = None,
     prompt_name: str | None = None,
     input_type: str | None = None,
+    task: str | None = None,
     are_texts: bool = True,
 ) -> str:
     """What goes before every input: what the request names, else the model's default prompt.
@@ -260,7 +276,7 @@ def choose_prompt(
     An *input_type* that none of the model's prompts is for leaves the default, as in
     sentence-transformers. Token ids take no prompt. Raises `FieldInvalid`.
     """
-    given = {"prompt": prompt, "prompt_name": prompt_name, "input_type": input_type}
+    given = {"prompt": prompt, "prompt_name": prompt_name, "input_type": input_type, "task": task}
     named = [field for field, value in given.items() if value is not None]
     if len(named) > 1:
         raise FieldInvalid(
@@ -278,9 +294,9 @@ def choose_prompt(
                 param="prompt_name",
             )
         found = card.prompts[prompt_name]
-    elif input_type is not None:
+    elif (word := input_type or task) is not None:
         by_word = {name.lower(): text for name, text in card.prompts.items()}
-        words = (input_type, *next((words for words in SYNONYMS if input_type in words), ()))
+        words = (word, *next((words for words in SYNONYMS if word in words), ()))
         texts = [by_word[word] for word in words if word in by_word]
         found = next(filter(None, texts), "") if texts else found
     if found and named and not are_texts:

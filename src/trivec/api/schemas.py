@@ -52,7 +52,10 @@ InputType: TypeAlias = Literal[
     "retrieval.passage",
     "classification",
     "clustering",
+    "separation",
+    "text-matching",
 ]
+EmbeddingType: TypeAlias = Literal["float", "base64", "int8", "uint8", "binary", "ubinary"]
 Dimensions: TypeAlias = Annotated[int, Meta(ge=1, le=DIMENSIONS_MAX)]
 
 
@@ -85,6 +88,7 @@ class TokenizeRequest(Struct, frozen=True, forbid_unknown_fields=True):
         InputType | None,
         doc("What the texts are: the model's own prompt for it is put before each, if it has one."),
     ] = None
+    task: Annotated[InputType | None, doc("Jina's word for `input_type`.")] = None
     prompt_name: Annotated[
         str | None, doc("One of the model's prompts, as /models lists them, to put before each.")
     ] = None
@@ -95,7 +99,8 @@ class TokenizeRequest(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def names_prompt(self) -> bool:
-        return (self.input_type, self.prompt_name, self.prompt) != (None, None, None)
+        named = (self.input_type, self.task, self.prompt_name, self.prompt)
+        return any(one is not None for one in named)
 
 
 class EmbeddingsRequest(TokenizeRequest, frozen=True, forbid_unknown_fields=True):
@@ -117,6 +122,15 @@ class EmbeddingsRequest(TokenizeRequest, frozen=True, forbid_unknown_fields=True
             "a number, 1 where it is above 0, eight in a byte, the first highest; binary: that "
             "byte - 128."
         ),
+    ] = None
+    embedding_type: Annotated[
+        EmbeddingType | None,
+        doc(
+            "Jina's word for `encoding_format` and `output_dtype`, which win where they are there."
+        ),
+    ] = None
+    normalized: Annotated[
+        bool | None, doc("true: of length 1; false is refused of models whose vectors are so.")
     ] = None
     user: Annotated[str | None, doc("Kept as a hash in the ledger, and nowhere else.")] = None
     output_type: Annotated[
@@ -161,10 +175,12 @@ class EmbeddingsRequest(TokenizeRequest, frozen=True, forbid_unknown_fields=True
 
     @property
     def encoding(self) -> Encoding:
-        return self.encoding_format or "float"
+        return self.encoding_format or ("base64" if self.embedding_type == "base64" else "float")
 
     @property
     def dtype(self) -> OutputDtype:
+        if self.output_dtype is None and self.embedding_type not in (None, "base64"):
+            return self.embedding_type
         return self.output_dtype or "float"
 
     @property

@@ -27,11 +27,18 @@ from trivec.api.inference import (
 )
 from trivec.api.openapi import keyed
 from trivec.api.responses import json_response, to_json
-from trivec.api.rules import blamed_on, check_inputs, check_text, check_texts, choose_prompt
+from trivec.api.rules import (
+    blamed_on,
+    check_inputs,
+    check_text,
+    check_texts,
+    choose_prompt,
+    of_length_one,
+)
 from trivec.api.schemas import Dimensions, EmbeddingsRequest, Truncate, doc
 from trivec.api.scoring import DOCUMENTS_MAX, rank, score_pairs
 from trivec.core.errors import FieldInvalid
-from trivec.core.quantisation import cut, unit
+from trivec.core.quantisation import cut
 from trivec.core.types import Output
 
 TOKEN_ID_MAX = 2**31 - 1
@@ -194,14 +201,11 @@ async def embed_dense(context: RequestContext, body: bytes | None = None) -> Res
     """Turn texts into vectors, as TEI does."""
     asked = await read(TeiEmbedRequest, context, body)
     embedded = await _embed(asked, context, Output.DENSE)
-    rows = cut(embedded.vectors.dense, asked.dimensions)
-    if not np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-3):
-        rows = rows if asked.normalize is False else unit(rows)
-    elif asked.normalize is False:
-        raise FieldInvalid(
-            "This model's vectors are of length 1; they are not to be had otherwise.",
-            param="normalize",
-        )
+    rows = of_length_one(
+        cut(embedded.vectors.dense, asked.dimensions),
+        wanted=asked.normalize is not False,
+        param="normalize",
+    )
     return await respond(context, partial(to_json, rows), byte_count=embedded.response_bytes)
 
 
