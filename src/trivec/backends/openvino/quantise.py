@@ -140,8 +140,8 @@ def make_tensors(
         for name in plan.shapes:
             if name.rpartition(".")[0] not in converted:
                 tensors[name] = weights.take(name)
+                weights.release_pages()  # which were read to check their values
         weights.finish()
-        weights.release_pages()  # which were read to check their values
     return tensors
 
 
