@@ -160,7 +160,6 @@ def test_a_first_start_says_what_its_certificate_waits_for_and_bench_ends_with_a
         "all-minilm-l6-v2: running the probes in fp32",
         "all-minilm-l6-v2: quantising, int8",
         "all-minilm-l6-v2: comparing int8",
-        "all-minilm-l6-v2: writing int8",
         "all-minilm-l6-v2: warming up",
         "measuring texts of 16 tokens",
         "measuring texts of 128 tokens",

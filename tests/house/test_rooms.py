@@ -12,14 +12,14 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
 # The aim is 11,500 in 100: raised only in a commit that says why.
-LINES_MAX, FILES_MAX = 28_980, 144
+LINES_MAX, FILES_MAX = 29_020, 144
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_710, 7),
     "server": (970, 5),
     "build": (540, 1),
     "settings": (450, 1),
-    "api": (4_750, 21),
+    "api": (4_790, 21),
     "engine": (1_010, 5),
     "models": (2_260, 16),
     "backends": (4_070, 18),
