@@ -179,9 +179,8 @@ class EmbeddingsRequest(TokenizeRequest, frozen=True, forbid_unknown_fields=True
 
     @property
     def dtype(self) -> OutputDtype:
-        if self.output_dtype is None and self.embedding_type not in (None, "base64"):
-            return self.embedding_type
-        return self.output_dtype or "float"
+        of_both = self.embedding_type or "float"
+        return self.output_dtype or ("float" if of_both == "base64" else of_both)
 
     @property
     def size(self) -> int | None:
