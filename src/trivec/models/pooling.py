@@ -266,7 +266,7 @@ def use_one_blas_thread() -> None:
 
     OpenBLAS would divide even a head's product of one row among all cores, whose threads then spin for
     some 50 ms in wait of the next. Beside slots that keep the cores busy such a product took 10 ms
-    instead of 0.2, and a reranker lost a fifth of its rate. Another library is left as it is.
+    instead of 0.2, and a reranker of 3 layers lost a fifth of its rate. Another library is left as it is.
     """
     library = ctypes.CDLL(sys.modules["numpy._core._multiarray_umath"].__file__)
     for name in SET_BLAS_THREADS:
