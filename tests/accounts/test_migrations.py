@@ -1,7 +1,9 @@
 """From nothing, and from every earlier schema, to the one this version reads."""
 
 import sqlite3
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,23 @@ def test_from_nothing(engines: Engines) -> None:
     with engines.writing.begin() as connection:
         tables.upgrade(connection)
         assert differences(connection) == []
+
+
+def test_stores_of_one_process_are_made_at_once(tmp_path: Path) -> None:
+    """As those of accounts and of batch jobs are: Alembic knows one connection a process."""
+    all_made = [sqlite_engines(tmp_path / f"{i}.sqlite3") for i in range(4)]
+    gate = threading.Barrier(len(all_made))
+
+    def make(engines: Engines) -> list[object]:
+        with engines.writing.begin() as connection:
+            gate.wait()
+            tables.upgrade(connection)
+            return differences(connection)
+
+    with ThreadPoolExecutor(len(all_made)) as pool:
+        assert list(pool.map(make, all_made)) == [[]] * len(all_made)
+    for engines in all_made:
+        engines.dispose()
 
 
 def test_from_the_first_schema_with_its_rows(engines: Engines) -> None:

@@ -7,6 +7,7 @@ only words of clients are the names of files and the metadata of batch jobs.
 import json
 from dataclasses import asdict
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import sqlalchemy as sa
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # imported where it is used: it takes as long as all of SQLAl
 
 Values: TypeAlias = dict[str, Any]  # the columns of one row, by name
 UPGRADE_LOCK = 7_472_697_665  # any number of ours: Postgres' advisory lock for migrations
+_upgrading = Lock()  # in this process
 
 metadata = sa.MetaData()
 
@@ -231,7 +233,8 @@ def upgrade(connection: sa.Connection, target: str = "head") -> None:
             "fn": lambda found, _: migrations._upgrade_revs(target, found),
         },
     )
-    with Operations.context(context):
+    # Alembic's `op` is one for the whole process, and files may have a store of their own.
+    with _upgrading, Operations.context(context):
         context.run_migrations()
 
 
