@@ -31,7 +31,7 @@ test-cluster: $(VENV)/.cluster
 
 # Compares with torch, transformers and FlagEmbedding: about 1 GB of packages.
 test-reference: $(VENV)/.test $(VENV)/.reference
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m reference --ignore=tests/clients --ignore=tests/cluster $(ARGS)
+	$(VENV)/bin/python -m pytest -m reference --ignore=tests/clients --ignore=tests/cluster $(ARGS)
 
 # The site, into build/site; a broken link or anchor stops it.
 docs: $(VENV)-docs/.done
