@@ -1,9 +1,10 @@
 """Figures: medians, percentiles, turns and ratios, each from numbers one can check by hand."""
 
+import os
 from typing import Any
 
 import pytest
-from benchmarks.figures import Spread, percentile, provenance, ratio
+from benchmarks.figures import MASK, Spread, parser, percentile, provenance, ratio
 
 
 def test_a_spread_is_its_median_and_both_ends() -> None:
@@ -35,3 +36,13 @@ def test_a_result_says_where_it_comes_from() -> None:
     said: dict[str, Any] = provenance("numpy", "no-such-package")
     assert said["packages"]["no-such-package"] == "absent"
     assert all(said[name] for name in ("date", "commit", "cpu", "core_count", "python"))
+
+
+def test_a_measurement_is_given_its_own_options_and_the_mask_is_set_for_all() -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        for name in MASK:
+            patched.delenv(name, raising=False)
+            patched.setenv(name, "")  # so that it is put back as it was
+        given = vars(parser("", seconds=1.0).parse_args(["--avx2", "--seconds", "2"]))
+        assert {name: os.environ[name] for name in MASK} == MASK
+    assert given == {"record": False, "seconds": 2.0}
