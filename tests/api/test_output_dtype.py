@@ -199,3 +199,9 @@ async def test_vectors_of_length_one_are_normalized_and_nothing_else(wide: House
     error = (await post(wide, normalized=False))["error"]
     assert error["param"] == "normalized"
     assert "of length 1" in error["message"]
+
+
+async def test_a_refusal_names_the_word_that_was_sent(wide: House) -> None:
+    error = (await post(wide, embedding_type="binary", dimensions=12))["error"]
+    assert error["param"] == "embedding_type"
+    assert error["message"].startswith("'embedding_type' = binary packs eight numbers")

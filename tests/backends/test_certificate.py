@@ -15,7 +15,7 @@ from tests.backends.conftest import OpenTiny, TensorsIn, random_ids
 from tests.checkpoints.tiny import write_tiny
 
 from trivec.backends.openvino import OpenVinoBackend, cache, check_cache
-from trivec.backends.openvino.cache import cache_folder, load
+from trivec.backends.openvino.cache import CacheWriter, cache_folder, load
 from trivec.backends.openvino.calibrate import (
     LENGTHS_MADE,
     Calibration,
@@ -434,6 +434,19 @@ def test_a_damaged_cache_is_made_again(tiny_m3: Checkpoint, tmp_path: Path, dama
     assert load(folder) is None
     OpenVinoBackend.load(tiny_m3, precision="int8", cores=1, cache_dir=tmp_path).close()
     assert kept(tiny_m3, tmp_path) is not None
+
+
+def test_a_certificate_never_meets_tensors_of_another_process(
+    tiny_m3: Checkpoint, tmp_path: Path
+) -> None:
+    found = best_int8(tiny_m3, slot_count=1)
+    mine, theirs = CacheWriter(tmp_path), CacheWriter(tmp_path)
+    mine.keep(found.tensors)
+    theirs.keep({name: tensor + tensor.dtype.type(1) for name, tensor in found.tensors.items()})
+    mine.save(found)
+    assert load(tmp_path) is None
+    mine.keep(found.tensors)
+    assert load(tmp_path) is not None
 
 
 def test_a_cache_folder_that_cannot_be_written_is_named(

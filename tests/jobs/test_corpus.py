@@ -245,8 +245,10 @@ def test_what_is_made_in_the_folder_that_is_read_is_no_input(
     out = tmp_path / "out.parquet"
     for name in ("a.jsonl", "out.parquet.errors.jsonl", "out.parquet.manifest.json", "outer.jsonl"):
         write(tmp_path / "in.jsonl", rows(1)).replace(tmp_path / name)
+    (tmp_path / "out.parquet.txt").write_text("a file of its own")
     (tmp_path / "out.parquet.parts").mkdir()
     for file in (out, tmp_path / "out.parquet.parts" / "0.arrow"):
         file.write_bytes(b"ours")
     found = find_sources(str(tmp_path), form=form, out=out)
-    assert [Path(source.name).name for source in found] == ["a.jsonl", "outer.jsonl"]
+    names = ["a.jsonl", "out.parquet.txt", "outer.jsonl"]
+    assert [Path(source.name).name for source in found] == names

@@ -5,6 +5,9 @@ from pathlib import Path
 from threading import Event
 from typing import IO
 
+import pytest
+
+from trivec.core.errors import StoreUnavailable
 from trivec.jobs.files import PIECE_BYTES, FileStorage, FileWriter
 
 
@@ -23,6 +26,20 @@ class Slow(FileStorage):
         return opened
 
 
+class Committing(FileStorage):
+    """Has a file only once it is closed, as object storage has, and waits with that to be told."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.begun, self.goes_on = Event(), Event()
+
+    def sync(self, file: IO[bytes], key_id: str, name: str) -> None:
+        self.begun.set()
+        self.goes_on.wait(60)
+        Path(self._path(key_id, name)).touch()
+        super().sync(file, key_id, name)
+
+
 async def test_what_is_aborted_while_it_is_written_is_gone(tmp_path: Path) -> None:
     """A task can be cancelled; the thread that writes for it goes on."""
     storage = Slow(str(tmp_path))
@@ -37,3 +54,25 @@ async def test_what_is_aborted_while_it_is_written_is_gone(tmp_path: Path) -> No
     await asyncio.to_thread(storage.made.wait, 60)
     await aborting
     assert list((tmp_path / "key_a").iterdir()) == []
+
+
+async def test_what_is_aborted_while_it_is_finished_is_gone(tmp_path: Path) -> None:
+    storage = Committing(str(tmp_path))
+    writer = FileWriter(storage, "key_a", "file")
+    await writer.write(b"content")
+    closing = asyncio.create_task(writer.close())
+    await asyncio.to_thread(storage.begun.wait, 60)
+    closing.cancel()
+    await asyncio.wait([closing])
+    aborting = asyncio.create_task(writer.abort())
+    await asyncio.wait([aborting], timeout=0.5)  # it waits for the thread, or it is wrong
+    storage.goes_on.set()
+    await aborting
+    await asyncio.get_running_loop().shutdown_default_executor()
+    assert list((tmp_path / "key_a").iterdir()) == []
+
+
+def test_a_place_that_is_away_when_the_server_starts_does_not_stop_it() -> None:
+    storage = FileStorage("ftp://127.0.0.1:1/files")
+    with pytest.raises(StoreUnavailable):
+        storage.open("key_a", "file")

@@ -21,6 +21,7 @@ from trivec.api.schemas import (
     TokenizeResponse,
 )
 from trivec.core.errors import AnswerTooLarge
+from trivec.core.quantisation import cut
 from trivec.core.types import LongText, ModelCard, Output, Vectors
 
 TOKEN_STRINGS_IN_LINE_MAX = 8192
@@ -34,7 +35,8 @@ async def embeddings(context: RequestContext) -> Response:
     embedded = await embed(asked, context)
     vectors = embedded.vectors
     if asked.normalized is not None and Output.DENSE in embedded.outputs:
-        rows = of_length_one(vectors.dense, wanted=asked.normalized, param="normalized")
+        whole = cut(vectors.dense, asked.size)  # which has length 1 where it is shorter
+        rows = of_length_one(whole, wanted=asked.normalized, param="normalized")
         vectors = Vectors({**vectors.rows, Output.DENSE: rows})
     token_strings: list[list[str]] = []
     if asked.return_tokens and Output.SPARSE in embedded.outputs:

@@ -183,10 +183,11 @@ def choose_outputs(asked: EmbeddingsRequest, card: ModelCard) -> Output:
     if asked.is_chunked:
         check_chunks(asked, outputs, card)
     if asked.dtype in ("binary", "ubinary") and dimensions % 8:
+        named = "embedding_type" if asked.output_dtype is None else "output_dtype"
         raise FieldInvalid(
-            f"'output_dtype' = {asked.dtype} packs eight numbers in a byte, and {dimensions} is no "
+            f"'{named}' = {asked.dtype} packs eight numbers in a byte, and {dimensions} is no "
             "multiple of 8.",
-            param="output_dtype",
+            param=named,
         )
     return outputs
 

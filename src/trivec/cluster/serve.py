@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,7 +42,7 @@ from trivec.build import (
     tokenizer_factory,
     with_aliases,
 )
-from trivec.core.errors import DeviceLost, Draining, SettingInvalid, StoreUnavailable
+from trivec.core.errors import DeviceLost, Draining, SettingInvalid
 from trivec.core.events import ModelLoaded, PhaseChanged
 from trivec.core.health import HEALTHY, Health
 from trivec.core.ports import Backend
@@ -347,6 +346,7 @@ class HandleBackend:
                 return None
             except (RayError, DeviceLost, DeploymentUnavailableError) as fault:
                 if isinstance(fault, RayTaskError) and not isinstance(fault, DeviceLost):
+                    self.is_away = False
                     raise  # the backend's own
                 deaths += isinstance(fault, ActorDiedError | DeviceLost)
             time.sleep(pause_s)
@@ -405,10 +405,6 @@ class Ingress:
         self._self_test = SelfTest(engines)
         self._tasks: set[asyncio.Task[str | None]] = set()
         self._lost: list[str] = []  # why nothing can be served any more
-        if parts.batches is not None:
-            # Alone, since two threads that make the tables of a new SQLite file fail, or crash it.
-            with suppress(StoreUnavailable):
-                await asyncio.to_thread(parts.batches.store.release_dead)
         parts.accounts.start()
         self._start(parts.accounts.lost())
         for workers in self._workers:

@@ -25,6 +25,8 @@ from trivec.core.errors import JobFailed
 from trivec.jobs import GO_ON
 
 STDIN = "-"
+MANIFEST, ERRORS, PARTS = ".manifest.json", ".errors.jsonl", ".parts"  # beside the output
+OUTPUT_ENDINGS = ("", MANIFEST, ERRORS, PARTS)
 FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -162,9 +164,10 @@ def find_sources(given: str, *, form: str | None = None, out: Path | None = None
         found = FORMATS.get(inner if suffix == COMPRESSED else suffix)
         return form or (None if suffix == COMPRESSED and found == "parquet" else found)
 
+    ours = {Path(f"{out.absolute()}{ending}") for ending in OUTPUT_ENDINGS} if out else set[Path]()
+
     def is_input(file: Path) -> bool:
-        is_ours = out is not None and f"{file.absolute()}.".startswith(f"{out.absolute()}.")
-        return file.is_file() and not is_ours
+        return file.is_file() and ours.isdisjoint((file.absolute(), *file.absolute().parents))
 
     path = Path(given)
     with read_faults(given):

@@ -31,8 +31,10 @@ class FileStorage:
         if "://" in url:
             try:
                 _ = self._place
-            except (ImportError, ValueError) as unfit:
+            except (ImportError, TypeError, ValueError) as unfit:
                 raise SettingInvalid(f"batch.files is {url}, for fsspec: {unfit}") from unfit
+            except OSError:
+                pass  # it is away for now, and looked for again by each call
 
     @cached_property
     def _place(self) -> tuple[Any, str]:
@@ -104,7 +106,9 @@ class FileWriter:
         """All of it is on the disk when this returns."""
         await self._write_piece()
         assert self._file is not None
-        await asyncio.to_thread(self._storage.sync, self._file, *self._place)
+        syncing = asyncio.to_thread(self._storage.sync, self._file, *self._place)
+        self._writing = asyncio.ensure_future(syncing)
+        await asyncio.shield(self._writing)
 
     async def abort(self) -> None:
         """Remove what was written, as far as that can be done."""

@@ -26,7 +26,7 @@ from trivec.core.errors import JobFailed, SettingInvalid
 from trivec.core.quantisation import ByteDtype, cut, quantise
 from trivec.core.types import Float32Array, ModelCard, Output, Vectors
 from trivec.jobs import GO_ON
-from trivec.jobs.corpus import BadRow, Shard, as_json_text
+from trivec.jobs.corpus import ERRORS, MANIFEST, PARTS, BadRow, Shard, as_json_text
 from trivec.jobs.encoders import Encoded
 
 DType: TypeAlias = Literal["float32", "float16"] | ByteDtype
@@ -113,9 +113,9 @@ class Results:
         self._out = out
         self._identity = identity
         self._layout = layout
-        self._manifest = out.with_name(out.name + ".manifest.json")
-        self._errors = out.with_name(out.name + ".errors.jsonl")
-        self._parts = out.with_name(out.name + ".parts")
+        self._manifest = out.with_name(out.name + MANIFEST)
+        self._errors = out.with_name(out.name + ERRORS)
+        self._parts = out.with_name(out.name + PARTS)
         self.finished: Totals | None = None  # of an earlier run that finished the job
 
     @contextmanager

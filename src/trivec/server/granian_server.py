@@ -93,7 +93,8 @@ class SwappableApp:
         try:
             await self.app(scope, receive, send)
         except asyncio.CancelledError:
-            has_begun = scope[CONTEXT].status is not None
+            context = scope.get(CONTEXT)  # none where it is no HTTP request
+            has_begun = context is None or context.status is not None
             if has_begun or not self._is_cancelling:
                 raise
             request.uncancel()

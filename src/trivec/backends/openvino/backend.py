@@ -4,7 +4,6 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from trivec.backends.openvino import cache
@@ -150,23 +149,19 @@ def _quantised(
     folder = cache.cache_folder(checkpoint, precision=name, cache_dir=cache_dir)
     if (kept := cache.load(folder, on_progress)) is not None:
         return kept
-    keep = partial(cache.keep_tensors, folder)
-    try:
-        if pinned is None:
-            made = best_int8(checkpoint, slot_count=slot_count, keep=keep, on_progress=on_progress)
-        else:
-            calibration = Calibration(
-                checkpoint, slot_count=slot_count, keep=keep, on_progress=on_progress
-            )
-            made = calibration.attempt(pinned)
-        if pinned is None or made.certificate.passes:
-            cache.save(folder, made)
-            return made
-    except OSError as error:
-        raise SettingInvalid(
-            f"the int8 tensors of {checkpoint.id} cannot be written to {folder}: {error}. Give the "
-            "data folder space and permission, or serve with --precision fp32."
-        ) from error
+    writer = cache.CacheWriter(folder)
+    if pinned is None:
+        made = best_int8(
+            checkpoint, slot_count=slot_count, keep=writer.keep, on_progress=on_progress
+        )
+    else:
+        calibration = Calibration(
+            checkpoint, slot_count=slot_count, keep=writer.keep, on_progress=on_progress
+        )
+        made = calibration.attempt(pinned)
+    if pinned is None or made.certificate.passes:
+        writer.save(made)
+        return made
     shutil.rmtree(folder, ignore_errors=True)  # another start may find otherwise
     raise SettingInvalid(
         f"{checkpoint.id} is not served in {pinned.name}: {made.certificate.summary}. "

@@ -9,6 +9,8 @@ again; a hash once computed is remembered beside the files as long as they stay 
 import hashlib
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -22,7 +24,7 @@ from trivec.backends.openvino.trial import kernel_flags
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.checkpoints.hashes import Hashes
 from trivec.checkpoints.tensor_files import open_tensor_file, write_safetensors
-from trivec.core.errors import CheckpointRefused
+from trivec.core.errors import CheckpointRefused, SettingInvalid
 from trivec.core.ports import OnProgress, no_progress
 
 _log = logging.getLogger("trivec.openvino")
@@ -61,28 +63,51 @@ def cache_folder(checkpoint: Checkpoint, *, precision: str, cache_dir: Path) -> 
     return cache_dir / "openvino" / hashlib.sha256(key.encode()).hexdigest()[:24]
 
 
-def keep_tensors(folder: Path, tensors: Tensors) -> Tensors:
-    """*tensors* as they are in *folder* from now on; nothing that `load` takes, before `save`."""
-    tensors = dict(  # int8 last, so that each float32 begins at a multiple of its size
-        sorted(tensors.items(), key=lambda item: -item[1].itemsize)
-    )
-    names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-    shapes = {name: (names[array.dtype], array.shape) for name, array in tensors.items()}
-    pieces = ([array.data.cast("B")] for array in tensors.values())
-    sha256 = write_safetensors(folder / TENSORS, shapes, pieces)
-    Hashes(folder).remember(folder / TENSORS, sha256)
-    return _mapped(folder / TENSORS)
+class CacheWriter:
+    """Writes one folder: tensors as they are made, then what proves the last of them sound."""
 
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        # Of our own tensors: another process may have put others there meanwhile, and then what is
+        # saved fits neither and is made again.
+        self._sha256 = ""
 
-def save(folder: Path, model: QuantisedModel) -> None:
-    """Write what proves that the tensors which were kept last, *model*'s, are sound."""
-    sha256 = Hashes(folder).of(folder / TENSORS).sha256
-    references = {name: states.tobytes() for name, states in model.references.items()}
-    hidden_size = next(iter(model.references.values())).shape[1]
-    described = Described(sha256, model.certificate, hidden_size, references)
-    unfinished = folder / f".{DESCRIBED}.{os.getpid()}.part"
-    unfinished.write_bytes(msgspec.json.encode(described))
-    unfinished.replace(folder / DESCRIBED)
+    def keep(self, tensors: Tensors) -> Tensors:
+        """*tensors* as they are in the folder from now on; nothing that `load` takes, before `save`.
+
+        Raises `SettingInvalid` where they cannot be written.
+        """
+        tensors = dict(  # int8 last, so that each float32 begins at a multiple of its size
+            sorted(tensors.items(), key=lambda item: -item[1].itemsize)
+        )
+        names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+        shapes = {name: (names[array.dtype], array.shape) for name, array in tensors.items()}
+        pieces = ([array.data.cast("B")] for array in tensors.values())
+        file = self._folder / TENSORS
+        with self._write_faults():
+            self._sha256 = write_safetensors(file, shapes, pieces)
+            Hashes(self._folder).remember(file, self._sha256)
+            return _mapped(file)
+
+    def save(self, model: QuantisedModel) -> None:
+        """Let *model*, whose tensors were kept last, be loaded. Raises `SettingInvalid`."""
+        references = {name: states.tobytes() for name, states in model.references.items()}
+        hidden_size = next(iter(model.references.values())).shape[1]
+        described = Described(self._sha256, model.certificate, hidden_size, references)
+        unfinished = self._folder / f".{DESCRIBED}.{os.getpid()}.part"
+        with self._write_faults():
+            unfinished.write_bytes(msgspec.json.encode(described))
+            unfinished.replace(self._folder / DESCRIBED)
+
+    @contextmanager
+    def _write_faults(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise SettingInvalid(
+                f"the int8 tensors cannot be written to {self._folder}: {error}. Give the data "
+                "folder space and permission, or serve with --precision fp32."
+            ) from error
 
 
 def load(folder: Path, on_progress: OnProgress = no_progress) -> QuantisedModel | None:

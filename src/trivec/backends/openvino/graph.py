@@ -179,7 +179,7 @@ class GraphOps:
     blocks: list[Node] = field(default_factory=list)  # the output of each layer: [tokens, hidden]
     angles: dict[tuple[Rope, float], tuple[Node, Node]] = field(default_factory=dict)
     masks: dict[tuple[bool, int | None], Node] = field(default_factory=dict)
-    biases: dict[Alibi | Buckets, Node] = field(default_factory=dict)
+    biases: dict[tuple[Alibi | Buckets, bool], Node] = field(default_factory=dict)
 
     def embed(self, table: Table, index: Index) -> Rows:
         name, ids = self.at + table.name, self._line(LINES[index])
@@ -479,8 +479,10 @@ class GraphOps:
         of buckets what scores gain `[heads, length, length]`; None without a bias.
         """
         bias = spec.bias
-        if bias is None or bias in self.biases:
-            return None if bias is None else self.biases[bias]
+        if bias is None:
+            return None
+        if (key := (bias, spec.window is None)) in self.biases:
+            return self.biases[key]
         if isinstance(bias, Alibi):
             node = op.absolute(_distance(self._places(spec)))
         else:
@@ -488,7 +490,7 @@ class GraphOps:
             gains = constant(bias.by_distance(weight.astype(np.float32)))
             distance = op.clamp(_distance(self._places(spec)), -bias.reach, bias.reach)
             node = gathered(gains, op.convert(op.add(distance, number(bias.reach)), "i32"), axis=1)
-        self.biases[bias] = node
+        self.biases[key] = node
         return node
 
 
