@@ -30,6 +30,7 @@ MODEL = "all-minilm-l6-v2"
 KEY = "a-key-of-the-tests-long-enough"
 CLIENTS = 8  # of which each has at most one connection cut
 BEFORE, AFTER = 150, 900  # answers before the kill and after it
+LEAVES_S = 1.0  # what it has asked for takes longer
 WAIT_S = 120.0
 TEXTS = [f"text number {i} " * (1 + i % 7) for i in range(100)]
 
@@ -50,6 +51,13 @@ class Service:
         with psycopg.connect(self.database) as connection:
             rows = connection.execute(statement).fetchall()
         return Counter(row[0] for row in rows)
+
+    def leavers(self) -> int:
+        """Requests whose clients did not wait, which the store counts and bills nobody."""
+        statement = "SELECT coalesce(sum(requests), 0) FROM counts WHERE status = 499"
+        with psycopg.connect(self.database) as connection:
+            (found,) = connection.execute(statement).fetchone()
+        return int(found)
 
 
 @contextmanager
@@ -178,6 +186,16 @@ def test_clients_see_one_service_also_while_a_node_is_killed(
     wait_until(is_done, within_s=WAIT_S, what="a batch job")
 
     billed_before = service.billed()
+    # OpenAI's client says how long it waits, and then the server's own deadline may end it first.
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{service.url}/embeddings",
+            headers={"authorization": f"Bearer {KEY}"},
+            json={"model": MODEL, "input": ["word " * 200] * 1_400},
+            timeout=LEAVES_S,
+        )
+    wait_until(lambda: service.leavers() == 1, within_s=WAIT_S, what="the end of who left")
+    assert service.billed() == billed_before
     outcomes: Counter[str] = Counter()
     answered, numbers = threading.Condition(), itertools.count()
 
