@@ -40,19 +40,26 @@ class Committing(FileStorage):
         super().sync(file, key_id, name)
 
 
+async def abort_meanwhile(
+    writer: FileWriter, task: "asyncio.Task[None]", storage: Slow | Committing
+) -> None:
+    """Cancel *task* while its thread waits in *storage*, and abort; then let the thread go on."""
+    await asyncio.to_thread(storage.begun.wait, 60)
+    task.cancel()
+    await asyncio.wait([task])
+    aborting = asyncio.create_task(writer.abort())
+    await asyncio.wait([aborting], timeout=0.5)  # it waits for the thread, or it is wrong
+    storage.goes_on.set()
+    await aborting
+
+
 async def test_what_is_aborted_while_it_is_written_is_gone(tmp_path: Path) -> None:
     """A task can be cancelled; the thread that writes for it goes on."""
     storage = Slow(str(tmp_path))
     writer = FileWriter(storage, "key_a", "file")
     writing = asyncio.create_task(writer.write(bytes(PIECE_BYTES)))
-    await asyncio.to_thread(storage.begun.wait, 60)
-    writing.cancel()
-    await asyncio.wait([writing])
-    aborting = asyncio.create_task(writer.abort())
-    await asyncio.wait([aborting], timeout=0.5)  # it waits for the thread, or it is wrong
-    storage.goes_on.set()
-    await asyncio.to_thread(storage.made.wait, 60)
-    await aborting
+    await abort_meanwhile(writer, writing, storage)
+    assert storage.made.is_set()
     assert list((tmp_path / "key_a").iterdir()) == []
 
 
@@ -61,13 +68,7 @@ async def test_what_is_aborted_while_it_is_finished_is_gone(tmp_path: Path) -> N
     writer = FileWriter(storage, "key_a", "file")
     await writer.write(b"content")
     closing = asyncio.create_task(writer.close())
-    await asyncio.to_thread(storage.begun.wait, 60)
-    closing.cancel()
-    await asyncio.wait([closing])
-    aborting = asyncio.create_task(writer.abort())
-    await asyncio.wait([aborting], timeout=0.5)  # it waits for the thread, or it is wrong
-    storage.goes_on.set()
-    await aborting
+    await abort_meanwhile(writer, closing, storage)
     await asyncio.get_running_loop().shutdown_default_executor()
     assert list((tmp_path / "key_a").iterdir()) == []
 

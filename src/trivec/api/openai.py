@@ -10,7 +10,7 @@ from trivec.api.context import RequestContext
 from trivec.api.inference import embed, read, respond, tokenize_input, tokenizer_turn
 from trivec.api.openapi import keyed
 from trivec.api.responses import INT_TEXT_BYTES, encode_embeddings, json_response
-from trivec.api.rules import check_inputs, of_length_one, output_names
+from trivec.api.rules import check_inputs, output_names
 from trivec.api.schemas import (
     EmbeddingsRequest,
     EmbeddingsResponse,
@@ -21,8 +21,7 @@ from trivec.api.schemas import (
     TokenizeResponse,
 )
 from trivec.core.errors import AnswerTooLarge
-from trivec.core.quantisation import cut
-from trivec.core.types import LongText, ModelCard, Output, Vectors
+from trivec.core.types import LongText, ModelCard, Output
 
 TOKEN_STRINGS_IN_LINE_MAX = 8192
 TOKEN_BYTES = 48  # an id in an array, as a Python integer in a list, and as text
@@ -33,21 +32,16 @@ async def embeddings(context: RequestContext) -> Response:
     """Turn texts into vectors."""
     asked = await read(EmbeddingsRequest, context)
     embedded = await embed(asked, context)
-    vectors = embedded.vectors
-    if asked.normalized is not None and Output.DENSE in embedded.outputs:
-        whole = cut(vectors.dense, asked.size)  # which has length 1 where it is shorter
-        rows = of_length_one(whole, wanted=asked.normalized, param="normalized")
-        vectors = Vectors({**vectors.rows, Output.DENSE: rows})
     token_strings: list[list[str]] = []
     if asked.return_tokens and Output.SPARSE in embedded.outputs:
         embedder = context.find_embedder(asked.model)
-        for vector in vectors.sparse:
+        for vector in embedded.vectors.sparse:
             assert vector is not None, "every sequence was asked for its sparse vector"
             token_strings.append(embedder.tokenizer.token_strings(vector.token_ids))
             await asyncio.sleep(0)  # other requests get a turn after every vector
     write = partial(
         encode_embeddings,
-        vectors,
+        embedded.vectors,
         embedded.sequences,
         asked=asked,
         outputs=embedded.outputs,

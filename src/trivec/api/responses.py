@@ -13,6 +13,7 @@ import pybase64
 from numpy.typing import NDArray
 from starlette.responses import Response
 
+from trivec.api.rules import of_length_one
 from trivec.api.schemas import Chunk, EmbeddingsRequest, Encoding
 from trivec.core.quantisation import cut, quantise
 from trivec.core.types import ModelCard, Output, Sequences, Vectors
@@ -94,7 +95,10 @@ def encode_embeddings(
     token_encoding: str | None,
     chunks: Sequence[Chunk] = (),  # of each row, where texts were cut into them
 ) -> memoryview:
-    """The body of an embeddings response; a large one is slow, so its caller encodes in a thread."""
+    """The body of an embeddings response; a large one is slow, so its caller encodes in a thread.
+
+    Raises `FieldInvalid` where vectors of length 1 are to be others.
+    """
     write = to_json if asked.encoding == "float" else to_base64
     frame = {} if asked.encoding == "float" else {"encoding": "base64"}
     no_vector: object = [] if asked.encoding == "float" else ""
@@ -103,6 +107,8 @@ def encode_embeddings(
         numbers = vectors.dense
         if asked.size is not None:
             numbers = cut(numbers, asked.size)
+        if asked.normalized is not None:
+            numbers = of_length_one(numbers, wanted=asked.normalized, param="normalized")
         dense = numbers if asked.dtype == "float" else quantise(numbers, asked.dtype)
     body = bytearray(b'{"object":"list","model":%b,"data":[' % _encoder.encode(asked.model))
     for i, (terms, rows) in enumerate(zip(vectors.sparse, vectors.multi, strict=True)):

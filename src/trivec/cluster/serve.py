@@ -64,6 +64,7 @@ CONNECTIONS = 4096  # requests at a time in one ingress; its own limits are belo
 # Batches at a time in one replica, where they wait for a slot: with fewer, Ray's router would come
 # back only after a pause, and find a slot that had nothing to do.
 CALLS_MAX = 256
+END_S_MAX = 5.0  # for the tasks of an ingress to end
 # A call takes 3 to 5 ms of processor time in Ray, so that one of a quick model's batches is too little.
 CALL_S, CALL_TOKENS_MAX = 0.1, 2_048
 SAMPLE_TOKENS = 32
@@ -250,12 +251,15 @@ class ModelReplica(BackendReplica):
             load_models, settings, open_parts(settings), cores=arguments.cpus, takes_text=False
         )
         model = models.loaded[0]
-        batch_s = await asyncio.to_thread(full_batch_s, model)
+        budget = model.backend.budget
+        # OpenVINO's backend cuts what it is given; torch runs it whole, in memory for one batch.
+        if models.choice.backend == "openvino":
+            budget = call_budget(budget, await asyncio.to_thread(full_batch_s, model))
         self._description = Description(
             served(models).encode(),
             model.checkpoint.tokenizer_file.read_bytes(),
             model.backend.slot_count,
-            call_budget(model.backend.budget, batch_s),
+            budget,
         )
         super().__init__(model.backend, call_s_max=arguments.call_s_max)
 
@@ -279,8 +283,7 @@ def full_batch_s(model: LoadedModel) -> float:
 def call_budget(budget: BatchBudget, batch_s: float) -> BatchBudget:
     """What a call may hold of a model whose full batch takes *batch_s*: several, where it is quick.
 
-    The backend makes batches of its own of them. A long batch stays alone, for the sake of those
-    that wait for it.
+    A long batch stays alone, for the sake of those that wait for it.
     """
     times_max = max(1, CALL_TOKENS_MAX // budget.tokens_max)
     times = times_max if batch_s * times_max <= CALL_S else max(1, int(CALL_S / batch_s))
@@ -437,8 +440,10 @@ class Ingress:
 
     async def __del__(self) -> None:
         """What was accepted is answered by now: Ray has waited for it."""
-        for task in self._tasks:
+        tasks = [*self._tasks]
+        for task in tasks:
             task.cancel()
+        await asyncio.wait(tasks, timeout=END_S_MAX)  # batch jobs give back what they hold
         for workers in self._workers:
             await workers.stop(0)
         await asyncio.to_thread(self._parts.close)
