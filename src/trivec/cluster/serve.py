@@ -285,8 +285,7 @@ def call_budget(budget: BatchBudget, batch_s: float) -> BatchBudget:
 
     A long batch stays alone, for the sake of those that wait for it.
     """
-    times_max = max(1, CALL_TOKENS_MAX // budget.tokens_max)
-    times = times_max if batch_s * times_max <= CALL_S else max(1, int(CALL_S / batch_s))
+    times = max(1, min(CALL_TOKENS_MAX // budget.tokens_max, int(CALL_S / batch_s)))
     return BatchBudget(times * budget.tokens_max, times * budget.sequences_max)
 
 
@@ -440,10 +439,9 @@ class Ingress:
 
     async def __del__(self) -> None:
         """What was accepted is answered by now: Ray has waited for it."""
-        tasks = [*self._tasks]
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.wait(tasks, timeout=END_S_MAX)  # batch jobs give back what they hold
+        await asyncio.wait(self._tasks, timeout=END_S_MAX)  # batch jobs give back what they hold
         for workers in self._workers:
             await workers.stop(0)
         await asyncio.to_thread(self._parts.close)
