@@ -68,7 +68,7 @@ def workloads(words_max: int, seconds: float) -> dict[str, list[str]]:
         "mixed": sentences(count, words_median=min(60.0, words_max / 3), words_max=words_max),
         "long": [
             " ".join((text * words_max).split()[:words_max])
-            for text in sentences(max(2, int(4 * seconds)))
+            for text in sentences(max(2, int(12 * seconds)))
         ],
     }
 

@@ -13,16 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 RETURN_S = 10  # after which a client should find an ingress started again
 REQUEST_ID = "x-request-id"
-UNANSWERED = json.dumps(
-    {
-        "error": {
-            "message": "The process that had this request is gone. Please try again.",
-            "type": "server_error",
-            "param": None,
-            "code": "draining",
-        }
-    }
-)
+GONE = "The process that had this request is gone. Please try again."
+ERROR = {"message": GONE, "type": "server_error", "param": None, "code": "draining"}
+UNANSWERED = json.dumps({"error": ERROR})
 
 
 def middlewares() -> list[Middleware]:

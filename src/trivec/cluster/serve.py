@@ -68,8 +68,15 @@ END_S_MAX = 5.0  # for the tasks of an ingress to end
 # A call takes 3 to 5 ms of processor time in Ray, so that one of a quick model's batches is too little.
 CALL_S, CALL_TOKENS_MAX = 0.1, 2_048
 SAMPLE_TOKENS = 32
-# On an event loop of our own, which Ray would give us, each call wakes two more threads.
-ON_RAYS_LOOP = {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}}
+# Of our replicas' own processes; together a seventh of what Ray costs a call (docs/ray.md).
+CHEAP_CALLS = {
+    "env_vars": {
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # each call would wake two more threads
+        "RAY_event_stats": "0",  # of Ray's own loops
+        "RAY_task_events_report_interval_ms": "0",  # a record a call, where we have one a request
+        "RAY_max_direct_call_object_size": str(4 << 20),  # vectors need no object store
+    }
+}
 QUIET = {"enable_access_log": False}  # a line a call, where we have one a request
 
 
@@ -131,7 +138,7 @@ def app(args: ServeArguments) -> Application:
             ray_actor_options={
                 "num_cpus": args.cpus,
                 "num_gpus": args.gpus,
-                "runtime_env": ON_RAYS_LOOP,
+                "runtime_env": CHEAP_CALLS,
             },
             health_check_period_s=2,
             graceful_shutdown_timeout_s=args.call_s_max,
@@ -146,7 +153,7 @@ def app(args: ServeArguments) -> Application:
         max_replicas_per_node=1,
         max_ongoing_requests=CONNECTIONS,
         graceful_shutdown_timeout_s=settings.life.drain_s_max,
-        ray_actor_options={"num_cpus": args.ingress_cpus, "runtime_env": ON_RAYS_LOOP},
+        ray_actor_options={"num_cpus": args.ingress_cpus, "runtime_env": CHEAP_CALLS},
         logging_config=QUIET,
     )
     return ingress.bind(args, *replicas)
