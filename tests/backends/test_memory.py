@@ -158,6 +158,6 @@ def test_a_table_is_let_go_of_as_it_is_quantised(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(quantise, "TABLE_ROWS", 4)
     table, calls = np.random.default_rng(0).standard_normal((10, 8), np.float32), list[int]()
     parts = split_int16(table, lambda: calls.append(1))
-    whole = parts["high"].astype(np.int32) * 256 + parts["low"].astype(np.int32)
-    assert np.allclose(whole * parts["step"], table, atol=1e-3)
+    high, low, step = (parts[name].astype(np.float32) for name in ("high", "low", "step"))
+    assert np.allclose((high * 256 + low) * step, table, atol=1e-3)
     assert len(calls) == 3
