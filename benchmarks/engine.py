@@ -12,10 +12,11 @@ own counters, kind of kernel by kind of kernel. The last line is JSON.
 """
 
 import asyncio
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,7 +25,7 @@ import openvino as ov
 from benchmarks.figures import Spread, keep, parser, provenance, ratio
 from benchmarks.harness import EngineOnTrial, engine_on_trial, quiet_settings, sized
 from benchmarks.roster import ENVS, PeerFailed, Process, Stage
-from benchmarks.texts import Workload, mixed, sentences, uniform
+from benchmarks.texts import Arithmetic, Workload, mixed, sentences, uniform, weight_shapes
 
 from trivec.backends.openvino import OpenVinoBackend
 from trivec.backends.openvino.packing import as_batch
@@ -35,30 +36,6 @@ LENGTHS = (16, 128, 512, 2048, 8192)
 LIMIT_ROWS = 256  # where the rate of the products has levelled off
 PROFILED_TOKENS, PROFILED_REPEATS = 512, 40
 compile_model = ov.Core.compile_model
-
-
-@dataclass(frozen=True, slots=True)
-class Arithmetic:
-    """Billions of operations of a workload: the weights' products, and attention's two."""
-
-    weights_gop: float
-    attention_gop: float
-
-    @classmethod
-    def of(cls, workload: Workload, config: ModelConfig) -> "Arithmetic":
-        """A token costs 2 for each weight of a layer's six matrices; n tokens 4 · n² · hidden a layer."""
-        hidden, wide = config.hidden_size, config.intermediate_size
-        weights = config.num_hidden_layers * (4 * hidden * hidden + 2 * hidden * wide)
-        attention = config.num_hidden_layers * 4 * hidden * workload.squares()
-        return cls(2 * weights * workload.token_count / 1e9, attention / 1e9)
-
-    @property
-    def gop(self) -> float:
-        return self.weights_gop + self.attention_gop
-
-    def least_s(self, *, weights_gops: float, attention_gops: float) -> float:
-        """What it costs at these rates and nothing else."""
-        return self.weights_gop / weights_gops + self.attention_gop / attention_gops
 
 
 async def compared(
@@ -114,10 +91,10 @@ async def measure(trial: EngineOnTrial, limit: Process | None, given: Any) -> di
 
 
 def start_limit(config: ModelConfig, stage: Stage, *, cores: int) -> Process | None:
-    shape = (config.hidden_size, config.intermediate_size, config.num_hidden_layers, cores)
+    shapes = json.dumps([shape for group in weight_shapes(config) for shape in group])
     try:
         python, log = stage.python_of("onnxruntime"), stage.work_dir / "products.log"
-        return Process("benchmarks.products", *map(str, shape), python=python, log=log)
+        return Process("benchmarks.products", shapes, str(cores), python=python, log=log)
     except PeerFailed as why:
         print(f"no limit: {why}", file=sys.stderr)
         return None

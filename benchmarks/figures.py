@@ -72,9 +72,7 @@ def parser(about: str | None, **defaults: object) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument(
-        "--record", action="store_true", help="keep the result for docs/performance.md"
-    )
+    made.add_argument("--record", action="store_true", help="keep it for docs/performance.md")
     made.add_argument("--avx2", action=Masked, nargs=0, default=argparse.SUPPRESS, help="AVX2 only")
     for name, default in defaults.items():
         made.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)

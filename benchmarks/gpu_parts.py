@@ -16,7 +16,7 @@ from benchmarks.figures import Spread, percentile
 from benchmarks.gpu_record import Plan, talk
 from benchmarks.harness import ServerFailed, Shape, Target, measure, own_server
 from benchmarks.load import Answers, LoadFailed
-from benchmarks.texts import Workload, mixed, sentences, uniform
+from benchmarks.texts import Arithmetic, Workload, mixed, sentences, uniform, weight_shapes
 from tokenizers import Tokenizer
 
 from trivec.api.responses import to_base64, to_json
@@ -90,11 +90,8 @@ def engine_figures(
 ) -> dict[str, Any]:
     talk(f"matrix rate {Spread.of([limit / 1e12 for limit in limits])} TFLOP/s")
     found: dict[str, Any] = {"matrix_flops_a_second": asdict(Spread.of(limits)), "lengths": {}}
-    hidden, inner = config.hidden_size, config.intermediate_size
-    linear = 2 * (4 * hidden * hidden + 2 * hidden * inner)  # multiplications and additions
     for one in workloads:
-        attention = 4 * hidden * one.squares() / one.token_count
-        token_flops = config.num_hidden_layers * (linear + attention)
+        token_flops = Arithmetic.of(one, config).gop * 1e9 / one.token_count
         shares = [
             rate * token_flops / limit for rate, limit in zip(rates[one.name], limits, strict=True)
         ]
@@ -114,14 +111,14 @@ def matrix_products(
     Every layer's weights are distinct.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    hidden, inner = config.hidden_size, config.intermediate_size
-    shapes = [(3 * hidden, hidden), (hidden, hidden), (inner, hidden), (hidden, inner)]
+    groups = weight_shapes(config, layers=8)
+    shapes = [(sum(rows for rows, _ in group), group[0][1]) for group in groups]
 
     def drawn(*shape: int) -> torch.Tensor:  # never zeros: chips are faster on them
         return torch.randn(shape, device=device).to(dtype)
 
-    weights = [drawn(*shape) for _ in range(min(config.num_hidden_layers, 8)) for shape in shapes]
-    inputs = {width: drawn(rows, width) for width in (hidden, inner)}
+    weights = [drawn(*shape) for shape in shapes]
+    inputs = {width: drawn(rows, width) for _, width in shapes}
     flops = float(sum(2 * rows * weight.numel() for weight in weights))
 
     def multiply() -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from urllib.request import urlopen
 
+import numpy as np
 from benchmarks.figures import Spread, percentile
 from benchmarks.load import Answers, Load, run_load
 from benchmarks.texts import Workload
@@ -87,10 +88,7 @@ class EngineOnTrial:
 
 def deal(whole: Sequences, hands: int) -> list[Sequences]:
     """*whole* as up to *hands* requests, sequences dealt in turn so that each has every length."""
-    ids = [
-        whole.token_ids[start:end]
-        for start, end in zip(whole.cu_seqlens[:-1], whole.cu_seqlens[1:], strict=True)
-    ]
+    ids = np.split(whole.token_ids, whole.cu_seqlens[1:-1])
     return [Sequences.pack(ids[hand::hands]) for hand in range(min(hands, len(ids)))]
 
 
@@ -116,11 +114,8 @@ async def engine_on_trial(settings: Settings, *, cores: int) -> AsyncIterator[En
     models = load_models(settings, parts, cores=cores)
     models.workers.start()
     try:
-        yield EngineOnTrial(
-            embedder=models.embedders[models.loaded[0].card.id],
-            models=models,
-            load_s=time.perf_counter() - started_s,
-        )
+        embedder = models.embedders[models.loaded[0].card.id]
+        yield EngineOnTrial(embedder, models, load_s=time.perf_counter() - started_s)
     finally:
         await models.workers.stop(within_s=30.0)  # closes the backends, too
         parts.close()
@@ -134,8 +129,7 @@ async def sized(trial: EngineOnTrial, workload: Workload, *, seconds: float) -> 
     if wanted < workload.token_count:
         kept = max(few, int(len(workload.lengths) * wanted / workload.token_count))
         return Workload(workload.name, workload.lengths[:kept])
-    times = max(1, round(wanted / workload.token_count))
-    return Workload(workload.name, workload.lengths * times)
+    return Workload(workload.name, workload.lengths * max(1, round(wanted / workload.token_count)))
 
 
 class ServerFailed(StartError):

@@ -93,10 +93,7 @@ def run_load(load: Load) -> Answers:
 
 
 def _drive(
-    load: Load,
-    clients: list[_Client],
-    requests: Iterator[bytes],
-    selector: selectors.BaseSelector,
+    load: Load, clients: list[_Client], requests: Iterator[bytes], selector: selectors.BaseSelector
 ) -> Answers:
     latencies: list[float] = []
     computes: list[float] = []

@@ -55,10 +55,9 @@ def started(given: Any, data_dir: Path, words_max: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    arguments = parser(
+    given = parser(
         __doc__, model="all-minilm-l6-v2", name="all-minilm-l6-v2", precision="int8", words_max=120
-    )
-    given = arguments.parse_args()
+    ).parse_args()
     with tempfile.TemporaryDirectory(prefix="trivec-bench-") as folder:
         lives = {name: started(given, Path(folder), given.words_max) for name in ("cold", "cached")}
     for name, figures in lives.items():

@@ -1,6 +1,6 @@
 """Nothing but the matrix products of a model, by oneDNN through torch: the limit of an engine.
 
-Run by `benchmarks.engine` in an environment with torch: HIDDEN INTERMEDIATE LAYERS CORES. Question:
+Run by `benchmarks.engine` in an environment with torch: SHAPES (JSON, [out, in] each) CORES. Question:
 `{"rows": n, "precision": "int8"|"fp32", "seconds": s}`; answer: `{"gops": g}`. Every weight of the model is
 a matrix of its own, so the caches see what they see there; int8 has static scales, prepacked weights
 and activations that were quantised beforehand. One thread a core, each with rows of its own.
@@ -20,9 +20,8 @@ import torch
 class Products:
     """The weights of all layers, and one pass over them at each precision."""
 
-    def __init__(self, hidden: int, intermediate: int, layer_count: int) -> None:
-        shapes = [(hidden, hidden)] * 4 + [(intermediate, hidden), (hidden, intermediate)]
-        self._shapes = shapes * layer_count
+    def __init__(self, shapes: list[list[int]]) -> None:
+        self._shapes = shapes
         self.operations_a_row = 2 * sum(wide * deep for wide, deep in self._shapes)
 
     @cached_property
@@ -92,9 +91,8 @@ def rate_gops(products: Products, question: Any, core_count: int) -> float:
 
 
 def main() -> None:
-    hidden, intermediate, layer_count, core_count = map(int, sys.argv[1:5])
     torch.set_num_threads(1)
-    products = Products(hidden, intermediate, layer_count)
+    products, core_count = Products(json.loads(sys.argv[1])), int(sys.argv[2])
     print(json.dumps({"loaded": True}), flush=True)
     for line in sys.stdin:
         print(json.dumps({"gops": rate_gops(products, json.loads(line), core_count)}), flush=True)

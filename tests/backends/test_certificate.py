@@ -474,6 +474,20 @@ def test_nothing_half_written_is_left_behind(tiny_m3: Checkpoint, tmp_path: Path
     shutil.rmtree(folder)
 
 
+def test_what_a_killed_calibration_left_is_gone_after_the_next_start(
+    tiny_m3: Checkpoint, tmp_path: Path
+) -> None:
+    folder = cache_folder(tiny_m3, precision="int8", cache_dir=tmp_path)
+    folder.mkdir(parents=True)
+    (folder / "tensors.safetensors").write_bytes(b"whole, and never judged")
+    left = folder / ".tensors.safetensors.1234.part"
+    for _ in range(2):  # as much with nothing kept as with something
+        left.write_bytes(b"half")
+        OpenVinoBackend.load(tiny_m3, precision="int8", cores=1, cache_dir=tmp_path).close()
+        assert not left.exists()
+        assert kept(tiny_m3, tmp_path) is not None
+
+
 def test_what_older_editions_kept_is_never_read(
     tiny_m3: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

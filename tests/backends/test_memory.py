@@ -3,6 +3,8 @@
 import ctypes
 import mmap
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -11,8 +13,8 @@ import pytest
 from tests.backends.batches import batch_of
 from tests.backends.conftest import random_ids
 
-from trivec.backends.openvino import OpenVinoBackend
-from trivec.backends.openvino.quantise import FP32, make_tensors
+from trivec.backends.openvino import OpenVinoBackend, calibrate, quantise
+from trivec.backends.openvino.quantise import FP32, make_tensors, split_int16
 from trivec.backends.openvino.session import (
     LONG_TOKENS,
     Session,
@@ -120,3 +122,42 @@ def test_a_file_behind_many_arrays_is_one_mapping(tmp_path: Path) -> None:
     whole = np.memmap(file, np.uint8, mode="r")
     (mapping,) = mappings_of([whole[:8], whole[8:].reshape(7, 8), np.zeros(3)])
     assert mapping is cast("object", whole.base)
+
+
+def test_what_only_the_probes_needed_is_given_back_before_fp32_runs(
+    tiny_m3: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of BGE-M3 their tokenizer takes 0.2 GB, and the rows of the table that they read up to 1 GB."""
+    events: list[str] = []
+
+    def note(name: str) -> None:
+        step = getattr(calibrate, name)
+
+        def noted(*given: object, **named: object) -> object:
+            events.append(name)
+            return step(*given, **named)
+
+        monkeypatch.setattr(calibrate, name, noted)
+
+    @contextmanager
+    def releasing(mappings: set[mmap.mmap]) -> Iterator[None]:
+        assert mappings
+        events.append("releasing")
+        yield
+        events.append("released")
+
+    for name in ("make_probes", "release_memory", "open_session"):
+        note(name)
+    monkeypatch.setattr(calibrate, "released_meanwhile", releasing)
+    calibrate.Calibration(tiny_m3, slot_count=1)
+    assert events[:4] == ["make_probes", "release_memory", "releasing", "open_session"]
+    assert events[4:] == ["release_memory", "open_session", "released"]
+
+
+def test_a_table_is_let_go_of_as_it_is_quantised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantise, "TABLE_ROWS", 4)
+    table, calls = np.random.default_rng(0).standard_normal((10, 8), np.float32), list[int]()
+    parts = split_int16(table, lambda: calls.append(1))
+    high, low, step = (parts[name].astype(np.float32) for name in ("high", "low", "step"))
+    assert np.allclose((high * 256 + low) * step, table, atol=1e-3)
+    assert len(calls) == 3

@@ -1,10 +1,12 @@
 """What is measured with: the same on every run, of the lengths that the names say."""
 
 import numpy as np
-from benchmarks.engine import Arithmetic
+import pytest
 from benchmarks.harness import deal, in_parts
-from benchmarks.texts import Workload, mixed, sentences, uniform
+from benchmarks.texts import Arithmetic, Workload, mixed, sentences, uniform, weight_shapes
 from tests.support.dummy import BLUEPRINTS
+
+from trivec.models.ops import AttentionSpec
 
 
 def test_sentences_are_distinct_and_the_same_every_time() -> None:
@@ -56,6 +58,31 @@ def test_the_arithmetic_of_bge_m3_is_what_its_shapes_say() -> None:
     many = Arithmetic.of(Workload("many", (512,)), config)
     assert abs(one.gop - 0.6041) < 1e-3
     assert abs(many.gop / 512 - (0.60398 + 512 * 98304e-9)) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("window", "causal", "pairs"),
+    [
+        pytest.param(None, False, 25 + 1, id="every-token-sees-all"),
+        pytest.param(None, True, 15 + 1, id="causal-sees-itself-and-those-before"),
+        pytest.param(1, False, 5 + 2 * 4 + 1, id="a-window-sees-its-neighbours"),
+        pytest.param(2, True, 5 + 4 + 3 + 1, id="a-causal-window"),
+        pytest.param(9, False, 25 + 1, id="a-window-wider-than-the-text"),
+    ],
+)
+def test_the_pairs_that_attention_multiplies(window: int | None, causal: bool, pairs: int) -> None:
+    spec = AttentionSpec(heads=2, head_dim=4, kv_heads=1, window=window, causal=causal)
+    assert Workload("two", (5, 1)).pairs_seen(spec) == pairs
+
+
+def test_grouped_queries_and_gated_networks_are_counted_by_their_own_shapes() -> None:
+    """Qwen3 0.6B: 16 heads of 128 and 8 for keys and values; gate, up and down of 3,072."""
+    config = BLUEPRINTS["qwen/qwen3-embedding-0.6b"].config
+    attention, gated = 1024 * 128 * (16 + 8 + 8 + 16), 3 * 1024 * 3072
+    arithmetic = Arithmetic.of(Workload("one", (1,)), config)
+    assert arithmetic.weights_gop == 2 * 28 * (attention + gated) / 1e9
+    assert arithmetic.attention_gop == 28 * 4 * 16 * 128 / 1e9
+    assert len(weight_shapes(config, layers=2)) == 2 * 4
 
 
 def test_attention_is_counted_at_its_own_rate() -> None:

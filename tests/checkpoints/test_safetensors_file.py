@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from trivec.checkpoints.tensor_files import all_finite, open_tensor_file, write_safetensors
+from trivec.checkpoints.tensor_files import (
+    all_finite,
+    open_tensor_file,
+    remove_unfinished,
+    write_safetensors,
+)
 from trivec.core.errors import CheckpointRefused
 
 SHAPES = {
@@ -65,6 +70,26 @@ def test_half_a_file_is_never_seen(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_safetensors(file, SHAPES, stopped())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_writer_left_is_removed_and_what_a_live_one_writes_is_not(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "x.safetensors"
+    (tmp_path / ".x.safetensors.1234.part").write_bytes(b"half")
+    (tmp_path / ".y.safetensors.1234.part").write_bytes(b"another file's")
+    seen: list[list[bool]] = []
+
+    def pieces() -> Any:
+        for _ in range(4):  # more than is buffered, so that some of it is in the file
+            yield [bytes(100_000)]
+            remove_unfinished(file)  # as another process would that starts now
+            seen.append([one.stat().st_size > 0 for one in tmp_path.glob(".x.*.part")])
+
+    write_safetensors(file, {str(i): ("U8", (100_000,)) for i in range(4)}, pieces())
+    assert seen == [[True]] * 4
+    assert {one.name for one in tmp_path.iterdir()} == {file.name, ".y.safetensors.1234.part"}
+    assert len(open_tensor_file(file).tensors) == 4
 
 
 def _entry(**fields: object) -> dict[str, object]:

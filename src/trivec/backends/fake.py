@@ -114,18 +114,13 @@ class FakeBackend:
             if Output.MULTI in wanted:
                 multi[i] = rows[1:]
             if Output.CHUNKS in Output(flags) and batch.chunks is not None:
-                means = draw.standard_normal(
-                    (len(batch.chunks[i]) - 1, self.dimensions), np.float32
-                )
+                size = (len(batch.chunks[i]) - 1, self.dimensions)
+                means = draw.standard_normal(size, np.float32)
                 chunks[i] = means / np.linalg.norm(means, axis=1, keepdims=True)
             if Output.SPARSE in wanted:
                 distinct = np.unique(ids[ids >= SPECIAL_IDS])
                 weights = (distinct.astype(np.int64) * 7919 % 1000 + 1) / 1000
                 sparse[i] = SparseVector(distinct, weights.astype(np.float32))
-        return Vectors.of(
-            dense if Output.DENSE in self.outputs else None,
-            sparse,
-            multi,
-            score if Output.SCORE in self.outputs else None,
-            chunks,
-        )
+        own_dense = dense if Output.DENSE in self.outputs else None
+        own_score = score if Output.SCORE in self.outputs else None
+        return Vectors.of(own_dense, sparse, multi, own_score, chunks)

@@ -125,9 +125,8 @@ def _as_stanford_says(said: Mapping[str, Any]) -> dict[str, Any]:
 
 def _as_pylate_says(said: Mapping[str, Any], prompts: Mapping[str, str]) -> dict[str, Any]:
     """Settings of PyLate's own code, which fills up queries unless told otherwise."""
-    before = {
-        name: said.get(f"{name}_prefix") or "" for name in ("query", "document")
-    }  # each ahead of its prompt
+    # Each ahead of its prompt.
+    before = {name: said.get(f"{name}_prefix") or "" for name in ("query", "document")}
     expansion = None
     length = said.get("query_length") or QUERY_LENGTH
     if said.get("do_query_expansion") is not False:

@@ -21,11 +21,8 @@ from trivec.models.pooling import (
 
 # What never is a lexical weight, with the names XLM-R's tokenizer gives by default.
 IGNORED_TOKENS = {
-    "cls_token": "<s>",
-    "eos_token": "</s>",
-    "pad_token": "<pad>",
-    "unk_token": "<unk>",
-}
+    "cls_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"
+}  # fmt: skip
 NORM_EPS = 1e-5  # torch's own, which a LayerNorm module has
 
 
@@ -63,9 +60,7 @@ def read_linear(stored: TensorFiles, names: LinearName, *, width: int) -> HeadLi
             f"{stored.file}: {names.weight} has shape {list(weight.shape)}; expected is "
             f"[outputs, {width}]"
         )
-    bias = None
-    if names.bias is not None:
-        bias = _tensor(stored, names.bias, shape=(len(weight),))
+    bias = None if names.bias is None else _tensor(stored, names.bias, shape=(len(weight),))
     return HeadLinear(weight, bias, names.nonlinearity)
 
 

@@ -33,9 +33,7 @@ SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 WEIGHT_FILES = ("model.safetensors", INDEX_FILE, "pytorch_model.bin")  # the first one there is read
 STATIC_PART = "0_StaticEmbedding/"  # where sentence-transformers 3 and 4 keep a table and tokenizer
 HEADS = ("sparse_linear", "colbert_linear")  # files of BGE-M3's heads, .safetensors or .pt
-STATIC_WEIGHT_FILES = tuple(
-    STATIC_PART + name for name in ("model.safetensors", "pytorch_model.bin")
-)
+STATIC_WEIGHT_FILES = tuple(STATIC_PART + name for name in WEIGHT_FILES if name != INDEX_FILE)
 COLBERT_FILE = "artifact.metadata"  # of Stanford's ColBERT
 LAYOUT_FILES = (
     COLBERT_FILE,

@@ -69,11 +69,7 @@ ORDINARY_SPLADE = {
     "word_embedding_dimension": ...,
     "chunk_size": ...,  # how much is in memory at once
 }
-ORDINARY_MASK = {
-    "skiplist_words": ...,
-    "skiplist_tasks": ...,
-    "keep_only_token_ids": (None,),
-}
+ORDINARY_MASK = {"skiplist_words": ..., "skiplist_tasks": ..., "keep_only_token_ids": (None,)}
 REASONS = {
     "embedding_dimension": "is not the width of the encoder's vectors.",
     "word_embedding_dimension": "is not the width of the encoder's vectors.",

@@ -93,11 +93,8 @@ def read_static(
         )
     except ValueError as error:
         raise CheckpointRefused(f"{made.file}: {error}") from error
-    unknown = (
-        _unknown_token_id(folder / static_part(names) / TOKENIZER_FILE)
-        if made.is_model2vec
-        else None
-    )
+    tokenizer_file = folder / static_part(names) / TOKENIZER_FILE
+    unknown = _unknown_token_id(tokenizer_file) if made.is_model2vec else None
     rules = TokenRules(
         has_specials=False, dropped_token_id=unknown, blank_token_id=made.token_count
     )

@@ -10,6 +10,7 @@ The pickle is a program for a stack machine that may import and call anything. `
 gives it two dozen opcodes and three callables, which make a state dict.
 """
 
+import fcntl
 import hashlib
 import io
 import mmap
@@ -20,12 +21,14 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
 from pathlib import Path
 from reprlib import Repr
 from typing import Any, ClassVar, TypeGuard, cast
+from uuid import uuid4
 
 import msgspec
 import numpy as np
@@ -46,6 +49,8 @@ NUMPY_TYPES = {
 }  # fmt: skip
 TORCH_SUFFIXES = (".bin", ".pt")
 DIMENSIONS_MAX = 8
+# Larger writes make larger folios, which are mapped whole: 2 MB for each row of a table that is read.
+PIECE_BYTES = 64 * 1024
 # How BERT's first files call the two tensors of a LayerNorm.
 NORM_PARTS = {"gamma": "weight", "beta": "bias"}
 OLD_NORM = re.compile(r"(?<=LayerNorm\.)(gamma|beta)$")
@@ -200,6 +205,7 @@ def as_safetensors(source: HashedFile, *, cache_dir: Path) -> Path:
         return source.path
     folder, hashes = cache_dir / "converted" / source.sha256, Hashes(cache_dir / "hashes")
     file, note = folder / "model.safetensors", folder / "sha256"
+    remove_unfinished(file)
     is_there = file.is_file() and note.is_file()
     if is_there and hashes.of(file).sha256 == note.read_text(errors="replace"):
         return file
@@ -248,7 +254,8 @@ def write_safetensors(
     """Write *file* in one pass, one piece in memory at a time; returns its sha256.
 
     *tensors* yields, for each name of *shapes* in order, the little-endian bytes of it in pieces.
-    The file is moved into place at the end: a reader never sees half of it.
+    The file is moved into place at the end: a reader never sees half of it. Until then its writer
+    holds a lock: see `remove_unfinished`.
     """
     entries: dict[str, dict[str, object]] = {}
     end = 0  # of the tensor, from the end of the header
@@ -260,19 +267,35 @@ def write_safetensors(
     head = len(encoded).to_bytes(8, "little") + encoded
     sha256 = hashlib.sha256()
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}.part")
+    unfinished = file.with_name(f".{file.name}.{uuid4().hex}.part")
     try:
-        with unfinished.open("wb") as out:
-            for piece in chain([head], chain.from_iterable(tensors)):
-                sha256.update(piece)
-                out.write(piece)
+        with unfinished.open("xb") as out:
+            with suppress(OSError):  # a file system without locks keeps what was left
+                fcntl.flock(out, fcntl.LOCK_EX)
+            for whole in chain([head], chain.from_iterable(tensors)):
+                for at in range(0, len(whole), PIECE_BYTES):
+                    piece = whole[at : at + PIECE_BYTES]
+                    sha256.update(piece)
+                    out.write(piece)
             assert out.tell() == len(head) + end
             out.flush()
             os.fsync(out.fileno())
-        unfinished.replace(file)
+            unfinished.replace(file)
         return sha256.hexdigest()
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def remove_unfinished(file: Path) -> None:
+    """Remove what processes left that were killed while they wrote *file*: up to all its bytes.
+
+    A writer that lives holds its lock before the first byte; what is empty may not have it yet.
+    """
+    for part in file.parent.glob(f".{file.name}.*.part"):
+        with suppress(OSError), part.open("r+b") as opened:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(opened.fileno()).st_size:
+                part.unlink()
 
 
 # torch's zip files

@@ -275,15 +275,8 @@ def pack(items: Sequence[BatchItem]) -> Batch:
     cu_seqlens = np.cumsum([0, *map(len, ids)], dtype=np.int32)
     token_types = np.concatenate(types) if has_types else None
     skip = np.concatenate(skips) if has_skip else None
-    has_chunks = any(own is not NO_CHUNKS for own in chunks)
-    return Batch(
-        np.concatenate(ids),
-        cu_seqlens,
-        outputs,
-        token_types,
-        skip,
-        tuple(chunks) if has_chunks else None,
-    )
+    bounds = tuple(chunks) if any(own is not NO_CHUNKS for own in chunks) else None
+    return Batch(np.concatenate(ids), cu_seqlens, outputs, token_types, skip, bounds)
 
 
 def one_by_one(items: Sequence[BatchItem]) -> list[BatchItem]:

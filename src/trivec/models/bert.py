@@ -67,9 +67,7 @@ def read_config(config: Mapping[str, object]) -> BertConfig:
         common = found.common(pad_token_id=1)
         common["position_offset"] = common["pad_token_id"] + 1
     return BertConfig(
-        **common,
-        layer_norm_eps=found.layer_norm_eps,
-        type_vocab_size=found.type_vocab_size,
+        **common, layer_norm_eps=found.layer_norm_eps, type_vocab_size=found.type_vocab_size
     )
 
 

@@ -186,9 +186,7 @@ class HiddenRows:
 
     hidden: Float32Array  # [rows, hidden]
     token_ids: Int32Array  # [rows]
-    cu_seqlens: (
-        Int32Array  # [sequences + 1]; with CLS pooling a sequence may have its first row only
-    )
+    cu_seqlens: Int32Array  # [sequences + 1]; with CLS pooling a sequence may be its first row
     outputs: NDArray[np.uint8]  # [sequences]; Output flags
     skip: Int32Array | None = None  # [sequences]; leading rows not pooled, at least one stays
     chunks: Sequence[Int32Array] | None = None  # [sequences] of [chunks + 1]; as in `Sequences`

@@ -314,10 +314,8 @@ class Tokenizer:
         """
         text, is_over = await self._in_pool(self._shorten, text, LongText.KEEP)
         text, plain = how.prompt + text, replace(how, prompt="", marked=None)
-        ids = [
-            self._prefix,
-            *([] if how.marked is None else [np.array([how.marked.token_id], np.int32)]),
-        ]
+        marker = [] if how.marked is None else [np.array([how.marked.token_id], np.int32)]
+        ids = [self._prefix, *marker]
         pieces = (match[0] for match in _PIECE.finditer(text)) if is_over else [text]
         for piece in pieces:
             part = await self._in_pool(self._encode, [piece], plain, first)
@@ -397,9 +395,7 @@ class Tokenizer:
         if len(unknown):
             i = next(i for i, one in enumerate(lists) if unknown[0] in one)
             raise TokenIdUnknown(
-                token_id=int(unknown[0]),
-                vocabulary_size=self.vocabulary_size,
-                param=f"input[{i}]",
+                token_id=int(unknown[0]), vocabulary_size=self.vocabulary_size, param=f"input[{i}]"
             )
 
     def _with_specials(self, lists: TokenLists, how: Reading, trusted: bool) -> Sequences:

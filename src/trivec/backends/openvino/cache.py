@@ -23,7 +23,7 @@ from trivec.backends.openvino.session import open_core
 from trivec.backends.openvino.trial import kernel_flags
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.checkpoints.hashes import Hashes
-from trivec.checkpoints.tensor_files import open_tensor_file, write_safetensors
+from trivec.checkpoints.tensor_files import open_tensor_file, remove_unfinished, write_safetensors
 from trivec.core.errors import CheckpointRefused, SettingInvalid
 from trivec.core.ports import OnProgress, no_progress
 
@@ -111,7 +111,11 @@ class CacheWriter:
 
 
 def load(folder: Path, on_progress: OnProgress = no_progress) -> QuantisedModel | None:
-    """What `save` wrote to *folder*; None where there is nothing, or something is damaged."""
+    """What `save` wrote to *folder*; None where there is nothing, or something is damaged.
+
+    Tensors without a certificate, of a process that was killed, are where the next are written.
+    """
+    remove_unfinished(folder / TENSORS)
     if not (folder / DESCRIBED).exists():
         return None
     try:

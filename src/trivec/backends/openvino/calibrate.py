@@ -38,6 +38,7 @@ from trivec.backends.openvino.session import (
     mappings_of,
     open_session,
     release_memory,
+    released_meanwhile,
     self_test_ids,
 )
 from trivec.backends.openvino.trial import ProductTrial, bf16_pays, try_products
@@ -282,33 +283,38 @@ class Calibration:
         )
         self._tell("compiling fp32, to compare int8 with")
         calibration, self._evaluation = make_probes(checkpoint)
+        release_memory(())  # its tokenizer takes 0.2 GB of BGE-M3
         self._calibration = as_batch(calibration, next(iter(checkpoint.outputs)))
         self._self_test_ids = self_test_ids(checkpoint.config)
-        tensors = make_tensors(checkpoint, FP32)
-        first = open_session(checkpoint, tensors, FP32, slot_count=slot_count, with_statistics=True)
-        self._reference = first.hidden(self._self_test_ids, slot=0)
-        self._tell("running the probes in fp32")
-        groups = plan_of(checkpoint.config).linears
         self._samples: dict[str, Float16Array] = {}  # until a scheme needs them
         self._layer_outputs: list[Float32Array] = []  # of one micro-batch, each [tokens, hidden]
-        parts = []
-        for part in first.statistics(self._calibration):
-            self._layer_outputs = self._layer_outputs or part[2 * len(groups) :]
-            parts.append(part[: 2 * len(groups)])
-        self._statistics = {
-            group.names[0]: ActivationStatistics(
-                largest=np.array([part[2 * i] for part in parts]).max(axis=0),
-                mean=np.array([part[2 * i + 1] for part in parts]).mean(axis=0),
+        tensors = make_tensors(checkpoint, FP32)
+        # On large folios a row of a table that is read brings 2 MB of its file into memory.
+        with released_meanwhile(mappings_of(tensors.values())):
+            first = open_session(
+                checkpoint, tensors, FP32, slot_count=slot_count, with_statistics=True
             )
-            for i, group in enumerate(groups)
-        }
-        del first  # one fp32 session at a time: each is 1.2 GB of BGE-M3
-        release_memory(())
-        # Two compiles must agree before anything is compared with them, or kept: see `open_session`.
-        session = open_session(
-            checkpoint, tensors, FP32, slot_count=slot_count, reference=self._reference
-        )
-        self._exact = self._vectors(session)
+            self._reference = first.hidden(self._self_test_ids, slot=0)
+            self._tell("running the probes in fp32")
+            groups = plan_of(checkpoint.config).linears
+            parts = []
+            for part in first.statistics(self._calibration):
+                self._layer_outputs = self._layer_outputs or part[2 * len(groups) :]
+                parts.append(part[: 2 * len(groups)])
+            self._statistics = {
+                group.names[0]: ActivationStatistics(
+                    largest=np.array([part[2 * i] for part in parts]).max(axis=0),
+                    mean=np.array([part[2 * i + 1] for part in parts]).mean(axis=0),
+                )
+                for i, group in enumerate(groups)
+            }
+            del first  # one fp32 session at a time: each is 1.2 GB of BGE-M3
+            release_memory(())
+            # Two compiles must agree before anything is compared with them: see `open_session`.
+            session = open_session(
+                checkpoint, tensors, FP32, slot_count=slot_count, reference=self._reference
+            )
+            self._exact = self._vectors(session)
 
     def candidates(self) -> Iterator[QuantScheme]:
         """From the fastest on; those with exact layers are worked out only when they are reached.

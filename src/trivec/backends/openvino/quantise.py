@@ -11,7 +11,7 @@ within it (2 * 255 * 64 = 32,640), and are rounded with feedback: each channel m
 of those before it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from types import MappingProxyType
@@ -123,7 +123,7 @@ def make_tensors(
         if scheme.is_int8:
             for table in plan.token_tables:
                 converted.add(table)
-                parts = split_int16(weights.take(f"{table}.weight"))
+                parts = split_int16(weights.take(f"{table}.weight"), weights.release_pages)
                 tensors |= {f"{table}.{part}": values for part, values in parts.items()}
                 weights.release_pages()
             for layer, grouped in groupby(plan.linears, key=lambda group: group.layer):
@@ -192,7 +192,9 @@ def int8_layer(
     return tensors
 
 
-def split_int16(table: Float32Array) -> dict[str, NDArray[np.generic]]:
+def split_int16(
+    table: Float32Array, after_rows: Callable[[], None] = lambda: None
+) -> dict[str, NDArray[np.generic]]:
     """*table* `[rows, columns]` at half its size: (256 * high + low) * step.
 
     `high` and `low` are int8 `[rows, columns]`, `step` is float32 `[rows, 1]`; the error is at most
@@ -208,6 +210,7 @@ def split_int16(table: Float32Array) -> dict[str, NDArray[np.generic]]:
         whole = np.rint(part / step[rows]).astype(np.int32)
         high[rows] = (whole + 128) >> 8
         low[rows] = whole - (((whole + 128) >> 8) << 8)
+        after_rows()
     return {"high": high, "low": low, "step": step}
 
 

@@ -26,14 +26,7 @@ from trivec.backends.openvino.packing import (
 from trivec.backends.openvino.quantise import QuantScheme, Tensors
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.errors import StartError
-from trivec.core.types import (
-    Batch,
-    Float32Array,
-    Int32Array,
-    Output,
-    Sequences,
-    Vectors,
-)
+from trivec.core.types import Batch, Float32Array, Int32Array, Output, Sequences, Vectors
 from trivec.models.ops import ModelConfig
 from trivec.models.pooling import SPLADE_ROWS, HiddenRows, MultiHead, Pooling, SpladeHead
 from trivec.models.registry import plan_of
