@@ -13,12 +13,14 @@ from itertools import pairwise
 from typing import TypeVar, cast
 
 import numpy as np
+from starlette.datastructures import QueryParams
 from starlette.responses import Response
 
 from trivec.api.context import RequestContext
 from trivec.api.responses import IN_LINE_BYTES_MAX, estimate_bytes
 from trivec.api.rules import (
     LONG_TEXT,
+    blamed_on,
     check_inputs,
     choose_outputs,
     choose_prompt,
@@ -78,6 +80,12 @@ async def read(
     strings = 1 if issubclass(kind, TokenizeRequest) else STRINGS_A_TEXT
     await asyncio.to_thread(refuse_too_many_items, body, context.app.limits, strings)
     return await asyncio.to_thread(decoder.decode, body)
+
+def read_query(kind: type[T], context: RequestContext) -> T:
+    """The request in the query. Raises `FieldInvalid`."""
+    decoder: Decoder[T] = decoder_of(kind)  # type: ignore[arg-type] # every class has a hash
+    return decoder.convert(dict(QueryParams(context.query_string)))
+
 
 
 def choose_embedder(
@@ -183,7 +191,7 @@ async def tokenize_input(
             context.memory.add(sum(map(len, inputs)))
             context.token_encoding = encoding
     prompt = ""
-    if asked.names_prompt or embedder.card.default_prompt_name is not None:
+    if asked.prompt_field or embedder.card.default_prompt_name is not None:
         prompt = choose_prompt(
             embedder.card,
             prompt=asked.prompt,
