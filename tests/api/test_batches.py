@@ -18,6 +18,7 @@ from trivec.api import AppState, answer_line
 from trivec.core.errors import EngineFault, Overloaded
 from trivec.core.events import LinesWaiting, ShardFinished
 from trivec.jobs import batches as jobs
+from trivec.jobs import records
 from trivec.jobs.files import FileStorage, FileWriter
 from trivec.settings import BatchLimits
 
@@ -316,6 +317,20 @@ async def test_cancelled_in_the_middle_it_keeps_what_is_done(
     in_shards_of(2, monkeypatch)
     async with working(house) as client:
         batch = await client.create([line(f"c{i}", f"text {i}") for i in range(6)])
+async def test_one_batch_more_than_a_key_may_have_open_is_the_keys_own_limit(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "OPEN_BATCHES_MAX", 1)
+    async with house.client() as http:
+        batch = await Client(http).create([line("a")])
+        asked = {name: batch[name] for name in ("input_file_id", "endpoint", "completion_window")}
+        refused = await http.post("/batches", json=asked)
+    error = refused.json()["error"]
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "60")
+    assert (error["type"], error["code"]) == ("requests", "rate_limit_exceeded")
+    assert "batches that have not ended: limit 1, requested 2" in error["message"]
+
+
         embed, seen = house.model.embed, 0
 
         async def held(*given: Any, **more: Any) -> Any:
