@@ -11,11 +11,11 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from io import BytesIO
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
-from starlette.datastructures import Headers, QueryParams, UploadFile
+from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import Response
 from starlette.types import Receive, Send
@@ -24,11 +24,12 @@ from starlette.types import Scope as AsgiScope
 from trivec.accounts import Key, RequestUsage
 from trivec.api.context import AppState, RequestContext
 from trivec.api.errors import TABLE, error_response, fault_of
+from trivec.api.inference import read_query
 from trivec.api.openai import embeddings
 from trivec.api.openapi import keyed
 from trivec.api.rerank import rerank
 from trivec.api.responses import json_response
-from trivec.api.schemas import Decoder, decoder_of, doc
+from trivec.api.schemas import decoder_of, doc
 from trivec.core.errors import (
     BodyTooSlow,
     EngineFault,
@@ -49,7 +50,6 @@ FIELD_BYTES_MAX = 1024  # of a part of a form that is no file
 FORM_BYTES_MAX = 65_536  # of a form beside its file
 FILENAME_CHARS_MAX = 255
 RETRY_S_MAX = 10.0
-T = TypeVar("T")
 _log = logging.getLogger(__name__)
 LINE_HANDLERS = dict(zip(ENDPOINTS, (embeddings, rerank), strict=True))
 
@@ -233,7 +233,7 @@ async def upload_file(context: RequestContext) -> Response:
 
 async def list_files(context: RequestContext) -> Response:
     """List this key's files."""
-    asked = _query(context, FilesQuery)
+    asked = read_query(FilesQuery, context)
     page = Page(asked.after, asked.limit, newest_first=asked.order == "desc")
     store, key_id = _jobs(context).store, context.known_caller.id
     found = await asyncio.to_thread(store.list_files, key_id, page, purpose=asked.purpose)
@@ -276,7 +276,7 @@ async def create_batch(context: RequestContext) -> Response:
 
 async def list_batches(context: RequestContext) -> Response:
     """List this key's batches, newest first."""
-    asked = _query(context, BatchesQuery)
+    asked = read_query(BatchesQuery, context)
     store, key_id = _jobs(context).store, context.known_caller.id
     page = Page(asked.after, asked.limit)
     found = await asyncio.to_thread(store.list_batches, key_id, page)
@@ -432,11 +432,6 @@ def _listed(
     return json_response(kind(data=shown_here, first_id=first, last_id=last, has_more=has_more))
 
 
-def _query(context: RequestContext, kind: type[T]) -> T:
-    query: Decoder[T] = decoder_of(kind)  # type: ignore[arg-type] # every class has a hash
-    return query.convert(dict(QueryParams(context.query_string)))
-
-
 def _jobs(context: RequestContext) -> Batches:
     assert context.app.batches is not None, "the face is served without them"
     return context.app.batches
@@ -487,12 +482,12 @@ _upload = keyed(FILES, upload_file, FileObject, UploadRequest)
 _list_files = keyed(FILES, list_files, FileList)
 OPERATIONS = (
     replace(_upload, media_type=FORM),
-    replace(_list_files, query=FilesQuery.__struct_fields__),
+    replace(_list_files, query_type=FilesQuery),
     keyed(FILE, show_file, FileObject),
     replace(keyed(FILE, delete_file, FileDeleted), method="DELETE"),
     replace(keyed(FILE + "/content", file_content, FileObject), response_type=None),
     keyed(BATCHES, create_batch, BatchObject, CreateBatchRequest),
-    replace(keyed(BATCHES, list_batches, BatchList), query=BatchesQuery.__struct_fields__),
+    replace(keyed(BATCHES, list_batches, BatchList), query_type=BatchesQuery),
     keyed(BATCH, show_batch, BatchObject),
     replace(keyed(BATCH + "/cancel", cancel_batch, BatchObject), method="POST"),
 )
