@@ -217,6 +217,7 @@ class BatchList(Struct, frozen=True, kw_only=True):
 
 async def upload_file(context: RequestContext) -> Response:
     """Upload a file of requests, as multipart/form-data."""
+    context.timeout.extend(_jobs(context).files.limits.upload_s_max)
     new = await _jobs(context).files.begin(context.known_caller.id, "batch")
     try:
         form = await _read_form(context, new)
@@ -347,8 +348,7 @@ class StreamedFile(Response):
         self._pieces = pieces
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(start)
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async with aclosing(self._pieces) as pieces:
             await send({"type": "http.response.body", "body": self._first, "more_body": True})
             if scope["method"] != "HEAD":
@@ -401,13 +401,11 @@ async def _read_form(context: RequestContext, new: NewFile) -> dict[str, str]:
         async with asyncio.timeout(upload_s_max):
             form = await _UploadParser(context, new).parse()
     except MultiPartException as refused:
-        raise MalformedBody(
-            f"We could not parse the form in the body of your request: {refused.message}"
-        ) from None
+        says = f"We could not parse the form in the body of your request: {refused.message}"
+        raise MalformedBody(says) from None
     except TimeoutError:
-        raise BodyTooSlow(
-            f"The upload did not arrive within {upload_s_max:g} seconds. Send smaller files."
-        ) from None
+        says = f"The upload did not arrive within {upload_s_max:g} seconds. Send smaller files."
+        raise BodyTooSlow(says) from None
     return {
         name: value if isinstance(value, str) else value.filename or "file"
         for name, value in form.multi_items()
