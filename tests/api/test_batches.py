@@ -223,6 +223,16 @@ async def test_every_fault_is_listed_with_blank_lines_counted_up_to_a_hundred(ho
     assert len(found) == jobs.ERRORS_MAX + 1
 
 
+async def test_blank_lines_count_among_the_bytes_that_are_read_of_a_shard(house: House) -> None:
+    content = as_file([line("a")]) + b"\n" * jobs.SHARD_BYTES + as_file([line("b")])
+    async with working(house) as client:
+        batch = await client.ended(await client.create(content))
+        output = await client.lines(batch["output_file_id"])
+    assert {one["custom_id"] for one in output} == {"a", "b"}
+    ran = [event.completed for event in house.heard.events if isinstance(event, ShardFinished)]
+    assert ran == [1, 1]
+
+
 async def test_more_than_fifty_thousand_lines_are_refused(house: House) -> None:
     async with working(house) as client:
         content = b"".join(
@@ -307,16 +317,6 @@ async def test_batches_are_listed_in_pages(house: House) -> None:
     assert (first["has_more"], second["has_more"], wrong.status_code) == (True, False, 400)
 
 
-def in_shards_of(count: int, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(jobs, "SHARD_LINES", count)
-
-
-async def test_cancelled_in_the_middle_it_keeps_what_is_done(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    in_shards_of(2, monkeypatch)
-    async with working(house) as client:
-        batch = await client.create([line(f"c{i}", f"text {i}") for i in range(6)])
 async def test_one_batch_more_than_a_key_may_have_open_is_the_keys_own_limit(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,6 +331,16 @@ async def test_one_batch_more_than_a_key_may_have_open_is_the_keys_own_limit(
     assert "batches that have not ended: limit 1, requested 2" in error["message"]
 
 
+def in_shards_of(count: int, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(jobs, "SHARD_LINES", count)
+
+
+async def test_cancelled_in_the_middle_it_keeps_what_is_done(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_shards_of(2, monkeypatch)
+    async with working(house) as client:
+        batch = await client.create([line(f"c{i}", f"text {i}") for i in range(6)])
         embed, seen = house.model.embed, 0
 
         async def held(*given: Any, **more: Any) -> Any:
