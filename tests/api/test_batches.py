@@ -128,6 +128,13 @@ async def test_each_line_is_answered_as_its_endpoint_would_and_billed_once(house
     assert LinesWaiting(0) in house.heard.events
 
 
+async def test_a_server_that_stops_leaves_no_task_behind(house: House) -> None:
+    before = asyncio.all_tasks()
+    async with working(house) as client:
+        await client.ended(await client.create([line("a")]))
+    assert asyncio.all_tasks() == before
+
+
 @pytest.mark.parametrize("house", [{"has_rerankers": True}], indirect=True)
 async def test_lines_may_rerank(house: House) -> None:
     body = {"model": RERANKER, "query": "a", "documents": ["b", "a"]}

@@ -268,8 +268,10 @@ class JobRunner:
     async def _wait(self, *work: "asyncio.Task[None]", within_s: float = RENEW_S) -> bool:
         """Wait for *work*, at most so long or until a job has changed; whether it has ended."""
         waking = asyncio.create_task(self._wake.wait())
-        await asyncio.wait((*work, waking), timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
-        waking.cancel()
+        try:
+            await asyncio.wait((*work, waking), timeout=within_s, return_when="FIRST_COMPLETED")
+        finally:
+            waking.cancel()
         self._wake.clear()
         return all(one.done() for one in work)
 
