@@ -37,6 +37,7 @@ from trivec.accounts.ledger import (
     RETRY_S,
     Committed,
     Entry,
+    LedgerRow,
     LedgerWriter,
     RecordUsage,
     Reserve,
@@ -267,20 +268,28 @@ def told(outcome: object) -> object:
     return str(outcome) if isinstance(outcome, RateLimitExceeded) else outcome
 
 
+@pytest.mark.parametrize(
+    ("name", "rows", "error"),
+    [
+        pytest.param("a", [a_row("twice")] * 2, UniqueViolation, id="the-store-refuses-it"),
+        pytest.param(
+            "b",
+            [a_row("good", key_id="key_b"), a_row("bad", key_id="key_b", status=None)],
+            TypeError,
+            id="a-bug-of-ours",
+        ),
+    ],
+)
 async def test_what_is_recorded_beside_an_entry_that_cannot_be_reserves_once(
-    on_postgres: Store, clock: HandClock
+    on_postgres: Store, clock: HandClock, name: str, rows: list[LedgerRow], error: type[Exception]
 ) -> None:
     """On Postgres reservations are committed by themselves, before what is recorded with them."""
-    limits = RateLimits(requests_per_minute=10)
-    on_postgres.add_key(a_key("a", limits))
+    limits, key = RateLimits(requests_per_minute=10), a_key(name)
+    on_postgres.add_key(key)
     writer = LedgerWriter(on_postgres, clock=clock, check=lambda: None)
-    twice = RecordUsage(a_row("twice"))
-    group: list[Entry] = [
-        Reserve(KEY, limits, Cost(requests=1)),
-        twice,
-        twice,
-        RecordUsage(a_row("once")),
-    ]
+    last = RecordUsage(a_row(f"after {name}", key_id=key.id))
+    reserve = Reserve(key.id, limits, Cost(requests=1))
+    group: list[Entry] = [reserve, *map(RecordUsage, rows), last]
     pending = [writer.submit(entry) for entry in group]
     writer.start()
 
@@ -289,8 +298,8 @@ async def test_what_is_recorded_beside_an_entry_that_cannot_be_reserves_once(
 
     assert isinstance(granted, Grant)
     assert granted.bucket.requests_debt == MINUTE_US, "one request"
-    assert [type(outcome) for outcome in recorded] == [type(None), UniqueViolation, type(None)]
-    assert on_postgres.usage(UsageQuery(UsageBy.KEY))[0].requests == 2
+    assert [type(outcome) for outcome in recorded] == [type(None), error, type(None)]
+    assert on_postgres.usage(UsageQuery(UsageBy.KEY, key_id=key.id))[0].requests == 2
 
 
 def test_a_change_to_a_key_is_heard_at_once(on_postgres: Store) -> None:

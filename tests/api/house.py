@@ -25,7 +25,7 @@ from trivec.api import AppState, ByteBudget, answer_line, build_app
 from trivec.api.app import FACES
 from trivec.api.openapi import Operation
 from trivec.backends.fake import FakeBackend
-from trivec.core.errors import Overloaded, TextTooLong, TokenIdUnknown
+from trivec.core.errors import FieldInvalid, Overloaded, TextTooLong, TokenIdUnknown
 from trivec.core.events import Event, RequestServed
 from trivec.core.health import Health
 from trivec.core.ports import Embedder, Texts, TokenLists
@@ -117,6 +117,9 @@ class StandIn:
                 continue
             if long_text is LongText.REFUSE:
                 raise TextTooLong(token_count=len(one), token_count_max=count_max, index=i)
+            if count_max <= 2 + len(prompt):
+                at_fault = "prompt" if count_max == self.card.token_count_max else "token_count_max"
+                raise FieldInvalid("None is left for the text itself.", param=at_fault)
             truncated[i] = Truncated(len(one), count_max)
             kept = one[1:-1]
             room = count_max - 2

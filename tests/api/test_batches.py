@@ -18,6 +18,7 @@ from trivec.api import AppState, answer_line
 from trivec.core.errors import EngineFault, Overloaded
 from trivec.core.events import LinesWaiting, ShardFinished
 from trivec.jobs import batches as jobs
+from trivec.jobs import records
 from trivec.jobs.files import FileStorage, FileWriter
 from trivec.settings import BatchLimits
 
@@ -127,6 +128,13 @@ async def test_each_line_is_answered_as_its_endpoint_would_and_billed_once(house
     assert LinesWaiting(0) in house.heard.events
 
 
+async def test_a_server_that_stops_leaves_no_task_behind(house: House) -> None:
+    before = asyncio.all_tasks()
+    async with working(house) as client:
+        await client.ended(await client.create([line("a")]))
+    assert asyncio.all_tasks() == before
+
+
 @pytest.mark.parametrize("house", [{"has_rerankers": True}], indirect=True)
 async def test_lines_may_rerank(house: House) -> None:
     body = {"model": RERANKER, "query": "a", "documents": ["b", "a"]}
@@ -222,6 +230,16 @@ async def test_every_fault_is_listed_with_blank_lines_counted_up_to_a_hundred(ho
     assert len(found) == jobs.ERRORS_MAX + 1
 
 
+async def test_blank_lines_count_among_the_bytes_that_are_read_of_a_shard(house: House) -> None:
+    content = as_file([line("a")]) + b"\n" * jobs.SHARD_BYTES + as_file([line("b")])
+    async with working(house) as client:
+        batch = await client.ended(await client.create(content))
+        output = await client.lines(batch["output_file_id"])
+    assert {one["custom_id"] for one in output} == {"a", "b"}
+    ran = [event.completed for event in house.heard.events if isinstance(event, ShardFinished)]
+    assert ran == [1, 1]
+
+
 async def test_more_than_fifty_thousand_lines_are_refused(house: House) -> None:
     async with working(house) as client:
         content = b"".join(
@@ -304,6 +322,20 @@ async def test_batches_are_listed_in_pages(house: House) -> None:
         wrong = await http.get("/batches?limit=101")
     assert [one["id"] for one in first["data"] + second["data"]] == ids[::-1]
     assert (first["has_more"], second["has_more"], wrong.status_code) == (True, False, 400)
+
+
+async def test_one_batch_more_than_a_key_may_have_open_is_the_keys_own_limit(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "OPEN_BATCHES_MAX", 1)
+    async with house.client() as http:
+        batch = await Client(http).create([line("a")])
+        asked = {name: batch[name] for name in ("input_file_id", "endpoint", "completion_window")}
+        refused = await http.post("/batches", json=asked)
+    error = refused.json()["error"]
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "60")
+    assert (error["type"], error["code"]) == ("requests", "rate_limit_exceeded")
+    assert "batches that have not ended: limit 1, requested 2" in error["message"]
 
 
 def in_shards_of(count: int, patch: pytest.MonkeyPatch) -> None:

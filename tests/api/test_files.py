@@ -48,6 +48,15 @@ def roomy(tmp_path: Path) -> Iterator[House]:
     house.close()
 
 
+async def test_an_upload_has_a_time_of_its_own_however_briefly_its_client_waits_for_answers(
+    house: House,
+) -> None:
+    async with house.client() as client:
+        client.headers["x-stainless-read-timeout"] = "0.000001"
+        made = await upload(client)
+    assert made.status_code == 200, made.text
+
+
 @pytest.mark.parametrize("path", ["/v1", "/openai/v1"])
 async def test_a_file_goes_in_and_comes_out_again(house: House, path: str) -> None:
     content = bytes(range(256)) * 20_000  # of several pieces

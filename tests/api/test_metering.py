@@ -292,7 +292,7 @@ async def test_requests_that_cost_no_tokens_have_a_rate_of_their_own(house: Hous
         refused = await client.get("/models")
         assert refused.status_code == 429
         assert refused.json()["error"]["code"] == "rate_limit_exceeded"
-        assert "requests that cost no tokens per minute: limit 3" in refused.text
+        assert "requests per minute that cost no tokens: limit 3" in refused.text
         assert int(refused.headers["retry-after"]) in range(1, 61)
         assert (await client.post("/embeddings", json=BODY)).status_code == 429
         assert (await theirs.get("/models")).status_code == 200

@@ -170,6 +170,40 @@ async def test_a_prompt_that_cannot_be_is_refused(
     assert not prompted.store.rows
 
 
+LONG = {"long": "x" * 62, "document": "x" * 62}  # the model reads 64 tokens, with the two ends
+
+
+@pytest.mark.parametrize(
+    ("url", "given", "param"),
+    [
+        pytest.param(
+            "/embeddings", {"truncate_prompt_tokens": 2}, "truncate_prompt_tokens", id="by-a-number"
+        ),
+        pytest.param("/embeddings", {"prompt": "x" * 62}, "prompt", id="by-a-literal"),
+        pytest.param("/embeddings", {"prompt_name": "long"}, "prompt_name", id="by-a-name"),
+        pytest.param("/embeddings", {"input_type": "document"}, "input_type", id="by-a-kind"),
+        pytest.param("/embeddings", {"task": "retrieval.passage"}, "task", id="by-jinas-word"),
+        pytest.param(
+            "/rerank", {"query": "a", "documents": ["a"], "input": None}, None, id="by-the-model"
+        ),
+    ],
+)
+async def test_where_no_token_is_left_for_a_text_the_field_at_fault_is_the_faces_own(
+    prompted: House, url: str, given: dict[str, object], param: str | None
+) -> None:
+    prompted.model.card = replace(CARD, prompts=LONG)
+    error = (await post(prompted, url, truncate=True, **given))["error"]
+    assert (error["message"], error["param"]) == ("None is left for the text itself.", param)
+
+
+async def test_a_models_own_prompt_that_leaves_no_token_is_no_field_of_the_request(
+    prompted: House,
+) -> None:
+    prompted.model.card = replace(CARD, prompts=LONG, default_prompt_name="long")
+    error = (await post(prompted, truncate=True))["error"]
+    assert (error["message"], error["param"]) == ("None is left for the text itself.", None)
+
+
 @pytest.mark.parametrize(
     "given", [{}, {"input_type": "classification", "prompt": None}], ids=["a-default", "no-prompt"]
 )

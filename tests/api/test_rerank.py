@@ -157,6 +157,11 @@ async def test_so_many_of_the_best_are_returned(
     assert some["results"] == whole["results"][:returned]
 
 
+async def test_a_count_may_be_said_in_both_words(house: House) -> None:
+    both = await ask(house, top_n=2, top_k=2)
+    assert both["results"] == (await ask(house, top_n=2, top_k=None))["results"]
+
+
 async def test_documents_may_be_objects_and_may_be_left_out_of_the_answer(house: House) -> None:
     plain = await ask(house)
     objects = await ask(house, documents=[{"text": text} for text in DOCUMENTS])
@@ -218,6 +223,8 @@ async def test_a_server_of_voyages_form_has_the_results_in_data_alone(house: Hou
         pytest.param({"documents": "a"}, "documents", id="documents-of-another-type"),
         pytest.param({"documents": [1]}, "documents[0]", id="a-document-of-another-type"),
         pytest.param({"top_n": -1}, "top_n", id="a-negative-count"),
+        pytest.param({"top_n": 1, "top_k": 2}, "top_k", id="two-counts"),
+        pytest.param({"top_n": 0, "top_k": 2}, "top_k", id="all-of-them-and-two"),
         pytest.param({"weights": {"weight": 1}}, "weights", id="no-such-output"),
         pytest.param({"weights": {"dense": 0}}, "weights", id="no-weight"),
         pytest.param({"trunkate": True}, "trunkate", id="no-such-field"),

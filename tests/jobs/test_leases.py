@@ -17,7 +17,12 @@ from trivec.accounts import UsageBy, UsageQuery
 from trivec.accounts.ledger import LedgerRow
 from trivec.accounts.stores.engines import SQLITE_FILE, postgres_engines, sqlite_engines
 from trivec.accounts.stores.sql import SqlStore
-from trivec.core.errors import FieldInvalid, Overloaded, ResourceUnknown, StoreUnavailable
+from trivec.core.errors import (
+    FieldInvalid,
+    RateLimitExceeded,
+    ResourceUnknown,
+    StoreUnavailable,
+)
 from trivec.jobs import records
 from trivec.jobs.records import LEASE_S, JobPlan, JobRecord, JobStore, Page, ShardRecord
 from trivec.settings import BatchLimits
@@ -313,7 +318,7 @@ def test_a_key_has_so_many_open_jobs_at_a_time(
     monkeypatch.setattr(records, "OPEN_BATCHES_MAX", 2)
     job = new_job(jobs)
     new_job(jobs)
-    with pytest.raises(Overloaded, match="2 batches"):
+    with pytest.raises(RateLimitExceeded, match="batches that have not ended: limit 2"):
         new_job(jobs)
     new_job(jobs, key_id="key_b")
     jobs.cancel_batch(KEY, job.id)
@@ -355,7 +360,7 @@ def beside(
     def run() -> None:
         try:
             outcomes.append(work())
-        except (FieldInvalid, Overloaded, StoreUnavailable) as refused:
+        except (FieldInvalid, RateLimitExceeded, StoreUnavailable) as refused:
             outcomes.append(refused)
 
     working, writing = threading.Thread(target=run), store.writing
@@ -408,7 +413,7 @@ def test_two_servers_together_begin_no_more_jobs_than_a_key_may_have(
     adding, outcomes = beside(monkeypatch, store, lambda: add_job(other, second.id))
     job = add_job(jobs, first.id)
     adding.join()
-    assert [type(outcome) for outcome in outcomes] == [Overloaded]
+    assert [type(outcome) for outcome in outcomes] == [RateLimitExceeded]
     assert jobs.list_batches(KEY, Page(None, 9)) == [job]
 
 

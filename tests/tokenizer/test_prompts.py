@@ -73,7 +73,7 @@ async def test_a_prompt_that_leaves_no_token_for_a_text_is_refused(words: Tokeni
 async def test_a_text_cut_to_nothing_is_refused_by_the_number(words: Tokenizer) -> None:
     with pytest.raises(FieldInvalid, match="At most 2 tokens of a text are read") as refused:
         await words.tokenize(["w0"], long_text=LongText.CUT_END, token_count_max=2)
-    assert refused.value.param == "truncate_prompt_tokens"
+    assert refused.value.param == "token_count_max"
 
 
 @pytest.mark.parametrize("long_text", [LongText.CUT_END, LongText.KEEP], ids=lambda one: one.value)

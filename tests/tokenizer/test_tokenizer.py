@@ -569,3 +569,23 @@ async def test_a_query_that_is_longer_than_the_model_fills_up_is_told_even_where
     assert kept.truncated == {0: Truncated(11, 6)}
     with pytest.raises(TextTooLong, match="11 tokens"):
         await tokenizer.tokenize([text], long_text=LongText.REFUSE, prompt="w9")
+
+
+@pytest.mark.parametrize(
+    ("count_max", "param"),
+    [
+        pytest.param(None, "prompt", id="by-the-models-own-number"),
+        pytest.param(20, "prompt", id="by-a-larger-one"),
+        pytest.param(5, "token_count_max", id="by-a-smaller-one"),
+    ],
+)
+async def test_what_leaves_a_marked_text_no_token_is_named(
+    count_max: int | None, param: str, tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    tokenizer = saved(word_codec(), tmp_path, pool, rules=COLBERT, token_count_max=20)
+    prompt = f"w9 {text_of(*range(4))} "
+    with pytest.raises(FieldInvalid, match="none is left for the text itself") as refused:
+        await tokenizer.tokenize(
+            ["w0"], long_text=LongText.CUT_END, prompt=prompt, token_count_max=count_max
+        )
+    assert refused.value.param == param

@@ -1,17 +1,16 @@
 """The admin API: keys and usage, for a key with the scope `admin`."""
 
-from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 from msgspec.structs import replace
-from starlette.datastructures import QueryParams
 from starlette.responses import Response
 
 from trivec.accounts import FIXED, Key, KeyPlan, RateLimits, Scope, UsageBy, UsageQuery
 from trivec.accounts.utc import microseconds, moment
 from trivec.api.context import RequestContext
+from trivec.api.inference import read_query
 from trivec.api.openapi import Operation
 from trivec.api.responses import NO_STORE, json_response
 from trivec.api.schemas import Truncate, decoder_of, doc, shown
@@ -97,7 +96,13 @@ class UsageList(Struct, frozen=True, kw_only=True):
     data: list[UsageShown]
 
 
-USAGE_PARAMETERS = ("by", "since", "until", "key")
+class UsageParameters(Struct, frozen=True, forbid_unknown_fields=True):
+    """Query of `GET /admin/v1/usage`."""
+
+    by: Literal["key", "model", "day"] = "key"
+    since: str | None = None
+    until: str | None = None
+    key: str | None = None
 
 
 async def create_key(context: RequestContext) -> Response:
@@ -163,24 +168,11 @@ async def _changeable_id(context: RequestContext) -> str:
 
 async def usage(context: RequestContext) -> Response:
     """Sum the ledger by key, model or day."""
-    given = dict(QueryParams(context.query_string))
-    for name in given.keys() - set(USAGE_PARAMETERS):
-        raise FieldInvalid(
-            f"Unrecognized query parameter: {shown(name)}. Known: {', '.join(USAGE_PARAMETERS)}.",
-            param=shown(name),
-        )
-    word = given.get("by", "key")
-    if word not in list(UsageBy):
-        raise FieldInvalid(
-            f"Invalid value for 'by' = {shown(word)}. Supported values: "
-            f"{[one.value for one in UsageBy]}.",
-            param="by",
-        )
-    by = UsageBy(word)
-    key_id = given.get("key")
+    asked = read_query(UsageParameters, context)
+    by, key_id = UsageBy(asked.by), asked.key
     if key_id is not None and key_id != FIXED.id:  # the environment's key is in no store
         key_id = (await context.app.accounts.show_key(key_id)).id
-    since_us, until_us = _instant_us("since", given), _instant_us("until", given)
+    since_us, until_us = _instant_us("since", asked.since), _instant_us("until", asked.until)
     query = UsageQuery(by=by, since_us=since_us, until_us=until_us, key_id=key_id)
     data = [
         UsageShown(
@@ -197,8 +189,7 @@ async def usage(context: RequestContext) -> Response:
     return json_response(UsageList(by=by.value, data=data), headers=NO_STORE)
 
 
-def _instant_us(param: str, given: Mapping[str, str]) -> int | None:
-    text = given.get(param)
+def _instant_us(param: str, text: str | None) -> int | None:
     try:
         return None if text is None else microseconds(datetime.fromisoformat(text))
     except ValueError:
@@ -242,5 +233,5 @@ OPERATIONS = (
     Operation(
         "POST", KEY + "/rotate", rotate_key, ADMIN, KeyShown, RotateKeyRequest, must_have_body=False
     ),
-    Operation("GET", "/admin/v1/usage", usage, ADMIN, UsageList, query=USAGE_PARAMETERS),
+    Operation("GET", "/admin/v1/usage", usage, ADMIN, UsageList, query_type=UsageParameters),
 )

@@ -101,7 +101,7 @@ class UnpaidRate:
                 limit=self._limit,
                 requested=1,
                 retry_after_s=excess_s,
-                subject="requests that cost no tokens",
+                subject="requests per minute that cost no tokens",
             )
 
     def charge(self, caller: Key, *, now_s: float) -> None:

@@ -11,11 +11,11 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from io import BytesIO
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
-from starlette.datastructures import Headers, QueryParams, UploadFile
+from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import Response
 from starlette.types import Receive, Send
@@ -24,11 +24,12 @@ from starlette.types import Scope as AsgiScope
 from trivec.accounts import Key, RequestUsage
 from trivec.api.context import AppState, RequestContext
 from trivec.api.errors import TABLE, error_response, fault_of
+from trivec.api.inference import read_query
 from trivec.api.openai import embeddings
 from trivec.api.openapi import keyed
 from trivec.api.rerank import rerank
 from trivec.api.responses import json_response
-from trivec.api.schemas import Decoder, decoder_of, doc
+from trivec.api.schemas import decoder_of, doc
 from trivec.core.errors import (
     BodyTooSlow,
     EngineFault,
@@ -49,7 +50,6 @@ FIELD_BYTES_MAX = 1024  # of a part of a form that is no file
 FORM_BYTES_MAX = 65_536  # of a form beside its file
 FILENAME_CHARS_MAX = 255
 RETRY_S_MAX = 10.0
-T = TypeVar("T")
 _log = logging.getLogger(__name__)
 LINE_HANDLERS = dict(zip(ENDPOINTS, (embeddings, rerank), strict=True))
 
@@ -217,6 +217,7 @@ class BatchList(Struct, frozen=True, kw_only=True):
 
 async def upload_file(context: RequestContext) -> Response:
     """Upload a file of requests, as multipart/form-data."""
+    context.timeout.extend(_jobs(context).files.limits.upload_s_max)
     new = await _jobs(context).files.begin(context.known_caller.id, "batch")
     try:
         form = await _read_form(context, new)
@@ -233,7 +234,7 @@ async def upload_file(context: RequestContext) -> Response:
 
 async def list_files(context: RequestContext) -> Response:
     """List this key's files."""
-    asked = _query(context, FilesQuery)
+    asked = read_query(FilesQuery, context)
     page = Page(asked.after, asked.limit, newest_first=asked.order == "desc")
     store, key_id = _jobs(context).store, context.known_caller.id
     found = await asyncio.to_thread(store.list_files, key_id, page, purpose=asked.purpose)
@@ -276,7 +277,7 @@ async def create_batch(context: RequestContext) -> Response:
 
 async def list_batches(context: RequestContext) -> Response:
     """List this key's batches, newest first."""
-    asked = _query(context, BatchesQuery)
+    asked = read_query(BatchesQuery, context)
     store, key_id = _jobs(context).store, context.known_caller.id
     page = Page(asked.after, asked.limit)
     found = await asyncio.to_thread(store.list_batches, key_id, page)
@@ -347,8 +348,7 @@ class StreamedFile(Response):
         self._pieces = pieces
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(start)
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async with aclosing(self._pieces) as pieces:
             await send({"type": "http.response.body", "body": self._first, "more_body": True})
             if scope["method"] != "HEAD":
@@ -401,13 +401,11 @@ async def _read_form(context: RequestContext, new: NewFile) -> dict[str, str]:
         async with asyncio.timeout(upload_s_max):
             form = await _UploadParser(context, new).parse()
     except MultiPartException as refused:
-        raise MalformedBody(
-            f"We could not parse the form in the body of your request: {refused.message}"
-        ) from None
+        says = f"We could not parse the form in the body of your request: {refused.message}"
+        raise MalformedBody(says) from None
     except TimeoutError:
-        raise BodyTooSlow(
-            f"The upload did not arrive within {upload_s_max:g} seconds. Send smaller files."
-        ) from None
+        says = f"The upload did not arrive within {upload_s_max:g} seconds. Send smaller files."
+        raise BodyTooSlow(says) from None
     return {
         name: value if isinstance(value, str) else value.filename or "file"
         for name, value in form.multi_items()
@@ -430,11 +428,6 @@ def _listed(
     first, last = (shown_here[0].id, shown_here[-1].id) if data else (None, None)
     has_more = len(data) > page.limit
     return json_response(kind(data=shown_here, first_id=first, last_id=last, has_more=has_more))
-
-
-def _query(context: RequestContext, kind: type[T]) -> T:
-    query: Decoder[T] = decoder_of(kind)  # type: ignore[arg-type] # every class has a hash
-    return query.convert(dict(QueryParams(context.query_string)))
 
 
 def _jobs(context: RequestContext) -> Batches:
@@ -487,12 +480,12 @@ _upload = keyed(FILES, upload_file, FileObject, UploadRequest)
 _list_files = keyed(FILES, list_files, FileList)
 OPERATIONS = (
     replace(_upload, media_type=FORM),
-    replace(_list_files, query=FilesQuery.__struct_fields__),
+    replace(_list_files, query_type=FilesQuery),
     keyed(FILE, show_file, FileObject),
     replace(keyed(FILE, delete_file, FileDeleted), method="DELETE"),
     replace(keyed(FILE + "/content", file_content, FileObject), response_type=None),
     keyed(BATCHES, create_batch, BatchObject, CreateBatchRequest),
-    replace(keyed(BATCHES, list_batches, BatchList), query=BatchesQuery.__struct_fields__),
+    replace(keyed(BATCHES, list_batches, BatchList), query_type=BatchesQuery),
     keyed(BATCH, show_batch, BatchObject),
     replace(keyed(BATCH + "/cancel", cancel_batch, BatchObject), method="POST"),
 )

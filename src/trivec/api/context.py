@@ -371,6 +371,10 @@ class RequestTimeout:
             self._is_watching = True
             self._deadlines.set(self, min(self._loop.time() + WATCH_AFTER_S, self._due_s))
 
+    def extend(self, seconds: float) -> None:
+        """Leave the request so much more time, for a body that has a deadline of its own."""
+        self._due_s += seconds
+
     def end(self, reason: Exception) -> None:
         """Cancel the block and raise *reason* in its place; of several reasons the first."""
         if self._reason is None:

@@ -7,18 +7,20 @@ A face reads its own fields with `read`, asks for vectors with `embed`, or for s
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar, cast
 
 import numpy as np
+from starlette.datastructures import QueryParams
 from starlette.responses import Response
 
 from trivec.api.context import RequestContext
 from trivec.api.responses import IN_LINE_BYTES_MAX, estimate_bytes
 from trivec.api.rules import (
     LONG_TEXT,
+    blamed_on,
     check_inputs,
     choose_outputs,
     choose_prompt,
@@ -44,9 +46,8 @@ PARSE_IN_LINE_BYTES_MAX = 256 * 1024  # larger bodies are parsed in a thread
 LARGE_TOKENIZE_BYTES = 64 * 1024  # of a body; smaller ones need not wait for others
 LARGE_TOKENIZE_MAX = 5  # at a time: one runs, the others wait
 TEXT_TOKEN_BYTES = 320  # a token with its text and place, as objects
-STRINGS_A_TEXT = (
-    16  # of other faces: the fields of a document, or the parts that Cohere cuts an input into
-)
+# Of other faces: the fields of a document, or the parts that Cohere cuts an input into.
+STRINGS_A_TEXT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,12 @@ async def read(
     strings = 1 if issubclass(kind, TokenizeRequest) else STRINGS_A_TEXT
     await asyncio.to_thread(refuse_too_many_items, body, context.app.limits, strings)
     return await asyncio.to_thread(decoder.decode, body)
+
+
+def read_query(kind: type[T], context: RequestContext) -> T:
+    """The request in the query. Raises `FieldInvalid`."""
+    decoder: Decoder[T] = decoder_of(kind)  # type: ignore[arg-type] # every class has a hash
+    return decoder.convert(dict(QueryParams(context.query_string)))
 
 
 def choose_embedder(
@@ -183,7 +190,7 @@ async def tokenize_input(
             context.memory.add(sum(map(len, inputs)))
             context.token_encoding = encoding
     prompt = ""
-    if asked.names_prompt or embedder.card.default_prompt_name is not None:
+    if asked.prompt_field or embedder.card.default_prompt_name is not None:
         prompt = choose_prompt(
             embedder.card,
             prompt=asked.prompt,
@@ -201,13 +208,15 @@ async def tokenize_input(
             context.memory.add(sequences.token_count * TEXT_TOKEN_BYTES, is_response=True)
             context.chunks = await find_chunks(texts, sequences, embedder, prompt=prompt)
     else:
-        sequences = await embedder.tokenizer.tokenize(
-            inputs,
-            long_text=long_text,
-            trusted=encoding == "model",
-            prompt=prompt,
-            token_count_max=token_count_max,
-        )
+        names = {"prompt": asked.prompt_field, "token_count_max": "truncate_prompt_tokens"}
+        with blamed_on(names) if prompt or token_count_max else nullcontext():
+            sequences = await embedder.tokenizer.tokenize(
+                inputs,
+                long_text=long_text,
+                trusted=encoding == "model",
+                prompt=prompt,
+                token_count_max=token_count_max,
+            )
     context.tokenize_s = context.app.clock.now_s() - started_s
     return sequences
 

@@ -34,7 +34,7 @@ class Operation:
     body_type: type | None = None
     must_have_body: bool = True  # where it reads one
     error_shape: ErrorShape = OPENAI
-    query: Sequence[str] = ()
+    query_type: type[msgspec.Struct] | None = None
     media_type: str = "application/json"  # of the body
     is_metered: bool = True  # with a row in the ledger, where it asks for a key
     prefix: str = ""  # of several that its API is served under, the one that the path begins with
@@ -67,7 +67,7 @@ def openapi_document(operations: Sequence[Operation]) -> bytes:
     for one in operations:
         path = _PARAMETER.sub(r"{\1}", one.path)
         places = [(name, "path") for name in _PARAMETER.findall(path)]
-        places += [(name, "query") for name in one.query]
+        places += [(name, "query") for name in getattr(one.query_type, "__struct_fields__", ())]
         described: Json = {
             "operationId": "_".join([one.method.lower(), *re.findall(r"\w+", path)]),
             "summary": _first_line(one.handler).rstrip("."),

@@ -141,6 +141,9 @@ async def rerank(context: RequestContext, body: bytes | None = None) -> Response
     context.user = asked.user
     embedder = context.find_embedder(asked.model)
     texts = texts_of(asked.documents)
+    if None not in (asked.top_n, asked.top_k) and asked.top_n != asked.top_k:
+        says = f"'top_n' is {asked.top_n} and 'top_k' {asked.top_k}. They mean the same: send one."
+        raise FieldInvalid(says, param="top_k")
     cuts = (asked.truncate, asked.truncation, asked.truncate_prompt_tokens and "end")
     is_voyage = context.app.limits.rerank_answer == "data"
     with_texts = not is_voyage if asked.return_documents is None else asked.return_documents

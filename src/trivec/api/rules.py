@@ -144,15 +144,16 @@ def check_text(text: object, field: str) -> None:
 
 
 @contextmanager
-def blamed_on(fields: Mapping[str, str]) -> Iterator[None]:
-    """Let a refusal name the field that this face has: *fields*, by what OpenAI calls them."""
+def blamed_on(fields: Mapping[str, str | None]) -> Iterator[None]:
+    """Let a refusal name this face's field: *fields*, by OpenAI's word or the tokenizer's, or None."""
     try:
         yield
     except RequestError as error:
         ours, bracket, index = (error.param or "").partition("[")
-        if theirs := fields.get(ours):
-            message = str(error).replace(f"({ours}", f"({theirs}").replace(f"'{ours}", f"'{theirs}")
-            error.args, error.param = (message,), theirs + bracket + index
+        theirs = fields.get(ours, ours)
+        told = theirs or ours
+        message = str(error).replace(f"({ours}", f"({told}").replace(f"'{ours}", f"'{told}")
+        error.args, error.param = (message,), theirs + bracket + index if theirs else None
         raise
 
 

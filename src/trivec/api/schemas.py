@@ -98,9 +98,10 @@ class TokenizeRequest(Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
 
     @property
-    def names_prompt(self) -> bool:
-        named = (self.input_type, self.task, self.prompt_name, self.prompt)
-        return any(one is not None for one in named)
+    def prompt_field(self) -> str | None:
+        """The field that names a prompt, if any does."""
+        fields = ("input_type", "task", "prompt_name", "prompt")
+        return next((one for one in fields if getattr(self, one) is not None), None)
 
 
 class EmbeddingsRequest(TokenizeRequest, frozen=True, forbid_unknown_fields=True):

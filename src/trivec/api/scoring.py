@@ -126,18 +126,17 @@ async def score_pairs(
     await context.reservation.acquire(tokens_follow=True)
     started_s = now_s()
     long_text = LONG_TEXT[context.truncate if truncate is None else truncate]
-    with blamed_on({"input": fields[1], "query": fields[0]}):
+    names = {"input": fields[1], "query": fields[0], "prompt": None, "token_count_max": None}
+    with blamed_on(names):
         if queries is None:
-            sequences = await embedder.tokenizer.tokenize(documents, long_text=long_text)
-            truncated = sequences.truncated
+            sequences = read = await embedder.tokenizer.tokenize(documents, long_text=long_text)
         elif by_head:
             asked = list(queries) * (len(documents) if len(queries) == 1 else 1)
-            sequences = await embedder.tokenizer.tokenize_pairs(
+            sequences = read = await embedder.tokenizer.tokenize_pairs(
                 list(zip(asked, documents, strict=True)),
                 long_text=long_text,
                 document_tokens_max=document_tokens_max,
             )
-            truncated = sequences.truncated
         else:
             kept = await embedder.tokenizer.tokenize(
                 queries, long_text=LongText.KEEP, prompt=prompts[0]
@@ -147,13 +146,13 @@ async def score_pairs(
             count_max = min([card.token_count_max, *limits])
             if longest > count_max or kept.truncated:
                 raise TextTooLong(token_count=longest, token_count_max=count_max, index=None)
-            answers = await embedder.tokenizer.tokenize(
+            read = await embedder.tokenizer.tokenize(
                 documents,
                 long_text=long_text,
                 prompt=prompts[1],
                 token_count_max=document_tokens_max,
             )
-            sequences, truncated = interleave(kept, answers), answers.truncated
+            sequences = interleave(kept, read)
     context.tokenize_s = now_s() - started_s
     response_bytes += len(documents) * ITEM_FRAME_BYTES
     if by_head or queries is None:
@@ -164,7 +163,7 @@ async def score_pairs(
         scores = await _score_by_vectors(
             context, embedder, sequences, len(queries), weights, response_bytes
         )
-    return PairScores(scores, by_head, sequences.token_count, truncated)
+    return PairScores(scores, by_head, sequences.token_count, read.truncated)
 
 
 async def _score_by_head(

@@ -251,11 +251,11 @@ class RateLimitExceeded(ServiceError):
     def __init__(
         self, *, kind: str, limit: int, requested: int, retry_after_s: float, subject: str = ""
     ) -> None:
-        """*subject* is what is limited, where *kind* alone does not say it."""
+        """*subject* is what is limited, where that is not *kind* per minute."""
         self.kind = kind  # "requests" or "tokens"
         self.retry_after_s = retry_after_s
         super().__init__(
-            f"Rate limit reached for {subject or kind} per minute: limit {limit}, requested "
+            f"Rate limit reached for {subject or f'{kind} per minute'}: limit {limit}, requested "
             f"{requested}. Please try again in {retry_after_s:.3f}s."
         )
 

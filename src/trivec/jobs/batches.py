@@ -172,18 +172,18 @@ class Validation:
     def _assign(self, number: int, start: int, byte_count: int, inputs: int) -> None:
         """Put a line into the last shard, or a new one."""
         last = self.shards[-1] if self.shards else None
+        end = start + byte_count
         self._shard_inputs += inputs
         if (
             last is None
             or last.line_count >= SHARD_LINES
             or self._shard_inputs > SHARD_INPUTS
-            or last.byte_count + byte_count > SHARD_BYTES
+            or end - last.byte_start > SHARD_BYTES  # blank lines between them included
         ):
             self._shard_inputs = inputs
             place = len(self.shards) + 1
             self.shards.append(ShardRecord(0, "", place, "run", number, 1, start, byte_count, None))
             return
-        end = start + byte_count  # blank lines before it included
         self.shards[-1] = replace(
             last, line_count=last.line_count + 1, byte_count=end - last.byte_start
         )
@@ -268,8 +268,10 @@ class JobRunner:
     async def _wait(self, *work: "asyncio.Task[None]", within_s: float = RENEW_S) -> bool:
         """Wait for *work*, at most so long or until a job has changed; whether it has ended."""
         waking = asyncio.create_task(self._wake.wait())
-        await asyncio.wait((*work, waking), timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
-        waking.cancel()
+        try:
+            await asyncio.wait((*work, waking), timeout=within_s, return_when="FIRST_COMPLETED")
+        finally:
+            waking.cancel()
         self._wake.clear()
         return all(one.done() for one in work)
 

@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -21,7 +21,7 @@ from trivec.accounts.ledger import LedgerRow
 from trivec.accounts.stores.sql import SqlStore
 from trivec.accounts.stores.tables import batch_shards, batches, files
 from trivec.accounts.utc import DAY_US
-from trivec.core.errors import FieldInvalid, Overloaded, ResourceUnknown
+from trivec.core.errors import FieldInvalid, RateLimitExceeded, ResourceUnknown
 from trivec.core.ports import Clock
 from trivec.settings import BatchLimits
 
@@ -232,7 +232,7 @@ class JobStore:
     # Batch jobs.
 
     def add_batch(self, key_id: str, plan: JobPlan) -> JobRecord:
-        """A batch job, to be validated. Raises `ResourceUnknown`, `FieldInvalid`, `Overloaded`."""
+        """A batch job to validate. Raises `ResourceUnknown`, `FieldInvalid`, `RateLimitExceeded`."""
         now_us = self.now_us()
         batch_id = _new_id("batch_", now_us)
         new = sa.insert(batches).values(
@@ -259,10 +259,12 @@ class JobStore:
             counted = sa.select(sa.func.count()).select_from(batches).where(is_open)
             count = connection.scalars(counted).one()
             if count >= OPEN_BATCHES_MAX:
-                raise Overloaded(
-                    f"This key has {count} batches that are not done, which is the most. "
-                    "Wait until one has ended.",
+                raise RateLimitExceeded(
+                    kind="requests",
+                    limit=OPEN_BATCHES_MAX,
+                    requested=count + 1,
                     retry_after_s=60.0,
+                    subject="batches that have not ended",
                 )
             made = connection.execute(new.returning(*batches.c)).one()
             for number, kind in ((0, "validate"), (-1, "join")):
@@ -530,14 +532,11 @@ def _process() -> str:
 
 
 def _is_other_alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
-    with suppress(PermissionError):
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-    return True
+    try:
+        os.kill(pid, 0)
+    except OSError as refused:
+        return isinstance(refused, PermissionError)
+    return pid != os.getpid()
 
 
 def _record(kind: type[R], row: sa.Row[Any]) -> R:

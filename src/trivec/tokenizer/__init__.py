@@ -314,8 +314,8 @@ class Tokenizer:
         """
         text, is_over = await self._in_pool(self._shorten, text, LongText.KEEP)
         text, plain = how.prompt + text, replace(how, prompt="", marked=None)
-        marker = [] if how.marked is None else [np.array([how.marked.token_id], np.int32)]
-        ids = [self._prefix, *marker]
+        marker = [] if how.marked is None else [how.marked.token_id]
+        ids = [self._prefix, np.array(marker, np.int32)]
         pieces = (match[0] for match in _PIECE.finditer(text)) if is_over else [text]
         for piece in pieces:
             part = await self._in_pool(self._encode, [piece], plain, first)
@@ -428,7 +428,7 @@ class Tokenizer:
         lengths = whole.lengths()
         if self._rules.blank_token_id is None and not lengths.all():
             param = f"input[{first + int(lengths.argmin())}]"
-            raise FieldInvalid(f"{param} makes no token, and this model adds none.", param=param)
+            raise FieldInvalid(f"'{param}' makes no token, and this model adds none.", param=param)
         # Of what is marked none may be longer, though it is kept: no vectors would be the model's.
         is_kept = long_text is LongText.KEEP
         changed = over
@@ -444,11 +444,13 @@ class Tokenizer:
         ids, truncated = _split(whole), {}
         room = count_max - how.lead - len(self._suffix)
         if room < 1 and not is_kept:
+            marked_max = None if how.marked is None else how.marked.token_count_max
+            model_max = min(self.token_count_max, marked_max or self.token_count_max)
             raise FieldInvalid(
                 f"At most {count_max} tokens of a text are read, and {count_max - room} are special "
                 "tokens and the prompt, so none is left for the text itself. Allow more tokens, or "
                 "shorten the prompt.",
-                param="prompt" if count_max == self.token_count_max else "truncate_prompt_tokens",
+                param="prompt" if count_max == model_max else "token_count_max",
             )
         for i in sorted(changed):
             original = None if i in over and not is_kept else len(ids[i])
@@ -462,11 +464,8 @@ class Tokenizer:
         """*whole* without tokens that have no part in a vector, and with those that fill it up."""
         if marked is None and self._rules.blank_token_id is None:
             return whole
-        dropped_id, blank_id, ids = (
-            self._rules.dropped_token_id,
-            self._rules.blank_token_id,
-            _split(whole),
-        )
+        dropped_id, blank_id = self._rules.dropped_token_id, self._rules.blank_token_id
+        ids = _split(whole)
         if dropped_id is not None:
             ids = [one[one != dropped_id] for one in ids]
         if blank_id is not None:

@@ -201,10 +201,7 @@ class SqlStore:
         rest = [one for one in entries if isinstance(one, RecordUsage)]
         granted, recorded = _reserve(cursor, asked, now_us=now_us), Committed((), now_us)
         if rest:
-            try:
-                recorded = self._record(raw, cursor, rest, now_us=now_us)
-            except self._our_faults:  # tried again here, as what is reserved cannot be
-                recorded = self._record_each(raw, cursor, rest, now_us=now_us)
+            recorded = self._record_apart(raw, cursor, rest, now_us=now_us)
         outcomes = {Reserve: iter(granted.outcomes), RecordUsage: iter(recorded.outcomes)}
         now_us = max(granted.now_us, recorded.now_us)
         return Committed([next(outcomes[type(entry)]) for entry in entries], now_us)
@@ -224,21 +221,24 @@ class SqlStore:
         raw.commit()
         return transaction.committed
 
-    def _record_each(
+    def _record_apart(
         self, raw: Any, cursor: Any, entries: Sequence[Entry], *, now_us: int
     ) -> Committed:
-        """A transaction for each of *entries*; an error is the outcome of its entry."""
+        """`_record`; where that is at fault, each of *entries* alone, whose outcome is then the error."""
+        try:
+            return self._record(raw, cursor, entries, now_us=now_us)
+        except Exception as fault:  # the writer's loop would reserve again what is reserved already
+            if isinstance(fault, self._driver.Error) and not isinstance(fault, self._our_faults):
+                raise
+            raw.rollback()
+            if len(entries) == 1:
+                _log.exception("an entry could not be committed")
+                return Committed([fault.with_traceback(None)], now_us)
         outcomes: list[Answer] = []
         for entry in entries:
-            raw.rollback()  # what failed before
-            try:
-                committed = self._record(raw, cursor, [entry], now_us=now_us)
-            except self._our_faults as fault:
-                _log.exception("an entry could not be committed")
-                outcomes.append(fault.with_traceback(None))
-            else:
-                outcomes += committed.outcomes
-                now_us = committed.now_us
+            committed = self._record_apart(raw, cursor, [entry], now_us=now_us)
+            outcomes += committed.outcomes
+            now_us = committed.now_us
         return Committed(outcomes, now_us)
 
     def _write(self, cursor: Any, transaction: Transaction) -> None:
