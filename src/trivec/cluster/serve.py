@@ -68,7 +68,7 @@ END_S_MAX = 5.0  # for the tasks of an ingress to end
 # A call takes 3 to 5 ms of processor time in Ray, so that one of a quick model's batches is too little.
 CALL_S, CALL_TOKENS_MAX = 0.1, 2_048
 SAMPLE_TOKENS = 32
-# Of our replicas' own processes; together a seventh of what Ray costs a call (docs/ray.md).
+# Of our replicas' own processes; together a fifth of what Ray costs a call (docs/ray.md).
 CHEAP_CALLS = {
     "env_vars": {
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # each call would wake two more threads
