@@ -18,6 +18,8 @@ from trivec.backends.openvino.calibrate import (
     make_probes,
     rank_agreement,
 )
+from trivec.backends.openvino.graph import build_head
+from trivec.backends.openvino.quantise import INT8_CONV_W7, INT8_ROWS, WEIGHT_MAX, QuantScheme
 from trivec.checkpoints import open_checkpoint
 from trivec.checkpoints.checkpoint import Checkpoint
 from trivec.core.types import Batch, Output
@@ -245,3 +247,13 @@ def test_erf_and_gelu_are_those_of_the_standard_library() -> None:
     gelu = HeadLinear(identity, None, Nonlinearity.GELU)(points[:, None])[:, 0]
     expected = [x * 0.5 * (1 + math.erf(x / math.sqrt(2))) for x in points.tolist()]
     np.testing.assert_allclose(gelu, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("scheme", [INT8_ROWS, INT8_CONV_W7], ids=lambda one: one.name)
+def test_a_head_has_weights_of_its_schemes_bits(scheme: QuantScheme) -> None:
+    """Of 8 bits where pairs of products must fit 16, a head's sums would saturate."""
+    weight = np.random.default_rng(0).normal(size=(64, HIDDEN)).astype(np.float32)
+    graph = build_head([HeadLinear(weight, None, Nonlinearity.IDENTITY)], scheme, rows=16)
+    constants = [one for one in graph.get_ops() if one.get_type_name() == "Constant"]
+    steps = [one.data for one in constants if one.get_element_type().to_string() == "i8"]
+    assert [np.abs(one).max() for one in steps] == [WEIGHT_MAX[scheme.weight_bits]]

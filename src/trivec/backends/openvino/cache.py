@@ -29,7 +29,7 @@ from trivec.core.ports import OnProgress, no_progress
 
 _log = logging.getLogger("trivec.openvino")
 
-FORMAT = 8
+FORMAT = 9
 """Raised whenever the same checkpoint would give other tensors, or another graph would read them."""
 
 TENSORS, DESCRIBED = "tensors.safetensors", "quantised.json"

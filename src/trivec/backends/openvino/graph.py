@@ -133,7 +133,8 @@ def build_head(layers: Sequence[HeadLayer], scheme: QuantScheme, *, rows: int) -
             tensors[f"{i}.bias"] = layer.bias
     if scheme.is_int8:
         last = len(layers) - 1
-        tensors[f"{last}.weight"], tensors[f"{last}.scale"] = quantise(layers[last].weight)
+        weight = quantise(layers[last].weight, scheme.weight_bits)
+        tensors[f"{last}.weight"], tensors[f"{last}.scale"] = weight
     ops, node = rowwise_ops(x, tensors, scheme), x
     for i, layer in enumerate(layers):
         if isinstance(layer, HeadNorm):
