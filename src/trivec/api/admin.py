@@ -99,7 +99,7 @@ class UsageList(Struct, frozen=True, kw_only=True):
 class UsageParameters(Struct, frozen=True, forbid_unknown_fields=True):
     """Query of `GET /admin/v1/usage`."""
 
-    by: Literal["key", "model", "day"] = "key"
+    by: UsageBy = UsageBy.KEY
     since: str | None = None
     until: str | None = None
     key: str | None = None
@@ -169,7 +169,7 @@ async def _changeable_id(context: RequestContext) -> str:
 async def usage(context: RequestContext) -> Response:
     """Sum the ledger by key, model or day."""
     asked = read_query(UsageParameters, context)
-    by, key_id = UsageBy(asked.by), asked.key
+    by, key_id = asked.by, asked.key
     if key_id is not None and key_id != FIXED.id:  # the environment's key is in no store
         key_id = (await context.app.accounts.show_key(key_id)).id
     since_us, until_us = _instant_us("since", asked.since), _instant_us("until", asked.until)
