@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import httpx
 import numpy as np
 import pytest
 from tests.clients.apart import run_apart
+from tests.clients.conftest import assert_same_vectors
 from tests.process.server import Server, running
 
 COMES_WITH = "comes with: make test-clients"
@@ -29,10 +31,6 @@ def expected(server: Server) -> list[list[float]]:
     return [one["embedding"] for one in answer.json()["data"]]
 
 
-def assert_equal(vectors: Any, expected: Sequence[Sequence[float]]) -> None:
-    np.testing.assert_array_equal(np.array(vectors, np.float32), np.array(expected, np.float32))
-
-
 def assert_best_first(places: Sequence[int], scores: Sequence[float]) -> None:
     assert sorted(places[:2]) == [0, 1]
     assert list(scores) == sorted(scores, reverse=True)
@@ -51,7 +49,7 @@ def test_cohere_embeds_and_reranks(server: Server, expected: list[list[float]]) 
         ranked = client.rerank(model=MODEL, query=QUERY, documents=TEXTS, top_n=3)
         with pytest.raises(cohere.NotFoundError, match="nobody"):
             client.rerank(model="nobody", query=QUERY, documents=TEXTS)
-    assert_equal(embedded.embeddings.float_, expected)
+    assert_same_vectors(embedded.embeddings.float_, expected)
     assert [len(row) for row in embedded.embeddings.int8] == [384] * 3
     assert [len(row) for row in embedded.embeddings.ubinary] == [48] * 3
     assert embedded.meta.billed_units.input_tokens > 0
@@ -73,9 +71,9 @@ def test_ollama_embeds_lists_and_shows(server: Server, expected: list[list[float
     ollama = pytest.importorskip("ollama", reason=COMES_WITH)
     client = ollama.Client(host=server.url, headers={"Authorization": f"Bearer {server.key}"})
     with client._client:
-        assert_equal(client.embed(MODEL, TEXTS).embeddings, expected)
-        assert_equal(client.embed(f"{MODEL}:latest", TEXTS[0]).embeddings, expected[:1])
-        assert_equal([client.embeddings(MODEL, TEXTS[0]).embedding], expected[:1])
+        assert_same_vectors(client.embed(MODEL, TEXTS).embeddings, expected)
+        assert_same_vectors(client.embed(f"{MODEL}:latest", TEXTS[0]).embeddings, expected[:1])
+        assert_same_vectors([client.embeddings(MODEL, TEXTS[0]).embedding], expected[:1])
         assert [one.model for one in client.list().models] == [MODEL]
         assert client.show(MODEL).capabilities == ["embedding"]
         with pytest.raises(ollama.ResponseError, match="nobody") as refused:
@@ -87,12 +85,12 @@ def test_hugging_faces_client_extracts_features_and_compares(
     server: Server, expected: list[list[float]]
 ) -> None:
     hub = pytest.importorskip("huggingface_hub", reason=COMES_WITH)
-    assert_equal(
+    assert_same_vectors(
         hub.InferenceClient(model=server.url, token=server.key).feature_extraction(text=TEXTS),
         expected,
     )
     by_route = hub.InferenceClient(model=f"{server.url}/embed", token=server.key)
-    assert_equal(
+    assert_same_vectors(
         by_route.feature_extraction(TEXTS[0], truncate=True, truncation_direction="Right"),
         expected[:1],
     )
@@ -122,8 +120,8 @@ def test_langchains_hugging_face_endpoint_embeds(
     environment = {"HUGGINGFACEHUB_API_TOKEN": server.key}
     printed = run_apart(HUGGING_FACE, server.url, json.dumps(TEXTS), folder=tmp_path, **environment)
     documents, query = json.loads(printed.splitlines()[-1])
-    assert_equal(documents, expected)
-    assert_equal([query], expected[:1])
+    assert_same_vectors(documents, expected)
+    assert_same_vectors([query], expected[:1])
 
 
 @pytest.fixture(scope="module", params=["results", "data"])
@@ -154,7 +152,7 @@ def test_voyage_embeds(server: Server, expected: list[list[float]]) -> None:
     voyageai = pytest.importorskip("voyageai", reason=COMES_WITH)
     client = voyageai.Client(server.key, base_url=f"{server.url}/v1")
     embedded = client.embed(TEXTS, model=MODEL, input_type="document")
-    assert_equal(embedded.embeddings, expected)
+    assert_same_vectors(embedded.embeddings, expected)
     small = client.embed(TEXTS, model=MODEL, output_dtype="int8")
     assert all(isinstance(number, int) for number in small.embeddings[0])
 
@@ -164,9 +162,12 @@ def test_langchains_cohere_embeds_and_reranks(server: Server, expected: list[lis
     langchain = pytest.importorskip("langchain_cohere", reason=COMES_WITH)
     options = {"model": MODEL, "cohere_api_key": server.key, "base_url": server.url}
     embeddings = langchain.CohereEmbeddings(**options)
-    assert_equal(embeddings.embed_documents(TEXTS), expected)
-    assert_equal([embeddings.embed_query(TEXTS[0])], expected[:1])
-    ranked = langchain.CohereRerank(**options).rerank(TEXTS, QUERY)
+    with embeddings.client:
+        assert_same_vectors(embeddings.embed_documents(TEXTS), expected)
+        assert_same_vectors([embeddings.embed_query(TEXTS[0])], expected[:1])
+    compressor = langchain.CohereRerank(**options)
+    with compressor.client:
+        ranked = compressor.rerank(TEXTS, QUERY)
     assert_best_first([one["index"] for one in ranked], [one["relevance_score"] for one in ranked])
 
 
@@ -176,8 +177,9 @@ def test_langchains_ollama_embeds(server: Server, expected: list[list[float]]) -
     embeddings = langchain.OllamaEmbeddings(
         model=MODEL, base_url=server.url, client_kwargs=headers, validate_model_on_init=True
     )
-    assert_equal(embeddings.embed_documents(TEXTS), expected)
-    assert_equal([embeddings.embed_query(TEXTS[0])], expected[:1])
+    with closing(embeddings._client):
+        assert_same_vectors(embeddings.embed_documents(TEXTS), expected)
+        assert_same_vectors([embeddings.embed_query(TEXTS[0])], expected[:1])
 
 
 def test_langchains_jina_embeds_and_reranks(
@@ -192,7 +194,7 @@ def test_langchains_jina_embeds_and_reranks(
     monkeypatch.setattr(rerank, "JINA_API_URL", f"{server.url}/v1/rerank")
     embeddings = jina.JinaEmbeddings(jina_api_key=server.key, model_name=MODEL)
     with embeddings.session:
-        assert_equal(embeddings.embed_documents(TEXTS), expected)
+        assert_same_vectors(embeddings.embed_documents(TEXTS), expected)
     compressor = rerank.JinaRerank(jina_api_key=server.key, model=MODEL)
     with compressor.session:
         ranked = compressor.rerank(TEXTS, QUERY)
@@ -219,10 +221,11 @@ def test_llama_indexs_embeddings_embed(
     server: Server, expected: list[list[float]], make: Callable[[Server], Any]
 ) -> None:
     embedding = make(server)
-    assert_equal(embedding.get_text_embedding_batch(TEXTS), expected)
-    if make is llama_tei:  # Ollama's puts no prefix, TEI's one that it knows of the model
-        return
-    assert_equal([embedding.get_query_embedding(TEXTS[0])], expected[:1])
+    # Ollama's keeps a connection, and puts no prefix; TEI's puts one that it knows of the model.
+    with nullcontext() if make is llama_tei else closing(embedding._client):
+        assert_same_vectors(embedding.get_text_embedding_batch(TEXTS), expected)
+        if make is llama_ollama:
+            assert_same_vectors([embedding.get_query_embedding(TEXTS[0])], expected[:1])
 
 
 @pytest.mark.parametrize("provider", ["cohere", "jina_ai", "hosted_vllm"])
