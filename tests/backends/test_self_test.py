@@ -39,14 +39,30 @@ ROLLED = ("attention.self.query.weight", "output.dense.weight")
 class Silent(Session):
     """Every result is empty and has lost its shape, as with int8 that this CPU cannot run."""
 
-    def hidden(self, token_ids: Int32Array, *, slot: int) -> Float32Array:
+    def hidden(self, token_ids: Int32Array, *, slot: int, copies: int = 1) -> Float32Array:
         return np.empty(0, np.float32)
 
 
 class LastSlotDiffers(Session):
-    def hidden(self, token_ids: Int32Array, *, slot: int) -> Float32Array:
-        found = super().hidden(token_ids, slot=slot)
+    def hidden(self, token_ids: Int32Array, *, slot: int, copies: int = 1) -> Float32Array:
+        found = super().hidden(token_ids, slot=slot, copies=copies)
         return found if slot == 0 else np.nextafter(found, np.float32(9))
+
+
+class LastSlotDiffersOfMany(Session):
+    """As if weights were wrong only where they are packed for many rows."""
+
+    def hidden(self, token_ids: Int32Array, *, slot: int, copies: int = 1) -> Float32Array:
+        found = super().hidden(token_ids, slot=slot, copies=copies)
+        return found if slot == 0 or copies == 1 else np.nextafter(found, np.float32(9))
+
+
+class WrongOfMany(Session):
+    """On every slot alike."""
+
+    def hidden(self, token_ids: Int32Array, *, slot: int, copies: int = 1) -> Float32Array:
+        found = super().hidden(token_ids, slot=slot, copies=copies)
+        return found if copies == 1 else np.roll(found, 1, axis=1)
 
 
 def wrong(
@@ -145,10 +161,11 @@ def test_a_start_from_the_cache_stops_where_weights_stay_wrong(
     assert len(calls) == COMPILES_MAX
 
 
-def test_slots_that_differ_stop_the_start_even_without_a_reference(
-    tiny_m3: Checkpoint, tensors_in: TensorsIn, compile_as: Compile
+@pytest.mark.parametrize("kind", [LastSlotDiffers, LastSlotDiffersOfMany, WrongOfMany])
+def test_slots_or_rows_that_differ_stop_the_start_even_without_a_reference(
+    tiny_m3: Checkpoint, tensors_in: TensorsIn, compile_as: Compile, kind: type[Session]
 ) -> None:
-    compile_as(LastSlotDiffers)
+    compile_as(kind)
     tensors = tensors_in(FP32)
     with pytest.raises(StartError, match="wrong vectors in fp32"):
         open_session(tiny_m3, tensors, FP32, slot_count=2)

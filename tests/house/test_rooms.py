@@ -12,7 +12,7 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "trivec"
 MODULES = sorted(SRC.rglob("*.py"))
 MODULE_LINES_MAX = 600
 # The aim is 11,500 in 100: raised only in a commit that says why.
-LINES_MAX, FILES_MAX = 29_050, 144
+LINES_MAX, FILES_MAX = 29_060, 144
 
 BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "cli": (1_710, 7),
@@ -22,7 +22,7 @@ BUDGETS = {  # room: (lines, files), raw lines of all its Python files
     "api": (4_800, 21),
     "engine": (1_010, 5),
     "models": (2_260, 16),
-    "backends": (4_090, 18),
+    "backends": (4_100, 18),
     "checkpoints": (2_630, 13),
     "tokenizer": (780, 3),
     "accounts": (3_600, 22),

@@ -40,6 +40,7 @@ COPIES_BYTES_MAX = 64 << 20
 RELEASE_S = 0.02  # in which the plugin reads up to 0.1 GB of weights
 
 SELF_TEST_TOKENS = 8
+SELF_TEST_COPIES = 16  # in one micro-batch: rows for which weights may be packed in another way
 COMPILES_MAX = 3
 COSINE_MIN = 0.9999  # of the same scheme on the same CPU; wrong weights gave 0.70 to 0.87
 STACK_T_BYTES = 64  # a `stack_t` of sigaltstack(2) takes 24
@@ -222,12 +223,12 @@ class Session:
         logits: Float32Array = request.get_output_tensor(0).data[: len(hidden)]
         return logits
 
-    def hidden(self, token_ids: Int32Array, *, slot: int) -> Float32Array:
-        """Last hidden states of one short text: a copy, `[tokens, hidden]`."""
-        batch = as_batch(Sequences.pack([token_ids]), Output.DENSE)
-        (packed,) = self._pack(batch, np.ones(1, np.bool_))
+    def hidden(self, token_ids: Int32Array, *, slot: int, copies: int = 1) -> Float32Array:
+        """Last hidden states of *copies* of one short text: a copy, `[copies * tokens, hidden]`."""
+        batch = as_batch(Sequences.pack([token_ids] * copies), Output.DENSE)
+        (packed,) = self._pack(batch, np.ones(copies, np.bool_))
         states: Float32Array = self._infer(packed, slot)[-1].data
-        return states[: len(token_ids)].copy()
+        return states[: copies * len(token_ids)].copy()
 
     def statistics(self, batch: Batch) -> Iterator[list[Float32Array]]:
         """For each micro-batch of *batch*, copies of what `with_statistics` asked for; on all slots.
@@ -319,9 +320,9 @@ def open_session(
     """A session that has passed its self-test, compiled `COMPILES_MAX` times at most.
 
     A plugin that gives a layer another layer's weights answers as quickly as ever, and wrongly
-    (decision 0001). So one text of random tokens runs on every slot: the slots must agree to the bit,
-    and each token's hidden state with *reference*, those of *scheme* when the model was calibrated
-    (`[tokens, hidden]`; None where it never was). A result of another shape, such as grouped int8
+    (decision 0001). So one text of random tokens runs on every slot, alone and as many copies: the slots
+    must agree to the bit, the copies with the text, and each token's hidden state with *reference*, those
+    of *scheme* when the model was calibrated (`[tokens, hidden]`; None where it never was). A result of another shape, such as grouped int8
     gives where oneDNN is kept from the CPU's instructions, agrees with nothing. Raises `StartError`,
     and of it `WrongOutputShape` where the shape was wrong to the last.
     """
@@ -336,10 +337,17 @@ def open_session(
             with_statistics=with_statistics,
             with_inputs=with_inputs,
         )
-        found = [session.hidden(token_ids, slot=slot) for slot in range(slot_count)]
-        slots_agree = all(np.array_equal(found[0], other) for other in found[1:])
-        has_shape = all(one.shape == shape for one in found)
-        is_near = has_shape and (reference is None or cosine_min(found[0], reference) >= COSINE_MIN)
+        alone, among = (
+            [session.hidden(token_ids, slot=slot, copies=copies) for slot in range(slot_count)]
+            for copies in (1, SELF_TEST_COPIES)
+        )
+        slots_agree = all(np.array_equal(one, each[0]) for each in (alone, among) for one in each)
+        has_shape = alone[0].shape == shape and len(among[0]) == SELF_TEST_COPIES * len(token_ids)
+        expected = alone[0] if reference is None else reference
+        is_near = has_shape and all(
+            cosine_min(rows, expected) >= COSINE_MIN
+            for rows in (alone[0], *np.split(among[0], SELF_TEST_COPIES))
+        )
         if slots_agree and is_near:
             session.release_memory()  # some weights are packed, and so read, when first used
             return session
