@@ -10,7 +10,7 @@ from openvino import opset15 as op
 from trivec.backends.openvino.graph import Places, attend
 from trivec.backends.openvino.packing import HIDDEN_SCORE, LENGTH_SIZES, round_up
 from trivec.backends.openvino.session import open_core
-from trivec.backends.openvino.trial import bf16_pays
+from trivec.backends.openvino.trial import bf16_pays, has_bf16
 from trivec.core.types import Float32Array
 from trivec.models.ops import AttentionSpec
 
@@ -102,6 +102,8 @@ def test_every_length_that_attention_runs_in_is_a_multiple_of_16() -> None:
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_both_products_and_softmax_are_one_kernel_of_the_plugin(bf16: bool, causal: bool) -> None:
     """Apart from each other they take half as long again; a new plugin must not split them."""
+    if bf16 and not has_bf16():
+        pytest.skip("this CPU has no bf16 products, so that no attention of ours is in bf16")
     nodes = compiled(bf16=bf16, causal=causal).get_runtime_model().get_ordered_ops()
     kinds = [node.get_rt_info()["layerType"].astype(str) for node in nodes]
     assert kinds.count("Subgraph") == 1

@@ -7,6 +7,7 @@ says why: `<!-- not run: needs a cluster -->`.
 import json
 import subprocess
 import tomllib
+from collections.abc import Callable
 
 import pytest
 import yaml
@@ -25,8 +26,12 @@ def test_every_block_has_a_language_of_ours() -> None:
 
 @pytest.mark.parametrize("one", blocks(*DATA), ids=lambda one: one.place)
 def test_data_parses(one: Block) -> None:
-    parse = {"json": json.loads, "toml": tomllib.loads, "yaml": yaml.safe_load}[one.language]
-    assert parse(one.text)
+    parsers: dict[str, Callable[[str], object]] = {
+        "json": json.loads,
+        "toml": tomllib.loads,
+        "yaml": yaml.safe_load,
+    }
+    assert parsers[one.language](one.text)
 
 
 @pytest.mark.parametrize("one", blocks("python", "py"), ids=lambda one: one.place)
