@@ -65,10 +65,10 @@ CONNECTIONS = 4096  # requests at a time in one ingress; its own limits are belo
 # back only after a pause, and find a slot that had nothing to do.
 CALLS_MAX = 256
 END_S_MAX = 5.0  # for the tasks of an ingress to end
-# A call takes 7 to 8 ms of processor time in Ray, so that one of a quick model's batches is too little.
+# A call of 64 texts costs 7 to 8 ms in Ray, so that one of a quick model's batches is too little.
 CALL_S, CALL_TOKENS_MAX = 0.1, 2_048
 SAMPLE_TOKENS = 32
-# Of our replicas' own processes: about a fifth of what Ray costs a call (docs/ray.md).
+# Of our replicas' own processes, where each call pays for what is switched off (docs/ray.md).
 CHEAP_CALLS = {
     "env_vars": {
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # each call would wake two more threads

@@ -40,7 +40,7 @@ COPIES_BYTES_MAX = 64 << 20
 RELEASE_S = 0.02  # in which the plugin reads up to 0.1 GB of weights
 
 SELF_TEST_TOKENS = 8
-SELF_TEST_COPIES = 16  # in one micro-batch: rows for which weights may be packed in another way
+SELF_TEST_COPIES = 16  # in one micro-batch: eight rows say nothing of the kernels of many
 COMPILES_MAX = 3
 COSINE_MIN = 0.9999  # of the same scheme on the same CPU; wrong weights gave 0.70 to 0.87
 STACK_T_BYTES = 64  # a `stack_t` of sigaltstack(2) takes 24
@@ -224,11 +224,16 @@ class Session:
         return logits
 
     def hidden(self, token_ids: Int32Array, *, slot: int, copies: int = 1) -> Float32Array:
-        """Last hidden states of *copies* of one short text: a copy, `[copies * tokens, hidden]`."""
+        """Last hidden states of a short text, *copies* times: a copy, `[copies * tokens, hidden]`."""
         batch = as_batch(Sequences.pack([token_ids] * copies), Output.DENSE)
         (packed,) = self._pack(batch, np.ones(copies, np.bool_))
         states: Float32Array = self._infer(packed, slot)[-1].data
         return states[: copies * len(token_ids)].copy()
+
+    def self_test(self, slot: int) -> tuple[Float32Array, Float32Array]:
+        """Hidden states of the self-test's text, and of `SELF_TEST_COPIES` of it at once."""
+        ids = self_test_ids(self._config)
+        return self.hidden(ids, slot=slot), self.hidden(ids, slot=slot, copies=SELF_TEST_COPIES)
 
     def statistics(self, batch: Batch) -> Iterator[list[Float32Array]]:
         """For each micro-batch of *batch*, copies of what `with_statistics` asked for; on all slots.
@@ -320,14 +325,14 @@ def open_session(
     """A session that has passed its self-test, compiled `COMPILES_MAX` times at most.
 
     A plugin that gives a layer another layer's weights answers as quickly as ever, and wrongly
-    (decision 0001). So one text of random tokens runs on every slot, alone and as many copies: the slots
-    must agree to the bit, the copies with the text, and each token's hidden state with *reference*, those
-    of *scheme* when the model was calibrated (`[tokens, hidden]`; None where it never was). A result of another shape, such as grouped int8
-    gives where oneDNN is kept from the CPU's instructions, agrees with nothing. Raises `StartError`,
-    and of it `WrongOutputShape` where the shape was wrong to the last.
+    (decision 0001). So one text of random tokens runs on every slot, alone and as many copies: the
+    slots must agree to the bit, the copies with the text, and each token's hidden state with
+    *reference*, those of *scheme* when the model was calibrated (`[tokens, hidden]`; None where it
+    never was). A result of another shape, such as grouped int8 gives where oneDNN is kept from the
+    CPU's instructions, agrees with nothing. Raises `StartError`, and of it `WrongOutputShape` where
+    the shape was wrong to the last.
     """
-    token_ids = self_test_ids(checkpoint.config)
-    shape = (len(token_ids), checkpoint.config.hidden_size)
+    shape = (len(self_test_ids(checkpoint.config)), checkpoint.config.hidden_size)
     for _ in range(COMPILES_MAX):
         session = Session(
             checkpoint,
@@ -337,16 +342,15 @@ def open_session(
             with_statistics=with_statistics,
             with_inputs=with_inputs,
         )
-        alone, among = (
-            [session.hidden(token_ids, slot=slot, copies=copies) for slot in range(slot_count)]
-            for copies in (1, SELF_TEST_COPIES)
-        )
-        slots_agree = all(np.array_equal(one, each[0]) for each in (alone, among) for one in each)
-        has_shape = alone[0].shape == shape and len(among[0]) == SELF_TEST_COPIES * len(token_ids)
-        expected = alone[0] if reference is None else reference
+        with ThreadPoolExecutor(slot_count, "trivec-self-test") as pool:
+            found = list(pool.map(session.self_test, range(slot_count)))
+        slots_agree = all(all(map(np.array_equal, one, found[0])) for one in found)
+        alone, among = found[0]
+        has_shape = alone.shape == shape and len(among) == SELF_TEST_COPIES * shape[0]
+        expected = alone if reference is None else reference
         is_near = has_shape and all(
             cosine_min(rows, expected) >= COSINE_MIN
-            for rows in (alone[0], *np.split(among[0], SELF_TEST_COPIES))
+            for rows in (alone, *np.split(among, SELF_TEST_COPIES))
         )
         if slots_agree and is_near:
             session.release_memory()  # some weights are packed, and so read, when first used
